@@ -1,0 +1,105 @@
+"""The axis legend and the few small things that travel between rooms.
+
+Letters, in every shape comment of this package:
+
+====  =====================================  ====  ==============================
+B     clips                                  L     blocks of an encoder
+S     samples of a waveform                  V     masked views of a clip
+T     time patches (frames where it says so) K     prototypes
+F     frequency patches (mels likewise)      C     classes
+N     tokens, ``N = T * F``                  H     attention heads
+D     width
+====  =====================================  ====  ==============================
+
+Tokens are **time-major**: token ``i`` sits at time ``i // F`` and frequency ``i % F``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the command line prints it without a traceback and exits 2.
+
+    The message names the offending thing and the remedy.
+    """
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The patch grid of a spectrogram: ``time`` by ``freq`` patches, time-major tokens."""
+
+    time: int
+    freq: int
+
+    @property
+    def tokens(self) -> int:
+        return self.time * self.freq
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip as it lies in a shard: still encoded."""
+
+    key: str
+    """Sample key, unique in its data set."""
+    data: bytes
+    """The audio file, in ``codec``."""
+    codec: str
+    """File suffix without the dot: ``flac``, ``ogg``, ``wav``, ``mp3``, ..."""
+    labels: tuple[int, ...] = ()
+    """Indices into the data set's label vocabulary."""
+
+
+@dataclass
+class WaveBatch:
+    """A batch as it leaves the loader; everything after it happens on the device."""
+
+    waves: Tensor
+    """(B, S) float32 in [-1, 1] at the front end's rate, zero-padded on the right."""
+    lengths: Tensor
+    """(B,) int64: valid samples of each row, ``1 <= lengths <= S``."""
+    targets: Tensor
+    """(B, C) float32 in [0, 1]: multi-hot labels (one-hot where a task has one label)."""
+    keys: list[str]
+    """(B) sample keys."""
+    positions: Tensor
+    """(B,) int64: global position of each sample in the stream (evaluation: its row)."""
+    skipped: dict[str, str]
+    """``{key: reason}`` of unreadable clips that other clips of this batch stand in for."""
+
+    def to(self, device: object, non_blocking: bool = False) -> WaveBatch:
+        """The same batch with its tensors on ``device``."""
+        self.waves = self.waves.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
+        self.lengths = self.lengths.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
+        self.targets = self.targets.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
+        return self
+
+    def pin_memory(self) -> WaveBatch:
+        self.waves = self.waves.pin_memory()
+        self.lengths = self.lengths.pin_memory()
+        self.targets = self.targets.pin_memory()
+        return self
+
+
+class Views(NamedTuple):
+    """Masks for ``rows = B * V`` views, clip-major (all views of clip 0, then clip 1, ...)."""
+
+    keep_ids: Tensor
+    """(rows, n) int64, ascending: the visible tokens."""
+    mask: Tensor
+    """(rows, N) bool: True where the token is removed."""
+
+
+class Features(NamedTuple):
+    """What a frozen backbone hands to every probe: all blocks, never only the last."""
+
+    patches: Tensor
+    """(L, B, T, F, D) patch tokens after each block."""
+    cls: Tensor | None
+    """(L, B, D) class tokens after each block; None for a backbone without one."""
