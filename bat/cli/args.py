@@ -1,0 +1,78 @@
+"""Flags are argparse's, everything else is ``key=value``: what all commands share.
+
+OmegaConf's own command-line reader takes ``--method cgp`` for a key, so the flags are peeled off
+first. A user's mistake (``UserError``) ends in one line on stderr and exit code 2; ``--debug``
+shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from bat import __version__
+from bat.shapes import UserError
+
+
+def parser(command: str, about: str, epilog: str) -> argparse.ArgumentParser:
+    """The parser of ``bat-COMMAND`` with the flags every command has."""
+    p = argparse.ArgumentParser(
+        prog=f"bat-{command}",
+        description=about,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    p.add_argument("--version", action="version", version=f"bat {__version__}")
+    return p
+
+
+def recipe_parser(command: str, about: str, epilog: str) -> argparse.ArgumentParser:
+    """As ``parser``, for the commands that take ``recipe=`` and ``key=value``."""
+    p = parser(command, about, epilog)
+    p.add_argument("settings", nargs="*", metavar="key=value", help="recipe=NAME and overrides")
+    p.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and stop"
+    )
+    p.add_argument(
+        "--dry-run", action="store_true", help="build everything, run one batch, train nothing"
+    )
+    return p
+
+
+def run(
+    body: Callable[[argparse.Namespace], None],
+    p: argparse.ArgumentParser,
+    argv: list[str] | None = None,
+) -> int:
+    """Parse ``argv``, run ``body``; the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    args = p.parse_intermixed_args(argv)
+    try:
+        body(args)
+        sys.stdout.flush()
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"{p.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{p.prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` closed our output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def configure(args: argparse.Namespace, schema: Any, command: str, extra: list[str]) -> Any:
+    """The resolved configuration, or None after ``--print-config`` printed it."""
+    from bat.config.compose import compose, to_yaml
+
+    config = compose(schema, command, [*args.settings, *extra])
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return None
+    return config

@@ -1,0 +1,1 @@
+"""Configuration: the schema, where recipes and fragments lie, and how they are put together."""

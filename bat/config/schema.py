@@ -1,0 +1,236 @@
+"""Every setting once: its name, type, default, unit and check.
+
+Precedence: these defaults < fragments (``configs/``) < recipe (``recipes/``) < command line.
+The defaults are the paper's Base pre-training (SPEC section 3); whatever a recipe does not say is
+said here. ``problems()`` of a section returns what is wrong with its values, in words; all of them
+are reported at once (``compose.py``). Plain dataclasses: nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bat.config.sections import Data, Ema, Frontend, Mask, Model, Objective, Optim
+
+
+@dataclass
+class Train:
+    steps: int = 400_000
+    """Optimiser steps."""
+    accumulate: int = 1
+    """Micro-batches an optimiser step."""
+    log_every: int = 50
+    """Steps between two lines of metrics."""
+    save_every: int = 5_000
+    """Steps between two checkpoints."""
+    keep: int = 3
+    """Numbered checkpoints kept; ``last.ckpt`` is always there."""
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("steps", "accumulate", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                found.append(f"train.{name}={getattr(self, name)} must be at least 1")
+        return found
+
+
+@dataclass
+class Hardware:
+    """Handed to Lightning's Trainer."""
+
+    accelerator: str = "auto"
+    devices: str = "auto"
+    """A number, a list such as ``0,1`` or ``auto``."""
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
+    compile: bool = False
+    """torch.compile of every block (student and teacher)."""
+
+    def problems(self) -> list[str]:
+        return [] if self.num_nodes >= 1 else [f"hardware.num_nodes={self.num_nodes} must be >= 1"]
+
+
+@dataclass
+class Head:
+    """What the probes of SPEC section 4 share; a probe ignores none of those it is listed for."""
+
+    prototypes: int = 10_000
+    """K of ``cgp`` and ``protobin``."""
+    dropout: float = 0.2
+    norm: bool = True
+    """LayerNorm before the output layer of ``linear`` and ``lcgp``, and of a fine-tuned head."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.prototypes < 1:
+            found.append(f"head.prototypes={self.prototypes} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            found.append(f"head.dropout={self.dropout} must lie in [0, 1)")
+        return found
+
+
+@dataclass
+class Online:
+    """Probes trained along a pre-training run, on the EMA teacher's features."""
+
+    every: int = 0
+    """Optimiser steps between two probings (also at step 0, the random control); 0 is off."""
+    methods: list[str] = field(default_factory=lambda: ["cgp"])
+    root: str | None = None
+    """Labelled set as ``online.task`` reads it; neither this nor ``shards``: the training set."""
+    shards: str | None = None
+    task: str | None = None
+    """Task of ``root`` / ``shards``; null: the run's own."""
+    folds: int = 1
+    """Folds held out in turn (at most the task's own number)."""
+    max_clips: int = 2_000
+    steps: int = 200
+    batch: int = 48
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    head: Head = field(default_factory=lambda: Head(prototypes=500))
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.every < 0:
+            found.append(f"online.every={self.every} must not be negative (0 is off)")
+        for name in ("folds", "max_clips", "steps", "batch"):
+            if getattr(self, name) < 1:
+                found.append(f"online.{name}={getattr(self, name)} must be at least 1")
+        if self.root and self.shards:
+            found.append("online.root and online.shards are both given: give one of them")
+        if self.every and not self.methods:
+            found.append("online.methods is empty: name a probe, or set online.every=0")
+        return found
+
+
+@dataclass
+class Log:
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "bat"
+    progress: bool = True
+
+
+@dataclass
+class Pretrain:
+    """``bat-pretrain``"""
+
+    recipe: str = ""
+    out: str | None = None
+    """Run folder; null: ``runs/pretrain-RECIPE``. An existing run there is continued."""
+    task: str = "audioset"
+    """File in ``bat/tasks`` that reads ``data.root`` and names the labels."""
+    seed: int = 0
+    model: Model = field(default_factory=Model)
+    frontend: Frontend = field(default_factory=Frontend)
+    data: Data = field(default_factory=Data)
+    mask: Mask = field(default_factory=Mask)
+    objective: Objective = field(default_factory=Objective)
+    optim: Optim = field(default_factory=Optim)
+    ema: Ema = field(default_factory=Ema)
+    train: Train = field(default_factory=Train)
+    online: Online = field(default_factory=Online)
+    hardware: Hardware = field(default_factory=Hardware)
+    log: Log = field(default_factory=Log)
+
+    def problems(self) -> list[str]:
+        found = []
+        for name, axis in (("frames", "time"), ("n_mels", "frequency")):
+            size = getattr(self.frontend, name)
+            if size % self.model.patch:
+                found.append(
+                    f"frontend.{name}={size} is not a multiple of model.patch="
+                    f"{self.model.patch} ({axis} patches must fit)"
+                )
+        if self.optim.layer_decay != 1:
+            found.append("optim.layer_decay is for bat-finetune; pre-training has one rate")
+        return found
+
+
+@dataclass
+class Augment:
+    """Fine-tuning only (SPEC section 5)."""
+
+    roll: bool = False
+    mixup_p: float = 0.0
+    mixup_alpha: float = 0.8
+    noise_p: float = 0.0
+    """Probability of colour noise, 5 to 25 dB."""
+    spec_freq: int = 0
+    """Widest frequency mask of SpecAug, in mel bins; 0 is off."""
+    spec_time: int = 0
+    """Widest time mask, in frames; 0 is off."""
+    spec_repeats: int = 1
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("mixup_p", "noise_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                found.append(f"augment.{name}={getattr(self, name)} is a probability")
+        for name in ("spec_freq", "spec_time", "spec_repeats"):
+            if getattr(self, name) < 0:
+                found.append(f"augment.{name}={getattr(self, name)} must not be negative")
+        if self.mixup_alpha <= 0:
+            found.append(f"augment.mixup_alpha={self.mixup_alpha} must be positive")
+        return found
+
+
+@dataclass
+class Supervised:
+    """What ``bat-probe`` and ``bat-finetune`` share."""
+
+    recipe: str = ""
+    out: str | None = None
+    """Run folder; null: ``runs/COMMAND-RECIPE-CHECKPOINT``."""
+    checkpoint: str | None = None
+    """A run folder, an export folder or a weight file; ``random``: the untrained control
+    (``random:RUN`` takes its shape from a run or export)."""
+    weights: Literal["student", "teacher"] = "student"
+    heads: int | None = None
+    """Attention heads of a file that does not say; null: width / 64."""
+    task: str = "esc50"
+    seed: int = 0
+    folds: list[int] | None = None
+    """Folds held out in turn; null: all of the task's."""
+    loss: Literal["task", "ce", "bce", "asl"] = "task"
+    frames: int | None = None
+    """Frames of one clip; null: the task's."""
+    data: Data = field(default_factory=lambda: Data(batch=48, workers=2, roll=False))
+    head: Head = field(default_factory=Head)
+    optim: Optim = field(
+        default_factory=lambda: Optim(
+            lr=1e-3, betas=[0.9, 0.999], decay="matrices", warmup_steps=400
+        )
+    )
+    train: Train = field(default_factory=lambda: Train(steps=4_000, log_every=50))
+    hardware: Hardware = field(default_factory=Hardware)
+    log: Log = field(default_factory=Log)
+
+    def problems(self) -> list[str]:
+        return []
+
+
+@dataclass
+class Probe(Supervised):
+    """``bat-probe``"""
+
+    methods: list[str] = field(default_factory=lambda: ["cgp"])
+    level: Literal["clip", "frame"] = "clip"
+    feature_gb: float = 4.0
+    """Frozen features are kept in memory when they need at most this many GB."""
+
+    def problems(self) -> list[str]:
+        return [] if self.methods else ["methods is empty: name a probe, e.g. --method cgp"]
+
+
+@dataclass
+class Finetune(Supervised):
+    """``bat-finetune``"""
+
+    drop_path: float = 0.1
+    augment: Augment = field(default_factory=Augment)
+    optim: Optim = field(
+        default_factory=lambda: Optim(lr=5e-5, layer_decay=0.75, decay="matrices", warmup_steps=400)
+    )

@@ -1,0 +1,203 @@
+"""The sections of the schema that say what is computed: model, front end, data, mask, objective.
+
+Rules and precedence are told in ``schema.py``, which puts the sections together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class Model:
+    """The encoder (SPEC section 2). Sizes S, B, L and tiny are fragments: ``model=S``."""
+
+    backbone: str = "bat"
+    """File in ``bat/backbones`` or a dotted import path."""
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    patch: int = 16
+    """Patch side in frames and mel bins."""
+    gate: bool = True
+    norm_order: Literal["post", "pre"] = "post"
+    pos_layout: Literal["reference", "grid"] = "reference"
+    drop_path: float = 0.0
+    """Rate of the last block; rises linearly from 0 at the first."""
+    attention: Literal["auto", "flash", "cudnn", "sdpa", "eager"] = "auto"
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("width", "depth", "heads", "patch"):
+            if getattr(self, name) < 1:
+                found.append(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.heads > 0 and self.width % self.heads:
+            found.append(
+                f"model.width={self.width} is not a multiple of model.heads={self.heads}; "
+                f"try model.heads={max(1, self.width // 64)}"
+            )
+        if self.width % 4:
+            found.append(f"model.width={self.width} must be a multiple of 4 (sin-cos code)")
+        if not 0 <= self.drop_path < 1:
+            found.append(f"model.drop_path={self.drop_path} must lie in [0, 1)")
+        return found
+
+
+@dataclass
+class Frontend:
+    """Waveform to log-mel (SPEC section 1)."""
+
+    kind: Literal["bat", "eat", "beats"] = "bat"
+    """``bat``: the reworked log-mel; ``eat`` / ``beats``: the legacy Kaldi filter banks."""
+    sample_rate: int = 16000
+    n_fft: int = 1024
+    hop_length: int = 160
+    n_mels: int = 128
+    frames: int = 1024
+    """Frames of one clip, a multiple of the patch: 10 s -> 1024, 5 s -> 512."""
+    pad: Literal["spectrogram", "waveform"] = "spectrogram"
+    statistics: str = "audioset"
+    """Data set whose mean and deviation the legacy front ends subtract and divide by."""
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("sample_rate", "n_fft", "hop_length", "n_mels", "frames"):
+            if getattr(self, name) < 1:
+                found.append(f"frontend.{name}={getattr(self, name)} must be at least 1")
+        return found
+
+
+@dataclass
+class Data:
+    """Where clips come from and how many a step takes."""
+
+    root: str | None = None
+    """Folder of audio as the task reads it; written to shards in ``cache`` once."""
+    shards: str | None = None
+    """Folder of shards, a glob, or ``shard-{00000..00041}.tar``."""
+    cache: str = "runs/shards"
+    """Where shards made from ``root`` are kept."""
+    clip_seconds: float = 10.0
+    batch: int = 24
+    """Clips a device and micro-batch."""
+    workers: int = 4
+    """Loader processes a device; 0 decodes in the training process."""
+    roll: bool = True
+    """Circular roll of each training clip by a random offset."""
+    max_bad: float = 0.05
+    """Fraction of unreadable clips above which the run stops."""
+    cache_waves_gb: float = 0.0
+    """Decoded clips kept in memory, up to this many GB a loader process (small data sets)."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.root and self.shards:
+            found.append("data.root and data.shards are both given: give one of them")
+        if self.batch < 1:
+            found.append(f"data.batch={self.batch} must be at least 1")
+        if self.workers < 0:
+            found.append(f"data.workers={self.workers} must not be negative")
+        if self.clip_seconds <= 0:
+            found.append(f"data.clip_seconds={self.clip_seconds} must be positive")
+        if not 0 <= self.max_bad <= 1:
+            found.append(f"data.max_bad={self.max_bad} is a fraction: it must lie in [0, 1]")
+        if self.cache_waves_gb < 0:
+            found.append(f"data.cache_waves_gb={self.cache_waves_gb} must not be negative")
+        return found
+
+
+@dataclass
+class Mask:
+    """Inverse block mask (SPEC section 3)."""
+
+    views: int = 16
+    """Masked views of each clip."""
+    ratio: float = 0.8
+    """Fraction of patches removed."""
+    block: int = 5
+    """Side of a kept block, in patches."""
+    adjust: float = 0.07
+    """Extra fraction of blocks drawn, to make up for their overlap."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.views < 1:
+            found.append(f"mask.views={self.views} must be at least 1")
+        if not 0 < self.ratio < 1:
+            found.append(f"mask.ratio={self.ratio} must lie strictly between 0 and 1")
+        if self.block < 1:
+            found.append(f"mask.block={self.block} must be at least 1")
+        return found
+
+
+@dataclass
+class Objective:
+    """Masked latent regression and the paper's ablations of it (SPEC section 3)."""
+
+    target: Literal["eob", "mlp"] = "eob"
+    """``eob``: end of block; ``mlp``: MLP output before its residual (data2vec 2.0, EAT)."""
+    target_centering: Literal["none", "batch"] = "none"
+    """``batch``: take the mean over the batch at each position off the target (not the paper's)."""
+    global_target: Literal["patch_mean", "cls", "none"] = "patch_mean"
+    decoder: Literal["vit12h", "vit6h", "cnn"] = "vit12h"
+    decoder_depth: int = 6
+    decoder_width: int | None = None
+    """None: as wide as the encoder."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.decoder_depth < 1:
+            found.append(f"objective.decoder_depth={self.decoder_depth} must be at least 1")
+        return found
+
+
+@dataclass
+class Optim:
+    """AdamW with linear warm-up and cosine decay (SPEC section 3)."""
+
+    lr: float = 5e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    decay: Literal["all", "matrices"] = "all"
+    """What decays: ``all`` parameters (the paper's pre-training) or ``matrices`` only."""
+    layer_decay: float = 1.0
+    """Factor from one block to the one below it (fine-tuning: 0.75); 1 is off."""
+    warmup_steps: int = 53_000
+    min_lr: float = 1e-6
+    clip_norm: float | None = None
+    """Largest global gradient norm; None is no clipping."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.lr <= 0:
+            found.append(f"optim.lr={self.lr} must be positive")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            found.append(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
+        if self.warmup_steps < 0:
+            found.append(f"optim.warmup_steps={self.warmup_steps} must not be negative")
+        if not 0 < self.layer_decay <= 1:
+            found.append(f"optim.layer_decay={self.layer_decay} must lie in (0, 1]")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            found.append(f"optim.clip_norm={self.clip_norm} must be positive (or null)")
+        return found
+
+
+@dataclass
+class Ema:
+    """Teacher decay: linear from ``start`` to ``end`` over ``steps`` optimiser steps."""
+
+    start: float = 0.9998
+    end: float = 0.99999
+    steps: int = 100_000
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("start", "end"):
+            if not 0 <= getattr(self, name) <= 1:
+                found.append(f"ema.{name}={getattr(self, name)} must lie in [0, 1]")
+        if self.steps < 1:
+            found.append(f"ema.steps={self.steps} must be at least 1")
+        return found
