@@ -1,1 +1,37 @@
+"""bat: pre-train, probe and fine-tune audio encoders.
+
+Importing this package is light; torch comes in with the first encoder.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bat.backbones.base import Backbone
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "load_encoder"]
+
+
+def load_encoder(
+    path: str | Path, *, weights: str = "student", heads: int | None = None
+) -> Backbone:
+    """Load an encoder, ours or the field's, strictly, in eval mode on the CPU.
+
+    ``path``: a run or export folder, or a weight file of SPEC section 7 (the paper's files,
+    EAT / SSLAM). ``weights``: ``student`` or ``teacher`` (EMA), where a file holds both.
+    ``heads``: for a file that does not say; default width / 64.
+    Raises ``bat.shapes.UserError`` (a ValueError) naming every missing or unexpected weight.
+
+    >>> encoder = bat.load_encoder("runs/pretrain-toy")     # doctest: +SKIP
+    >>> features = encoder(waveform)                        # (B, S) -> Features
+    """
+    from bat.backbones.base import load_backbone
+    from bat.checkpoint import read_encoder
+
+    file = read_encoder(path, weights)  # type: ignore[arg-type]
+    cls = load_backbone(file.backbone)
+    return cls.from_weights(file.state, config=file.config, heads=heads).eval()

@@ -1,0 +1,138 @@
+"""What every backbone offers, whatever it is inside: waveform or spectrogram in, all layers out."""
+
+from __future__ import annotations
+
+import abc
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from bat.audio.frontend import KaldiFbank, LogMel
+from bat.shapes import Features, Grid, UserError
+
+
+class Backbone(nn.Module, abc.ABC):
+    """An encoder with its own front end.
+
+    Attributes: ``sample_rate`` (Hz), ``width`` D, ``depth`` L, ``heads``, ``patch`` (frames and mel
+    bins a side), ``grid`` (patches of one chunk), ``patch_hop_ms``, ``has_cls``, ``frontend``.
+    """
+
+    sample_rate: int
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    grid: Grid
+    has_cls: ClassVar[bool]
+    frontend: nn.Module
+
+    @classmethod
+    @abc.abstractmethod
+    def from_weights(
+        cls, state: Mapping[str, Tensor], *, config: dict[str, Any] | None, heads: int | None
+    ) -> Self:
+        """Build from a state dict, strictly. ``config`` None: shape read off the tensors."""
+
+    @abc.abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Keywords that build this backbone again (JSON values)."""
+
+    @abc.abstractmethod
+    def features(self, spectrogram: Tensor) -> Features:
+        """(B, 1, frames, mels), already through the front end -> all layers."""
+
+    @abc.abstractmethod
+    def layer_of(self, name: str) -> int:
+        """Depth of parameter ``name``: 0 for the embedding, b + 1 for block b."""
+
+    @abc.abstractmethod
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that never decay in fine-tuning, besides the 1-D ones."""
+
+    @property
+    def patch_hop_ms(self) -> float:
+        """Milliseconds from one time patch to the next."""
+        return 1000 * self.patch * self.frontend.hop_length / self.sample_rate  # type: ignore[operator, return-value]
+
+    def spectrogram(
+        self, waveform: Tensor, lengths: Tensor | None = None, *, frames: int | None = None
+    ) -> Tensor:
+        """(B, S) or (S,) at ``sample_rate`` -> (B, 1, frames, mels) float32.
+
+        ``frames`` None: as many as the waveform gives, rounded up to whole patches.
+        """
+        waveform = torch.atleast_2d(waveform)
+        if waveform.dim() != 2:
+            raise ValueError(f"waveform must be (B, S) or (S,), not {tuple(waveform.shape)}")
+        if frames is None:
+            full = self.frontend.valid_frames(waveform.shape[1])  # type: ignore[operator]
+            frames = -(-int(full) // self.patch) * self.patch
+        return self.frontend(waveform, frames=frames, lengths=lengths)
+
+    def forward(
+        self, waveform: Tensor, lengths: Tensor | None = None, *, frames: int | None = None
+    ) -> Features:
+        """(B, S) float32 at ``sample_rate`` -> ``Features`` of all blocks."""
+        return self.features(self.spectrogram(waveform, lengths, frames=frames))
+
+
+def make_frontend(
+    *,
+    kind: str = "bat",
+    sample_rate: int = 16000,
+    n_fft: int = 1024,
+    hop_length: int = 160,
+    n_mels: int = 128,
+    pad: str = "spectrogram",
+    statistics: str = "audioset",
+) -> nn.Module:
+    """The front end ``kind``: ``bat`` (LogMel) or a legacy Kaldi one, ``eat`` or ``beats``."""
+    if kind == "bat":
+        return LogMel(
+            sample_rate=sample_rate, n_fft=n_fft, hop_length=hop_length, n_mels=n_mels, pad=pad
+        )
+    if kind in ("eat", "beats"):
+        return KaldiFbank(
+            kind=kind, statistics=statistics, sample_rate=sample_rate, n_mels=n_mels, pad=pad
+        )
+    raise UserError(f"unknown front end '{kind}': bat, eat or beats")
+
+
+def load_backbone(name: str) -> type[Backbone]:
+    """The class of backbone ``name``: a file of this folder, or a dotted ``module.Class``.
+
+    Raises ``UserError`` listing the known ones.
+    """
+    if "." in name:
+        module_name, _, class_name = name.rpartition(".")
+        try:
+            return getattr(importlib.import_module(module_name), class_name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"cannot import backbone '{name}': {error}") from error
+    package = importlib.import_module(__package__ or "bat.backbones")
+    known = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+    if name not in known:
+        raise UserError(f"unknown backbone '{name}'. Known: {', '.join(known)}")
+    return importlib.import_module(f"bat.backbones.{name}").BACKBONE
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """``load_state_dict`` that lists every missing, unexpected and misshapen name, or loads all."""
+    own = module.state_dict()
+    problems = [f"missing: {n} {tuple(own[n].shape)}" for n in own if n not in state]
+    problems += [f"unexpected: {n} {tuple(state[n].shape)}" for n in state if n not in own]
+    problems += [
+        f"shape: {n} is {tuple(state[n].shape)} in the file, {tuple(own[n].shape)} here"
+        for n in own
+        if n in state and own[n].shape != state[n].shape
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:40])
+        more = f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else ""
+        raise UserError(f"{what} does not fit this model; nothing was loaded:\n  {shown}{more}")
+    module.load_state_dict(dict(state))

@@ -1,0 +1,205 @@
+"""The Better Audio Transformer's encoder (SPEC section 2).
+
+16 x 16 patches of the log-mel -> linear embedding -> fixed sin-cos position code -> visible tokens
+kept -> class token (no code) -> LayerNorm -> L gated blocks. State-dict names are the paper's.
+Clips longer than the position table are cut into chunks of its length, each run on its own from
+position 0; patch tokens are concatenated along time, class tokens averaged (unweighted).
+
+Patches are embedded once a clip and gathered per view: V views cost one embedding, not V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Self
+
+import torch
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+
+from bat.backbones.base import Backbone, load_strictly, make_frontend
+from bat.nn.attention import Backend
+from bat.nn.block import EPS, Block, init_linears
+from bat.nn.decoder import TOKEN_STD
+from bat.nn.embed import PosLayout, position_code
+from bat.shapes import Features, Grid, UserError, Views
+
+HEAD_WIDTH = 64
+"""Channels a head where a file does not say its number of heads."""
+
+
+class BAT(Backbone):
+    """Encoder of the Better Audio Transformer; the defaults are Base."""
+
+    has_cls = True
+
+    def __init__(
+        self,
+        *,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        grid: Grid = Grid(64, 8),  # noqa: B008  (frozen)
+        patch: int = 16,
+        mlp_ratio: float = 4.0,
+        gate: bool = True,
+        norm_order: Literal["post", "pre"] = "post",
+        pre_norm: bool = True,
+        layer_scale: float | None = None,
+        pos_layout: PosLayout = "reference",
+        drop_path: float = 0.0,
+        attention: Backend = "auto",
+        frontend: dict[str, Any] | None = None,
+    ) -> None:
+        """``grid``: patches of one chunk. ``frontend``: keywords of ``make_frontend``."""
+        super().__init__()
+        self._config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.width, self.depth, self.heads = width, depth, heads
+        self.patch, self.grid = patch, grid
+        self.frontend = make_frontend(**(frontend or {}))
+        self.sample_rate = int(self.frontend.sample_rate)  # type: ignore[arg-type]
+        self.patch_embed = PatchEmbed(
+            img_size=None, patch_size=patch, in_chans=1, embed_dim=width, strict_img_size=False
+        )
+        self.register_buffer("pos_embed", position_code(width, grid, pos_layout))  # (1, N, D)
+        self.cls_token = nn.Parameter(TOKEN_STD * torch.randn(1, 1, width))
+        self.pre_norm = nn.LayerNorm(width, eps=EPS) if pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                heads,
+                mlp_ratio=mlp_ratio,
+                gate=gate,
+                norm_order=norm_order,
+                drop_path=drop_path * b / max(1, depth - 1),
+                layer_scale=layer_scale,
+                attention=attention,
+            )
+            for b in range(depth)
+        )
+        init_linears(self)
+
+    def embed(self, spectrogram: Tensor) -> Tensor:
+        """(B, 1, frames, mels) -> (B, N, D) patch tokens with their position code.
+
+        ``frames`` may be shorter than the grid's (the first rows of the code are used), not longer.
+        """
+        time, freq = self._patches(spectrogram)
+        if time > self.grid.time:
+            raise ValueError(f"{time} time patches, the position table has {self.grid.time}")
+        x = self.patch_embed(spectrogram)  # (B, N, D), time-major
+        return x + self.pos_embed[:, : time * freq]  # type: ignore[index]
+
+    def layers(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run the blocks over (B, n, D) embedded tokens, the class token put in front.
+
+        Yields, block after block, the end-of-block tokens and the MLP outputs, both
+        (B, 1 + n, D), so that a caller keeps only what it needs.
+        """
+        cls = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+        x = self.pre_norm(torch.cat([cls, tokens], dim=1))
+        for block in self.blocks:
+            x, mlp = block(x)
+            yield x, mlp
+
+    def encode_views(self, spectrogram: Tensor, views: Views) -> tuple[Tensor, Tensor]:
+        """Masked views: (B, 1, frames, mels) and ``rows = B * V`` masks, clip-major ->
+        last-block class tokens (rows, D) and visible patch tokens (rows, n, D)."""
+        tokens = self.embed(spectrogram)  # (B, N, D), once a clip
+        rows, n = views.keep_ids.shape
+        B, _, D = tokens.shape
+        index = views.keep_ids.reshape(B, -1, 1).expand(-1, -1, D)  # (B, V n, D)
+        x = tokens.gather(1, index).reshape(rows, n, D)
+        for out, _mlp in self.layers(x):
+            x = out  # only the last block's is wanted
+        return x[:, 0], x[:, 1:]
+
+    def features(self, spectrogram: Tensor) -> Features:
+        """(B, 1, frames, mels) of any length -> ``Features`` of all blocks."""
+        _, freq = self._patches(spectrogram)
+        step = self.grid.time * self.patch
+        patches, classes = [], []
+        for chunk in spectrogram.split(step, dim=2):
+            out = torch.stack([x for x, _ in self.layers(self.embed(chunk))])  # (L, B, 1 + n, D)
+            classes.append(out[:, :, 0])
+            patches.append(out[:, :, 1:].unflatten(2, (-1, freq)))  # (L, B, t, F, D)
+        cls = torch.stack(classes).mean(0) if len(classes) > 1 else classes[0]
+        return Features(torch.cat(patches, dim=2) if len(patches) > 1 else patches[0], cls)
+
+    def set_drop_path(self, rate: float) -> None:
+        """Drop-path rate of the last block; the others rise linearly from 0."""
+        for b, block in enumerate(self.blocks):
+            block.drop_path.drop_prob = rate * b / max(1, self.depth - 1)  # type: ignore[union-attr, assignment]
+
+    def layer_of(self, name: str) -> int:
+        return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
+
+    def no_weight_decay(self) -> set[str]:
+        return {"cls_token", "pos_embed"}
+
+    def config(self) -> dict[str, Any]:
+        return {**self._config, "grid": [self.grid.time, self.grid.freq]}
+
+    @classmethod
+    def from_weights(
+        cls, state: Mapping[str, Tensor], *, config: dict[str, Any] | None, heads: int | None
+    ) -> Self:
+        """Strictly from a state dict of the paper's names; see ``Backbone.from_weights``."""
+        keywords = dict(config) if config is not None else shape_of(state)
+        if heads is not None:
+            keywords["heads"] = heads
+        keywords["heads"] = keywords.get("heads") or _usual_heads(keywords["width"])
+        if keywords["width"] % keywords["heads"]:
+            raise UserError(
+                f"heads={keywords['heads']} does not divide the file's width {keywords['width']}"
+            )
+        grid = keywords["grid"]
+        model = cls(**{**keywords, "grid": grid if isinstance(grid, Grid) else Grid(*grid)})
+        load_strictly(model, state, "the weight file")
+        return model
+
+    def _patches(self, spectrogram: Tensor) -> tuple[int, int]:
+        frames, mels = spectrogram.shape[2:]
+        if frames % self.patch or mels != self.grid.freq * self.patch:
+            raise ValueError(
+                f"spectrogram of {frames} frames x {mels} mels: frames must be a multiple of "
+                f"{self.patch} and mels {self.grid.freq * self.patch}"
+            )
+        return frames // self.patch, mels // self.patch
+
+
+def shape_of(state: Mapping[str, Tensor], *, mels: int = 128) -> dict[str, Any]:
+    """Constructor keywords read off a state dict (all but the number of heads).
+
+    A position table longer than a whole number of time patches is an error of ``load_strictly``.
+    """
+    needed = ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"]
+    absent = [n for n in needed if n not in state]
+    if absent:
+        found = ", ".join(list(state)[:8]) or "nothing"
+        raise UserError(f"not a BAT encoder: {', '.join(absent)} missing. The file holds {found}")
+    width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
+    blocks = {int(n.split(".")[1]) for n in state if n.startswith("blocks.")}
+    freq = mels // patch
+    return {
+        "width": width,
+        "depth": max(blocks) + 1,
+        "patch": patch,
+        "grid": Grid(state["pos_embed"].shape[1] // freq, freq),
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "gate": "blocks.0.attn.gate.weight" in state,
+        "pre_norm": "pre_norm.weight" in state,
+        "layer_scale": 1.0 if "blocks.0.ls1.s" in state else None,
+    }
+
+
+def _usual_heads(width: int) -> int:
+    if width % HEAD_WIDTH:
+        raise UserError(
+            f"the file does not say its number of heads and its width {width} is not a multiple "
+            f"of {HEAD_WIDTH}: give it, load_encoder(path, heads=4) or heads=4"
+        )
+    return width // HEAD_WIDTH
+
+
+BACKBONE = BAT

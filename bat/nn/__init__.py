@@ -1,0 +1,1 @@
+"""Building blocks: plain keywords in, tensors out. No configuration, no Lightning."""

@@ -1,0 +1,78 @@
+"""One transformer block, post-norm as in the paper or pre-norm as an option (SPEC section 2).
+
+    post:  x = LN1(x + Attn(x));       x = LN2(x + MLP(x))
+    pre:   x = x + Attn(LN1(x));       x = x + MLP(LN2(x))
+
+with drop path on both branches and, where asked, a learned scale on each (LayerScale). timm's Mlp
+and DropPath are used as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+from bat.nn.attention import Attention, Backend
+
+EPS = 1e-6
+"""Of every LayerNorm in the encoder and the decoder."""
+
+
+class LayerScale(nn.Module):
+    """A learned factor a channel."""
+
+    def __init__(self, width: int, value: float) -> None:
+        super().__init__()
+        self.s = nn.Parameter(torch.full((width,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.s
+
+
+class Block(nn.Module):
+    """Attention and MLP with residuals; ``forward`` also hands out the MLP's own output."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        gate: bool = True,
+        norm_order: Literal["post", "pre"] = "post",
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        attention: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.norm_order = norm_order
+        self.norm1 = nn.LayerNorm(width, eps=EPS)
+        self.attn = Attention(width, heads, gate=gate, backend=attention)
+        self.norm2 = nn.LayerNorm(width, eps=EPS)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+        scaled = layer_scale is not None
+        self.ls1 = LayerScale(width, layer_scale) if scaled else nn.Identity()  # type: ignore[arg-type]
+        self.ls2 = LayerScale(width, layer_scale) if scaled else nn.Identity()  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, n, D) -> end-of-block tokens and the MLP's output before its residual, alike."""
+        if self.norm_order == "post":
+            x = self.norm1(x + self.drop_path(self.ls1(self.attn(x))))
+            mlp = self.mlp(x)
+            return self.norm2(x + self.drop_path(self.ls2(mlp))), mlp
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        mlp = self.mlp(self.norm2(x))
+        return x + self.drop_path(self.ls2(mlp)), mlp
+
+
+def init_linears(module: nn.Module) -> None:
+    """Xavier-uniform weights (the fused qkv as one matrix) and zero biases for every linear."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

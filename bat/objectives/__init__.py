@@ -1,0 +1,1 @@
+"""Pre-training objectives, one file each. They are handed a backbone."""
