@@ -1,0 +1,40 @@
+"""bat-pretrain: self-supervised pre-training by masked latent regression."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from bat.cli import args
+
+ABOUT = "Pre-train a BAT encoder: masked latent regression with an EMA teacher."
+EPILOG = """\
+examples:
+  bat-pretrain recipe=toy                              ten synthetic clips, a minute on two cores
+  bat-pretrain recipe=esc10 data.root=DIR              audio/*.ogg + meta.csv
+  bat-pretrain recipe=as2m data.shards=DIR hardware=ddp
+  bat-pretrain recipe=as2m data.shards=DIR model=S train.steps=100000 out=runs/s
+
+key=value sets a value (see --print-config); model=S, hardware=ddp pick a fragment.
+out= an existing run continues it.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = args.recipe_parser("pretrain", ABOUT, EPILOG)
+    return args.run(_body, p, argv)
+
+
+def _body(options: argparse.Namespace) -> None:
+    from bat.config.schema import Pretrain
+
+    config = args.configure(options, Pretrain, "pretrain", [])
+    if config is None:
+        return
+    from bat.train.run_pretrain import pretrain
+
+    pretrain(config, dry_run=options.dry_run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

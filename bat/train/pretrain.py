@@ -1,0 +1,174 @@
+"""Pre-training (SPEC section 3): the step in one screen, and what a run is made of.
+
+    wave -> front end, once a clip -> masks on the device -> student, teacher, losses
+         -> AdamW at the scheduled rate -> EMA of the teacher after each real optimiser step
+
+Everything random hangs on (seed, micro-batch, rank) alone, never on what came before: an
+interrupted and resumed run ends with the same weights as one that was left alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from bat import __version__
+from bat.backbones.base import load_backbone
+from bat.backbones.bat import BAT
+from bat.config.compose import to_dict
+from bat.config.schema import Pretrain
+from bat.nn.decoder import CNNDecoder, ViTDecoder
+from bat.nn.ema import ema_decay
+from bat.nn.masking import inverse_block_mask
+from bat.objectives.masked_latent import MaskedLatent
+from bat.shapes import Grid, UserError, Views, WaveBatch
+from bat.train.optim import adamw, param_groups, set_lr
+from bat.train.trainer import derive_seed
+
+DECODERS = {"vit12h": {"heads": 12, "mlp_ratio": 4.0}, "vit6h": {"heads": 6, "mlp_ratio": 2.0}}
+"""Heads and MLP ratio of the transformer decoders (SPEC section 3, ablations)."""
+
+
+def build_objective(config: Pretrain) -> MaskedLatent:
+    """Student, teacher and losses as the configuration says. Works on ``meta`` too."""
+    model, front, objective = config.model, config.frontend, config.objective
+    grid = Grid(front.frames // model.patch, front.n_mels // model.patch)
+    encoder = load_backbone(model.backbone)(
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        grid=grid,
+        patch=model.patch,
+        mlp_ratio=model.mlp_ratio,
+        gate=model.gate,
+        norm_order=model.norm_order,
+        pos_layout=model.pos_layout,
+        drop_path=model.drop_path,
+        attention=model.attention,
+        frontend={k: v for k, v in vars(front).items() if k != "frames"},
+    )
+    decoder: torch.nn.Module
+    if objective.decoder == "cnn":
+        decoder = CNNDecoder(
+            model.width, grid, width=objective.decoder_width, depth=objective.decoder_depth
+        )
+    else:
+        heads = DECODERS[objective.decoder]["heads"]
+        width = objective.decoder_width or model.width
+        if width % heads:
+            raise UserError(
+                f"objective.decoder={objective.decoder} has {heads} heads, which do not divide "
+                f"its width {width}: choose a width that is a multiple of {heads}, or "
+                "objective.decoder=cnn"
+            )
+        decoder = ViTDecoder(
+            model.width,
+            grid,
+            width=objective.decoder_width,
+            depth=objective.decoder_depth,
+            gate=model.gate,
+            pos_layout=model.pos_layout,
+            attention=model.attention,
+            **DECODERS[objective.decoder],  # type: ignore[arg-type]
+        )
+    return MaskedLatent(
+        encoder,
+        decoder,
+        target=objective.target,
+        target_centering=objective.target_centering,
+        global_target=objective.global_target,
+    )
+
+
+class Pretraining(pl.LightningModule):
+    """One training step of masked latent regression, and its optimiser."""
+
+    def __init__(self, config: Pretrain) -> None:
+        super().__init__()
+        self.config = config
+        self.objective = build_objective(config)
+        self.figures: dict[str, Tensor] = {}
+        self.clips = 0
+        if config.hardware.compile:
+            self.compile_blocks()
+
+    @property
+    def encoder(self) -> BAT:
+        """The student's encoder."""
+        return self.objective.student.encoder  # type: ignore[return-value]
+
+    @property
+    def teacher(self) -> BAT:
+        """The EMA teacher's encoder."""
+        return self.objective.teacher.encoder  # type: ignore[return-value]
+
+    def training_step(self, batch: WaveBatch, batch_idx: int) -> Tensor:
+        seed = derive_seed(self.config.seed, "step", batch_idx, self.global_rank)
+        torch.manual_seed(seed)  # drop path
+        spectrogram = self.spectrogram(batch)  # (B, 1, frames, mels)
+        views = self.draw_views(spectrogram.shape[0], seed)
+        losses = self.objective(spectrogram, views)
+        self.clips = spectrogram.shape[0]
+        self.figures = {
+            "loss": losses.total.detach(),
+            "loss_local": losses.local.detach(),
+            "loss_global": losses.global_.detach(),
+            "target_std": losses.target_std.detach(),
+        }
+        return losses.total
+
+    def spectrogram(self, batch: WaveBatch) -> Tensor:
+        """(B, S) waves -> (B, 1, frames, mels), float32, no gradient."""
+        with torch.no_grad():
+            return self.encoder.frontend(
+                batch.waves, frames=self.config.frontend.frames, lengths=batch.lengths
+            )
+
+    def draw_views(self, clips: int, seed: int) -> Views:
+        """Masks for ``clips`` times ``mask.views`` views, on the device."""
+        mask = self.config.mask
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return inverse_block_mask(
+            clips * mask.views,
+            self.encoder.grid,
+            keep_ratio=1 - mask.ratio,
+            block=mask.block,
+            adjust=mask.adjust,
+            generator=generator,
+        )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optim = self.config.optim
+        student = self.objective.student
+        groups = param_groups(student, weight_decay=optim.weight_decay, decay=optim.decay)
+        return adamw(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """The real step, at the scheduled rate; then the teacher follows."""
+        done, optim, ema = self.global_step, self.config.optim, self.config.ema
+        set_lr(
+            optimizer,
+            done,
+            lr=optim.lr,
+            warmup_steps=optim.warmup_steps,
+            total_steps=self.config.train.steps,
+            min_lr=optim.min_lr,
+        )
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        decay = ema_decay(done, start=ema.start, end=ema.end, steps=ema.steps)
+        self.objective.update_teacher(decay)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in every checkpoint how it came to be."""
+        checkpoint["bat"] = {"version": __version__, "config": to_dict(self.config)}
+
+    def compile_blocks(self) -> None:
+        """``torch.compile`` every block of student, decoder and teacher; names stay as they are."""
+        for module in self.objective.modules():
+            if type(module).__name__ == "Block":
+                module.compile()

@@ -1,0 +1,112 @@
+"""The folder of a run, and the data a command was pointed at: what every command does first."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from pathlib import Path
+from typing import Any
+
+from bat.config.compose import to_yaml
+from bat.config.schema import Pretrain
+from bat.config.sections import Data
+from bat.data.index import Index, open_index
+from bat.data.shards import ensure_shards
+from bat.data.toy import make_toy
+from bat.shapes import UserError
+from bat.tasks.base import Task, load_task
+
+log = logging.getLogger("bat")
+
+SAFE = (
+    "out:",
+    "recipe:",
+    "hardware.",
+    "log.",
+    "online.",
+    "data.workers:",
+    "data.cache:",
+    "data.cache_waves_gb:",
+    "data.root:",
+    "data.shards:",
+    "data.max_bad:",
+    "train.log_every:",
+    "train.save_every:",
+    "train.keep:",
+)
+"""Settings that may change when a run is continued: none of them changes the weights it ends with
+(that the data are the same is checked by the index's hash, not by its path)."""
+
+
+def open_run(config: Pretrain, out: Path) -> bool:
+    """Make or re-open the run folder ``out`` and write ``config.yaml``; True where it existed.
+
+    Raises ``UserError`` where ``out`` is something else, or holds a run with other settings:
+    the message shows the difference.
+    """
+    file = out / "config.yaml"
+    text = to_yaml(config)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out} is a file: name a folder")
+    if not file.is_file():
+        if out.is_dir() and any(p.name != "train.log" for p in out.iterdir()):
+            raise UserError(f"out={out} holds other things than a run: choose another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+        return False
+    changes = changed_settings(file.read_text(encoding="utf-8"), text)
+    risky = [c for c in changes if not c[2:].startswith(SAFE)]
+    if risky:
+        raise UserError(
+            f"out={out} holds a run with other settings (- then, + now):\n  "
+            + "\n  ".join(risky)
+            + "\nGive it the same settings to continue it, or another out="
+        )
+    if changes:
+        log.info("continuing with changed settings:\n  %s", "\n  ".join(changes))
+    file.write_text(text, encoding="utf-8")
+    return True
+
+
+def changed_settings(before: str, after: str) -> list[str]:
+    """Lines ``- key: value`` / ``+ key: value`` that two configurations differ in, full keys."""
+    diff = difflib.ndiff(_flat(before), _flat(after))
+    return [line for line in diff if line.startswith(("- ", "+ "))]
+
+
+def _flat(text: str) -> list[str]:
+    import yaml
+
+    def walk(tree: Any, prefix: str) -> list[str]:
+        lines = []
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                lines += walk(value, f"{prefix}{key}.")
+            else:
+                lines.append(f"{prefix}{key}: {value}")
+        return lines
+
+    return walk(yaml.safe_load(text) or {}, "")
+
+
+def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Task, Index]:
+    """The task and the index of the shards that ``data`` points at.
+
+    ``data.shards`` is opened as it is; ``data.root`` is written to shards in ``data.cache`` once
+    and found there the next time; the toy task makes its own clips. Raises ``UserError`` where
+    nothing is given, missing or unreadable.
+    """
+    task = load_task(task_name)
+    if data.shards:
+        source: str | Path = data.shards
+    elif data.root:
+        source = ensure_shards(task, data.root, data.cache, progress=progress)
+    elif task.name == "toy":
+        source = make_toy(Path(data.cache) / "toy")
+    else:
+        raise UserError(
+            f"no data given for task '{task.name}': say data.shards=DIR (shards, see bat-shard) "
+            "or data.root=DIR (a folder of audio)"
+        )
+    index = open_index(source, cache=Path(data.cache))
+    return task.settle(index.labels_per_clip.tolist()), index

@@ -1,0 +1,235 @@
+"""One pre-training run from a resolved configuration to its export, pictures and summary."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bat import __version__, checkpoint
+from bat.config.compose import to_dict
+from bat.config.schema import Pretrain
+from bat.data.collate import Collate
+from bat.data.index import Index
+from bat.data.module import AudioData
+from bat.report.plots import plot_curves, plot_masks
+from bat.shapes import WaveBatch
+from bat.tasks.base import Task
+from bat.train.callbacks import Checkpoints, Metrics
+from bat.train.online import OnlineProbe
+from bat.train.pretrain import Pretraining
+from bat.train.run_folder import open_data, open_run
+from bat.train.trainer import (
+    build_trainer,
+    derive_seed,
+    last_checkpoint,
+    read_jsonl,
+    start_logging,
+    write_json,
+)
+
+log = logging.getLogger("bat")
+
+
+def pretrain(config: Pretrain, *, dry_run: bool = False) -> Path:
+    """Pre-train as ``config`` says; returns the run folder. Continues what is already there."""
+    out = Path(config.out or f"runs/pretrain-{config.recipe}")
+    task, index = open_data(config.task, config.data)
+    data = make_data(config, index)
+    torch.manual_seed(derive_seed(config.seed, "init"))
+    module = Pretraining(config)
+    if dry_run:
+        _dry_run(config, module, data, index)
+        return out
+
+    existed = open_run(config, out)
+    start_logging(out)
+    newest = last_checkpoint(out) if existed else None
+    log.info("%s", _headline(config, task, index, out, newest))
+    online = OnlineProbe(config, task=task, index=index, out=out) if config.online.every else None
+    metrics = Metrics(every=config.train.log_every, progress=config.log.progress)
+    trainer = build_trainer(
+        hardware=config.hardware,
+        train=config.train,
+        log=config.log,
+        out=out,
+        clip_norm=config.optim.clip_norm,
+        callbacks=[
+            metrics,
+            *([online] if online else []),
+            Checkpoints(out, every=config.train.save_every, keep=config.train.keep),
+        ],
+        name=f"pretrain-{config.recipe}",
+    )
+    if online:
+        online.metrics = metrics
+    began = time.perf_counter()
+    trainer.fit(module, datamodule=data, ckpt_path=str(newest) if newest else None)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    data.bad_clips.check(final=True)
+    if trainer.is_global_zero:
+        export(module, out, step=trainer.global_step, index=index)
+        draw(module, data, out)
+        summary = {
+            "steps": trainer.global_step,
+            "seconds": round(time.perf_counter() - began, 1),
+            "clips": len(index),
+            "clips_per_second": _median(metrics.clips_per_second),
+            "bad_clips": data.bad_clips.state_dict(),
+            "last": _last_loss(out),
+            "online": online.rows if online else [],
+            "version": __version__,
+            "device": str(module.device)
+            if module.device.type == "cpu"
+            else torch.cuda.get_device_name(),
+        }
+        write_json(out / "summary.json", summary)
+        log.info("%s", data.bad_clips.summary())
+        _say_where(config, out, online)
+    return out
+
+
+def make_data(config: Pretrain, index: Index) -> AudioData:
+    """The training stream as the configuration says."""
+    data = config.data
+    return AudioData(
+        index=index,
+        batch=data.batch,
+        batches=config.train.steps * config.train.accumulate,
+        sample_rate=config.frontend.sample_rate,
+        clip_seconds=data.clip_seconds,
+        seed=config.seed,
+        roll=data.roll,
+        workers=data.workers,
+        cache_bytes=int(data.cache_waves_gb * 1e9),
+        max_bad=data.max_bad,
+    )
+
+
+def export(module: Pretraining, out: Path, *, step: int, index: Index) -> Path:
+    """Write ``out/export``: student and teacher encoder and how they came to be."""
+    return checkpoint.export(
+        out / "export",
+        backbone=module.config.model.backbone,
+        encoder=module.encoder.config(),
+        student=module.encoder.state_dict(),
+        teacher=module.teacher.state_dict(),
+        meta={
+            "bat_version": __version__,
+            "steps": step,
+            "training": to_dict(module.config),
+            "data": {"hash": index.hash, "clips": len(index)},
+        },
+    )
+
+
+def draw(module: Pretraining, data: AudioData, out: Path) -> None:
+    """``plots/``: a few spectrograms with their masks, the loss and learning-rate curves."""
+    plots = out / "plots"
+    plots.mkdir(exist_ok=True)
+    batch = first_batch(data)
+    count = min(4, batch.waves.shape[0])
+    with torch.no_grad():
+        spectrogram = module.spectrogram(batch.to(module.device))[:count]
+        views = module.draw_views(count, derive_seed(module.config.seed, "picture"))
+    per_clip = module.config.mask.views
+    plot_masks(
+        spectrogram.cpu(),
+        views.mask[::per_clip].cpu(),
+        plots / "masks.png",
+        grid=module.encoder.grid,
+        hop_ms=module.encoder.patch_hop_ms / module.encoder.patch,
+        names=batch.keys[:count],
+    )
+    plot_curves(read_jsonl(out / "metrics.jsonl"), plots / "curves.png")
+
+
+def first_batch(data: AudioData) -> WaveBatch:
+    """The first micro-batch of the stream, made in this process."""
+    clips = data.plan.clips(np.arange(data.batch))
+    items = [(position, int(clip)) for position, clip in enumerate(clips)]
+    return Collate(data.clip_samples)([data.dataset[item] for item in items])
+
+
+def _dry_run(config: Pretrain, module: Pretraining, data: AudioData, index: Index) -> None:
+    """Build everything, take one batch, compute the loss, train nothing.
+
+    On a GPU the whole micro-batch goes forward and backward, so its memory is known; on the CPU
+    one clip goes forward, since Base at full size takes minutes and tens of gigabytes there.
+    """
+    batch = first_batch(data)
+    device = torch.device("cuda" if _wants_cuda(config) else "cpu")
+    module = module.to(device)
+    clips = batch.waves.shape[0] if device.type == "cuda" else 1
+    bf16 = config.hardware.precision == "bf16-mixed"
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        torch.set_grad_enabled(device.type == "cuda"),
+    ):
+        spectrogram = module.spectrogram(batch.to(device))[:clips]
+        losses = module.objective(spectrogram, module.draw_views(clips, 0))
+    if device.type == "cuda":
+        losses.total.backward()
+    student = sum(p.numel() for p in module.objective.student.parameters())
+    print(f"data      {len(index)} clips, {index.classes} labels, {data.clip_samples} samples each")
+    print(f"input     {tuple(spectrogram.shape)}, {config.mask.views} views a clip")
+    print(f"student   {student / 1e6:.1f} M trainable parameters")
+    print(
+        f"step      {config.data.batch} clips x {config.train.accumulate} micro-batches a device, "
+        f"devices={config.hardware.devices}, {config.train.steps} steps"
+    )
+    print(f"loss      {losses.total.item():.4f} on {clips} clip(s), {device}")
+    if device.type == "cuda":
+        print(f"memory    {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at its peak")
+    print("dry run: nothing was trained, nothing was written but shards and their index")
+
+
+def _wants_cuda(config: Pretrain) -> bool:
+    return config.hardware.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def _headline(config: Pretrain, task: Task, index: Index, out: Path, newest: Path | None) -> str:
+    model = config.model
+    start = f"continuing from {newest}" if newest else "starting"
+    return (
+        f"bat {__version__}: pre-training recipe {config.recipe} in {out}, {start}\n"
+        f"  data {len(index)} clips (task {task.name}), encoder {model.width} wide, {model.depth} "
+        f"blocks, {config.data.batch} clips x {config.mask.views} views a micro-batch"
+    )
+
+
+def _last_loss(out: Path) -> dict[str, Any]:
+    rows = [r for r in read_jsonl(out / "metrics.jsonl") if "loss" in r]
+    return rows[-1] if rows else {}
+
+
+def _median(values: list[float]) -> float | None:
+    return round(statistics.median(values), 2) if values else None
+
+
+def _say_where(config: Pretrain, out: Path, online: OnlineProbe | None) -> None:
+    lines = [
+        "",
+        "done. Where everything is:",
+        f"  encoder   {out}/export      (student and teacher; bat.load_encoder('{out}'))",
+        f"  metrics   {out}/metrics.jsonl, {out}/summary.json",
+        f"  pictures  {out}/plots/",
+        f"  resume    {out}/checkpoints/last.ckpt (the same command with a larger run continues)",
+    ]
+    if online:
+        lines += ["", online.table()]
+    recipe = config.recipe if config.recipe in ("toy", "esc10", "esc50") else "RECIPE"
+    lines += [
+        "",
+        "Next:",
+        f"  bat-probe    recipe={recipe} checkpoint={out} --method cgp,linear",
+        f"  bat-finetune recipe={recipe} checkpoint={out}",
+    ]
+    tqdm.write("\n".join(lines))
