@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
 from tqdm import tqdm
 
 from bat.train.trainer import JsonLines, checkpoints, link_or_copy
+
+log = logging.getLogger("bat")
 
 
 class StepCallback(Callback):
@@ -81,7 +84,7 @@ class Metrics(StepCallback):
     def _reset(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.batches = self.clips = 0
-        self.since = time.perf_counter()
+        self.since = self.stepped = time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -107,6 +110,7 @@ class Metrics(StepCallback):
         for name, value in figures.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.batches += 1
+        self.stepped = time.perf_counter()
         self.clips += int(pl_module.clips) * trainer.world_size  # type: ignore[arg-type]
         super().on_train_batch_end(trainer, pl_module, *args)
 
@@ -129,9 +133,22 @@ class Metrics(StepCallback):
             )
         self._reset()
 
+    def say(self, line: str) -> None:
+        """Log ``line`` without breaking the bar."""
+        if self.bar is not None:
+            self.bar.clear()
+        log.info("%s", line)
+
     def pause(self) -> None:
-        """Leave out of the clock what happened since the last step (a probing, say)."""
-        self._reset()
+        """Leave out of the clock what happens between two steps (a probing): call it after.
+
+        The figures gathered since the last line go on being gathered.
+        """
+        now = time.perf_counter()
+        if not self.batches:
+            self.since = now
+        else:  # as if the clock had stood still since the step ended
+            self.since += now - self.stepped
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.bar is not None:

@@ -15,16 +15,21 @@ from typing import Any
 from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision, binary_f1_score
 
+from bat.shapes import UserError
+
 
 def evaluate(logits: Tensor, targets: Tensor, *, multi_label: bool) -> dict[str, Any]:
     """Metrics of logits (n, C) against targets (n, C) in {0, 1}.
 
     One label a clip: ``accuracy`` and ``map`` (of softmax probabilities). Several: ``map`` and
     ``f1`` (of sigmoid probabilities, threshold 0.5). Both: ``absent``, the indices of classes that
-    no clip has and that the means therefore leave out. Fractions, not percent; NaN logits raise.
+    no clip has and that the means therefore leave out. Fractions, not percent; outputs
+    that are not finite raise ``UserError``.
     """
     if not logits.isfinite().all():
-        raise FloatingPointError("logits are not finite: lower the learning rate")
+        raise UserError(
+            "the classifier's outputs are not finite: training diverged; lower optim.lr"
+        )
     logits, hard = logits.detach().double().cpu(), (targets.detach().cpu() >= 0.5).long()
     present = hard.any(0).nonzero().flatten().tolist()  # classes with a positive
     scores = logits.sigmoid() if multi_label else logits.softmax(1)

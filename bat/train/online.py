@@ -1,2 +1,228 @@
-class OnlineProbe:
-    pass
+"""Probes along a pre-training run: the evidence that the encoder learns.
+
+Every ``online.every`` steps, and at step 0 before any training, short probes are trained from
+scratch on the frozen EMA teacher's features of a labelled set and judged on held-out folds. Step 0
+is the control: the same encoder with random weights. The falling loss is no such evidence (the
+position code is the easy part of the target). Same code as ``bat-probe``, with a small budget; the
+run's own random numbers are left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+from bat.backbones.base import load_backbone
+from bat.config.schema import Pretrain
+from bat.config.sections import Data, Optim
+from bat.data.index import Index
+from bat.data.module import eval_loader
+from bat.probes.base import Probe, build_probe
+from bat.report.plots import plot_layer_gates, plot_probe_curve
+from bat.shapes import UserError
+from bat.tasks.base import Task
+from bat.train.callbacks import Metrics, StepCallback
+from bat.train.features import FeatureBank
+from bat.train.held_out import Round, make_rounds, summary
+from bat.train.losses import loss_for
+from bat.train.probing import cross_validate
+from bat.train.run_folder import open_data
+from bat.train.trainer import JsonLines, derive_seed, read_jsonl
+
+log = logging.getLogger("bat")
+
+SHOWN = ("accuracy", "map")
+HELD_OUT = 0.2
+"""Fraction held out of a set that has neither folds nor splits."""
+
+
+class OnlineProbe(StepCallback):
+    """Trains and judges short probes on the teacher; ``rows`` is the curve so far."""
+
+    def __init__(
+        self, config: Pretrain, *, task: Task, index: Index, out: Path, metrics: Metrics
+    ) -> None:
+        """``task`` and ``index``: the training set's, probed where ``online`` names no other."""
+        super().__init__()
+        self.config, self.out, self.metrics = config, out, metrics
+        online = config.online
+        if online.root or online.shards:
+            source = Data(root=online.root, shards=online.shards, cache=config.data.cache)
+            task, index = open_data(online.task or config.task, source)
+        if index.classes < 2 or not (index.labels_per_clip > 0).any():
+            raise UserError(
+                "online probes need labelled clips, this data has none: give online.shards= or "
+                "online.root=, or set online.every=0"
+            )
+        self.task, self.index = task, index
+        self.rounds = choose_rounds(
+            index, folds=online.folds, max_clips=online.max_clips, seed=config.seed
+        )
+        self.ids = np.unique(np.concatenate([[*r.train, *r.test] for r in self.rounds]))
+        self.rows: list[dict[str, Any]] = []
+        self.gates: dict[str, np.ndarray] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.global_step:
+            self.rows = curve(read_jsonl(self.out / "metrics.jsonl"))
+        else:
+            self._probe(trainer, pl_module, 0)
+
+    def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
+        if step % self.config.online.every == 0 or step == trainer.max_steps:
+            self._probe(trainer, module, step)
+
+    def _probe(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
+        if trainer.is_global_zero:
+            results = self.probe(module)
+            row: dict[str, Any] = {}
+            for method, entry in results.items():
+                own = {"step": step, "method": method}
+                for name in SHOWN:
+                    row[f"online/{method}/{name}"] = entry["mean"][name]
+                    row[f"online/{method}/{name}_std"] = entry["std"][name]
+                    own |= {name: entry["mean"][name], f"{name}_std": entry["std"][name]}
+                self.rows.append(own)
+                if entry["gate"]:
+                    self.gates[method] = np.array(list(entry["gate"].values()))  # (folds, L)
+            for logger in trainer.loggers:
+                gates = {f"online/{m}/gate": g.mean(0).tolist() for m, g in self.gates.items()}
+                only_ours = gates if isinstance(logger, JsonLines) else {}
+                logger.log_metrics(row | only_ours, step=step)
+            self.draw()
+            scores = ", ".join(
+                f"{method} {100 * entry['mean']['accuracy']:.1f} %"
+                for method, entry in results.items()
+            )
+            self.metrics.say(f"step {step}: held-out accuracy {scores}")
+        trainer.strategy.barrier("online probe")
+        self.metrics.pause()
+
+    def probe(self, module: pl.LightningModule) -> dict[str, dict[str, Any]]:
+        """Train and judge once; ``{method: {"mean", "std", "folds", "gate"}}``."""
+        online, frames = self.config.online, self.config.frontend.frames
+        bf16 = self.config.hardware.precision == "bf16-mixed"
+        autocast = torch.bfloat16 if bf16 else None
+        teacher: Any = module.teacher
+        batches = eval_loader(
+            self.index,
+            self.ids,
+            batch=online.batch,
+            sample_rate=teacher.sample_rate,
+            clip_seconds=self.config.data.clip_seconds,
+        )
+        bank = FeatureBank.extract(
+            teacher,
+            batches,
+            ids=self.ids,
+            frames=frames,
+            autocast=autocast,
+            device=module.device,
+        )
+        warmup = min(online.steps // 10, 50)
+        outcomes = cross_validate(
+            bank,
+            self.rounds,
+            methods=online.methods,
+            build=self.build,
+            loss=loss_for(self.task),
+            optim=Optim(
+                lr=online.lr,
+                betas=[0.9, 0.999],
+                weight_decay=online.weight_decay,
+                decay="matrices",
+                warmup_steps=warmup,
+            ),
+            steps=online.steps,
+            batch=online.batch,
+            multi_label=self.task.multi_label,
+            seed=derive_seed(self.config.seed, "online"),
+            autocast=autocast,
+            device=module.device,
+        )
+        return summary(outcomes)
+
+    def build(self, method: str) -> Probe:
+        """A fresh probe of the encoder's shape."""
+        model, head = self.config.model, self.config.online.head
+        return build_probe(
+            method,
+            classes=self.index.classes,
+            width=model.width,
+            depth=model.depth,
+            has_cls=load_backbone(model.backbone).has_cls,
+            prototypes=head.prototypes,
+            dropout=head.dropout,
+            norm=head.norm,
+        )
+
+    def draw(self) -> None:
+        """``plots/probe_curve.png`` and ``plots/layer_gate.png``."""
+        chance = None if self.task.multi_label else 1 / self.index.classes
+        plot_probe_curve(self.rows, self.out / "plots" / "probe_curve.png", chance=chance)
+        if self.gates:
+            plot_layer_gates(self.gates, self.out / "plots" / "layer_gate.png")
+
+    def table(self) -> str:
+        """The curve as text: a line a probing, mean and deviation over the held-out folds."""
+        methods = list(dict.fromkeys(r["method"] for r in self.rows))
+        steps = sorted({r["step"] for r in self.rows})
+        cell = {(r["step"], r["method"]): r for r in self.rows}
+        lines = ["held-out probe accuracy, % (mAP, %) | " + " | ".join(methods)]
+        for step in steps:
+            shown = []
+            for method in methods:
+                r = cell.get((step, method))
+                shown.append(
+                    f"{100 * r['accuracy']:.1f} ± {100 * r['accuracy_std']:.1f} "
+                    f"({100 * r['map']:.1f})"
+                    if r
+                    else "-"
+                )
+            name = "random weights (step 0)" if step == 0 else f"step {step}"
+            lines.append(f"  {name} | " + " | ".join(shown))
+        return "\n".join(lines)
+
+
+def choose_rounds(index: Index, *, folds: int, max_clips: int, seed: int) -> list[Round]:
+    """The first ``folds`` held-out rounds of ``index``, of at most ``max_clips`` clips together.
+
+    A set with neither folds nor splits has a fifth of its labelled clips held out.
+    """
+    clips = np.random.default_rng(derive_seed(seed, "online clips")).permutation(len(index))
+    clips = clips[index.labels_per_clip[clips] > 0][:max_clips]
+    if index.folds or index.splits:
+        rounds = make_rounds(index)[:folds]
+    else:
+        cut = max(1, round(HELD_OUT * len(clips)))
+        rounds = [Round("test", clips[cut:], clips[:cut])]
+    chosen = [
+        Round(r.name, np.intersect1d(r.train, clips), np.intersect1d(r.test, clips)) for r in rounds
+    ]
+    empty = [r.name for r in chosen if not len(r.train) or not len(r.test)]
+    if empty:
+        raise UserError(
+            f"online probes: nothing to train on or to hold out in round {empty[0]}; raise "
+            f"online.max_clips={max_clips} or give a larger labelled set"
+        )
+    return chosen
+
+
+def curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The probings in the rows of a ``metrics.jsonl``, a row a step and method."""
+    found = []
+    for row in rows:
+        methods = dict.fromkeys(k.split("/")[1] for k in row if k.startswith("online/"))
+        for method in methods:
+            own = {"step": row["step"], "method": method}
+            for name in SHOWN:
+                own[name] = row[f"online/{method}/{name}"]
+                own[f"{name}_std"] = row[f"online/{method}/{name}_std"]
+            found.append(own)
+    return found

@@ -52,8 +52,10 @@ def pretrain(config: Pretrain, *, dry_run: bool = False) -> Path:
     start_logging(out)
     newest = last_checkpoint(out) if existed else None
     log.info("%s", _headline(config, task, index, out, newest))
-    online = OnlineProbe(config, task=task, index=index, out=out) if config.online.every else None
     metrics = Metrics(every=config.train.log_every, progress=config.log.progress)
+    online = None
+    if config.online.every:
+        online = OnlineProbe(config, task=task, index=index, out=out, metrics=metrics)
     trainer = build_trainer(
         hardware=config.hardware,
         train=config.train,
@@ -67,8 +69,6 @@ def pretrain(config: Pretrain, *, dry_run: bool = False) -> Path:
         ],
         name=f"pretrain-{config.recipe}",
     )
-    if online:
-        online.metrics = metrics
     began = time.perf_counter()
     trainer.fit(module, datamodule=data, ckpt_path=str(newest) if newest else None)
     if trainer.interrupted:
@@ -221,7 +221,7 @@ def _say_where(config: Pretrain, out: Path, online: OnlineProbe | None) -> None:
         f"  encoder   {out}/export      (student and teacher; bat.load_encoder('{out}'))",
         f"  metrics   {out}/metrics.jsonl, {out}/summary.json",
         f"  pictures  {out}/plots/",
-        f"  resume    {out}/checkpoints/last.ckpt (the same command with a larger run continues)",
+        f"  resume    {out}/checkpoints/last.ckpt (had it been interrupted: the same command)",
     ]
     if online:
         lines += ["", online.table()]

@@ -1,0 +1,212 @@
+"""Augmentation of whole batches on the device (SPEC section 5): mixup, SpecAugment, colour noise,
+roll.
+
+Every random number comes from the ``torch.Generator`` that is handed in, drawn on the generator's
+own device: give it one on the GPU and nothing leaves it, or a CPU one for draws that are the same
+on every machine. Each clip draws for itself; there is no loop over clips and no host
+synchronisation. What is random and what is computed are kept apart: ``mix`` and ``add_noise`` are
+the deterministic cores that the golden vectors hold.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bat.shapes import UserError
+
+
+def mixup(
+    x: Tensor, y: Tensor, *, generator: torch.Generator, p: float = 0.9, alpha: float = 0.8
+) -> tuple[Tensor, Tensor]:
+    """Mix each clip, with probability ``p``, with its counterpart in the reversed batch.
+
+    The share of the counterpart is drawn from Beta(alpha, alpha), for each clip its own; an odd
+    batch's middle clip is its own counterpart and stays.
+
+    Args:
+        x: (B, ...) inputs; the recipes mix spectrograms, after the front end.
+        y: (B, C) targets in [0, 1].
+
+    Returns:
+        mixed inputs and targets, shaped as they came.
+    """
+    _check_probability(p)
+    if not alpha > 0:
+        raise UserError(f"alpha={alpha}: more than zero, it shapes Beta(alpha, alpha)")
+    shape = torch.full((len(x), 2), alpha, dtype=torch.float64, device=generator.device)
+    # torch.distributions takes no generator; this is the call beneath its Gamma (torch 2.11)
+    gamma = torch._standard_gamma(shape, generator=generator)  # (B, 2)
+    weight = gamma[:, 0] / gamma.sum(1).clamp(min=torch.finfo(torch.float64).tiny)  # (B,)
+    chosen = _uniform(len(x), generator=generator) < p
+    return mix(x, y, torch.where(chosen, weight, 0.0).to(x.device, non_blocking=True))
+
+
+def mix(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``(1 - w) x + w reversed(x)``, the targets alike, clamped to [0, 1].
+
+    Args:
+        x: (B, ...). y: (B, C). weight: (B,) in [0, 1], the share of the reversed batch.
+    """
+    return (
+        _blend(x, weight.to(x.dtype)),
+        _blend(y, weight.to(y.dtype)).clamp(0.0, 1.0),
+    )
+
+
+def spec_augment(
+    spectrogram: Tensor,
+    *,
+    generator: torch.Generator,
+    freq_width: int,
+    time_width: int,
+    repeats: int = 1,
+) -> Tensor:
+    """Set random bands of mels and of frames to zero, ``repeats`` of each, each clip its own.
+
+    Widths are uniform in [0, width) and starts uniform over the places left, both rounded down, as
+    torchaudio's ``mask_along_axis_iid``. A width beyond the axis counts as the whole axis; 0
+    switches that mask off.
+
+    Args:
+        spectrogram: (B, 1, T, F), T frames and F mels.
+
+    Returns:
+        (B, 1, T, F), a new tensor.
+    """
+    for name, number in (
+        ("freq_width", freq_width),
+        ("time_width", time_width),
+        ("repeats", repeats),
+    ):
+        if number < 0:
+            raise UserError(f"{name}={number}: zero or more")
+    batch, _, frames, mels = spectrogram.shape
+    time = _bands(batch, repeats, frames, time_width, generator)  # (B, T)
+    freq = _bands(batch, repeats, mels, freq_width, generator)  # (B, F)
+    masked = (time[:, None, :, None] | freq[:, None, None, :]).to(
+        spectrogram.device, non_blocking=True
+    )
+    return spectrogram.masked_fill(masked, 0.0)
+
+
+def colour_noise(
+    waves: Tensor,
+    *,
+    generator: torch.Generator,
+    p: float = 0.3,
+    beta: tuple[float, float] = (-2.0, 2.0),
+    snr_db: tuple[float, float] = (5.0, 25.0),
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Add noise of a random colour and loudness to each clip with probability ``p``.
+
+    Args:
+        waves: (B, S), padding zero.
+        beta: range of the exponent: spectrum ``f^(-beta / 2)``, 2 red, 0 white, -2 violet.
+        snr_db: range of the signal-to-noise ratio, decibels.
+        lengths: (B,) valid samples of each row: the rest stays zero; None: all S.
+
+    Returns:
+        (B, S).
+    """
+    _check_probability(p)
+    batch, samples = waves.shape
+    chosen = _uniform(batch, generator=generator) < p
+    exponents = beta[0] + (beta[1] - beta[0]) * _uniform(batch, generator=generator)
+    ratios = snr_db[0] + (snr_db[1] - snr_db[0]) * _uniform(batch, generator=generator)
+    white = torch.randn(batch, samples, generator=generator, device=generator.device)
+    chosen, exponents, ratios, white = (
+        t.to(waves.device, non_blocking=True) for t in (chosen, exponents, ratios, white)
+    )
+    noisy = add_noise(waves, white, beta=exponents, snr_db=ratios, lengths=lengths)
+    return torch.where(chosen[:, None], noisy, waves)
+
+
+def add_noise(
+    waves: Tensor, white: Tensor, *, beta: Tensor, snr_db: Tensor, lengths: Tensor | None = None
+) -> Tensor:
+    """Add ``white`` noise, coloured by ``f^(-beta / 2)``, at ``snr_db`` under each clip's power.
+
+    Bin k of the noise's spectrum, counted from 1, is divided by ``k^(beta / 2)``. Silence stays
+    silent. Powers are means over each clip's valid samples.
+
+    Args:
+        waves: (B, S). white: (B, S). beta: (B,). snr_db: (B,), decibels. lengths: (B,) or None.
+    """
+    samples = waves.shape[1]
+    spectrum = torch.fft.rfft(white)  # (B, bins)
+    bins = torch.arange(1, spectrum.shape[1] + 1, device=waves.device, dtype=white.dtype)
+    shape = bins ** (-beta.to(white.dtype)[:, None] / 2)
+    noise = torch.fft.irfft(spectrum * shape, n=samples)  # (B, S)
+    valid = torch.full_like(waves[:, :1], samples)  # (B, 1)
+    if lengths is not None:
+        lengths = lengths.to(waves.device)
+        noise = noise.masked_fill(~_inside(samples, lengths), 0.0)
+        valid = lengths[:, None].to(waves.dtype)
+    with torch.no_grad():  # the scale is a constant to gradients: at silence its root has none
+        noise_power = noise.square().sum(1, keepdim=True) / valid
+        wave_power = waves.square().sum(1, keepdim=True) / valid
+        wanted = wave_power / 10.0 ** (snr_db.to(waves.dtype)[:, None] / 10.0)
+        scale = (wanted / noise_power.clamp(min=1e-20)).sqrt()
+    return waves + noise * scale
+
+
+def roll(
+    waves: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    shifts: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Roll each clip to the right, circularly within its own valid samples.
+
+    Args:
+        waves: (B, S).
+        generator: draws each shift uniformly in [0, length); or
+        shifts: (B,) integer, samples, any sign. Exactly one of the two.
+        lengths: (B,) valid samples of each row: what lies beyond stays; None: all S.
+
+    Returns:
+        (B, S).
+    """
+    if (generator is None) == (shifts is None):
+        raise UserError("roll takes a generator or shifts, exactly one of them")
+    batch, samples = waves.shape
+    if lengths is None:
+        lengths = torch.full((batch,), samples, device=waves.device)
+    lengths = lengths.to(waves.device).clamp(1, samples)
+    if generator is not None:
+        share = _uniform(batch, generator=generator).to(waves.device, non_blocking=True)
+        shifts = (share * lengths).long()
+    assert shifts is not None
+    position = torch.arange(samples, device=waves.device)  # (S,)
+    source = (position - shifts.to(waves.device)[:, None]).remainder(lengths[:, None])  # (B, S)
+    return waves.gather(1, torch.where(_inside(samples, lengths), source, position))
+
+
+def _blend(x: Tensor, weight: Tensor) -> Tensor:
+    weight = weight.view(-1, *[1] * (x.ndim - 1))
+    return (1.0 - weight) * x + weight * x.flip(0)
+
+
+def _bands(batch: int, repeats: int, size: int, width: int, generator: torch.Generator) -> Tensor:
+    """Which of ``size`` places lie in one of ``repeats`` random bands: (batch, size) bool."""
+    draws = _uniform(2, batch, repeats, 1, generator=generator)
+    widths = draws[0] * min(width, size)  # (B, repeats, 1)
+    starts = (draws[1] * (size - widths)).long()
+    places = torch.arange(size, device=generator.device)
+    return ((places >= starts) & (places < starts + widths.long())).any(1)
+
+
+def _inside(samples: int, lengths: Tensor) -> Tensor:
+    return torch.arange(samples, device=lengths.device) < lengths[:, None]  # (B, S)
+
+
+def _uniform(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(*shape, generator=generator, device=generator.device, dtype=torch.float64)
+
+
+def _check_probability(p: float) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise UserError(f"p={p}: a probability, in [0, 1]")

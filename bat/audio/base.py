@@ -1,0 +1,145 @@
+"""What every front end does the same way: check, crop, pad, mask, and stay in float32.
+
+``frontend`` says what the settings ``pad`` and ``crop`` mean and why.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bat.shapes import UserError
+
+Pad = Literal["spectrogram", "waveform"]
+Crop = Literal["waveform", "spectrogram"]
+
+
+class FrontEnd(nn.Module, abc.ABC):
+    """What the two front ends share: the call, the cutting and padding, the float32 tables.
+
+    Attributes:
+        sample_rate: Hz the waveform must have.
+        hop_length: samples from frame to frame.
+        n_mels: mel bands.
+    """
+
+    window: Tensor
+    filters: Tensor
+
+    def __init__(
+        self, *, sample_rate: int, hop_length: int, n_mels: int, pad: Pad, crop: Crop
+    ) -> None:
+        super().__init__()
+        for name, value in (("pad", pad), ("crop", crop)):
+            if value not in ("spectrogram", "waveform"):
+                raise UserError(f"{name}={value!r}: one of spectrogram, waveform")
+        for name, number in (
+            ("sample_rate", sample_rate),
+            ("hop_length", hop_length),
+            ("n_mels", n_mels),
+        ):
+            if number < 1:
+                raise UserError(f"{name}={number}: at least 1")
+        self.sample_rate = sample_rate
+        self.hop_length = hop_length
+        self.n_mels = n_mels
+        self.pad = pad
+        self.crop = crop
+
+    def forward(self, waveform: Tensor, frames: int, lengths: Tensor | None = None) -> Tensor:
+        """The batch as spectrograms of ``frames`` frames.
+
+        Args:
+            waveform: (B, S) floating point in [-1, 1] at ``sample_rate``.
+            frames: time frames of the result.
+            lengths: (B,) integer, valid samples of each row (0 counts as 1); None: all S.
+
+        Returns:
+            (B, 1, frames, n_mels) float32, zero beyond each clip's valid frames.
+
+        Raises:
+            UserError: a waveform that is not (B, S) floating point, ``frames`` below 1, ``lengths``
+                that are not (B,).
+        """
+        _check(waveform, frames, lengths)
+        with torch.autocast(waveform.device.type, enabled=False):
+            x = waveform.to(self.window.dtype)  # (B, S)
+            most = self.max_samples(frames)
+            if self.crop == "waveform" and x.shape[1] > most:
+                x = x[:, :most]
+            if lengths is None:
+                valid = x.new_full((x.shape[0],), x.shape[1], dtype=torch.int64)
+            else:
+                valid = lengths.to(x.device, torch.int64).clamp(1, x.shape[1])  # (B,)
+                x = zero_beyond(x, valid)
+            x = self._centre(x, valid)
+            if self.pad == "waveform":
+                x, valid = extend(x, valid, (frames - 1) * self.hop_length)
+            x, shown = self._transform(x, valid)  # (B, T, F), (B, T, 1)
+            x = x.masked_fill(~shown, 0.0)
+            # crops where frames are too many, appends zeros where too few
+            return F.pad(x, (0, 0, 0, frames - x.shape[1])).unsqueeze(1)  # (B, 1, frames, F)
+
+    @abc.abstractmethod
+    def valid_frames(self, lengths: Tensor) -> Tensor:
+        """Frames that clips of ``lengths`` samples have, before any cropping or padding."""
+
+    @abc.abstractmethod
+    def max_samples(self, frames: int) -> int:
+        """Samples beyond which a clip would have more than ``frames`` frames."""
+
+    @abc.abstractmethod
+    def _transform(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S) -> all frames (B, T, F), and which of them are each clip's own (B, T, 1) bool."""
+
+    @abc.abstractmethod
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Window and filter bank, float32."""
+
+    def _centre(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return x
+
+    def _shown(self, x: Tensor, lengths: Tensor) -> Tensor:
+        steps = torch.arange(x.shape[1], device=x.device)
+        return (steps < self.valid_frames(lengths)[:, None]).unsqueeze(-1)  # (B, T, 1)
+
+    def _make_tables(self, device: torch.device | None = None) -> None:
+        window, filters = self._tables(device or torch.get_default_device())
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("filters", filters, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrontEnd:
+        # casting a model to bfloat16 must not round the tables, and leaving the meta device must
+        # not leave them empty (they are in no state dict that could fill them)
+        stale = self.window.is_meta
+        super()._apply(fn, recurse)
+        stale = stale or self.window.dtype not in (torch.float32, torch.float64)
+        if stale and not self.window.is_meta:
+            self._make_tables(self.window.device)
+        return self
+
+
+def _check(waveform: Tensor, frames: int, lengths: Tensor | None) -> None:
+    if waveform.ndim != 2 or waveform.shape[1] < 1:
+        raise UserError(f"waveform of shape {tuple(waveform.shape)}: give (clips, samples)")
+    if not waveform.is_floating_point():
+        raise UserError(f"waveform of {waveform.dtype}: give floating point in [-1, 1]")
+    if frames < 1:
+        raise UserError(f"frames={frames}: at least 1")
+    if lengths is not None and lengths.shape != waveform.shape[:1]:
+        raise UserError(f"lengths of shape {tuple(lengths.shape)} for {len(waveform)} clips")
+
+
+def zero_beyond(x: Tensor, lengths: Tensor) -> Tensor:
+    beyond = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+    return x.masked_fill(beyond, 0.0)  # (B, S)
+
+
+def extend(x: Tensor, lengths: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Clips shorter than ``samples`` get zeros up to there, which count as theirs."""
+    return F.pad(x, (0, max(0, samples - x.shape[1]))), lengths.clamp(min=samples)

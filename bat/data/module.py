@@ -1,0 +1,262 @@
+"""The loaders of a run, as Lightning wants them, and where the stream goes on after a resume.
+
+The position is read from Lightning's own count of finished micro-batches whenever an iterator is
+made: ``fit_loop.epoch_loop.batch_progress.total.processed``. (``processed``, not ``completed``:
+a checkpoint saved in ``on_train_batch_end`` holds the step of a batch that is not yet
+``completed``. Lightning 2.6.6.) A checkpoint also records how many clips that was, so a changed
+number of ranks or micro-batch size goes on at the right clip; another data set, seed or global
+batch is refused. Build the Trainer with ``use_distributed_sampler=False``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from bat.data.bad_clips import BadClips
+from bat.data.collate import Collate, clip_samples
+from bat.data.index import Index
+from bat.data.stream import ClipDataset, EvalSampler, Plan, PlanSampler, Sample
+from bat.shapes import UserError, WaveBatch
+
+
+def worker_init(worker: int) -> None:
+    """A loader process outlives the signals meant for the run, which still has to save."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def eval_loader(
+    index: Index,
+    ids: np.ndarray | None = None,
+    *,
+    batch: int,
+    sample_rate: int,
+    clip_seconds: float,
+    crop: Literal["start", "centre"] = "centre",
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    cache_bytes: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[Sample]:
+    """Batches of the clips ``ids`` (None: all) once, in order; unreadable ones are left out."""
+    dataset = ClipDataset(
+        index,
+        sample_rate=sample_rate,
+        clip_seconds=clip_seconds,
+        crop=crop,
+        cache_bytes=cache_bytes,
+    )
+    ids = np.arange(len(index)) if ids is None else ids
+    return DataLoader(
+        dataset,
+        batch_sampler=EvalSampler(ids, batch=batch, rank=rank, world=world),
+        collate_fn=Collate(clip_samples(clip_seconds, sample_rate)),
+        num_workers=workers,
+        worker_init_fn=worker_init,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # the loader draws a seed: never from the run's own state
+    )
+
+
+class AudioData(LightningDataModule):
+    """Training stream and evaluation rows over indexed shards.
+
+    Args:
+        index: the training clips.
+        batch: clips of a micro-batch on one device.
+        batches: micro-batches of one of Lightning's epochs on one device.
+        sample_rate: Hz of the waves; clips at another rate are resampled.
+        clip_seconds: length of a row; longer clips are cropped, shorter ones padded.
+        seed: of order, crops and rolls.
+        roll: circular roll of training clips.
+        crop: where training crops lie; those of the evaluation are centred.
+        workers: loader processes; 0 decodes in the training process.
+        train_ids: clips to train on; None: all.
+        eval_ids: clips to evaluate on; None without ``eval_index``: no evaluation.
+        eval_index: the evaluation clips where they lie in other shards; same vocabulary.
+        eval_batch: None: as ``batch``.
+        cache_bytes: decoded waves kept in memory by each loader process (small data sets).
+        max_bad: fraction of unreadable clips above which the run stops.
+
+    Raises:
+        UserError: a value out of range, an empty selection, different vocabularies.
+    """
+
+    def __init__(
+        self,
+        *,
+        index: Index,
+        batch: int,
+        batches: int,
+        sample_rate: int,
+        clip_seconds: float,
+        seed: int = 0,
+        roll: bool = False,
+        crop: Literal["random", "start", "centre"] = "random",
+        workers: int = 0,
+        train_ids: np.ndarray | None = None,
+        eval_ids: np.ndarray | None = None,
+        eval_index: Index | None = None,
+        eval_batch: int | None = None,
+        cache_bytes: int = 0,
+        max_bad: float = 0.05,
+    ) -> None:
+        super().__init__()
+        if eval_index is not None and eval_index.vocabulary != index.vocabulary:
+            raise UserError(
+                f"training and evaluation clips have different labels "
+                f"({index.classes} and {eval_index.classes} classes): write them with one "
+                f"vocabulary"
+            )
+        self.index, self.eval_index = index, eval_index or index
+        self.batch, self.batches, self.workers = batch, batches, workers
+        self.sample_rate, self.clip_seconds, self.seed = sample_rate, clip_seconds, seed
+        self.plan = Plan(len(index) if train_ids is None else train_ids, seed=seed)
+        self.dataset = ClipDataset(
+            index,
+            sample_rate=sample_rate,
+            clip_seconds=clip_seconds,
+            seed=seed,
+            crop=crop,
+            roll=roll,
+            pool=self.plan.ids,
+            cache_bytes=cache_bytes,
+        )
+        self.eval_ids = eval_ids
+        if eval_ids is None and eval_index is not None:
+            self.eval_ids = np.arange(len(eval_index))
+        if self.eval_ids is not None and not len(self.eval_ids):
+            raise UserError("there are no clips to evaluate on: the selection is empty")
+        self.eval_batch, self.cache_bytes = eval_batch or batch, cache_bytes
+        self.bad_clips = BadClips(max_bad=max_bad)
+        self._base = (0, 0)  # micro-batches and clips done when the checkpoint was written
+
+    @property
+    def clip_samples(self) -> int:
+        """S of every batch."""
+        return clip_samples(self.clip_seconds, self.sample_rate)
+
+    def _ranks(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+    def _processed(self) -> int:
+        if self.trainer is None:
+            return 0
+        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return int(total.processed)
+
+    def clips_done(self) -> int:
+        """Global position: clips that all ranks together have trained on."""
+        batches, clips = self._base
+        return clips + (self._processed() - batches) * self.batch * self._ranks()[1]
+
+    def batches_done(self) -> int:
+        """Micro-batches behind us, counted in those of this run's size."""
+        size = self.batch * self._ranks()[1]
+        if self.clips_done() % size:
+            raise UserError(
+                f"the checkpoint stands at clip {self.clips_done()}, which micro-batches of "
+                f"{size} (data.batch x devices) do not reach: choose a divisor of the global batch"
+            )
+        return self.clips_done() // size
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        rank, world = self._ranks()
+        sampler = PlanSampler(
+            self.plan,
+            batch=self.batch,
+            batches=self.batches,
+            rank=rank,
+            world=world,
+            batches_done=self.batches_done,
+        )
+        return DataLoader(
+            self.dataset,
+            batch_sampler=sampler,
+            collate_fn=Collate(self.clip_samples),
+            num_workers=self.workers,
+            worker_init_fn=worker_init,
+            persistent_workers=self.workers > 0,
+            pin_memory=self._on_cuda(),
+            generator=torch.Generator(),  # as in eval_loader
+        )
+
+    def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
+        if self.eval_ids is None:
+            return []
+        rank, world = self._ranks()
+        return eval_loader(
+            self.eval_index,
+            self.eval_ids,
+            batch=self.eval_batch,
+            sample_rate=self.sample_rate,
+            clip_seconds=self.clip_seconds,
+            workers=self.workers,
+            rank=rank,
+            world=world,
+            cache_bytes=self.cache_bytes,
+            pin_memory=self._on_cuda(),
+        )
+
+    def _on_cuda(self) -> bool:
+        trainer = self.trainer
+        return trainer is not None and trainer.strategy.root_device.type == "cuda"
+
+    def on_before_batch_transfer(self, batch: WaveBatch, dataloader_idx: int) -> WaveBatch:
+        """Count unreadable clips, in the main process, as batches are used."""
+        trainer = self.trainer
+        self.bad_clips.add(batch)
+        self.bad_clips.check()
+        if trainer is not None and trainer.training and len(batch.keys) < self.batch:
+            self.bad_clips.check(final=True)
+            raise UserError(f"{self.bad_clips.summary()}, too many in a row: check the shards")
+        return batch
+
+    def transfer_batch_to_device(
+        self, batch: WaveBatch, device: torch.device, dataloader_idx: int
+    ) -> WaveBatch:
+        return batch.to(device, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the stream: where it stands, and of which stream."""
+        return {
+            "batches": self._processed(),
+            "clips": self.clips_done(),
+            "stream": self._stream(),
+            "bad_clips": self.bad_clips.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written; UserError where the stream is another one."""
+        for name, now in self._stream().items():
+            then = state_dict["stream"][name]
+            if then != now:
+                raise UserError(
+                    f"the checkpoint was written with {name} {then}, this run has {now}: resume "
+                    f"with the same, or start a new run with another out="
+                )
+        self._base = (state_dict["batches"], state_dict["clips"])
+        self.bad_clips.load_state_dict(state_dict["bad_clips"])
+
+    def _stream(self) -> dict[str, Any]:
+        trainer = self.trainer
+        ids = self.plan.ids
+        chosen = hashlib.sha256(ids.tobytes()).hexdigest()[:8]
+        accumulate = 1 if trainer is None else trainer.accumulate_grad_batches
+        return {
+            "data set": self.index.hash[:16],
+            "clips": f"{len(ids)} of {len(self.index)} ({chosen})",
+            "seed": self.seed,
+            "global batch": self.batch * self._ranks()[1] * accumulate,
+        }

@@ -1,0 +1,214 @@
+"""One shard's index: where each clip's bytes lie and what its JSON said (STACK section 2).
+
+A shard is a plain WebDataset tar: ``KEY.flac`` + ``KEY.json`` side by side. Its ``ShardTable``
+lets training read by ``pread`` and never parse a tar; it lies beside the shard as
+``shard-00000.idx.npz``. ``scan`` makes it for any shard, ours or foreign: regular members only,
+suffixes of an allow-list, size caps, no pickle, nothing unpacked (STACK section 6).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bat.data.tar import BLOCK, Member, members, parse_header, sample_key, write_atomic
+from bat.shapes import UserError
+from bat.tasks.base import AUDIO_SUFFIXES
+
+VERSION = 1
+MAX_AUDIO_BYTES = 1 << 30
+MAX_JSON_BYTES = 1 << 20
+CLIP = np.dtype(
+    [
+        ("offset", "<i8"),  # of the audio bytes in the tar
+        ("size", "<i8"),
+        ("frames", "<i8"),  # at ``rate``; -1 unknown
+        ("rate", "<i4"),  # 0 unknown
+        ("codec", "u1"),  # index into AUDIO_SUFFIXES
+        ("fold", "<i2"),  # -1 none
+        ("split", "i1"),  # index into ``splits``; -1 none
+        ("labels", "<u2"),  # how many
+        ("key", "u1"),  # bytes of the key
+    ]
+)
+
+
+@dataclass
+class ShardTable:
+    """Where the clips of one shard lie and what their JSON said."""
+
+    tar_bytes: int
+    clips: np.ndarray  # (n,) CLIP
+    labels: np.ndarray  # int32, flat: indices into ``names``, ``clips["labels"]`` each
+    keys: np.ndarray  # uint8, flat: ``clips["key"]`` bytes each
+    names: list[str]
+    """Labels of this shard."""
+    ids: list[int]
+    """``label_id`` of each of ``names`` as its publisher numbered it; -1 where he did not."""
+    splits: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    """``{member: reason}``"""
+    sha256: str = ""
+    """Of the tar, where its writer told it."""
+
+    def save(self, path: Path) -> None:
+        """Write atomically (temporary file, fsync, ``os.replace``); the same bytes each time."""
+        head = {k: getattr(self, k) for k in ("tar_bytes", "names", "ids", "splits", "left_out")}
+        text = json.dumps({"version": VERSION, "sha256": self.sha256, **head})
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            head=np.frombuffer(text.encode(), np.uint8),
+            clips=self.clips,
+            labels=self.labels,
+            keys=self.keys,
+        )
+        write_atomic(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: Path, tar: Path) -> ShardTable | None:
+        """The table saved at ``path`` if it describes the shard ``tar`` as it is now, else None.
+
+        Checked: size of the tar, lengths of the arrays, headers of the first and last clip.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                head = json.loads(file["head"].tobytes())
+                clips, labels, keys = file["clips"], file["labels"], file["keys"]
+            if head.pop("version") != VERSION or clips.dtype != CLIP:
+                return None
+            table = cls(clips=clips, labels=labels, keys=keys, **head)
+            return table if table._describes(tar) else None
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+            return None
+
+    def _describes(self, tar: Path) -> bool:
+        clips = self.clips
+        if (
+            os.stat(tar).st_size != self.tar_bytes
+            or int(clips["labels"].sum()) != len(self.labels)
+            or int(clips["key"].sum()) != len(self.keys)
+            or (len(self.labels) and not 0 <= self.labels.min() <= self.labels.max())
+            or (len(self.labels) and self.labels.max() >= len(self.names))
+        ):
+            return False
+        if not len(clips):
+            return True
+        first, last = int(clips["key"][0]), int(clips["key"][-1])
+        ends = [(0, self.keys[:first]), (-1, self.keys[len(self.keys) - last :])]
+        with tar.open("rb") as file:
+            for i, key in ends:
+                at = int(clips["offset"][i]) - BLOCK
+                parsed = parse_header(os.pread(file.fileno(), BLOCK, at), at) if at >= 0 else None
+                if parsed is None or parsed[0].size != clips["size"][i]:
+                    return False
+                name = parsed[0].name
+                if len(name) < 98 and sample_key(name) != key.tobytes().decode():
+                    return False
+        return True
+
+
+def parse_labels(meta: dict[str, Any]) -> list[tuple[str, int]]:
+    """``[(name, label_id or -1), ...]`` of a sample's JSON (FIELD section 1).
+
+    Read: ``label`` (or ``labels``) and ``label_id``, each a list or a single value;
+    ``original_data.class_labels`` (LAION).
+    """
+
+    def listed(value: Any) -> list[str | int]:
+        values = value if isinstance(value, list) else [value]
+        return [x for x in values if isinstance(x, (str, int))]
+
+    original = meta.get("original_data")
+    nested = original.get("class_labels") if isinstance(original, dict) else None
+    names = [str(x) for x in listed(meta.get("label", meta.get("labels", nested)))]
+    ids = [x for x in listed(meta.get("label_id")) if isinstance(x, int) and 0 <= x < 1 << 31]
+    if not names:
+        names = [str(x) for x in ids]
+    if len(ids) != len(names):
+        ids = [-1] * len(names)
+    return list(dict(zip(names, ids, strict=True)).items())
+
+
+def _whole(value: Any, default: int, limit: int) -> int:
+    ok = isinstance(value, (int, float)) and value == value and 0 <= value < limit
+    return int(value) if ok else default
+
+
+def scan(path: Path, sha256: str = "") -> ShardTable:
+    """Read the headers and JSON members of a shard.
+
+    Raises:
+        UserError: missing file, or not a tar.
+    """
+    audio: dict[str, tuple[Member, int]] = {}
+    metas: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    try:
+        with path.open("rb") as file:
+            end = os.fstat(file.fileno()).st_size
+            for member in members(file, path):
+                suffix = os.path.splitext(member.name)[1][1:].lower()
+                if suffix != "json" and suffix not in AUDIO_SUFFIXES:
+                    continue
+                key = sample_key(member.name)
+                cap = MAX_JSON_BYTES if suffix == "json" else MAX_AUDIO_BYTES
+                if not member.regular:
+                    left_out[member.name] = "not a regular file"
+                elif member.offset + member.size > end:
+                    left_out[member.name] = "cut short: the tar ends before it"
+                elif member.size == 0:
+                    left_out[member.name] = "empty"
+                elif member.size > cap:
+                    left_out[member.name] = f"larger than {cap} bytes"
+                elif key in (metas if suffix == "json" else audio):
+                    left_out[member.name] = "a second one of this key"
+                elif suffix != "json":
+                    audio[key] = (member, AUDIO_SUFFIXES.index(suffix))
+                else:
+                    try:
+                        text = os.pread(file.fileno(), member.size, member.offset)
+                        metas[key] = dict(json.loads(text))
+                    except (ValueError, TypeError, RecursionError):
+                        left_out[member.name] = "not a JSON object"
+            if end >= BLOCK and os.pread(file.fileno(), BLOCK, end - BLOCK).strip(b"\0"):
+                left_out["(end)"] = "no end marker: the tar may be cut short"
+    except OSError as error:
+        raise UserError(f"shard {path} cannot be read: {error.strerror}") from error
+    names: dict[str, int] = {}
+    ids: list[int] = []
+    splits: dict[str, int] = {}
+    clips = np.zeros(len(audio), CLIP)
+    labels: list[int] = []
+    for i, (key, (member, codec)) in enumerate(audio.items()):
+        meta = metas.get(key, {})
+        pairs = parse_labels(meta)[: (1 << 16) - 1]
+        for name, number in pairs:
+            if names.setdefault(name, len(names)) == len(ids):
+                ids.append(number)
+            elif ids[names[name]] != number:
+                ids[names[name]] = -1
+            labels.append(names[name])
+        split = meta.get("split")
+        known = isinstance(split, str) and (split in splits or len(splits) < 127)
+        clips[i] = (
+            member.offset,
+            member.size,
+            _whole(meta.get("num_samples"), -1, 1 << 62) or -1,
+            _whole(meta.get("sample_rate"), 0, 1 << 31),
+            codec,
+            _whole(meta.get("fold"), -1, 1 << 15),
+            splits.setdefault(str(split), len(splits)) if known else -1,
+            len(pairs),
+            len(key),
+        )
+    keys = np.frombuffer("".join(audio).encode("ascii"), np.uint8)
+    flat = np.array(labels, np.int32)
+    return ShardTable(end, clips, flat, keys, list(names), ids, list(splits), left_out, sha256)

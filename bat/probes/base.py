@@ -1,0 +1,135 @@
+"""What every probe is: ``Features`` of all blocks in, logits out (SPEC section 4).
+
+At ``clip`` level a probe answers once a clip, (B, C); at ``frame`` level once a time patch,
+(B, T, C). The optimiser decays matrices only; a probe names the matrices that are none
+(prototypes) in ``no_weight_decay``. A probe that mixes the blocks shows how in ``layer_gate``: the
+gate is a result, it tells where the task's information sits.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bat.shapes import Features, UserError
+
+Level = Literal["clip", "frame"]
+
+
+class Probe(nn.Module):
+    """Base of all probes.
+
+    ``classes`` C; ``width`` D and ``depth`` L of the encoder; ``has_cls``: whether it has a class
+    token. Subclasses add the head settings they use (``prototypes``, ``dropout``, ``norm``) as
+    keyword-only arguments.
+    """
+
+    def __init__(
+        self, *, classes: int, width: int, depth: int, has_cls: bool, level: Level = "clip"
+    ) -> None:
+        super().__init__()
+        if level not in ("clip", "frame"):
+            raise UserError(f"level={level} is not known: clip or frame")
+        self.classes = classes
+        self.width = width
+        self.depth = depth
+        self.has_cls = has_cls
+        self.level = level
+
+    def forward(self, features: Features) -> Tensor:
+        """Logits (B, C) at clip level, (B, T, C) at frame level."""
+        raise NotImplementedError
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters with two or more axes that must not decay all the same."""
+        return set()
+
+    def layer_gate(self) -> Tensor | None:
+        """Weights of the blocks (L,), summing to 1, detached; None where blocks are not mixed."""
+        return None
+
+
+def mix_blocks(layers: Tensor, gate: Tensor) -> Tensor:
+    """``sum_l gate_l layers_l`` in float32: (L, ...), (L,) -> (...)."""
+    return torch.tensordot(gate.float(), layers.float(), dims=1)
+
+
+def mix_normalised(layers: Tensor, gate: Tensor) -> Tensor:
+    """``sum_l gate_l n(layers_l)``, ``n`` the L2 norm's direction: (L, ..., D), (L,) -> (..., D).
+
+    Float32. One block at a time, and made again in the backward pass: the normalised stack of all
+    blocks never lies in memory. The sum is not normalised again.
+    """
+    mixed: Tensor | None = None
+    for tokens, weight in zip(layers.unbind(0), gate.float().unbind(0), strict=True):
+        x = checkpoint(_weighted, tokens, weight, use_reentrant=False, preserve_rng_state=False)
+        mixed = x if mixed is None else mixed + x
+    assert mixed is not None
+    return mixed
+
+
+def _weighted(tokens: Tensor, weight: Tensor) -> Tensor:
+    return weight * F.normalize(tokens.float(), dim=-1)
+
+
+def known_probes() -> dict[str, type[Probe]]:
+    """All probes of this folder by name."""
+    import bat.probes as folder
+
+    found: dict[str, type[Probe]] = {}
+    for module in pkgutil.iter_modules(folder.__path__):
+        found |= getattr(importlib.import_module(f"bat.probes.{module.name}"), "PROBES", {})
+    return dict(sorted(found.items()))
+
+
+def find_probe(name: str) -> type[Probe]:
+    """The class of probe ``name``, or of a dotted path ``package.module.Class``.
+
+    Raises ``UserError`` that lists the known ones.
+    """
+    known = known_probes()
+    if name in known:
+        return known[name]
+    if "." in name:
+        module, _, attribute = name.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"probe {name} cannot be imported: {error}") from error
+        if not (isinstance(found, type) and issubclass(found, Probe)):
+            raise UserError(f"probe {name} is not a subclass of bat.probes.base.Probe")
+        return found
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    raise UserError(
+        f"unknown probe '{name}'.{hint} Known: {', '.join(known)}; or the dotted path of a class"
+    )
+
+
+def build_probe(
+    name: str,
+    *,
+    classes: int,
+    width: int,
+    depth: int,
+    has_cls: bool,
+    level: Level = "clip",
+    **head: Any,
+) -> Probe:
+    """Probe ``name`` for an encoder of ``width`` D, ``depth`` L; ``head``: see ``config.Head``.
+
+    Each probe takes the head settings it has an argument for. Raises ``UserError`` for an unknown
+    name or level.
+    """
+    cls = find_probe(name)
+    takes = inspect.signature(cls).parameters
+    own = {key: value for key, value in head.items() if key in takes}
+    return cls(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level, **own)

@@ -1,0 +1,71 @@
+"""``linear`` (LP) and ``lcgp``: LayerNorm, dropout and a linear layer on one vector (SPEC 4).
+
+``linear`` reads the last block: its class token, or the mean patch of an encoder without one; at
+frame level the mean over frequency of its patches. ``lcgp`` reads ``sum_l alpha_l o_l`` with
+``alpha = softmax(a)``, a learned and 0 at start; at frame level ``sum_l alpha_l mean_f z_l``.
+The linear layer keeps PyTorch's initialisation.
+
+Parameters at D = 768, C = 527, L = 12: ``linear`` 406,799; ``lcgp`` 406,811.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bat.probes.base import Level, Probe, mix_blocks
+from bat.shapes import Features
+
+
+class Linear(Probe):
+    """Linear probe. ``norm``: LayerNorm (eps 1e-6) first; ``dropout``: rate before the layer."""
+
+    gated: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        width: int,
+        depth: int,
+        has_cls: bool,
+        level: Level = "clip",
+        norm: bool = True,
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
+        self.layer_logits = nn.Parameter(torch.zeros(depth)) if self.gated else None  # (L,)
+        self.norm = nn.LayerNorm(width, eps=1e-6) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, features: Features) -> Tensor:
+        if self.layer_logits is None:
+            cls = None if features.cls is None else features.cls[-1:]
+            x = self.pool(Features(patches=features.patches[-1:], cls=cls)).squeeze(0)
+        else:
+            x = mix_blocks(self.pool(features), self.layer_logits.softmax(0))
+        return self.fc(self.dropout(self.norm(x)))  # (B, C) or (B, T, C)
+
+    def pool(self, features: Features) -> Tensor:
+        """One vector a block: (L, B, D) at clip level, (L, B, T, D) at frame level; float32."""
+        if self.level == "frame":
+            return features.patches.mean(3, dtype=torch.float32)
+        if self.has_cls:
+            assert features.cls is not None
+            return features.cls.float()
+        return features.patches.mean((2, 3), dtype=torch.float32)
+
+    def layer_gate(self) -> Tensor | None:
+        return None if self.layer_logits is None else self.layer_logits.detach().softmax(0)
+
+
+class LCGP(Linear):
+    """Linear probe on the convex sum of all blocks."""
+
+    gated = True
+
+
+PROBES: dict[str, type[Probe]] = {"linear": Linear, "lcgp": LCGP}

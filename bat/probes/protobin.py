@@ -1,0 +1,72 @@
+"""``protobin`` (PB): binary prototypes against the last block's patches (SPEC section 4).
+
+Features are ``max over patches of n(z) . n(sign(p_k))`` with ``sign(0) = +1`` and ``n`` the
+division by the L2 norm, at frame level the maximum over frequency; then dropout and a linear layer
+K -> C. The gradient is computed for the +-1 matrix, through its normalisation, and handed to the
+real-valued prototypes unchanged (straight through; golden README section 6). Prototypes do not
+decay and start at 0.02 N(0, 1).
+
+Parameters at D = 768, C = 527, K = 10,000: 12,950,527.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bat.probes.base import Level, Probe
+from bat.probes.extremes import highest
+from bat.shapes import Features
+
+
+class _Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def straight_through_sign(x: Tensor) -> Tensor:
+    """+1 where ``x >= 0``, else -1; the gradient passes as if this were the identity."""
+    sign: Tensor = _Sign.apply(x)
+    return sign
+
+
+class ProtoBin(Probe):
+    """Binary prototypes. ``prototypes``: K; ``dropout``: rate before the linear layer."""
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        width: int,
+        depth: int,
+        has_cls: bool,
+        level: Level = "clip",
+        prototypes: int = 10_000,
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
+        self.prototypes = nn.Parameter(0.02 * torch.randn(prototypes, width))  # (K, D)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(prototypes, classes)
+
+    def forward(self, features: Features) -> Tensor:
+        binary = F.normalize(straight_through_sign(self.prototypes.float()), dim=-1)  # (K, D)
+        tokens = F.normalize(features.patches[-1].float(), dim=-1)  # (B, T, F, D)
+        frame = self.level == "frame"
+        tokens = tokens.flatten(0, 1) if frame else tokens.flatten(1, 2)  # (G, M, D)
+        logits = self.fc(self.dropout(highest(tokens, binary)))  # (G, C)
+        return logits.unflatten(0, features.patches.shape[1:3]) if frame else logits
+
+    def no_weight_decay(self) -> set[str]:
+        return {"prototypes"}
+
+
+PROBES: dict[str, type[Probe]] = {"protobin": ProtoBin}

@@ -1,0 +1,164 @@
+"""What a task is: rows (file, key, labels, fold) and a few constants; never a Dataset class.
+
+The file name is the registration: ``bat/tasks/NAME.py`` holds ``TASK``. A dotted import path
+(``mylab.tasks.frogs``, a module with a ``TASK``) works wherever a name does, so that a task can
+live outside this package. The constants are those of SPEC section 5.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from bat.shapes import UserError
+
+AUDIO_SUFFIXES = ("flac", "m4a", "mp3", "ogg", "opus", "wav")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One audio file of a task, before it is in a shard."""
+
+    path: Path
+    key: str
+    """Unique in the task; becomes the sample key (escaped where it must be)."""
+    labels: tuple[str, ...]
+    """Names of the classes; empty: unlabelled."""
+    fold: int | None = None
+    """Cross-validation fold, from 1."""
+    split: str | None = None
+    """``train``, ``test`` or whatever the source calls it."""
+    start_seconds: float = 0.0
+    """Where the clip starts in the recording it was cut from."""
+    mids: tuple[str, ...] = ()
+    """Machine ids of ``labels`` where the source has them (AudioSet)."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows and constants. ``read`` is ``rows`` with the checks that every task wants."""
+
+    name: str
+    rows: Callable[[Path], list[Row]]
+    multi_label: bool
+    loss: Literal["ce", "bce", "asl"]
+    metric: Literal["accuracy", "map"]
+    """The one a run is selected by."""
+    clip_seconds: float
+    frames: int
+    """Spectrogram frames of a clip (SPEC section 5)."""
+    folds: int = 0
+    """Cross-validation folds; 0: none."""
+    classes: int | None = None
+    """Number of classes where the task fixes it; ``read`` checks it."""
+    vocabulary: Callable[[Path], list[str]] | None = None
+    """Class names in the order of their indices; None: the labels that occur, sorted."""
+    adapts: bool = False
+    """Whether the labels decide ``multi_label`` (a user's own data), see ``settle``."""
+
+    def read(self, root: str | Path) -> tuple[list[Row], list[str]]:
+        """Rows and class names of the data set at ``root``.
+
+        Raises:
+            UserError: missing root, no rows, a key twice, another number of classes, a label
+                that the vocabulary lacks.
+        """
+        root = Path(root)
+        if not root.exists():
+            raise UserError(f"{root} does not exist: give the folder of task {self.name!r}")
+        rows = self.rows(root)
+        if not rows:
+            raise UserError(f"{root} has no clips for task {self.name!r}")
+        seen: set[str] = set()
+        for row in rows:
+            if row.key in seen:
+                raise UserError(f"{row.key!r} is listed twice in {root}: keep one line of it")
+            seen.add(row.key)
+        found = sorted({label for row in rows for label in row.labels})
+        names = self.vocabulary(root) if self.vocabulary else found
+        unknown = [label for label in found if label not in set(names)]
+        if unknown:
+            raise UserError(f"{root}: label {unknown[0]!r} is not among the {len(names)} classes")
+        if self.classes is not None and len(names) != self.classes:
+            raise UserError(
+                f"{root} has {len(names)} classes, task {self.name!r} has {self.classes}: "
+                f"choose the task that fits, or task=folder for labels of your own"
+            )
+        return rows, names
+
+    def settle(self, labels_per_clip: Iterable[int]) -> Task:
+        """The task for a data set whose clips carry so many labels each.
+
+        Raises:
+            UserError: several labels on a clip of a task with one label a clip.
+        """
+        if self.multi_label or max(labels_per_clip, default=0) <= 1:
+            return self
+        if not self.adapts:
+            raise UserError(
+                f"task {self.name!r} takes one label a clip, the data has clips with several: "
+                f"use task=folder or a multi-label task"
+            )
+        return replace(self, multi_label=True, loss="bce", metric="map")
+
+
+def known_tasks() -> list[str]:
+    """Names of the tasks in ``bat/tasks``."""
+    import bat.tasks
+
+    return sorted(m.name for m in pkgutil.iter_modules(bat.tasks.__path__) if m.name != "base")
+
+
+def load_task(name: str) -> Task:
+    """The task called ``name``: a file of ``bat/tasks`` or a dotted import path.
+
+    Raises:
+        UserError: unknown name (lists the known ones), or a module without ``TASK``.
+    """
+    module = name if "." in name else f"bat.tasks.{name}"
+    known = ", ".join(known_tasks())
+    if "." not in name and name not in known_tasks():
+        raise UserError(f"no task {name!r}: known are {known}; or give a dotted import path")
+    try:
+        task = getattr(importlib.import_module(module), "TASK", None)
+    except ImportError as error:
+        raise UserError(f"task {name!r} cannot be imported ({error}); known are {known}") from error
+    if not isinstance(task, Task):
+        raise UserError(f"{module} has no TASK of type bat.tasks.base.Task; known are {known}")
+    return task
+
+
+def read_csv(path: Path, required: Iterable[str]) -> list[dict[str, str]]:
+    """Lines of a CSV with a header, values stripped.
+
+    Raises:
+        UserError: no such file, not UTF-8 text, or a column of ``required`` missing.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            columns = [c.strip() for c in reader.fieldnames or []]
+            reader.fieldnames = columns
+            missing = [c for c in required if c not in columns]
+            if missing:
+                raise UserError(
+                    f"{path} lacks column {missing[0]!r}; it has: {', '.join(columns) or 'nothing'}"
+                )
+            return [{k: (v or "").strip() for k, v in line.items() if k} for line in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV in UTF-8 ({error})") from error
+
+
+def whole_number(value: str, *, column: str, path: Path) -> int:
+    """``value`` of a CSV as an int, or a UserError that names the file and the column."""
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(f"{path}: {column} {value!r} is not a whole number") from None

@@ -1,0 +1,27 @@
+"""ESC-10 (Piczak 2015): 10 classes, 400 clips of 5 s, 5 folds of 80.
+
+Reads its own folder (``audio/`` + ``meta.csv``) or an ESC-50 folder, of which it takes the rows
+whose column ``esc10`` is true.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from bat.shapes import UserError
+from bat.tasks import esc50
+from bat.tasks.base import Row, read_csv
+
+
+def rows(root: Path) -> list[Row]:
+    meta = esc50.find_meta(root)
+    lines = read_csv(meta, ("filename", "fold", "category"))
+    if lines and "esc10" in lines[0]:
+        lines = [line for line in lines if line["esc10"].lower() == "true"]
+        if not lines:
+            raise UserError(f"no line of {meta} has esc10 = True: this is not ESC-50's own file")
+    return esc50.read_esc(root, lines, meta)
+
+
+TASK = replace(esc50.TASK, name="esc10", rows=rows, classes=10)

@@ -1,0 +1,65 @@
+"""ESC-50 (Piczak 2015): 50 classes, 2,000 clips of 5 s, 5 folds; accuracy over the folds.
+
+Layouts read: ``audio/`` with ``meta/esc50.csv`` (as published) or with ``meta.csv``; columns
+``filename, fold, category`` (``target`` is not used: classes are the categories, sorted).
+``bat.tasks.esc10`` reads the same files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bat.shapes import UserError
+from bat.tasks.base import Row, Task, read_csv, whole_number
+
+
+def find_meta(root: Path) -> Path:
+    """The CSV of an ESC-like folder, or a UserError."""
+    for name in ("meta/esc50.csv", "meta.csv"):
+        if (root / name).is_file():
+            return root / name
+    raise UserError(
+        f"{root} has neither meta/esc50.csv nor meta.csv: give the folder that holds one of them "
+        f"beside audio/"
+    )
+
+
+def read_esc(root: Path, lines: list[dict[str, str]], meta: Path) -> list[Row]:
+    """Rows for the ``lines`` of ``meta``; clips lie in ``root/audio``."""
+    audio = root / "audio"
+    if not audio.is_dir():
+        raise UserError(f"{audio} does not exist: the clips of {meta} belong there")
+    present = {p.name for p in audio.iterdir()}
+    missing = [line["filename"] for line in lines if line["filename"] not in present]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(lines)} clips of {meta} are not in {audio} (the first: "
+            f"{missing[0]!r}): complete the download"
+        )
+    return [
+        Row(
+            path=audio / line["filename"],
+            key=Path(line["filename"]).stem,
+            labels=(line["category"],),
+            fold=whole_number(line["fold"], column="fold", path=meta),
+        )
+        for line in lines
+    ]
+
+
+def rows(root: Path) -> list[Row]:
+    meta = find_meta(root)
+    return read_esc(root, read_csv(meta, ("filename", "fold", "category")), meta)
+
+
+TASK = Task(
+    name="esc50",
+    rows=rows,
+    multi_label=False,
+    loss="ce",
+    metric="accuracy",
+    clip_seconds=5.0,
+    frames=512,
+    folds=5,
+    classes=50,
+)

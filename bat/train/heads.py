@@ -1,0 +1,62 @@
+"""Trained heads on disk: ``model.safetensors`` and ``config.json``, enough to use one again.
+
+Strict both ways, as encoders are. ``config.json`` says how the probe is built, on which encoder,
+for which labels, and what it reached.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from bat.checkpoint import CONFIG, WEIGHTS, read_tensors, replace_durably
+from bat.probes.base import Probe, build_probe
+from bat.shapes import UserError
+
+FORMAT, VERSION = "bat-head", 1
+
+
+def save_head(
+    folder: Path, probe: Probe, *, name: str, head: dict[str, Any], meta: dict[str, Any]
+) -> Path:
+    """Write probe ``name``, built with the ``head`` settings, to ``folder``; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().cpu().contiguous() for k, v in probe.state_dict().items()}
+    temporary = folder / f".{WEIGHTS}.tmp"
+    save_file(state, temporary, metadata={"format": "pt"})
+    replace_durably(temporary, folder / WEIGHTS)
+    shape = ("classes", "width", "depth", "has_cls", "level")
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "probe": name,
+        "settings": {**{k: getattr(probe, k) for k in shape}, **head},
+        **meta,
+    }
+    temporary = folder / f".{CONFIG}.tmp"
+    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    replace_durably(temporary, folder / CONFIG)
+    return folder
+
+
+def load_head(folder: str | Path) -> tuple[Probe, dict[str, Any]]:
+    """The probe in ``folder``, in eval mode, and its ``config.json``.
+
+    Raises ``UserError`` for a missing or foreign file and for weights that do not fit.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG} is missing or not JSON: {error}") from error
+    if config.get("format") != FORMAT or config.get("version") != VERSION:
+        raise UserError(f"{folder} is not a head of this bat (format {config.get('format')!r})")
+    probe = build_probe(config["probe"], **config["settings"])
+    try:
+        probe.load_state_dict(read_tensors(folder / WEIGHTS))
+    except RuntimeError as error:
+        raise UserError(f"{folder / WEIGHTS} does not fit its config.json: {error}") from error
+    return probe.eval(), config

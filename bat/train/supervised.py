@@ -1,0 +1,129 @@
+"""Fine-tuning: encoder and head trained together on labels (SPEC section 5).
+
+    wave -> colour noise -> front end -> mixup -> SpecAugment -> encoder with drop path -> head
+         -> the task's loss -> AdamW with layer-wise decay at the scheduled rate
+
+The head is a probe, ``linear`` by default: LayerNorm, dropout, linear on the last class token, or
+the mean patch of an encoder without one. The time roll is the stream's (``data.roll``). Everything
+random hangs on (seed, fold, micro-batch, rank) alone, so that a resumed run is the same run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from bat import __version__
+from bat.audio.augment import colour_noise, mixup, spec_augment
+from bat.backbones.base import Backbone
+from bat.config.compose import to_dict
+from bat.config.schema import Finetune
+from bat.probes.base import Probe
+from bat.shapes import UserError, WaveBatch
+from bat.train.losses import Loss, against
+from bat.train.optim import adamw, param_groups, set_lr
+from bat.train.trainer import derive_seed
+
+
+class Supervised(pl.LightningModule):
+    """Backbone and head, one training step, and their optimiser."""
+
+    def __init__(
+        self,
+        config: Finetune,
+        *,
+        backbone: Backbone,
+        head: Probe,
+        loss: Loss,
+        frames: int,
+        fold: str,
+    ) -> None:
+        super().__init__()
+        self.config, self.loss, self.frames, self.fold = config, loss, frames, fold
+        self.backbone, self.head = backbone, head
+        if hasattr(backbone, "set_drop_path"):
+            backbone.set_drop_path(config.drop_path)
+        elif config.drop_path:
+            raise UserError(f"{type(backbone).__name__} has no drop path: drop_path=0")
+        self.figures: dict[str, Tensor] = {}
+        self.clips = 0
+
+    def training_step(self, batch: WaveBatch, batch_idx: int) -> Tensor:
+        seed = derive_seed(self.config.seed, self.fold, "step", batch_idx, self.global_rank)
+        torch.manual_seed(seed)  # dropout, drop path
+        generator = torch.Generator(self.device).manual_seed(seed)
+        spectrogram, targets = self.augmented(batch, generator)  # (B, 1, frames, mels), (B, C)
+        loss = against(self.loss, self.head(self.backbone.features(spectrogram)), targets)
+        self.clips = spectrogram.shape[0]
+        self.figures = {"loss": loss.detach()}
+        return loss
+
+    @torch.no_grad()
+    def augmented(self, batch: WaveBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Spectrograms and targets of a training batch; each augmentation acts where it is on."""
+        own = self.config.augment
+        waves, targets = batch.waves, batch.targets
+        if own.noise_p:
+            waves = colour_noise(waves, generator=generator, p=own.noise_p, lengths=batch.lengths)
+        x = self.backbone.spectrogram(waves, batch.lengths, frames=self.frames)
+        if own.mixup_p:
+            x, targets = mixup(
+                x, targets, generator=generator, p=own.mixup_p, alpha=own.mixup_alpha
+            )
+        if own.spec_repeats and (own.spec_freq or own.spec_time):
+            x = spec_augment(
+                x,
+                generator=generator,
+                freq_width=own.spec_freq,
+                time_width=own.spec_time,
+                repeats=own.spec_repeats,
+            )
+        return x, targets
+
+    def layer_of(self, name: str) -> int:
+        """Layer of parameter ``name`` for layer-wise decay: the head and the rest are L + 1."""
+        inner = name.removeprefix("backbone.")
+        return self.backbone.depth + 1 if inner == name else self.backbone.layer_of(inner)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optim = self.config.optim
+        no_decay = {f"backbone.{n}" for n in self.backbone.no_weight_decay()}
+        groups = param_groups(
+            self,
+            weight_decay=optim.weight_decay,
+            decay=optim.decay,
+            no_decay=no_decay | {f"head.{n}" for n in self.head.no_weight_decay()},
+            layer_decay=optim.layer_decay,
+            layer_of=self.layer_of,
+            depth=self.backbone.depth,
+        )
+        groups.sort(key=lambda g: -g["scale"])  # the first group's rate is the one logged
+        return adamw(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """The real step, at the scheduled rate."""
+        optim = self.config.optim
+        set_lr(
+            optimizer,
+            self.global_step,
+            lr=optim.lr,
+            warmup_steps=optim.warmup_steps,
+            total_steps=self.config.train.steps,
+            min_lr=optim.min_lr,
+        )
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in every checkpoint how it came to be."""
+        checkpoint["bat"] = {"version": __version__, "config": to_dict(self.config)}
+
+    def compile_blocks(self) -> None:
+        """``torch.compile`` every block of the encoder; names stay as they are."""
+        for module in self.backbone.modules():
+            if type(module).__name__ == "Block":
+                module.compile()

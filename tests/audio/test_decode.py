@@ -1,0 +1,286 @@
+"""Decoding: what comes back, what is refused, and with which word."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+
+from bat.audio import decode as module
+from bat.audio.decode import AudioInfo, DecodeError, decode, encode, probe
+from bat.shapes import UserError
+
+FORMATS = {  # codec -> libsndfile's format, subtype, rate
+    "wav": ("WAV", "PCM_16", 44100),
+    "flac": ("FLAC", "PCM_16", 44100),
+    "ogg": ("OGG", "VORBIS", 44100),
+    "opus": ("OGG", "OPUS", 48000),
+    "mp3": ("MP3", None, 44100),
+}
+
+
+def file_bytes(
+    wave: np.ndarray, rate: int, container: str = "WAV", subtype: str | None = None
+) -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, wave, rate, format=container, subtype=subtype)
+    return out.getvalue()
+
+
+def noise(frames: int, channels: int = 1, seed: int = 0) -> np.ndarray:
+    x = np.random.default_rng(seed).standard_normal((frames, channels)) * 0.1
+    return (np.rint(x * 32768) / 32768).astype(np.float32)
+
+
+def sample(codec: str, frames: int = 66150, channels: int = 2) -> bytes:
+    container, subtype, rate = FORMATS[codec]
+    return file_bytes(noise(frames, channels), rate, container, subtype)
+
+
+def with_flac_total(data: bytes, total: int) -> bytes:
+    """The FLAC with another total in its STREAMINFO (36 bits, from the low half of byte 21)."""
+    forged = bytearray(data)
+    forged[21] = (forged[21] & 0xF0) | (total >> 32)
+    forged[22:26] = (total & 0xFFFFFFFF).to_bytes(4, "big")
+    return bytes(forged)
+
+
+def kind_of(data: bytes, **arguments: object) -> str:
+    with pytest.raises(DecodeError) as caught:
+        decode(data, **{"sample_rate": 16000, **arguments})  # type: ignore[arg-type]
+    return caught.value.kind
+
+
+@pytest.mark.parametrize("codec", ["wav", "flac"])
+def test_encode_then_decode_is_exact_on_the_16_bit_grid(codec: str) -> None:
+    wave = noise(16000)[:, 0]
+    wave[:2] = [-1.0, 32767 / 32768]
+    data = encode(wave, sample_rate=16000, codec=codec)  # type: ignore[arg-type]
+    back = decode(data, sample_rate=16000)
+    assert back.dtype == np.float32
+    assert back.flags.c_contiguous
+    np.testing.assert_array_equal(back, wave)
+    assert probe(data) == AudioInfo(16000, 16000, 1, codec)
+
+
+def test_encode_clips_and_does_not_wrap() -> None:
+    wave = np.array([2.0, -2.0, 1.0, 0.0], dtype=np.float32)
+    back = decode(encode(wave, sample_rate=16000, codec="flac"), sample_rate=16000)
+    np.testing.assert_array_equal(back, np.float32([32767 / 32768, -1.0, 32767 / 32768, 0.0]))
+
+
+@pytest.mark.parametrize("codec", ["wav", "flac", "ogg"])
+def test_encode_gives_equal_bytes_for_equal_waves(codec: str) -> None:
+    wave = noise(70000)[:, 0]
+    first, second = (encode(wave, sample_rate=16000, codec=codec) for _ in range(2))  # type: ignore[arg-type]
+    assert first == second
+    assert probe(first).frames == 70000
+
+
+def test_ogg_stamp_mends_checksums() -> None:
+    data = sample("ogg", channels=1)
+    assert module._stamp_ogg(data, int.from_bytes(data[14:18], "little")) == data
+    stamped = module._stamp_ogg(data, 7)
+    assert stamped != data
+    np.testing.assert_array_equal(
+        decode(stamped, sample_rate=44100), decode(data, sample_rate=44100)
+    )
+
+
+@pytest.mark.parametrize(
+    ("wave", "codec", "message"),
+    [
+        (np.zeros((4, 2)), "flac", "mono"),
+        (np.zeros(0), "flac", "S >= 1"),
+        (np.array([np.nan]), "wav", "finite"),
+        (np.zeros(4), "mp3", "one of flac, wav, ogg"),
+    ],
+)
+def test_encode_refuses(wave: np.ndarray, codec: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        encode(wave, sample_rate=16000, codec=codec)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("codec", FORMATS)
+def test_every_format_is_read_mixed_and_named(codec: str) -> None:
+    data, rate = sample(codec), FORMATS[codec][2]
+    assert probe(data) == AudioInfo(66150, rate, 2, codec)
+    plain, _ = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    wave = decode(data, sample_rate=rate, expected_frames=66150)
+    assert wave.shape == (66150,)
+    np.testing.assert_allclose(wave, plain.mean(1), atol=1e-7)
+
+
+@pytest.mark.parametrize("codec", FORMATS)
+def test_segment_is_the_slice_of_the_whole(codec: str) -> None:
+    data, rate = sample(codec), FORMATS[codec][2]
+    whole = decode(data, sample_rate=rate)
+    part = decode(data, sample_rate=rate, start_seconds=0.5, max_seconds=0.25)
+    np.testing.assert_allclose(part, whole[rate // 2 : rate // 2 + rate // 4], atol=1e-6)
+    rest = decode(data, sample_rate=rate, start_seconds=0.5, max_seconds=100.0)
+    assert len(rest) == 66150 - rate // 2
+
+
+def test_blocks_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = sample("wav")
+    whole = decode(data, sample_rate=44100)
+    monkeypatch.setattr(module, "BLOCK_SAMPLES", 1000)
+    np.testing.assert_array_equal(decode(data, sample_rate=44100), whole)
+
+
+def test_resampling_keeps_a_tone_and_removes_what_would_alias() -> None:
+    time = np.arange(44100 * 2) / 44100
+    tone = file_bytes(0.5 * np.sin(2 * np.pi * 1000 * time), 44100, subtype="FLOAT")
+    wave = decode(tone, sample_rate=16000)
+    assert wave.shape == (32000,)
+    wanted = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(32000) / 16000)
+    assert np.abs(wave - wanted)[1000:-1000].max() < 1e-4
+    high = file_bytes(0.5 * np.sin(2 * np.pi * 12000 * time), 44100, subtype="FLOAT")
+    assert np.abs(decode(high, sample_rate=16000)[1000:-1000]).max() < 0.5 * 10 ** (-80 / 20)
+
+
+@pytest.mark.parametrize(("seconds", "samples"), [(10.23, 163680), (0.1, 1600), (1 / 3, 5334)])
+def test_max_seconds_in_samples(seconds: float, samples: int) -> None:
+    data = file_bytes(np.zeros(16000 * 11, dtype=np.float32), 16000)
+    assert len(decode(data, sample_rate=16000, max_seconds=seconds)) == samples
+
+
+def test_one_sample_is_a_clip() -> None:
+    assert decode(file_bytes(np.ones(1) * 0.5, 16000), sample_rate=16000).tolist() == [0.5]
+    assert kind_of(file_bytes(np.ones(1), 44100)) == "empty"  # a third of a sample at 16 kHz
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"abc", bytes(5000), b"RIFF" + bytes(99), b"fLaC" + bytes(50), b"ID3" + bytes(500)],
+)
+def test_junk_is_corrupt(data: bytes) -> None:
+    assert kind_of(data) == "corrupt"
+    with pytest.raises(DecodeError, match="not a readable audio file"):
+        probe(data)
+
+
+def test_empty() -> None:
+    assert kind_of(file_bytes(np.zeros(0, dtype=np.float32), 16000)) == "empty"
+    assert kind_of(file_bytes(np.zeros(16000), 16000), start_seconds=1.0) == "empty"
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"), [(np.nan, "nan"), (np.inf, "nan"), (-np.inf, "nan"), (-1e9, "range")]
+)
+def test_samples_that_are_no_audio(bad: float, kind: str) -> None:
+    wave = np.zeros((1000, 2), dtype=np.float32)
+    wave[500, 1] = bad
+    data = file_bytes(wave, 16000, subtype="FLOAT")
+    assert kind_of(data) == kind
+    assert len(decode(data, sample_rate=16000, max_seconds=0.03)) == 480  # before the bad one
+
+
+@pytest.mark.parametrize("codec", ["wav", "ogg", "opus", "mp3"])
+def test_silent_truncation_is_found(codec: str) -> None:
+    data, rate = sample(codec, frames=132300), FORMATS[codec][2]
+    cut = data[: len(data) // 2]
+    if codec != "mp3":  # mp3 keeps its length in the header; the others pass unless one knows
+        assert 0 < len(decode(cut, sample_rate=rate)) < 80000
+    assert kind_of(cut, sample_rate=rate, expected_frames=132300) == "short"
+
+
+def test_truncated_flac_is_corrupt() -> None:
+    data = sample("flac")
+    assert kind_of(data[: len(data) // 2], expected_frames=66150) == "corrupt"
+
+
+@pytest.mark.parametrize("codec", ["ogg", "opus", "mp3"])
+def test_damage_in_the_middle_is_found(codec: str) -> None:
+    data = bytearray(sample(codec, frames=132300))
+    middle = len(data) // 2
+    data[middle : middle + 2000] = np.random.default_rng(1).bytes(2000)
+    assert kind_of(bytes(data)) in ("short", "corrupt")
+
+
+@pytest.mark.parametrize(("codec", "slack"), [("flac", 0), ("mp3", 3 * 1152)])
+def test_expected_frames_slack(codec: str, slack: int) -> None:
+    data = sample(codec)
+    for off in (-slack, slack):
+        assert len(decode(data, sample_rate=44100, expected_frames=66150 + off)) == 66150
+    assert kind_of(data, expected_frames=66150 + slack + 1) == "short"
+    assert kind_of(data, expected_frames=66150 - slack - 1) == "mismatch"
+
+
+@pytest.mark.parametrize("total", [2**36 - 1, 10**6])
+def test_forged_flac_length_allocates_nothing_and_is_short(total: int) -> None:
+    data = with_flac_total(sample("flac", channels=1), total)
+    tracemalloc.start()
+    try:
+        assert kind_of(data) == "short"
+        assert tracemalloc.get_traced_memory()[1] < 64 * 2**20  # bytes; the header says 256 GiB
+    finally:
+        tracemalloc.stop()
+    assert len(decode(data, sample_rate=44100, max_seconds=0.5)) == 22050
+
+
+def test_flac_without_length_is_read_to_its_end() -> None:
+    whole = sample("flac")
+    data = with_flac_total(whole, 0)
+    assert probe(data).frames == 66150
+    wanted = decode(whole, sample_rate=44100)
+    np.testing.assert_array_equal(decode(data, sample_rate=44100), wanted)
+    part = decode(data, sample_rate=44100, start_seconds=1.0)
+    np.testing.assert_array_equal(part, wanted[44100:])
+    assert kind_of(data, expected_frames=70000) == "short"
+
+
+def test_longer_than_the_bound() -> None:
+    data = sample("flac")
+    assert kind_of(data, max_decode_seconds=1.0) == "long"
+    assert len(decode(data, sample_rate=44100, max_decode_seconds=1.0, max_seconds=1.0)) == 44100
+    assert len(decode(data, sample_rate=44100, max_decode_seconds=1.5)) == 66150
+
+
+@pytest.mark.parametrize("codec", FORMATS)
+def test_random_damage_raises_decode_error_or_nothing(codec: str) -> None:
+    data, random = sample(codec, frames=8000), np.random.default_rng(3)
+    for _ in range(25):
+        bad = bytearray(data[: random.integers(1, len(data) + 1)])
+        for place in random.integers(0, len(bad), 8):
+            bad[place] = random.integers(256)
+        try:
+            wave = decode(bytes(bad), sample_rate=16000, max_decode_seconds=60)
+        except DecodeError:
+            continue
+        assert np.isfinite(wave).all()
+        assert len(wave)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sample_rate": 0}, "sample_rate=0"),
+        ({"start_seconds": -1.0}, "start_seconds=-1"),
+        ({"max_seconds": 0.0}, "max_seconds=0"),
+        ({"max_decode_seconds": 0.0}, "max_decode_seconds=0"),
+    ],
+)
+def test_arguments_are_checked(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        decode(b"", **{"sample_rate": 16000, **arguments})  # type: ignore[arg-type]
+
+
+def test_error_survives_pickling() -> None:
+    back = pickle.loads(pickle.dumps(DecodeError("short", "3 of 4")))
+    assert (back.kind, str(back)) == ("short", "3 of 4")
+
+
+def test_esc10_clip(esc10: Path) -> None:
+    data = (esc10 / "audio" / "1-100032-A.ogg").read_bytes()
+    info = probe(data)
+    assert info == AudioInfo(info.frames, 44100, 1, "ogg")
+    plain, _ = soundfile.read(io.BytesIO(data), dtype="float32")
+    wave = decode(data, sample_rate=16000, expected_frames=info.frames)
+    np.testing.assert_array_equal(wave, soxr.resample(plain, 44100, 16000, quality="HQ"))
