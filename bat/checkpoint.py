@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,8 +96,8 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: unknown kind of weight file; known: {known}")
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0][:300]
+    except Exception as error:  # a damaged file can raise anything from within the unpickler
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise UserError(
             f"{path} cannot be read without running code from it, or is damaged: {reason}"
         ) from error

@@ -1,0 +1,126 @@
+"""Strict configuration: precedence, fragments, every problem at once, every shipped file."""
+
+from pathlib import Path
+
+import pytest
+
+from bat.config import locate
+from bat.config.compose import compose, from_yaml, to_dict, to_yaml
+from bat.config.schema import Finetune, Pretrain, Probe
+from bat.shapes import UserError
+
+SCHEMAS = {"pretrain": Pretrain, "finetune": Finetune, "probe": Probe}
+SHIPPED = [(c, name) for c in SCHEMAS for name in locate.known_recipes(c)]
+
+
+@pytest.mark.parametrize(("command", "name"), SHIPPED)
+def test_every_shipped_recipe_resolves(command: str, name: str) -> None:
+    config = compose(SCHEMAS[command], command, [f"recipe={name}"])
+    assert config.recipe == name
+
+
+@pytest.mark.parametrize("command", SCHEMAS)
+@pytest.mark.parametrize(
+    "file", sorted(p.name for p in (Path(locate.__file__).parents[2] / "configs").rglob("*.yaml"))
+)
+def test_every_shipped_fragment_is_named_in_a_group(command: str, file: str) -> None:
+    stem = file.removesuffix(".yaml")
+    groups = [g for g in ("model", "data", "hardware") if stem in locate.known_fragments(g)]
+    assert groups, f"{file} lies in no group"
+    if command == "pretrain":
+        for group in groups:
+            compose(Pretrain, "pretrain", ["recipe=as2m", f"{group}={stem}"])
+
+
+def test_as2m_is_the_paper_s_base_configuration() -> None:
+    """SPEC section 3, number by number."""
+    c = compose(Pretrain, "pretrain", ["recipe=as2m"])
+    assert (c.model.width, c.model.depth, c.model.heads, c.model.gate) == (768, 12, 12, True)
+    assert (c.model.norm_order, c.model.pos_layout, c.model.mlp_ratio) == ("post", "reference", 4)
+    assert (c.frontend.kind, c.frontend.frames, c.frontend.n_mels) == ("bat", 1024, 128)
+    assert (c.data.batch, c.data.clip_seconds, c.mask.views, c.mask.ratio) == (24, 10, 16, 0.8)
+    o = c.optim
+    assert (o.lr, o.betas, o.weight_decay, o.decay) == (5e-4, [0.9, 0.95], 0.05, "all")
+    assert (o.warmup_steps, o.min_lr, o.clip_norm) == (53_000, 1e-6, None)
+    assert (c.train.steps, c.train.accumulate) == (400_000, 1)
+    assert (c.ema.start, c.ema.end, c.ema.steps) == (0.9998, 0.99999, 100_000)
+    assert (c.objective.target, c.objective.decoder) == ("eob", "vit12h")
+    assert (c.objective.decoder_depth, c.objective.global_target) == (6, "patch_mean")
+    assert (c.objective.target_centering, c.hardware.precision) == ("none", "bf16-mixed")
+
+
+def test_precedence_schema_fragment_recipe_command_line(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("use: [model/S, hardware/cpu]\nmodel: {depth: 3}\noptim: {lr: 0.1}\n")
+    c = compose(Pretrain, "pretrain", [f"recipe={recipe}", "optim.lr=0.2"])
+    assert c.model.mlp_ratio == 4.0  # schema
+    assert c.model.width == 384  # fragment
+    assert c.model.depth == 3  # recipe over fragment
+    assert c.optim.lr == 0.2  # command line over recipe
+    assert c.recipe == "mine"
+
+
+def test_a_fragment_on_the_command_line_replaces_the_recipe_s() -> None:
+    c = compose(Pretrain, "pretrain", ["recipe=as2m", "model=L", "hardware=cpu"])
+    assert (c.model.width, c.model.depth) == (1024, 24)
+    assert c.hardware.precision == "32-true"
+
+
+def test_all_problems_are_named_at_once_with_suggestions() -> None:
+    words = ["recipe=toy", "optim.lrr=1", "train.steps=many", "model.pos_layout=polar", "sed=1"]
+    with pytest.raises(UserError) as caught:
+        compose(Pretrain, "pretrain", words)
+    text = str(caught.value)
+    assert "unknown key 'optim.lrr' (command line); did you mean 'optim.lr'?" in text
+    assert "'train.steps=many' (command line) has the wrong type" in text
+    assert "model.pos_layout=polar" in text
+    assert "unknown key 'sed' (command line); did you mean 'seed'?" in text
+
+
+def test_bad_values_are_named_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        compose(
+            Pretrain,
+            "pretrain",
+            ["recipe=toy", "mask.ratio=1.5", "data.batch=0", "model.width=100", "model.heads=3"],
+        )
+    text = str(caught.value)
+    assert "mask.ratio=1.5" in text
+    assert "data.batch=0" in text
+    assert "model.width=100 is not a multiple of model.heads=3" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no recipe given"),
+        (["toy"], "Did you mean recipe=toy"),
+        (["recipe=tooy"], r"unknown recipe 'tooy'.*Did you mean 'toy'.*Known: as2m"),
+        (["recipe=missing.yaml"], "missing.yaml does not exist"),
+        (["recipe=toy", "seed=1", "seed=2"], "given twice"),
+        (["recipe=toy", "model=XXL"], r"unknown fragment 'model/XXL'.*model/B"),
+        (["recipe=toy", "optim=3"], "is a section"),
+        (["recipe=toy", "data.root=[1"], "cannot read the value"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        compose(Pretrain, "pretrain", words)
+
+
+def test_recipe_folder_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "mine.yaml").write_text("use: [model/S]\n")
+    monkeypatch.setenv("BAT_RECIPES", str(tmp_path))
+    assert compose(Pretrain, "pretrain", ["recipe=mine"]).model.width == 384
+    assert "mine" in locate.known_recipes("pretrain")
+    monkeypatch.setenv("BAT_RECIPES", str(tmp_path / "absent"))
+    with pytest.raises(UserError, match="is not a folder"):
+        locate.known_recipes("pretrain")
+
+
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_written_configuration_reads_back_the_same(command: str, tmp_path: Path) -> None:
+    config = compose(SCHEMAS[command], command, ["recipe=toy"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert to_dict(from_yaml(SCHEMAS[command], tmp_path / "config.yaml")) == to_dict(config)

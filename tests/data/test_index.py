@@ -1,0 +1,353 @@
+"""The index: foreign shards, hostile ones, stale tables, and how shards are named."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bat.audio.decode import encode
+from bat.data import index as index_module
+from bat.data.index import Index, open_index
+from bat.data.shards import write_shards
+from bat.data.table import MAX_JSON_BYTES, ShardTable, scan
+from bat.shapes import UserError
+from bat.tasks.base import Row
+
+WAV = encode(np.sin(np.arange(800) * 0.1), sample_rate=16_000, codec="wav")
+
+
+def tar_of(path: Path, members: dict[str, Any], format: int = tarfile.USTAR_FORMAT) -> Path:
+    """A tar of ``{name: bytes | dict (JSON) | TarInfo}``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members.items():
+            if isinstance(content, tarfile.TarInfo):
+                tar.addfile(content)
+                continue
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def confit(key: str, labels: dict[str, int]) -> dict[str, Any]:
+    return {
+        f"{key}.wav": WAV,
+        f"{key}.json": {"id": key, "label": [*labels], "label_id": [*labels.values()]},
+    }
+
+
+def test_confit_shards_are_read_in_place_with_their_own_numbers(tmp_path: Path) -> None:
+    tar_of(tmp_path / "shard-00000.tar", confit("Ya-_1", {"Speech": 0, "Music": 3}))
+    tar_of(tmp_path / "shard-00001.tar", confit("Yb", {"Dog": 1}) | {"Yc.wav": WAV})
+    index = open_index(tmp_path)
+    assert index.vocabulary == ["Speech", "Dog", "class 2", "Music"]
+    assert [index.key(i) for i in range(3)] == ["Ya-_1", "Yb", "Yc"]
+    assert [index.labels(i) for i in range(3)] == [(0, 3), (1,), ()]
+    assert index.targets(0).tolist() == [1, 0, 0, 1]
+    assert index.labels_per_clip.tolist() == [2, 1, 0]
+    assert index.read(1).data == index.read(2).data == WAV
+    assert (index.frames.tolist(), index.rate.tolist()) == ([-1] * 3, [0] * 3)
+    assert index.folds == []
+    assert sorted(p.name for p in tmp_path.glob("*.npz")) == [
+        "shard-00000.idx.npz",
+        "shard-00001.idx.npz",
+    ]
+    assert open_index(tmp_path).hash == index.hash
+
+
+@pytest.mark.parametrize(
+    ("metas", "vocabulary"),
+    [
+        ([{"label": ["b"]}, {"label": "a"}], ["a", "b"]),
+        ([{"label_id": 1}, {"label_id": [0]}], ["0", "1"]),
+        ([{"original_data": {"class_labels": ["x", "y"]}}, {"text": "no labels"}], ["x", "y"]),
+        ([{"labels": ["b"], "label_id": [0]}, {"labels": ["a"], "label_id": [0]}], ["a", "b"]),
+        ([{"label": ["b"], "label_id": [0]}, {"label": ["b"], "label_id": [1]}], ["b"]),
+    ],
+)
+def test_label_fields_of_the_field(
+    tmp_path: Path, metas: list[dict[str, Any]], vocabulary: list[str]
+) -> None:
+    members = {f"{i}.wav": WAV for i in range(2)} | {f"{i}.json": m for i, m in enumerate(metas)}
+    tar_of(tmp_path / "a.tar", members)
+    assert open_index(tmp_path).vocabulary == vocabulary
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_in_every_tar_format(tmp_path: Path, format: int) -> None:
+    long = "folder/" * 12 + "x" * 60  # beyond the 100 bytes of a plain header
+    path = tar_of(tmp_path / "a.tar", {f"./{long}.wav": WAV, "b.wav": WAV + b"\0\0"}, format)
+    table = scan(path)
+    index = open_index(path)
+    assert table.clips["size"].tolist() == [len(WAV), len(WAV) + 2]
+    assert index.read(0).data == WAV
+    assert index.key(0).startswith("folder_folder")
+    assert index.key(1) == "b"
+    assert ShardTable.load(tmp_path / "a.idx.npz", path) is not None
+
+
+def test_hostile_members_are_left_out_and_listed(tmp_path: Path) -> None:
+    link = tarfile.TarInfo("link.wav")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    device = tarfile.TarInfo("device.wav")
+    device.type = tarfile.CHRTYPE
+    path = tar_of(
+        tmp_path / "a.tar",
+        {
+            "../../etc/x.wav": WAV,
+            "good.wav": WAV,
+            "good.json": b"[1, 2]",
+            "good.pyd": b"cos\nsystem\n",
+            "link.wav": link,
+            "device.wav": device,
+            "empty.wav": b"",
+            "big.json": b" " * (MAX_JSON_BYTES + 1),
+            "good.flac": WAV,
+            "deep.json": b"[" * 200_000,
+            "odd.wav": WAV,
+            "odd.json": {"fold": "x", "num_samples": -3, "sample_rate": 1e99, "label": {"a": 1}},
+        },
+    )
+    table = scan(path)
+    assert len(table.clips) == 3
+    assert table.left_out == {
+        "good.json": "not a JSON object",
+        "link.wav": "not a regular file",
+        "device.wav": "not a regular file",
+        "empty.wav": "empty",
+        "big.json": f"larger than {MAX_JSON_BYTES} bytes",
+        "good.flac": "a second one of this key",
+        "deep.json": "not a JSON object",
+    }
+    index = open_index(path)
+    assert [index.key(i) for i in range(3)][1:] == ["good", "odd"]
+    assert index.key(0).startswith("______etc_x-")
+    assert (index.frames[2], index.rate[2], index.fold[2]) == (-1, 0, -1)
+    assert index.vocabulary == []
+    assert index.left_out["a.tar/link.wav"] == "not a regular file"
+
+
+def test_dots_in_names_do_not_merge_clips(tmp_path: Path) -> None:
+    tar_of(
+        tmp_path / "a.tar",
+        {"song.v3.wav": WAV, "song.v3.json": {"label": "x"}, "song.v4.wav": WAV},
+    )
+    index = open_index(tmp_path)
+    assert len(index) == 2
+    assert index.labels_per_clip.tolist() == [1, 0]
+
+
+def test_a_tar_cut_short_keeps_its_whole_clips_and_says_so(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "a.tar", {f"{i}.wav": WAV for i in range(3)})
+    data = path.read_bytes()
+    path.write_bytes(data[: 2 * (512 + 2048) + 600])
+    assert scan(path).left_out["2.wav"] == "cut short: the tar ends before it"
+    assert len(open_index(path)) == 2
+    path.write_bytes(data[: 2 * (512 + 2048)])  # on a member's border
+    assert scan(path).left_out == {"(end)": "no end marker: the tar may be cut short"}
+
+
+@pytest.mark.parametrize("data", [b"", b"not a tar", b"x" * 5_000, WAV])
+def test_what_is_not_a_tar(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.tar is not a"):
+        open_index(tmp_path)
+
+
+def test_a_damaged_tar_names_the_place(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "a.tar", {"0.wav": WAV, "1.wav": WAV})
+    data = bytearray(path.read_bytes())
+    data[2560:2600] = b"\xff" * 40
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged at byte 2560"):
+        open_index(tmp_path)
+
+
+def test_a_stale_table_is_made_anew(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "a.tar", {"old.wav": WAV})
+    assert open_index(tmp_path).key(0) == "old"
+    size = path.stat().st_size
+    tar_of(path, {"new.wav": WAV})  # same size, other content
+    assert path.stat().st_size == size
+    assert open_index(tmp_path).key(0) == "new"
+    (tmp_path / "a.idx.npz").write_bytes(b"PK rubbish")
+    assert open_index(tmp_path).key(0) == "new"
+    np.savez(tmp_path / "a.idx.npz", head=np.array([{"evil": 1}], dtype=object))
+    assert open_index(tmp_path).key(0) == "new"
+
+
+def test_a_read_only_folder_uses_the_cache_or_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar_of(tmp_path / "ro/a.tar", {"a.wav": WAV})
+    real = ShardTable.save
+
+    def save(self: ShardTable, path: Path) -> None:
+        if path.parent.name == "ro":
+            raise PermissionError(13, "Permission denied")
+        real(self, path)
+
+    monkeypatch.setattr(ShardTable, "save", save)
+    assert len(open_index(tmp_path / "ro")) == 1
+    assert len(open_index(tmp_path / "ro", cache=tmp_path / "cache")) == 1
+    assert len(list((tmp_path / "cache").glob("a-*.idx.npz"))) == 1
+    monkeypatch.setattr(index_module, "scan", None)  # not needed any more
+    assert len(open_index(tmp_path / "ro", cache=tmp_path / "cache")) == 1
+
+
+def test_the_many_ways_to_name_shards(tmp_path: Path) -> None:
+    for i in range(11):
+        tar_of(tmp_path / f"s/shard-{i:05d}.tar", {f"{i}.wav": WAV})
+
+    def keys(source: Any) -> list[str]:
+        index = open_index(source)
+        return [index.key(i) for i in range(len(index))]
+
+    assert keys(tmp_path / "s") == [str(i) for i in range(11)]
+    assert keys(f"{tmp_path}/s/shard-0000[0-2].tar") == ["0", "1", "2"]
+    assert keys(f"{tmp_path}/s/shard-{{00008..00010}}.tar") == ["8", "9", "10"]
+    assert keys(f"{tmp_path}/s/shard-{{00008,00001}}.tar") == ["8", "1"]
+    assert keys([tmp_path / "s/shard-00002.tar", f"{tmp_path}/s/shard-00000.tar"]) == ["2", "0"]
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ([], "list of shards is empty"),
+        ("none", "no shard at .*none"),
+        ("none-*.tar", "no shard at"),
+        ("s/shard-{0..1}.tar", "no shard at .*shard-1.tar"),
+        (".", r"holds no \.tar shards: its sub-folders s do"),
+        ("s/x.txt", r"not a \.tar"),
+        (["s/shard-0.tar", "s/shard-0.tar"], "listed twice"),
+        ("empty", r"holds no \.tar shards: bat-shard makes some"),
+        ("s/none.tar", "no shard at"),
+        ("s2", "hold no audio"),
+    ],
+)
+def test_mistakes_in_naming_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tar_of(Path("s/shard-0.tar"), {"a.wav": WAV})
+    tar_of(Path("s2/a.tar"), {"a.txt": b"no audio"})
+    Path("s/x.txt").touch()
+    Path("empty").mkdir()
+    if source == ".":
+        shutil.rmtree("s2")
+    with pytest.raises(UserError, match=says):
+        open_index(source)
+
+
+@pytest.mark.parametrize("source", ["pipe:curl x", "http://host/a.tar", "s3://bucket/a.tar"])
+def test_remote_sources_are_refused_not_run(source: str) -> None:
+    with pytest.raises(UserError, match="not a local path"):
+        open_index(source)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    for i in range(4):
+        (tmp_path / f"{i}.wav").write_bytes(WAV)
+    rows = [
+        Row(tmp_path / f"{i}.wav", str(i), ("ab"[i % 2],), split="xy"[i // 2]) for i in range(4)
+    ]
+    write_shards(rows, tmp_path / "out", shard_bytes=8_000)
+    return tmp_path / "out"
+
+
+def test_shards_are_held_to_their_manifest(written: Path) -> None:
+    last = written / "shard-00001.tar"
+    data = last.read_bytes()
+    last.write_bytes(data[:-512])
+    with pytest.raises(UserError, match=r"has \d+ bytes, its manifest.json says \d+: copy it"):
+        open_index(written)
+    last.unlink()
+    with pytest.raises(UserError, match=r"lacks shard-00001.tar, which its manifest"):
+        open_index(written)
+    assert len(open_index(written / "shard-00000.tar")) == 2
+    (written / "manifest.json").write_text('{"source": 1}')
+    with pytest.raises(UserError, match="is damaged"):
+        open_index(written)
+    (written / "manifest.json").write_text('{"another": "program"}')
+    assert len(open_index(written)) == 2
+
+
+def test_splits_and_selections(written: Path) -> None:
+    index = open_index(written)
+    assert index.splits == ["x", "y"]
+    assert index.clips_in_split("y").tolist() == [2, 3]
+    with pytest.raises(UserError, match=r"no clip has split 'z': splits are \['x', 'y'\]"):
+        index.clips_in_split("z")
+    with pytest.raises(UserError, match="no clip has fold 1: folds are not given"):
+        index.clips_in_fold(1)
+
+
+def test_data_sets_of_different_labels_do_not_mix(written: Path, tmp_path: Path) -> None:
+    rows = [Row(tmp_path / "0.wav", "other", ("c",))]
+    write_shards(rows, tmp_path / "other", vocabulary=["a", "b", "c"])
+    with pytest.raises(UserError, match=r"different labels \('c' is in one only"):
+        open_index([written, tmp_path / "other"])
+    write_shards(rows, tmp_path / "same", vocabulary=["c"])
+    with pytest.raises(UserError, match="different labels"):
+        open_index([tmp_path / "other", tmp_path / "same"])
+    write_shards([Row(tmp_path / "0.wav", "third", ())], tmp_path / "none")
+    assert open_index([written, tmp_path / "none"]).vocabulary == ["a", "b"]
+
+
+def test_folds_partition(toy_index: Index) -> None:
+    assert toy_index.folds == [1, 2]
+    for fold in (1, 2):
+        held, rest = toy_index.clips_in_fold(fold), toy_index.clips_not_in_fold(fold)
+        assert sorted([*held, *rest]) == list(range(10))
+        assert sorted(k for i in held for k in toy_index.labels(i)) == list(range(5))
+
+
+def test_hash_is_of_the_content_not_of_the_place(toy_shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_shards, tmp_path / "copy")
+    assert open_index(tmp_path / "copy").hash == open_index(toy_shards).hash
+    assert open_index(toy_shards / "shard-00000.tar").hash != open_index(toy_shards).hash
+
+
+def test_reading_after_a_fork_and_after_pickling(toy_index: Index) -> None:
+    data = toy_index.read(3).data
+    copy = pickle.loads(pickle.dumps(toy_index))
+    assert copy.read(3).data == data
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writer, b"same" if toy_index.read(3).data == data else b"other")
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert os.read(reader, 5) == b"same"
+    assert toy_index.read(3).data == data
+
+
+def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "MAX_OPEN_FILES", 3)
+    for i in range(8):
+        tar_of(tmp_path / f"{i}.tar", {f"{i}.wav": WAV})
+    index = open_index(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    for i in [*range(8), *range(8)]:
+        assert index.read(i).data == WAV
+    assert len(os.listdir("/proc/self/fd")) - before <= 3
+
+
+def test_a_shard_cut_after_it_was_indexed_is_an_error_of_the_clip(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "a.tar", {"a.wav": WAV})
+    index = open_index(path)
+    os.truncate(path, 700)
+    with pytest.raises(OSError, match="ends inside the clip"):
+        index.read(0)

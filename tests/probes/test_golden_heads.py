@@ -1,0 +1,75 @@
+"""Linear, LCGP, CGP and ProtoBin against the paper's own heads: logits and every gradient."""
+
+import numpy as np
+import pytest
+import torch
+
+from bat.probes.base import build_probe
+from bat.probes.protobin import straight_through_sign
+from bat.shapes import Features
+
+NAMES = {
+    "fc.weight": "fc.weight",
+    "fc.bias": "fc.bias",
+    "norm.weight": "ln.weight",
+    "norm.bias": "ln.bias",
+    "layer_logits": "block_attention",
+    "prototypes": "prototype_vectors",
+}
+CASES = [
+    (f"{reference}_{kind}{suffix}", name, kind, bool(suffix))
+    for reference, name in (("linear", "linear"), ("linear_cgp", "lcgp"))
+    for kind in ("cls", "avg", "frame")
+    for suffix in ("", "_norm")
+]
+CASES += [(f"cgp_{kind}", "cgp", kind, False) for kind in ("cls", "avg", "frame")]
+CASES += [(f"protobin_{kind}", "protobin", kind, False) for kind in ("clip", "frame")]
+
+
+@pytest.fixture(scope="module")
+def heads(golden):
+    return dict(np.load(golden / "heads_tiny.npz", allow_pickle=False))
+
+
+@pytest.mark.parametrize(("case", "name", "kind", "norm"), CASES, ids=[c[0] for c in CASES])
+def test_head_equals_reference(heads, case, name, kind, norm):
+    array = {k.removeprefix(f"{case}/"): torch.from_numpy(v) for k, v in heads.items()
+             if k.startswith(f"{case}/")}  # fmt: skip
+    cls = torch.from_numpy(heads["cls_tokens"]).requires_grad_()  # (L, B, D)
+    patches = torch.from_numpy(heads["patch_tokens"]).requires_grad_()  # (L, B, D, T, F)
+    probe = build_probe(
+        name,
+        classes=5,
+        width=16,
+        depth=3,
+        has_cls=kind != "avg",
+        level="frame" if kind == "frame" else "clip",
+        prototypes=20,
+        norm=norm,
+        dropout=0.2,
+    ).eval()
+    probe.load_state_dict(
+        {own: array[f"w/{theirs}"].flatten(2).squeeze(-1) if own == "prototypes"
+         else array[f"w/{theirs}"] for own, theirs in NAMES.items() if f"w/{theirs}" in array}
+    )  # fmt: skip
+    logits = probe(Features(patches=patches.permute(0, 1, 3, 4, 2), cls=cls))
+    torch.testing.assert_close(logits, array["logits"], atol=1e-5, rtol=1e-5)
+
+    (logits * array["probe"]).sum().backward()
+    for own, parameter in probe.named_parameters():
+        wanted = array[f"grad/{NAMES[own]}"].view(parameter.shape)
+        torch.testing.assert_close(parameter.grad, wanted, atol=1e-5, rtol=1e-4, msg=own)
+    for key, tensor in (("cls_tokens", cls), ("patch_tokens", patches)):
+        if f"grad_in/{key}" in array:
+            wanted = array[f"grad_in/{key}"]
+            torch.testing.assert_close(tensor.grad, wanted, atol=1e-5, rtol=1e-4, msg=key)
+        else:
+            assert tensor.grad is None or not tensor.grad.any()
+
+
+def test_sign_is_straight_through(heads):
+    x = torch.from_numpy(heads["protobin_sign/in"]).requires_grad_()
+    out = straight_through_sign(x)
+    assert torch.equal(out, torch.from_numpy(heads["protobin_sign/out"]))
+    (out * torch.from_numpy(heads["protobin_sign/probe"])).sum().backward()
+    assert torch.equal(x.grad, torch.from_numpy(heads["protobin_sign/grad"]))

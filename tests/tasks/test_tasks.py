@@ -1,0 +1,228 @@
+"""Tasks: what they read, and what they say when it is not there."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bat.shapes import UserError
+from bat.tasks.base import known_tasks, load_task
+
+
+def lay(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+ESC50_META = "filename,fold,target,category,esc10,src_file,take\n" + "".join(
+    f"{fold}-{c}-A.wav,{fold},{c},class{c:02d},{c < 10},{c},A\n"
+    for fold in range(1, 6)
+    for c in range(50)
+)
+
+
+@pytest.fixture
+def esc50(tmp_path: Path) -> Path:
+    names = [line.split(",")[0] for line in ESC50_META.splitlines()[1:]]
+    return lay(tmp_path, {"meta/esc50.csv": ESC50_META} | {f"audio/{n}": "" for n in names})
+
+
+def test_esc10_has_400_rows_10_labels_5_folds_of_80(esc10: Path) -> None:
+    rows, names = load_task("esc10").read(esc10)
+    assert len(rows) == 400
+    assert len({row.key for row in rows}) == 400
+    assert len(names) == 10
+    assert Counter(row.fold for row in rows) == dict.fromkeys(range(1, 6), 80)
+    assert Counter(row.labels for row in rows) == {(name,): 40 for name in names}
+    assert all(row.path.is_file() for row in rows)
+
+
+def test_esc50_reads_its_published_layout_and_esc10_its_part_of_it(esc50: Path) -> None:
+    rows, names = load_task("esc50").read(esc50)
+    assert (len(rows), len(names)) == (250, 50)
+    rows, names = load_task("esc10").read(esc50)
+    assert (len(rows), len(names)) == (50, 10)
+    assert names[0] == "class00"
+
+
+def test_esc50_on_esc10_data_names_the_number_of_classes(esc10: Path) -> None:
+    with pytest.raises(UserError, match="10 classes, task 'esc50' has 50"):
+        load_task("esc50").read(esc10)
+
+
+@pytest.mark.parametrize(
+    ("remove", "says"),
+    [
+        ("meta/esc50.csv", "neither meta/esc50.csv nor meta.csv"),
+        ("audio/1-0-A.wav", "1 of 250 clips .*1-0-A.wav"),
+    ],
+)
+def test_esc50_says_what_is_missing(esc50: Path, remove: str, says: str) -> None:
+    (esc50 / remove).unlink()
+    with pytest.raises(UserError, match=says):
+        load_task("esc50").read(esc50)
+
+
+def test_esc50_says_which_column_is_missing_and_which_value_is_wrong(esc50: Path) -> None:
+    (esc50 / "meta/esc50.csv").write_text("filename,fold\n")
+    with pytest.raises(UserError, match="lacks column 'category'; it has: filename, fold"):
+        load_task("esc50").read(esc50)
+    (esc50 / "meta/esc50.csv").write_text("filename,fold,category\n1-0-A.wav,one,dog\n")
+    with pytest.raises(UserError, match="fold 'one' is not a whole number"):
+        load_task("esc50").read(esc50)
+
+
+def test_folder_labels_by_subfolder(tmp_path: Path) -> None:
+    lay(tmp_path, dict.fromkeys(("dog/1.wav", "dog/2.FLAC", "cat/1.wav", "cat/no.txt"), ""))
+    rows, names = load_task("folder").read(tmp_path)
+    assert [(r.key, r.labels) for r in rows] == [
+        ("cat__1", ("cat",)),
+        ("dog__1", ("dog",)),
+        ("dog__2", ("dog",)),
+    ]
+    assert names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("files", [("a.wav", "b.ogg"), ("audio/a.wav", "audio/b.ogg")])
+def test_folder_without_subfolders_is_unlabelled(tmp_path: Path, files: tuple[str, ...]) -> None:
+    lay(tmp_path, dict.fromkeys(files, ""))
+    rows, names = load_task("folder").read(tmp_path)
+    assert [row.labels for row in rows] == [(), ()]
+    assert names == []
+
+
+def test_folder_keeps_files_apart_that_differ_in_suffix(tmp_path: Path) -> None:
+    lay(tmp_path, dict.fromkeys(("x/a.wav", "x/a.mp3", "y/b.wav"), ""))
+    rows, _ = load_task("folder").read(tmp_path)
+    assert sorted(row.key for row in rows) == ["x__a.mp3", "x__a.wav", "y__b"]
+
+
+def test_csv_with_one_label_keeps_its_commas(tmp_path: Path) -> None:
+    text = 'path, label, fold, split\nwav/1.wav,"Speech, male",1,train\nwav/2.wav,Dog,2,test\n'
+    lay(tmp_path, {"clips.csv": text, "wav/1.wav": "", "wav/2.wav": ""})
+    rows, names = load_task("folder").read(tmp_path / "clips.csv")
+    assert names == ["Dog", "Speech, male"]
+    assert [(r.key, r.labels, r.fold, r.split) for r in rows] == [
+        ("wav__1", ("Speech, male",), 1, "train"),
+        ("wav__2", ("Dog",), 2, "test"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("first", "labels"), [("a; b", ("a", "b")), ('"a,b"', ("a", "b")), ("", ())]
+)
+def test_csv_with_several_labels(tmp_path: Path, first: str, labels: tuple[str, ...]) -> None:
+    lay(tmp_path, {"clips.csv": f"path,labels\n1.wav,{first}\n2.wav,b\n", "1.wav": ""})
+    rows, _ = load_task("folder").read(tmp_path / "clips.csv")
+    assert rows[0].labels == labels
+    task = load_task("folder").settle([len(row.labels) for row in rows])
+    assert task.multi_label == (len(labels) > 1)
+    assert (task.loss, task.metric) == (("bce", "map") if task.multi_label else ("ce", "accuracy"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("file,label\na.wav,x\n", "lacks column 'path'; it has: file, label"),
+        ("path,lable\na.wav,x\n", "unknown column 'lable'; known are path, label"),
+        ("path,label,labels\na.wav,x,y\n", "both 'label' and 'labels'"),
+        ("path,label\n", "lists no clips"),
+        ("path,label\nnowhere.wav,x\n", "none of the 1 files .* relative to the CSV"),
+        ("path,label\na.wav,x\na.wav,y\n", "'a.wav' is listed twice"),
+    ],
+)
+def test_csv_mistakes(tmp_path: Path, text: str, says: str) -> None:
+    lay(tmp_path, {"clips.csv": text, "a.wav": ""})
+    with pytest.raises(UserError, match=says):
+        load_task("folder").read(tmp_path / "clips.csv")
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no audio"):
+        load_task("folder").read(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        load_task("folder").read(tmp_path / "none")
+    with pytest.raises(UserError, match="neither a folder nor a"):
+        load_task("folder").read(lay(tmp_path, {"x.wav": ""}) / "x.wav")
+
+
+@pytest.fixture
+def audioset(tmp_path: Path) -> Path:
+    classes = "index,mid,display_name\n" + "".join(f'{i},/m/{i},"Sound, {i}"\n' for i in range(527))
+    head = "# Segments\n# num=2\n# YTID, start_seconds, end_seconds, positive_labels\n"
+    return lay(
+        tmp_path,
+        {
+            "class_labels_indices.csv": classes,
+            "balanced_train_segments.csv": head
+            + '--PJ_abc, 30.000, 40.000, "/m/526,/m/3"\nnotThere, 0.000, 10.000, "/m/1"\n',
+            "eval_segments.csv": head + 'xyz-1, 5.000, 15.000, "/m/0"\n',
+            "clips/Y--PJ_abc.flac": "",
+            "clips/eval/xyz-1_5000.wav": "",
+        },
+    )
+
+
+def test_audioset_reads_its_own_csvs_and_leaves_absent_clips_out(audioset: Path) -> None:
+    rows, names = load_task("audioset").read(audioset)
+    assert len(names) == 527
+    assert names[526] == "Sound, 526"  # the official order, not the alphabetical one
+    assert [(r.key, r.labels, r.mids, r.split, r.start_seconds) for r in rows] == [
+        ("Y--PJ_abc", ("Sound, 526", "Sound, 3"), ("/m/526", "/m/3"), "train", 30.0),
+        ("Yxyz-1", ("Sound, 0",), ("/m/0",), "test", 5.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"class_labels_indices.csv": None}, "class_labels_indices.csv does not exist"),
+        ({"class_labels_indices.csv": "index,mid,display_name\n0,/m/0,x\n"}, "'/m/526' is not in"),
+        ({"eval_segments.csv": "xyz-1, 5.000\n"}, "is not 'YTID, start, end"),
+        ({"clips/Y--PJ_abc.flac": None, "clips/eval/xyz-1_5000.wav": None}, "none of the 3 segm"),
+        ({"eval_segments.csv": None, "balanced_train_segments.csv": None}, "no .*_segments.csv"),
+    ],
+)
+def test_audioset_mistakes(audioset: Path, change: dict[str, str | None], says: str) -> None:
+    for name, text in change.items():
+        if text is None:
+            (audioset / name).unlink()
+        else:
+            (audioset / name).write_text(text)
+    with pytest.raises(UserError, match=says):
+        load_task("audioset").read(audioset)
+
+
+def test_every_file_of_the_room_is_a_task_named_like_it() -> None:
+    assert known_tasks() == ["audioset", "esc10", "esc50", "folder", "toy"]
+    for name in known_tasks():
+        assert load_task(name).name == name
+
+
+def test_unknown_task_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match="no task 'esc51': known are audioset, esc10, esc50"):
+        load_task("esc51")
+    with pytest.raises(UserError, match="no TASK"):
+        load_task("bat.shapes")
+    with pytest.raises(UserError, match="cannot be imported"):
+        load_task("mylab.none")
+
+
+def test_a_task_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "from bat.tasks.esc50 import TASK as T\nimport dataclasses\n"
+    lay(tmp_path, {"outside_lab/frogs.py": text + "TASK = dataclasses.replace(T, name='frogs')\n"})
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_task("outside_lab.frogs").name == "frogs"
+    sys.modules.pop("outside_lab.frogs", None)
+
+
+def test_a_single_label_task_refuses_several_labels() -> None:
+    assert load_task("esc50").settle([1, 1, 0]).loss == "ce"
+    assert load_task("audioset").settle([3]).loss == "asl"
+    with pytest.raises(UserError, match="one label a clip"):
+        load_task("esc50").settle([1, 2])

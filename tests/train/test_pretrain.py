@@ -1,0 +1,270 @@
+"""A pre-training run: what it leaves, that it resumes bit for bit, its switches, its refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import bat
+from bat.config.compose import compose
+from bat.config.schema import Pretrain
+from bat.data.toy import make_toy
+from bat.shapes import UserError
+from bat.train.pretrain import Pretraining, build_objective
+from bat.train.run_pretrain import pretrain
+from bat.train.trainer import derive_seed, last_checkpoint, read_jsonl
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "export" / "model.safetensors")
+
+
+def metrics(out: Path) -> list[dict]:
+    """Rows without what the clock decides."""
+    rows = read_jsonl(out / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k != "clips_per_second"} for r in rows]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert set(left) == set(right)
+    different = [n for n in left if not torch.equal(left[n], right[n])]
+    assert not different, different
+    assert metrics(a) == metrics(b)
+
+
+class CutError(Exception):
+    """Stands for whatever ends a process."""
+
+
+def run_and_cut(monkeypatch: pytest.MonkeyPatch, config: Pretrain, at: int) -> None:
+    original = Pretraining.training_step
+
+    def step(self, batch, batch_idx):
+        if batch_idx == at:
+            raise CutError
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as m:
+        m.setattr(Pretraining, "training_step", step)
+        with pytest.raises(CutError):
+            pretrain(config)
+
+
+def test_a_run_leaves_exactly_these_files(small, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(small("online.every=3", "online.steps=2", out=out))
+    found = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+    assert found == [
+        "checkpoints/last.ckpt",
+        "checkpoints/step-00000004.ckpt",
+        "checkpoints/step-00000006.ckpt",
+        "config.yaml",
+        "export/config.json",
+        "export/model.safetensors",
+        "metrics.jsonl",
+        "plots/curves.png",
+        "plots/layer_gate.png",
+        "plots/masks.png",
+        "plots/probe_curve.png",
+        "summary.json",
+        "train.log",
+    ]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["bad_clips"]["seen"] == 30
+    assert [r["step"] for r in summary["online"]] == [0, 3, 6]
+    rows = metrics(out)
+    assert [r["step"] for r in rows if "loss" in r] == [1, 2, 4, 6]
+    encoder = bat.load_encoder(out)
+    assert (encoder.width, encoder.depth, encoder.grid.time) == (48, 2, 13)
+    assert encoder(torch.zeros(1, 32000)).patches.shape == (2, 1, 13, 8, 48)
+
+
+@pytest.mark.parametrize(
+    ("cut", "words"),
+    [
+        (3, ["model.drop_path=0.3"]),  # before the second checkpoint, dropout at work
+        (9, ["train.accumulate=2", "data.batch=2"]),  # within an accumulation
+        (5, ["data.workers=1", "online.every=2", "online.steps=2", "online.batch=4"]),
+    ],
+)
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
+    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int, words: list[str]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pretrain(small(*words, out=whole))
+    run_and_cut(monkeypatch, small(*words, out=parts), at=cut)
+    assert not (parts / "export").exists()
+    pretrain(small(*words, out=parts))
+    assert_same_run(whole, parts)
+
+
+def test_another_seed_gives_another_run(small, tmp_path: Path) -> None:
+    pretrain(small(out=tmp_path / "a"))
+    pretrain(small("seed=1", out=tmp_path / "b"))
+    assert metrics(tmp_path / "a")[-1]["loss"] != metrics(tmp_path / "b")[-1]["loss"]
+
+
+def test_resuming_a_finished_run_changes_nothing(small, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(small(out=out))
+    before, rows = weights(out), metrics(out)
+    pretrain(small(out=out))
+    assert all(torch.equal(before[n], t) for n, t in weights(out).items())
+    assert metrics(out) == rows
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    pretrain(small(out=whole))
+    run_and_cut(monkeypatch, small(out=out), at=5)
+    newest = out / "checkpoints" / "step-00000004.ckpt"
+    data = newest.read_bytes()
+    newest.unlink()
+    newest.write_bytes(data[: len(data) // 2])
+    assert last_checkpoint(out) == out / "checkpoints" / "step-00000002.ckpt"
+    pretrain(small(out=out))
+    assert_same_run(whole, out)
+
+
+def test_continuing_with_other_settings_is_refused_with_the_difference(
+    small, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    pretrain(small("train.steps=2", out=out))
+    with pytest.raises(UserError) as caught:
+        pretrain(small("train.steps=2", "optim.lr=0.1", out=out))
+    assert "- optim.lr: 0.001" in str(caught.value)
+    assert "+ optim.lr: 0.1" in str(caught.value)
+    pretrain(small("train.steps=2", "train.log_every=1", out=out))  # a safe one
+
+
+def test_a_folder_of_something_else_is_not_written_to(small, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("do not touch")
+    with pytest.raises(UserError, match="holds other things than a run"):
+        pretrain(small(out=tmp_path))
+
+
+def test_dry_run_writes_and_trains_nothing(
+    small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(small(out=tmp_path / "run"), dry_run=True)
+    assert not (tmp_path / "run").exists()
+    shown = capsys.readouterr().out
+    assert "10 clips, 5 labels" in shown
+    assert "dry run: nothing was trained" in shown
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["objective.target=mlp"],
+        ["model.gate=false"],
+        ["objective.decoder=cnn"],
+        ["objective.decoder=vit6h"],
+        ["model.pos_layout=grid"],
+        ["objective.target_centering=batch"],
+        ["objective.global_target=cls"],
+        ["frontend.kind=eat"],
+        ["model.norm_order=pre"],
+        ["objective.decoder_width=24"],
+        ["mask.ratio=0.6"],
+        ["optim.decay=matrices"],
+        ["frontend.pad=waveform", "data.clip_seconds=1.5"],
+    ],
+    ids="+".join,
+)
+def test_every_ablation_switch_is_one_setting_and_acts(small, tmp_path: Path, words) -> None:
+    common = ["train.steps=2", "train.log_every=1"]
+    if len(words) > 1:
+        common.append(words.pop())  # both runs need it
+    pretrain(small(*common, out=tmp_path / "base"))
+    pretrain(small(*common, *words, out=tmp_path / "other"))
+    base, other = metrics(tmp_path / "base"), metrics(tmp_path / "other")
+    assert all(torch.isfinite(torch.tensor(r["loss"])) for r in other)
+    if words == ["optim.decay=matrices"]:  # the loss feels it a step later
+        assert any(not torch.equal(t, weights(tmp_path / "base")[n])
+                   for n, t in weights(tmp_path / "other").items())  # fmt: skip
+    else:
+        assert base[0]["loss"] != other[0]["loss"]
+
+
+def test_gradient_clipping_acts(small, tmp_path: Path) -> None:
+    pretrain(small("train.steps=3", out=tmp_path / "a"))
+    pretrain(small("train.steps=3", "optim.clip_norm=0.001", out=tmp_path / "b"))
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert any(not torch.equal(a[n], b[n]) for n in a)
+
+
+def test_bf16_keeps_weights_and_losses_in_float32(small, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(small("hardware.precision=bf16-mixed", "train.steps=2", out=out))
+    assert {t.dtype for t in weights(out).values()} == {torch.float32}
+    assert metrics(out)[-1]["loss"] < 5
+
+
+def test_as2m_builds_on_meta_without_touching_memory() -> None:
+    config = compose(Pretrain, "pretrain", ["recipe=as2m"])
+    with torch.device("meta"):
+        objective = build_objective(config)
+    assert all(p.is_meta for p in objective.parameters())
+    trainable = sum(p.numel() for p in objective.student.parameters())
+    assert trainable == 139_395_840  # golden paper_config_param_counts
+    assert objective.student.encoder.grid.tokens == 512
+
+
+def test_as2m_starts_on_any_shard_set(tmp_path: Path) -> None:
+    shards = make_toy(tmp_path / "toy")
+    words = ["recipe=as2m", f"data.shards={shards}", f"out={tmp_path / 'run'}", "hardware=cpu"]
+    words += ["model.width=48", "model.depth=1", "model.heads=2", "objective.decoder_depth=1"]
+    words += ["data.batch=2", "data.workers=0", "mask.views=2", "train.steps=2"]
+    pretrain(compose(Pretrain, "pretrain", words))
+    assert bat.load_encoder(tmp_path / "run").grid.tokens == 512
+
+
+def test_masks_differ_between_ranks_and_steps_and_repeat_with_the_seed(small, tmp_path) -> None:
+    module = Pretraining(small(out=tmp_path / "run"))
+
+    def ids(seed: int, step: int, rank: int) -> list[int]:
+        views = module.draw_views(2, derive_seed(seed, "step", step, rank))
+        return views.keep_ids.flatten().tolist()
+
+    assert ids(0, 0, 0) == ids(0, 0, 0)
+    assert ids(0, 0, 0) != ids(0, 0, 1)
+    assert ids(0, 0, 0) != ids(0, 1, 0)
+    assert ids(0, 0, 0) != ids(1, 0, 0)
+
+
+def test_no_data_given_says_what_to_give() -> None:
+    with pytest.raises(UserError, match=r"no data given.*data\.shards=DIR"):
+        pretrain(compose(Pretrain, "pretrain", ["recipe=as2m"]))
+
+
+def test_online_probes_need_labels_and_say_so(small, tmp_path: Path) -> None:
+    from bat.audio.decode import encode
+
+    audio = tmp_path / "audio"
+    audio.mkdir()
+    for i in range(4):
+        wave = torch.randn(16000, generator=torch.Generator().manual_seed(i)).numpy() * 0.1
+        (audio / f"{i}.flac").write_bytes(encode(wave, sample_rate=16000, codec="flac"))
+    words = ["task=folder", f"data.root={audio}", "data.batch=2", "online.every=1"]
+    with pytest.raises(UserError, match="online probes need labelled clips"):
+        pretrain(small(*words, out=tmp_path / "run"))
+    pretrain(small(*words[:-1], "train.steps=1", out=tmp_path / "unlabelled"))
+
+
+def test_wandb_offline_writes_locally_and_nothing_by_default(
+    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="wandb is an extra: bat-audio[wandb]")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    pretrain(small("train.steps=1", out=tmp_path / "without"))
+    assert not (tmp_path / "without" / "wandb").exists()
+    pretrain(small("train.steps=1", "log.wandb=offline", out=tmp_path / "with"))
+    assert list((tmp_path / "with" / "wandb").glob("offline-run-*/*.wandb"))
