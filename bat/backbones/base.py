@@ -6,7 +6,7 @@ import abc
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +83,12 @@ class Backbone(nn.Module, abc.ABC):
 
 def make_frontend(
     *,
-    kind: str = "bat",
+    kind: Literal["bat", "eat", "beats"] = "bat",
     sample_rate: int = 16000,
     n_fft: int = 1024,
     hop_length: int = 160,
     n_mels: int = 128,
-    pad: str = "spectrogram",
+    pad: Literal["spectrogram", "waveform"] = "spectrogram",
     statistics: str = "audioset",
 ) -> nn.Module:
     """The front end ``kind``: ``bat`` (LogMel) or a legacy Kaldi one, ``eat`` or ``beats``."""

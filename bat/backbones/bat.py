@@ -129,7 +129,7 @@ class BAT(Backbone):
     def set_drop_path(self, rate: float) -> None:
         """Drop-path rate of the last block; the others rise linearly from 0."""
         for b, block in enumerate(self.blocks):
-            block.drop_path.drop_prob = rate * b / max(1, self.depth - 1)  # type: ignore[union-attr, assignment]
+            block.drop_path.drop_prob = rate * b / max(1, self.depth - 1)  # type: ignore[union-attr]
 
     def layer_of(self, name: str) -> int:
         return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0

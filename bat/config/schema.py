@@ -151,9 +151,8 @@ class Pretrain:
 
 @dataclass
 class Augment:
-    """Fine-tuning only (SPEC section 5)."""
+    """Fine-tuning only (SPEC section 5). The time roll is ``data.roll``."""
 
-    roll: bool = False
     mixup_p: float = 0.0
     mixup_alpha: float = 0.8
     noise_p: float = 0.0
@@ -183,10 +182,10 @@ class Supervised:
 
     recipe: str = ""
     out: str | None = None
-    """Run folder; null: ``runs/COMMAND-RECIPE-CHECKPOINT``."""
+    """Run folder; null: ``runs/COMMAND-RECIPE-CHECKPOINT`` (probes: and the methods)."""
     checkpoint: str | None = None
     """A run folder, an export folder or a weight file; ``random``: the untrained control
-    (``random:RUN`` takes its shape from a run or export)."""
+    (``random:RUN`` takes its shape from a run or export, ``random:S`` from a model fragment)."""
     weights: Literal["student", "teacher"] = "student"
     heads: int | None = None
     """Attention heads of a file that does not say; null: width / 64."""
@@ -197,19 +196,27 @@ class Supervised:
     loss: Literal["task", "ce", "bce", "asl"] = "task"
     frames: int | None = None
     """Frames of one clip; null: the task's."""
+    pad: Literal["checkpoint", "spectrogram", "waveform"] = "checkpoint"
+    """What short clips are padded in; ``checkpoint``: as the encoder was trained."""
     data: Data = field(default_factory=lambda: Data(batch=48, workers=2, roll=False))
     head: Head = field(default_factory=Head)
-    optim: Optim = field(
-        default_factory=lambda: Optim(
-            lr=1e-3, betas=[0.9, 0.999], decay="matrices", warmup_steps=400
-        )
-    )
-    train: Train = field(default_factory=lambda: Train(steps=4_000, log_every=50))
     hardware: Hardware = field(default_factory=Hardware)
     log: Log = field(default_factory=Log)
 
+
+@dataclass
+class ProbeTrain:
+    steps: int = 4_000
+    """Optimiser steps of each fold."""
+    log_every: int = 50
+    """Steps between two lines of metrics."""
+
     def problems(self) -> list[str]:
-        return []
+        return [
+            f"train.{name}={getattr(self, name)} must be at least 1"
+            for name in ("steps", "log_every")
+            if getattr(self, name) < 1
+        ]
 
 
 @dataclass
@@ -217,20 +224,53 @@ class Probe(Supervised):
     """``bat-probe``"""
 
     methods: list[str] = field(default_factory=lambda: ["cgp"])
+    """Probes trained side by side on the same features; ``--method cgp,linear``."""
     level: Literal["clip", "frame"] = "clip"
+    """``frame``: one output a time patch, averaged over time for labels of whole clips."""
     feature_gb: float = 4.0
     """Frozen features are kept in memory when they need at most this many GB."""
+    optim: Optim = field(
+        default_factory=lambda: Optim(
+            lr=1e-3, betas=[0.9, 0.999], decay="matrices", warmup_steps=400
+        )
+    )
+    train: ProbeTrain = field(default_factory=ProbeTrain)
 
     def problems(self) -> list[str]:
-        return [] if self.methods else ["methods is empty: name a probe, e.g. --method cgp"]
+        found = []
+        if not self.methods:
+            found.append("methods is empty: name a probe, e.g. --method cgp")
+        if len(set(self.methods)) < len(self.methods):
+            found.append(f"methods={list(self.methods)} names a probe twice")
+        if self.feature_gb < 0:
+            found.append(f"feature_gb={self.feature_gb} must not be negative (0: never kept)")
+        if self.optim.layer_decay != 1:
+            found.append("optim.layer_decay is for bat-finetune; a probe has one rate")
+        hardware = self.hardware
+        alone = hardware.devices in ("auto", "1") and hardware.num_nodes == 1
+        if not alone or hardware.strategy != "auto":
+            found.append(
+                f"bat-probe runs on one device, not hardware.devices={hardware.devices} "
+                f"strategy={hardware.strategy}: try hardware=gpu"
+            )
+        if self.log.wandb != "off":
+            found.append("log.wandb is for bat-pretrain and bat-finetune")
+        return found
 
 
 @dataclass
 class Finetune(Supervised):
     """``bat-finetune``"""
 
+    method: str = "linear"
+    """The head on the encoder: any probe; ``linear`` is the paper's."""
     drop_path: float = 0.1
+    """Rate of the last block; rises linearly from 0 at the first."""
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(
         default_factory=lambda: Optim(lr=5e-5, layer_decay=0.75, decay="matrices", warmup_steps=400)
     )
+    train: Train = field(default_factory=lambda: Train(steps=4_000, keep=1))
+
+    def problems(self) -> list[str]:
+        return [] if 0 <= self.drop_path < 1 else [f"drop_path={self.drop_path}: in [0, 1)"]

@@ -3,15 +3,17 @@
 The position is read from Lightning's own count of finished micro-batches whenever an iterator is
 made: ``fit_loop.epoch_loop.batch_progress.total.processed``. (``processed``, not ``completed``:
 a checkpoint saved in ``on_train_batch_end`` holds the step of a batch that is not yet
-``completed``. Lightning 2.6.6.) A checkpoint also records how many clips that was, so a changed
-number of ranks or micro-batch size goes on at the right clip; another data set, seed or global
-batch is refused. Build the Trainer with ``use_distributed_sampler=False``.
+``completed``. Lightning 2.6.6.) A checkpoint also records how many clips a micro-batch was; on a
+resume with another number of ranks or another split of the global batch, Lightning's counts are
+recounted in those of the new size before it reads them. Another data set, seed or global batch is
+refused. Build the Trainer with ``use_distributed_sampler=False``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import signal
+import warnings
 from typing import Any, Literal
 
 import numpy as np
@@ -139,7 +141,12 @@ class AudioData(LightningDataModule):
             raise UserError("there are no clips to evaluate on: the selection is empty")
         self.eval_batch, self.cache_bytes = eval_batch or batch, cache_bytes
         self.bad_clips = BadClips(max_bad=max_bad)
-        self._base = (0, 0)  # micro-batches and clips done when the checkpoint was written
+        self._size_then: int | None = None  # clips a micro-batch, where a checkpoint was loaded
+        # Lightning 2.6.6 judges by the loader's type; this stream resumes exactly
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
+        if self.eval_ids is None:  # no rows to evaluate is no mistake
+            warnings.filterwarnings("ignore", "You passed in a `val_dataloader` but have no")
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
 
     @property
     def clip_samples(self) -> int:
@@ -150,28 +157,41 @@ class AudioData(LightningDataModule):
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
-    def _processed(self) -> int:
+    @property
+    def _size(self) -> int:
+        """Clips of a micro-batch over all ranks."""
+        return self.batch * self._ranks()[1]
+
+    def clips_done(self) -> int:
+        """Global position: clips that all ranks together have trained on."""
+        return self.batches_done() * self._size
+
+    def batches_done(self) -> int:
+        """Micro-batches behind us, by Lightning's count."""
         if self.trainer is None:
             return 0
         total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         return int(total.processed)
 
-    def clips_done(self) -> int:
-        """Global position: clips that all ranks together have trained on."""
-        batches, clips = self._base
-        return clips + (self._processed() - batches) * self.batch * self._ranks()[1]
-
-    def batches_done(self) -> int:
-        """Micro-batches behind us, counted in those of this run's size."""
-        size = self.batch * self._ranks()[1]
-        if self.clips_done() % size:
-            raise UserError(
-                f"the checkpoint stands at clip {self.clips_done()}, which micro-batches of "
-                f"{size} (data.batch x devices) do not reach: choose a divisor of the global batch"
-            )
-        return self.clips_done() // size
+    def _recount(self) -> None:
+        """Make Lightning's counts, as loaded, those of micro-batches of this run's size."""
+        then, now, self._size_then = self._size_then, self._size, None
+        if self.trainer is None or then in (None, now):
+            return
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        for count in vars(progress)["total"], vars(progress)["current"]:
+            clips = count.processed * then
+            if clips % now:
+                raise UserError(
+                    f"the checkpoint stands at clip {clips}, which micro-batches of {now} "
+                    f"(data.batch x devices) do not reach: resume with {then}, or a divisor of it"
+                )
+            ahead = {k: getattr(count, k) - count.processed for k in vars(count)}
+            for name, difference in ahead.items():
+                setattr(count, name, clips // now + difference)
 
     def train_dataloader(self) -> DataLoader[Sample]:
+        self._recount()
         rank, world = self._ranks()
         sampler = PlanSampler(
             self.plan,
@@ -229,10 +249,9 @@ class AudioData(LightningDataModule):
         return batch.to(device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the stream: where it stands, and of which stream."""
+        """What a checkpoint keeps: which stream it is of (where it stands, Lightning knows)."""
         return {
-            "batches": self._processed(),
-            "clips": self.clips_done(),
+            "clips_a_micro_batch": self._size,
             "stream": self._stream(),
             "bad_clips": self.bad_clips.state_dict(),
         }
@@ -246,7 +265,7 @@ class AudioData(LightningDataModule):
                     f"the checkpoint was written with {name} {then}, this run has {now}: resume "
                     f"with the same, or start a new run with another out="
                 )
-        self._base = (state_dict["batches"], state_dict["clips"])
+        self._size_then = state_dict["clips_a_micro_batch"]
         self.bad_clips.load_state_dict(state_dict["bad_clips"])
 
     def _stream(self) -> dict[str, Any]:
@@ -258,5 +277,5 @@ class AudioData(LightningDataModule):
             "data set": self.index.hash[:16],
             "clips": f"{len(ids)} of {len(self.index)} ({chosen})",
             "seed": self.seed,
-            "global batch": self.batch * self._ranks()[1] * accumulate,
+            "global batch": self._size * accumulate,
         }

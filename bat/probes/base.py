@@ -15,9 +15,7 @@ import pkgutil
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from bat.shapes import Features, UserError
 
@@ -65,19 +63,35 @@ def mix_blocks(layers: Tensor, gate: Tensor) -> Tensor:
 def mix_normalised(layers: Tensor, gate: Tensor) -> Tensor:
     """``sum_l gate_l n(layers_l)``, ``n`` the L2 norm's direction: (L, ..., D), (L,) -> (..., D).
 
-    Float32. One block at a time, and made again in the backward pass: the normalised stack of all
-    blocks never lies in memory. The sum is not normalised again.
+    Float32; the sum is not normalised again. One block at a time: kept for the backward pass are
+    the norms, never the normalised stack of all blocks.
     """
-    mixed: Tensor | None = None
-    for tokens, weight in zip(layers.unbind(0), gate.float().unbind(0), strict=True):
-        x = checkpoint(_weighted, tokens, weight, use_reentrant=False, preserve_rng_state=False)
-        mixed = x if mixed is None else mixed + x
-    assert mixed is not None
+    mixed: Tensor = _MixNormalised.apply(layers, gate.float())
     return mixed
 
 
-def _weighted(tokens: Tensor, weight: Tensor) -> Tensor:
-    return weight * F.normalize(tokens.float(), dim=-1)
+class _MixNormalised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, layers: Tensor, gate: Tensor) -> Tensor:
+        mixed = torch.zeros(layers.shape[1:], device=layers.device)  # (..., D)
+        norms = torch.empty(*layers.shape[:-1], 1, device=layers.device)  # (L, ..., 1)
+        for block, z in enumerate(layers):
+            torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=torch.float32, out=norms[block])
+            mixed.addcmul_(z.float(), gate[block] / norms[block].clamp_(min=1e-12))
+        ctx.save_for_backward(layers, gate, norms)
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        layers, gate, norms = ctx.saved_tensors
+        to_gate = torch.empty_like(gate)
+        to_layers = torch.empty_like(layers) if ctx.needs_input_grad[0] else None
+        for block, z in enumerate(layers):
+            along = (grad * z).sum(-1, keepdim=True) / norms[block]  # (..., 1): grad . n(z)
+            to_gate[block] = along.sum()
+            if to_layers is not None:
+                to_layers[block] = gate[block] / norms[block] * (grad - along * z / norms[block])
+        return to_layers, to_gate
 
 
 def known_probes() -> dict[str, type[Probe]]:

@@ -161,7 +161,7 @@ def plot_layer_gates(gates: Mapping[str, ArrayLike], path: str | Path) -> Path:
 
 
 def plot_folds(
-    folds: Mapping[str, Mapping[int, float]], path: str | Path, *, metric: str, title: str = ""
+    folds: Mapping[str, Mapping[Any, float]], path: str | Path, *, metric: str, title: str = ""
 ) -> Path:
     """Bars of a metric (a fraction) by held-out fold, one group of bars a method, with the mean."""
     path = Path(path)

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +17,11 @@ from bat.backbones.base import Backbone, load_backbone
 from bat.checkpoint import resolve
 from bat.config.compose import from_yaml
 from bat.config.locate import find_fragment, known_fragments
-from bat.config.schema import Pretrain, Supervised
+from bat.config.schema import Hardware, Pretrain, Supervised
 from bat.config.sections import Data, Model
 from bat.shapes import Grid, UserError
 from bat.tasks.base import Task
 from bat.train.trainer import derive_seed
-
-log = logging.getLogger("bat")
 
 RANDOM = "random"
 
@@ -63,23 +60,45 @@ def load_for(config: Supervised, task: Task) -> tuple[Backbone, int]:
     return backbone.eval(), frames
 
 
-def data_of_run(config: Supervised) -> Data:
-    """``config.data``; where it names no data, the root or shards of the checkpoint's own run."""
+def data_of_run(config: Supervised) -> tuple[Data, str]:
+    """``config.data``; where it names no data, the root or shards of the checkpoint's own run.
+
+    And a line to print where the run's were taken, else nothing.
+    """
     data = config.data
-    if data.root or data.shards:
-        return data
     file = _run_config(_given(config))
-    if file is None:
-        return data
+    if data.root or data.shards or file is None:
+        return data, ""
     run = from_yaml(Pretrain, file)
     sources = [(run.task, run.data.root, run.data.shards)]
     if run.online.root or run.online.shards:
         sources.insert(0, (run.online.task or run.task, run.online.root, run.online.shards))
     for task, root, shards in sources:
         if task == config.task and (root or shards):
-            log.info("data: %s, as %s says", root or shards, file)
-            return replace(data, root=root, shards=shards)
-    return data
+            return replace(data, root=root, shards=shards), f"data {root or shards}, as {file} says"
+    return data, ""
+
+
+def device_for(hardware: Hardware) -> torch.device:
+    """The one device of a plain loop; ``UserError`` where it is not there."""
+    wanted = hardware.accelerator
+    if wanted in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"hardware.accelerator={wanted}: no GPU here; try hardware=cpu")
+    if wanted not in ("auto", "cpu", "gpu", "cuda"):
+        raise UserError(f"hardware.accelerator={wanted}: auto, cpu or gpu")
+    return torch.device("cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+def autocast_for(hardware: Hardware) -> torch.dtype | None:
+    """Autocast's type, None for float32."""
+    return torch.bfloat16 if hardware.precision == "bf16-mixed" else None
+
+
+def compile_blocks(backbone: Backbone) -> None:
+    """``torch.compile`` every block of the encoder; names stay as they are."""
+    for module in backbone.modules():
+        if type(module).__name__ == "Block":
+            module.compile()
 
 
 def _given(config: Supervised) -> str:
@@ -130,5 +149,5 @@ def _model(fragment: Path) -> Model:
     from omegaconf import OmegaConf
 
     merged = OmegaConf.merge(OmegaConf.structured(Pretrain), OmegaConf.load(fragment))
-    model: Model = OmegaConf.to_object(merged).model  # type: ignore[union-attr, assignment]
+    model: Model = OmegaConf.to_object(merged).model  # type: ignore[union-attr]
     return model

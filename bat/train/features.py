@@ -8,6 +8,7 @@ to the rounding of stored features).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -98,9 +99,10 @@ class FeatureBank:
         patches, classes, targets = torch.empty(0), None, []
         rows: list[int] = []
         keys: list[str] = []
-        with evaluating(backbone), tqdm(
-            total=len(ids), desc="features", unit="clip", disable=not progress, leave=False
-        ) as bar:  # fmt: skip
+        with (
+            evaluating(backbone),
+            progress_bar(len(ids), "features", unit="clip", show=progress) as bar,
+        ):
             for batch in batches:
                 bad.add(batch)
                 bar.update(len(batch.keys) + len(batch.skipped))
@@ -245,3 +247,16 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for m, training in was.items():
             m.training = training
+
+
+def progress_bar(total: int, what: str, *, unit: str, show: bool) -> tqdm[Any]:
+    """A bar on stderr that leaves no trace; quiet where stderr is a file."""
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        leave=False,
+        disable=not show,
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 15,
+    )

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from bat.config.sections import Optim
 from bat.probes.base import Probe
 from bat.shapes import UserError
-from bat.train.features import Batches, Source, device_of, to_device
+from bat.train.features import Batches, Source, device_of, progress_bar, to_device
 from bat.train.held_out import Outcome, Round
 from bat.train.losses import Loss, against, to_clip
 from bat.train.metrics import evaluate
@@ -131,10 +130,9 @@ def cross_validate(
             with own_randomness(torch.device(device)):
                 torch.manual_seed(derive_seed(seed, held.name, method, "init"))
                 probes[method] = build(method).to(device)
-        with tqdm(
-            total=steps, desc=f"probes, {held.name} held out", unit="step", leave=False,
-            disable=not progress,
-        ) as bar:  # fmt: skip
+        with progress_bar(
+            steps, f"probes, {held.name} held out", unit="step", show=progress
+        ) as bar:
 
             def after_step(step: int, losses: dict[str, Tensor], held: Round = held) -> None:
                 bar.update(1)

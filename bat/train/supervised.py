@@ -44,8 +44,9 @@ class Supervised(pl.LightningModule):
         super().__init__()
         self.config, self.loss, self.frames, self.fold = config, loss, frames, fold
         self.backbone, self.head = backbone, head
-        if hasattr(backbone, "set_drop_path"):
-            backbone.set_drop_path(config.drop_path)
+        set_drop_path = getattr(backbone, "set_drop_path", None)
+        if set_drop_path is not None:
+            set_drop_path(config.drop_path)
         elif config.drop_path:
             raise UserError(f"{type(backbone).__name__} has no drop path: drop_path=0")
         self.figures: dict[str, Tensor] = {}
@@ -121,9 +122,3 @@ class Supervised(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in every checkpoint how it came to be."""
         checkpoint["bat"] = {"version": __version__, "config": to_dict(self.config)}
-
-    def compile_blocks(self) -> None:
-        """``torch.compile`` every block of the encoder; names stay as they are."""
-        for module in self.backbone.modules():
-            if type(module).__name__ == "Block":
-                module.compile()

@@ -1,0 +1,40 @@
+"""bat-finetune: train an encoder and a classifier on labels, fold after fold."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from bat.cli import args
+
+ABOUT = "Fine-tune an encoder on a labelled task, cross-validated where the data has folds."
+EPILOG = """\
+examples:
+  bat-finetune recipe=toy checkpoint=runs/pretrain-toy
+  bat-finetune recipe=esc10 checkpoint=RUN                       data as RUN's config.yaml says
+  bat-finetune recipe=esc10 checkpoint=random:RUN data.root=DIR  from scratch: the control
+  bat-finetune recipe=as20k checkpoint=RUN data.shards=DIR hardware=ddp
+
+checkpoint= a run, an export, a weight file (ours or the field's), or random[:RUN | :S].
+key=value sets a value (see --print-config); out= an existing run continues it.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = args.recipe_parser("finetune", ABOUT, EPILOG)
+    return args.run(_body, p, argv)
+
+
+def _body(options: argparse.Namespace) -> None:
+    from bat.config.schema import Finetune
+
+    config = args.configure(options, Finetune, "finetune", [])
+    if config is None:
+        return
+    from bat.train.run_finetune import finetune
+
+    finetune(config, dry_run=options.dry_run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
