@@ -1,0 +1,173 @@
+"""The commands as a user types them: results, files, and errors without a traceback."""
+
+import json
+
+import pytest
+import torch
+
+from bat.backbones.bat import BAT
+from bat.checkpoint import export
+from bat.cli import finetune, probe
+from bat.config.compose import compose
+from bat.config.locate import known_recipes
+from bat.config.schema import Finetune, Probe
+from bat.shapes import Grid
+from bat.train.heads import load_head
+
+QUICK = ["train.steps=3", "train.log_every=2", "log.progress=false"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    torch.manual_seed(0)
+    model = BAT(width=16, depth=2, heads=2, grid=Grid(13, 8))
+    folder = tmp_path_factory.mktemp("runs") / "pretrain-toy"
+    export(folder / "export", backbone="bat", encoder=model.config(), student=model.state_dict(),
+           teacher={}, meta={})  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def words(run, tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path_factory.getbasetemp() / "shards"
+    return ["recipe=toy", f"checkpoint={run}", f"data.cache={cache}", *QUICK]
+
+
+def test_probe_prints_a_table_and_leaves_these_files(words, tmp_path, capsys):
+    assert probe.main([*words, "--method", "cgp,linear"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("cgp ", "linear ", "fold 2", "mean ± std", "block  2", "after the last step",
+                 "checkpoint=random:", "bat-finetune recipe=toy"):  # fmt: skip
+        assert part in printed, part
+    out = tmp_path / "runs/probe-toy-pretrain-toy-cgp+linear"
+    found = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    heads = {f"heads/{m}-{k}/{f}" for m in ("cgp", "linear") for k in (1, 2)
+             for f in ("config.json", "model.safetensors")}  # fmt: skip
+    assert found == heads | {"config.yaml", "metrics.jsonl", "summary.json", "train.log",
+                             "plots/layer-gates.png", "plots/folds.png"}  # fmt: skip
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary["results"]) == {"cgp", "linear"}
+    assert set(summary["results"]["cgp"]["mean"]) == {"accuracy", "map"}
+    assert sum(summary["results"]["cgp"]["gate"]["1"]) == pytest.approx(1)
+    head, config = load_head(out / "heads/cgp-2")
+    assert head.prototypes.shape == (64, 16)
+    assert len(config["labels"]) == 5
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert sum("accuracy" in r for r in rows) == 4
+    assert "loss" in rows[0]
+
+
+def test_probe_in_memory_equals_streamed(words, tmp_path):
+    results = []
+    for name, budget in (("memory", 1), ("stream", 0)):
+        own = [*words, "methods=[cgp]", f"out={tmp_path / name}", f"feature_gb={budget}"]
+        assert probe.main(own) == 0
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        results.append(summary)
+    assert results[0]["features"] == "in memory"
+    assert results[1]["features"] == "streamed"
+    a, b = (r["results"]["cgp"]["gate"]["1"] for r in results)
+    assert a == pytest.approx(b, abs=1e-5)
+    assert results[0]["results"]["cgp"]["mean"] == results[1]["results"]["cgp"]["mean"]
+
+
+def test_frame_level_and_the_random_control(words, run, capsys):
+    own = [w for w in words if not w.startswith("checkpoint=")]
+    control = f"checkpoint=random:{run}"
+    assert probe.main([*own, control, "level=frame", "--method", "lcgp,protobin"]) == 0
+    captured = capsys.readouterr()
+    assert "averaged over time" in captured.err
+    assert "checkpoint=random:random" not in captured.out
+
+
+@pytest.mark.parametrize("command", [probe, finetune])
+def test_dry_run_writes_nothing(words, tmp_path, capsys, command):
+    assert command.main([*words, "--dry-run"]) == 0
+    assert "dry run: nothing was trained" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_finetune_prints_a_table_and_leaves_these_files(words, tmp_path, capsys):
+    assert finetune.main([*words, "train.save_every=2", "folds=[2]"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("linear ", "fold 2", "after the last step", "fold-K/export", "bat-probe recipe"):
+        assert part in printed, part
+    out = tmp_path / "runs/finetune-toy-pretrain-toy"
+    found = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    assert found == {
+        "config.yaml", "summary.json", "train.log", "plots/folds.png",
+        "fold-2/checkpoints/last.ckpt", "fold-2/checkpoints/step-00000003.ckpt",
+        "fold-2/export/config.json", "fold-2/export/model.safetensors",
+        "fold-2/head/config.json", "fold-2/head/model.safetensors",
+        "fold-2/metrics.jsonl", "fold-2/plots/curves.png", "fold-2/result.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "own", "said"),
+    [
+        (probe, ["checkpoint=null"], "no checkpoint given"),
+        (probe, ["checkpoint=nowhere"], "checkpoint nowhere does not exist"),
+        (probe, ["methods=[cpg]"], "unknown probe 'cpg'. Did you mean 'cgp'?"),
+        (probe, ["methods=[]"], "methods is empty"),
+        (probe, ["methods=[cgp,cgp]"], "names a probe twice"),
+        (probe, ["task=esc10", "data.shards=SHARDS"], "'esc10' has 10 classes, the data has 5"),
+        (probe, ["folds=[7]"], "no clip has fold 7"),
+        (probe, ["hardware.devices=2"], "runs on one device"),
+        (probe, ["log.wandb=offline"], "log.wandb is for"),
+        (probe, ["heads=3"], "heads=3 does not divide"),
+        (probe, ["task=esc50", "data.clip_seconds=5"], "no data given for task 'esc50'"),
+        (finetune, ["method=svm"], "unknown probe 'svm'"),
+        (finetune, ["loss=mse"], "'loss=mse'"),
+        (finetune, ["checkpoint=random:Q"], "neither a run nor a model fragment"),
+        (finetune, ["drop_path=2"], "drop_path=2.0: in [0, 1)"),
+        (finetune, ["augment.roll=true"], "unknown key 'augment.roll'"),
+    ],
+)
+def test_mistakes_are_named_without_a_traceback(words, capsys, command, own, said):
+    merged = dict(w.split("=", 1) for w in [*words, *own])
+    merged = {k: _shards(words) if v == "SHARDS" else v for k, v in merged.items()}
+    assert command.main([f"{k}={v}" for k, v in merged.items()]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+
+
+def _shards(words) -> str:
+    from bat.data.toy import make_toy
+
+    cache = next(w.removeprefix("data.cache=") for w in words if w.startswith("data.cache="))
+    return str(make_toy(f"{cache}/toy"))
+
+
+@pytest.mark.parametrize(("schema", "command"), [(Probe, "probe"), (Finetune, "finetune")])
+def test_every_recipe_composes(schema, command):
+    assert known_recipes(command) == ["as20k", "esc10", "esc50", "toy"]
+    for name in known_recipes(command):
+        compose(schema, command, [f"recipe={name}"])
+
+
+def test_recipes_hold_the_papers_constants():
+    as20k = compose(Probe, "probe", ["recipe=as20k"])
+    optim = as20k.optim
+    assert (as20k.train.steps, as20k.data.batch, optim.lr, optim.warmup_steps) == (
+        20_000, 48, 1e-3, 500)  # fmt: skip
+    assert (optim.weight_decay, optim.betas, as20k.head.dropout) == (0.05, [0.9, 0.999], 0.2)
+    assert round(as20k.data.clip_seconds * 16000) == 163_680
+    esc50 = compose(Probe, "probe", ["recipe=esc50"])
+    assert (esc50.train.steps, esc50.optim.warmup_steps, esc50.optim.weight_decay) == (
+        4_000, 400, 0.2)  # fmt: skip
+    assert esc50.head.prototypes == 10_000
+    tuned = compose(Finetune, "finetune", ["recipe=as20k"])
+    assert (tuned.train.steps, tuned.data.batch, tuned.optim.lr, tuned.optim.warmup_steps) == (
+        40_000, 48, 5e-5, 4_000)  # fmt: skip
+    assert (tuned.optim.layer_decay, tuned.drop_path, tuned.optim.betas) == (
+        0.75, 0.1, [0.9, 0.95])  # fmt: skip
+    augment = tuned.augment
+    assert (augment.mixup_p, augment.mixup_alpha) == (0.9, 0.8)
+    assert (augment.spec_freq, augment.spec_time, augment.spec_repeats) == (16, 64, 2)
+    esc = compose(Finetune, "finetune", ["recipe=esc50"])
+    assert (esc.augment.noise_p, esc.augment.mixup_p, esc.data.roll) == (0.3, 0, True)
+    assert (esc.augment.spec_freq, esc.augment.spec_time, esc.augment.spec_repeats) == (16, 32, 1)
+    assert (esc.train.steps, esc.optim.lr, esc.optim.warmup_steps) == (4_000, 5e-5, 400)

@@ -1,0 +1,176 @@
+"""The probing loop on planted features: it learns, shares, repeats and leaves no trace."""
+
+import numpy as np
+import pytest
+import torch
+
+from bat.config.sections import Optim
+from bat.probes.base import Probe, build_probe, known_probes
+from bat.shapes import UserError
+from bat.train.features import FeatureBank
+from bat.train.held_out import Round, summary
+from bat.train.losses import LOSSES
+from bat.train.probing import cross_validate, fit_probes, predict
+
+n, L, T, FREQ, D, C = 60, 4, 3, 2, 16, 3
+PLANTED = 2
+OPTIM = Optim(lr=0.05, betas=[0.9, 0.999], decay="matrices", warmup_steps=2, min_lr=1e-4)
+
+
+@pytest.fixture(scope="module")
+def bank() -> FeatureBank:
+    """Noise, but for the class written into the tokens of one block."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % C
+    patches = torch.randn(n, L, T, FREQ, D, generator=g)
+    cls = torch.randn(n, L, D, generator=g)
+    cls[:, PLANTED] += 4 * torch.eye(D)[labels]
+    patches[:, PLANTED] += 4 * torch.eye(D)[labels][:, None, None]
+    return FeatureBank(
+        patches=patches,
+        cls=cls,
+        targets=torch.eye(C)[labels],
+        ids=100 + np.arange(n),
+        keys=[str(i) for i in range(n)],
+        skipped={},
+    )
+
+
+def _rounds(bank: FeatureBank, folds: int = 2) -> list[Round]:
+    part = np.arange(n) // C % folds
+    return [Round(str(k), bank.ids[part != k], bank.ids[part == k]) for k in range(folds)]
+
+
+def _build(method: str, *, level: str = "clip") -> Probe:
+    return build_probe(
+        method, classes=C, width=D, depth=L, has_cls=True, level=level, prototypes=32, dropout=0.2
+    )
+
+
+def _validate(bank, methods, *, seed=0, steps=60, build=_build, **words):
+    return cross_validate(
+        bank,
+        _rounds(bank),
+        methods=methods,
+        build=build,
+        loss=LOSSES["ce"],
+        optim=OPTIM,
+        steps=steps,
+        batch=16,
+        multi_label=False,
+        seed=seed,
+        **words,
+    )
+
+
+def test_gate_finds_the_planted_block(bank):
+    results = summary(_validate(bank, ["lcgp", "cgp"]))
+    for method in ("lcgp", "cgp"):
+        assert results[method]["mean"]["accuracy"] > 0.9, method
+        gate = np.mean(list(results[method]["gate"].values()), axis=0)
+        assert gate.argmax() == PLANTED
+        assert gate.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_permuted_labels_give_chance(bank):
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    shuffled = FeatureBank(
+        patches=bank.patches, cls=bank.cls, targets=bank.targets[order], ids=bank.ids,
+        keys=bank.keys, skipped={},
+    )  # fmt: skip
+    for outcome in _validate(shuffled, ["cgp"]):
+        assert outcome.metrics["accuracy"] < 0.6
+
+
+def test_a_probe_does_not_depend_on_its_companions(bank):
+    alone = _validate(bank, ["cgp"], steps=8)
+    together = [o for o in _validate(bank, ["linear", "cgp"], steps=8) if o.method == "cgp"]
+    assert alone == together
+
+
+def test_same_seed_same_result_and_another_seed_another(bank):
+    first, again = _validate(bank, ["cgp"], steps=8), _validate(bank, ["cgp"], steps=8)
+    assert first == again
+    other = _validate(bank, ["cgp"], steps=8, seed=1)
+    assert first[0].gate != other[0].gate
+
+
+def test_global_generator_is_left_as_it_was(bank):
+    torch.manual_seed(3)
+    wanted = torch.rand(4)
+    torch.manual_seed(3)
+    _validate(bank, ["cgp"], steps=3)
+    assert torch.equal(torch.rand(4), wanted)
+
+
+def test_every_probe_trains_at_both_levels_under_autocast(bank):
+    for level in ("clip", "frame"):
+        outcomes = _validate(
+            bank,
+            list(known_probes()),
+            steps=2,
+            build=lambda m, level=level: _build(m, level=level),
+            autocast=torch.bfloat16,
+        )
+        assert len(outcomes) == 2 * len(known_probes())
+
+
+def test_held_out_clips_are_not_trained_on(bank):
+    seen = []
+
+    class Spy(FeatureBank):
+        def training(self, ids, *, batch, steps, seed):
+            seen.append(set(ids.tolist()))
+            return super().training(ids, batch=batch, steps=steps, seed=seed)
+
+    spy = Spy(patches=bank.patches, cls=bank.cls, targets=bank.targets, ids=bank.ids,
+              keys=bank.keys, skipped={})  # fmt: skip
+    _validate(spy, ["linear"], steps=1)
+    for held, used in zip(_rounds(bank), seen, strict=True):
+        assert used == set(held.train.tolist())
+        assert not used & set(held.test.tolist())
+
+
+def test_callbacks_get_losses_and_probes(bank):
+    rows, trained = [], []
+    _validate(
+        bank,
+        ["linear"],
+        steps=5,
+        log_every=2,
+        on_log=rows.append,
+        on_probe=lambda probe, outcome: trained.append((type(probe).__name__, outcome.fold)),
+    )
+    assert [r["step"] for r in rows if r["fold"] == "0"] == [1, 2, 4, 5]
+    assert set(rows[0]) == {"step", "fold", "method", "loss"}
+    assert trained == [("Linear", "0"), ("Linear", "1")]
+
+
+def test_gradient_clipping_and_rate_act(bank):
+    def trained(**words):
+        torch.manual_seed(0)
+        probe = _build("linear")
+        optim = Optim(**{**vars(OPTIM), **words})
+        batches = bank.training(bank.ids, batch=8, steps=3, seed=0)
+        fit_probes({"linear": probe}, batches, loss=LOSSES["ce"], optim=optim, steps=3)
+        return probe.fc.weight.detach()
+
+    base = trained()
+    assert torch.equal(base, trained())
+    for words in ({"clip_norm": 1e-6, "eps": 1e-3}, {"lr": 0.01}, {"weight_decay": 5.0},
+                  {"warmup_steps": 0}, {"betas": [0.1, 0.2]}):  # fmt: skip
+        assert not torch.equal(base, trained(**words)), words
+
+
+def test_predict_on_nothing_is_an_error():
+    with pytest.raises(UserError, match="none of the held-out clips"):
+        predict({"linear": _build("linear")}, iter([]))
+
+
+def test_diverged_training_is_named(bank):
+    wild = Optim(**{**vars(OPTIM), "lr": 1e30, "warmup_steps": 0})
+    with pytest.raises(UserError, match=r"lower optim\.lr"):
+        cross_validate(
+            bank, _rounds(bank), methods=["linear"], build=_build, loss=LOSSES["ce"], optim=wild,
+            steps=4, batch=8, multi_label=False,
+        )  # fmt: skip

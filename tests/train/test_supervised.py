@@ -1,0 +1,169 @@
+"""Fine-tuning: the step, its groups and augmentations, folds that resume."""
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from bat import load_encoder
+from bat.backbones.bat import BAT
+from bat.checkpoint import export
+from bat.config.compose import compose
+from bat.config.schema import Finetune
+from bat.probes.base import build_probe
+from bat.shapes import Grid, UserError, WaveBatch
+from bat.train import run_finetune
+from bat.train.heads import load_head
+from bat.train.losses import LOSSES
+from bat.train.run_finetune import finetune
+from bat.train.supervised import Supervised
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """An export of a very narrow encoder with random weights."""
+    torch.manual_seed(0)
+    model = BAT(width=16, depth=2, heads=2, grid=Grid(13, 8))
+    state = model.state_dict()
+    return export(
+        tmp_path_factory.mktemp("run") / "export",
+        backbone="bat", encoder=model.config(), student=state, teacher={}, meta={},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def config(encoder, tmp_path, tmp_path_factory):
+    def build(*words: str) -> Finetune:
+        cache = tmp_path_factory.getbasetemp() / "shards"
+        own = ["recipe=toy", f"checkpoint={encoder}", f"data.cache={cache}", f"out={tmp_path}/run",
+               "train.steps=4", "train.save_every=2", "train.log_every=2", "optim.warmup_steps=1",
+               "log.progress=false"]  # fmt: skip
+        merged = dict(w.split("=", 1) for w in [*own, *words])
+        return compose(Finetune, "finetune", [f"{k}={v}" for k, v in merged.items()])
+
+    return build
+
+
+def _module(config: Finetune, encoder) -> Supervised:
+    backbone = load_encoder(encoder)
+    torch.manual_seed(0)
+    head = build_probe("linear", classes=5, width=16, depth=2, has_cls=True)
+    return Supervised(config, backbone=backbone, head=head, loss=LOSSES["ce"], frames=208, fold="1")
+
+
+def _batch(clips: int = 4) -> WaveBatch:
+    g = torch.Generator().manual_seed(0)
+    return WaveBatch(
+        waves=torch.randn(clips, 32000, generator=g) * 0.1,
+        lengths=torch.full((clips,), 32000),
+        targets=torch.eye(5)[:clips],
+        keys=[str(i) for i in range(clips)],
+        positions=torch.arange(clips),
+        skipped={},
+    )
+
+
+def test_groups_hold_every_parameter_once_scaled_by_layer(config, encoder):
+    module = _module(config("optim.layer_decay=0.5"), encoder)
+    groups = module.configure_optimizers().param_groups
+    named = {n: g for g in groups for n in g["param_names"]}
+    assert set(named) == {n for n, p in module.named_parameters() if p.requires_grad}
+    assert named["head.fc.weight"]["scale"] == 1
+    assert named["backbone.blocks.1.attn.qkv.weight"]["scale"] == 0.5
+    assert named["backbone.blocks.0.attn.qkv.weight"]["scale"] == 0.25
+    assert named["backbone.patch_embed.proj.weight"]["scale"] == 0.125
+    assert named["backbone.cls_token"]["weight_decay"] == 0
+    assert named["head.fc.weight"]["weight_decay"] == 0.05
+    assert groups[0]["scale"] == 1  # its rate is the one logged
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["augment.mixup_p=1", "augment.noise_p=0", "augment.spec_freq=0", "augment.spec_time=0"],
+        ["augment.mixup_p=0", "augment.noise_p=1", "augment.spec_freq=0", "augment.spec_time=0"],
+        ["augment.mixup_p=0", "augment.noise_p=0", "augment.spec_freq=64", "augment.spec_time=0"],
+        ["augment.mixup_p=0", "augment.noise_p=0", "augment.spec_freq=0", "augment.spec_time=99"],
+    ],
+)
+def test_each_augmentation_acts_and_repeats(config, encoder, words):
+    def augmented(*own: str, seed: int = 0):
+        module = _module(config(*own), encoder)
+        return module.augmented(_batch(), torch.Generator().manual_seed(seed))
+
+    off = [f"{w.split('=')[0]}=0" for w in words]
+    plain, targets = augmented(*off)
+    acted, mixed = augmented(*words)
+    assert plain.shape == acted.shape == (4, 1, 208, 128)
+    assert not torch.equal(plain, acted)
+    assert torch.equal(targets, mixed) == ("mixup_p=1" not in words[0])
+    again = augmented(*words)
+    assert torch.equal(acted, again[0])
+    assert not torch.equal(acted, augmented(*words, seed=1)[0])
+
+
+def test_drop_path_is_set_linearly(config, encoder):
+    module = _module(config("drop_path=0.3"), encoder)
+    assert [b.drop_path.drop_prob for b in module.backbone.blocks] == [0, 0.3]
+
+
+class _KilledError(Exception):
+    pass
+
+
+class _Kill(Callback):
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        if trainer.global_step == self.at:
+            raise _KilledError
+
+
+def _weights(out, fold: int) -> dict[str, torch.Tensor]:
+    head, _ = load_head(out / f"fold-{fold}" / "head")
+    encoder = load_encoder(out / f"fold-{fold}" / "export")
+    return {**head.state_dict(), **encoder.state_dict()}
+
+
+def test_killed_and_continued_equals_uninterrupted(config, tmp_path, monkeypatch):
+    whole = finetune(config(f"out={tmp_path}/whole"))
+    build, kills = run_finetune.build_trainer, []
+
+    def dying(**words):
+        trainer = build(**words)
+        if words["name"].endswith("-2") and not kills:
+            kills.append(True)
+            trainer.callbacks.append(_Kill(at=3))
+        return trainer
+
+    monkeypatch.setattr(run_finetune, "build_trainer", dying)
+    with pytest.raises(_KilledError):
+        finetune(config(f"out={tmp_path}/parts"))
+    done = (tmp_path / "parts/fold-1/result.json").stat().st_mtime_ns
+    parts = finetune(config(f"out={tmp_path}/parts"))
+    assert (parts / "fold-1/result.json").stat().st_mtime_ns == done  # read, not made again
+    for fold in (1, 2):
+        wanted, found = _weights(whole, fold), _weights(parts, fold)
+        assert all(torch.equal(wanted[k], found[k]) for k in wanted)
+    a, b = (json.loads((o / "summary.json").read_text()) for o in (whole, parts))
+    assert a["results"] == b["results"]
+    assert a["how"] == "weights after the last step, judged on the held-out clips; nothing was " \
+                       "selected on them"  # fmt: skip
+    rows = [json.loads(line) for line in (parts / "fold-2/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2, 4]
+
+
+def test_training_learns_the_clips(config, tmp_path):
+    words = ["train.steps=30", "optim.lr=0.005", "optim.warmup_steps=3", "augment.noise_p=0",
+             "augment.spec_freq=0", "folds=[1]", "drop_path=0", "head.dropout=0"]  # fmt: skip
+    out = finetune(config(*words))
+    rows = [json.loads(line) for line in (out / "fold-1/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+
+
+def test_other_settings_in_the_same_folder_are_refused(config):
+    finetune(config("train.steps=1", "folds=[1]"))
+    with pytest.raises(UserError, match="run with other settings"):
+        finetune(config("train.steps=2", "folds=[1]"))
