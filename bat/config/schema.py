@@ -136,6 +136,9 @@ class Pretrain:
     log: Log = field(default_factory=Log)
 
     def problems(self) -> list[str]:
+        front = self.frontend
+        if min(self.model.patch, front.hop_length, front.sample_rate) < 1:
+            return []  # said by the sections themselves
         found = []
         for name, axis in (("frames", "time"), ("n_mels", "frequency")):
             size = getattr(self.frontend, name)
@@ -144,6 +147,20 @@ class Pretrain:
                     f"frontend.{name}={size} is not a multiple of model.patch="
                     f"{self.model.patch} ({axis} patches must fit)"
                 )
+        tokens = front.frames // self.model.patch * (front.n_mels // self.model.patch)
+        kept = int(tokens * (1 - self.mask.ratio))
+        if not found and 0 < self.mask.ratio < 1 and not 0 < kept < tokens:
+            found.append(
+                f"mask.ratio={self.mask.ratio} keeps {kept} of {tokens} patches: give longer clips "
+                "or another ratio"
+            )
+        given = 1 + int(self.data.clip_seconds * front.sample_rate) // front.hop_length
+        if given > front.frames:
+            found.append(
+                f"data.clip_seconds={self.data.clip_seconds} makes {given} frames, more than "
+                f"frontend.frames={front.frames}: the rest would be cut off; shorten the "
+                "clips or raise the frames"
+            )
         if self.optim.layer_decay != 1:
             found.append("optim.layer_decay is for bat-finetune; pre-training has one rate")
         return found

@@ -86,7 +86,8 @@ class _MixNormalised(torch.autograd.Function):
         layers, gate, norms = ctx.saved_tensors
         to_gate = torch.empty_like(gate)
         to_layers = torch.empty_like(layers) if ctx.needs_input_grad[0] else None
-        for block, z in enumerate(layers):
+        for block, tokens in enumerate(layers):
+            z = tokens.float()
             along = (grad * z).sum(-1, keepdim=True) / norms[block]  # (..., 1): grad . n(z)
             to_gate[block] = along.sum()
             if to_layers is not None:

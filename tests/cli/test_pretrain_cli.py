@@ -1,0 +1,123 @@
+"""bat-pretrain at the command line: mistakes end in one clear line, exit code 2, no traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bat.cli.pretrain import main
+from bat.data.toy import make_toy
+from bat.shapes import UserError
+
+TINY = ["model.width=48", "model.depth=1", "model.heads=2", "objective.decoder_depth=1"]
+TINY += ["mask.views=1", "online.every=0", "log.progress=false"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make_bad_tar(folder: Path) -> str:
+    (folder / "shard-00000.tar").write_bytes(b"this is no archive" * 100)
+    return str(folder / "shard-00000.tar")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["recipe=nope"], "unknown recipe 'nope' for bat-pretrain"),
+        (["recipe=toy", "optim.lrr=1"], "did you mean 'optim.lr'?"),
+        (["recipe=toy", "train.steps=soon"], "has the wrong type"),
+        (["recipe=as2m"], "no data given for task 'audioset'"),
+        (["recipe=esc10", "data.root=nowhere"], "nowhere does not exist"),
+        (["recipe=as2m", "data.shards=nowhere.tar"], "nowhere.tar"),
+        (["recipe=as2m", "data.shards=[]"], "data.shards"),
+        (["recipe=as2m", "data.shards=empty"], "empty"),
+        (["recipe=toy", "task=chess"], "chess"),
+        (["recipe=toy", "model.width=50"], "model.width=50"),
+        (["recipe=toy", "model.width=100", "model.heads=4"], "12 heads, which do not divide"),
+        (["recipe=toy", "frontend.frames=100"], "frontend.frames=100 is not a multiple"),
+        (["recipe=toy", "mask.ratio=0.999"], "keeps 0 of 104 patches"),
+        (["recipe=toy", "data.clip_seconds=3"], "data.clip_seconds=3.0 makes 301 frames"),
+        (["recipe=toy", "frontend.kind=eat", "frontend.statistics=mars"], "mars"),
+        (["recipe=toy", "out=file"], "file"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_code_2(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
+) -> None:
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("")
+    assert main(words) == 2
+    shown = capsys.readouterr().err
+    assert "bat-pretrain: error: " in shown
+    assert expected in shown
+    assert "Traceback" not in shown
+    assert not (folder / "runs" / "pretrain-toy" / "checkpoints").exists()
+
+
+def test_a_shard_that_is_no_tar_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe=as2m", f"data.shards={make_bad_tar(folder)}"]) == 2
+    shown = capsys.readouterr().err
+    assert "shard-00000.tar" in shown
+    assert "tar" in shown
+
+
+def test_debug_shows_the_traceback(folder: Path) -> None:
+    with pytest.raises(UserError):
+        main(["recipe=nope", "--debug"])
+
+
+def test_print_config_shows_the_resolved_values(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recipe=toy", "train.steps=7", "--print-config"]) == 0
+    shown = capsys.readouterr().out
+    assert "steps: 7" in shown
+    assert "hop_length: 160" in shown  # a default, written out
+    assert not list(folder.iterdir())
+
+
+def test_corrupt_clips_are_counted_and_printed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tars = sorted(make_toy(folder / "toy").glob("*.tar"))
+    data = bytearray(tars[0].read_bytes())
+    at = data.index(b"fLaC")  # the first clip's audio: its frames become noise
+    data[at + 200 : at + 4000] = bytes(range(256)) * 14 + bytes(216)
+    tars[0].write_bytes(bytes(data))
+    words = ["recipe=toy", f"data.shards={tars[0].parent}", *TINY, "train.steps=4"]
+    assert main([*words, "data.max_bad=0.5", "out=run"]) == 0
+    log = (folder / "run" / "train.log").read_text()
+    assert "of 20 clips unreadable (" in log or "clips unreadable (" in log
+    assert "corrupt" in log
+    assert main([*words, "data.max_bad=0.0", "out=strict"]) == 2
+    assert "more than max_bad=0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_and_run_again_ends_with_the_same_weights(folder: Path) -> None:
+    """kill -9 at some moment after the first checkpoint, then the same command again."""
+    make_toy(folder / "runs" / "shards" / "toy")
+    words = ["recipe=toy", *TINY, "train.steps=40", "train.save_every=4"]
+    command = [sys.executable, "-m", "bat.cli.pretrain", *words]
+    assert main([*words, "out=whole"]) == 0
+    child = subprocess.Popen([*command, "out=cut"], stderr=subprocess.DEVNULL)
+    first = folder / "cut" / "checkpoints" / "step-00000004.ckpt"
+    deadline = time.monotonic() + 120
+    while not first.exists() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (folder / "cut" / "export").exists()
+    assert main([*words, "out=cut"]) == 0
+    whole, cut = (load_file(folder / n / "export" / "model.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(whole[n], cut[n]) for n in whole)
