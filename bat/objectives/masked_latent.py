@@ -35,6 +35,9 @@ class Losses(NamedTuple):
     total: Tensor
     local: Tensor
     global_: Tensor
+    position_only: Tensor
+    """Local loss of a predictor that knows each position's mean target and nothing of the clip:
+    only what ``local`` lies below it is evidence of listening. NaN for a batch of one clip."""
     target_std: Tensor
     """Mean over channels of the target's deviation over tokens and clips: 0 is collapse."""
 
@@ -96,8 +99,10 @@ class MaskedLatent(nn.Module):
         else:
             wanted = targets.mean(1) if self.global_target == "patch_mean" else teacher_cls
             global_ = global_loss(cls, wanted)
+        one = targets.shape[0] == 1
+        position_only = targets.new_tensor(float("nan")) if one else targets.var(0).mean()
         spread = targets.flatten(0, 1).std(0, unbiased=False).mean()
-        return Losses(local + global_, local, global_, spread)
+        return Losses(local + global_, local, global_, position_only, spread)
 
     @torch.no_grad()
     def targets(self, spectrogram: Tensor) -> tuple[Tensor, Tensor]:

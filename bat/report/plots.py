@@ -139,14 +139,14 @@ def plot_layer_gates(gates: Mapping[str, ArrayLike], path: str | Path) -> Path:
     path = Path(path)
     tables = {name: np.atleast_2d(np.asarray(gate, dtype=float)) for name, gate in gates.items()}
     L = max((t.shape[1] for t in tables.values()), default=1)
-    inches = min(12.0, max(5.5, 2 + 0.45 * L * max(1, len(tables)) ** 0.5))
+    inches = min(13.0, max(7.5, 4.5 + 0.4 * L * max(1, len(tables)) ** 0.5))
     with _figure(path, figsize=(inches, 3.8)) as (_, axes):
         axis = axes[0, 0]
         width = 0.8 / max(1, len(tables))
         for i, (name, table) in enumerate(tables.items()):
             x = np.arange(1, table.shape[1] + 1) + (i - (len(tables) - 1) / 2) * width
             spread = table.std(0, ddof=1) if len(table) > 1 else None
-            label = name if spread is None else f"{name} (mean ± std of {len(table)} folds)"
+            label = name if spread is None else f"{name}, mean ± std\nof {len(table)} folds"
             axis.bar(x, table.mean(0), 0.92 * width, yerr=spread, color=COLOURS[i % 7], label=label,
                      capsize=2.5, error_kw={"lw": 1.1, "ecolor": "#333333"})  # fmt: skip
         axis.axhline(1 / L, color="#555555", lw=1.1, ls="--", label=f"uniform, 1/{L}")
@@ -155,8 +155,8 @@ def plot_layer_gates(gates: Mapping[str, ArrayLike], path: str | Path) -> Path:
         axis.set_xlabel("block of the encoder")
         axis.set_ylabel(r"gate weight $\alpha$")
         axis.set_title("Layer gate: the blocks the probe listens to")
-        axis.legend(loc="best")
-        _from_zero(axis, head_room=1.22)
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        _from_zero(axis)
     return path
 
 
@@ -245,6 +245,6 @@ def _points(x: np.ndarray, i: int) -> dict[str, Any]:
     return {"marker": MARKERS[i % 7], "ms": 4} if len(x) <= 30 else {}
 
 
-def _from_zero(axis: Any, head_room: float = 1.08) -> None:
+def _from_zero(axis: Any) -> None:
     top = axis.dataLim.y1
-    axis.set_ylim(0, top * head_room if np.isfinite(top) and top > 0 else 1)
+    axis.set_ylim(0, 1.08 * top if np.isfinite(top) and top > 0 else 1)

@@ -116,7 +116,8 @@ class Pretraining(pl.LightningModule):
             "loss": losses.total.detach(),
             "loss_local": losses.local.detach(),
             "loss_global": losses.global_.detach(),
-            "target_std": losses.target_std.detach(),
+            "loss_position_only": losses.position_only,
+            "target_std": losses.target_std,
         }
         return losses.total
 

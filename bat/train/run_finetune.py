@@ -21,18 +21,14 @@ from bat import __version__, checkpoint
 from bat.backbones.base import Backbone
 from bat.config import schema
 from bat.config.compose import to_dict
-from bat.data.index import Index
 from bat.data.module import AudioData
 from bat.probes.base import build_probe, find_probe
 from bat.report.plots import plot_curves, plot_folds
-from bat.tasks.base import Task, load_task
 from bat.train.callbacks import Checkpoints, Metrics
 from bat.train.encoders import (
     autocast_for,
     checkpoint_name,
     compile_blocks,
-    data_of_run,
-    load_for,
 )
 from bat.train.features import FeatureStream
 from bat.train.heads import save_head
@@ -41,15 +37,13 @@ from bat.train.held_out import (
     TITLES,
     Outcome,
     Round,
-    check_labels,
-    make_rounds,
     summary,
     table,
 )
-from bat.train.losses import loss_for
 from bat.train.metrics import evaluate
+from bat.train.prepare import Prepared, prepare
 from bat.train.probing import own_randomness, predict
-from bat.train.run_folder import open_data, open_run
+from bat.train.run_folder import open_run
 from bat.train.run_pretrain import first_batch
 from bat.train.supervised import Supervised
 from bat.train.trainer import (
@@ -67,27 +61,22 @@ log = logging.getLogger("bat")
 def finetune(config: schema.Finetune, *, dry_run: bool = False) -> Path:
     """Fine-tune as ``config`` says; returns the run folder. Continues what is already there."""
     find_probe(config.method)
-    task = load_task(config.task)
-    backbone, frames = load_for(config, task)
-    data, note = data_of_run(config)
-    config = replace(config, data=data)
-    task, index = open_data(config.task, config.data, progress=config.log.progress)
-    check_labels(task, index)
-    rounds = make_rounds(index, config.folds)
+    ready = prepare(config)
+    config = ready.config
     out = Path(config.out or f"runs/finetune-{config.recipe}-{checkpoint_name(config)}")
-    run = _Run(config=config, task=task, index=index, backbone=backbone, frames=frames, out=out)
+    run = _Run(ready, out)
     if dry_run:
-        _dry_run(run, rounds, note)
+        _dry_run(run)
         return out
 
     open_run(cast(Any, config), out)
     start_logging(out)
-    log.info("%s", _headline(run, rounds, note))
+    log.info("%s", _headline(run))
     began = time.perf_counter()
-    results = [run.fold(held) for held in rounds]
+    results = [run.fold(held) for held in ready.rounds]
     outcomes = [Outcome(config.method, r["held_out"], r["metrics"]) for r in results]
     found = summary(outcomes)
-    metric = task.metric
+    metric = ready.task.metric
     plot_folds(
         {config.method: {o.fold: o.metrics[metric] for o in outcomes}},
         out / "plots" / "folds.png",
@@ -99,9 +88,9 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False) -> Path:
         {
             "checkpoint": config.checkpoint,
             "weights": config.weights,
-            "task": task.name,
+            "task": ready.task.name,
             "how": HOW,
-            "clips": len(index),
+            "clips": len(ready.index),
             "bad_clips": {r["held_out"]: r["bad_clips"] for r in results},
             "results": found,
             "seconds": round(time.perf_counter() - began, 1),
@@ -117,18 +106,10 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False) -> Path:
 class _Run:
     """What the folds of a fine-tuning share."""
 
-    def __init__(
-        self,
-        *,
-        config: schema.Finetune,
-        task: Task,
-        index: Index,
-        backbone: Backbone,
-        frames: int,
-        out: Path,
-    ) -> None:
-        self.config, self.task, self.index = config, task, index
-        self.backbone, self.frames, self.out = backbone, frames, out
+    def __init__(self, ready: Prepared[schema.Finetune], out: Path) -> None:
+        self.ready, self.out = ready, out
+        self.config, self.task, self.index = ready.config, ready.task, ready.index
+        self.backbone, self.frames = ready.backbone, ready.frames
 
     def module(self, held: Round) -> Supervised:
         """A fresh copy of the encoder with a fresh head."""
@@ -143,9 +124,13 @@ class _Run:
                 has_cls=backbone.has_cls,
                 **asdict(self.config.head),
             )
-        loss = loss_for(self.task, self.config.loss)
         module = Supervised(
-            self.config, backbone=backbone, head=head, loss=loss, frames=self.frames, fold=held.name
+            self.config,
+            backbone=backbone,
+            head=head,
+            loss=self.ready.loss,
+            frames=self.frames,
+            fold=held.name,
         )
         if self.config.hardware.compile:
             compile_blocks(backbone)
@@ -257,8 +242,9 @@ def _registered_name(backbone: Backbone) -> str:
     return name if folder == "bat.backbones" else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _dry_run(run: _Run, rounds: list[Round], note: str) -> None:
+def _dry_run(run: _Run) -> None:
     """Build everything, loss and gradient of one batch (one clip, forward only, on the CPU)."""
+    rounds = run.ready.rounds
     module, data = run.module(rounds[0]), run.data(rounds[0])
     on_gpu = run.config.hardware.accelerator != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -281,8 +267,8 @@ def _dry_run(run: _Run, rounds: list[Round], note: str) -> None:
     if on_gpu:
         loss.backward()
     size = sum(p.numel() for p in module.parameters())
-    if note:
-        print(note)
+    if run.ready.note:
+        print(run.ready.note)
     print(f"data      {len(run.index)} clips, {run.index.classes} labels, {len(rounds)} round(s)")
     print(f"input     {tuple(spectrogram.shape)} -> logits {tuple(logits.shape)}")
     groups = len(module.configure_optimizers().param_groups)
@@ -291,16 +277,13 @@ def _dry_run(run: _Run, rounds: list[Round], note: str) -> None:
     print("dry run: nothing was trained, nothing was written but shards and their index")
 
 
-def _headline(run: _Run, rounds: list[Round], note: str) -> str:
-    config, backbone = run.config, run.backbone
-    lines = [
+def _headline(run: _Run) -> str:
+    config = run.config
+    return run.ready.headline(
         f"bat {__version__}: fine-tuning {config.checkpoint} ({config.weights}) in {run.out}",
-        f"  data {len(run.index)} clips (task {run.task.name}, {run.index.classes} classes), "
-        f"encoder {backbone.width} wide, {backbone.depth} blocks, head {config.method}",
-        f"  {len(rounds)} round(s), {config.train.steps} steps of "
+        f"head {config.method}: {len(run.ready.rounds)} round(s), {config.train.steps} steps of "
         f"{config.data.batch} x {config.train.accumulate} clips a device",
-    ]
-    return "\n".join([*lines, f"  {note}"] if note else lines)
+    )
 
 
 def _report(config: schema.Finetune, results: dict[str, dict[str, Any]], out: Path) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,21 +14,17 @@ import numpy as np
 import torch
 
 from bat import __version__
-from bat.backbones.base import Backbone
 from bat.config import schema
 from bat.data.bad_clips import BadClips
-from bat.data.index import Index
 from bat.data.module import eval_loader
 from bat.probes.base import Probe, build_probe, find_probe
 from bat.report.plots import plot_folds, plot_layer_gates
-from bat.tasks.base import Task, load_task
+from bat.tasks.base import Task
 from bat.train.encoders import (
     autocast_for,
     checkpoint_name,
     compile_blocks,
-    data_of_run,
     device_for,
-    load_for,
 )
 from bat.train.features import FeatureBank, FeatureStream, Source, bank_bytes
 from bat.train.heads import save_head
@@ -35,16 +32,13 @@ from bat.train.held_out import (
     HOW,
     TITLES,
     Outcome,
-    Round,
-    check_labels,
     gate_bars,
-    make_rounds,
     summary,
     table,
 )
-from bat.train.losses import loss_for
+from bat.train.prepare import Prepared, prepare
 from bat.train.probing import cross_validate, predict
-from bat.train.run_folder import open_data, open_run
+from bat.train.run_folder import open_run
 from bat.train.trainer import start_logging, write_json
 
 log = logging.getLogger("bat")
@@ -54,20 +48,14 @@ def probe(config: schema.Probe, *, dry_run: bool = False) -> Path:
     """Probe a frozen encoder as ``config`` says; returns the run folder."""
     for method in config.methods:
         find_probe(method)
-    task = load_task(config.task)
-    backbone, frames = load_for(config, task)
-    data, note = data_of_run(config)
-    config = replace(config, data=data)
-    task, index = open_data(config.task, config.data, progress=config.log.progress)
-    check_labels(task, index)
-    loss = loss_for(task, config.loss)
-    rounds = make_rounds(index, config.folds)
+    ready = prepare(config)
+    config, task, index, backbone = ready.config, ready.task, ready.index, ready.backbone
     out = Path(
         config.out
         or f"runs/probe-{config.recipe}-{checkpoint_name(config)}-{'+'.join(config.methods)}"
     )
     device = device_for(config.hardware)
-    backbone = backbone.to(device)
+    backbone.to(device)
     if config.hardware.compile:
         compile_blocks(backbone)
 
@@ -83,12 +71,12 @@ def probe(config: schema.Probe, *, dry_run: bool = False) -> Path:
         )
 
     if dry_run:
-        _dry_run(config, backbone, index, rounds, build, frames=frames, note=note)
+        _dry_run(ready, build)
         return out
 
     open_run(cast(Any, config), out)
     start_logging(out)
-    log.info("%s", _headline(config, task, index, backbone, rounds, out, note))
+    log.info("%s", _headline(ready, out))
     metrics = out / "metrics.jsonl"
     metrics.write_text("", encoding="utf-8")
 
@@ -115,13 +103,13 @@ def probe(config: schema.Probe, *, dry_run: bool = False) -> Path:
 
     began = time.perf_counter()
     bad = BadClips(max_bad=config.data.max_bad)
-    source = _source(config, backbone, index, rounds, frames=frames, bad=bad)
+    source = _source(ready, bad)
     outcomes = cross_validate(
         source,
-        rounds,
+        ready.rounds,
         methods=config.methods,
         build=build,
-        loss=loss,
+        loss=ready.loss,
         optim=config.optim,
         steps=config.train.steps,
         batch=config.data.batch,
@@ -158,16 +146,10 @@ def probe(config: schema.Probe, *, dry_run: bool = False) -> Path:
     return out
 
 
-def _source(
-    config: schema.Probe,
-    backbone: Backbone,
-    index: Index,
-    rounds: list[Round],
-    *,
-    frames: int,
-    bad: BadClips,
-) -> Source:
+def _source(ready: Prepared[schema.Probe], bad: BadClips) -> Source:
     """Features in memory where they fit into ``feature_gb``, else made for each batch."""
+    config, index, backbone = ready.config, ready.index, ready.backbone
+    frames, rounds = ready.frames, ready.rounds
     autocast = autocast_for(config.hardware)
     ids = np.unique(np.concatenate([np.concatenate([r.train, r.test]) for r in rounds]))
     need = bank_bytes(backbone, len(ids), frames=frames, dtype=autocast or torch.float32)
@@ -211,29 +193,21 @@ def _source(
     )
 
 
-def _dry_run(
-    config: schema.Probe,
-    backbone: Backbone,
-    index: Index,
-    rounds: list[Round],
-    build: Any,
-    *,
-    frames: int,
-    note: str,
-) -> None:
+def _dry_run(ready: Prepared[schema.Probe], build: Callable[[str], Probe]) -> None:
     """Build everything, one batch through encoder and probes (one clip on the CPU)."""
+    config, index, backbone, frames = ready.config, ready.index, ready.backbone, ready.frames
     autocast = autocast_for(config.hardware)
     stream = FeatureStream(
         backbone, index, frames=frames, clip_seconds=config.data.clip_seconds, autocast=autocast
     )
     device = next(backbone.parameters()).device
     clips = config.data.batch if device.type == "cuda" else 1
-    features, _ = next(iter(stream.once(rounds[0].train[:clips], batch=clips)))
+    features, _ = next(iter(stream.once(ready.rounds[0].train[:clips], batch=clips)))
     dtype = autocast or torch.float32
     need = bank_bytes(backbone, len(index), frames=frames, dtype=dtype)
-    if note:
-        print(note)
-    print(f"data      {len(index)} clips, {index.classes} labels, {len(rounds)} round(s)")
+    if ready.note:
+        print(ready.note)
+    print(f"data      {len(index)} clips, {index.classes} labels, {len(ready.rounds)} round(s)")
     print(f"encoder   width {backbone.width}, {backbone.depth} blocks, {frames} frames a clip")
     print(f"features  {tuple(features.patches.shape)} a batch, {need / 1e9:.2f} GB for all clips")
     for method in config.methods:
@@ -248,25 +222,17 @@ def _dry_run(
     print("dry run: nothing was trained, nothing was written but shards and their index")
 
 
-def _headline(
-    config: schema.Probe,
-    task: Task,
-    index: Index,
-    backbone: Backbone,
-    rounds: list[Round],
-    out: Path,
-    note: str,
-) -> str:
+def _headline(ready: Prepared[schema.Probe], out: Path) -> str:
+    config = ready.config
     level = " at frame level, averaged over time for clip labels" if config.level == "frame" else ""
-    lines = [
-        f"bat {__version__}: probing {config.checkpoint} ({config.weights}) in {out}",
-        f"  data {len(index)} clips (task {task.name}, {index.classes} classes), encoder "
-        f"{backbone.width} wide, {backbone.depth} blocks, frozen",
-        f"  {', '.join(config.methods)}{level}: {len(rounds)} round(s), {config.train.steps} steps",
+    more = [
+        f"{', '.join(config.methods)}{level}: {len(ready.rounds)} round(s), "
+        f"{config.train.steps} steps; the encoder is frozen"
     ]
-    if "linear" in config.methods and not backbone.has_cls:
-        lines.append("  no class token in this encoder: the mean patch stands in for it")
-    return "\n".join([*lines, f"  {note}"] if note else lines)
+    if "linear" in config.methods and not ready.backbone.has_cls:
+        more.append("no class token in this encoder: the mean patch stands in for it")
+    first = f"bat {__version__}: probing {config.checkpoint} ({config.weights}) in {out}"
+    return ready.headline(first, *more)
 
 
 def _draw(out: Path, results: dict[str, dict[str, Any]], task: Task) -> None:

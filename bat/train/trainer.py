@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import warnings
@@ -100,7 +101,11 @@ class JsonLines(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        row = {"step": step, **{k: v for k, v in metrics.items() if k != "epoch"}}
+        row: dict[str, Any] = {"step": step}
+        for name, value in metrics.items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            row[name] = value if finite else None  # JSON knows no NaN
+        row.pop("epoch", None)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -203,6 +203,19 @@ def test_centred_targets_hold_nothing_that_depends_on_the_position_alone() -> No
     assert float(plain.abs().mean()) > 0.5
 
 
+def test_position_only_is_the_loss_of_the_mean_over_other_clips() -> None:
+    """The expected error of a position's mean, estimated without bias from the batch itself."""
+    model = tiny()
+    x, views = random_batch(clips=3)
+    targets, _ = model.targets(x)
+    losses = model(x, inverse_block_mask(12, GRID, generator=torch.Generator().manual_seed(0)))
+    squared = [((targets[b] - targets.mean(0)) ** 2).mean() for b in range(3)]
+    expected = float(sum(squared) / 2)  # B - 1
+    assert losses.position_only.item() == pytest.approx(expected, rel=1e-5)
+    same = model(x[:1].repeat(2, 1, 1, 1), views)
+    assert same.position_only.item() == pytest.approx(0, abs=1e-6)
+
+
 def test_standardise_is_biased_and_safe_on_constants() -> None:
     x = torch.tensor([[1.0, 3.0]])
     torch.testing.assert_close(standardise(x, 1), torch.tensor([[-1.0, 1.0]]), atol=1e-5, rtol=0)

@@ -1,0 +1,66 @@
+"""What probing and fine-tuning do first: encoder, data, labels, rounds; every mistake named here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from bat.backbones.base import Backbone
+from bat.config.schema import Supervised
+from bat.data.index import Index
+from bat.tasks.base import Task, load_task
+from bat.train.encoders import data_of_run, load_for
+from bat.train.held_out import Round, check_labels, make_rounds
+from bat.train.losses import Loss, loss_for
+from bat.train.run_folder import open_data
+
+C = TypeVar("C", bound=Supervised)
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[C]):
+    """A resolved configuration with all that it names, opened and checked."""
+
+    config: C
+    """``data`` says where the clips came from, be it the checkpoint's run."""
+    task: Task
+    index: Index
+    rounds: list[Round]
+    backbone: Backbone
+    """In eval mode, on the CPU."""
+    frames: int
+    """Of one clip."""
+    loss: Loss
+    note: str
+    """A line to print where the data were taken from the checkpoint's run, or nothing."""
+
+    def headline(self, first: str, *more: str) -> str:
+        """What a run says when it starts."""
+        backbone, index = self.backbone, self.index
+        lines = [
+            first,
+            f"data {len(index)} clips (task {self.task.name}, {index.classes} classes), encoder "
+            f"{backbone.width} wide, {backbone.depth} blocks",
+            *more,
+            *([self.note] if self.note else []),
+        ]
+        return "\n  ".join(lines)
+
+
+def prepare(config: C) -> Prepared[C]:
+    """Load and check everything that ``config`` names; ``UserError`` for what does not fit."""
+    task = load_task(config.task)
+    backbone, frames = load_for(config, task)
+    data, note = data_of_run(config)
+    task, index = open_data(config.task, data, progress=config.log.progress)
+    check_labels(task, index)
+    return Prepared(
+        config=replace(config, data=data),
+        task=task,
+        index=index,
+        rounds=make_rounds(index, config.folds),
+        backbone=backbone,
+        frames=frames,
+        loss=loss_for(task, config.loss),
+        note=note,
+    )
