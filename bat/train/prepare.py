@@ -1,4 +1,4 @@
-"""What probing and fine-tuning do first: encoder, data, labels, rounds; every mistake named here."""
+"""What probing and fine-tuning do first: encoder, data, labels, rounds, each mistake named."""
 
 from __future__ import annotations
 

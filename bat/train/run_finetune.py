@@ -25,11 +25,7 @@ from bat.data.module import AudioData
 from bat.probes.base import build_probe, find_probe
 from bat.report.plots import plot_curves, plot_folds
 from bat.train.callbacks import Checkpoints, Metrics
-from bat.train.encoders import (
-    autocast_for,
-    checkpoint_name,
-    compile_blocks,
-)
+from bat.train.encoders import autocast_for, checkpoint_name, compile_blocks
 from bat.train.features import FeatureStream
 from bat.train.heads import save_head
 from bat.train.held_out import (

@@ -109,4 +109,12 @@ def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Tas
             "or data.root=DIR (a folder of audio)"
         )
     index = open_index(source, cache=Path(data.cache))
+    if index.left_out:
+        name, why = next(iter(index.left_out.items()))
+        log.warning(
+            "%d members of the shards are left out (the first: %s, %s)",
+            len(index.left_out),
+            name,
+            why,
+        )
     return task.settle(index.labels_per_clip.tolist()), index
