@@ -48,7 +48,7 @@ class Backbone(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def layer_of(self, name: str) -> int:
-        """Depth of parameter ``name``: 0 for the embedding, b + 1 for block b."""
+        """Layer of parameter ``name``: 0 the embedding, b + 1 block b, L + 1 the rest."""
 
     @abc.abstractmethod
     def no_weight_decay(self) -> set[str]:

@@ -132,7 +132,10 @@ class BAT(Backbone):
             block.drop_path.drop_prob = rate * b / max(1, self.depth - 1)  # type: ignore[union-attr]
 
     def layer_of(self, name: str) -> int:
-        return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1
+        embedding = name.startswith("patch_embed.") or name in ("cls_token", "pos_embed")
+        return 0 if embedding else self.depth + 1
 
     def no_weight_decay(self) -> set[str]:
         return {"cls_token", "pos_embed"}

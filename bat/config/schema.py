@@ -88,7 +88,8 @@ class Online:
     max_clips: int = 2_000
     steps: int = 200
     batch: int = 48
-    lr: float = 1e-3
+    lr: float = 2e-2
+    """High, so that a short probing converges."""
     weight_decay: float = 0.05
     head: Head = field(default_factory=lambda: Head(prototypes=500))
 

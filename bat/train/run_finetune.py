@@ -13,7 +13,7 @@ import logging
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -65,7 +65,7 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False) -> Path:
         _dry_run(run)
         return out
 
-    open_run(cast(Any, config), out)
+    open_run(config, out)
     start_logging(out)
     log.info("%s", _headline(run))
     began = time.perf_counter()

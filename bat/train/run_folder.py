@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bat.config.compose import to_yaml
-from bat.config.schema import Pretrain
+from bat.config.schema import Pretrain, Supervised
 from bat.config.sections import Data
 from bat.data.index import Index, open_index
 from bat.data.shards import ensure_shards
@@ -38,7 +38,7 @@ SAFE = (
 (that the data are the same is checked by the index's hash, not by its path)."""
 
 
-def open_run(config: Pretrain, out: Path) -> bool:
+def open_run(config: Pretrain | Supervised, out: Path) -> bool:
     """Make or re-open the run folder ``out`` and write ``config.yaml``; True where it existed.
 
     Raises ``UserError`` where ``out`` is something else, or holds a run with other settings:

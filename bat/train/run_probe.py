@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ def probe(config: schema.Probe, *, dry_run: bool = False) -> Path:
         _dry_run(ready, build)
         return out
 
-    open_run(cast(Any, config), out)
+    open_run(config, out)
     start_logging(out)
     log.info("%s", _headline(ready, out))
     metrics = out / "metrics.jsonl"
