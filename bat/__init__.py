@@ -33,5 +33,5 @@ def load_encoder(
     from bat.checkpoint import read_encoder
 
     file = read_encoder(path, weights)  # type: ignore[arg-type]
-    cls = load_backbone(file.backbone)
+    cls = load_backbone(file.backbone, trusted=False)
     return cls.from_weights(file.state, config=file.config, heads=heads).eval()

@@ -148,12 +148,16 @@ def _read_folder(folder: Path, weights: Which) -> EncoderFile:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / CONFIG} is missing or not JSON: {error}") from error
     state = read_tensors(folder / WEIGHTS)
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG} is not a JSON object")
     if config.get("format") != FORMAT:
         raise UserError(f"{folder / CONFIG}: format is {config.get('format')!r}, not '{FORMAT}'")
     if config.get("version") != VERSION:
         raise UserError(
             f"{folder} is export version {config.get('version')}; this bat reads {VERSION}"
         )
+    if not isinstance(config.get("backbone"), str) or not isinstance(config.get("encoder"), dict):
+        raise UserError(f"{folder / CONFIG} does not say its backbone and encoder")
     return EncoderFile(
         folder,
         config["backbone"],

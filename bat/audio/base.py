@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -85,9 +85,18 @@ class FrontEnd(nn.Module, abc.ABC):
             # crops where frames are too many, appends zeros where too few
             return F.pad(x, (0, 0, 0, frames - x.shape[1])).unsqueeze(1)  # (B, 1, frames, F)
 
-    @abc.abstractmethod
-    def valid_frames(self, lengths: Tensor) -> Tensor:
+    @overload
+    def valid_frames(self, lengths: int) -> int: ...
+
+    @overload
+    def valid_frames(self, lengths: Tensor) -> Tensor: ...
+
+    def valid_frames(self, lengths: Tensor | int) -> Tensor | int:
         """Frames that clips of ``lengths`` samples have, before any cropping or padding."""
+        return self._count(lengths)
+
+    @abc.abstractmethod
+    def _count(self, lengths: Tensor | int) -> Tensor | int: ...
 
     @abc.abstractmethod
     def max_samples(self, frames: int) -> int:

@@ -89,7 +89,7 @@ class LogMel(FrontEnd):
         self.n_fft = n_fft
         self._make_tables()
 
-    def valid_frames(self, lengths: Tensor) -> Tensor:
+    def _count(self, lengths: Tensor | int) -> Tensor | int:
         return 1 + lengths // self.hop_length
 
     def max_samples(self, frames: int) -> int:
@@ -173,8 +173,10 @@ class KaldiFbank(FrontEnd):
         self.n_fft = 2 ** (self.window_length - 1).bit_length()
         self._make_tables()
 
-    def valid_frames(self, lengths: Tensor) -> Tensor:
-        return 1 + (lengths - self.window_length).clamp(min=0) // self.hop_length
+    def _count(self, lengths: Tensor | int) -> Tensor | int:
+        beyond = lengths - self.window_length
+        beyond = beyond.clamp(min=0) if isinstance(beyond, Tensor) else max(beyond, 0)
+        return 1 + beyond // self.hop_length
 
     def max_samples(self, frames: int) -> int:
         return self.window_length + frames * self.hop_length - 1

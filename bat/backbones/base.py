@@ -71,7 +71,7 @@ class Backbone(nn.Module, abc.ABC):
             raise ValueError(f"waveform must be (B, S) or (S,), not {tuple(waveform.shape)}")
         if frames is None:
             full = self.frontend.valid_frames(waveform.shape[1])  # type: ignore[operator]
-            frames = -(-int(full) // self.patch) * self.patch
+            frames = -(-full // self.patch) * self.patch
         return self.frontend(waveform, frames=frames, lengths=lengths)
 
     def forward(
@@ -103,17 +103,26 @@ def make_frontend(
     raise UserError(f"unknown front end '{kind}': bat, eat or beats")
 
 
-def load_backbone(name: str) -> type[Backbone]:
+def load_backbone(name: str, *, trusted: bool = True) -> type[Backbone]:
     """The class of backbone ``name``: a file of this folder, or a dotted ``module.Class``.
 
+    A name that comes out of a weight file is not ``trusted``: only files of this folder will do.
     Raises ``UserError`` listing the known ones.
     """
     if "." in name:
+        if not trusted:
+            raise UserError(
+                f"the file wants backbone '{name}', code from outside bat: import the class and "
+                "use its from_weights() if you trust it"
+            )
         module_name, _, class_name = name.rpartition(".")
         try:
-            return getattr(importlib.import_module(module_name), class_name)
+            found = getattr(importlib.import_module(module_name), class_name)
         except (ImportError, AttributeError) as error:
             raise UserError(f"cannot import backbone '{name}': {error}") from error
+        if not (isinstance(found, type) and issubclass(found, Backbone)):
+            raise UserError(f"{name} is not a subclass of bat.backbones.base.Backbone")
+        return found
     package = importlib.import_module(__package__ or "bat.backbones")
     known = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
     if name not in known:

@@ -71,12 +71,12 @@ class BAT(Backbone):
                 mlp_ratio=mlp_ratio,
                 gate=gate,
                 norm_order=norm_order,
-                drop_path=drop_path * b / max(1, depth - 1),
                 layer_scale=layer_scale,
                 attention=attention,
             )
-            for b in range(depth)
+            for _ in range(depth)
         )
+        self.set_drop_path(drop_path)
         init_linears(self)
 
     def embed(self, spectrogram: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class BAT(Backbone):
     def set_drop_path(self, rate: float) -> None:
         """Drop-path rate of the last block; the others rise linearly from 0."""
         for b, block in enumerate(self.blocks):
-            block.drop_path.drop_prob = rate * b / max(1, self.depth - 1)  # type: ignore[union-attr]
+            block.drop_path.set(rate * b / max(1, self.depth - 1), active=rate > 0)  # type: ignore[union-attr, operator]
 
     def layer_of(self, name: str) -> int:
         if name.startswith("blocks."):

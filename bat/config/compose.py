@@ -57,8 +57,11 @@ def compose(schema: type[T], command: str, overrides: list[str]) -> T:
     _set(config, "recipe", path.stem, "command line", problems)
     result: Any = None
     if not problems:
-        result = OmegaConf.to_object(config)
-        problems = list(_problems(result))
+        try:
+            result = OmegaConf.to_object(config)
+            problems = list(_problems(result))
+        except OmegaConfBaseException as error:
+            problems = [str(error).splitlines()[0]]
     if problems:
         raise UserError("\n  ".join(["the configuration has problems:", *problems]))
     return result
@@ -144,6 +147,8 @@ def _set(config: DictConfig, key: str, value: Any, source: str, problems: list[s
         hint = f"; did you mean '{close[0]}'?" if close else ""
         problems.append(f"unknown key '{key}' ({source}){hint}")
         return
+    if isinstance(value, bool) and isinstance(OmegaConf.select(config, key), str):
+        value = "on" if value else "off"  # YAML 1.1 reads the word as a truth value
     try:
         OmegaConf.update(config, key, value)
     except OmegaConfBaseException as error:

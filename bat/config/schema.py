@@ -100,6 +100,10 @@ class Online:
         for name in ("folds", "max_clips", "steps", "batch"):
             if getattr(self, name) < 1:
                 found.append(f"online.{name}={getattr(self, name)} must be at least 1")
+        if self.lr <= 0:
+            found.append(f"online.lr={self.lr} must be positive")
+        if self.task and not (self.root or self.shards):
+            found.append("online.task is the task of online.root or online.shards: give one too")
         if self.root and self.shards:
             found.append("online.root and online.shards are both given: give one of them")
         if self.every and not self.methods:
@@ -162,6 +166,15 @@ class Pretrain:
                 f"frontend.frames={front.frames}: the rest would be cut off; shorten the "
                 "clips or raise the frames"
             )
+        parts = 16 if self.objective.decoder == "cnn" else 12
+        if self.model.width % parts and (
+            self.objective.decoder == "cnn" or not self.objective.decoder_width
+        ):
+            found.append(
+                f"model.width={self.model.width} is not a multiple of {parts}, as the "
+                f"{self.objective.decoder} decoder needs: choose another width"
+                + ("" if parts == 16 else ", or give objective.decoder_width")
+            )
         if self.optim.layer_decay != 1:
             found.append("optim.layer_decay is for bat-finetune; pre-training has one rate")
         return found
@@ -216,6 +229,11 @@ class Supervised:
     """Frames of one clip; null: the task's."""
     pad: Literal["checkpoint", "spectrogram", "waveform"] = "checkpoint"
     """What short clips are padded in; ``checkpoint``: as the encoder was trained."""
+    pad_offset: Literal["start", "random"] = "start"
+    """Where a short training clip begins in its window; ``random`` wants the waveform padded."""
+    statistics: str | None = None
+    """Data set whose mean and deviation a Kaldi front end uses; null: the checkpoint's own, and of
+    EAT's, SSLAM's or BEATs's files, which do not say, those of the task's data set."""
     data: Data = field(default_factory=lambda: Data(batch=48, workers=2, roll=False))
     head: Head = field(default_factory=Head)
     hardware: Hardware = field(default_factory=Hardware)

@@ -66,6 +66,16 @@ class Frontend:
         for name in ("sample_rate", "n_fft", "hop_length", "n_mels", "frames"):
             if getattr(self, name) < 1:
                 found.append(f"frontend.{name}={getattr(self, name)} must be at least 1")
+        if self.kind == "bat" and self.statistics != "audioset":
+            found.append(
+                f"frontend.statistics={self.statistics} is for the legacy front ends; the BAT one "
+                "has none: leave it away, or say frontend.kind=eat"
+            )
+        if self.kind != "bat" and (self.n_fft, self.hop_length) != (1024, 160):
+            found.append(
+                f"frontend.n_fft={self.n_fft} and hop_length={self.hop_length} are for "
+                f"frontend.kind=bat; {self.kind} has windows of 25 ms every 10 ms: leave them away"
+            )
         return found
 
 
@@ -129,6 +139,8 @@ class Mask:
             found.append(f"mask.ratio={self.ratio} must lie strictly between 0 and 1")
         if self.block < 1:
             found.append(f"mask.block={self.block} must be at least 1")
+        if self.adjust < 0:
+            found.append(f"mask.adjust={self.adjust} must not be negative")
         return found
 
 
@@ -150,6 +162,12 @@ class Objective:
         found = []
         if self.decoder_depth < 1:
             found.append(f"objective.decoder_depth={self.decoder_depth} must be at least 1")
+        width, parts = self.decoder_width, 16 if self.decoder == "cnn" else 12
+        if width is not None and (width < 1 or width % parts):
+            found.append(
+                f"objective.decoder_width={width} must be a multiple of {parts} for the "
+                f"{self.decoder} decoder"
+            )
         return found
 
 
@@ -176,6 +194,9 @@ class Optim:
             found.append(f"optim.lr={self.lr} must be positive")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             found.append(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
+        for name in ("weight_decay", "min_lr", "eps"):
+            if getattr(self, name) < 0:
+                found.append(f"optim.{name}={getattr(self, name)} must not be negative")
         if self.warmup_steps < 0:
             found.append(f"optim.warmup_steps={self.warmup_steps} must not be negative")
         if not 0 < self.layer_decay <= 1:

@@ -16,11 +16,6 @@ from bat.data.stream import Sample
 from bat.shapes import WaveBatch
 
 
-def clip_samples(clip_seconds: float, sample_rate: int) -> int:
-    """Samples of the longest wave."""
-    return round(clip_seconds * sample_rate)
-
-
 class Collate:
     """``samples -> WaveBatch`` of waves (B, S) with S = ``samples`` fixed."""
 

@@ -108,12 +108,6 @@ class Index:
         """The folds that occur, ascending; empty without folds."""
         return [int(f) for f in np.unique(self.fold) if f >= 0]
 
-    @property
-    def seconds(self) -> float:
-        """Duration of the clips whose length is known."""
-        known = (self.rate > 0) & (self.frames > 0)
-        return float((self.frames[known] / self.rate[known]).sum())
-
     @functools.cached_property
     def hash(self) -> str:
         digest = hashlib.sha256("\0".join([*self.vocabulary, "", *self.splits]).encode())

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import signal
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from bat.data.bad_clips import BadClips
-from bat.data.collate import Collate, clip_samples
+from bat.data.collate import Collate
 from bat.data.index import Index
-from bat.data.stream import ClipDataset, EvalSampler, Plan, PlanSampler, Sample
+from bat.data.stream import ClipDataset, EvalSampler, Plan, PlanSampler, Sample, clip_samples
 from bat.shapes import UserError, WaveBatch
 
 
@@ -42,36 +42,34 @@ def eval_loader(
     batch: int,
     sample_rate: int,
     clip_seconds: float,
-    crop: Literal["start", "centre"] = "centre",
     workers: int = 0,
-    rank: int = 0,
-    world: int = 1,
     cache_bytes: int = 0,
-    pin_memory: bool = False,
 ) -> DataLoader[Sample]:
-    """Batches of the clips ``ids`` (None: all) once, in order; unreadable ones are left out."""
+    """Batches of the clips ``ids`` (None: all) once, in order; unreadable ones are left out.
+
+    Long clips are cropped at their centre.
+    """
     dataset = ClipDataset(
         index,
         sample_rate=sample_rate,
         clip_seconds=clip_seconds,
-        crop=crop,
+        crop="centre",
         cache_bytes=cache_bytes,
     )
     ids = np.arange(len(index)) if ids is None else ids
     return DataLoader(
         dataset,
-        batch_sampler=EvalSampler(ids, batch=batch, rank=rank, world=world),
+        batch_sampler=EvalSampler(ids, batch=batch),
         collate_fn=Collate(clip_samples(clip_seconds, sample_rate)),
         num_workers=workers,
         worker_init_fn=worker_init,
         persistent_workers=workers > 0,
-        pin_memory=pin_memory,
         generator=torch.Generator(),  # the loader draws a seed: never from the run's own state
     )
 
 
 class AudioData(LightningDataModule):
-    """Training stream and evaluation rows over indexed shards.
+    """Training stream over indexed shards.
 
     Args:
         index: the training clips.
@@ -79,19 +77,16 @@ class AudioData(LightningDataModule):
         batches: micro-batches of one of Lightning's epochs on one device.
         sample_rate: Hz of the waves; clips at another rate are resampled.
         clip_seconds: length of a row; longer clips are cropped, shorter ones padded.
-        seed: of order, crops and rolls.
-        roll: circular roll of training clips.
-        crop: where training crops lie; those of the evaluation are centred.
+        seed: of order, crops, rolls and offsets.
+        roll: circular roll of each clip.
+        random_offset: short clips begin at a random place of their row, see ``ClipDataset``.
         workers: loader processes; 0 decodes in the training process.
         train_ids: clips to train on; None: all.
-        eval_ids: clips to evaluate on; None without ``eval_index``: no evaluation.
-        eval_index: the evaluation clips where they lie in other shards; same vocabulary.
-        eval_batch: None: as ``batch``.
         cache_bytes: decoded waves kept in memory by each loader process (small data sets).
         max_bad: fraction of unreadable clips above which the run stops.
 
     Raises:
-        UserError: a value out of range, an empty selection, different vocabularies.
+        UserError: a value out of range, an empty selection.
     """
 
     def __init__(
@@ -104,23 +99,14 @@ class AudioData(LightningDataModule):
         clip_seconds: float,
         seed: int = 0,
         roll: bool = False,
-        crop: Literal["random", "start", "centre"] = "random",
+        random_offset: bool = False,
         workers: int = 0,
         train_ids: np.ndarray | None = None,
-        eval_ids: np.ndarray | None = None,
-        eval_index: Index | None = None,
-        eval_batch: int | None = None,
         cache_bytes: int = 0,
         max_bad: float = 0.05,
     ) -> None:
         super().__init__()
-        if eval_index is not None and eval_index.vocabulary != index.vocabulary:
-            raise UserError(
-                f"training and evaluation clips have different labels "
-                f"({index.classes} and {eval_index.classes} classes): write them with one "
-                f"vocabulary"
-            )
-        self.index, self.eval_index = index, eval_index or index
+        self.index = index
         self.batch, self.batches, self.workers = batch, batches, workers
         self.sample_rate, self.clip_seconds, self.seed = sample_rate, clip_seconds, seed
         self.plan = Plan(len(index) if train_ids is None else train_ids, seed=seed)
@@ -129,24 +115,15 @@ class AudioData(LightningDataModule):
             sample_rate=sample_rate,
             clip_seconds=clip_seconds,
             seed=seed,
-            crop=crop,
             roll=roll,
+            random_offset=random_offset,
             pool=self.plan.ids,
             cache_bytes=cache_bytes,
         )
-        self.eval_ids = eval_ids
-        if eval_ids is None and eval_index is not None:
-            self.eval_ids = np.arange(len(eval_index))
-        if self.eval_ids is not None and not len(self.eval_ids):
-            raise UserError("there are no clips to evaluate on: the selection is empty")
-        self.eval_batch, self.cache_bytes = eval_batch or batch, cache_bytes
         self.bad_clips = BadClips(max_bad=max_bad)
         self._size_then: int | None = None  # clips a micro-batch, where a checkpoint was loaded
         # Lightning 2.6.6 judges by the loader's type; this stream resumes exactly
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
-        if self.eval_ids is None:  # no rows to evaluate is no mistake
-            warnings.filterwarnings("ignore", "You passed in a `val_dataloader` but have no")
-            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
 
     @property
     def clip_samples(self) -> int:
@@ -161,10 +138,6 @@ class AudioData(LightningDataModule):
     def _size(self) -> int:
         """Clips of a micro-batch over all ranks."""
         return self.batch * self._ranks()[1]
-
-    def clips_done(self) -> int:
-        """Global position: clips that all ranks together have trained on."""
-        return self.batches_done() * self._size
 
     def batches_done(self) -> int:
         """Micro-batches behind us, by Lightning's count."""
@@ -210,23 +183,6 @@ class AudioData(LightningDataModule):
             persistent_workers=self.workers > 0,
             pin_memory=self._on_cuda(),
             generator=torch.Generator(),  # as in eval_loader
-        )
-
-    def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
-        if self.eval_ids is None:
-            return []
-        rank, world = self._ranks()
-        return eval_loader(
-            self.eval_index,
-            self.eval_ids,
-            batch=self.eval_batch,
-            sample_rate=self.sample_rate,
-            clip_seconds=self.clip_seconds,
-            workers=self.workers,
-            rank=rank,
-            world=world,
-            cache_bytes=self.cache_bytes,
-            pin_memory=self._on_cuda(),
         )
 
     def _on_cuda(self) -> bool:

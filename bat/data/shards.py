@@ -24,7 +24,7 @@ from bat.data.manifest import Manifest, ShardInfo, source_hash
 from bat.data.table import MAX_AUDIO_BYTES, scan
 from bat.data.tar import BLOCK, escape_key
 from bat.shapes import UserError
-from bat.tasks.base import AUDIO_SUFFIXES, Row, Task
+from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task, no_decoder
 
 Codec = Literal["keep", "flac", "wav", "ogg"]
 MARKER = ".bat-shard-in-progress"
@@ -207,7 +207,9 @@ def _write(
         except (DecodeError, OSError) as error:
             kind = error.kind if isinstance(error, DecodeError) else "unreadable"
             why = error.strerror if isinstance(error, OSError) else error
-            reason = f"{kind}: {why}"
+            suffix = row.path.suffix[1:].lower()
+            foreign = kind == "corrupt" and suffix in UNDECODED_SUFFIXES
+            reason = no_decoder(suffix) if foreign else f"{kind}: {why}"
             left_out.append({"key": row.key, "file": row.path.name, "reason": reason})
             continue
         key = escape_key(row.key)

@@ -5,7 +5,7 @@ after the other, so nothing is dropped at an epoch's end and a batch may reach a
 position p is clip ``order(p // n)[p % n]``. Micro-batch k takes positions ``k G .. (k + 1) G - 1``
 with ``G = batch * world``; rank r takes every ``world``-th from the r-th on. Nothing here keeps a
 cursor: where the run stands is asked of the trainer whenever an iterator is made, and a clip's
-randomness (crop, roll) is a function of (seed, position). So interrupted and resumed equals
+randomness (crop, roll, offset) is a function of (seed, position). So interrupted and resumed equals
 uninterrupted, and two ranks see what one with a doubled batch would see.
 """
 
@@ -26,7 +26,7 @@ from bat.shapes import Clip, UserError
 Item = tuple[int, int]
 """(position, clip id): what a sampler yields and a dataset reads."""
 
-ORDER, CROP, ROLL, STAND_IN = range(4)
+ORDER, CROP, ROLL, STAND_IN, OFFSET = range(5)
 """Independent random streams of one seed."""
 STAND_INS = 16
 """Clips tried in the place of an unreadable one before its place stays empty."""
@@ -44,6 +44,11 @@ def philox(seed: int, number: int, purpose: int) -> np.random.Philox:
     """
     key = np.array([seed, number], np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, 0, 0, purpose], np.uint64))
+
+
+def clip_samples(clip_seconds: float, sample_rate: int) -> int:
+    """Samples of the longest wave."""
+    return round(clip_seconds * sample_rate)
 
 
 def below(n: int, bits: np.random.Philox) -> int:
@@ -120,26 +125,20 @@ class PlanSampler(Sampler[list[Item]]):
 
 
 class EvalSampler(Sampler[list[Item]]):
-    """Each of ``ids`` once, in order; the last batch is smaller. Position = row in ``ids``.
+    """Each of ``ids`` once, in order; the last batch is smaller. Position = row in ``ids``."""
 
-    Rank r takes rows ``r, r + world, ...``: none twice, so ranks may differ by one row.
-    """
-
-    def __init__(
-        self, ids: Sequence[int] | np.ndarray, *, batch: int, rank: int = 0, world: int = 1
-    ) -> None:
+    def __init__(self, ids: Sequence[int] | np.ndarray, *, batch: int) -> None:
         if batch < 1:
             raise UserError(f"batch={batch} must be at least 1")
         self.ids = np.asarray(ids, np.int64)
-        self.rows = np.arange(rank, len(self.ids), world)
         self.batch = batch
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch)
+        return -(-len(self.ids) // self.batch)
 
     def __iter__(self) -> Iterator[list[Item]]:
-        for start in range(0, len(self.rows), self.batch):
-            rows = self.rows[start : start + self.batch]
+        for start in range(0, len(self.ids), self.batch):
+            rows = np.arange(start, min(start + self.batch, len(self.ids)))
             yield list(zip(rows.tolist(), self.ids[rows].tolist(), strict=True))
 
 
@@ -155,14 +154,16 @@ class Sample(NamedTuple):
 
 
 class ClipDataset(Dataset[Sample]):
-    """Reads, decodes, crops and rolls the clip of an ``Item``.
+    """Reads, decodes, crops, rolls and places the clip of an ``Item``.
 
     Args:
         sample_rate: Hz of the waves.
         clip_seconds: longest wave; what is longer is cropped while reading, by a seek.
-        seed: of crops and rolls, with the position.
+        seed: of crops, rolls and offsets, with the position.
         crop: where a crop lies; ``random`` by (seed, position).
         roll: circular shift of each wave by a random offset.
+        random_offset: put a clip shorter than ``clip_seconds`` at a random place of a silent wave
+            of that length, all of which counts as signal; False: waves keep their own length.
         pool: clips that may stand in for an unreadable one (training); None: no replacement, the
             sample comes without a wave and the collate drops it (evaluation).
         cache_bytes: keep up to so many bytes of decoded waves in memory, in each loader process.
@@ -179,6 +180,7 @@ class ClipDataset(Dataset[Sample]):
         seed: int = 0,
         crop: Literal["random", "start", "centre"] = "random",
         roll: bool = False,
+        random_offset: bool = False,
         pool: np.ndarray | None = None,
         cache_bytes: int = 0,
     ) -> None:
@@ -187,6 +189,7 @@ class ClipDataset(Dataset[Sample]):
         self.index = index
         self.sample_rate, self.clip_seconds = sample_rate, clip_seconds
         self.seed, self.crop, self.roll, self.pool = seed, crop, roll, pool
+        self.random_offset = random_offset
         self._cache: dict[int, np.ndarray] = {}
         self._room = cache_bytes
 
@@ -215,7 +218,7 @@ class ClipDataset(Dataset[Sample]):
         return Sample(wave, self.index.targets(clip), self.index.key(clip), position, skipped)
 
     def _wave(self, clip: int, position: int) -> np.ndarray:
-        """(S,) float32: the segment of ``clip`` that belongs at ``position``, rolled."""
+        """(S,) float32: the segment of ``clip`` that belongs at ``position``, rolled, placed."""
         wave = self._cache.get(clip)
         if wave is None:
             encoded = self.index.read(clip)
@@ -234,6 +237,10 @@ class ClipDataset(Dataset[Sample]):
                 self._cache[clip] = wave
         if self.roll:
             wave = np.roll(wave, below(len(wave), philox(self.seed, position, ROLL)))
+        room = clip_samples(self.clip_seconds, self.sample_rate) - len(wave)
+        if self.random_offset and room > 0:
+            first = below(room + 1, philox(self.seed, position, OFFSET))
+            wave = np.pad(wave, (first, room - first))
         return wave
 
     def _segment(self, clip: int, position: int, encoded: Clip) -> tuple[float, int]:

@@ -20,9 +20,9 @@ import numpy as np
 
 from bat.data.tar import BLOCK, Member, members, parse_header, sample_key, write_atomic
 from bat.shapes import UserError
-from bat.tasks.base import AUDIO_SUFFIXES
+from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, no_decoder
 
-VERSION = 1
+VERSION = 2
 MAX_AUDIO_BYTES = 1 << 30
 MAX_JSON_BYTES = 1 << 20
 CLIP = np.dtype(
@@ -156,6 +156,8 @@ def scan(path: Path, sha256: str = "") -> ShardTable:
             end = os.fstat(file.fileno()).st_size
             for member in members(file, path):
                 suffix = os.path.splitext(member.name)[1][1:].lower()
+                if suffix in UNDECODED_SUFFIXES:
+                    left_out[member.name] = no_decoder(suffix)
                 if suffix != "json" and suffix not in AUDIO_SUFFIXES:
                     continue
                 key = sample_key(member.name)

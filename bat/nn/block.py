@@ -4,7 +4,8 @@
     pre:   x = x + Attn(LN1(x));       x = x + MLP(LN2(x))
 
 with drop path on both branches and, where asked, a learned scale on each (LayerScale). timm's Mlp
-and DropPath are used as they are.
+is used as it is; its DropPath keeps the rate as a Python number, on which torch.compile
+specialises: a graph a block, and past eight of them blocks run uncompiled. Ours is a buffer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from bat.nn.attention import Attention, Backend
@@ -30,6 +31,30 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.s
+
+
+class DropPath(nn.Module):
+    """Drop a clip's branch with probability ``rate``, scale up what is kept (stochastic depth)."""
+
+    rate: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.register_buffer("rate", torch.tensor(float(rate)), persistent=False)
+        self.active = rate > 0
+
+    def set(self, rate: float, *, active: bool) -> None:
+        """``active`` is the whole encoder's, so that all blocks compile to one graph."""
+        self.rate.fill_(rate)
+        self.active = active
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) -> (B, ...)."""
+        if not (self.active and self.training):
+            return x
+        keep = 1 - self.rate
+        kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) < keep
+        return x * (kept / keep).to(x.dtype)
 
 
 class Block(nn.Module):

@@ -103,7 +103,6 @@ TASK = Task(
     multi_label=True,
     loss="asl",
     metric="map",
-    clip_seconds=10.0,
     frames=1024,
     classes=527,
     vocabulary=vocabulary,

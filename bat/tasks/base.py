@@ -17,7 +17,14 @@ from typing import Literal
 
 from bat.shapes import UserError
 
-AUDIO_SUFFIXES = ("flac", "m4a", "mp3", "ogg", "opus", "wav")
+AUDIO_SUFFIXES = ("flac", "mp3", "ogg", "opus", "wav")
+UNDECODED_SUFFIXES = ("m4a",)
+"""Audio that libsndfile cannot read: found, and left out with a reason of its own."""
+
+
+def no_decoder(suffix: str) -> str:
+    """Why a clip with one of ``UNDECODED_SUFFIXES`` is left out."""
+    return f"no decoder for {suffix}: convert it with ffmpeg"
 
 
 @dataclass(frozen=True)
@@ -49,15 +56,14 @@ class Task:
     loss: Literal["ce", "bce", "asl"]
     metric: Literal["accuracy", "map"]
     """The one a run is selected by."""
-    clip_seconds: float
     frames: int
     """Spectrogram frames of a clip (SPEC section 5)."""
-    folds: int = 0
-    """Cross-validation folds; 0: none."""
     classes: int | None = None
     """Number of classes where the task fixes it; ``read`` checks it."""
     vocabulary: Callable[[Path], list[str]] | None = None
     """Class names in the order of their indices; None: the labels that occur, sorted."""
+    label_sets: tuple[frozenset[str], ...] = ()
+    """The class names of the published files, in each of their spellings; empty: any names."""
     adapts: bool = False
     """Whether the labels decide ``multi_label`` (a user's own data), see ``settle``."""
 

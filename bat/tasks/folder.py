@@ -17,18 +17,19 @@ from collections import Counter
 from pathlib import Path
 
 from bat.shapes import UserError
-from bat.tasks.base import AUDIO_SUFFIXES, Row, Task, read_csv, whole_number
+from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task, read_csv, whole_number
 
 COLUMNS = ("path", "label", "labels", "fold", "split")
 
 
 def find_audio(root: Path) -> list[Path]:
     """Every audio file below ``root``, sorted; hidden files and folders are left out."""
+    suffixes = (*AUDIO_SUFFIXES, *UNDECODED_SUFFIXES)
     found = []
     for folder, names, files in os.walk(root):
         names[:] = sorted(n for n in names if not n.startswith("."))
         for name in files:
-            if not name.startswith(".") and Path(name).suffix[1:].lower() in AUDIO_SUFFIXES:
+            if not name.startswith(".") and Path(name).suffix[1:].lower() in suffixes:
                 found.append(Path(folder) / name)
     return sorted(found)
 
@@ -113,7 +114,6 @@ TASK = Task(
     multi_label=False,
     loss="ce",
     metric="accuracy",
-    clip_seconds=10.0,
     frames=1024,
     adapts=True,
 )

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
 from tqdm import tqdm
 
+from bat.shapes import UserError
 from bat.train.trainer import JsonLines, checkpoints, link_or_copy
 
 log = logging.getLogger("bat")
@@ -59,6 +60,13 @@ class Checkpoints(StepCallback, CheckpointBase):
     def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         if step % self.every and step != trainer.max_steps:
             return
+        broken = [n for n, p in module.named_parameters() if not torch.isfinite(p).all()]
+        if broken:
+            raise UserError(
+                f"the weights are not finite after step {step} ({broken[0]} and {len(broken) - 1} "
+                "more): nothing was saved, earlier checkpoints are untouched. Lower optim.lr, set "
+                "optim.clip_norm, or try hardware.precision=32-true"
+            )
         path = self.out / "checkpoints" / f"step-{step:08d}.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
@@ -79,6 +87,7 @@ class Metrics(StepCallback):
         self.every, self.progress = every, progress
         self.bar: tqdm | None = None
         self.clips_per_second: list[float] = []
+        self.steps = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -88,10 +97,9 @@ class Metrics(StepCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if trainer.global_step:
-            for logger in trainer.loggers:
-                if isinstance(logger, JsonLines):
-                    logger.rewind(trainer.global_step)
+        for logger in trainer.loggers:
+            if isinstance(logger, JsonLines):
+                logger.rewind(trainer.global_step)
         if self.progress and trainer.is_global_zero:
             self.bar = tqdm(
                 total=trainer.max_steps,
@@ -115,6 +123,7 @@ class Metrics(StepCallback):
         super().on_train_batch_end(trainer, pl_module, *args)
 
     def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
+        self.steps += 1
         if self.bar is not None:
             self.bar.update(1)
         if step % self.every and step != trainer.max_steps and step != 1:

@@ -7,23 +7,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from omegaconf.errors import OmegaConfBaseException
 
 import bat
+from bat.audio.frontend import KaldiFbank
 from bat.backbones.base import Backbone, load_backbone
 from bat.checkpoint import resolve
 from bat.config.compose import from_yaml
 from bat.config.locate import find_fragment, known_fragments
-from bat.config.schema import Hardware, Pretrain, Supervised
+from bat.config.schema import Finetune, Hardware, Pretrain, Probe, Supervised
 from bat.config.sections import Data, Model
+from bat.nn.block import Block
 from bat.shapes import Grid, UserError
 from bat.tasks.base import Task
 from bat.train.trainer import derive_seed
 
 RANDOM = "random"
+STATISTICS_OF = {"esc10": "esc50", "esc50": "esc50"}
+"""Task -> data set whose statistics suit it (``bat.audio.frontend``); others: AudioSet's."""
 
 
 def checkpoint_name(config: Supervised) -> str:
@@ -40,7 +49,8 @@ def checkpoint_name(config: Supervised) -> str:
 def load_for(config: Supervised, task: Task) -> tuple[Backbone, int]:
     """The encoder that ``config.checkpoint`` names, in eval mode, and the frames of a clip.
 
-    Raises ``UserError``: nothing given, nothing there, or frames that are not whole patches.
+    Raises ``UserError``: nothing given, nothing there, frames that are not whole patches, or
+    settings that its front end does not have.
     """
     name = _given(config)
     frames = config.frames or task.frames
@@ -55,28 +65,87 @@ def load_for(config: Supervised, task: Task) -> tuple[Backbone, int]:
         raise UserError(
             f"frames={frames} is not a multiple of the encoder's patch {backbone.patch}"
         )
-    if config.pad != "checkpoint":
-        backbone.frontend.pad = config.pad  # type: ignore[assignment]
+    backbone = _with_frontend(backbone, config, task)
+    if config.pad_offset == "random" and backbone.frontend.pad != "waveform":
+        raise UserError(
+            f"pad_offset=random with clips padded in the {backbone.frontend.pad}: say pad=waveform"
+        )
     return backbone.eval(), frames
+
+
+def _with_frontend(backbone: Backbone, config: Supervised, task: Task) -> Backbone:
+    """The encoder with ``pad`` and ``statistics`` as ``config`` says.
+
+    It is built again where they differ, so that its exports say what it was used with.
+    """
+    front, changes = backbone.frontend, dict[str, Any]()
+    if config.pad not in ("checkpoint", front.pad):
+        changes["pad"] = config.pad
+    if isinstance(front, KaldiFbank):
+        # weight files of the field's do not say what they were trained or tuned with
+        foreign = resolve(_given(config).removeprefix(f"{RANDOM}:")).is_file()
+        usual = STATISTICS_OF.get(task.name, "audioset") if foreign else front.statistics
+        if (config.statistics or usual) != front.statistics:
+            changes["statistics"] = config.statistics or usual
+    elif config.statistics is not None:
+        raise UserError(
+            f"statistics={config.statistics}: this encoder's front end "
+            f"({type(front).__name__}) uses none; leave statistics away"
+        )
+    if not changes:
+        return backbone
+    keywords = backbone.config()
+    if "frontend" not in keywords:
+        raise UserError(f"the front end of {type(backbone).__name__} is fixed: pad=checkpoint")
+    keywords["frontend"] = {**(keywords["frontend"] or {}), **changes}
+    return backbone.from_weights(backbone.state_dict(), config=keywords, heads=None)
+
+
+def registered_name(backbone: Backbone) -> str:
+    """The name that ``load_backbone`` finds the class of ``backbone`` by."""
+    cls = type(backbone)
+    folder, _, name = cls.__module__.rpartition(".")
+    return name if folder == "bat.backbones" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def weights_digest(backbone: Backbone) -> str:
+    """SHA-256 over the encoder's keywords, and the names and bytes of its weights."""
+    digest = hashlib.sha256(json.dumps(backbone.config(), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def data_of_run(config: Supervised) -> tuple[Data, str]:
     """``config.data``; where it names no data, the root or shards of the checkpoint's own run.
 
-    And a line to print where the run's were taken, else nothing.
+    And a line to print where the run's were taken, else nothing. A ``config.yaml`` that is none of
+    ours is passed over.
     """
     data = config.data
-    file = _run_config(_given(config))
-    if data.root or data.shards or file is None:
+    if data.root or data.shards:
         return data, ""
-    run = from_yaml(Pretrain, file)
-    sources = [(run.task, run.data.root, run.data.shards)]
-    if run.online.root or run.online.shards:
-        sources.insert(0, (run.online.task or run.task, run.online.root, run.online.shards))
-    for task, root, shards in sources:
-        if task == config.task and (root or shards):
-            return replace(data, root=root, shards=shards), f"data {root or shards}, as {file} says"
+    for file in _config_files(_given(config)):
+        for task, root, shards in _sources(file):
+            if task == config.task and (root or shards):
+                note = f"data {root or shards}, as {file} says"
+                return replace(data, root=root, shards=shards), note
     return data, ""
+
+
+def _sources(file: Path) -> list[tuple[str, str | None, str | None]]:
+    """Task, root and shards of the data that the run with this configuration used."""
+    for schema in (Pretrain, Finetune, Probe):
+        try:
+            run: Any = from_yaml(schema, file)
+        except (ValueError, OmegaConfBaseException):
+            continue
+        found = [(run.task, run.data.root, run.data.shards)]
+        if isinstance(run, Pretrain) and (run.online.root or run.online.shards):
+            found.insert(0, (run.online.task or run.task, run.online.root, run.online.shards))
+        return found
+    return []
 
 
 def device_for(hardware: Hardware) -> torch.device:
@@ -94,11 +163,11 @@ def autocast_for(hardware: Hardware) -> torch.dtype | None:
     return torch.bfloat16 if hardware.precision == "bf16-mixed" else None
 
 
-def compile_blocks(backbone: Backbone) -> None:
-    """``torch.compile`` every block of the encoder; names stay as they are."""
-    for module in backbone.modules():
-        if type(module).__name__ == "Block":
-            module.compile()
+def compile_blocks(module: torch.nn.Module) -> None:
+    """``torch.compile`` every block below ``module``; state-dict names stay as they are."""
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.compile()
 
 
 def _given(config: Supervised) -> str:
@@ -110,13 +179,13 @@ def _given(config: Supervised) -> str:
     return config.checkpoint
 
 
-def _run_config(name: str) -> Path | None:
-    """``config.yaml`` of the run that a checkpoint lies in."""
+def _config_files(name: str) -> Iterator[Path]:
+    """``config.yaml`` of the folders that a checkpoint lies in (RUN/fold-1/export/FILE)."""
     path = Path(name.removeprefix(f"{RANDOM}:")).expanduser()
-    for folder in (path, *list(path.parents)[:2]):
-        if (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
-    return None
+    if path.exists():
+        for folder in (path, *list(path.parents)[:3]):
+            if (folder / "config.yaml").is_file():
+                yield folder / "config.yaml"
 
 
 def _untrained(shape: str, config: Supervised, frames: int) -> Backbone:

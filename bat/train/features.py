@@ -157,9 +157,10 @@ class FeatureBank:
 
 
 class FeatureStream:
-    """The same features made anew for each batch: for sets that no memory holds, and for ``roll``.
+    """The same features made anew for each batch: for sets that no memory holds, and for training
+    clips that differ from time to time (``roll``, ``random_offset``).
 
-    Without ``roll`` and with clips no longer than ``clip_seconds`` it yields what the bank does.
+    Without these and with clips no longer than ``clip_seconds`` it yields what the bank does.
     """
 
     def __init__(
@@ -170,13 +171,14 @@ class FeatureStream:
         frames: int,
         clip_seconds: float,
         roll: bool = False,
+        random_offset: bool = False,
         workers: int = 0,
         cache_bytes: int = 0,
         autocast: torch.dtype | None = None,
         bad_clips: BadClips | None = None,
     ) -> None:
         self.backbone, self.index, self.frames, self.autocast = backbone, index, frames, autocast
-        self.clip_seconds, self.roll = clip_seconds, roll
+        self.clip_seconds, self.roll, self.random_offset = clip_seconds, roll, random_offset
         self.workers, self.cache_bytes = workers, cache_bytes
         self.bad_clips = bad_clips or BadClips(max_bad=1.0)
 
@@ -189,6 +191,7 @@ class FeatureStream:
             clip_seconds=self.clip_seconds,
             seed=seed,
             roll=self.roll,
+            random_offset=self.random_offset,
             workers=self.workers,
             train_ids=ids,
             cache_bytes=self.cache_bytes,

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from bat.checkpoint import CONFIG, WEIGHTS, read_tensors, replace_durably
-from bat.probes.base import Probe, build_probe
+from bat.probes.base import Probe, build_probe, known_probes
 from bat.shapes import UserError
 
 FORMAT, VERSION = "bat-head", 1
@@ -42,19 +42,34 @@ def save_head(
     return folder
 
 
-def load_head(folder: str | Path) -> tuple[Probe, dict[str, Any]]:
+def load_head(folder: str | Path, *, trust: bool = False) -> tuple[Probe, dict[str, Any]]:
     """The probe in ``folder``, in eval mode, and its ``config.json``.
 
-    Raises ``UserError`` for a missing or foreign file and for weights that do not fit.
+    ``trust``: import a probe from outside ``bat.probes`` where the file names one: that runs code
+    of the file's choosing. Raises ``UserError`` for a missing, foreign or damaged file, a probe
+    from outside without ``trust``, and weights that do not fit.
     """
     folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / CONFIG} is missing or not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG} is not a JSON object")
     if config.get("format") != FORMAT or config.get("version") != VERSION:
         raise UserError(f"{folder} is not a head of this bat (format {config.get('format')!r})")
-    probe = build_probe(config["probe"], **config["settings"])
+    name, settings = config.get("probe"), config.get("settings")
+    if not isinstance(name, str) or not isinstance(settings, dict):
+        raise UserError(f"{folder / CONFIG} does not say its probe and settings: it is damaged")
+    if not trust and name not in known_probes():
+        raise UserError(
+            f"{folder / CONFIG} names probe {name!r}, which is not one of bat's own "
+            f"({', '.join(known_probes())}): load_head(folder, trust=True) imports and runs it"
+        )
+    try:
+        probe = build_probe(name, **settings)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder / CONFIG}: no {name} can be built from it: {error}") from error
     try:
         probe.load_state_dict(read_tensors(folder / WEIGHTS))
     except RuntimeError as error:

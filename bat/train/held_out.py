@@ -76,6 +76,15 @@ def check_labels(task: Task, index: Index) -> None:
             f"({some}, ...): the label sets do not match. Point data.root or data.shards at the "
             "data of this task, or choose the task that fits"
         )
+    found = set(index.vocabulary)
+    if task.label_sets and found not in task.label_sets:
+        wanted = min(task.label_sets, key=lambda names: len(names ^ found))
+        raise UserError(
+            f"the labels of the data are not those of task '{task.name}': the data lacks "
+            f"{', '.join(sorted(wanted - found)) or 'none'}; the task does not know "
+            f"{', '.join(sorted(found - wanted)) or 'none'}. Point data.root or data.shards at the "
+            "data of this task, or say task=folder for labels of your own"
+        )
     if index.classes < 2:
         raise UserError(f"the data has {index.classes} class(es): a classifier needs two or more")
     unlabelled = int((index.labels_per_clip == 0).sum())

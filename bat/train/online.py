@@ -20,6 +20,7 @@ import torch
 from bat.backbones.base import load_backbone
 from bat.config.schema import Pretrain
 from bat.config.sections import Data, Optim
+from bat.data.bad_clips import BadClips
 from bat.data.index import Index
 from bat.data.module import eval_loader
 from bat.probes.base import Probe, build_probe
@@ -28,7 +29,7 @@ from bat.shapes import UserError
 from bat.tasks.base import Task
 from bat.train.callbacks import Metrics, StepCallback
 from bat.train.features import FeatureBank
-from bat.train.held_out import Round, make_rounds, summary
+from bat.train.held_out import TITLES, Round, make_rounds, summary
 from bat.train.losses import loss_for
 from bat.train.probing import cross_validate
 from bat.train.run_folder import open_data
@@ -36,7 +37,6 @@ from bat.train.trainer import JsonLines, derive_seed, read_jsonl
 
 log = logging.getLogger("bat")
 
-SHOWN = ("accuracy", "map")
 HELD_OUT = 0.2
 """Fraction held out of a set that has neither folds nor splits."""
 
@@ -64,14 +64,14 @@ class OnlineProbe(StepCallback):
             index, folds=online.folds, max_clips=online.max_clips, seed=config.seed
         )
         self.ids = np.unique(np.concatenate([[*r.train, *r.test] for r in self.rounds]))
-        self.rows: list[dict[str, Any]] = []
+        self.rows = curve(read_jsonl(out / "metrics.jsonl"))  # of a run that goes on, or is done
         self.gates: dict[str, np.ndarray] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if trainer.global_step:
-            self.rows = curve(read_jsonl(self.out / "metrics.jsonl"))
-        else:
+        done = trainer.global_step
+        self.rows = [r for r in self.rows if done and r["step"] <= done]
+        if not done:
             self._probe(trainer, pl_module, 0)
 
     def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
@@ -84,7 +84,7 @@ class OnlineProbe(StepCallback):
             row: dict[str, Any] = {}
             for method, entry in results.items():
                 own = {"step": step, "method": method}
-                for name in SHOWN:
+                for name in entry["mean"]:
                     row[f"online/{method}/{name}"] = entry["mean"][name]
                     row[f"online/{method}/{name}_std"] = entry["std"][name]
                     own |= {name: entry["mean"][name], f"{name}_std": entry["std"][name]}
@@ -96,11 +96,9 @@ class OnlineProbe(StepCallback):
                 only_ours = gates if isinstance(logger, JsonLines) else {}
                 logger.log_metrics(row | only_ours, step=step)
             self.draw()
-            scores = ", ".join(
-                f"{method} {100 * entry['mean']['accuracy']:.1f} %"
-                for method, entry in results.items()
-            )
-            self.metrics.say(f"step {step}: held-out accuracy {scores}")
+            name = self.task.metric
+            scores = ", ".join(f"{m} {100 * e['mean'][name]:.1f} %" for m, e in results.items())
+            self.metrics.say(f"step {step}: held-out {TITLES[name]} {scores}")
         trainer.strategy.barrier("online probe")
         self.metrics.pause()
 
@@ -110,6 +108,7 @@ class OnlineProbe(StepCallback):
         bf16 = self.config.hardware.precision == "bf16-mixed"
         autocast = torch.bfloat16 if bf16 else None
         teacher: Any = module.teacher
+        bad = BadClips(max_bad=self.config.data.max_bad)
         batches = eval_loader(
             self.index,
             self.ids,
@@ -124,7 +123,10 @@ class OnlineProbe(StepCallback):
             frames=frames,
             autocast=autocast,
             device=module.device,
+            bad_clips=bad,
         )
+        if bad.bad:
+            log.warning("online probe: %s", bad.summary())
         warmup = min(online.steps // 10, 50)
         outcomes = cross_validate(
             bank,
@@ -165,7 +167,8 @@ class OnlineProbe(StepCallback):
     def draw(self) -> None:
         """``plots/probe_curve.png`` and ``plots/layer_gate.png``."""
         chance = None if self.task.multi_label else 1 / self.index.classes
-        plot_probe_curve(self.rows, self.out / "plots" / "probe_curve.png", chance=chance)
+        file = self.out / "plots" / "probe_curve.png"
+        plot_probe_curve(self.rows, file, metric=self.task.metric, chance=chance)
         if self.gates:
             plot_layer_gates(self.gates, self.out / "plots" / "layer_gate.png")
 
@@ -174,17 +177,17 @@ class OnlineProbe(StepCallback):
         methods = list(dict.fromkeys(r["method"] for r in self.rows))
         steps = sorted({r["step"] for r in self.rows})
         cell = {(r["step"], r["method"]): r for r in self.rows}
-        lines = ["held-out probe accuracy, % (mAP, %) | " + " | ".join(methods)]
+        names = [n for n in TITLES if any(n in r for r in self.rows)]
+        titles = " / ".join(TITLES[n] for n in names)
+        lines = [f"held-out {titles}, % | " + " | ".join(methods)]
         for step in steps:
             shown = []
             for method in methods:
                 r = cell.get((step, method))
-                shown.append(
-                    f"{100 * r['accuracy']:.1f} ± {100 * r['accuracy_std']:.1f} "
-                    f"({100 * r['map']:.1f})"
-                    if r
-                    else "-"
+                pairs = (
+                    [f"{100 * r[n]:.1f} ± {100 * r[f'{n}_std']:.1f}" for n in names] if r else []
                 )
+                shown.append(" / ".join(pairs) or "-")
             name = "random weights (step 0)" if step == 0 else f"step {step}"
             lines.append(f"  {name} | " + " | ".join(shown))
         return "\n".join(lines)
@@ -216,13 +219,13 @@ def choose_rounds(index: Index, *, folds: int, max_clips: int, seed: int) -> lis
 
 def curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The probings in the rows of a ``metrics.jsonl``, a row a step and method."""
-    found = []
+    found: list[dict[str, Any]] = []
     for row in rows:
-        methods = dict.fromkeys(k.split("/")[1] for k in row if k.startswith("online/"))
-        for method in methods:
-            own = {"step": row["step"], "method": method}
-            for name in SHOWN:
-                own[name] = row[f"online/{method}/{name}"]
-                own[f"{name}_std"] = row[f"online/{method}/{name}_std"]
-            found.append(own)
+        own: dict[str, dict[str, Any]] = {}
+        for key, value in row.items():
+            room, _, rest = key.partition("/")
+            method, _, name = rest.partition("/")
+            if room == "online" and name != "gate":
+                own.setdefault(method, {"step": row["step"], "method": method})[name] = value
+        found += own.values()
     return found

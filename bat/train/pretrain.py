@@ -24,7 +24,8 @@ from bat.nn.decoder import CNNDecoder, ViTDecoder
 from bat.nn.ema import ema_decay
 from bat.nn.masking import inverse_block_mask
 from bat.objectives.masked_latent import MaskedLatent
-from bat.shapes import Grid, UserError, Views, WaveBatch
+from bat.shapes import Grid, Views, WaveBatch
+from bat.train.encoders import compile_blocks
 from bat.train.optim import adamw, param_groups, set_lr
 from bat.train.trainer import derive_seed
 
@@ -56,14 +57,6 @@ def build_objective(config: Pretrain) -> MaskedLatent:
             model.width, grid, width=objective.decoder_width, depth=objective.decoder_depth
         )
     else:
-        heads = DECODERS[objective.decoder]["heads"]
-        width = objective.decoder_width or model.width
-        if width % heads:
-            raise UserError(
-                f"objective.decoder={objective.decoder} has {heads} heads, which do not divide "
-                f"its width {width}: choose a width that is a multiple of {heads}, or "
-                "objective.decoder=cnn"
-            )
         decoder = ViTDecoder(
             model.width,
             grid,
@@ -93,7 +86,7 @@ class Pretraining(pl.LightningModule):
         self.figures: dict[str, Tensor] = {}
         self.clips = 0
         if config.hardware.compile:
-            self.compile_blocks()
+            compile_blocks(self.objective)
 
     @property
     def encoder(self) -> BAT:
@@ -167,9 +160,3 @@ class Pretraining(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in every checkpoint how it came to be."""
         checkpoint["bat"] = {"version": __version__, "config": to_dict(self.config)}
-
-    def compile_blocks(self) -> None:
-        """``torch.compile`` every block of student, decoder and teacher; names stay as they are."""
-        for module in self.objective.modules():
-            if type(module).__name__ == "Block":
-                module.compile()

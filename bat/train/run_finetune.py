@@ -1,55 +1,30 @@
 """One fine-tuning from a resolved configuration: fold after fold, each resumable, then the table.
 
-``out/fold-K/`` holds a fold's checkpoints, metrics and curves, and when it is done its encoder
-(``export/``), its head (``head/``) and ``result.json``. A killed run, started again, reads the
-finished folds from their results and continues the one it was in.
+A killed run, started again, reads the finished folds from their results and continues the one it
+was in (``folds.py``).
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bat import __version__, checkpoint
-from bat.backbones.base import Backbone
+from bat import __version__
 from bat.config import schema
-from bat.config.compose import to_dict
-from bat.data.module import AudioData
-from bat.probes.base import build_probe, find_probe
-from bat.report.plots import plot_curves, plot_folds
-from bat.train.callbacks import Checkpoints, Metrics
-from bat.train.encoders import autocast_for, checkpoint_name, compile_blocks
-from bat.train.features import FeatureStream
-from bat.train.heads import save_head
-from bat.train.held_out import (
-    HOW,
-    TITLES,
-    Outcome,
-    Round,
-    summary,
-    table,
-)
-from bat.train.metrics import evaluate
-from bat.train.prepare import Prepared, prepare
-from bat.train.probing import own_randomness, predict
+from bat.probes.base import find_probe
+from bat.report.plots import plot_folds
+from bat.train.encoders import autocast_for, checkpoint_name
+from bat.train.folds import Folds
+from bat.train.held_out import HOW, TITLES, Outcome, summary, table
+from bat.train.prepare import prepare
 from bat.train.run_folder import open_run
 from bat.train.run_pretrain import first_batch
-from bat.train.supervised import Supervised
-from bat.train.trainer import (
-    build_trainer,
-    derive_seed,
-    last_checkpoint,
-    read_jsonl,
-    start_logging,
-    write_json,
-)
+from bat.train.trainer import is_main, start_logging, write_json
 
 log = logging.getLogger("bat")
 
@@ -60,7 +35,7 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False) -> Path:
     ready = prepare(config)
     config = ready.config
     out = Path(config.out or f"runs/finetune-{config.recipe}-{checkpoint_name(config)}")
-    run = _Run(ready, out)
+    run = Folds(ready, out)
     if dry_run:
         _dry_run(run)
         return out
@@ -70,6 +45,8 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False) -> Path:
     log.info("%s", _headline(run))
     began = time.perf_counter()
     results = [run.fold(held) for held in ready.rounds]
+    if not is_main():  # the others only trained along
+        return out
     outcomes = [Outcome(config.method, r["held_out"], r["metrics"]) for r in results]
     found = summary(outcomes)
     metric = ready.task.metric
@@ -88,6 +65,7 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False) -> Path:
             "how": HOW,
             "clips": len(ready.index),
             "bad_clips": {r["held_out"]: r["bad_clips"] for r in results},
+            "held_out_bad": {r["held_out"]: r["held_out_bad"] for r in results},
             "results": found,
             "seconds": round(time.perf_counter() - began, 1),
             "version": __version__,
@@ -99,146 +77,7 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False) -> Path:
     return out
 
 
-class _Run:
-    """What the folds of a fine-tuning share."""
-
-    def __init__(self, ready: Prepared[schema.Finetune], out: Path) -> None:
-        self.ready, self.out = ready, out
-        self.config, self.task, self.index = ready.config, ready.task, ready.index
-        self.backbone, self.frames = ready.backbone, ready.frames
-
-    def module(self, held: Round) -> Supervised:
-        """A fresh copy of the encoder with a fresh head."""
-        backbone = copy.deepcopy(self.backbone)
-        with own_randomness(torch.device("cpu")):
-            torch.manual_seed(derive_seed(self.config.seed, held.name, "init"))
-            head = build_probe(
-                self.config.method,
-                classes=self.index.classes,
-                width=backbone.width,
-                depth=backbone.depth,
-                has_cls=backbone.has_cls,
-                **asdict(self.config.head),
-            )
-        module = Supervised(
-            self.config,
-            backbone=backbone,
-            head=head,
-            loss=self.ready.loss,
-            frames=self.frames,
-            fold=held.name,
-        )
-        if self.config.hardware.compile:
-            compile_blocks(backbone)
-        return module
-
-    def data(self, held: Round) -> AudioData:
-        config, data = self.config, self.config.data
-        return AudioData(
-            index=self.index,
-            batch=data.batch,
-            batches=config.train.steps * config.train.accumulate,
-            sample_rate=self.backbone.sample_rate,
-            clip_seconds=data.clip_seconds,
-            seed=derive_seed(config.seed, held.name, "order"),
-            roll=data.roll,
-            workers=data.workers,
-            train_ids=held.train,
-            cache_bytes=int(data.cache_waves_gb * 1e9),
-            max_bad=data.max_bad,
-        )
-
-    def fold(self, held: Round) -> dict[str, Any]:
-        """Train with ``held`` held out, judge, write its folder; read it where that is done."""
-        folder = self.out / f"fold-{held.name}"
-        done = folder / "result.json"
-        if done.is_file():
-            log.info("held out %s: done before, read from %s", held.name, done)
-            result: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
-            return result
-        config = self.config
-        folder.mkdir(parents=True, exist_ok=True)
-        newest = last_checkpoint(folder)
-        start = f"continuing from {newest}" if newest else "starting"
-        log.info("held out %s: %s, %d clips to train on", held.name, start, len(held.train))
-        module, data = self.module(held), self.data(held)
-        trainer = build_trainer(
-            hardware=config.hardware,
-            train=config.train,
-            log=config.log,
-            out=folder,
-            clip_norm=config.optim.clip_norm,
-            callbacks=[
-                Metrics(every=config.train.log_every, progress=config.log.progress),
-                Checkpoints(folder, every=config.train.save_every, keep=config.train.keep),
-            ],
-            name=f"finetune-{config.recipe}-{held.name}",
-        )
-        trainer.fit(module, datamodule=data, ckpt_path=str(newest) if newest else None)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-        data.bad_clips.check(final=True)
-        metrics = self.judge(module.to(trainer.strategy.root_device), held)
-        result = {
-            "held_out": held.name,
-            "metrics": metrics,
-            "how": HOW,
-            "steps": trainer.global_step,
-            "bad_clips": data.bad_clips.state_dict(),
-            "bad": data.bad_clips.summary(),
-        }
-        if trainer.is_global_zero:
-            self.write(module.cpu(), folder, result)
-        return result
-
-    def judge(self, module: Supervised, held: Round) -> dict[str, Any]:
-        """Metrics on the held-out clips, each process on all of them."""
-        config, autocast = self.config, autocast_for(self.config.hardware)
-        stream = FeatureStream(
-            module.backbone,
-            self.index,
-            frames=self.frames,
-            clip_seconds=config.data.clip_seconds,
-            workers=config.data.workers,
-            autocast=autocast,
-        )
-        batches = stream.once(held.test, batch=config.data.batch)
-        logits, targets = predict({"head": module.head}, batches, autocast=autocast)
-        return evaluate(logits["head"], targets, multi_label=self.task.multi_label)
-
-    def write(self, module: Supervised, folder: Path, result: dict[str, Any]) -> None:
-        """Encoder, head and curves of a finished fold; ``result.json`` last."""
-        config = self.config
-        meta = {
-            "bat_version": __version__,
-            "task": self.task.name,
-            "labels": self.index.vocabulary,
-            "held_out": result["held_out"],
-            "metrics": result["metrics"],
-        }
-        checkpoint.export(
-            folder / "export",
-            backbone=_registered_name(module.backbone),
-            encoder=module.backbone.config(),
-            student=module.backbone.state_dict(),
-            teacher={},
-            meta={**meta, "training": to_dict(config)},
-        )
-        save_head(
-            folder / "head", module.head, name=config.method, head=asdict(config.head), meta=meta
-        )
-        plot_curves(read_jsonl(folder / "metrics.jsonl"), folder / "plots" / "curves.png")
-        write_json(folder / "result.json", result)
-
-
-def _registered_name(backbone: Backbone) -> str:
-    """The name that ``load_backbone`` finds the class of ``backbone`` by."""
-    cls = type(backbone)
-    folder, _, name = cls.__module__.rpartition(".")
-    return name if folder == "bat.backbones" else f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _dry_run(run: _Run) -> None:
+def _dry_run(run: Folds) -> None:
     """Build everything, loss and gradient of one batch (one clip, forward only, on the CPU)."""
     rounds = run.ready.rounds
     module, data = run.module(rounds[0]), run.data(rounds[0])
@@ -273,7 +112,7 @@ def _dry_run(run: _Run) -> None:
     print("dry run: nothing was trained, nothing was written but shards and their index")
 
 
-def _headline(run: _Run) -> str:
+def _headline(run: Folds) -> str:
     config = run.config
     return run.ready.headline(
         f"bat {__version__}: fine-tuning {config.checkpoint} ({config.weights}) in {run.out}",

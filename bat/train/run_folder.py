@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from bat.checkpoint import replace_durably
 from bat.config.compose import to_yaml
 from bat.config.schema import Pretrain, Supervised
 from bat.config.sections import Data
@@ -15,13 +16,17 @@ from bat.data.shards import ensure_shards
 from bat.data.toy import make_toy
 from bat.shapes import UserError
 from bat.tasks.base import Task, load_task
+from bat.train.trainer import is_main
 
 log = logging.getLogger("bat")
 
 SAFE = (
     "out:",
     "recipe:",
-    "hardware.",
+    "hardware.accelerator:",
+    "hardware.devices:",
+    "hardware.num_nodes:",
+    "hardware.strategy:",
     "log.",
     "online.",
     "data.workers:",
@@ -34,25 +39,26 @@ SAFE = (
     "train.save_every:",
     "train.keep:",
 )
-"""Settings that may change when a run is continued: none of them changes the weights it ends with
-(that the data are the same is checked by the index's hash, not by its path)."""
+"""Settings that may change when a run is continued: what is computed stays the same. (That the data
+and the global batch are the same is checked against the checkpoint: by hash, not by path.)"""
 
 
 def open_run(config: Pretrain | Supervised, out: Path) -> bool:
     """Make or re-open the run folder ``out`` and write ``config.yaml``; True where it existed.
 
     Raises ``UserError`` where ``out`` is something else, or holds a run with other settings:
-    the message shows the difference.
+    the message shows the difference. Only the first of several processes looks and writes.
     """
     file = out / "config.yaml"
+    if not is_main():
+        return True
     text = to_yaml(config)
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out} is a file: name a folder")
     if not file.is_file():
         if out.is_dir() and any(p.name != "train.log" for p in out.iterdir()):
             raise UserError(f"out={out} holds other things than a run: choose another folder")
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        _write(file, text)
         return False
     changes = changed_settings(file.read_text(encoding="utf-8"), text)
     risky = [c for c in changes if not c[2:].startswith(SAFE)]
@@ -64,8 +70,20 @@ def open_run(config: Pretrain | Supervised, out: Path) -> bool:
         )
     if changes:
         log.info("continuing with changed settings:\n  %s", "\n  ".join(changes))
-    file.write_text(text, encoding="utf-8")
+    _write(file, text)
     return True
+
+
+def _write(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        replace_durably(temporary, file)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to out={file.parent}: {error}; choose another out="
+        ) from error
 
 
 def changed_settings(before: str, after: str) -> list[str]:

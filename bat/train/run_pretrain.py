@@ -28,6 +28,7 @@ from bat.train.run_folder import open_data, open_run
 from bat.train.trainer import (
     build_trainer,
     derive_seed,
+    fit,
     last_checkpoint,
     read_jsonl,
     start_logging,
@@ -40,6 +41,7 @@ log = logging.getLogger("bat")
 def pretrain(config: Pretrain, *, dry_run: bool = False) -> Path:
     """Pre-train as ``config`` says; returns the run folder. Continues what is already there."""
     out = Path(config.out or f"runs/pretrain-{config.recipe}")
+    start_logging()
     task, index = open_data(config.task, config.data)
     data = make_data(config, index)
     torch.manual_seed(derive_seed(config.seed, "init"))
@@ -69,10 +71,16 @@ def pretrain(config: Pretrain, *, dry_run: bool = False) -> Path:
         ],
         name=f"pretrain-{config.recipe}",
     )
+    clips = config.data.batch * config.train.accumulate
+    log.info(
+        "  %d clips a step: %d a micro-batch x %d accumulated x %d device(s)",
+        clips * trainer.world_size,
+        config.data.batch,
+        config.train.accumulate,
+        trainer.world_size,
+    )
     began = time.perf_counter()
-    trainer.fit(module, datamodule=data, ckpt_path=str(newest) if newest else None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    fit(trainer, module, data, newest)
     data.bad_clips.check(final=True)
     if trainer.is_global_zero:
         export(module, out, step=trainer.global_step, index=index)
@@ -86,14 +94,18 @@ def pretrain(config: Pretrain, *, dry_run: bool = False) -> Path:
             "last": _last_loss(out),
             "online": online.rows if online else [],
             "version": __version__,
-            "device": str(module.device)
-            if module.device.type == "cpu"
-            else torch.cuda.get_device_name(),
+            "device": device_name(trainer.strategy.root_device),
         }
-        write_json(out / "summary.json", summary)
+        if metrics.steps or not (out / "summary.json").is_file():  # else nothing was done
+            write_json(out / "summary.json", summary)
         log.info("%s", data.bad_clips.summary())
         _say_where(config, out, online)
     return out
+
+
+def device_name(device: torch.device) -> str:
+    """What to call it in a summary."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def make_data(config: Pretrain, index: Index) -> AudioData:

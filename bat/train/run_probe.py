@@ -122,6 +122,7 @@ def probe(config: schema.Probe, *, dry_run: bool = False) -> Path:
         on_log=on_log,
         on_probe=on_probe,
     )
+    bad.check(final=True)
     results = summary(outcomes)
     _draw(out, results, task)
     write_json(
@@ -154,8 +155,11 @@ def _source(ready: Prepared[schema.Probe], bad: BadClips) -> Source:
     ids = np.unique(np.concatenate([np.concatenate([r.train, r.test]) for r in rounds]))
     need = bank_bytes(backbone, len(ids), frames=frames, dtype=autocast or torch.float32)
     cache = int(config.data.cache_waves_gb * 1e9)
-    if config.data.roll or need > config.feature_gb * 1e9:
-        why = "data.roll" if config.data.roll else f"feature_gb={config.feature_gb:g}"
+    random_offset = config.pad_offset == "random"
+    if config.data.roll or random_offset or need > config.feature_gb * 1e9:
+        why = f"feature_gb={config.feature_gb:g}"
+        if config.data.roll or random_offset:
+            why = "data.roll" if config.data.roll else "pad_offset=random"
         log.info("features made anew for each batch (%.2f GB for all; %s)", need / 1e9, why)
         return FeatureStream(
             backbone,
@@ -163,6 +167,7 @@ def _source(ready: Prepared[schema.Probe], bad: BadClips) -> Source:
             frames=frames,
             clip_seconds=config.data.clip_seconds,
             roll=config.data.roll,
+            random_offset=random_offset,
             workers=config.data.workers,
             cache_bytes=cache,
             autocast=autocast,

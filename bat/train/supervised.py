@@ -40,9 +40,12 @@ class Supervised(pl.LightningModule):
         loss: Loss,
         frames: int,
         fold: str,
+        start: str = "",
     ) -> None:
+        """``start``: digest of the encoder's first weights; a checkpoint of others is refused."""
         super().__init__()
         self.config, self.loss, self.frames, self.fold = config, loss, frames, fold
+        self.start = start
         self.backbone, self.head = backbone, head
         set_drop_path = getattr(backbone, "set_drop_path", None)
         if set_drop_path is not None:
@@ -121,4 +124,16 @@ class Supervised(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in every checkpoint how it came to be."""
-        checkpoint["bat"] = {"version": __version__, "config": to_dict(self.config)}
+        checkpoint["bat"] = {
+            "version": __version__,
+            "config": to_dict(self.config),
+            "start": self.start,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue only what began with the same encoder."""
+        if checkpoint.get("bat", {}).get("start", "") != self.start:
+            raise UserError(
+                f"the unfinished fold {self.fold} began with another encoder than checkpoint="
+                f"{self.config.checkpoint} now holds: start anew with another out="
+            )

@@ -47,6 +47,11 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def is_main() -> bool:
+    """Whether this is the first of the processes, before a Trainer is there to ask."""
+    return not getattr(rank_zero_only, "rank", 0)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints that exist whole or not at all."""
 
@@ -61,7 +66,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             torch.save(checkpoint, temporary)
             replace_durably(temporary, target)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError on a full disk
             temporary.unlink(missing_ok=True)
             raise UserError(
                 f"cannot write checkpoint {target}: {error}. Earlier checkpoints are untouched; "
@@ -111,8 +116,8 @@ class JsonLines(Logger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Drop the lines of steps after ``step``."""
-        rows = [r for r in read_jsonl(self.path) if (r.get("step") or 0) <= step]
+        """Drop the lines of steps after ``step``; all of them at step 0, which begins anew."""
+        rows = [r for r in read_jsonl(self.path) if step and (r.get("step") or 0) <= step]
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
         replace_durably(temporary, self.path)
@@ -215,9 +220,23 @@ def _wandb(log: Log, out: Path, name: str) -> Logger:
         raise UserError("log.wandb needs the package: pip install 'bat-audio[wandb]'") from error
 
 
-def start_logging(out: Path) -> None:
-    """Our own log lines to stderr and to ``out/train.log``; Lightning's banners off."""
-    out.mkdir(parents=True, exist_ok=True)
+def fit(trainer: pl.Trainer, module: Any, data: Any, newest: Path | None) -> None:
+    """``trainer.fit`` from checkpoint ``newest`` on; an interrupted one is never a success.
+
+    Lightning 2.6.6 ends a Ctrl-C by ``exit(1)`` and a SIGTERM by ``exit(0)`` within ``fit``.
+    """
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=str(newest) if newest else None)
+    except SystemExit as error:
+        log.warning(
+            "interrupted after step %d; the same command continues from the last checkpoint",
+            trainer.global_step,
+        )
+        raise KeyboardInterrupt from error
+
+
+def start_logging(out: Path | None = None) -> None:
+    """Our own log lines to stderr and, given a run, its ``train.log``; Lightning's banners off."""
     logger = logging.getLogger("bat")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -226,10 +245,14 @@ def start_logging(out: Path) -> None:
         handler.close()
     screen = logging.StreamHandler()
     screen.setFormatter(logging.Formatter("%(message)s"))
-    file = logging.FileHandler(out / "train.log", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(screen)
-    logger.addHandler(file)
+    if out is not None and is_main():
+        out.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(out / "train.log", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(file)
+    if not is_main():
+        logger.setLevel(logging.WARNING)
     for banner in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(banner).setLevel(logging.ERROR)
     for noise in NOISE:

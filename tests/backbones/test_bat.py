@@ -8,6 +8,7 @@ import torch
 
 from bat.backbones.base import load_backbone, load_strictly
 from bat.backbones.bat import BAT
+from bat.nn.block import DropPath
 from bat.shapes import Grid, UserError, Views
 from tests.golden_files import Golden
 
@@ -173,10 +174,51 @@ def test_waveform_in_features_out() -> None:
 
 def test_drop_path_rises_linearly_from_zero() -> None:
     model = BAT(width=32, depth=5, heads=4, grid=Grid(4, 8), drop_path=0.2)
-    rates = [b.drop_path.drop_prob for b in model.blocks]
-    assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    assert rates(model) == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
     model.set_drop_path(0.4)
-    assert [b.drop_path.drop_prob for b in model.blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert rates(model) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+def rates(model: BAT) -> list[float]:
+    return [float(b.drop_path.rate) for b in model.blocks]
+
+
+def test_golden_drop_path_rates(golden) -> None:
+    expected = json.loads((golden / "schedules.json").read_text())
+    model = BAT(width=16, depth=12, heads=2, grid=Grid(2, 2), drop_path=0.1)
+    assert rates(model) == pytest.approx(expected["drop_path_rate_0.1_depth12_by_block"], abs=1e-7)
+
+
+def test_drop_path_drops_whole_clips_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    drop = DropPath(0.25).train()
+    out = drop(torch.ones(20_000, 2, 3))
+    kept = out[:, 0, 0]
+    assert torch.equal(out, kept[:, None, None].expand_as(out))
+    assert sorted(kept.unique().tolist()) == pytest.approx([0, 4 / 3])
+    assert float(kept.mean()) == pytest.approx(1, abs=0.02)  # deviation 0.004
+    x = torch.ones(3, 2)
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_all_blocks_compile_to_one_graph_whatever_their_drop_path() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = BAT(width=16, depth=12, heads=2, grid=Grid(2, 8), drop_path=0.2).train()
+    for block in model.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    model.features(torch.rand(1, 1, 32, 128))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", ["bat", "eat", "beats"])
+def test_waveform_in_features_out_with_every_front_end(kind: str) -> None:
+    model = tiny(frontend={"kind": kind})
+    with torch.no_grad():
+        assert model(torch.randn(2, 16000) * 0.1).patches.shape == (2, 2, 7, 8, 32)
+        assert model(torch.randn(50) * 0.1).patches.shape == (2, 1, 1, 8, 32)
 
 
 def test_config_builds_the_same_model_again() -> None:
@@ -214,6 +256,10 @@ def test_unknown_backbone_lists_the_known() -> None:
     with pytest.raises(UserError, match=r"unknown backbone 'bert'\. Known: bat, eat"):
         load_backbone("bert")
     assert load_backbone("bat.backbones.bat.BAT") is BAT
+    with pytest.raises(UserError, match="is not a subclass"):
+        load_backbone("os.system")
+    with pytest.raises(UserError, match="code from outside bat"):
+        load_backbone("bat.backbones.bat.BAT", trusted=False)
 
 
 def test_no_graph_breaks() -> None:

@@ -1,6 +1,7 @@
 """bat-pretrain at the command line: mistakes end in one clear line, exit code 2, no traceback."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,8 +44,18 @@ def make_bad_tar(folder: Path) -> str:
         (["recipe=as2m", "data.shards=empty"], "empty"),
         (["recipe=toy", "task=chess"], "chess"),
         (["recipe=toy", "model.width=50"], "model.width=50"),
-        (["recipe=toy", "model.width=100", "model.heads=4"], "12 heads, which do not divide"),
+        (
+            ["recipe=toy", "model.width=100", "model.heads=4"],
+            "model.width=100 is not a multiple of 12",
+        ),
         (["recipe=toy", "frontend.frames=100"], "frontend.frames=100 is not a multiple"),
+        (["recipe=toy", "objective.decoder=cnn", "model.width=100"], "is not a multiple of 16"),
+        (["recipe=toy", "objective.decoder_width=30"], "objective.decoder_width=30"),
+        (["recipe=toy", "mask.adjust=-1"], "mask.adjust=-1"),
+        (["recipe=toy", "frontend.kind=eat", "frontend.hop_length=320"], "hop_length=320"),
+        (["recipe=toy", "frontend.statistics=esc50"], "is for the legacy front ends"),
+        (["recipe=toy", "online.task=esc50"], "online.task is the task of"),
+        (["recipe=toy", "data.root=${nowhere}"], "nowhere"),
         (["recipe=toy", "mask.ratio=0.999"], "keeps 0 of 104 patches"),
         (["recipe=toy", "data.clip_seconds=3"], "data.clip_seconds=3.0 makes 301 frames"),
         (["recipe=toy", "frontend.kind=eat", "frontend.statistics=mars"], "mars"),
@@ -97,8 +108,11 @@ def test_corrupt_clips_are_counted_and_printed(
     words = ["recipe=toy", f"data.shards={tars[0].parent}", *TINY, "train.steps=4"]
     assert main([*words, "data.max_bad=0.5", "out=run"]) == 0
     log = (folder / "run" / "train.log").read_text()
-    assert "of 20 clips unreadable (" in log or "clips unreadable (" in log
-    assert "corrupt" in log
+    counted = re.search(r"(\d+) of (\d+) clips unreadable \((\d+) corrupt\)", log)
+    assert counted, log
+    bad, seen, corrupt = (int(n) for n in counted.groups())
+    assert bad == corrupt == 2  # 20 positions are two epochs of ten clips, one of them bad
+    assert seen == 20 + bad
     assert main([*words, "data.max_bad=0.0", "out=strict"]) == 2
     assert "more than max_bad=0" in capsys.readouterr().err
 

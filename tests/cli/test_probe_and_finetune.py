@@ -72,6 +72,13 @@ def test_probe_in_memory_equals_streamed(words, tmp_path):
     assert results[0]["results"]["cgp"]["mean"] == results[1]["results"]["cgp"]["mean"]
 
 
+def test_clips_at_random_offsets_are_streamed(words, tmp_path):
+    own = ["pad=waveform", "pad_offset=random", "data.clip_seconds=2.05", "methods=[linear]"]
+    words = [w for w in words if not w.startswith("data.clip_seconds")]
+    assert probe.main([*words, *own, f"out={tmp_path}/run", "folds=[1]"]) == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["features"] == "streamed"
+
+
 def test_frame_level_and_the_random_control(words, run, capsys):
     own = [w for w in words if not w.startswith("checkpoint=")]
     control = f"checkpoint=random:{run}"
@@ -116,6 +123,9 @@ def test_finetune_prints_a_table_and_leaves_these_files(words, tmp_path, capsys)
         (probe, ["folds=[7]"], "no clip has fold 7"),
         (probe, ["hardware.devices=2"], "runs on one device"),
         (probe, ["log.wandb=offline"], "log.wandb is for"),
+        (probe, ["data.clip_seconds=3"], "makes 301 frames, more than frames=208"),
+        (probe, ["pad_offset=random"], "say pad=waveform"),
+        (finetune, ["statistics=esc50"], "(LogMel) uses none"),
         (probe, ["heads=3"], "heads=3 does not divide"),
         (probe, ["task=esc50", "data.clip_seconds=5"], "no data given for task 'esc50'"),
         (finetune, ["method=svm"], "unknown probe 'svm'"),
@@ -155,11 +165,13 @@ def test_recipes_hold_the_papers_constants():
         20_000, 48, 1e-3, 500)  # fmt: skip
     assert (optim.weight_decay, optim.betas, as20k.head.dropout) == (0.05, [0.9, 0.999], 0.2)
     assert round(as20k.data.clip_seconds * 16000) == 163_680
+    assert (as20k.pad, as20k.pad_offset, as20k.data.roll) == ("waveform", "random", True)
     esc50 = compose(Probe, "probe", ["recipe=esc50"])
     assert (esc50.train.steps, esc50.optim.warmup_steps, esc50.optim.weight_decay) == (
         4_000, 400, 0.2)  # fmt: skip
     assert esc50.head.prototypes == 10_000
     tuned = compose(Finetune, "finetune", ["recipe=as20k"])
+    assert (tuned.pad, tuned.pad_offset, tuned.data.roll) == ("waveform", "random", True)
     assert (tuned.train.steps, tuned.data.batch, tuned.optim.lr, tuned.optim.warmup_steps) == (
         40_000, 48, 5e-5, 4_000)  # fmt: skip
     assert (tuned.optim.layer_decay, tuned.drop_path, tuned.optim.betas) == (

@@ -119,8 +119,29 @@ def test_recipe_folder_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         locate.known_recipes("pretrain")
 
 
+def test_off_is_off_though_yaml_reads_it_as_false(tmp_path: Path) -> None:
+    words = ["recipe=toy", "log.wandb=off"]
+    assert compose(Pretrain, "pretrain", words).log.wandb == "off"
+
+
 @pytest.mark.parametrize("command", SCHEMAS)
 def test_written_configuration_reads_back_the_same(command: str, tmp_path: Path) -> None:
     config = compose(SCHEMAS[command], command, ["recipe=toy"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert to_dict(from_yaml(SCHEMAS[command], tmp_path / "config.yaml")) == to_dict(config)
+
+
+def test_an_installed_wheel_finds_the_copies_inside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hatchling puts recipes and configs into ``bat/_shipped``; there is no checkout beside."""
+    import shutil
+
+    checkout = Path(locate.__file__).parents[2]
+    package = tmp_path / "site-packages" / "bat"
+    for kind in ("recipes", "configs"):
+        shutil.copytree(checkout / kind, package / "_shipped" / kind)
+    monkeypatch.setattr(locate, "_PACKAGE", package)
+    monkeypatch.chdir(tmp_path)
+    assert locate.find_recipe("toy", "pretrain").is_relative_to(package)
+    assert compose(Pretrain, "pretrain", ["recipe=as2m", "model=S"]).model.width == 384

@@ -34,7 +34,6 @@ class Recorder(LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.seen: Seen = []
-        self.evaluated: list[list[str]] = []
         self.fail_at = fail_at
 
     def training_step(self, batch: WaveBatch, batch_idx: int) -> torch.Tensor:
@@ -43,30 +42,24 @@ class Recorder(LightningModule):
         self.seen.append((batch.positions.tolist(), batch.keys, float(batch.waves.sum())))
         return self.weight.sum() * batch.waves.mean()
 
-    def validation_step(self, batch: WaveBatch, batch_idx: int) -> None:
-        self.evaluated.append(batch.keys)
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class SaveAt(Callback):
-    """Save a checkpoint at the n-th ('batch' | 'validation' | 'epoch' | 'exception', n)."""
+    """Save a checkpoint at the n-th ('batch' | 'epoch' | 'exception', n)."""
 
     def __init__(self, path: Path, moment: tuple[str, int]) -> None:
         self.path, self.moment, self.count = path, moment, 0
 
     def _hit(self, trainer: Trainer, what: str) -> None:
-        if what == self.moment[0] and not trainer.sanity_checking:
+        if what == self.moment[0]:
             self.count += 1
             if self.count == self.moment[1]:
                 trainer.save_checkpoint(self.path)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self._hit(trainer, "batch")
-
-    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
-        self._hit(trainer, "validation")
 
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         self._hit(trainer, "epoch")
@@ -84,7 +77,6 @@ def data(index: Index, **kw: Any) -> AudioData:
         "clip_seconds": 0.3,
         "seed": 1,
         "roll": True,
-        "eval_ids": np.arange(0, 10, 2),
     }
     return AudioData(**settings | kw)
 
@@ -101,7 +93,6 @@ def fit(
     trainer = Trainer(
         max_steps=steps,
         accumulate_grad_batches=accumulate,
-        val_check_interval=2,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -129,8 +120,6 @@ def uninterrupted(toy_shards: Path) -> Seen:
         (("batch", 3), 3, 1),
         (("batch", 4), 4, 0),  # the last batch of an epoch
         (("batch", 5), 5, 0),  # the first of the second
-        (("validation", 1), 2, 0),
-        (("validation", 2), 4, 1),
         (("epoch", 1), 4, 1),
         (("epoch", 2), 8, 0),
         (("exception", 1), 6, 0),
@@ -179,7 +168,7 @@ def test_resumed_with_another_split_of_the_batch(
     module = data(toy_index, batch=6, batches=epoch // 6)
     fit(second, module, steps=4, resume=at.path, save=again)
     assert [k for _, b, _ in second.seen for k in b] == clips[12:24]
-    assert module.clips_done() == 24
+    assert module.batches_done() == 4
     third = Recorder()
     module = data(toy_index, batch=2, batches=epoch // 2)
     fit(third, module, steps=6, accumulate=3, resume=again.path)
@@ -235,7 +224,7 @@ def test_another_stream_is_refused(toy_index: Index, change: dict[str, Any], say
 
 
 def test_another_data_set_is_refused(toy_index: Index, toy_shards: Path) -> None:
-    part = data(open_index(toy_shards / "shard-00000.tar"), eval_ids=None)
+    part = data(open_index(toy_shards / "shard-00000.tar"))
     with pytest.raises(UserError, match="written with data set"):
         part.load_state_dict(data(toy_index).state_dict())
 
@@ -246,21 +235,6 @@ def test_a_position_between_micro_batches_is_refused(toy_index: Index) -> None:
     module.load_state_dict(state)
     with pytest.raises(UserError, match="stands at clip 8, which micro-batches of 6"):
         module.train_dataloader()
-
-
-def test_evaluation_sees_its_rows_once(toy_index: Index) -> None:
-    model = Recorder()
-    fit(model, data(toy_index), steps=2)
-    keys = [toy_index.key(i) for i in range(0, 10, 2)]
-    assert model.evaluated[:2] == [keys[:3], keys[3:]]  # the sanity check
-    assert model.evaluated[2:] == model.evaluated[:2]
-
-
-def test_without_evaluation(toy_index: Index) -> None:
-    model = Recorder()
-    fit(model, data(toy_index, eval_ids=None), steps=3)
-    assert model.evaluated == []
-    assert len(model.seen) == 3
 
 
 def test_eval_loader_over_a_fold(toy_index: Index) -> None:
@@ -293,7 +267,7 @@ def spoilt(toy_shards: Path, tmp_path: Path) -> Index:
 
 
 def test_bad_clips_are_replaced_and_counted(spoilt: Index) -> None:
-    model, module = Recorder(), data(spoilt, max_bad=1.0, eval_ids=None)
+    model, module = Recorder(), data(spoilt, max_bad=1.0)
     fit(model, module, steps=10)
     bad = module.bad_clips
     assert bad.seen >= 30 + bad.bad >= 39
@@ -321,24 +295,22 @@ def test_few_clips_are_judged_at_the_end(spoilt: Index) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_readable_is_one_clear_error(spoilt: Index, workers: int) -> None:
-    module = data(spoilt, train_ids=np.array([0, 4]), eval_ids=None, workers=workers, max_bad=1.0)
+    module = data(spoilt, train_ids=np.array([0, 4]), workers=workers, max_bad=1.0)
     with pytest.raises(UserError, match=r"unreadable \(\d+ corrupt\), too many in a row"):
         fit(Recorder(), module, steps=3)
 
 
 def test_bad_clips_survive_a_resume(spoilt: Index, tmp_path: Path) -> None:
     save = SaveAt(tmp_path / "a.ckpt", ("batch", 4))
-    module = data(spoilt, max_bad=1.0, eval_ids=None)
+    module = data(spoilt, max_bad=1.0)
     fit(Recorder(), module, steps=4, save=save)
-    again = data(spoilt, max_bad=1.0, eval_ids=None)
+    again = data(spoilt, max_bad=1.0)
     again.load_state_dict(module.state_dict())
     assert again.bad_clips.state_dict() == module.bad_clips.state_dict()
     assert again.bad_clips.bad > 0
 
 
 def test_settings_out_of_range(toy_index: Index) -> None:
-    with pytest.raises(UserError, match="evaluate on: the selection is empty"):
-        data(toy_index, eval_ids=np.array([], np.int64))
     with pytest.raises(UserError, match="stream: the selection is empty"):
         data(toy_index, train_ids=np.array([], np.int64))
     with pytest.raises(UserError, match="max_bad=5"):

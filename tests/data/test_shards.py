@@ -263,3 +263,20 @@ def test_the_index_written_is_the_index_scanned(rows: list[Row], tmp_path: Path)
     assert np.array_equal(rebuilt.offset, written.offset)
     table = scan(tmp_path / "s/shard-00001.tar")
     assert len(table.clips) == manifest.shards[1].clips
+
+
+def test_audio_without_a_decoder_is_left_out_by_that_name(tmp_path: Path) -> None:
+    wave = encode(np.zeros(800) + 0.1, sample_rate=16_000, codec="wav")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.wav").write_bytes(wave)
+    (tmp_path / "in/b.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(500))
+    rows, names = load_task("folder").read(tmp_path / "in")
+    assert [row.key for row in rows] == ["a", "b"]
+    manifest = write_shards(rows, tmp_path / "out", vocabulary=names)
+    why = "no decoder for m4a: convert it with ffmpeg"
+    assert manifest.left_out == [{"key": "b", "file": "b.m4a", "reason": why}]
+    with tarfile.open(tmp_path / "foreign.tar", "w") as tar:
+        for path in sorted((tmp_path / "in").iterdir()):
+            tar.add(path, path.name)
+    index = open_index(tmp_path / "foreign.tar")
+    assert (len(index), index.left_out) == (1, {"foreign.tar/b.m4a": why})

@@ -13,10 +13,19 @@ import pytest
 from torch.utils.data import DataLoader
 
 from bat.audio.decode import decode, encode
-from bat.data.collate import Collate, clip_samples
+from bat.data.collate import Collate
 from bat.data.index import Index, open_index
 from bat.data.shards import write_shards
-from bat.data.stream import ClipDataset, EvalSampler, Item, Plan, PlanSampler, below, philox
+from bat.data.stream import (
+    ClipDataset,
+    EvalSampler,
+    Item,
+    Plan,
+    PlanSampler,
+    below,
+    clip_samples,
+    philox,
+)
 from bat.shapes import UserError, WaveBatch
 from bat.tasks.base import Row
 
@@ -114,15 +123,11 @@ def test_an_empty_selection_and_wrong_sizes() -> None:
         PlanSampler(Plan(3, seed=0), batch=0, batches=1)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_evaluation_reads_each_row_once_in_order(world: int) -> None:
+def test_evaluation_reads_each_row_once_in_order() -> None:
     ids = np.array([4, 2, 9, 7, 1])
-    parts = [list(EvalSampler(ids, batch=2, rank=r, world=world)) for r in range(world)]
-    assert sorted(itertools.chain(*itertools.chain(*parts))) == list(enumerate(ids.tolist()))
-    for r, part in enumerate(parts):
-        sampler = EvalSampler(ids, batch=2, rank=r, world=world)
-        assert len(sampler) == len(part)
-        assert all(len(b) == 2 for b in part[:-1])
+    sampler = EvalSampler(ids, batch=2)
+    assert list(sampler) == [[(0, 4), (1, 2)], [(2, 9), (3, 7)], [(4, 1)]]
+    assert len(sampler) == 3
 
 
 # ---- clips
@@ -229,6 +234,27 @@ def test_collate_pads_on_the_right_to_one_length(tmp_path: Path) -> None:
     assert batch.keys == ["clip0", "clip1"]
     assert batch.positions.tolist() == [7, 8]
     assert batch.skipped == {}
+
+
+def test_a_short_clip_at_a_random_offset_is_whole_and_its_window_is_signal(tmp_path: Path) -> None:
+    index = noise_set(tmp_path, seconds=[0.25, 0.5])
+    whole = decode(index.read(0).data, sample_rate=16_000)
+    data, starts = dataset(index, random_offset=True, cache_bytes=10**6), []
+    for position in range(40):
+        wave = data[position, 0].wave
+        assert wave is not None
+        starts.append(find(wave, whole))
+        wanted = np.zeros(8_000, np.float32)
+        wanted[starts[-1] : starts[-1] + 4_000] = whole
+        assert np.array_equal(wave, wanted)
+        assert np.array_equal(data[position, 0].wave, wave)  # by (seed, position) alone
+    assert len(set(starts)) > 30
+    assert min(starts) < 1_000
+    assert max(starts) > 3_000
+    assert Collate(8_000)([data[0, 0]]).lengths.tolist() == [8_000]
+    full = decode(index.read(1).data, sample_rate=16_000)
+    assert np.array_equal(data[0, 1].wave, full)  # type: ignore[arg-type]
+    assert len(dataset(index)[0, 0].wave) == 4_000  # type: ignore[arg-type]
 
 
 # ---- bad clips

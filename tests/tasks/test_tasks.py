@@ -226,3 +226,11 @@ def test_a_single_label_task_refuses_several_labels() -> None:
     assert load_task("audioset").settle([3]).loss == "asl"
     with pytest.raises(UserError, match="one label a clip"):
         load_task("esc50").settle([1, 2])
+
+
+def test_esc_label_sets_hold_the_classes_of_the_published_files(esc10: Path) -> None:
+    own, in_esc50 = load_task("esc10").label_sets
+    (esc50,) = load_task("esc50").label_sets
+    assert (len(own), len(in_esc50), len(esc50)) == (10, 10, 50)
+    assert in_esc50 < esc50
+    assert own == set(load_task("esc10").read(esc10)[1])

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bat.backbones.bat import BAT
+from bat.backbones.eat import EAT, NAMES, PREFIX
 from bat.checkpoint import export
 from bat.config.compose import to_yaml
-from bat.config.schema import Hardware, Pretrain, Probe
+from bat.config.schema import Finetune, Hardware, Pretrain, Probe
 from bat.config.sections import Data
 from bat.shapes import Grid, UserError
 from bat.tasks.base import load_task
@@ -18,7 +19,9 @@ from bat.train.encoders import (
     data_of_run,
     device_for,
     load_for,
+    weights_digest,
 )
+from bat.train.prepare import check_frames, kaldi_line
 
 
 @pytest.fixture
@@ -78,7 +81,68 @@ def test_missing_checkpoint_and_bad_frames(run):
 
 def test_padding_is_the_checkpoints_unless_said(run):
     assert _load(run)[0].frontend.pad == "spectrogram"
-    assert _load(run, pad="waveform")[0].frontend.pad == "waveform"
+    trained, padded = _load(run)[0], _load(run, pad="waveform")[0]
+    assert padded.frontend.pad == "waveform"
+    assert padded.config()["frontend"]["pad"] == "waveform"  # so its exports say it too
+    assert torch.equal(padded.pos_embed, trained.pos_embed)
+    assert not padded.training
+    assert _load(run, pad="waveform", pad_offset="random")[1] == 208
+    with pytest.raises(UserError, match=r"pad_offset=random .* say pad=waveform"):
+        _load(run, pad_offset="random")
+
+
+@pytest.fixture
+def eat_file(tmp_path) -> Path:
+    """A weight file as EAT and SSLAM publish them."""
+    names = {own: PREFIX + theirs for theirs, own in NAMES.items()}
+    state = EAT(width=64, depth=1, heads=1, grid=Grid(64, 8)).state_dict()
+    torch.save({"model": {names.get(k, k): v for k, v in state.items()}}, tmp_path / "EAT.pt")
+    return tmp_path / "EAT.pt"
+
+
+def test_statistics_of_a_foreign_file_are_the_tasks(eat_file, run):
+    def front(task, checkpoint=eat_file, **words):
+        config = Probe(checkpoint=str(checkpoint), task=task, **words)
+        return load_for(config, load_task(task))[0].frontend
+
+    assert front("esc10").statistics == front("esc50").statistics == "esc50"
+    assert front("esc10").mean == -6.85408831
+    assert front("audioset").statistics == front("folder").statistics == "audioset"
+    assert front("esc10", f"random:{eat_file}").statistics == "esc50"
+    assert front("esc10", statistics="hsn").mean == -8.55048120
+    with pytest.raises(UserError, match="statistics='birds': none known"):
+        front("esc10", statistics="birds")
+    with pytest.raises(UserError, match=r"statistics=esc50: .*\(LogMel\) uses none"):
+        front("esc10", run, statistics="esc50")
+
+
+def test_an_exports_statistics_are_its_own(eat_file):
+    tuned, _ = load_for(Probe(checkpoint=str(eat_file), task="esc10"), load_task("esc10"))
+    folder = eat_file.parent / "export"
+    export(folder, backbone="eat", encoder=tuned.config(), student=tuned.state_dict(),
+           teacher={}, meta={})  # fmt: skip
+    again, _ = load_for(Probe(checkpoint=str(folder), task="folder"), load_task("folder"))
+    assert again.frontend.statistics == "esc50"
+    assert kaldi_line(again.frontend) == (
+        "front end: Kaldi filter bank (eat), statistics=esc50: mean -6.8541, deviation 5.3977"
+    )
+
+
+def test_clips_longer_than_the_frames_are_refused(run):
+    backbone, frames = _load(run)
+    check_frames(backbone, frames=frames, clip_seconds=2.0)
+    with pytest.raises(UserError, match=r"clip_seconds=2\.5 makes 251 frames.*say frames=256"):
+        check_frames(backbone, frames=frames, clip_seconds=2.5)
+    check_frames(backbone, frames=1024, clip_seconds=10.23)
+
+
+def test_a_digest_tells_weights_and_settings_apart(run):
+    first, digest = _load(run)[0], weights_digest(_load(run)[0])
+    assert weights_digest(first) == digest
+    assert weights_digest(_load(run, pad="waveform")[0]) != digest
+    with torch.no_grad():
+        first.cls_token[0, 0, 0] += 1
+    assert weights_digest(first) != digest
 
 
 def test_names_for_run_folders(run):
@@ -104,6 +168,26 @@ def test_data_comes_from_the_checkpoints_run_of_the_same_task(run):
     assert found(run, task="esc10")[0].root is None
     data, note = found(run, task="toy", data=Data(shards="mine"))
     assert (data.shards, data.root, note) == ("mine", None, "")
+
+
+def test_data_comes_from_a_fine_tuning_too(tmp_path):
+    fold = tmp_path / "finetune-x" / "fold-1" / "export"
+    fold.mkdir(parents=True)
+    (fold / "model.safetensors").touch()
+    config = Finetune(task="esc10", data=Data(shards="its/shards"))
+    (tmp_path / "finetune-x/config.yaml").write_text(to_yaml(config))
+    for checkpoint in (fold, fold / "model.safetensors"):
+        data, note = data_of_run(Probe(checkpoint=str(checkpoint), task="esc10"))
+        assert data.shards == "its/shards"
+        assert note.endswith("finetune-x/config.yaml says")
+
+
+@pytest.mark.parametrize("text", ["learning_rate: 3\n", "- a list\n", "a: [\n", "seed: x\n", ""])
+def test_somebody_elses_config_is_passed_over(run, text):
+    (run / "export/config.yaml").write_text(text)
+    assert data_of_run(Probe(checkpoint=f"{run}/export", task="toy"))[0].root == "some/where"
+    (run / "config.yaml").write_text(text)
+    assert data_of_run(Probe(checkpoint=f"{run}/export", task="toy"))[0].root is None
 
 
 def test_devices_and_precision():

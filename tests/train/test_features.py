@@ -135,3 +135,13 @@ def test_features_that_are_not_finite_are_an_error(index):
     loader = eval_loader(index, np.arange(2), batch=2, sample_rate=16000, clip_seconds=SECONDS)
     with pytest.raises(UserError, match="not finite"):
         encode(backbone, next(iter(loader)), frames=FRAMES)
+
+
+def test_random_offset_moves_short_training_clips_only(backbone, index):
+    def batches(kind, **settings):
+        stream = FeatureStream(backbone, index, frames=64, clip_seconds=0.6, **settings)
+        words = {"steps": 1, "seed": 0} if kind == "training" else {}
+        return next(getattr(stream, kind)(np.arange(4), batch=4, **words))[0].patches
+
+    assert torch.equal(batches("once"), batches("once", random_offset=True))
+    assert not torch.equal(batches("training"), batches("training", random_offset=True))

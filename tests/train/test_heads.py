@@ -1,6 +1,7 @@
 """Heads on disk: what is written is what is read, or an error."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -38,6 +39,33 @@ def test_a_head_that_does_not_fit_is_an_error(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="does not fit"):
         load_head(tmp_path)
+    for key, value, said in (
+        ("probe", None, "damaged"),
+        ("settings", [1], "damaged"),
+        ("settings", {"classes": 3}, "no cgp can be built"),
+        ("settings", {**config["settings"], "classes": "three"}, "no cgp can be built"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(UserError, match=said):
+            load_head(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="not a JSON object"):
+        load_head(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"format": "bat-export"}))
     with pytest.raises(UserError, match="not a head"):
         load_head(tmp_path)
+
+
+def test_code_from_outside_is_imported_on_trust_only(tmp_path, monkeypatch):
+    _save(tmp_path / "head")
+    (tmp_path / "outside_probe.py").write_text("from bat.probes.cgp import CGP\n")
+    config = json.loads((tmp_path / "head/config.json").read_text())
+    config["probe"] = "outside_probe.CGP"
+    (tmp_path / "head/config.json").write_text(json.dumps(config))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"'outside_probe\.CGP', which is not one of bat's own"):
+        load_head(tmp_path / "head")
+    assert "outside_probe" not in sys.modules
+    probe, _ = load_head(tmp_path / "head", trust=True)
+    assert type(probe).__name__ == "CGP"
+    sys.modules.pop("outside_probe")

@@ -57,6 +57,21 @@ def test_label_sets_that_do_not_match(index):
         check_labels(load_task("toy"), _Unlabelled())
 
 
+def test_other_labels_of_the_same_number_are_listed():
+    own, in_esc50 = load_task("esc10").label_sets
+
+    def index(names):
+        return SimpleNamespace(
+            classes=10, vocabulary=sorted(names), labels_per_clip=np.ones(3, np.int64)
+        )
+
+    for names in (own, in_esc50):
+        check_labels(load_task("esc10"), index(names))
+    said = "lacks dog_bark, rain; the task does not know cat, snow. Point data.root"
+    with pytest.raises(UserError, match=said):
+        check_labels(load_task("esc10"), index(own - {"dog_bark", "rain"} | {"cat", "snow"}))
+
+
 class _Unlabelled:
     classes, vocabulary, labels_per_clip = 5, list("abcde"), np.array([1, 0, 1])
 

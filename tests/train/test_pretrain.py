@@ -14,7 +14,7 @@ from bat.data.toy import make_toy
 from bat.shapes import UserError
 from bat.train.pretrain import Pretraining, build_objective
 from bat.train.run_pretrain import pretrain
-from bat.train.trainer import derive_seed, last_checkpoint, read_jsonl
+from bat.train.trainer import AtomicCheckpointIO, derive_seed, last_checkpoint, read_jsonl
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -102,6 +102,78 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     assert_same_run(whole, parts)
 
 
+def test_a_run_cut_before_its_first_checkpoint_begins_anew(
+    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["online.every=3", "online.steps=2"]
+    pretrain(small(*words, out=tmp_path / "whole"))
+    run_and_cut(monkeypatch, small(*words, out=tmp_path / "parts"), at=1)
+    assert read_jsonl(tmp_path / "parts" / "metrics.jsonl")
+    pretrain(small(*words, out=tmp_path / "parts"))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Pretraining.training_step
+
+    def step(self, batch, batch_idx):
+        return original(self, batch, batch_idx) * (float("nan") if batch_idx == 2 else 1)
+
+    monkeypatch.setattr(Pretraining, "training_step", step)
+    with pytest.raises(UserError, match="weights are not finite after step 4"):
+        pretrain(small(out=tmp_path / "run"))
+    found = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert found == ["last.ckpt", "step-00000002.ckpt"]
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_file(tmp_path: Path) -> None:
+    target = tmp_path / "checkpoints" / "step-00000002.ckpt"
+    target.parent.mkdir()
+    (target.parent / ".step-00000002.ckpt.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot write checkpoint.*free some space"):
+        AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(100_000)}, target)
+    assert not list(target.parent.iterdir())
+
+
+def test_online_probes_judge_several_labels_a_clip_by_map(small, tmp_path: Path) -> None:
+    from bat.audio.decode import encode
+
+    names = ["a;b", "b", "a", "c;a", "b;c", "c"] * 2
+    lines = ["path,label,fold"]
+    for i, label in enumerate(names):
+        wave = torch.randn(16000, generator=torch.Generator().manual_seed(i)).numpy() * 0.1
+        (tmp_path / f"{i}.flac").write_bytes(encode(wave, sample_rate=16000, codec="flac"))
+        lines.append(f"{i}.flac,{label},{i // 6 + 1}")
+    (tmp_path / "mine.csv").write_text("\n".join(lines))
+    words = ["task=folder", f"data.root={tmp_path / 'mine.csv'}", "train.steps=2"]
+    pretrain(small(*words, "online.every=2", "online.steps=2", out=tmp_path / "run"))
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["online"]
+    assert [r["step"] for r in rows] == [0, 2]
+    assert set(rows[0]) >= {"map", "map_std"}
+    assert "accuracy" not in rows[0]
+
+
+def test_switches_build_what_they_say(small, tmp_path: Path) -> None:
+    def build(*words: str):
+        return build_objective(small(*words, out=tmp_path / "run")).student
+
+    assert not [n for n in build("model.gate=false").state_dict() if ".gate." in n]
+    assert [n for n in build().decoder.state_dict() if ".gate." in n]
+    assert type(build("objective.decoder=cnn").decoder).__name__ == "CNNDecoder"
+    narrow = build("objective.decoder=vit6h").decoder.blocks[0]
+    assert (narrow.attn.heads, narrow.mlp.fc1.out_features) == (6, 96)
+    wide = build().decoder.blocks[0]
+    assert (wide.attn.heads, wide.mlp.fc1.out_features) == (12, 192)
+    for part in ("encoder", "decoder"):
+        reference = getattr(build(), part).pos_embed
+        grid = getattr(build("model.pos_layout=grid"), part).pos_embed
+        assert not torch.equal(reference, grid)
+        torch.testing.assert_close(reference.sum(1), grid.sum(1))  # the same rows, elsewhere
+
+
 def test_another_seed_gives_another_run(small, tmp_path: Path) -> None:
     pretrain(small(out=tmp_path / "a"))
     pretrain(small("seed=1", out=tmp_path / "b"))
@@ -112,7 +184,9 @@ def test_resuming_a_finished_run_changes_nothing(small, tmp_path: Path) -> None:
     out = tmp_path / "run"
     pretrain(small(out=out))
     before, rows = weights(out), metrics(out)
+    summary = (out / "summary.json").read_text()
     pretrain(small(out=out))
+    assert (out / "summary.json").read_text() == summary
     assert all(torch.equal(before[n], t) for n, t in weights(out).items())
     assert metrics(out) == rows
 
@@ -141,6 +215,8 @@ def test_continuing_with_other_settings_is_refused_with_the_difference(
         pretrain(small("train.steps=2", "optim.lr=0.1", out=out))
     assert "- optim.lr: 0.001" in str(caught.value)
     assert "+ optim.lr: 0.1" in str(caught.value)
+    with pytest.raises(UserError, match=r"hardware\.precision"):
+        pretrain(small("train.steps=2", "hardware.precision=bf16-mixed", out=out))
     pretrain(small("train.steps=2", "train.log_every=1", out=out))  # a safe one
 
 

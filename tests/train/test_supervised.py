@@ -1,21 +1,26 @@
 """Fine-tuning: the step, its groups and augmentations, folds that resume."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 
 from bat import load_encoder
 from bat.backbones.bat import BAT
 from bat.checkpoint import export
 from bat.config.compose import compose
 from bat.config.schema import Finetune
+from bat.data.index import open_index
+from bat.data.toy import make_toy
 from bat.probes.base import build_probe
 from bat.shapes import Grid, UserError, WaveBatch
-from bat.train import run_finetune
+from bat.train import folds
 from bat.train.heads import load_head
 from bat.train.losses import LOSSES
+from bat.train.prepare import prepare
 from bat.train.run_finetune import finetune
 from bat.train.supervised import Supervised
 
@@ -105,7 +110,8 @@ def test_each_augmentation_acts_and_repeats(config, encoder, words):
 
 def test_drop_path_is_set_linearly(config, encoder):
     module = _module(config("drop_path=0.3"), encoder)
-    assert [b.drop_path.drop_prob for b in module.backbone.blocks] == [0, 0.3]
+    rates = [float(b.drop_path.rate) for b in module.backbone.blocks]
+    assert rates == pytest.approx([0, 0.3])
 
 
 class _KilledError(Exception):
@@ -129,7 +135,7 @@ def _weights(out, fold: int) -> dict[str, torch.Tensor]:
 
 def test_killed_and_continued_equals_uninterrupted(config, tmp_path, monkeypatch):
     whole = finetune(config(f"out={tmp_path}/whole"))
-    build, kills = run_finetune.build_trainer, []
+    build, kills = folds.build_trainer, []
 
     def dying(**words):
         trainer = build(**words)
@@ -138,7 +144,7 @@ def test_killed_and_continued_equals_uninterrupted(config, tmp_path, monkeypatch
             trainer.callbacks.append(_Kill(at=3))
         return trainer
 
-    monkeypatch.setattr(run_finetune, "build_trainer", dying)
+    monkeypatch.setattr(folds, "build_trainer", dying)
     with pytest.raises(_KilledError):
         finetune(config(f"out={tmp_path}/parts"))
     done = (tmp_path / "parts/fold-1/result.json").stat().st_mtime_ns
@@ -167,3 +173,76 @@ def test_other_settings_in_the_same_folder_are_refused(config):
     finetune(config("train.steps=1", "folds=[1]"))
     with pytest.raises(UserError, match="run with other settings"):
         finetune(config("train.steps=2", "folds=[1]"))
+
+
+QUICK = ("train.steps=1", "folds=[1]")
+
+
+def test_only_the_first_process_writes_the_summary(config, tmp_path, monkeypatch, capsys):
+    out = finetune(config(*QUICK))
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "plots")
+    capsys.readouterr()
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    finetune(config(*QUICK))
+    assert capsys.readouterr().out == ""
+    assert not (out / "summary.json").exists()
+    assert not (out / "plots").exists()
+
+
+def test_a_finished_fold_of_something_else_is_not_taken(config, tmp_path):
+    def encoder(seed: int) -> None:
+        torch.manual_seed(seed)
+        model = BAT(width=16, depth=2, heads=2, grid=Grid(13, 8))
+        export(tmp_path / "export", backbone="bat", encoder=model.config(),
+               student=model.state_dict(), teacher={}, meta={})  # fmt: skip
+
+    words = (*QUICK, f"checkpoint={tmp_path}/export")
+    encoder(1)
+    out = finetune(config(*words))
+    finetune(config(*words))
+    encoder(2)
+    said = "fold-1/result.json was made from other encoder .*: remove .*/fold-1 to train it again"
+    with pytest.raises(UserError, match=said):
+        finetune(config(*words))
+    (out / "fold-1/result.json").rename(tmp_path / "result.json")
+    with pytest.raises(UserError, match="unfinished fold 1 began with another encoder"):
+        finetune(config(*words))
+    encoder(1)
+    result = json.loads((tmp_path / "result.json").read_text())
+    result["made_from"]["data"] = "0"
+    (out / "fold-1/result.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match="made from other data"):
+        finetune(config(*words))
+    (out / "fold-1/result.json").write_text("{")
+    with pytest.raises(UserError, match=r"result\.json is damaged"):
+        finetune(config(*words))
+
+
+def test_held_out_clips_that_cannot_be_read_are_counted(config, tmp_path, capfd):
+    root = make_toy(tmp_path / "toy", seconds=2.0)
+    index = open_index(root)
+    bad = int(index.clips_in_fold(1)[0])
+    with index.paths[index.shard[bad]].open("r+b") as file:
+        file.seek(int(index.offset[bad]))
+        file.write(b"\0" * int(index.size[bad]))
+    words = (*QUICK, f"data.shards={root}")
+    with pytest.raises(UserError, match=r"1 of 5 clips unreadable .*max_bad=0\.05"):
+        finetune(config(*words))
+    out = finetune(config(*words, "data.max_bad=0.5"))
+    result = json.loads((out / "fold-1/result.json").read_text())
+    assert result["held_out_bad"]["seen"] == 5
+    assert list(result["held_out_bad"]["keys"]) == [index.key(bad)]
+    assert json.loads((out / "summary.json").read_text())["held_out_bad"]["1"]["seen"] == 5
+    assert "judging: 1 of 5 clips unreadable (1 corrupt)" in capfd.readouterr().err
+
+
+def test_short_clips_are_placed_at_random_in_training(config, tmp_path):
+    words = ("pad=waveform", "pad_offset=random", "data.clip_seconds=2.05", "data.roll=false")
+    ready = prepare(config(*words))
+    run = folds.Folds(ready, tmp_path)
+    batch = next(iter(run.data(ready.rounds[0]).train_dataloader()))
+    assert batch.lengths.tolist() == [32_800] * 5  # the whole window is signal
+    starts = [int(wave.nonzero()[0]) for wave in batch.waves]
+    assert len(set(starts)) > 2
+    assert max(starts) <= 800

@@ -1,0 +1,199 @@
+"""The folds of a fine-tuning: each trained, judged and written down; read where that is done.
+
+``OUT/fold-K/`` holds a fold's checkpoints, metrics and curves, and when it is done its encoder
+(``export/``), its head (``head/``) and, last, ``result.json``: with what it hangs on besides the
+settings (hashes of data and first weights), so that a result of something else is never taken.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bat import __version__, checkpoint
+from bat.config import schema
+from bat.config.compose import to_dict
+from bat.data.bad_clips import BadClips
+from bat.data.module import AudioData
+from bat.probes.base import build_probe
+from bat.report.plots import plot_curves
+from bat.shapes import UserError
+from bat.train.callbacks import Checkpoints, Metrics
+from bat.train.encoders import autocast_for, compile_blocks, registered_name, weights_digest
+from bat.train.features import FeatureStream
+from bat.train.heads import save_head
+from bat.train.held_out import HOW, Round
+from bat.train.metrics import evaluate
+from bat.train.prepare import Prepared
+from bat.train.probing import own_randomness, predict
+from bat.train.supervised import Supervised
+from bat.train.trainer import (
+    build_trainer,
+    derive_seed,
+    fit,
+    last_checkpoint,
+    read_jsonl,
+    write_json,
+)
+
+log = logging.getLogger("bat")
+
+
+class Folds:
+    """What the folds of a fine-tuning share."""
+
+    def __init__(self, ready: Prepared[schema.Finetune], out: Path) -> None:
+        self.ready, self.out = ready, out
+        self.config, self.task, self.index = ready.config, ready.task, ready.index
+        self.backbone, self.frames = ready.backbone, ready.frames
+        self.made_from = {"data": ready.index.hash, "encoder": weights_digest(ready.backbone)}
+        """What a finished fold's result hangs on besides the settings."""
+
+    def module(self, held: Round) -> Supervised:
+        """A fresh copy of the encoder with a fresh head."""
+        backbone = copy.deepcopy(self.backbone)
+        with own_randomness(torch.device("cpu")):
+            torch.manual_seed(derive_seed(self.config.seed, held.name, "init"))
+            head = build_probe(
+                self.config.method,
+                classes=self.index.classes,
+                width=backbone.width,
+                depth=backbone.depth,
+                has_cls=backbone.has_cls,
+                **asdict(self.config.head),
+            )
+        module = Supervised(
+            self.config,
+            backbone=backbone,
+            head=head,
+            loss=self.ready.loss,
+            frames=self.frames,
+            fold=held.name,
+            start=self.made_from["encoder"],
+        )
+        if self.config.hardware.compile:
+            compile_blocks(backbone)
+        return module
+
+    def data(self, held: Round) -> AudioData:
+        config, data = self.config, self.config.data
+        return AudioData(
+            index=self.index,
+            batch=data.batch,
+            batches=config.train.steps * config.train.accumulate,
+            sample_rate=self.backbone.sample_rate,
+            clip_seconds=data.clip_seconds,
+            seed=derive_seed(config.seed, held.name, "order"),
+            roll=data.roll,
+            random_offset=config.pad_offset == "random",
+            workers=data.workers,
+            train_ids=held.train,
+            cache_bytes=int(data.cache_waves_gb * 1e9),
+            max_bad=data.max_bad,
+        )
+
+    def fold(self, held: Round) -> dict[str, Any]:
+        """Train with ``held`` held out, judge, write its folder; read it where that is done."""
+        folder = self.out / f"fold-{held.name}"
+        done = folder / "result.json"
+        if done.is_file():
+            log.info("held out %s: done before, read from %s", held.name, done)
+            return self._read(done)
+        config = self.config
+        folder.mkdir(parents=True, exist_ok=True)
+        newest = last_checkpoint(folder)
+        start = f"continuing from {newest}" if newest else "starting"
+        log.info("held out %s: %s, %d clips to train on", held.name, start, len(held.train))
+        module, data = self.module(held), self.data(held)
+        trainer = build_trainer(
+            hardware=config.hardware,
+            train=config.train,
+            log=config.log,
+            out=folder,
+            clip_norm=config.optim.clip_norm,
+            callbacks=[
+                Metrics(every=config.train.log_every, progress=config.log.progress),
+                Checkpoints(folder, every=config.train.save_every, keep=config.train.keep),
+            ],
+            name=f"finetune-{config.recipe}-{held.name}",
+        )
+        fit(trainer, module, data, newest)
+        data.bad_clips.check(final=True)
+        metrics, held_out_bad = self._judge(module.to(trainer.strategy.root_device), held)
+        result = {
+            "held_out": held.name,
+            "metrics": metrics,
+            "how": HOW,
+            "steps": trainer.global_step,
+            "bad_clips": data.bad_clips.state_dict(),
+            "held_out_bad": held_out_bad.state_dict(),
+            "bad": f"training: {data.bad_clips.summary()}; judging: {held_out_bad.summary()}",
+            "made_from": self.made_from,
+        }
+        if trainer.is_global_zero:
+            self._write(module.cpu(), folder, result)
+        trainer.strategy.barrier()  # nobody goes on, or ends, before the result is there
+        return result
+
+    def _read(self, done: Path) -> dict[str, Any]:
+        """The result of a finished fold; ``UserError`` where it was made from something else."""
+        try:
+            result: dict[str, Any] = dict(json.loads(done.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{done} is damaged ({error}): remove {done.parent}") from error
+        then = result.get("made_from") or {}
+        other = [what for what, now in self.made_from.items() if then.get(what) != now]
+        if other:
+            raise UserError(
+                f"{done} was made from other {' and '.join(other)} than this run has: remove "
+                f"{done.parent} to train it again, or give another out="
+            )
+        return result
+
+    def _judge(self, module: Supervised, held: Round) -> tuple[dict[str, Any], BadClips]:
+        """Metrics on the held-out clips, each process on all of them; what could not be read."""
+        config, autocast = self.config, autocast_for(self.config.hardware)
+        bad = BadClips(max_bad=config.data.max_bad)
+        stream = FeatureStream(
+            module.backbone,
+            self.index,
+            frames=self.frames,
+            clip_seconds=config.data.clip_seconds,
+            workers=config.data.workers,
+            autocast=autocast,
+            bad_clips=bad,
+        )
+        batches = stream.once(held.test, batch=config.data.batch)
+        logits, targets = predict({"head": module.head}, batches, autocast=autocast)
+        bad.check(final=True)
+        return evaluate(logits["head"], targets, multi_label=self.task.multi_label), bad
+
+    def _write(self, module: Supervised, folder: Path, result: dict[str, Any]) -> None:
+        """Encoder, head and curves of a finished fold; ``result.json`` last."""
+        config = self.config
+        meta = {
+            "bat_version": __version__,
+            "task": self.task.name,
+            "labels": self.index.vocabulary,
+            "held_out": result["held_out"],
+            "metrics": result["metrics"],
+        }
+        checkpoint.export(
+            folder / "export",
+            backbone=registered_name(module.backbone),
+            encoder=module.backbone.config(),
+            student=module.backbone.state_dict(),
+            teacher={},
+            meta={**meta, "training": to_dict(config)},
+        )
+        save_head(
+            folder / "head", module.head, name=config.method, head=asdict(config.head), meta=meta
+        )
+        plot_curves(read_jsonl(folder / "metrics.jsonl"), folder / "plots" / "curves.png")
+        write_json(folder / "result.json", result)
