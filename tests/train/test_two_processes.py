@@ -1,0 +1,49 @@
+"""Two gloo processes on the CPU share one run: one export, one log, one line a step."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bat.data.toy import make_toy
+
+TINY = [
+    "recipe=toy",
+    "model.width=48",
+    "model.depth=1",
+    "model.heads=2",
+    "objective.decoder_depth=1",
+    "mask.views=2",
+    "train.steps=2",
+    "train.log_every=1",
+    "online.every=2",
+    "online.steps=1",
+    "log.progress=false",
+]
+
+
+@pytest.mark.slow
+def test_two_ranks_leave_one_run(tmp_path: Path) -> None:
+    make_toy(tmp_path / "shards" / "toy")
+    words = [*TINY, f"data.cache={tmp_path / 'shards'}", f"out={tmp_path / 'run'}", "data.batch=2"]
+    words += ["hardware.devices=2", "hardware.strategy=ddp"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bat.cli.pretrain", *words],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert "4 clips a step: 2 a micro-batch x 1 accumulated x 2 device(s)" in done.stderr
+    assert done.stderr.count("done. Where everything is:") + done.stdout.count("done. Where") == 1
+    weights = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    assert all(torch.isfinite(t).all() for t in weights.values())
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(r)["step"] for r in rows] == [0, 1, 2, 2]
