@@ -37,6 +37,7 @@ NOISE = (
     ".*no `validation_step`.*",  # probes, not losses, judge a pre-training run
     ".*in eval mode at the start of training.*",  # the teacher, on purpose
     ".*treespec, LeafSpec.*",  # Lightning 2.6.6 on torch 2.11
+    ".*smaller than the logging interval.*",  # our own metrics log the last step in any case
 )
 """Warnings of Lightning's that tell our users nothing."""
 

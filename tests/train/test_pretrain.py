@@ -142,7 +142,7 @@ def test_online_probes_judge_several_labels_a_clip_by_map(small, tmp_path: Path)
     from bat.audio.decode import encode
 
     names = ["a;b", "b", "a", "c;a", "b;c", "c"] * 2
-    lines = ["path,label,fold"]
+    lines = ["path,labels,fold"]
     for i, label in enumerate(names):
         wave = torch.randn(16000, generator=torch.Generator().manual_seed(i)).numpy() * 0.1
         (tmp_path / f"{i}.flac").write_bytes(encode(wave, sample_rate=16000, codec="flac"))
