@@ -156,6 +156,23 @@ def test_online_probes_judge_several_labels_a_clip_by_map(small, tmp_path: Path)
     assert "accuracy" not in rows[0]
 
 
+@pytest.mark.parametrize(
+    "words", [[], ["train.accumulate=2", "data.batch=2"]], ids=["", "accumulate"]
+)
+def test_the_teacher_follows_once_after_each_real_step(small, tmp_path: Path, words) -> None:
+    config = small("train.steps=1", "ema.start=0.75", *words, out=tmp_path / "run")
+    torch.manual_seed(derive_seed(config.seed, "init"))
+    start = build_objective(config).student.encoder.state_dict()
+    pretrain(config)
+    end = weights(tmp_path / "run")
+    moved = 0
+    for name, before in start.items():
+        student, teacher = (end[f"{w}.encoder.{name}"] for w in ("student", "teacher"))
+        torch.testing.assert_close(teacher, 0.75 * before + 0.25 * student, atol=1e-7, rtol=1e-6)
+        moved += int(not torch.equal(student, before))
+    assert moved > 20  # all but the position table
+
+
 def test_switches_build_what_they_say(small, tmp_path: Path) -> None:
     def build(*words: str):
         return build_objective(small(*words, out=tmp_path / "run")).student
