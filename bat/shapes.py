@@ -56,6 +56,19 @@ class Clip:
     """Indices into the data set's label vocabulary."""
 
 
+class Skipped(NamedTuple):
+    """A clip that could not be used, and where that was noticed."""
+
+    key: str
+    shard: str
+    """Name of the shard it lies in."""
+    kind: str
+    """One word, to be counted: ``corrupt``, ``short``, ``nan``, ``unreadable``, ..."""
+    why: str
+    position: int
+    """Of the stream, where its turn was."""
+
+
 @dataclass
 class WaveBatch:
     """A batch as it leaves the loader; everything after it happens on the device."""
@@ -70,8 +83,8 @@ class WaveBatch:
     """(B) sample keys."""
     positions: Tensor
     """(B,) int64: global position of each sample in the stream (evaluation: its row)."""
-    skipped: dict[str, str]
-    """``{key: reason}`` of unreadable clips that other clips of this batch stand in for."""
+    skipped: list[Skipped]
+    """Unreadable clips; in training other clips of this batch stand in for them."""
 
     def to(self, device: object, non_blocking: bool = False) -> WaveBatch:
         """The same batch with its tensors on ``device``."""

@@ -1,8 +1,9 @@
-"""Encoded audio to mono float32 at the wanted rate, and back to bytes.
+"""Encoded audio to float32 at the wanted rate (and back to bytes: ``encode.py``).
 
-soundfile (libsndfile) reads WAV, FLAC, OGG Vorbis, Opus, MP3 and AIFF from memory; soxr HQ
-resamples (44.1k to 16k: 90 dB of stop band). Only the asked segment is read, in blocks, so what a
-clip costs in memory is what it holds and never what its header claims.
+soundfile (libsndfile) reads WAV, FLAC, OGG Vorbis, Opus, MP3 and AIFF, from memory or from a path
+(a day-long recording is read by seeking, never whole); soxr HQ resamples (44.1k to 16k: 90 dB of
+stop band). Only the asked segment is read, in blocks, so what a clip costs in memory is what it
+holds and never what its header claims.
 
 Damaged files (STACK section 3). A cut FLAC raises in libsndfile. A cut OGG, MP3, Opus or WAV is
 read short **without a word**, and for all but MP3 the reported length shrinks with the file. So the
@@ -11,26 +12,27 @@ an index recorded when the clip was whole.
 
 Departures from plain soundfile: it seeks after every read, which fails at the true end of a file
 whose header has a wrong or no length (FLAC written to a pipe, MP3 without a Xing frame; seen with
-soundfile 0.13, libsndfile 1.2.2): ``_Reader`` reads as if from a pipe. libsndfile stamps OGG pages
-with a random serial number: ``encode`` replaces it, so equal waves give equal bytes.
+soundfile 0.13, libsndfile 1.2.2): ``_Reader`` reads as if from a pipe.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import struct
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import soundfile
 import soxr
 
+from bat.audio.encode import encode as encode
 from bat.shapes import UserError
 
-Kind = Literal["corrupt", "empty", "short", "mismatch", "long", "nan", "range"]
+Kind = Literal["corrupt", "empty", "short", "mismatch", "long", "nan", "range", "rate", "brief"]
 
 BLOCK_SAMPLES = 2**22  # samples (all channels) read at once: 16 MiB
 UNKNOWN_FRAMES = 2**62  # libsndfile answers 2^63 - 1 where a header gives no length
@@ -44,7 +46,8 @@ class DecodeError(ValueError):
 
     ``corrupt`` unreadable; ``empty`` no samples (at the asked place); ``short`` fewer frames than
     the header or the index promises; ``mismatch`` more frames than the index recorded; ``long``
-    beyond ``max_decode_seconds``; ``nan`` samples that are not finite; ``range`` beyond 1e6.
+    beyond ``max_decode_seconds``; ``nan`` samples that are not finite; ``range`` beyond 1e6;
+    ``rate`` another sample rate than the index recorded; ``brief`` whole, but shorter than asked.
     """
 
     def __init__(self, kind: Kind, message: str) -> None:
@@ -69,73 +72,71 @@ class AudioInfo:
 
 
 def decode(
-    data: bytes,
+    data: bytes | Path,
     *,
     sample_rate: int,
     start_seconds: float = 0.0,
     max_seconds: float | None = None,
     max_decode_seconds: float = 3600.0,
     expected_frames: int | None = None,
+    expected_rate: int | None = None,
+    min_seconds: float = 0.0,
 ) -> np.ndarray:
     """The clip, or a segment of it, as mono float32.
 
     Args:
-        data: the whole file, as it lies in the shard.
+        data: the whole file as it lies in the shard, or where it is on disk.
         sample_rate: Hz of the result. Channels are mixed with equal weights, then resampled; a
             segment is resampled alone: its first and last millisecond differ from the whole clip's.
         start_seconds: where the segment begins, to the nearest source frame.
         max_seconds: length of the segment at most; None: to the end.
         max_decode_seconds: bound on what one call decodes; a file with more to read is refused.
         expected_frames: source frames (``probe(...).frames``) that the index recorded.
+        expected_rate: Hz of the source that the index recorded.
+        min_seconds: shortest clip (the whole of it, not the segment) that is of use.
 
     Returns:
         (S,) float32, contiguous, finite, ``1 <= S <= ceil(max_seconds * sample_rate)``.
 
     Raises:
         DecodeError: see there.
+        OSError: ``data`` is a path that cannot be opened.
         UserError: arguments that no file could satisfy.
     """
     _check_arguments(sample_rate, start_seconds, max_seconds, max_decode_seconds)
     with _open(data) as file:
-        rate, slack = file.samplerate, MP3_SLACK_FRAMES if file.format == "MP3" else 0
-        total = file.frames if file.frames < UNKNOWN_FRAMES else None
-        if total is not None:
-            _check_total(total, expected_frames, slack)
-        start = round(start_seconds * rate)
-        if total == 0 or (total is not None and start >= total):
-            raise DecodeError("empty", f"no samples at {start_seconds} s of {total} frames")
-        wanted = UNKNOWN_FRAMES if total is None else total - start
-        if max_seconds is not None:
-            wanted = min(wanted, _samples(max_seconds, rate))
-        cap = _samples(max_decode_seconds, rate)
-        wave = _read_mono(file, start, min(wanted, cap))  # (frames,)
-    if wanted > cap and len(wave) == cap:
-        raise DecodeError(
-            "long",
-            f"more than max_decode_seconds={max_decode_seconds:g} to read: cut the file, ask for "
-            "max_seconds, or raise the bound",
-        )
-    if total is None and max_seconds is None:
-        _check_total(start + len(wave), expected_frames, slack)  # read to the end: now it is known
-    elif total is not None and len(wave) < min(wanted, cap) - slack:
-        raise DecodeError("short", f"only {len(wave)} of {min(wanted, cap)} frames decode")
-    if not len(wave):
-        raise DecodeError("empty", f"no samples at {start_seconds} s")
-    _check_samples(wave)
-    if rate != sample_rate:
-        wave = soxr.resample(wave, rate, sample_rate, quality="HQ")
-        if not len(wave):
-            raise DecodeError("empty", f"too short to resample from {rate} to {sample_rate} Hz")
-    if max_seconds is not None:
-        wave = wave[: _samples(max_seconds, sample_rate)]
-    return np.ascontiguousarray(wave, dtype=np.float32)
+        rate = file.samplerate
+        expected = (expected_frames, expected_rate, min_seconds)
+        wave = _segment(file, start_seconds, max_seconds, max_decode_seconds, expected, mix=True)
+    return _finish(wave, rate, sample_rate, max_seconds)
 
 
-def probe(data: bytes) -> AudioInfo:
-    """Length, rate, channels and codec of a file, from its header.
+def decode_channels(
+    data: bytes | Path,
+    *,
+    sample_rate: int,
+    start_seconds: float = 0.0,
+    max_seconds: float | None = None,
+    max_decode_seconds: float = 3600.0,
+    expected_frames: int | None = None,
+    expected_rate: int | None = None,
+    min_seconds: float = 0.0,
+) -> np.ndarray:
+    """As ``decode``, channels kept: (S, channels) float32."""
+    _check_arguments(sample_rate, start_seconds, max_seconds, max_decode_seconds)
+    with _open(data) as file:
+        rate = file.samplerate
+        expected = (expected_frames, expected_rate, min_seconds)
+        wave = _segment(file, start_seconds, max_seconds, max_decode_seconds, expected, mix=False)
+    return _finish(wave, rate, sample_rate, max_seconds)
+
+
+def probe(data: bytes | Path) -> AudioInfo:
+    """Length, rate, channels and codec of a file (its bytes or its path), from its header.
 
     Raises:
-        DecodeError: ``corrupt`` where the file cannot be opened.
+        DecodeError: ``corrupt`` where the file is not audio.
+        OSError: ``data`` is a path that cannot be opened.
     """
     with _open(data) as file:
         frames = file.frames
@@ -147,43 +148,18 @@ def probe(data: bytes) -> AudioInfo:
         return AudioInfo(frames, file.samplerate, file.channels, codec)
 
 
-def encode(wave: np.ndarray, *, sample_rate: int, codec: Literal["flac", "wav", "ogg"]) -> bytes:
-    """A mono wave as a file; the same wave gives the same bytes.
-
-    ``flac`` and ``wav`` hold 16-bit PCM, clipped to [-1, 1): a wave on the grid k / 32768 comes
-    back bit for bit. ``ogg`` is Vorbis at libsndfile's default quality.
-
-    Args:
-        wave: (S,) float, nominally in [-1, 1]; S >= 1.
-
-    Raises:
-        UserError: another shape, an empty or non-finite wave, an unknown codec.
-    """
-    wave = np.asarray(wave)
-    if wave.ndim != 1 or not len(wave) or not np.isfinite(wave).all():
-        raise UserError(f"encode takes a finite mono wave (S,) with S >= 1, not shape {wave.shape}")
-    pcm: np.ndarray = np.clip(np.rint(wave * 32768.0), -32768, 32767).astype(np.int16)
-    out = io.BytesIO()
-    if codec in ("flac", "wav"):
-        soundfile.write(out, pcm, sample_rate, format=codec.upper(), subtype="PCM_16")
-        return out.getvalue()
-    if codec != "ogg":
-        raise UserError(f"unknown codec {codec!r}: one of flac, wav, ogg")
-    with soundfile.SoundFile(out, "w", sample_rate, 1, "VORBIS", format="OGG") as file:
-        for start in range(0, len(wave), 2**15):  # one large write overflows libvorbis' stack
-            file.write(wave[start : start + 2**15].astype(np.float32))
-    return _stamp_ogg(out.getvalue(), serial=0)
-
-
 class _Reader(soundfile.SoundFile):
     def seekable(self) -> bool:
         return False  # no seek after each read: see the module's departures
 
 
-def _open(data: bytes) -> _Reader:
+def _open(data: bytes | Path) -> _Reader:
     try:
-        file = _Reader(io.BytesIO(data))
-    except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
+        # the absolute path: libsndfile takes "-" for its standard input
+        file = _Reader(os.path.abspath(data) if isinstance(data, Path) else io.BytesIO(data))
+    except (soundfile.SoundFileError, RuntimeError, TypeError, UnicodeError) as error:
+        if isinstance(data, Path):
+            data.open("rb").close()  # libsndfile says "System error": let the system say which
         raise DecodeError("corrupt", f"not a readable audio file: {_reason(error)}") from error
     if not RATES_HZ[0] <= file.samplerate <= RATES_HZ[1]:
         rate = file.samplerate
@@ -192,17 +168,76 @@ def _open(data: bytes) -> _Reader:
     return file
 
 
-def _read_mono(file: _Reader, start: int, frames: int) -> np.ndarray:
-    """Up to ``frames`` frames from ``start`` on, channels mixed: (<= frames,) float32."""
+def _segment(
+    file: _Reader,
+    start_seconds: float,
+    max_seconds: float | None,
+    max_decode_seconds: float,
+    expected: tuple[int | None, int | None, float],
+    *,
+    mix: bool,
+) -> np.ndarray:
+    """The segment at the file's own rate: (frames,) mixed, or (frames, channels)."""
+    frames, rate, min_seconds = expected[0], file.samplerate, expected[2]
+    if expected[1] is not None and rate != expected[1]:
+        raise DecodeError("rate", f"{rate} Hz, but {expected[1]} Hz when it was indexed")
+    slack = MP3_SLACK_FRAMES if file.format == "MP3" else 0
+    total = file.frames if file.frames < UNKNOWN_FRAMES else None
+    if total is not None:
+        _check_total(total, frames, slack)
+    start = round(start_seconds * rate)
+    if total == 0 or (total is not None and start >= total):
+        raise DecodeError("empty", f"no samples at {start_seconds} s of {total} frames")
+    if total is not None:
+        _check_brief(total, rate, min_seconds)
+    wanted = UNKNOWN_FRAMES if total is None else total - start
+    if max_seconds is not None:
+        wanted = min(wanted, _samples(max_seconds, rate))
+    cap = _samples(max_decode_seconds, rate)
+    wave = _read(file, start, min(wanted, cap), mix=mix)
+    if wanted > cap and len(wave) == cap:
+        raise DecodeError(
+            "long",
+            f"more than max_decode_seconds={max_decode_seconds:g} to read: cut the file, ask for "
+            "max_seconds, or raise the bound",
+        )
+    if total is None and len(wave) < wanted and (len(wave) or not start):
+        _check_total(start + len(wave), frames, slack)  # read to the end: now it is known
+        if len(wave):
+            _check_brief(start + len(wave), rate, min_seconds)
+    elif total is not None and len(wave) < min(wanted, cap) - slack:
+        raise DecodeError("short", f"only {len(wave)} of {min(wanted, cap)} frames decode")
+    if not len(wave):
+        raise DecodeError("empty", f"no samples at {start_seconds} s")
+    return wave
+
+
+def _finish(wave: np.ndarray, rate: int, sample_rate: int, max_seconds: float | None) -> np.ndarray:
+    """Checked, resampled, and not a sample longer than asked."""
+    _check_samples(wave)
+    if rate != sample_rate:
+        wave = soxr.resample(wave, rate, sample_rate, quality="HQ")
+        if not len(wave):
+            raise DecodeError("empty", f"too short to resample from {rate} to {sample_rate} Hz")
+    if max_seconds is not None:
+        wave = wave[: _samples(max_seconds, sample_rate)]
+    return np.ascontiguousarray(wave, dtype=np.float32)
+
+
+def _read(file: _Reader, start: int, frames: int, *, mix: bool) -> np.ndarray:
+    """Up to ``frames`` frames from ``start`` on, float32: mixed (n,), or (n, channels)."""
     channels = file.channels
-    weights = np.full(channels, 1.0 / channels, dtype=np.float32)
-    # a matrix product: 0.2 ms where mean(1) takes 7 (STACK section 3)
-    mixed = [
-        block[:, 0] if channels == 1 else block @ weights for block in _blocks(file, start, frames)
-    ]
-    if len(mixed) == 1:
-        return mixed[0]
-    return np.concatenate(mixed) if mixed else np.zeros(0, dtype=np.float32)
+    blocks = _blocks(file, start, frames)
+    if mix:
+        weights = np.full(channels, 1.0 / channels, dtype=np.float32)
+        # a matrix product: 0.2 ms where mean(1) takes 7 (STACK section 3)
+        parts = [block[:, 0] if channels == 1 else block @ weights for block in blocks]
+    else:
+        parts = list(blocks)
+    if len(parts) == 1:
+        return parts[0]
+    empty = np.zeros(0 if mix else (0, channels), dtype=np.float32)
+    return np.concatenate(parts) if parts else empty
 
 
 def _blocks(file: _Reader, start: int, frames: int) -> Iterator[np.ndarray]:
@@ -232,6 +267,11 @@ def _check_total(total: int, expected: int | None, slack: int) -> None:
         raise DecodeError("mismatch", f"{total} frames, but {expected} when it was indexed")
 
 
+def _check_brief(total: int, rate: int, min_seconds: float) -> None:
+    if total < min_seconds * rate - 1e-6:
+        raise DecodeError("brief", f"{total / rate:g} s, shorter than min_seconds={min_seconds:g}")
+
+
 def _check_samples(wave: np.ndarray) -> None:
     peak = max(float(wave.max()), -float(wave.min()))  # a NaN comes through both
     if not math.isfinite(peak):
@@ -256,37 +296,3 @@ def _check_arguments(
 def _reason(error: Exception) -> str:
     """libsndfile's own words, without the BytesIO's address that soundfile puts before them."""
     return getattr(error, "error_string", "") or str(error)
-
-
-def _stamp_ogg(data: bytes, serial: int) -> bytes:
-    """The same OGG stream with ``serial`` in every page header, checksums mended (RFC 3533)."""
-    out, at = bytearray(data), 0
-    while at < len(out):
-        assert out[at : at + 4] == b"OggS"
-        lacing = out[at + 26]
-        end = at + 27 + lacing + sum(out[at + 27 : at + 27 + lacing])
-        out[at + 14 : at + 18] = struct.pack("<I", serial)
-        out[at + 22 : at + 26] = bytes(4)
-        out[at + 22 : at + 26] = struct.pack("<I", _ogg_crc(out[at:end]))
-        at = end
-    return bytes(out)
-
-
-def _crc_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        value = byte << 24
-        for _ in range(8):
-            value = (value << 1) ^ 0x04C11DB7 if value & 0x80000000 else value << 1
-        table.append(value & 0xFFFFFFFF)
-    return table
-
-
-_CRC = _crc_table()
-
-
-def _ogg_crc(page: bytes | bytearray) -> int:
-    value = 0
-    for byte in page:
-        value = ((value << 8) & 0xFFFFFFFF) ^ _CRC[(value >> 24) ^ byte]
-    return value

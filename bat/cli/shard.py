@@ -1,8 +1,13 @@
-"""``bat-shard``: a folder of audio, or a CSV, becomes shards with a manifest."""
+"""``bat-shard``: what people can download becomes shards with a manifest, or is indexed in place.
+
+``bat-shard SOURCE OUT`` writes, ``bat-shard SHARDS`` indexes shards where they lie,
+``bat-shard verify`` (``shard_verify.py``) and ``bat-shard info`` (``shard_info.py``) read again.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,115 +18,277 @@ from bat.shapes import UserError
 
 if TYPE_CHECKING:
     from bat.data.manifest import Manifest
+    from bat.data.rows import Rows
     from bat.tasks.base import Row
 
-ABOUT = "Write audio files as WebDataset shards (KEY.flac + KEY.json) with an index and a manifest."
+ABOUT = "Write audio as WebDataset shards (KEY.flac + KEY.json) with an index and a manifest."
 EPILOG = """\
 examples:
   bat-shard recordings/ shards/                      any folder; sub-folder names become labels
   bat-shard clips.csv shards/                        columns path, label or labels, fold, split
   bat-shard ESC-50/ shards/ --task esc50             a data set in its published layout
-  bat-shard recordings/ shards/ --codec flac --sample-rate 16000
+  bat-shard audioset/ shards/ --codec flac --sample-rate 16000      its CSVs beside its clips
+  bat-shard recordings/ shards/ --clip-seconds 10 --splits train=0.9,test=0.1
+  bat-shard shards-of-others/                        index WebDataset shards where they lie
+  bat-shard verify shards/                           read everything again, report what is wrong
+  bat-shard info shards/                             totals and histograms, as text and picture
+
+SOURCE: a folder of audio, a CSV, AudioSet's CSVs, EAT manifests (.tsv + .lbl), parquet, shards.
+A source with splits is written as OUT/SPLIT/. A folder called verify or info: ./verify, ./info.
 """
+CODECS = ("keep", "flac", "opus", "wav", "ogg")
+
+
+def default_jobs() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def add_jobs(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--jobs", type=int, default=default_jobs(), metavar="N", help="processes (cores)"
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser("shard", ABOUT, EPILOG)
-    p.add_argument("source", metavar="FOLDER|CSV", type=Path, help="where the audio is")
-    p.add_argument("out", metavar="OUT", type=Path, help="folder for the shards")
+    p.usage = "bat-shard SOURCE OUT [options] | bat-shard SHARDS | bat-shard verify|info SHARDS"
+    p.add_argument("source", metavar="SOURCE", type=Path, help="where the audio is")
+    p.add_argument("out", metavar="OUT", type=Path, nargs="?", help="folder for the shards")
+    p.add_argument("--task", metavar="NAME", help="how labels and folds are read (looks at SOURCE)")
     p.add_argument(
-        "--task", default="folder", metavar="NAME", help="how labels and folds are read (folder)"
+        "--labels", metavar="FILE", type=Path, help="names the classes: CSV, ontology.json or text"
     )
+    p.add_argument("--split", metavar="NAME", help="write this split alone")
     p.add_argument(
-        "--codec",
-        default="keep",
-        choices=("keep", "flac", "wav", "ogg"),
-        help="keep the files' bytes, or encode them as mono (keep)",
+        "--codec", choices=CODECS, help="keep the files' bytes, or encode them anew (keep)"
     )
     p.add_argument("--sample-rate", type=int, metavar="HZ", help="resample to this (as it is)")
+    p.add_argument("--channels", choices=("mono", "keep"), help="(mono where a clip is encoded)")
+    p.add_argument("--clip-seconds", type=float, metavar="S", help="cut longer recordings")
     p.add_argument(
-        "--shard-mb", type=float, default=1000, metavar="N", help="largest shard, MB (1000)"
+        "--min-seconds", type=float, metavar="S", help="leave out what is shorter (half a clip)"
     )
+    p.add_argument("--shard-mb", type=float, metavar="N", help="largest shard, MB (1000)")
+    p.add_argument("--folds", type=int, metavar="N", help="deal the clips into N folds")
+    p.add_argument("--splits", metavar="NAME=PART,...", help="deal them: train=0.9,test=0.1")
+    p.add_argument(
+        "--index-dir", metavar="DIR", type=Path, help="in place: for the tables of read-only shards"
+    )
+    add_jobs(p)
     p.add_argument("--dry-run", action="store_true", help="say what would be written")
     return p
 
 
 def body(args: argparse.Namespace) -> None:
-    from bat.tasks.base import load_task
+    for name, low, high in (
+        ("shard_mb", 1e-6, 1e9),
+        ("sample_rate", 1000, 768_000),
+        ("clip_seconds", 0.01, 1e9),
+        ("min_seconds", 0, 1e9),
+        ("jobs", 1, 1024),
+    ):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            flag = f"--{name.replace('_', '-')} {value:g}"
+            raise UserError(f"{flag}: {low:g} to {high:g}" + (" Hz" if "rate" in name else ""))
+    if args.out is None:
+        _in_place(args)
+    else:
+        _pack(args)
 
-    if args.shard_mb <= 0:
-        raise UserError(f"--shard-mb {args.shard_mb:g} must be positive")
-    if args.sample_rate is not None and not 1000 <= args.sample_rate <= 768_000:
-        raise UserError(f"--sample-rate {args.sample_rate}: in Hz, 1000 to 768000")
-    task = load_task(args.task)
-    rows, vocabulary = task.read(args.source)
-    if args.task == "folder":
-        for name in ("meta/esc50.csv", "meta.csv"):
-            if (args.source / name).is_file():
-                hint = f"{args.source / name} exists: --task esc50 or esc10 reads labels from it"
-                print(f"bat-shard: note: {hint}", file=sys.stderr)
-                break
+
+def _asked(args: argparse.Namespace) -> list[str]:
+    """Flags given that change what is written."""
+    names = ("labels", "split", "codec", "sample_rate", "channels", "clip_seconds", "min_seconds",
+             "shard_mb", "folds", "splits")  # fmt: skip
+    given = [name for name in names if getattr(args, name) not in (None, "keep")]
+    return [f"--{name.replace('_', '-')}" for name in given]
+
+
+def _in_place(args: argparse.Namespace) -> None:
+    from bat.data.in_place import index_in_place
+    from bat.data.info import summarise
+    from bat.data.rows import detect
+
+    flags = _asked(args) + ["--task"] * (args.task not in (None, "shards"))
+    if flags or (args.source.exists() and detect(args.source) != "shards"):
+        why = f"{flags[0]} needs it" if flags else f"{args.source} holds no .tar to index in place"
+        raise UserError(f"give OUT, the folder for the shards: {why}")
     if args.dry_run:
-        _describe(rows, vocabulary)
+        for line in summarise(args.source, index_dir=args.index_dir).text():
+            print(line)
+        print("dry run: nothing was written")
+        return
+    done = index_in_place(args.source, index_dir=args.index_dir, jobs=args.jobs, progress=True)
+    for note in done.notes:
+        print(f"bat-shard: note: {note}", file=sys.stderr)
+    for line in summarise(args.source, index_dir=args.index_dir).text():
+        print(line)
+    kept = done.shards - done.written
+    print(f"indexed   {done.written} shards" + (f", {kept} were indexed already" if kept else ""))
+    if done.unreadable:
+        first = done.unreadable[0]
+        why = _kinds(done.unreadable)
+        print(
+            f"damaged   {len(done.unreadable)} ({why}; the first: {first['file']}/{first['key']})"
+        )
+    for path in done.manifests:
+        print(f"manifest  {path}")
+    cache = f" data.cache={args.index_dir}" if args.index_dir else ""
+    print(f"next      bat-pretrain recipe=as2m data.shards={args.source}{cache}")
+
+
+def _pack(args: argparse.Namespace) -> None:
+    from bat.data.rows import open_rows
+
+    if args.index_dir is not None:
+        raise UserError("--index-dir is for indexing in place: leave OUT away, or leave it away")
+    found = open_rows(args.source, task=args.task, labels=args.labels, split=args.split)
+    if found.kind == "shards" and not _asked(args):
+        raise UserError(
+            f"{args.source} holds shards already: `bat-shard {args.source}` indexes them in place; "
+            f"to write them anew ask for a codec, rate, channels, cutting, size, folds or splits"
+        )
+    for note in found.notes:
+        print(f"bat-shard: note: {note}", file=sys.stderr)
+    folders = _deal(args, found)
+    if args.dry_run:
+        _describe(folders, found.vocabulary)
         print(f"dry run: nothing was written to {args.out}")
         return
+    manifests = _write(args, folders, found.vocabulary)
+    _report(args.out, manifests)
 
+
+def _deal(args: argparse.Namespace, found: Rows) -> dict[Path, list[Row]]:
+    """The rows of each folder to be written, folds and splits assigned."""
+    from bat.data.assign import assign_folds, assign_splits
+
+    rows = found.rows
+    for flag, value in (("folds", args.folds), ("splits", args.splits)):
+        if value is not None and any(getattr(row, flag[:-1]) is not None for row in rows):
+            note = f"--{flag} deals the clips anew: the {flag} of {args.source} are not kept"
+            print(f"bat-shard: note: {note}", file=sys.stderr)
+    if args.splits is not None:
+        rows = assign_splits(rows, parse_splits(args.splits))
+    if args.folds is not None:
+        rows = assign_folds(rows, args.folds)
+    if all(row.split is None for row in rows):
+        below = next(iter(sorted(args.out.glob("*/*.tar"))), None)
+        if below is not None:
+            raise UserError(f"{args.out} holds shards in {below.parent.name}/: give another folder")
+        return {args.out: rows}
+    if any(args.out.glob("*.tar")):
+        raise UserError(f"{args.out} holds shards without splits: give another folder")
+    folders: dict[Path, list[Row]] = {}
+    for row in rows:
+        folders.setdefault(args.out / (row.split or "unsplit"), []).append(row)
+    return folders
+
+
+def parse_splits(text: str) -> dict[str, float]:
+    """``train=0.9,test=0.1`` as a dict; whether the parts fit is asked elsewhere."""
+    parts: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, value = item.partition("=")
+        try:
+            part = float(value)
+        except ValueError:
+            raise UserError(
+                f"--splits {text!r}: write NAME=PART,..., as train=0.9,test=0.1"
+            ) from None
+        if name.strip() in parts:
+            raise UserError(f"--splits {text!r}: {name.strip()!r} is there twice")
+        parts[name.strip()] = part
+    return parts
+
+
+def _write(
+    args: argparse.Namespace, folders: dict[Path, list[Row]], vocabulary: list[str]
+) -> dict[Path, Manifest]:
     from bat.data.manifest import Manifest
     from bat.data.shards import write_shards
 
-    complete = Manifest.load(args.out) is not None
-    manifest = write_shards(
-        rows,
-        args.out,
-        codec=args.codec,
-        sample_rate=args.sample_rate,
-        shard_bytes=round(args.shard_mb * 1e6),
-        vocabulary=vocabulary,
-        progress=True,
-    )
-    if complete:
-        print(f"{args.out} was complete already: nothing written")
-    _report(manifest, rows, args.out)
+    manifests = {}
+    for folder, rows in folders.items():
+        complete = Manifest.load(folder) is not None
+        if len(folders) > 1:
+            print(f"bat-shard: {folder}: {len(rows)} files", file=sys.stderr)
+        manifests[folder] = write_shards(
+            rows,
+            folder,
+            codec=args.codec or "keep",
+            sample_rate=args.sample_rate,
+            channels=args.channels,
+            clip_seconds=args.clip_seconds,
+            min_seconds=args.min_seconds,
+            shard_bytes=round((args.shard_mb or 1000) * 1e6),
+            vocabulary=vocabulary,
+            jobs=args.jobs,
+            progress=True,
+        )
+        if complete:
+            print(f"{folder} was complete already: nothing written")
+    return manifests
 
 
-def _labels(rows: list[Row], vocabulary: list[str]) -> str:
-    count = Counter(label for row in rows for label in row.labels)
-    if not count:
-        return "none (fine for pre-training)"
-    shown = ", ".join(f"{name} {n}" for name, n in count.most_common(5))
-    return f"{len(vocabulary)} classes ({shown}{', ...' if len(count) > 5 else ''})"
+def _describe(folders: dict[Path, list[Row]], vocabulary: list[str]) -> None:
+    import numpy as np
 
+    from bat.data.info import balance
 
-def _describe(rows: list[Row], vocabulary: list[str]) -> None:
-    sizes = [row.path.stat().st_size for row in rows if row.path.is_file()]
-    suffixes = Counter(row.path.suffix[1:].lower() for row in rows)
+    rows = [row for some in folders.values() for row in some]
+    plain = [row for row in rows if row.span is None and row.cell is None]
+    sizes = [row.span[1] for row in rows if row.span is not None]
+    sizes += [path.stat().st_size for path in {row.path for row in plain} if path.is_file()]
+    absent = sum(not row.path.is_file() for row in plain)
+    suffixes = Counter(row.suffix for row in rows)
     print(f"clips     {len(rows)} ({', '.join(f'{n} {s}' for s, n in suffixes.most_common())})")
-    print(f"size      {sum(sizes) / 1e6:.1f} MB" + _missing(len(rows) - len(sizes)))
-    print(f"labels    {_labels(rows, vocabulary)}")
-    folds = sorted({row.fold for row in rows if row.fold is not None})
-    print(f"folds     {', '.join(map(str, folds)) or 'none'}")
+    if sizes:
+        print(f"size      {sum(sizes) / 1e6:.1f} MB" + (f", {absent} files missing" * (absent > 0)))
+    count = Counter(label for row in rows for label in row.labels)
+    print(f"labels    {len(vocabulary)} classes" if count else "labels    none")
+    if count:
+        for line in balance(vocabulary, np.array([count[name] for name in vocabulary])):
+            print(line)
+    folds = Counter(row.fold for row in rows if row.fold is not None)
+    print(f"folds     {', '.join(f'{k} {n}' for k, n in sorted(folds.items())) or 'none'}")
+    if len(folders) > 1 or rows[0].split is not None:
+        shown = ", ".join(f"{folder.name} {len(some)}" for folder, some in folders.items())
+        print(f"splits    {shown}")
 
 
-def _missing(count: int) -> str:
-    return f", {count} files missing" if count else ""
+def _kinds(entries: list[dict[str, str]]) -> str:
+    kinds = Counter(entry["reason"].split(":", 1)[0] for entry in entries)
+    return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
 
 
-def _report(manifest: Manifest, rows: list[Row], out: Path) -> None:
-    kinds = Counter(entry["reason"].split(":", 1)[0] for entry in manifest.left_out)
-    why = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-    absent = {entry["key"] for entry in manifest.left_out}
-    rows = [row for row in rows if row.key not in absent]
-    hours = manifest.seconds / 3600
-    length = f"{hours:.1f} h" if hours >= 1 else f"{manifest.seconds:.1f} s"
-    print(f"clips     {manifest.clips} ({length})")
-    print(f"shards    {len(manifest.shards)} ({manifest.bytes / 1e6:.2f} MB) in {out}")
-    print(f"labels    {_labels(rows, manifest.vocabulary)}")
-    left = f"{len(manifest.left_out)} ({why}): listed in {out / 'manifest.json'}" if why else "0"
-    print(f"left out  {left}")
-    print(f"next      bat-pretrain recipe=as2m data.shards={out}")
+def _report(out: Path, manifests: dict[Path, Manifest]) -> None:
+    from bat.data.info import summarise
+
+    for line in summarise(out).text():
+        if line.startswith("shards"):
+            line += f" in {out}"
+        if not line.startswith("left out"):
+            print(line)
+    entries = [entry for manifest in manifests.values() for entry in manifest.left_out]
+    where = out / "manifest.json" if out in manifests else f"manifest.json of {out}/*"
+    print(f"left out  {f'{len(entries)} ({_kinds(entries)}): listed in {where}' if entries else 0}")
+    train = next((folder for folder in manifests if folder.name == "train"), out)
+    print(f"next      bat-pretrain recipe=as2m data.shards={train}")
 
 
 def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["verify"]:
+        from bat.cli import shard_verify
+
+        return shard_verify.main(given[1:])
+    if given[:1] == ["info"]:
+        from bat.cli import shard_info
+
+        return shard_info.main(given[1:])
     return cli.run(body, build_parser(), argv)
 
 

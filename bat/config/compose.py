@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -149,6 +149,8 @@ def _set(config: DictConfig, key: str, value: Any, source: str, problems: list[s
         return
     if isinstance(value, bool) and isinstance(OmegaConf.select(config, key), str):
         value = "on" if value else "off"  # YAML 1.1 reads the word as a truth value
+    if isinstance(OmegaConf.select(config, key), ListConfig) and not isinstance(value, list):
+        value = [] if value is None else [value]  # one of a list needs no brackets
     try:
         OmegaConf.update(config, key, value)
     except OmegaConfBaseException as error:

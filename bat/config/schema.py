@@ -80,7 +80,7 @@ class Online:
     methods: list[str] = field(default_factory=lambda: ["cgp"])
     root: str | None = None
     """Labelled set as ``online.task`` reads it; neither this nor ``shards``: the training set."""
-    shards: str | None = None
+    shards: list[str] = field(default_factory=list)
     task: str | None = None
     """Task of ``root`` / ``shards``; null: the run's own."""
     folds: int = 1
@@ -291,7 +291,13 @@ class Probe(Supervised):
             )
         if self.log.wandb != "off":
             found.append("log.wandb is for bat-pretrain and bat-finetune")
-        return found
+        for name in ("shuffle", "window", "balance", "epoch_clips"):
+            if getattr(self.data, name) != getattr(Data(), name):
+                found.append(
+                    f"data.{name} is for bat-pretrain and bat-finetune: a probe is trained on all "
+                    "clips of its folds, evenly"
+                )
+        return found + _labelled(self.data)
 
 
 @dataclass
@@ -309,4 +315,14 @@ class Finetune(Supervised):
     train: Train = field(default_factory=lambda: Train(steps=4_000, keep=1))
 
     def problems(self) -> list[str]:
-        return [] if 0 <= self.drop_path < 1 else [f"drop_path={self.drop_path}: in [0, 1)"]
+        found = [] if 0 <= self.drop_path < 1 else [f"drop_path={self.drop_path}: in [0, 1)"]
+        return found + _labelled(self.data)
+
+
+def _labelled(data: Data) -> list[str]:
+    """Settings of the stream that make no sense where clips are held out by fold or split."""
+    return [
+        f"data.{name} is for bat-pretrain: leave it away"
+        for name in ("split", "labels", "mix")
+        if getattr(data, name) != getattr(Data(), name)
+    ]

@@ -85,10 +85,28 @@ class Data:
 
     root: str | None = None
     """Folder of audio as the task reads it; written to shards in ``cache`` once."""
-    shards: str | None = None
-    """Folder of shards, a glob, or ``shard-{00000..00041}.tar``."""
+    shards: list[str] = field(default_factory=list)
+    """Folders of shards, globs, ``shard-{00000..00041}.tar``, or URLs of such; one or several."""
+    mix: list[float] = field(default_factory=list)
+    """Share of each of ``shards`` in the stream; empty: one set, each clip once an epoch."""
+    split: str = "auto"
+    """Pre-training: the clips of this split; ``all``; ``auto``: ``train`` where there is one."""
+    labels: Literal["same", "drop"] = "same"
+    """``drop``: read sets with different labels together, without them (pre-training)."""
     cache: str = "runs/shards"
-    """Where shards made from ``root`` are kept."""
+    """Where shards made from ``root`` and copies of remote shards are kept."""
+    cache_gb: float = 100.0
+    """Disk for copies of remote shards; the least recently used one makes room."""
+    shuffle: Literal["auto", "exact", "window"] = "auto"
+    """``exact``: an even permutation of each epoch; ``window``: shards in a random order, clips
+    shuffled within a window (slow disks); ``auto``: ``exact`` unless remote shards exceed the
+    cache."""
+    window: int = 8192
+    """Clips of a shuffle window."""
+    balance: Literal["none", "class"] = "none"
+    """``class``: clips drawn by one over the count of their classes (SPEC section 5)."""
+    epoch_clips: int | None = None
+    """Clips of an epoch, drawn without replacement; null: all."""
     clip_seconds: float = 10.0
     batch: int = 24
     """Clips a device and micro-batch."""
@@ -96,6 +114,8 @@ class Data:
     """Loader processes a device; 0 decodes in the training process."""
     roll: bool = True
     """Circular roll of each training clip by a random offset."""
+    min_seconds: float = 0.0
+    """Shorter clips count as unreadable."""
     max_bad: float = 0.05
     """Fraction of unreadable clips above which the run stops."""
     cache_waves_gb: float = 0.0
@@ -113,8 +133,25 @@ class Data:
             found.append(f"data.clip_seconds={self.clip_seconds} must be positive")
         if not 0 <= self.max_bad <= 1:
             found.append(f"data.max_bad={self.max_bad} is a fraction: it must lie in [0, 1]")
-        if self.cache_waves_gb < 0:
-            found.append(f"data.cache_waves_gb={self.cache_waves_gb} must not be negative")
+        for name in ("cache_waves_gb", "cache_gb", "min_seconds"):
+            if getattr(self, name) < 0:
+                found.append(f"data.{name}={getattr(self, name)} must not be negative")
+        if self.window < 1:
+            found.append(f"data.window={self.window} must be at least 1")
+        if self.epoch_clips is not None and self.epoch_clips < 1:
+            found.append(f"data.epoch_clips={self.epoch_clips} must be at least 1, or null")
+        if self.balance == "class" and self.epoch_clips is None:
+            found.append(
+                "data.balance=class needs data.epoch_clips, the clips of an epoch (AudioSet: "
+                "200000)"
+            )
+        if self.mix and len(self.mix) != len(self.shards):
+            found.append(
+                f"data.mix={list(self.mix)} has {len(self.mix)} weights for {len(self.shards)} "
+                "data.shards: give one each"
+            )
+        if self.mix and self.epoch_clips is not None:
+            found.append("data.mix and data.epoch_clips exclude one another: leave one away")
         return found
 
 

@@ -1,11 +1,15 @@
-"""Counting unreadable clips, and when there are too many of them."""
+"""Counting unreadable clips, listing them, and when there are too many of them."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
-from bat.shapes import UserError, WaveBatch
+from bat.shapes import Skipped, UserError, WaveBatch
+
+SHARDS_NAMED = 3
 
 
 class BadClips:
@@ -14,18 +18,25 @@ class BadClips:
     Args:
         max_bad: fraction of ``seen`` above which ``check`` raises.
         judge_after: clips seen before ``check`` judges; ``check(final=True)`` always does.
+        file: ``bad_clips.jsonl``, to which each bad clip is added once: ``{key, shard, kind, why,
+            position}``. Lines of an earlier run of the same folder stay.
     """
 
     KEYS_KEPT = 10_000
 
-    def __init__(self, *, max_bad: float = 0.05, judge_after: int = 100) -> None:
+    def __init__(
+        self, *, max_bad: float = 0.05, judge_after: int = 100, file: Path | None = None
+    ) -> None:
         if not 0 <= max_bad <= 1:
             raise UserError(f"max_bad={max_bad} is a fraction: it must lie in [0, 1]")
-        self.max_bad, self.judge_after = max_bad, judge_after
+        self.max_bad, self.judge_after, self.file = max_bad, judge_after, file
         self.seen = 0
         self.kinds: Counter[str] = Counter()
+        self.shards: Counter[str] = Counter()
+        """Failures of each shard."""
         self.keys: dict[str, str] = {}
         """``{key: "kind: why"}``, each bad clip once, the first ``KEYS_KEPT`` of them."""
+        self._listed: set[tuple[str, str]] | None = None
 
     @property
     def bad(self) -> int:
@@ -34,10 +45,37 @@ class BadClips:
 
     def add(self, batch: WaveBatch) -> None:
         self.seen += len(batch.keys) + len(batch.skipped)
-        for key, why in batch.skipped.items():
-            self.kinds[why.split(":", 1)[0]] += 1
+        for clip in batch.skipped:
+            self.kinds[clip.kind] += 1
+            self.shards[clip.shard] += 1
             if len(self.keys) < self.KEYS_KEPT:
-                self.keys.setdefault(key, why)
+                self.keys.setdefault(clip.key, f"{clip.kind}: {clip.why}")
+        if batch.skipped and self.file is not None:
+            self._list(self.file, batch.skipped)
+
+    def _list(self, file: Path, clips: list[Skipped]) -> None:
+        """Add those of ``clips`` that ``file`` does not list yet; a cut last line is mended."""
+        if self._listed is None:
+            self._listed = set()
+            text = file.read_text(encoding="utf-8") if file.is_file() else ""
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:
+                file.write_text(whole, encoding="utf-8")
+            for line in whole.splitlines():
+                try:
+                    entry = json.loads(line)
+                    self._listed.add((entry["shard"], entry["key"]))
+                except (ValueError, KeyError, TypeError):
+                    continue
+        lines = []
+        for clip in clips:
+            if (clip.shard, clip.key) not in self._listed:
+                self._listed.add((clip.shard, clip.key))
+                lines.append(json.dumps(clip._asdict(), ensure_ascii=False) + "\n")
+        if lines:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as out:
+                out.write("".join(lines))
 
     def check(self, *, final: bool = False) -> None:
         """Raise UserError where more than ``max_bad`` of the clips seen were unreadable."""
@@ -45,8 +83,15 @@ class BadClips:
             key, why = next(iter(self.keys.items()))
             raise UserError(
                 f"{self.summary()}: more than max_bad={self.max_bad:g} (the first: {key}, {why}). "
-                f"Check the data, or raise data.max_bad"
+                f"Most are in {self._worst()}"
+                + (f"; all are listed in {self.file}" if self.file is not None else "")
+                + ". Check the data (bat-shard verify DIR), or raise data.max_bad"
             )
+
+    def _worst(self) -> str:
+        named = ", ".join(f"{name} ({n})" for name, n in self.shards.most_common(SHARDS_NAMED))
+        more = len(self.shards) - SHARDS_NAMED
+        return named + (f" and {more} other shards" if more > 0 else "")
 
     def summary(self) -> str:
         """One line: ``3 of 400 clips unreadable (2 corrupt, 1 short)``."""
@@ -54,8 +99,13 @@ class BadClips:
         return f"{self.bad} of {self.seen} clips unreadable" + (f" ({kinds})" if kinds else "")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": self.seen, "kinds": dict(self.kinds), "keys": dict(self.keys)}
+        return {
+            "seen": self.seen,
+            "kinds": dict(self.kinds),
+            "shards": dict(self.shards),
+            "keys": dict(self.keys),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seen, self.kinds = state["seen"], Counter(state["kinds"])
-        self.keys = dict(state["keys"])
+        self.shards, self.keys = Counter(state["shards"]), dict(state["keys"])

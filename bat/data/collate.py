@@ -1,40 +1,53 @@
-"""Samples to a ``WaveBatch``: waves padded on the right to one fixed length, labels stacked.
+"""A batch's memory: waves on the left of rows of one fixed length, silence after them.
 
-The length is the same for every batch (``clip_samples``), so shapes stay constant under
-``torch.compile``. A sample without a wave (unreadable, no stand-in) is dropped and reported in
-``skipped``; a batch of an evaluation may so be smaller, even empty.
+The length is the same for every batch, so shapes stay constant under ``torch.compile``. In a
+loader worker the memory is shared from the start: torch would otherwise copy each batch there.
+A batch of an evaluation may be smaller than asked for, even empty: unreadable clips have no row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from bat.data.stream import Sample
-from bat.shapes import WaveBatch
 
+class Rows:
+    """Up to ``rows`` waves of up to ``samples`` samples; filled from the top by ``add``."""
 
-class Collate:
-    """``samples -> WaveBatch`` of waves (B, S) with S = ``samples`` fixed."""
+    def __init__(self, rows: int, samples: int) -> None:
+        waves = torch.empty(0, dtype=torch.float32)
+        if get_worker_info() is not None:  # as torch's own default_collate does
+            storage = waves._typed_storage()._new_shared(rows * samples, device=waves.device)
+            waves = waves.new(storage).view(rows, samples)
+        else:
+            waves = waves.new_empty(rows, samples)
+        self._tensor = waves
+        self._waves = waves.numpy()
+        self._lengths: list[int] = []
 
-    def __init__(self, samples: int) -> None:
-        self.samples = samples
+    def add(self, wave: np.ndarray, *, roll: int = 0, offset: int = 0, whole: bool = False) -> None:
+        """Put ``wave`` (S,) in the next row.
 
-    def __call__(self, batch: Sequence[Sample]) -> WaveBatch:
-        kept = [(sample, sample.wave) for sample in batch if sample.wave is not None]
-        waves = np.zeros((len(kept), self.samples), np.float32)  # (B, S)
-        lengths = np.zeros(len(kept), np.int64)
-        for row, (_, wave) in enumerate(kept):
-            lengths[row] = min(len(wave), self.samples)
-            waves[row, : lengths[row]] = wave[: self.samples]
-        targets = np.stack([s.target for s in batch])[[s.wave is not None for s in batch]]
-        return WaveBatch(
-            waves=torch.from_numpy(waves),
-            lengths=torch.from_numpy(lengths),
-            targets=torch.from_numpy(targets),  # (B, C)
-            keys=[sample.key for sample, _ in kept],
-            positions=torch.tensor([sample.position for sample, _ in kept], dtype=torch.int64),
-            skipped={key: why for sample in batch for key, why in sample.skipped.items()},
-        )
+        Args:
+            roll: samples by which it is shifted circularly, ``0 .. S - 1``.
+            offset: samples of silence before it.
+            whole: the row counts as signal up to its end, silence included.
+        """
+        row = self._waves[len(self._lengths)]
+        wave = wave[: len(row) - offset]
+        end = offset + len(wave)
+        row[:offset] = 0.0
+        row[end:] = 0.0
+        if roll:
+            row[offset : offset + roll] = wave[-roll:]
+            row[offset + roll : end] = wave[:-roll]
+        else:
+            row[offset:end] = wave
+        self._lengths.append(len(row) if whole else end)
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Waves (B, S) float32 and lengths (B,) int64 of the rows that were filled."""
+        filled = len(self._lengths)
+        return self._tensor[:filled], torch.tensor(self._lengths, dtype=torch.int64)

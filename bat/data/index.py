@@ -1,96 +1,85 @@
 """The index of a data set: every clip of every shard, in a few numpy arrays (STACK section 2).
 
 About 70 bytes a clip and nothing but arrays, so that forked workers share it. ``read`` is one
-``pread``. The order of clips is that of the sorted shards and of the members in them; a clip's
-number is its id everywhere in ``bat.data``. ``hash`` is over the content (keys, sizes, labels,
-folds, vocabulary), not over where the shards lie: equal hashes make equal streams.
+``pread``, of the shard or of its copy in the local cache where the shard is remote. The order of
+clips is that of the sorted shards and of the members in them; a clip's number is its id everywhere
+in ``bat.data``. ``hash`` is over the content (keys, sizes, labels, folds, vocabulary), not over
+where the shards lie: equal hashes make equal streams.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from bat.data.manifest import Manifest
-from bat.data.sources import expand
-from bat.data.table import ShardTable, scan
+from bat.data.near import Files, near_tables
+from bat.data.sources import NotIndexable, Patience, Shard, find
+from bat.data.table import ShardTable
 from bat.shapes import Clip, UserError
 from bat.tasks.base import AUDIO_SUFFIXES
 
-MAX_OPEN_FILES = 256
+if TYPE_CHECKING:
+    from bat.data.far import FarShards
 
-
-class _Files:
-    """File descriptors by path: each process its own, the least recently used one closed."""
-
-    def __init__(self) -> None:
-        self._open: OrderedDict[Path, int] = OrderedDict()
-        self._pid = os.getpid()
-
-    def pread(self, path: Path, size: int, offset: int) -> bytes:
-        if self._pid != os.getpid():  # forked: pread would be safe, eviction by two would not
-            self._open, self._pid = OrderedDict(), os.getpid()
-        fd = self._open.get(path)
-        if fd is None:
-            fd = self._open[path] = os.open(path, os.O_RDONLY)
-            if len(self._open) > MAX_OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-        else:
-            self._open.move_to_end(path)
-        return os.pread(fd, size, offset)
-
-    def __reduce__(self) -> tuple[type[_Files], tuple[()]]:
-        return type(self), ()
+CACHE_BYTES = 100_000_000_000
 
 
 class Index:
-    """Every clip of a data set; ``open_index`` makes it. n clips:
+    """Every clip of a data set; ``open_index`` makes it. n clips in m shards:
 
-    ``shard, offset, size, frames, rate, codec, fold, split``: (n,) each; ``frames`` at the file's
-    own ``rate``, -1 and 0 where unknown; ``fold`` and ``split`` (index into ``splits``) -1 where
-    there is none. ``label_ids`` flat, ``label_ptr`` (n + 1,): labels as CSR, into ``vocabulary``.
+    ``shard, offset, size, frames, rate, codec, fold, split, source``: (n,) each; ``frames`` at the
+    file's own ``rate``, -1 and 0 where unknown; ``fold`` and ``split`` (index into ``splits``) -1
+    where there is none; ``source``: which of the sources given to ``open_index``. ``label_ids``
+    flat, ``label_ptr`` (n + 1,): labels as CSR, into ``vocabulary``. ``shard_bytes``: (m,).
     """
 
     def __init__(
-        self, *, paths: Sequence[Path], tables: Sequence[ShardTable], vocabulary: Sequence[str]
+        self,
+        *,
+        shards: Sequence[Shard],
+        tables: Sequence[ShardTable],
+        vocabulary: Sequence[str] | None,
+        sources: Sequence[int],
+        far: FarShards | None = None,
     ) -> None:
-        self.paths = list(paths)
-        self.vocabulary = list(vocabulary)
-        self.splits = sorted({name for t in tables for name in t.splits})
+        self.paths = [shard.place for shard in shards]
+        self.vocabulary = list(vocabulary or ())
+        names = [s.name for s in shards]
+        alike = len(set(names)) < len(names)
+        self._names = [str(s.place).rsplit("/", 2)[-2] + f"/{s.name}" for s in shards]
+        self._names = self._names if alike else names
         self.left_out = {
-            f"{path.name}/{name}": reason
-            for path, table in zip(paths, tables, strict=True)
+            f"{shard}/{name}": reason
+            for shard, table in zip(self._names, tables, strict=True)
             for name, reason in table.left_out.items()
         }
         clips = np.concatenate([t.clips for t in tables])
-        self.shard = np.repeat(
-            np.arange(len(tables), dtype=np.int32), [len(t.clips) for t in tables]
-        )
+        counts = [len(t.clips) for t in tables]
+        self.shard = np.repeat(np.arange(len(tables), dtype=np.int32), counts)
+        self.source = np.repeat(np.asarray(sources, np.int16), counts)
+        self.shard_bytes = np.array([t.tar_bytes for t in tables], np.int64)
         self.offset = np.ascontiguousarray(clips["offset"])
         self.size = np.ascontiguousarray(clips["size"])
         self.frames = np.ascontiguousarray(clips["frames"])
         self.rate = np.ascontiguousarray(clips["rate"])
         self.codec = np.ascontiguousarray(clips["codec"])
         self.fold = np.ascontiguousarray(clips["fold"])
-        numbers = {name: i for i, name in enumerate(self.vocabulary)}
-        parts, splits = [], []
-        for table in tables:
-            to_global = np.array([numbers[name] for name in table.names], np.int32)
-            parts.append(to_global[table.labels])
-            where = np.array([*(self.splits.index(name) for name in table.splits), -1], np.int8)
-            splits.append(where[table.clips["split"]])  # -1 picks the last: none
-        self.split = np.concatenate(splits)
-        self.label_ids = np.concatenate(parts)
-        self.label_ptr = _pointers(clips["labels"])
+        self.splits, self.split = _splits(shards, tables)
+        if vocabulary is None:  # labels dropped
+            self.label_ids, self.label_ptr = np.empty(0, np.int32), np.zeros(len(clips) + 1, int)
+        else:
+            numbers = {name: i for i, name in enumerate(self.vocabulary)}
+            to_global = (np.array([numbers[name] for name in t.names], np.int32) for t in tables)
+            flat = [to[table.labels] for to, table in zip(to_global, tables, strict=True)]
+            self.label_ids, self.label_ptr = np.concatenate(flat), _pointers(clips["labels"])
         self._keys = np.concatenate([t.keys for t in tables])
         self._key_ptr = _pointers(clips["key"])
-        self._files = _Files()
+        self._files, self._far = Files(), far
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -98,6 +87,16 @@ class Index:
     @property
     def classes(self) -> int:
         return len(self.vocabulary)
+
+    @property
+    def remote(self) -> bool:
+        """Whether some shards lie elsewhere and are read through the local cache."""
+        return self._far is not None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the local cache holds all remote shards at once; True without any."""
+        return self._far is None or self._far.fits
 
     @property
     def labels_per_clip(self) -> np.ndarray:  # (n,)
@@ -119,6 +118,10 @@ class Index:
 
     def key(self, i: int) -> str:
         return self._keys[self._key_ptr[i] : self._key_ptr[i + 1]].tobytes().decode("ascii")
+
+    def shard_name(self, i: int) -> str:
+        """Name of the shard that clip ``i`` lies in, with its folder where two shards share it."""
+        return self._names[self.shard[i]]
 
     def labels(self, i: int) -> tuple[int, ...]:
         return tuple(self.label_ids[self.label_ptr[i] : self.label_ptr[i + 1]].tolist())
@@ -150,13 +153,29 @@ class Index:
         """The encoded clip ``i``.
 
         Raises:
-            OSError: its shard cannot be read, or ends before the clip does.
+            OSError: its shard cannot be read or reached, or ends before the clip does.
         """
-        path, size = self.paths[self.shard[i]], int(self.size[i])
-        data = self._files.pread(path, size, int(self.offset[i]))
+        number, size, offset = int(self.shard[i]), int(self.size[i]), int(self.offset[i])
+        place = self.paths[number]
+        if isinstance(place, Path):
+            data = self._files.pread(place, size, offset)
+        else:
+            assert self._far is not None
+            data = self._far.pread(number, size, offset)
         if len(data) != size:
-            raise OSError(5, f"{path.name} ends inside the clip: it was cut since it was indexed")
+            name = self.shard_name(i)
+            raise OSError(5, f"{name} ends inside the clip: it was cut since it was indexed")
         return Clip(self.key(i), data, AUDIO_SUFFIXES[self.codec[i]], self.labels(i))
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Fetch remote ``shards`` into the cache in the background, the first ones first.
+
+        Returns at once and replaces what an earlier call still waits for. As many as the cache
+        holds; local shards, and ones that are there already, cost nothing. For the main process:
+        a forked worker does not inherit the thread.
+        """
+        if self._far is not None:
+            self._far.prefetch(shards)
 
 
 def _pointers(counts: np.ndarray) -> np.ndarray:
@@ -164,75 +183,84 @@ def _pointers(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def open_index(shards: str | Path | Sequence[str | Path], *, cache: Path | None = None) -> Index:
+def _splits(shards: Sequence[Shard], tables: Sequence[ShardTable]) -> tuple[list[str], np.ndarray]:
+    """Names of the splits that occur, sorted, and (n,) int16 of them; the sub-folder where a
+    clip's JSON says none."""
+    listed = [[*table.splits, shard.split] for shard, table in zip(shards, tables, strict=True)]
+    numbers = {name: i for i, name in enumerate(sorted({n for names in listed for n in names}))}
+    parts = [
+        np.array([numbers[name] for name in names], np.int16)[table.clips["split"]]  # -1: the last
+        for names, table in zip(listed, tables, strict=True)
+    ]
+    split = np.concatenate(parts)
+    occur = np.zeros(len(numbers), bool)
+    occur[split] = True
+    occur[[numbers[""]] if "" in numbers else []] = False
+    renumber = np.where(occur, np.cumsum(occur) - 1, -1).astype(np.int16)
+    return [name for name, i in numbers.items() if occur[i]], renumber[split]
+
+
+def open_index(
+    shards: str | Path | Sequence[str | Path],
+    *,
+    cache: Path | None = None,
+    cache_bytes: int = CACHE_BYTES,
+    labels: Literal["same", "drop"] = "same",
+    retries: int = 5,
+    timeout_seconds: float = 30.0,
+) -> Index:
     """The index of a set of shards.
 
     Args:
-        shards: a folder, a tar, a glob, a brace pattern (``shard-{00000..00041}.tar``), or a
-            list of such. Tables beside the shards are used where they fit and made where not.
-        cache: where a table goes that cannot be written beside its shard (read-only folder);
-            None: such tables are made anew each time.
+        shards: a folder, a tar, a glob, a brace pattern (``shard-{00000..00041}.tar``), a URL of
+            these (``https://``, ``s3://``, ...), or a list of such. Tables beside the shards are
+            used where they fit and made where not.
+        cache: folder for copies of remote shards, and for tables that cannot be written beside
+            their shards. None: ``$XDG_CACHE_HOME/bat`` for remote shards; tables of a read-only
+            folder are made anew each time.
+        cache_bytes: how many bytes of remote shards the cache may hold.
+        labels: ``same``: all sources have one vocabulary; ``drop``: forget the labels.
+        retries: tries without progress before a remote shard counts as unreachable.
+        timeout_seconds: how long a server may be silent.
 
     Raises:
+        NotIndexable: compressed shards; remote ones without tables that the cache cannot hold.
         UserError: nothing there, something that is not a plain tar, a shard that differs from its
-            manifest, data sets with different vocabularies.
+            manifest, data sets with different vocabularies, a server out of reach.
     """
+    if retries < 1 or timeout_seconds <= 0 or cache_bytes < 0:
+        values = f"{retries=}, {timeout_seconds=:g}, {cache_bytes=}"
+        raise UserError(f"{values}: at least 1, more than 0, at least 0")
+    patience = Patience(retries, timeout_seconds)
     sources = [shards] if isinstance(shards, (str, Path)) else list(shards)
-    paths = [path for source in sources for path in expand(source)]
-    if not paths:
+    found = [(shard, i) for i, source in enumerate(sources) for shard in find(source, patience)]
+    given, numbers = [shard for shard, _ in found], [i for _, i in found]
+    if not found:
         raise UserError("the list of shards is empty: give a folder, a glob or shard-{0..9}.tar")
-    twice = {str(p) for p in paths if paths.count(p) > 1} if len(set(paths)) < len(paths) else None
-    if twice:
-        raise UserError(f"shard {min(twice)} is listed twice")
-    manifests = {folder: Manifest.load(folder) for folder in dict.fromkeys(p.parent for p in paths)}
-    for folder, manifest in manifests.items():
-        whole = any(Path(s) == folder for s in sources)
-        missing = (
-            [s.name for s in manifest.shards if not (folder / s.name).exists()] if manifest else []
-        )
-        if whole and missing:
-            raise UserError(f"{folder} lacks {missing[0]}, which its manifest.json lists")
-    tables = [_table(path, manifests[path.parent], cache) for path in paths]
-    if not sum(len(t.clips) for t in tables):
+    places = [shard.place for shard in given]
+    if len(set(places)) < len(places):
+        twice = min(shard.name for shard in given if places.count(shard.place) > 1)
+        raise UserError(f"shard {twice} is listed twice")
+    packed = next((shard for shard in given if shard.compressed), None)
+    if packed is not None:
+        raise NotIndexable(f"{packed.name} is compressed: give uncompressed WebDataset shards")
+
+    tables, vocabularies = near_tables(given, whole=[Path(s) for s in sources], cache=cache)
+    far = None
+    if any(shard.remote for shard in given):
+        from bat.data.far import FarShards
+
+        far = FarShards(given, cache=cache, cache_bytes=cache_bytes, patience=patience)
+        tables |= far.tables()
+        vocabularies += far.vocabularies
+    ordered = [tables[i] for i in range(len(given))]
+    if not sum(len(t.clips) for t in ordered):
         raise UserError(
-            f"{paths[0]}{' and the other shards' if len(paths) > 1 else ''} hold no audio "
+            f"{given[0].name}{' and the other shards' if len(given) > 1 else ''} hold no audio "
             f"({', '.join(AUDIO_SUFFIXES)})"
         )
-    given = [m.vocabulary for m in manifests.values() if m is not None and m.vocabulary]
-    return Index(paths=paths, tables=tables, vocabulary=_vocabulary(tables, given))
-
-
-def _table(path: Path, manifest: Manifest | None, cache: Path | None) -> ShardTable:
-    """The table of one shard, read or made, held to the manifest where it lists the shard."""
-    entry = next((s for s in manifest.shards if s.name == path.name), None) if manifest else None
-    size = path.stat().st_size
-    if entry is not None and size != entry.bytes:
-        raise UserError(
-            f"{path} has {size} bytes, its manifest.json says {entry.bytes}: copy it again"
-        )
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    places = [path.with_suffix(".idx.npz")]
-    if cache is not None:
-        places.append(Path(cache) / f"{path.stem}-{digest}.idx.npz")
-    for place in places:
-        table = ShardTable.load(place, path)
-        if table is not None and (entry is None or table.sha256 in ("", entry.sha256)):
-            break
-    else:
-        table = scan(path, entry.sha256 if entry else "")
-        for place in places:
-            try:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                table.save(place)
-                break
-            except OSError:
-                continue
-    if entry is not None and len(table.clips) != entry.clips:
-        raise UserError(
-            f"{path} has {len(table.clips)} clips, its manifest.json says {entry.clips}: "
-            f"copy it again"
-        )
-    return table
+    names = _vocabulary(ordered, vocabularies) if labels == "same" else None
+    return Index(shards=given, tables=ordered, vocabulary=names, sources=numbers, far=far)
 
 
 def _vocabulary(tables: Sequence[ShardTable], given: Sequence[list[str]]) -> list[str]:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from bat.data.table import ShardTable
 from bat.data.tar import write_atomic
 from bat.shapes import UserError
 from bat.tasks.base import Row
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,8 @@ class ShardInfo:
     clips: int
     bytes: int
     sha256: str
+    seconds: float
+    """Of the clips whose length is known."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,13 @@ class Manifest:
     bytes: int
     vocabulary: list[str]
     """Class names; a ``label_id`` is an index into it."""
+    label_counts: list[int]
+    """Clips that carry each class of ``vocabulary``."""
+    splits: dict[str, int]
+    """Clips of each split; clips without one are not counted. So too the two below."""
+    folds: dict[str, int]
+    rates: dict[str, int]
+    """Clips at each sample rate, Hz."""
     left_out: list[dict[str, str]]
     """``{"key", "file", "reason"}`` of each clip that is not in the shards."""
     source: str
@@ -54,35 +69,87 @@ class Manifest:
             fields = json.loads(path.read_bytes())
             if not isinstance(fields, dict) or "source" not in fields:
                 return None
+            if fields["version"] != VERSION:
+                raise UserError(
+                    f"{path} is version {fields['version']}, this bat reads {VERSION}: remove it "
+                    f"and run bat-shard {folder}, or write the shards again"
+                )
             fields["shards"] = [ShardInfo(**shard) for shard in fields["shards"]]
-            manifest = cls(**fields)
+            return cls(**fields)
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): write the shards again") from error
-        if manifest.version != VERSION:
-            raise UserError(f"{path} is version {manifest.version}, this bat reads {VERSION}")
-        return manifest
 
     def save(self, folder: Path) -> None:
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
         write_atomic(folder / "manifest.json", text.encode())
 
 
-def source_hash(
-    rows: Sequence[Row],
-    *,
-    codec: str,
-    sample_rate: int | None,
-    shard_bytes: int,
-    vocabulary: Sequence[str],
-) -> str:
-    """Hash over keys, file names, sizes and labels of ``rows`` and over the options."""
-    options = [VERSION, codec, sample_rate, shard_bytes, list(vocabulary)]
-    digest = hashlib.sha256(json.dumps(options).encode())
-    for row in rows:
+class Counts:
+    """Adds up shards, by their tables, to what a manifest says of them."""
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        self.vocabulary = list(vocabulary)
+        self.shards: list[ShardInfo] = []
+        self._number = {name: i for i, name in enumerate(self.vocabulary)}
+        self._labels = np.zeros(len(self.vocabulary), np.int64)
+        self._splits: Counter[str] = Counter()
+        self._folds: Counter[int] = Counter()
+        self._rates: Counter[int] = Counter()
+
+    def add(self, name: str, table: ShardTable) -> ShardInfo:
+        """Count the shard ``name``. A label outside the vocabulary is not counted."""
+        clips = table.clips
+        per_name = np.bincount(table.labels, minlength=len(table.names))
+        for label, count in zip(table.names, per_name.tolist(), strict=True):
+            if label in self._number:
+                self._labels[self._number[label]] += count
+        split = clips["split"]
+        for i, label in enumerate(table.splits):
+            self._splits[label] += int((split == i).sum())
+        for counter, field, least in ((self._folds, "fold", 0), (self._rates, "rate", 1)):
+            values, counts = np.unique(clips[field], return_counts=True)
+            known = values >= least
+            counter.update(dict(zip(values[known].tolist(), counts[known].tolist(), strict=True)))
+        known = (clips["frames"] > 0) & (clips["rate"] > 0)
+        seconds = float((clips["frames"][known] / clips["rate"][known]).sum())
+        info = ShardInfo(name, len(clips), table.tar_bytes, table.sha256, round(seconds, 3))
+        self.shards.append(info)
+        return info
+
+    def manifest(self, *, left_out: list[dict[str, str]], source: str) -> Manifest:
+        """The manifest of the shards added."""
+        shards = self.shards
+        return Manifest(
+            shards=shards,
+            clips=sum(s.clips for s in shards),
+            seconds=round(sum(s.seconds for s in shards), 3),
+            bytes=sum(s.bytes for s in shards),
+            vocabulary=self.vocabulary,
+            label_counts=self._labels.tolist(),
+            splits=dict(sorted(self._splits.items())),
+            folds={str(k): n for k, n in sorted(self._folds.items())},
+            rates={str(k): n for k, n in sorted(self._rates.items())},
+            left_out=left_out,
+            source=source,
+        )
+
+
+def source_hash(rows: Sequence[Row], *, vocabulary: Sequence[str], **options: Any) -> str:
+    """Hash over keys, file names, sizes and labels of ``rows``, the vocabulary and the options."""
+    head = [VERSION, sorted(options.items()), list(vocabulary)]
+    digest = hashlib.sha256(json.dumps(head).encode())
+
+    @functools.lru_cache(maxsize=64)  # the rows of a tar come one after the other
+    def size(path: Path) -> int:
         try:
-            size = os.stat(row.path).st_size
+            return os.stat(path).st_size
         except OSError:
-            size = -1
-        what = [row.key, row.path.name, size, row.labels, row.fold, row.split, row.start_seconds]
-        digest.update(json.dumps(what).encode())
+            return -1
+
+    for row in rows:
+        place = [row.path.name, size(row.path), row.span, row.cell, row.codec]
+        said = [row.labels, row.mids, row.fold, row.split, row.start_seconds]
+        digest.update(json.dumps([row.key, *place, *said]).encode())
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import signal
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from bat.data.bad_clips import BadClips
-from bat.data.collate import Collate
 from bat.data.index import Index
-from bat.data.stream import ClipDataset, EvalSampler, Plan, PlanSampler, Sample, clip_samples
+from bat.data.plan import MixedPlan, Plan, make_plan
+from bat.data.stream import ClipDataset, EvalSampler, PlanSampler, as_it_is
 from bat.shapes import UserError, WaveBatch
 
 
@@ -44,7 +45,8 @@ def eval_loader(
     clip_seconds: float,
     workers: int = 0,
     cache_bytes: int = 0,
-) -> DataLoader[Sample]:
+    min_seconds: float = 0.0,
+) -> DataLoader[WaveBatch]:
     """Batches of the clips ``ids`` (None: all) once, in order; unreadable ones are left out.
 
     Long clips are cropped at their centre.
@@ -55,12 +57,13 @@ def eval_loader(
         clip_seconds=clip_seconds,
         crop="centre",
         cache_bytes=cache_bytes,
+        min_seconds=min_seconds,
     )
     ids = np.arange(len(index)) if ids is None else ids
     return DataLoader(
         dataset,
         batch_sampler=EvalSampler(ids, batch=batch),
-        collate_fn=Collate(clip_samples(clip_seconds, sample_rate)),
+        collate_fn=as_it_is,
         num_workers=workers,
         worker_init_fn=worker_init,
         persistent_workers=workers > 0,
@@ -73,6 +76,7 @@ class AudioData(LightningDataModule):
 
     Args:
         index: the training clips.
+        plan: their order; None: all of them, evenly shuffled by ``seed``.
         batch: clips of a micro-batch on one device.
         batches: micro-batches of one of Lightning's epochs on one device.
         sample_rate: Hz of the waves; clips at another rate are resampled.
@@ -80,10 +84,11 @@ class AudioData(LightningDataModule):
         seed: of order, crops, rolls and offsets.
         roll: circular roll of each clip.
         random_offset: short clips begin at a random place of their row, see ``ClipDataset``.
+        min_seconds: shorter clips count as unreadable.
         workers: loader processes; 0 decodes in the training process.
-        train_ids: clips to train on; None: all.
         cache_bytes: decoded waves kept in memory by each loader process (small data sets).
         max_bad: fraction of unreadable clips above which the run stops.
+        out: run folder in which ``bad_clips.jsonl`` lists unreadable clips; None: no list.
 
     Raises:
         UserError: a value out of range, an empty selection.
@@ -97,19 +102,20 @@ class AudioData(LightningDataModule):
         batches: int,
         sample_rate: int,
         clip_seconds: float,
+        plan: Plan | MixedPlan | None = None,
         seed: int = 0,
         roll: bool = False,
         random_offset: bool = False,
+        min_seconds: float = 0.0,
         workers: int = 0,
-        train_ids: np.ndarray | None = None,
         cache_bytes: int = 0,
         max_bad: float = 0.05,
+        out: Path | None = None,
     ) -> None:
         super().__init__()
         self.index = index
-        self.batch, self.batches, self.workers = batch, batches, workers
-        self.sample_rate, self.clip_seconds, self.seed = sample_rate, clip_seconds, seed
-        self.plan = Plan(len(index) if train_ids is None else train_ids, seed=seed)
+        self.batch, self.batches, self.workers, self.seed = batch, batches, workers, seed
+        self.plan = plan or make_plan(index, seed=seed)
         self.dataset = ClipDataset(
             index,
             sample_rate=sample_rate,
@@ -117,18 +123,32 @@ class AudioData(LightningDataModule):
             seed=seed,
             roll=roll,
             random_offset=random_offset,
+            min_seconds=min_seconds,
             pool=self.plan.ids,
             cache_bytes=cache_bytes,
         )
+        self.out = out
         self.bad_clips = BadClips(max_bad=max_bad)
         self._size_then: int | None = None  # clips a micro-batch, where a checkpoint was loaded
         # Lightning 2.6.6 judges by the loader's type; this stream resumes exactly
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
 
+    def setup(self, stage: str) -> None:
+        """Each process lists its own unreadable clips."""
+        if self.out is not None:
+            rank, _ = self._ranks()
+            name = "bad_clips.jsonl" if rank == 0 else f"bad_clips-rank{rank}.jsonl"
+            self.bad_clips.file = self.out / name
+
     @property
     def clip_samples(self) -> int:
         """S of every batch."""
-        return clip_samples(self.clip_seconds, self.sample_rate)
+        return self.dataset.clip_samples
+
+    def first_batch(self) -> WaveBatch:
+        """The first micro-batch of the stream, made in this process."""
+        clips = self.plan.clips(np.arange(self.batch))
+        return self.dataset.batch(list(enumerate(clips.tolist())))
 
     def _ranks(self) -> tuple[int, int]:
         trainer = self.trainer
@@ -163,9 +183,10 @@ class AudioData(LightningDataModule):
             for name, difference in ahead.items():
                 setattr(count, name, clips // now + difference)
 
-    def train_dataloader(self) -> DataLoader[Sample]:
+    def train_dataloader(self) -> DataLoader[WaveBatch]:
         self._recount()
         rank, world = self._ranks()
+        looks_ahead = self.index.remote and (self.trainer is None or self.trainer.local_rank == 0)
         sampler = PlanSampler(
             self.plan,
             batch=self.batch,
@@ -173,17 +194,23 @@ class AudioData(LightningDataModule):
             rank=rank,
             world=world,
             batches_done=self.batches_done,
+            ahead=self._fetch if looks_ahead else None,
         )
         return DataLoader(
             self.dataset,
             batch_sampler=sampler,
-            collate_fn=Collate(self.clip_samples),
+            collate_fn=as_it_is,
             num_workers=self.workers,
             worker_init_fn=worker_init,
             persistent_workers=self.workers > 0,
             pin_memory=self._on_cuda(),
             generator=torch.Generator(),  # as in eval_loader
         )
+
+    def _fetch(self, clips: np.ndarray) -> None:
+        """Have the shards of ``clips``, in the order of their first use, brought here."""
+        shards, first = np.unique(self.index.shard[clips], return_index=True)
+        self.index.prefetch(shards[np.argsort(first)].tolist())
 
     def _on_cuda(self) -> bool:
         trainer = self.trainer
@@ -226,12 +253,12 @@ class AudioData(LightningDataModule):
 
     def _stream(self) -> dict[str, Any]:
         trainer = self.trainer
-        ids = self.plan.ids
-        chosen = hashlib.sha256(ids.tobytes()).hexdigest()[:8]
         accumulate = 1 if trainer is None else trainer.accumulate_grad_batches
+        names = "\0".join(self.index.vocabulary)
         return {
+            "labels": f"{self.index.classes} ({hashlib.sha256(names.encode()).hexdigest()[:8]})",
             "data set": self.index.hash[:16],
-            "clips": f"{len(ids)} of {len(self.index)} ({chosen})",
+            "order": f"{self.plan.identity()} of {len(self.index)}",
             "seed": self.seed,
             "global batch": self._size * accumulate,
         }

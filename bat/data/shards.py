@@ -3,85 +3,63 @@
 ``shard-%05d.tar`` holds ``KEY.ext`` + ``KEY.json`` (``id, label, label_id, sample_rate,
 num_samples, start_seconds`` and, where there are such, ``mid, fold, split``), beside it its index
 (``table.py``). ``manifest.json`` is written last: where it lies, the set is complete. Each clip is
-decoded once before it goes in, so a shard holds only what can be read; the rest is listed in the
-manifest with its reason. The same files and options give the same bytes: rows in their order, one
-time stamp, no user.
+decoded once before it goes in (``prepare.py``), so a shard holds only what can be read; the rest is
+listed in the manifest with its reason. The same files and options give the same bytes, with any
+number of processes and after any interruption (``journal.py``): rows in their order, one time
+stamp, no user. A clip goes to disk as it comes, so memory does not grow with the shard.
+
+Departure: webdataset's ``TarWriter`` would import torch; ``_Shard`` writes the bytes that it does.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
+import tarfile
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, suppress
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO
 
-from bat.audio.decode import DecodeError, decode, encode, probe
-from bat.data.manifest import Manifest, ShardInfo, source_hash
-from bat.data.table import MAX_AUDIO_BYTES, scan
+from bat.data.journal import MARKER as MARKER
+from bat.data.journal import Finished, Journal, Place, claimed
+from bat.data.manifest import Counts, Manifest, source_hash
+from bat.data.pool import ordered_map
+from bat.data.prepare import Channels, Clip, Codec, LeftOut, Recipe, Work, plan, prepare
+from bat.data.table import ShardTable, scan
 from bat.data.tar import BLOCK, escape_key
 from bat.shapes import UserError
-from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task, no_decoder
-
-Codec = Literal["keep", "flac", "wav", "ogg"]
-MARKER = ".bat-shard-in-progress"
-
-
-def prepare(row: Row, *, codec: Codec, sample_rate: int | None) -> tuple[str, bytes, int, int]:
-    """Suffix, bytes, frames and sample rate of ``row`` as it is to lie in a shard.
-
-    Bytes are kept as they are where codec, rate and (unless ``codec="keep"``) one channel agree;
-    otherwise the clip is mixed to mono and encoded (``keep`` at another rate: as FLAC).
-
-    Raises:
-        DecodeError, OSError: the clip is unreadable.
-    """
-    if row.path.stat().st_size > MAX_AUDIO_BYTES:
-        raise DecodeError("long", f"the file is larger than {MAX_AUDIO_BYTES} bytes")
-    data = row.path.read_bytes()
-    info = probe(data)
-    wave = decode(data, sample_rate=sample_rate or info.sample_rate, expected_frames=info.frames)
-    same_rate = sample_rate in (None, info.sample_rate)
-    if same_rate and (codec == "keep" or (codec == info.codec and info.channels == 1)):
-        suffix = info.codec if info.codec in AUDIO_SUFFIXES else row.path.suffix[1:].lower()
-        return suffix, data, info.frames, info.sample_rate
-    target: Literal["flac", "wav", "ogg"] = "flac" if codec == "keep" else codec
-    data = encode(wave, sample_rate=sample_rate or info.sample_rate, codec=target)
-    info = probe(data)
-    return target, data, info.frames, info.sample_rate
+from bat.tasks.base import Row, Task
 
 
 class _Shard:
     """One tar being written under a temporary name, hashed on its way."""
 
     def __init__(self, out: Path, number: int) -> None:
-        import webdataset
-
         self.path = out / f"shard-{number:05d}.tar"
         self.temp = out / f".{self.path.name}.tmp"
         self.file: BinaryIO = self.temp.open("wb")
         self.sha256 = hashlib.sha256()
-        self.clips = self.bytes = self.planned = 0
-        self.tar = webdataset.TarWriter(
-            self, encoder=False, compress=False, mtime=0, user="bat", group="bat", mode=0o644
-        )
+        self.clips = self.bytes = 0
 
-    def write(self, data: bytes) -> int:  # the tar's file object: this is how it is hashed
-        self.sha256.update(data)
-        self.bytes += len(data)
-        return self.file.write(data)
-
-    def add(self, key: str, suffix: str, data: bytes, meta: bytes, size: int) -> None:
-        self.tar.write({"__key__": key, suffix: data, "json": meta})
+    def add(self, key: str, clip: Clip, meta: bytes) -> None:
+        for suffix, data in sorted({clip.suffix: clip.data, "json": meta}.items()):
+            header = tarfile.TarInfo(f"{key}.{suffix}")
+            header.size, header.mode, header.mtime = len(data), 0o644, 0
+            header.uname = header.gname = "bat"
+            self._write(header.tobuf(tarfile.USTAR_FORMAT))
+            self._write(data)
+            self._write(bytes(-len(data) % BLOCK))
         self.clips += 1
-        self.planned += size  # ``bytes`` lags behind: tarfile buffers
 
-    def finish(self) -> ShardInfo:
+    def finish(self) -> ShardTable:
         """Close, index, and give the tar its name."""
-        self.tar.close()
+        self._write(bytes(2 * BLOCK))
+        self._write(bytes(-self.bytes % tarfile.RECORDSIZE))
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
@@ -89,42 +67,12 @@ class _Shard:
         assert len(table.clips) == self.clips, "the scanner disagrees with the writer"
         os.replace(self.temp, self.path)
         table.save(self.path.with_suffix(".idx.npz"))
-        return ShardInfo(self.path.name, self.clips, self.bytes, self.sha256.hexdigest())
+        return table
 
-
-@contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Hold ``out`` for writing: one process at a time, and never over somebody's own shards."""
-    theirs = [*out.glob("*.tar"), *out.glob("manifest.json")]
-    if theirs and not (out / MARKER).exists() and Manifest.load(out) is None:
-        raise UserError(f"{out} holds shards that bat-shard did not write: give another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        marker = (out / MARKER).open("a")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from error
-    with marker:
-        fcntl.flock(marker, fcntl.LOCK_EX)
-        try:
-            yield
-        except (UserError, OSError) as error:
-            _sweep(out)
-            (out / MARKER).unlink(missing_ok=True)
-            if not any(out.iterdir()):
-                out.rmdir()
-            if isinstance(error, OSError):
-                raise UserError(f"{out} cannot be written: {error.strerror}") from error
-            raise
-        (out / MARKER).unlink(missing_ok=True)
-
-
-def _sweep(out: Path) -> None:
-    """Remove what an interrupted run left."""
-    if (out / "manifest.json").exists():
-        return
-    for pattern in ("shard-*.tar", "shard-*.idx.npz", ".shard-*.tmp"):
-        for path in out.glob(pattern):
-            path.unlink()
+    def _write(self, data: bytes) -> None:
+        self.sha256.update(data)
+        self.bytes += len(data)
+        self.file.write(data)
 
 
 def write_shards(
@@ -133,8 +81,12 @@ def write_shards(
     *,
     codec: Codec = "keep",
     sample_rate: int | None = None,
+    channels: Channels | None = None,
+    clip_seconds: float | None = None,
+    min_seconds: float | None = None,
     shard_bytes: int = 1_000_000_000,
     vocabulary: Sequence[str] | None = None,
+    jobs: int = 1,
     progress: bool = False,
 ) -> Manifest:
     """Write ``rows`` to ``out`` as shards of at most ``shard_bytes`` (one clip at least).
@@ -142,18 +94,27 @@ def write_shards(
     Args:
         codec: ``keep`` the files as they are, or re-encode (16-bit for FLAC and WAV).
         sample_rate: Hz of the stored clips; None: as they are.
+        channels: ``mono`` mixes, ``keep`` does not; None: mono where a clip is encoded, and no
+            reason to encode one.
+        clip_seconds: cut recordings longer than this (by over 2 %) into pieces of this length,
+            which are encoded (``keep``: as FLAC); None: no cutting.
+        min_seconds: leave out what is shorter; None: nothing, but of a recording that was cut the
+            last piece where it is under half of ``clip_seconds``.
         vocabulary: class names in the order of their ids; None: the labels met, sorted.
+        jobs: processes that decode and encode.
 
     Returns:
-        The manifest; that of ``out`` itself where the very same set is already complete.
+        The manifest; that of ``out`` itself where the very same set is already complete. Shards
+        that an interrupted call finished are kept.
 
     Raises:
-        UserError: nothing readable, a label outside the vocabulary, ``out`` in use otherwise.
+        UserError: nothing readable, a label outside the vocabulary, ``out`` in use otherwise, an
+            option that cannot be met, a process that died.
     """
-    if codec not in get_args(Codec):
-        raise UserError(f"codec {codec!r}: one of {', '.join(get_args(Codec))}")
-    if shard_bytes < 1 or (sample_rate is not None and sample_rate < 1):
-        raise UserError(f"shard_bytes={shard_bytes} and sample_rate={sample_rate} must be positive")
+    recipe = Recipe(codec, sample_rate, channels, clip_seconds, min_seconds)
+    recipe.check()
+    if shard_bytes < 1 or jobs < 1:
+        raise UserError(f"shard_bytes={shard_bytes} and jobs={jobs} must be positive")
     if not rows:
         raise UserError("there are no clips to write")
     met = sorted({label for row in rows for label in row.labels})
@@ -161,13 +122,11 @@ def write_shards(
     for label in met:
         if label not in names:
             raise UserError(f"label {label!r} is not among the {len(names)} classes given")
-    source = source_hash(
-        rows, codec=codec, sample_rate=sample_rate, shard_bytes=shard_bytes, vocabulary=list(names)
-    )
+    source = _source(rows, recipe, shard_bytes, list(names))
     done = Manifest.load(out)
     if done is not None and done.source == source:
         return done
-    with _claimed(out):
+    with claimed(out, source) as journal:
         done = Manifest.load(out)  # another process may have finished it meanwhile
         if done is not None and done.source == source:
             return done
@@ -176,77 +135,122 @@ def write_shards(
                 f"{out} already holds a complete set of {done.clips} clips from other files or "
                 f"options: give another folder, or remove it"
             )
-        _sweep(out)
-        manifest = _write(rows, out, codec, sample_rate, shard_bytes, names, source, progress)
+        manifest = _Writer(journal, recipe, shard_bytes, names).write(rows, jobs, progress)
         manifest.save(out)
     return manifest
 
 
-def _write(
-    rows: Sequence[Row],
-    out: Path,
-    codec: Codec,
-    sample_rate: int | None,
-    shard_bytes: int,
-    names: dict[str, int],
-    source: str,
-    progress: bool,
-) -> Manifest:
-    os.environ["WDS_SECURE"] = "1"  # before the import: no pipe: URLs, no pickle decoders
-    import webdataset  # noqa: F401  # seconds: not once the progress bar runs
-    from tqdm import tqdm
+class _Writer:
+    """Fills shard after shard from where the journal says."""
 
-    shards: list[ShardInfo] = []
-    left_out: list[dict[str, str]] = []
-    keys: set[str] = set()
-    shard: _Shard | None = None
-    seconds = 0.0
-    for row in tqdm(rows, unit="clip", disable=not progress):
+    def __init__(
+        self, journal: Journal, recipe: Recipe, shard_bytes: int, names: dict[str, int]
+    ) -> None:
+        self.journal, self.recipe, self.shard_bytes = journal, recipe, shard_bytes
+        self.names = names
+        self.counts = Counts(list(names))
+        self.keys: set[str] = set()
+        self.left_out: list[dict[str, str]] = []
+        self.recorded = 0  # of left_out, in the journal
+        self.shard: _Shard | None = None
+        self.start = Place()
+        for finished, table in journal.resume():
+            self.counts.add(finished.name, table)
+            self.keys.update(table.key_list())
+            self.left_out += finished.left_out
+            self.start = finished.next
+        self.recorded = len(self.left_out)
+
+    def write(self, rows: Sequence[Row], jobs: int, progress: bool) -> Manifest:
+        from tqdm import tqdm
+
+        given: deque[tuple[int, int, Work]] = deque()  # to the processes, not yet back
+
+        def works() -> Iterator[Work]:
+            for r in range(self.start.row, len(rows)):
+                for w, work in enumerate(plan(rows[r], self.recipe)):
+                    if (r, w) >= self.start[:2]:
+                        given.append((r, w, work))
+                        yield work
+
+        form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        begun = self.start.row
+        bar = tqdm(total=len(rows), initial=begun, bar_format=form, disable=not progress)
+        before = len(self.keys)
+        results = ordered_map(partial(prepare, recipe=self.recipe), works(), jobs=jobs)
         try:
-            suffix, data, frames, rate = prepare(row, codec=codec, sample_rate=sample_rate)
-        except (DecodeError, OSError) as error:
-            kind = error.kind if isinstance(error, DecodeError) else "unreadable"
-            why = error.strerror if isinstance(error, OSError) else error
-            suffix = row.path.suffix[1:].lower()
-            foreign = kind == "corrupt" and suffix in UNDECODED_SUFFIXES
-            reason = no_decoder(suffix) if foreign else f"{kind}: {why}"
-            left_out.append({"key": row.key, "file": row.path.name, "reason": reason})
-            continue
-        key = escape_key(row.key)
-        if key in keys:
-            key = escape_key(f"{row.key}#{len(keys)}")
-        keys.add(key)
-        meta = json.dumps(_meta(row, names, frames, rate), ensure_ascii=False).encode()
-        size = sum(-(-len(part) // BLOCK) * BLOCK + BLOCK for part in (data, meta))
-        if shard is not None and shard.planned + size > shard_bytes:
-            shards.append(shard.finish())
-            shard = None
-        if shard is None:
-            shard = _Shard(out, len(shards))
-        shard.add(key, suffix, data, meta, size)
-        seconds += frames / rate
-    if shard is None:
-        raise UserError(
-            f"none of the {len(rows)} clips can be read (the first: {left_out[0]['file']}, "
-            f"{left_out[0]['reason']})"
-        )
-    shards.append(shard.finish())
-    total = sum(s.bytes for s in shards)
-    clips = sum(s.clips for s in shards)
-    return Manifest(shards, clips, round(seconds, 3), total, list(names), left_out, source)
+            with closing(results), bar:
+                for outcomes in results:
+                    r, w, work = given.popleft()
+                    self._take(outcomes, work.row, r, w)
+                    seconds = max(bar.format_dict["elapsed"], 1e-3)
+                    new = len(self.keys) - before
+                    bar.set_postfix_str(f"{new / seconds:.1f} clips/s", refresh=False)
+                    bar.update(work.share)
+            if self.shard is not None:
+                self._finish(Place(len(rows)))
+        finally:
+            if self.shard is not None:
+                with suppress(OSError):
+                    self.shard.file.close()
+        if not self.counts.shards:
+            first = self.left_out[0]
+            raise UserError(
+                f"none of the {len(rows)} clips can be read (the first: {first['file']}, "
+                f"{first['reason']})"
+            )
+        return self.counts.manifest(left_out=self.left_out, source=self.journal.source)
+
+    def _take(self, outcomes: list[Clip | LeftOut], row: Row, r: int, w: int) -> None:
+        skip = self.start.clip if (r, w) == self.start[:2] else 0
+        for i, outcome in enumerate(outcomes[skip:], start=skip):
+            if isinstance(outcome, Clip):
+                self._add(outcome, row, Place(r, w, i))
+            else:
+                key, file, reason = outcome
+                self.left_out.append({"key": key, "file": file, "reason": reason})
+
+    def _add(self, clip: Clip, row: Row, place: Place) -> None:
+        meta = json.dumps(_meta(clip, row, self.names), ensure_ascii=False).encode()
+        size = sum(-(-len(part) // BLOCK) * BLOCK + BLOCK for part in (clip.data, meta))
+        if self.shard is not None and self.shard.bytes + size > self.shard_bytes:
+            self._finish(place)
+        key = escape_key(clip.id)
+        if key in self.keys:
+            key = escape_key(f"{clip.id}#{len(self.keys)}")
+        self.keys.add(key)
+        if self.shard is None:
+            self.shard = _Shard(self.journal.out, len(self.counts.shards))
+        self.shard.add(key, clip, meta)
+
+    def _finish(self, place: Place) -> None:
+        assert self.shard is not None
+        table = self.shard.finish()
+        name = self.shard.path.name
+        self.counts.add(name, table)
+        self.journal.add(Finished(name, place, self.left_out[self.recorded :]), table)
+        self.recorded = len(self.left_out)
+        self.shard = None
 
 
-def _meta(row: Row, names: dict[str, int], frames: int, rate: int) -> dict[str, Any]:
+def _meta(clip: Clip, row: Row, names: dict[str, int]) -> dict[str, Any]:
     meta: dict[str, Any] = {
-        "id": row.key,
+        "id": clip.id,
         "label": list(row.labels),
         "label_id": [names[label] for label in row.labels],
-        "sample_rate": rate,
-        "num_samples": frames,
-        "start_seconds": row.start_seconds,
+        "sample_rate": clip.rate,
+        "num_samples": clip.frames,
+        "start_seconds": clip.start_seconds,
     }
     optional = {"mid": list(row.mids) or None, "fold": row.fold, "split": row.split}
     return meta | {k: v for k, v in optional.items() if v is not None}
+
+
+def _source(
+    rows: Sequence[Row], recipe: Recipe, shard_bytes: int, vocabulary: Sequence[str]
+) -> str:
+    options = asdict(recipe) | {"shard_bytes": shard_bytes}
+    return source_hash(rows, vocabulary=vocabulary, **options)
 
 
 def ensure_shards(
@@ -257,6 +261,7 @@ def ensure_shards(
     codec: Codec = "keep",
     sample_rate: int | None = None,
     shard_bytes: int = 1_000_000_000,
+    jobs: int = 1,
     progress: bool = False,
 ) -> Path:
     """The folder of shards of ``root`` in ``cache``, written unless it is there already.
@@ -268,9 +273,7 @@ def ensure_shards(
         UserError: as ``Task.read`` and ``write_shards``.
     """
     rows, vocabulary = task.read(root)
-    source = source_hash(
-        rows, codec=codec, sample_rate=sample_rate, shard_bytes=shard_bytes, vocabulary=vocabulary
-    )
+    source = _source(rows, Recipe(codec, sample_rate), shard_bytes, vocabulary)
     out = Path(cache) / f"{task.name}-{source[:12]}"
     write_shards(
         rows,
@@ -279,6 +282,7 @@ def ensure_shards(
         sample_rate=sample_rate,
         shard_bytes=shard_bytes,
         vocabulary=vocabulary,
+        jobs=jobs,
         progress=progress,
     )
     return out

@@ -1,23 +1,110 @@
-"""Which shards a user means: a folder, a tar, a glob, or braces: ``shard-{00000..00041}.tar``."""
+"""Which shards a user means, here or far away.
+
+A folder, a tar, a glob, braces (``shard-{00000..00041}.tar``), or a URL of any of these that
+fsspec knows (``https://``, ``s3://``, ``gs://``, ``hf://``, ...). A folder whose sub-folders hold
+the shards (``train/``, ``test/``) means all of them; the sub-folder is the split of their clips.
+A remote folder is what its ``manifest.json`` lists, or what the server lists. What would run code
+here (``pipe:``, chained URLs) or leads to other files (``reference:``) is refused.
+"""
 
 from __future__ import annotations
 
 import glob
 import re
 from pathlib import Path
+from typing import NamedTuple, overload
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from bat.shapes import UserError
 
+COMPRESSED = (".tar.gz", ".tgz")
+SUFFIXES = (".tar", *COMPRESSED)
+REFUSED = {
+    "pipe": "it would run a command",
+    **dict.fromkeys(("reference", "generic", "data", "dir"), "it leads to other places"),
+    **dict.fromkeys(("git", "jlab", "jupyter", "dask", "arrow_hdfs"), "it is no store of shards"),
+    **dict.fromkeys(("zip", "tar", "libarchive"), "unpack the archive first"),
+    **dict.fromkeys(("cached", "filecache", "simplecache", "blockcache"), "bat has its own cache"),
+    **dict.fromkeys(("async_wrapper", "asyncwrapper", "asynclocal"), "give the path itself"),
+}
 
-def expand(source: str | Path) -> list[Path]:
+
+class NotIndexable(UserError):  # noqa: N818
+    """Shards that can be read from front to end only: see ``bat.data.sequential``."""
+
+
+class Patience(NamedTuple):
+    """How long a server is waited for."""
+
+    retries: int = 5
+    """Tries without progress before it counts as unreachable."""
+    timeout_seconds: float = 30.0
+    """How long it may be silent."""
+    backoff_seconds: float = 0.5
+    """Pause after the first failure; doubled after each further one."""
+
+
+class Shard(NamedTuple):
+    """One shard as a user named it."""
+
+    place: Path | str
+    """A path here; a string is a URL."""
+    split: str = ""
+    """Sub-folder of the source it lies in."""
+
+    @property
+    def remote(self) -> bool:
+        return isinstance(self.place, str)
+
+    @property
+    def name(self) -> str:
+        """File name; of a URL without its query."""
+        if isinstance(self.place, Path):
+            return self.place.name
+        return unquote(urlsplit(self.place).path.rsplit("/", 1)[-1])
+
+    @property
+    def compressed(self) -> bool:
+        return self.name.endswith(COMPRESSED)
+
+
+def is_url(source: str | Path) -> bool:
+    return isinstance(source, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", source) is not None
+
+
+def shown(url: str) -> str:
+    """``url`` as a message may show it: no user name, password, query (signatures) or fragment."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+@overload
+def expand(source: Path) -> list[Path]: ...
+@overload
+def expand(source: str | Path) -> list[Path | str]: ...
+
+
+def expand(source: str | Path) -> list[Path] | list[Path | str]:
+    """The shards that ``source`` names, in order: paths here, strings for URLs.
+
+    Raises:
+        UserError: as ``find``.
+    """
+    return [shard.place for shard in find(source)]
+
+
+def find(source: str | Path, patience: Patience | None = None) -> list[Shard]:
     """The shards that ``source`` names, in order.
 
     Raises:
-        UserError: not a local path, nothing there, or a compressed tar.
+        UserError: nothing there, not a tar, an unfinished folder, a protocol that is refused,
+            unknown or not installed, a server that cannot be reached.
     """
     text = str(source)
-    if re.match(r"[a-z0-9]+:", text):
-        raise UserError(f"{text!r} is not a local path: copy the shards here, then give the folder")
+    if is_url(source):
+        text = _checked(text)
+        if text.startswith("file:"):
+            return find(Path(unquote(urlsplit(text).path)))
     braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
     if braces:
         first, last, names = braces.groups()
@@ -25,22 +112,92 @@ def expand(source: str | Path) -> list[Path]:
         found = names.split(",") if names else range(int(first), int(last) + 1)
         words = [f"{x:0{width}d}" if isinstance(x, int) else x for x in found]
         before, after = text[: braces.start()], text[braces.end() :]
-        return [path for word in words for path in expand(before + word + after)]
-    path = Path(text)
+        return [shard for word in words for shard in find(before + word + after, patience)]
+    return _remote(text, patience or Patience()) if is_url(source) else _local(Path(text), text)
+
+
+def _local(path: Path, text: str) -> list[Shard]:
     if path.is_dir():
-        tars = sorted(path.glob("*.tar"))
-        if (path / ".bat-shard-in-progress").exists() and not (path / "manifest.json").exists():
-            raise UserError(f"{path} is unfinished: run the bat-shard command that made it again")
-        if not tars:
-            deeper = sorted({p.parent.name for p in path.glob("*/*.tar")})
-            hint = f"its sub-folders {', '.join(deeper)} do" if deeper else "bat-shard makes some"
-            raise UserError(f"{path} holds no .tar shards: {hint}")
-        return tars
+        tars = _tars(path)
+        if tars:
+            return [Shard(p) for p in tars]
+        below = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        deeper = [Shard(p, folder.name) for folder in below for p in _tars(folder)]
+        if not deeper:
+            raise UserError(f"{path} holds no .tar shards: bat-shard makes some")
+        return deeper
     if not path.exists():
-        found_tars = [Path(p) for p in sorted(glob.glob(text))] if glob.has_magic(text) else []
-        if not found_tars:
+        found = [Path(p) for p in sorted(glob.glob(text))] if glob.has_magic(text) else []
+        if not found:
             raise UserError(f"no shard at {text}: give a folder of .tar files, a glob or a list")
-        return found_tars
-    if path.suffix != ".tar":
+        return [Shard(p) for p in found]
+    if not path.name.endswith(SUFFIXES):
         raise UserError(f"{path} is not a .tar: give uncompressed WebDataset shards")
-    return [path]
+    return [Shard(path)]
+
+
+def _tars(folder: Path) -> list[Path]:
+    """The tars of ``folder``; compressed ones where there are no others."""
+    if (folder / ".bat-shard-in-progress").exists() and not (folder / "manifest.json").exists():
+        raise UserError(f"{folder} is unfinished: run the bat-shard command that made it again")
+    plain = sorted(folder.glob("*.tar"))
+    return plain or sorted(p for s in COMPRESSED for p in folder.glob("*" + s))
+
+
+def _checked(url: str) -> str:
+    """``url`` where its protocol may be used, in lower case; ``UserError`` where not."""
+    protocol, rest = url.split(":", 1)
+    protocol = protocol.lower()
+    why = "chained URLs may run anything" if "::" in url else REFUSED.get(protocol)
+    if why:
+        raise UserError(f"{protocol}: sources are refused ({why}): give a path or a plain URL")
+    import fsspec
+
+    try:
+        if protocol not in ("file", "local"):
+            fsspec.get_filesystem_class(protocol)
+    except ValueError:
+        known = "http, https, s3, gs, hf, az, sftp, ... (those of fsspec)"
+        raise UserError(f"unknown protocol in {shown(url)!r}: known are {known}") from None
+    except ImportError as error:
+        raise UserError(f"{protocol}:// needs another package: {error}") from error
+    return f"{'file' if protocol == 'local' else protocol}:{rest}"
+
+
+def _remote(url: str, patience: Patience) -> list[Shard]:
+    """A shard, a glob, or a folder: its manifest, else a listing, else its sub-folders."""
+    from bat.data.listing import join, listing, manifest_of
+
+    path = urlsplit(url).path
+    if "*" in path:
+        folder, _, pattern = url.rpartition("/")
+        regex = re.escape(pattern).replace(r"\*", ".*")
+        names = [
+            n for n in listing(folder, patience) if n.endswith(SUFFIXES) and re.fullmatch(regex, n)
+        ]
+        if not names:
+            raise UserError(f"no shard at {shown(url)}: the server lists none of that name")
+        return [Shard(f"{folder}/{name}") for name in names]
+    if path.endswith(SUFFIXES):
+        return [Shard(url)]
+    folder = url.rstrip("/")
+    manifest = manifest_of(folder, patience)
+    if manifest is not None:
+        return [Shard(join(folder, entry.name)) for entry in manifest.shards]
+    names = listing(folder, patience)
+    if not any(name.endswith(SUFFIXES) for name in names):
+        below = [name.rstrip("/") for name in names if name.endswith("/")]
+        found = [
+            Shard(f"{folder}/{name}/{tar}", name)
+            for name in below
+            for tar in listing(f"{folder}/{name}", patience)
+            if tar.endswith(SUFFIXES)
+        ]
+    else:
+        found = [Shard(f"{folder}/{name}") for name in names if name.endswith(SUFFIXES)]
+    if not found:
+        raise UserError(
+            f"{shown(url)} has no manifest.json and lists no .tar: name the shards, as in "
+            f"{shown(folder)}/shard-{{00000..00041}}.tar"
+        )
+    return found

@@ -1,33 +1,31 @@
-"""The stateless plan: which clip comes at which place of an endless stream (STACK section 2).
+"""From the plan to batches: who reads which place, and what a clip looks like there.
 
-Epoch e is a permutation of the clips, a pure function of (seed, e); the stream is the epochs one
-after the other, so nothing is dropped at an epoch's end and a batch may reach across it. Global
-position p is clip ``order(p // n)[p % n]``. Micro-batch k takes positions ``k G .. (k + 1) G - 1``
-with ``G = batch * world``; rank r takes every ``world``-th from the r-th on. Nothing here keeps a
-cursor: where the run stands is asked of the trainer whenever an iterator is made, and a clip's
-randomness (crop, roll, offset) is a function of (seed, position). So interrupted and resumed equals
-uninterrupted, and two ranks see what one with a doubled batch would see.
+Micro-batch k takes positions ``k G .. (k + 1) G - 1`` of the plan, ``G = batch * world``; rank r
+takes every ``world``-th from the r-th on; whichever worker makes a batch makes the same one. Where
+the run stands is asked of the trainer whenever an iterator is made, and a clip's randomness (crop,
+roll, offset) is a function of (seed, position). So interrupted and resumed equals uninterrupted,
+and two ranks see what one with a doubled batch would see.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset, Sampler
 
 from bat.audio.decode import DecodeError, decode, probe
+from bat.data.collate import Rows
 from bat.data.index import Index
-from bat.shapes import Clip, UserError
+from bat.data.plan import CROP, OFFSET, ROLL, STAND_IN, MixedPlan, Plan, below, philox
+from bat.shapes import Clip, Skipped, UserError, WaveBatch
 
 Item = tuple[int, int]
 """(position, clip id): what a sampler yields and a dataset reads."""
 
-ORDER, CROP, ROLL, STAND_IN, OFFSET = range(5)
-"""Independent random streams of one seed."""
 STAND_INS = 16
 """Clips tried in the place of an unreadable one before its place stays empty."""
 
@@ -35,56 +33,13 @@ CROP_SLACK = 0.02
 """A clip longer than ``clip_seconds`` by less than this part is read from its start: data sets of
 "5-s clips" hold 5.001 s, and a segment that does not depend on the position can be cached."""
 
-
-def philox(seed: int, number: int, purpose: int) -> np.random.Philox:
-    """The random bits of (seed, number) for one purpose.
-
-    Raw bits of a counter-based generator are the same in every numpy; its ``Generator`` methods
-    are not promised to be, and a resumed run must not depend on an upgrade.
-    """
-    key = np.array([seed, number], np.uint64)
-    return np.random.Philox(key=key, counter=np.array([0, 0, 0, purpose], np.uint64))
+AHEAD_BATCHES = 8
+"""Micro-batches between two looks ahead for shards to fetch."""
 
 
 def clip_samples(clip_seconds: float, sample_rate: int) -> int:
     """Samples of the longest wave."""
     return round(clip_seconds * sample_rate)
-
-
-def below(n: int, bits: np.random.Philox) -> int:
-    """Uniform in ``0 .. n - 1``."""
-    return int(bits.random_raw()) * n >> 64
-
-
-class Plan:
-    """The stream over ``clips`` (a number n for all of 0 .. n - 1, or ids)."""
-
-    def __init__(self, clips: int | Sequence[int] | np.ndarray, *, seed: int) -> None:
-        ids = np.arange(clips) if isinstance(clips, int) else np.asarray(clips, np.int64)
-        if ids.ndim != 1 or not len(ids):
-            raise UserError("there are no clips to stream: the selection is empty")
-        if not 0 <= seed < 1 << 63:
-            raise UserError(f"seed={seed} must lie in 0 .. 2^63 - 1")
-        self.ids = ids
-        self.seed = seed
-        self.order = functools.lru_cache(maxsize=2)(self._order)  # batches straddle two epochs
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """The clip ids of ``epoch`` in their order: (n,) int64."""
-        bits = philox(self.seed, epoch, ORDER).random_raw(len(self.ids))
-        return self.ids[np.argsort(bits, kind="stable")]
-
-    def clips(self, positions: np.ndarray) -> np.ndarray:
-        """Clip ids at global ``positions`` (m,), ascending or not: (m,) int64."""
-        epochs, places = np.divmod(positions, len(self.ids))
-        found = np.empty(len(positions), np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            found[here] = self.order(int(epoch))[places[here]]
-        return found
 
 
 class PlanSampler(Sampler[list[Item]]):
@@ -94,23 +49,28 @@ class PlanSampler(Sampler[list[Item]]):
         batch: clips of a micro-batch on one rank.
         batches: micro-batches that one iteration yields (``len``).
         batches_done: micro-batches finished so far, asked at each ``iter()``.
+        ahead: called now and then with the ids of the clips that come ``look_ahead`` positions
+            later, all ranks' (to fetch remote shards in time); None: nobody looks ahead.
     """
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Plan | MixedPlan,
         *,
         batch: int,
         batches: int,
         rank: int = 0,
         world: int = 1,
         batches_done: Callable[[], int] = lambda: 0,
+        ahead: Callable[[np.ndarray], None] | None = None,
+        look_ahead: int = 8192,
     ) -> None:
         if batch < 1 or batches < 1:
             raise UserError(f"batch={batch} and batches={batches} must be at least 1")
         assert 0 <= rank < world
         self.plan, self.batch, self.batches = plan, batch, batches
         self.rank, self.world, self.batches_done = rank, world, batches_done
+        self.ahead, self.look_ahead = ahead, look_ahead
 
     def __len__(self) -> int:
         return self.batches
@@ -118,8 +78,13 @@ class PlanSampler(Sampler[list[Item]]):
     def __iter__(self) -> Iterator[list[Item]]:
         start = self.batches_done()
         places = self.rank + self.world * np.arange(self.batch)
+        size = self.batch * self.world
         for k in range(start, start + self.batches):
-            positions = k * self.batch * self.world + places
+            if self.ahead is not None and (k - start) % AHEAD_BATCHES == 0:
+                first = k * size + (0 if k == start else self.look_ahead)
+                last = k * size + self.look_ahead + AHEAD_BATCHES * size
+                self.ahead(self.plan.clips(np.arange(first, last)))
+            positions = k * size + places
             clips = self.plan.clips(positions)
             yield list(zip(positions.tolist(), clips.tolist(), strict=True))
 
@@ -146,15 +111,16 @@ class Sample(NamedTuple):
     """One clip, decoded."""
 
     wave: np.ndarray | None  # (S,) float32, S <= clip_samples; None: unreadable, no stand-in
-    target: np.ndarray  # (C,) float32
-    key: str
-    position: int
-    skipped: dict[str, str]
-    """``{key: "kind: why"}`` of the unreadable clips met on the way."""
+    clip: int
+    skipped: list[Skipped]
+    """The unreadable clips met on the way."""
 
 
-class ClipDataset(Dataset[Sample]):
-    """Reads, decodes, crops, rolls and places the clip of an ``Item``.
+class ClipDataset(Dataset[WaveBatch]):
+    """Reads, decodes, crops, rolls and places the clips of a batch of ``Item``s.
+
+    The loader calls ``batch`` (as ``__getitems__``), which decodes into the batch's own memory:
+    no wave is copied twice, and in a worker that memory is already shared with the trainer.
 
     Args:
         sample_rate: Hz of the waves.
@@ -164,8 +130,9 @@ class ClipDataset(Dataset[Sample]):
         roll: circular shift of each wave by a random offset.
         random_offset: put a clip shorter than ``clip_seconds`` at a random place of a silent wave
             of that length, all of which counts as signal; False: waves keep their own length.
+        min_seconds: clips shorter than this are unreadable ("brief").
         pool: clips that may stand in for an unreadable one (training); None: no replacement, the
-            sample comes without a wave and the collate drops it (evaluation).
+            batch lacks the clip (evaluation).
         cache_bytes: keep up to so many bytes of decoded waves in memory, in each loader process.
             Only clips whose segment does not depend on the position are kept: the cache changes
             no value.
@@ -181,6 +148,7 @@ class ClipDataset(Dataset[Sample]):
         crop: Literal["random", "start", "centre"] = "random",
         roll: bool = False,
         random_offset: bool = False,
+        min_seconds: float = 0.0,
         pool: np.ndarray | None = None,
         cache_bytes: int = 0,
     ) -> None:
@@ -189,58 +157,94 @@ class ClipDataset(Dataset[Sample]):
         self.index = index
         self.sample_rate, self.clip_seconds = sample_rate, clip_seconds
         self.seed, self.crop, self.roll, self.pool = seed, crop, roll, pool
-        self.random_offset = random_offset
+        self.random_offset, self.min_seconds = random_offset, min_seconds
         self._cache: dict[int, np.ndarray] = {}
         self._room = cache_bytes
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, item: Item) -> Sample:
+    @property
+    def clip_samples(self) -> int:
+        """S of every batch."""
+        return clip_samples(self.clip_seconds, self.sample_rate)
+
+    def batch(self, items: Sequence[Item]) -> WaveBatch:
+        """The clips of ``items``; what is unreadable and has no stand-in is left out."""
+        rows = Rows(len(items), self.clip_samples)
+        skipped: list[Skipped] = []
+        kept: list[Item] = []
+        for position, clip in items:
+            sample = self.sample((position, clip))
+            skipped += sample.skipped
+            if sample.wave is None:
+                continue
+            roll = offset = 0
+            if self.roll:
+                roll = below(len(sample.wave), philox(self.seed, position, ROLL))
+            room = self.clip_samples - len(sample.wave)
+            if self.random_offset and room > 0:
+                offset = below(room + 1, philox(self.seed, position, OFFSET))
+            rows.add(sample.wave, roll=roll, offset=offset, whole=self.random_offset)
+            kept.append((position, sample.clip))
+        waves, lengths = rows.tensors()
+        targets = np.zeros((len(kept), self.index.classes), np.float32)
+        for row, (_, clip) in enumerate(kept):
+            targets[row, list(self.index.labels(clip))] = 1.0
+        return WaveBatch(
+            waves=waves,  # (B, S)
+            lengths=lengths,
+            targets=torch.from_numpy(targets),  # (B, C)
+            keys=[self.index.key(clip) for _, clip in kept],
+            positions=torch.tensor([position for position, _ in kept], dtype=torch.int64),
+            skipped=skipped,
+        )
+
+    __getitems__ = batch
+
+    def __getitem__(self, item: Item) -> WaveBatch:
+        return self.batch([item])
+
+    def sample(self, item: Item) -> Sample:
+        """The decoded clip of ``item`` or its stand-in, cropped, neither rolled nor placed."""
         position, clip = item
-        skipped: dict[str, str] = {}
-        stand_ins = philox(self.seed, position, STAND_IN)
+        skipped: list[Skipped] = []
+        stand_ins = None
         for _ in range(1 + STAND_INS):
             try:
-                return self._sample(self._wave(clip, position), clip, position, skipped)
+                return Sample(self._wave(clip, position), clip, skipped)
             except (DecodeError, OSError) as error:
                 kind = error.kind if isinstance(error, DecodeError) else "unreadable"
                 why = error.strerror if isinstance(error, OSError) else error
-                skipped[self.index.key(clip)] = f"{kind}: {why}"
+                shard = self.index.shard_name(clip)
+                skipped.append(Skipped(self.index.key(clip), shard, kind, str(why), position))
             if self.pool is None:
                 break
+            stand_ins = stand_ins or philox(self.seed, position, STAND_IN)
             clip = int(self.pool[below(len(self.pool), stand_ins)])
-        return self._sample(None, clip, position, skipped)
-
-    def _sample(
-        self, wave: np.ndarray | None, clip: int, position: int, skipped: dict[str, str]
-    ) -> Sample:
-        return Sample(wave, self.index.targets(clip), self.index.key(clip), position, skipped)
+        return Sample(None, clip, skipped)
 
     def _wave(self, clip: int, position: int) -> np.ndarray:
-        """(S,) float32: the segment of ``clip`` that belongs at ``position``, rolled, placed."""
+        """(S,) float32: the segment of ``clip`` that belongs at ``position``."""
         wave = self._cache.get(clip)
-        if wave is None:
-            encoded = self.index.read(clip)
-            start_seconds, extra_frames = self._segment(clip, position, encoded)
-            known = int(self.index.frames[clip])
-            wave = decode(
-                encoded.data,
-                sample_rate=self.sample_rate,
-                start_seconds=start_seconds,
-                max_seconds=self.clip_seconds,
-                expected_frames=known if known > 0 else None,
-            )
-            free = self.crop != "random" or not extra_frames
-            if free and wave.nbytes <= self._room:
-                self._room -= wave.nbytes
-                self._cache[clip] = wave
-        if self.roll:
-            wave = np.roll(wave, below(len(wave), philox(self.seed, position, ROLL)))
-        room = clip_samples(self.clip_seconds, self.sample_rate) - len(wave)
-        if self.random_offset and room > 0:
-            first = below(room + 1, philox(self.seed, position, OFFSET))
-            wave = np.pad(wave, (first, room - first))
+        if wave is not None:
+            return wave
+        encoded = self.index.read(clip)
+        start_seconds, extra_frames = self._segment(clip, position, encoded)
+        frames, rate = int(self.index.frames[clip]), int(self.index.rate[clip])
+        wave = decode(
+            encoded.data,
+            sample_rate=self.sample_rate,
+            start_seconds=start_seconds,
+            max_seconds=self.clip_seconds,
+            expected_frames=frames if frames > 0 else None,
+            expected_rate=rate if rate > 0 else None,
+            min_seconds=self.min_seconds,
+        )
+        free = self.crop != "random" or not extra_frames
+        if free and wave.nbytes <= self._room:
+            self._room -= wave.nbytes
+            self._cache[clip] = wave
         return wave
 
     def _segment(self, clip: int, position: int, encoded: Clip) -> tuple[float, int]:
@@ -259,3 +263,9 @@ class ClipDataset(Dataset[Sample]):
             return extra // 2 / rate, extra
         first = below(extra + 1, philox(self.seed, position, CROP))
         return first / rate, extra
+
+
+def as_it_is(batch: Any) -> WaveBatch:
+    """The collate of a dataset that makes whole batches."""
+    made: WaveBatch = batch
+    return made

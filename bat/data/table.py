@@ -4,6 +4,7 @@ A shard is a plain WebDataset tar: ``KEY.flac`` + ``KEY.json`` side by side. Its
 lets training read by ``pread`` and never parse a tar; it lies beside the shard as
 ``shard-00000.idx.npz``. ``scan`` makes it for any shard, ours or foreign: regular members only,
 suffixes of an allow-list, size caps, no pickle, nothing unpacked (STACK section 6).
+A foreign JSON seldom says how long a clip is: ``scan(probe=True)`` asks the clips themselves.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from bat.audio.decode import DecodeError
+from bat.audio.decode import probe as read_header
 from bat.data.tar import BLOCK, Member, members, parse_header, sample_key, write_atomic
 from bat.shapes import UserError
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, no_decoder
@@ -57,6 +60,11 @@ class ShardTable:
     """``{member: reason}``"""
     sha256: str = ""
     """Of the tar, where its writer told it."""
+
+    def key_list(self) -> list[str]:
+        """(n) keys."""
+        text, ends = self.keys.tobytes().decode("ascii"), np.cumsum(self.clips["key"], dtype=int)
+        return [text[end - size : end] for end, size in zip(ends, self.clips["key"], strict=True)]
 
     def save(self, path: Path) -> None:
         """Write atomically (temporary file, fsync, ``os.replace``); the same bytes each time."""
@@ -142,18 +150,29 @@ def _whole(value: Any, default: int, limit: int) -> int:
     return int(value) if ok else default
 
 
-def scan(path: Path, sha256: str = "") -> ShardTable:
-    """Read the headers and JSON members of a shard.
+@dataclass
+class Contents:
+    """What lies in a shard: its clips and their JSON, by key, in the order of the clips."""
+
+    tar_bytes: int
+    audio: dict[str, tuple[Member, str]]
+    """Where the file is, and its suffix."""
+    metas: dict[str, dict[str, Any]]
+    left_out: dict[str, str]
+    """``{member: reason}``"""
+
+
+def read_contents(path: Path) -> Contents:
+    """Read the headers and JSON members of a shard; the audio stays where it is.
 
     Raises:
         UserError: missing file, or not a tar.
     """
-    audio: dict[str, tuple[Member, int]] = {}
-    metas: dict[str, dict[str, Any]] = {}
-    left_out: dict[str, str] = {}
+    found = Contents(0, {}, {}, {})
+    audio, metas, left_out = found.audio, found.metas, found.left_out
     try:
         with path.open("rb") as file:
-            end = os.fstat(file.fileno()).st_size
+            end = found.tar_bytes = os.fstat(file.fileno()).st_size
             for member in members(file, path):
                 suffix = os.path.splitext(member.name)[1][1:].lower()
                 if suffix in UNDECODED_SUFFIXES:
@@ -173,7 +192,7 @@ def scan(path: Path, sha256: str = "") -> ShardTable:
                 elif key in (metas if suffix == "json" else audio):
                     left_out[member.name] = "a second one of this key"
                 elif suffix != "json":
-                    audio[key] = (member, AUDIO_SUFFIXES.index(suffix))
+                    audio[key] = (member, suffix)
                 else:
                     try:
                         text = os.pread(file.fileno(), member.size, member.offset)
@@ -184,13 +203,35 @@ def scan(path: Path, sha256: str = "") -> ShardTable:
                 left_out["(end)"] = "no end marker: the tar may be cut short"
     except OSError as error:
         raise UserError(f"shard {path} cannot be read: {error.strerror}") from error
+    return found
+
+
+def scan(path: Path, sha256: str = "", *, probe: bool = False) -> ShardTable:
+    """The table of a shard, made from its headers and JSON members.
+
+    Args:
+        sha256: of the tar, where it is known.
+        probe: open each clip whose JSON does not tell its length and rate, and ask it. A clip that
+            does not open keeps ``frames = -1``; memory: one clip.
+
+    Raises:
+        UserError: missing file, or not a tar.
+    """
+    table = tabulate(read_contents(path), sha256)
+    if probe:
+        ask_clips(path, table.clips)
+    return table
+
+
+def tabulate(found: Contents, sha256: str = "") -> ShardTable:
+    """``Contents`` as arrays."""
     names: dict[str, int] = {}
     ids: list[int] = []
     splits: dict[str, int] = {}
-    clips = np.zeros(len(audio), CLIP)
+    clips = np.zeros(len(found.audio), CLIP)
     labels: list[int] = []
-    for i, (key, (member, codec)) in enumerate(audio.items()):
-        meta = metas.get(key, {})
+    for i, (key, (member, suffix)) in enumerate(found.audio.items()):
+        meta = found.metas.get(key, {})
         pairs = parse_labels(meta)[: (1 << 16) - 1]
         for name, number in pairs:
             if names.setdefault(name, len(names)) == len(ids):
@@ -205,12 +246,37 @@ def scan(path: Path, sha256: str = "") -> ShardTable:
             member.size,
             _whole(meta.get("num_samples"), -1, 1 << 62) or -1,
             _whole(meta.get("sample_rate"), 0, 1 << 31),
-            codec,
+            AUDIO_SUFFIXES.index(suffix),
             _whole(meta.get("fold"), -1, 1 << 15),
             splits.setdefault(str(split), len(splits)) if known else -1,
             len(pairs),
             len(key),
         )
-    keys = np.frombuffer("".join(audio).encode("ascii"), np.uint8)
+    keys = np.frombuffer("".join(found.audio).encode("ascii"), np.uint8)
     flat = np.array(labels, np.int32)
-    return ShardTable(end, clips, flat, keys, list(names), ids, list(splits), left_out, sha256)
+    return ShardTable(
+        found.tar_bytes, clips, flat, keys, list(names), ids, list(splits), found.left_out, sha256
+    )
+
+
+def ask_clips(path: Path, clips: np.ndarray) -> int:
+    """Fill ``frames`` and ``rate`` where they are unknown, from the clips' own headers.
+
+    Returns:
+        How many clips were completed; those that do not open stay unknown.
+    """
+    filled = 0
+    with path.open("rb") as file:
+        for i in np.flatnonzero((clips["frames"] < 0) | (clips["rate"] == 0)):
+            size, offset = int(clips["size"][i]), int(clips["offset"][i])
+            try:
+                info = read_header(os.pread(file.fileno(), size, offset))
+            except DecodeError:
+                continue
+            if not info.frames:
+                continue
+            if clips["frames"][i] < 0:
+                clips["frames"][i] = info.frames
+            clips["rate"][i] = info.sample_rate
+            filled += 1
+    return filled

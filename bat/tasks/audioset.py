@@ -1,11 +1,13 @@
 """AudioSet (Gemmeke et al. 2017): 527 classes, multi-label, clips of 10 s.
 
 The folder holds AudioSet's own files as they are downloaded: one or more segments CSVs
-(``*_segments.csv``: comment lines, then ``YTID, start_seconds, end_seconds, "mid,mid"``),
-``class_labels_indices.csv`` (``index,mid,display_name``: names and the official order) and the
-clips, anywhere below: ``YTID.ext``, ``YYTID.ext`` or either with ``_START`` (seconds, or
-milliseconds as some downloaders write) before the suffix. Segments without a file are left out
-(much of AudioSet is gone); none at all is an error.
+(``*_segments.csv``: comment lines, then ``YTID, start_seconds, end_seconds, "mid,mid"``), the names
+of the classes and the clips, anywhere below: ``YTID.ext``, ``YYTID.ext`` or either with ``_START``
+(seconds, or milliseconds as some downloaders write) before the suffix. Segments without a file are
+left out (much of AudioSet is gone); none at all is an error.
+
+Names: ``class_labels_indices.csv`` (``index,mid,display_name``), which has the official order; with
+``ontology.json`` alone the classes are those that the segments name, sorted.
 
 Split: ``test`` for rows of ``eval_segments.csv``, ``train`` for the others.
 """
@@ -16,28 +18,24 @@ import csv
 from pathlib import Path
 
 from bat.shapes import UserError
-from bat.tasks.base import Row, Task, read_csv, whole_number
+from bat.tasks.base import Row, Task
 from bat.tasks.folder import find_audio
+from bat.tasks.labels import Labels, Reading, labels_beside
 
 
-def class_table(root: Path) -> dict[str, str]:
-    """``{mid: display name}`` in the official order."""
-    path = root / "class_labels_indices.csv"
-    if not path.is_file():
+def class_names(root: Path) -> Labels:
+    """The label file of AudioSet in ``root``.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    labels = labels_beside(root)
+    if labels is None or not labels.mids:
         raise UserError(
-            f"{path} does not exist: put AudioSet's class_labels_indices.csv beside its segments "
-            f"(it is on AudioSet's download page)"
+            f"{root / 'class_labels_indices.csv'} does not exist: put AudioSet's there, beside its "
+            f"segments, or its ontology.json (both are on AudioSet's download page)"
         )
-    lines = read_csv(path, ("index", "mid", "display_name"))
-    lines.sort(key=lambda line: whole_number(line["index"], column="index", path=path))
-    table = {line["mid"]: line["display_name"] for line in lines}
-    if len(set(table.values())) != len(lines):
-        raise UserError(f"{path} lists a mid or a name twice: download it again")
-    return table
-
-
-def vocabulary(root: Path) -> list[str]:
-    return list(class_table(root).values())
+    return labels
 
 
 def read_segments(path: Path) -> list[tuple[str, float, list[str]]]:
@@ -57,26 +55,38 @@ def read_segments(path: Path) -> list[tuple[str, float, list[str]]]:
     return found
 
 
-def rows(root: Path) -> list[Row]:
-    tables = sorted(root.glob("*_segments.csv"))
+def segment_tables(source: Path) -> list[Path]:
+    """The ``*_segments.csv`` of a folder, or the one given; none: empty."""
+    if source.is_dir():
+        return sorted(source.glob("*_segments.csv"))
+    return [source] if source.name.endswith("_segments.csv") and source.is_file() else []
+
+
+def read(source: Path, labels: Labels | None = None) -> Reading:
+    """The clips of AudioSet's folder, or of one of its segments CSVs.
+
+    Raises:
+        UserError: no segments, none of their clips, no names, a mid without a name.
+    """
+    tables = segment_tables(source)
+    root = source if source.is_dir() else source.parent
     if not tables:
         raise UserError(
             f"{root} has no *_segments.csv: put balanced_train_segments.csv, "
             f"eval_segments.csv or unbalanced_train_segments.csv there"
         )
-    names = class_table(root)
+    labels = labels or class_names(root)
     files: dict[str, Path] = {}
     for path in find_audio(root):
         files.setdefault(path.stem, path)
     found: dict[str, Row] = {}
+    met: set[str] = set()
     listed = 0
     for table in tables:
         split = "test" if table.name.startswith("eval") else "train"
         for name, start, mids in read_segments(table):
             listed += 1
-            unknown = [m for m in mids if m not in names]
-            if unknown:
-                raise UserError(f"{table}: mid {unknown[0]!r} is not in class_labels_indices.csv")
+            met.update(mids)
             tails = ("", f"_{start:g}", f"_{start:.3f}", f"_{round(start * 1000)}")
             stems = (f"{y}{name}{tail}" for tail in tails for y in ("Y", ""))
             stem = next((s for s in stems if s in files), None)
@@ -84,17 +94,35 @@ def rows(root: Path) -> list[Row]:
                 found[f"Y{name}"] = Row(
                     path=files[stem],
                     key=f"Y{name}",
-                    labels=tuple(names[m] for m in mids),
+                    labels=tuple(mids),
                     split=split,
                     start_seconds=start,
-                    mids=tuple(mids),
                 )
     if not found:
         raise UserError(
             f"none of the {listed} segments of {root} has an audio file below it: clips are "
             f"called YTID.ext, YYTID.ext or YTID_START.ext"
         )
-    return list(found.values())
+    notes = []
+    if len(found) < listed:
+        notes.append(f"{listed - len(found)} of {listed} segments have no audio file: left out")
+    translated = labels.translate(found.values())
+    every = labels.translate([Row(path=tables[0], key="", labels=tuple(sorted(met)))])
+    if not labels.numbers:
+        notes.append(
+            f"{labels.path.name} has no order of classes: they are the {len(met)} that the "
+            f"segments name, sorted; class_labels_indices.csv has the official order"
+        )
+    return Reading(translated, labels.vocabulary(every), notes)
+
+
+def rows(root: Path) -> list[Row]:
+    return read(root).rows
+
+
+def vocabulary(root: Path) -> list[str]:
+    labels = class_names(root)
+    return list(labels.names) if labels.numbers else read(root).vocabulary
 
 
 TASK = Task(

@@ -27,7 +27,7 @@ def no_decoder(suffix: str) -> str:
     return f"no decoder for {suffix}: convert it with ffmpeg"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One audio file of a task, before it is in a shard."""
 
@@ -44,6 +44,23 @@ class Row:
     """Where the clip starts in the recording it was cut from."""
     mids: tuple[str, ...] = ()
     """Machine ids of ``labels`` where the source has them (AudioSet)."""
+    span: tuple[int, int] | None = None
+    """``(offset, size)``: the file is these bytes of ``path`` (a member of a tar)."""
+    cell: tuple[int, int] | None = None
+    """``(row group, row)``: the file is this cell of the parquet file ``path``."""
+    codec: str = ""
+    """Suffix of the bytes where ``path`` does not tell it."""
+
+    @property
+    def suffix(self) -> str:
+        """``flac``, ``wav``, ...: lower case, no dot."""
+        return self.codec or self.path.suffix[1:].lower()
+
+    @property
+    def name(self) -> str:
+        """What to call the file in a message."""
+        inside = self.span is not None or self.cell is not None
+        return f"{self.path.name}/{self.key}" if inside else self.path.name
 
 
 @dataclass(frozen=True)
@@ -117,7 +134,8 @@ def known_tasks() -> list[str]:
     """Names of the tasks in ``bat/tasks``."""
     import bat.tasks
 
-    return sorted(m.name for m in pkgutil.iter_modules(bat.tasks.__path__) if m.name != "base")
+    names = (m.name for m in pkgutil.iter_modules(bat.tasks.__path__))
+    return sorted(name for name in names if name not in ("base", "labels"))
 
 
 def load_task(name: str) -> Task:

@@ -1,11 +1,13 @@
 """Audio of one's own: a folder (recursive), or a CSV that lists files and labels.
 
 Folder: where the audio lies in two or more sub-folders, the name of a file's parent folder is its
-label; otherwise the clips are unlabelled (good for pre-training).
+label; otherwise the clips are unlabelled (good for pre-training). Where all of it lies below
+folders called ``train``, ``test`` and the like, these are splits, and each is read in that way.
 
 CSV: columns ``path`` (relative to the CSV, or absolute) and at will ``label`` (one, taken as it
 stands), ``labels`` (several, separated by ``;``, or by ``,`` where the column has no ``;``),
 ``fold`` (from 1) and ``split``. Other columns are an error: a misspelt one must not pass.
+Labels are names, or mids where a label file lies beside the CSV (``bat.tasks.labels``).
 
 The labels decide whether the task is multi-label (``Task.settle``).
 """
@@ -18,20 +20,34 @@ from pathlib import Path
 
 from bat.shapes import UserError
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task, read_csv, whole_number
+from bat.tasks.labels import Labels, Reading, named
 
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
+"""Folders that are taken for splits, in lower case."""
 COLUMNS = ("path", "label", "labels", "fold", "split")
 
 
 def find_audio(root: Path) -> list[Path]:
-    """Every audio file below ``root``, sorted; hidden files and folders are left out."""
-    suffixes = (*AUDIO_SUFFIXES, *UNDECODED_SUFFIXES)
-    found = []
-    for folder, names, files in os.walk(root):
-        names[:] = sorted(n for n in names if not n.startswith("."))
-        for name in files:
-            if not name.startswith(".") and Path(name).suffix[1:].lower() in suffixes:
-                found.append(Path(folder) / name)
-    return sorted(found)
+    """Every audio file below ``root``, sorted; hidden files and folders are left out.
+
+    Raises:
+        UserError: a folder that cannot be read.
+    """
+    suffixes = tuple(f".{suffix}" for suffix in (*AUDIO_SUFFIXES, *UNDECODED_SUFFIXES))
+    found: list[str] = []
+    for folder, names, files in os.walk(root, onerror=_unreadable):
+        names[:] = [n for n in names if not n.startswith(".")]
+        found.extend(
+            os.path.join(folder, n)
+            for n in files
+            if not n.startswith(".") and n.lower().endswith(suffixes)
+        )
+    found.sort(key=lambda path: path.split(os.sep))
+    return [Path(path) for path in found]
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"folder {error.filename} cannot be read: {error.strerror}") from error
 
 
 def _key(path: str) -> str:
@@ -39,7 +55,7 @@ def _key(path: str) -> str:
     return os.path.splitext(path)[0].replace("\\", "/").strip("/").replace("/", "__")
 
 
-def _unique_keys(paths: list[str]) -> list[str]:
+def keys_of(paths: list[str]) -> list[str]:
     """Keys of relative paths; where two files differ in suffix only, the suffix is kept."""
     keys = [_key(p) for p in paths]
     count = Counter(keys)
@@ -53,12 +69,20 @@ def _rows_of_folder(root: Path) -> list[Row]:
             f"{root} has no audio (looked for {', '.join('.' + s for s in AUDIO_SUFFIXES)}, "
             f"sub-folders included)"
         )
-    parents = {f.parent for f in files}
-    labelled = root not in parents and len(parents) > 1
-    keys = _unique_keys([f.relative_to(root).as_posix() for f in files])
+    names = [f.relative_to(root).as_posix() for f in files]
+    tops = {name.partition("/")[0] for name in names}
+    splits = all(top.lower() in SPLITS for top in tops)
+    inside = [name.partition("/")[2] if splits else name for name in names]
+    parents = {name.rpartition("/")[0] for name in inside}
+    labelled = "" not in parents and len(parents) > 1
     return [
-        Row(path=f, key=key, labels=(f.parent.name,) if labelled else ())
-        for f, key in zip(files, keys, strict=True)
+        Row(
+            path=f,
+            key=key,
+            labels=(f.parent.name,) if labelled else (),
+            split=name.partition("/")[0] if splits else None,
+        )
+        for f, key, name in zip(files, keys_of(names), names, strict=True)
     ]
 
 
@@ -75,7 +99,7 @@ def _rows_of_csv(path: Path) -> list[Row]:
     if {"label", "labels"} <= set(lines[0]):
         raise UserError(f"{path} has both 'label' and 'labels': keep one of them")
     separator = ";" if any(";" in line.get("labels", "") for line in lines) else ","
-    keys = _unique_keys([line["path"] for line in lines])
+    keys = keys_of([line["path"] for line in lines])
     rows = []
     for line, key in zip(lines, keys, strict=True):
         if not line["path"]:
@@ -100,12 +124,21 @@ def _rows_of_csv(path: Path) -> list[Row]:
     return rows
 
 
+def read(source: Path, labels: Labels | None = None) -> Reading:
+    """The clips of a folder or a CSV.
+
+    Raises:
+        UserError: no audio, no such files, unknown columns, an unknown label.
+    """
+    if source.is_dir():
+        return named(_rows_of_folder(source), labels, source)
+    if source.suffix.lower() != ".csv":
+        raise UserError(f"{source} is neither a folder nor a .csv file")
+    return named(_rows_of_csv(source), labels, source.parent)
+
+
 def rows(root: Path) -> list[Row]:
-    if root.is_dir():
-        return _rows_of_folder(root)
-    if root.suffix.lower() != ".csv":
-        raise UserError(f"{root} is neither a folder nor a .csv file")
-    return _rows_of_csv(root)
+    return read(root).rows
 
 
 TASK = Task(

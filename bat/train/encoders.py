@@ -129,12 +129,12 @@ def data_of_run(config: Supervised) -> tuple[Data, str]:
     for file in _config_files(_given(config)):
         for task, root, shards in _sources(file):
             if task == config.task and (root or shards):
-                note = f"data {root or shards}, as {file} says"
+                note = f"data {root or ', '.join(shards)}, as {file} says"
                 return replace(data, root=root, shards=shards), note
     return data, ""
 
 
-def _sources(file: Path) -> list[tuple[str, str | None, str | None]]:
+def _sources(file: Path) -> list[tuple[str, str | None, list[str]]]:
     """Task, root and shards of the data that the run with this configuration used."""
     for schema in (Pretrain, Finetune, Probe):
         try:

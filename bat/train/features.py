@@ -22,7 +22,7 @@ from bat.backbones.base import Backbone
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index
 from bat.data.module import AudioData, eval_loader
-from bat.data.stream import Plan
+from bat.data.plan import Plan
 from bat.shapes import Features, UserError, WaveBatch
 
 Batches = Iterator[tuple[Features, Tensor]]
@@ -172,6 +172,7 @@ class FeatureStream:
         clip_seconds: float,
         roll: bool = False,
         random_offset: bool = False,
+        min_seconds: float = 0.0,
         workers: int = 0,
         cache_bytes: int = 0,
         autocast: torch.dtype | None = None,
@@ -179,6 +180,7 @@ class FeatureStream:
     ) -> None:
         self.backbone, self.index, self.frames, self.autocast = backbone, index, frames, autocast
         self.clip_seconds, self.roll, self.random_offset = clip_seconds, roll, random_offset
+        self.min_seconds = min_seconds
         self.workers, self.cache_bytes = workers, cache_bytes
         self.bad_clips = bad_clips or BadClips(max_bad=1.0)
 
@@ -189,11 +191,12 @@ class FeatureStream:
             batches=steps,
             sample_rate=self.backbone.sample_rate,
             clip_seconds=self.clip_seconds,
+            plan=Plan(ids, seed=seed),
             seed=seed,
             roll=self.roll,
             random_offset=self.random_offset,
+            min_seconds=self.min_seconds,
             workers=self.workers,
-            train_ids=ids,
             cache_bytes=self.cache_bytes,
         )
         return self._encoded(data.train_dataloader())
@@ -208,6 +211,7 @@ class FeatureStream:
                 clip_seconds=self.clip_seconds,
                 workers=self.workers,
                 cache_bytes=self.cache_bytes,
+                min_seconds=self.min_seconds,
             )
         )
 

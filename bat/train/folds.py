@@ -21,6 +21,7 @@ from bat.config import schema
 from bat.config.compose import to_dict
 from bat.data.bad_clips import BadClips
 from bat.data.module import AudioData
+from bat.data.plan import make_plan
 from bat.probes.base import build_probe
 from bat.report.plots import plot_curves
 from bat.shapes import UserError
@@ -83,19 +84,30 @@ class Folds:
 
     def data(self, held: Round) -> AudioData:
         config, data = self.config, self.config.data
+        seed = derive_seed(config.seed, held.name, "order")
         return AudioData(
             index=self.index,
             batch=data.batch,
             batches=config.train.steps * config.train.accumulate,
             sample_rate=self.backbone.sample_rate,
             clip_seconds=data.clip_seconds,
-            seed=derive_seed(config.seed, held.name, "order"),
+            plan=make_plan(
+                self.index,
+                held.train,
+                seed=seed,
+                shuffle=data.shuffle,
+                window=data.window,
+                balance=data.balance,
+                epoch_clips=data.epoch_clips,
+            ),
+            seed=seed,
             roll=data.roll,
             random_offset=config.pad_offset == "random",
+            min_seconds=data.min_seconds,
             workers=data.workers,
-            train_ids=held.train,
             cache_bytes=int(data.cache_waves_gb * 1e9),
             max_bad=data.max_bad,
+            out=self.out / f"fold-{held.name}",
         )
 
     def fold(self, held: Round) -> dict[str, Any]:
@@ -165,6 +177,7 @@ class Folds:
             self.index,
             frames=self.frames,
             clip_seconds=config.data.clip_seconds,
+            min_seconds=config.data.min_seconds,
             workers=config.data.workers,
             autocast=autocast,
             bad_clips=bad,

@@ -115,6 +115,7 @@ class OnlineProbe(StepCallback):
             batch=online.batch,
             sample_rate=teacher.sample_rate,
             clip_seconds=self.config.data.clip_seconds,
+            min_seconds=self.config.data.min_seconds,
         )
         bank = FeatureBank.extract(
             teacher,

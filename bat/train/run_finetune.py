@@ -23,7 +23,6 @@ from bat.train.folds import Folds
 from bat.train.held_out import HOW, TITLES, Outcome, summary, table
 from bat.train.prepare import prepare
 from bat.train.run_folder import open_run
-from bat.train.run_pretrain import first_batch
 from bat.train.trainer import is_main, start_logging, write_json
 
 log = logging.getLogger("bat")
@@ -85,7 +84,7 @@ def _dry_run(run: Folds) -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     module = module.to(device).train()
     autocast = autocast_for(run.config.hardware)
-    batch = first_batch(data)
+    batch = data.first_batch()
     if not on_gpu:
         batch = replace(
             batch, waves=batch.waves[:1], lengths=batch.lengths[:1], targets=batch.targets[:1]

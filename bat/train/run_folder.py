@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bat.checkpoint import replace_durably
 from bat.config.compose import to_yaml
@@ -31,6 +34,7 @@ SAFE = (
     "online.",
     "data.workers:",
     "data.cache:",
+    "data.cache_gb:",
     "data.cache_waves_gb:",
     "data.root:",
     "data.shards:",
@@ -116,17 +120,23 @@ def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Tas
     """
     task = load_task(task_name)
     if data.shards:
-        source: str | Path = data.shards
+        sources = list(data.shards)
     elif data.root:
-        source = ensure_shards(task, data.root, data.cache, progress=progress)
+        made = ensure_shards(task, data.root, data.cache, jobs=cores(), progress=progress)
+        sources = [str(made)]
     elif task.name == "toy":
-        source = make_toy(Path(data.cache) / "toy")
+        sources = [str(make_toy(Path(data.cache) / "toy"))]
     else:
         raise UserError(
             f"no data given for task '{task.name}': say data.shards=DIR (shards, see bat-shard) "
             "or data.root=DIR (a folder of audio)"
         )
-    index = open_index(source, cache=Path(data.cache))
+    index = open_index(
+        sources,
+        cache=Path(data.cache),
+        cache_bytes=int(data.cache_gb * 1e9),
+        labels=data.labels,
+    )
     if index.left_out:
         name, why = next(iter(index.left_out.items()))
         log.warning(
@@ -136,3 +146,23 @@ def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Tas
             why,
         )
     return task.settle(index.labels_per_clip.tolist()), index
+
+
+def training_clips(index: Index, split: str) -> np.ndarray | None:
+    """Ids of the clips to pre-train on (``data.split``); None: all of them."""
+    if split == "all" or (split == "auto" and "train" not in index.splits):
+        return None
+    ids = index.clips_in_split("train" if split == "auto" else split)
+    if split == "auto" and len(ids) < len(index):
+        others = [name for name in index.splits if name != "train"]
+        log.info(
+            "pre-training on the %d clips of split train; data.split=all takes those of %s too",
+            len(ids),
+            ", ".join(others) or "none",
+        )
+    return ids
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,23 +8,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from bat import __version__, checkpoint
 from bat.config.compose import to_dict
 from bat.config.schema import Pretrain
-from bat.data.collate import Collate
 from bat.data.index import Index
 from bat.data.module import AudioData
+from bat.data.plan import make_plan
 from bat.report.plots import plot_curves, plot_masks
-from bat.shapes import WaveBatch
 from bat.tasks.base import Task
 from bat.train.callbacks import Checkpoints, Metrics
 from bat.train.online import OnlineProbe
 from bat.train.pretrain import Pretraining
-from bat.train.run_folder import open_data, open_run
+from bat.train.run_folder import open_data, open_run, training_clips
 from bat.train.trainer import (
     build_trainer,
     derive_seed,
@@ -43,7 +41,7 @@ def pretrain(config: Pretrain, *, dry_run: bool = False) -> Path:
     out = Path(config.out or f"runs/pretrain-{config.recipe}")
     start_logging()
     task, index = open_data(config.task, config.data)
-    data = make_data(config, index)
+    data = make_data(config, index, out)
     torch.manual_seed(derive_seed(config.seed, "init"))
     module = Pretraining(config)
     if dry_run:
@@ -108,7 +106,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def make_data(config: Pretrain, index: Index) -> AudioData:
+def make_data(config: Pretrain, index: Index, out: Path | None = None) -> AudioData:
     """The training stream as the configuration says."""
     data = config.data
     return AudioData(
@@ -117,11 +115,23 @@ def make_data(config: Pretrain, index: Index) -> AudioData:
         batches=config.train.steps * config.train.accumulate,
         sample_rate=config.frontend.sample_rate,
         clip_seconds=data.clip_seconds,
+        plan=make_plan(
+            index,
+            training_clips(index, data.split),
+            seed=config.seed,
+            shuffle=data.shuffle,
+            window=data.window,
+            balance=data.balance,
+            epoch_clips=data.epoch_clips,
+            mix=data.mix,
+        ),
         seed=config.seed,
         roll=data.roll,
+        min_seconds=data.min_seconds,
         workers=data.workers,
         cache_bytes=int(data.cache_waves_gb * 1e9),
         max_bad=data.max_bad,
+        out=out,
     )
 
 
@@ -146,7 +156,7 @@ def draw(module: Pretraining, data: AudioData, out: Path) -> None:
     """``plots/``: a few spectrograms with their masks, the loss and learning-rate curves."""
     plots = out / "plots"
     plots.mkdir(exist_ok=True)
-    batch = first_batch(data)
+    batch = data.first_batch()
     count = min(4, batch.waves.shape[0])
     with torch.no_grad():
         spectrogram = module.spectrogram(batch.to(module.device))[:count]
@@ -163,20 +173,13 @@ def draw(module: Pretraining, data: AudioData, out: Path) -> None:
     plot_curves(read_jsonl(out / "metrics.jsonl"), plots / "curves.png")
 
 
-def first_batch(data: AudioData) -> WaveBatch:
-    """The first micro-batch of the stream, made in this process."""
-    clips = data.plan.clips(np.arange(data.batch))
-    items = [(position, int(clip)) for position, clip in enumerate(clips)]
-    return Collate(data.clip_samples)([data.dataset[item] for item in items])
-
-
 def _dry_run(config: Pretrain, module: Pretraining, data: AudioData, index: Index) -> None:
     """Build everything, take one batch, compute the loss, train nothing.
 
     On a GPU the whole micro-batch goes forward and backward, so its memory is known; on the CPU
     one clip goes forward, since Base at full size takes minutes and tens of gigabytes there.
     """
-    batch = first_batch(data)
+    batch = data.first_batch()
     device = torch.device("cuda" if _wants_cuda(config) else "cpu")
     module = module.to(device)
     clips = batch.waves.shape[0] if device.type == "cuda" else 1

@@ -168,6 +168,7 @@ def _source(ready: Prepared[schema.Probe], bad: BadClips) -> Source:
             clip_seconds=config.data.clip_seconds,
             roll=config.data.roll,
             random_offset=random_offset,
+            min_seconds=config.data.min_seconds,
             workers=config.data.workers,
             cache_bytes=cache,
             autocast=autocast,
@@ -185,6 +186,7 @@ def _source(ready: Prepared[schema.Probe], bad: BadClips) -> Source:
         clip_seconds=config.data.clip_seconds,
         workers=config.data.workers,
         cache_bytes=cache,
+        min_seconds=config.data.min_seconds,
     )
     return FeatureBank.extract(
         backbone,

@@ -13,7 +13,8 @@ import soundfile
 import soxr
 
 from bat.audio import decode as module
-from bat.audio.decode import AudioInfo, DecodeError, decode, encode, probe
+from bat.audio.decode import AudioInfo, DecodeError, decode, decode_channels, encode, probe
+from bat.audio.encode import OPUS_RATES_HZ, stamp_ogg
 from bat.shapes import UserError
 
 FORMATS = {  # codec -> libsndfile's format, subtype, rate
@@ -75,18 +76,31 @@ def test_encode_clips_and_does_not_wrap() -> None:
     np.testing.assert_array_equal(back, np.float32([32767 / 32768, -1.0, 32767 / 32768, 0.0]))
 
 
-@pytest.mark.parametrize("codec", ["wav", "flac", "ogg"])
-def test_encode_gives_equal_bytes_for_equal_waves(codec: str) -> None:
-    wave = noise(70000)[:, 0]
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("codec", ["wav", "flac", "ogg", "opus"])
+def test_encode_gives_equal_bytes_for_equal_waves(codec: str, channels: int) -> None:
+    wave = noise(70000, channels).reshape(70000, -1)
+    wave = wave[:, 0] if channels == 1 else wave
     first, second = (encode(wave, sample_rate=16000, codec=codec) for _ in range(2))  # type: ignore[arg-type]
     assert first == second
-    assert probe(first).frames == 70000
+    assert probe(first) == AudioInfo(70000, 16000, channels, codec)
+    back = decode_channels(first, sample_rate=16000).reshape(wave.shape)
+    loss = np.abs(back - wave).max() if codec in ("wav", "flac") else np.std(back - wave)
+    assert loss <= (0 if codec in ("wav", "flac") else 0.1)
+
+
+@pytest.mark.parametrize("rate", OPUS_RATES_HZ)
+def test_opus_keeps_rate_length_and_tone(rate: int) -> None:
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    data = encode(tone, sample_rate=rate, codec="opus")
+    assert probe(data) == AudioInfo(rate, rate, 1, "opus")
+    assert np.corrcoef(decode(data, sample_rate=rate), tone)[0, 1] > 0.99
 
 
 def test_ogg_stamp_mends_checksums() -> None:
     data = sample("ogg", channels=1)
-    assert module._stamp_ogg(data, int.from_bytes(data[14:18], "little")) == data
-    stamped = module._stamp_ogg(data, 7)
+    assert stamp_ogg(data, int.from_bytes(data[14:18], "little")) == data
+    stamped = stamp_ogg(data, 7)
     assert stamped != data
     np.testing.assert_array_equal(
         decode(stamped, sample_rate=44100), decode(data, sample_rate=44100)
@@ -96,15 +110,21 @@ def test_ogg_stamp_mends_checksums() -> None:
 @pytest.mark.parametrize(
     ("wave", "codec", "message"),
     [
-        (np.zeros((4, 2)), "flac", "mono"),
+        (np.zeros((4, 2, 1)), "flac", r"\(S, channels\)"),
+        (np.zeros((4, 9)), "flac", "flac cannot hold 9 channels at 16000 Hz"),
         (np.zeros(0), "flac", "S >= 1"),
         (np.array([np.nan]), "wav", "finite"),
-        (np.zeros(4), "mp3", "one of flac, wav, ogg"),
+        (np.zeros(4), "mp3", "one of flac, wav, ogg, opus"),
     ],
 )
 def test_encode_refuses(wave: np.ndarray, codec: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         encode(wave, sample_rate=16000, codec=codec)  # type: ignore[arg-type]
+
+
+def test_opus_refuses_other_rates() -> None:
+    with pytest.raises(UserError, match="Opus has no 44100 Hz: resample to one of 8000"):
+        encode(np.zeros(4), sample_rate=44100, codec="opus")
 
 
 @pytest.mark.parametrize("codec", FORMATS)
@@ -234,6 +254,56 @@ def test_flac_without_length_is_read_to_its_end() -> None:
     part = decode(data, sample_rate=44100, start_seconds=1.0)
     np.testing.assert_array_equal(part, wanted[44100:])
     assert kind_of(data, expected_frames=70000) == "short"
+
+
+def test_another_rate_than_the_index_knows() -> None:
+    data = sample("flac")
+    assert len(decode(data, sample_rate=44100, expected_rate=44100)) == 66150
+    assert kind_of(data, expected_rate=16000, expected_frames=24000) == "rate"
+
+
+@pytest.mark.parametrize("total", [66150, 0])  # 0: a FLAC that does not say how long it is
+def test_briefer_than_asked(total: int) -> None:
+    data = with_flac_total(sample("flac"), total)
+    assert len(decode(data, sample_rate=44100, min_seconds=1.5)) == 66150
+    assert kind_of(data, min_seconds=1.501) == "brief"
+    assert kind_of(data, min_seconds=1.501, start_seconds=1.0) == "brief"
+    assert kind_of(data, min_seconds=1.501, expected_frames=88200) == "short"  # it was not so brief
+    part = decode(data, sample_rate=44100, min_seconds=1.5, max_seconds=0.5)
+    assert len(part) == 22050  # of the whole clip, not of the segment
+    assert kind_of(file_bytes(np.zeros(0), 16000), min_seconds=1.0) == "empty"
+
+
+@pytest.mark.parametrize("codec", FORMATS)
+def test_a_path_is_read_as_its_bytes_are(codec: str, tmp_path: Path) -> None:
+    data, path = sample(codec), tmp_path / "ü -.x"
+    path.write_bytes(data)
+    assert probe(path) == probe(data)
+    for more in ({}, {"start_seconds": 0.7, "max_seconds": 0.3}):
+        np.testing.assert_array_equal(
+            decode(path, sample_rate=16000, **more), decode(data, sample_rate=16000, **more)
+        )
+
+
+def test_paths_that_are_no_audio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("-").write_bytes(b"not audio, and not the standard input")
+    assert kind_of(Path("-")) == "corrupt"  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError):
+        decode(tmp_path / "no.wav", sample_rate=16000)
+    with pytest.raises(IsADirectoryError):
+        probe(tmp_path)
+
+
+@pytest.mark.parametrize("rate", [44100, 16000])
+def test_channels_are_kept_and_their_mean_is_the_mix(rate: int) -> None:
+    data = sample("flac")
+    both = decode_channels(data, sample_rate=rate, start_seconds=0.5, max_seconds=0.5)
+    assert both.shape == (rate // 2, 2)
+    assert (both.dtype, both.flags.c_contiguous) == (np.float32, True)
+    mixed = decode(data, sample_rate=rate, start_seconds=0.5, max_seconds=0.5)
+    np.testing.assert_allclose(both @ np.float32([0.5, 0.5]), mixed, atol=1e-6)
+    assert np.abs(both[:, 0] - both[:, 1]).max() > 0.1
 
 
 def test_longer_than_the_bound() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -35,16 +36,42 @@ def test_help_is_quick_and_complete() -> None:
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1.0
     assert done.returncode == 0
-    flags = (
-        "--task",
-        "--codec",
-        "--sample-rate",
-        "--shard-mb",
-        "--dry-run",
-        "--debug",
-        "--version",
-    )
-    assert all(flag in done.stdout for flag in flags)
+    flags = "task labels split codec sample-rate channels clip-seconds min-seconds shard-mb folds "
+    flags += "splits index-dir jobs dry-run debug version"
+    assert all(f"--{flag} " in done.stdout for flag in flags.split())
+    assert "opus" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [("verify", ["--json", "--index-dir", "--jobs"]), ("info", ["--plot", "--index-dir"])],
+)
+def test_help_of_the_sub_commands(
+    command: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: bat-shard {command} ")
+    assert all(flag in printed for flag in flags)
+
+
+def test_no_torch_on_any_path(folder: Path, tmp_path: Path) -> None:
+    """Packing by two processes, indexing, verify and info: none waits for torch."""
+    code = f"""
+import sys
+from bat.cli.shard import main
+if __name__ == "__main__":
+    out = {str(tmp_path / "out")!r}
+    assert main([{str(folder)!r}, out, "--codec", "flac", "--jobs", "2"]) == 0
+    assert main([out]) == main(["verify", out, "--jobs", "2"]) == main(["info", out]) == 0
+    heavy = {{"torch", "lightning", "webdataset", "omegaconf", "fsspec"}} & set(sys.modules)
+    sys.exit(", ".join(sorted(heavy)) or 0)
+"""
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,11 +87,22 @@ def test_a_folder_becomes_shards(
     out = tmp_path / "out"
     assert main([str(folder), str(out), "--codec", "flac"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "clips     3 (3.0 s)"
-    assert printed[1].startswith("shards    1 (0.0")
-    assert printed[2] == "labels    2 classes (dog 2, cat 1)"
-    assert printed[3] == f"left out  1 (1 corrupt): listed in {out / 'manifest.json'}"
-    assert printed[4] == f"next      bat-pretrain recipe=as2m data.shards={out}"
+    size = (out / "shard-00000.tar").stat().st_size / 1e6
+    assert printed == [
+        "clips     3 (3.0 s)",
+        f"shards    1 ({size:.2f} MB) in {out}",
+        "length    1.00 s at the median, 1.00 to 1.00",
+        "rates     16000 Hz 3",
+        "codecs    flac 3",
+        "splits    none",
+        "folds     none",
+        "labels    2 classes, 1 a clip, 0 without",
+        "balance   1 clips in the smallest class, 1.5 at the median, 2 in the largest",
+        "common    dog 2, cat 1",
+        "rare      cat 1, dog 2",
+        f"left out  1 (1 corrupt): listed in {out / 'manifest.json'}",
+        f"next      bat-pretrain recipe=as2m data.shards={out}",
+    ]
     index = open_index(out)
     assert (len(index), index.vocabulary) == (3, ["cat", "dog"])
     left_out = json.loads((out / "manifest.json").read_text())["left_out"]
@@ -90,7 +128,8 @@ def test_dry_run_writes_nothing(
     assert main([str(folder), str(tmp_path / "out"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "clips     3 (3 wav)" in printed
-    assert "labels    2 classes (dog 2, cat 1)" in printed
+    assert "labels    2 classes\n" in printed
+    assert "common    dog 2, cat 1\n" in printed
     assert not (tmp_path / "out").exists()
 
 
@@ -118,8 +157,25 @@ def test_an_esc_folder_read_plainly_gets_a_note(
         ([".", "out"], "has no audio"),
         (["in", "out", "--task", "esc51"], "no task 'esc51': known are"),
         (["in", "out", "--task", "esc50"], "neither meta/esc50.csv nor meta.csv"),
-        (["in", "out", "--shard-mb", "0"], "--shard-mb 0 must be positive"),
-        (["in", "out", "--sample-rate", "16"], "--sample-rate 16: in Hz"),
+        (["in", "out", "--shard-mb", "0"], "--shard-mb 0: 1e-06 to 1e+09"),
+        (["in", "out", "--sample-rate", "16"], "--sample-rate 16: 1000 to 768000 Hz"),
+        (["in", "out", "--jobs", "0"], "--jobs 0: 1 to 1024"),
+        (["in", "out", "--clip-seconds", "-1"], "--clip-seconds -1: 0.01 to 1e+09"),
+        (["in", "out", "--codec", "opus", "--sample-rate", "44100"], "Opus has no 44100 Hz"),
+        (["in", "out", "--split", "dev"], "in has no split 'dev': it has no splits"),
+        (["in", "out", "--splits", "train:0.9"], "--splits 'train:0.9': write NAME=PART"),
+        (["in", "out", "--splits", "a=0.5,a=0.5"], "'a' is there twice"),
+        (["in", "out", "--splits", "a=0.5,b=0.4"], "sum to 0.9, not to 1"),
+        (["in", "out", "--folds", "1"], "folds=1: 2 or more"),
+        (["in", "out", "--index-dir", "x"], "--index-dir is for indexing in place"),
+        (["in"], "give OUT, the folder for the shards: in holds no .tar"),
+        (["in", "--codec", "flac"], "give OUT, the folder for the shards: --codec needs it"),
+        (["in", "--task", "esc50"], "give OUT, the folder for the shards: --task needs it"),
+        (["verify", "in"], "in holds no .tar shards"),
+        (["verify", "in", "--json", "no/x.json"], "--json no/x.json: no is not a folder"),
+        (["info", "in"], "in holds no .tar shards"),
+        (["info", "in/*.tar"], "--plot FILE: say where the picture goes"),
+        (["info", "in", "--plot", "x.jpg"], "--plot x.jpg: a .png"),
         (["in", "in/dog/1.wav"], "cannot be written"),
     ],
 )
@@ -138,7 +194,7 @@ def test_mistakes_are_one_line_and_exit_2(
     captured = capsys.readouterr()
     assert captured.out == ""
     line = captured.err.splitlines()[-1]
-    assert line.startswith("bat-shard: error: ")
+    assert re.match(r"bat-shard( verify| info)?: error: ", line)
     assert says in line
     assert "Traceback" not in captured.err
 

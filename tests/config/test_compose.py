@@ -145,3 +145,55 @@ def test_an_installed_wheel_finds_the_copies_inside_it(
     monkeypatch.chdir(tmp_path)
     assert locate.find_recipe("toy", "pretrain").is_relative_to(package)
     assert compose(Pretrain, "pretrain", ["recipe=as2m", "model=S"]).model.width == 384
+
+
+@pytest.mark.parametrize(
+    ("word", "shards"),
+    [
+        ("data.shards=a", ["a"]),
+        ("data.shards=s-{00..11}.tar", ["s-{00..11}.tar"]),
+        ("data.shards=[a, https://host/b]", ["a", "https://host/b"]),
+        ("data.shards=null", []),
+    ],
+)
+def test_one_of_a_list_needs_no_brackets(word: str, shards: list[str]) -> None:
+    assert compose(Pretrain, "pretrain", ["recipe=as2m", word]).data.shards == shards
+
+
+def test_settings_of_the_stream_that_do_not_fit() -> None:
+    words = ["recipe=as2m", "data.shards=[a, b]", "data.mix=[1]", "data.balance=class"]
+    with pytest.raises(UserError) as caught:
+        compose(Pretrain, "pretrain", [*words, "data.window=0", "data.min_seconds=-1"])
+    text = str(caught.value)
+    assert "data.mix=[1.0] has 1 weights for 2 data.shards" in text
+    assert "data.balance=class needs data.epoch_clips" in text
+    assert "data.window=0 must be at least 1" in text
+    assert "data.min_seconds=-1.0 must not be negative" in text
+    with pytest.raises(UserError, match=r"data\.mix and data\.epoch_clips exclude"):
+        compose(
+            Pretrain,
+            "pretrain",
+            ["recipe=as2m", "data.shards=[a, b]", "data.mix=[1, 2]", "data.epoch_clips=5"],
+        )
+
+
+@pytest.mark.parametrize("word", ["data.epoch_clips=10", "data.shuffle=window", "data.window=3"])
+def test_a_probe_refuses_the_order_of_a_stream(word: str) -> None:
+    with pytest.raises(UserError, match=r"is for bat-pretrain and bat-finetune"):
+        compose(Probe, "probe", ["recipe=toy", word])
+
+
+@pytest.mark.parametrize("word", ["data.split=test", "data.labels=drop"])
+@pytest.mark.parametrize("command", ["probe", "finetune"])
+def test_what_is_held_out_is_no_setting_of_the_stream(command: str, word: str) -> None:
+    with pytest.raises(UserError, match=r"is for bat-pretrain: leave it away"):
+        compose(SCHEMAS[command], command, ["recipe=toy", word])
+
+
+def test_as2m_fine_tuning_is_balanced_as_in_the_paper() -> None:
+    """SPEC section 5."""
+    c = compose(Finetune, "finetune", ["recipe=as2m"])
+    assert (c.data.balance, c.data.epoch_clips, c.data.batch) == ("class", 200_000, 96)
+    assert (c.train.steps, c.optim.warmup_steps, c.optim.lr) == (200_000, 20_000, 5e-5)
+    assert (c.optim.layer_decay, c.augment.mixup_p, c.drop_path) == (0.75, 0.9, 0.1)
+    assert (c.data.clip_seconds, c.frames, c.pad_offset) == (10.23, 1024, "random")

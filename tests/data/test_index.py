@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bat.audio.decode import encode
-from bat.data import index as index_module
+from bat.data import near
 from bat.data.index import Index, open_index
 from bat.data.shards import write_shards
 from bat.data.table import MAX_JSON_BYTES, ShardTable, scan
@@ -202,58 +202,8 @@ def test_a_read_only_folder_uses_the_cache_or_memory(
     assert len(open_index(tmp_path / "ro")) == 1
     assert len(open_index(tmp_path / "ro", cache=tmp_path / "cache")) == 1
     assert len(list((tmp_path / "cache").glob("a-*.idx.npz"))) == 1
-    monkeypatch.setattr(index_module, "scan", None)  # not needed any more
+    monkeypatch.setattr(near, "scan", None)  # not needed any more
     assert len(open_index(tmp_path / "ro", cache=tmp_path / "cache")) == 1
-
-
-def test_the_many_ways_to_name_shards(tmp_path: Path) -> None:
-    for i in range(11):
-        tar_of(tmp_path / f"s/shard-{i:05d}.tar", {f"{i}.wav": WAV})
-
-    def keys(source: Any) -> list[str]:
-        index = open_index(source)
-        return [index.key(i) for i in range(len(index))]
-
-    assert keys(tmp_path / "s") == [str(i) for i in range(11)]
-    assert keys(f"{tmp_path}/s/shard-0000[0-2].tar") == ["0", "1", "2"]
-    assert keys(f"{tmp_path}/s/shard-{{00008..00010}}.tar") == ["8", "9", "10"]
-    assert keys(f"{tmp_path}/s/shard-{{00008,00001}}.tar") == ["8", "1"]
-    assert keys([tmp_path / "s/shard-00002.tar", f"{tmp_path}/s/shard-00000.tar"]) == ["2", "0"]
-
-
-@pytest.mark.parametrize(
-    ("source", "says"),
-    [
-        ([], "list of shards is empty"),
-        ("none", "no shard at .*none"),
-        ("none-*.tar", "no shard at"),
-        ("s/shard-{0..1}.tar", "no shard at .*shard-1.tar"),
-        (".", r"holds no \.tar shards: its sub-folders s do"),
-        ("s/x.txt", r"not a \.tar"),
-        (["s/shard-0.tar", "s/shard-0.tar"], "listed twice"),
-        ("empty", r"holds no \.tar shards: bat-shard makes some"),
-        ("s/none.tar", "no shard at"),
-        ("s2", "hold no audio"),
-    ],
-)
-def test_mistakes_in_naming_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any, says: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    tar_of(Path("s/shard-0.tar"), {"a.wav": WAV})
-    tar_of(Path("s2/a.tar"), {"a.txt": b"no audio"})
-    Path("s/x.txt").touch()
-    Path("empty").mkdir()
-    if source == ".":
-        shutil.rmtree("s2")
-    with pytest.raises(UserError, match=says):
-        open_index(source)
-
-
-@pytest.mark.parametrize("source", ["pipe:curl x", "http://host/a.tar", "s3://bucket/a.tar"])
-def test_remote_sources_are_refused_not_run(source: str) -> None:
-    with pytest.raises(UserError, match="not a local path"):
-        open_index(source)
 
 
 @pytest.fixture
@@ -306,6 +256,16 @@ def test_data_sets_of_different_labels_do_not_mix(written: Path, tmp_path: Path)
     assert open_index([written, tmp_path / "none"]).vocabulary == ["a", "b"]
 
 
+def test_labels_are_dropped_where_asked(written: Path, tmp_path: Path) -> None:
+    write_shards([Row(tmp_path / "0.wav", "other", ("c",))], tmp_path / "other")
+    index = open_index([written, tmp_path / "other"], labels="drop")
+    assert (len(index), index.vocabulary, index.classes) == (5, [], 0)
+    assert index.labels_per_clip.tolist() == [0] * 5
+    assert index.read(4).labels == ()
+    assert index.targets(0).shape == (0,)
+    assert index.splits == ["x", "y"]
+
+
 def test_folds_partition(toy_index: Index) -> None:
     assert toy_index.folds == [1, 2]
     for fold in (1, 2):
@@ -335,7 +295,7 @@ def test_reading_after_a_fork_and_after_pickling(toy_index: Index) -> None:
 
 
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(near, "MAX_OPEN_FILES", 3)
     for i in range(8):
         tar_of(tmp_path / f"{i}.tar", {f"{i}.wav": WAV})
     index = open_index(tmp_path)

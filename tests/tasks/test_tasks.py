@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bat.shapes import UserError
+from bat.tasks import audioset as audioset_module
 from bat.tasks.base import known_tasks, load_task
 
 
@@ -96,6 +100,21 @@ def test_folder_without_subfolders_is_unlabelled(tmp_path: Path, files: tuple[st
     assert names == []
 
 
+def test_folder_takes_train_and_test_for_splits(tmp_path: Path) -> None:
+    lay(tmp_path, dict.fromkeys(("train/dog/1.wav", "train/cat/1.wav", "Test/dog/2.wav"), ""))
+    rows, _ = load_task("folder").read(tmp_path)
+    assert [(r.key, r.labels, r.split) for r in rows] == [
+        ("Test__dog__2", ("dog",), "Test"),
+        ("train__cat__1", ("cat",), "train"),
+        ("train__dog__1", ("dog",), "train"),
+    ]
+    lay(tmp_path / "plain", dict.fromkeys(("train/1.wav", "test/1.wav"), ""))
+    rows, _ = load_task("folder").read(tmp_path / "plain")
+    assert [(r.labels, r.split) for r in rows] == [((), "test"), ((), "train")]
+    lay(tmp_path, {"cat/1.wav": ""})  # not all of it lies in splits: these are labels
+    assert {r.split for r in load_task("folder").read(tmp_path)[0]} == {None}
+
+
 def test_folder_keeps_files_apart_that_differ_in_suffix(tmp_path: Path) -> None:
     lay(tmp_path, dict.fromkeys(("x/a.wav", "x/a.mp3", "y/b.wav"), ""))
     rows, _ = load_task("folder").read(tmp_path)
@@ -142,6 +161,22 @@ def test_csv_mistakes(tmp_path: Path, text: str, says: str) -> None:
         load_task("folder").read(tmp_path / "clips.csv")
 
 
+def test_a_folder_that_cannot_be_read_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay(tmp_path, {"a/1.wav": "", "b/1.wav": ""})
+    scandir = os.scandir
+
+    def refusing(path: str) -> Any:
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"folder .*/b cannot be read: Permission denied"):
+        load_task("folder").read(tmp_path)
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no audio"):
         load_task("folder").read(tmp_path)
@@ -182,7 +217,10 @@ def test_audioset_reads_its_own_csvs_and_leaves_absent_clips_out(audioset: Path)
     ("change", "says"),
     [
         ({"class_labels_indices.csv": None}, "class_labels_indices.csv does not exist"),
-        ({"class_labels_indices.csv": "index,mid,display_name\n0,/m/0,x\n"}, "'/m/526' is not in"),
+        (
+            {"class_labels_indices.csv": "index,mid,display_name\n0,/m/0,x\n"},
+            "'/m/526' of Y--PJ_abc",
+        ),
         ({"eval_segments.csv": "xyz-1, 5.000\n"}, "is not 'YTID, start, end"),
         ({"clips/Y--PJ_abc.flac": None, "clips/eval/xyz-1_5000.wav": None}, "none of the 3 segm"),
         ({"eval_segments.csv": None, "balanced_train_segments.csv": None}, "no .*_segments.csv"),
@@ -198,14 +236,42 @@ def test_audioset_mistakes(audioset: Path, change: dict[str, str | None], says: 
         load_task("audioset").read(audioset)
 
 
+@pytest.fixture
+def ontology(audioset: Path) -> Path:
+    (audioset / "class_labels_indices.csv").unlink()
+    mids = ("/m/526", "/m/3", "/m/1", "/m/0", "/m/77")
+    names = ("zebra", "ant", "bee", "ant", "never")
+    entries = [{"id": m, "name": n, "child_ids": []} for m, n in zip(mids, names, strict=True)]
+    return lay(audioset, {"ontology.json": json.dumps(entries)})
+
+
+def test_audioset_with_its_ontology_alone_has_the_classes_that_occur(ontology: Path) -> None:
+    found = audioset_module.read(ontology)
+    # /m/1 occurs in a segment whose clip is absent; two classes called ant are told apart
+    assert found.vocabulary == ["ant (/m/0)", "ant (/m/3)", "bee", "zebra"]
+    assert [(r.labels, r.mids) for r in found.rows] == [
+        (("zebra", "ant (/m/3)"), ("/m/526", "/m/3")),
+        (("ant (/m/0)",), ("/m/0",)),
+    ]
+    assert found.notes[0] == "1 of 3 segments have no audio file: left out"
+    assert "ontology.json has no order of classes: they are the 4" in found.notes[1]
+    assert load_task("audioset").vocabulary(ontology) == found.vocabulary
+
+
+def test_audioset_by_one_of_its_csvs(audioset: Path) -> None:
+    found = audioset_module.read(audioset / "eval_segments.csv")
+    assert [r.key for r in found.rows] == ["Yxyz-1"]
+    assert len(found.vocabulary) == 527
+
+
 def test_every_file_of_the_room_is_a_task_named_like_it() -> None:
-    assert known_tasks() == ["audioset", "esc10", "esc50", "folder", "toy"]
+    assert known_tasks() == ["audioset", "eat", "esc10", "esc50", "folder", "parquet", "toy"]
     for name in known_tasks():
         assert load_task(name).name == name
 
 
 def test_unknown_task_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="no task 'esc51': known are audioset, esc10, esc50"):
+    with pytest.raises(UserError, match="no task 'esc51': known are audioset, eat, esc10, esc50"):
         load_task("esc51")
     with pytest.raises(UserError, match="no TASK"):
         load_task("bat.shapes")

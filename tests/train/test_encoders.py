@@ -166,19 +166,19 @@ def test_data_comes_from_the_checkpoints_run_of_the_same_task(run):
         assert note.startswith("data some/where, as ")
         assert note.endswith("pretrain-x/config.yaml says")
     assert found(run, task="esc10")[0].root is None
-    data, note = found(run, task="toy", data=Data(shards="mine"))
-    assert (data.shards, data.root, note) == ("mine", None, "")
+    data, note = found(run, task="toy", data=Data(shards=["mine"]))
+    assert (data.shards, data.root, note) == (["mine"], None, "")
 
 
 def test_data_comes_from_a_fine_tuning_too(tmp_path):
     fold = tmp_path / "finetune-x" / "fold-1" / "export"
     fold.mkdir(parents=True)
     (fold / "model.safetensors").touch()
-    config = Finetune(task="esc10", data=Data(shards="its/shards"))
+    config = Finetune(task="esc10", data=Data(shards=["its/shards"]))
     (tmp_path / "finetune-x/config.yaml").write_text(to_yaml(config))
     for checkpoint in (fold, fold / "model.safetensors"):
         data, note = data_of_run(Probe(checkpoint=str(checkpoint), task="esc10"))
-        assert data.shards == "its/shards"
+        assert data.shards == ["its/shards"]
         assert note.endswith("finetune-x/config.yaml says")
 
 

@@ -65,7 +65,7 @@ def _batch(clips: int = 4) -> WaveBatch:
         targets=torch.eye(5)[:clips],
         keys=[str(i) for i in range(clips)],
         positions=torch.arange(clips),
-        skipped={},
+        skipped=[],
     )
 
 

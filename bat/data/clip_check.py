@@ -1,0 +1,186 @@
+"""One clip of a shard under the magnifying glass: what ``verify`` asks of each.
+
+*Corrupt* is whatever training would skip: each kind of ``DecodeError``; and, where the JSON tells
+no length to compare with, a WAV or OGG whose own structure says that its end is missing (libsndfile
+reads such files short without a word). *Silent*: no sample above -60 dBFS. *Clipped*: in some
+channel, more than 0.1 % of the samples lie in runs of three or more at full scale (one such sample
+is a loud moment, a run is a cut-off top). *Label*: the JSON says what is not so: a name or number
+outside the vocabulary, a length or a rate that is not the file's.
+
+Clips are decoded a minute at a time at their own rate, so memory does not grow with their length.
+The audio's hash is over the decoded samples, mixed to mono: the same sound as FLAC and as WAV, or
+under another key, is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from bat.audio.decode import MP3_SLACK_FRAMES, DecodeError, decode_channels, probe
+from bat.data.table import parse_labels
+
+Kind = Literal["shard", "corrupt", "label", "silent", "clipped", "duplicate", "unread"]
+
+PIECE_SECONDS = 60
+SILENT_PEAK = 1e-3  # -60 dBFS
+FULL_SCALE = 0.9999  # 32767 / 32768, the largest positive sample of 16 bits, is above it
+CLIPPED_PART = 1e-3
+CLIPPED_RUN = 3
+
+
+@dataclass
+class ClipReport:
+    """What was found. ``problems``: ``[(kind, why), ...]``."""
+
+    problems: list[tuple[Kind, str]] = field(default_factory=list)
+    seconds: float = 0.0
+    audio_hash: int = 0
+    """Of the samples; 0 where there is none to compare: corrupt or silent."""
+    labels: tuple[tuple[str, int], ...] = ()
+    """``(name, label_id or -1)``"""
+
+
+def check_clip(
+    data: bytes, meta: Mapping[str, Any], vocabulary: Mapping[str, int] | None
+) -> ClipReport:
+    """Decode a clip whole and hold it to its JSON.
+
+    Args:
+        vocabulary: class name -> index; None: the set has none to be held to.
+    """
+    report = ClipReport(labels=tuple(parse_labels(dict(meta))))
+    report.problems += [("label", why) for why in label_faults(meta, report.labels, vocabulary)]
+    try:
+        info = probe(data)
+        frames = _number(meta, "num_samples", report.problems)
+        rate = _number(meta, "sample_rate", report.problems)
+        if rate is not None and rate != info.sample_rate:
+            why = f"sample_rate {rate} in its JSON, {info.sample_rate} Hz in the file"
+            report.problems.append(("label", why))
+            frames = None  # counted at a rate that is not the file's
+        slack = MP3_SLACK_FRAMES if info.codec == "mp3" else 0
+        if frames is not None and info.frames > frames + slack:
+            why = f"num_samples {frames} in its JSON, {info.frames} in the file"
+            report.problems.append(("label", why))
+            frames = None
+        if "num_samples" not in meta and (cut := missing_end(data)):
+            raise DecodeError("short", cut)
+        loudness = _listen(data, info.frames, info.sample_rate, info.channels, frames)
+    except DecodeError as error:
+        report.problems.append(("corrupt", f"{error.kind}: {error}"))
+        return report
+    report.seconds = info.frames / info.sample_rate
+    if loudness.peak < SILENT_PEAK:
+        level = f"{20 * math.log10(loudness.peak):.0f} dBFS" if loudness.peak else "all zeros"
+        report.problems.append(("silent", f"peak {level}"))
+        return report
+    report.audio_hash = loudness.hash or 1
+    if loudness.clipped > CLIPPED_PART:
+        why = f"{100 * loudness.clipped:.2f} % of the samples in runs at full scale"
+        report.problems.append(("clipped", why))
+    return report
+
+
+def label_faults(
+    meta: Mapping[str, Any],
+    labels: tuple[tuple[str, int], ...],
+    vocabulary: Mapping[str, int] | None,
+) -> list[str]:
+    """What is wrong with the labels of one clip, each in a sentence."""
+    faults = []
+    names, numbers = meta.get("label", meta.get("labels")), meta.get("label_id")
+    if isinstance(names, list) and isinstance(numbers, list) and len(names) != len(numbers):
+        faults.append(f"{len(names)} in label, but {len(numbers)} in label_id")
+    if vocabulary is None:
+        return faults
+    for name, number in labels:
+        if name not in vocabulary:
+            faults.append(f"label {name!r} is not in the vocabulary")
+        elif number not in (-1, vocabulary[name]):
+            faults.append(f"label_id {number} for {name!r}, which is {vocabulary[name]}")
+    return faults
+
+
+def missing_end(data: bytes) -> str | None:
+    """Why the file must be cut short, from its container alone; None: it does not say so."""
+    if data[:4] == b"RIFF":
+        claimed = int.from_bytes(data[4:8], "little") + 8
+        streamed = claimed >= 0x7FFFF000  # a program that wrote to a pipe could not know
+        if len(data) < claimed and not streamed:
+            return f"{len(data)} bytes of a WAV whose header says {claimed}: cut short"
+    if data[:4] == b"OggS":
+        last = data.rfind(b"OggS")  # RFC 3533: flag 4 marks the last page of the stream
+        body = last + 27 + data[last + 26] if last + 27 <= len(data) else len(data) + 1
+        whole = body + sum(data[last + 27 : body]) <= len(data)
+        if not whole or not data[last + 5] & 4:
+            return "an OGG without its last page: cut short"
+    return None
+
+
+@dataclass
+class _Loudness:
+    peak: float = 0.0
+    clipped: float = 0.0
+    """Part of the samples of the worst channel."""
+    hash: int = 0
+
+
+def _listen(data: bytes, frames: int, rate: int, channels: int, expected: int | None) -> _Loudness:
+    """The whole clip, ``PIECE_SECONDS`` at a time.
+
+    Raises:
+        DecodeError: any part of it does not decode.
+    """
+    found, digest = _Loudness(), hashlib.blake2b(digest_size=8)
+    clipped = np.zeros(channels, np.int64)
+    weights = np.full(channels, 1.0 / channels, np.float32)
+    pieces = max(1, math.ceil(frames / (PIECE_SECONDS * rate)))
+    for piece in range(pieces):
+        try:
+            wave = decode_channels(
+                data,
+                sample_rate=rate,
+                start_seconds=piece * PIECE_SECONDS,
+                max_seconds=PIECE_SECONDS if pieces > 1 else None,
+                expected_frames=expected,
+            )  # (S, channels)
+        except DecodeError as error:
+            if error.kind == "empty" and piece:  # an MP3 ends within the slack of its header
+                break
+            raise
+        found.peak = max(found.peak, float(wave.max()), -float(wave.min()))
+        clipped += _in_runs(np.abs(wave) >= FULL_SCALE)
+        mono = wave[:, 0] if channels == 1 else wave @ weights
+        digest.update(np.ascontiguousarray(mono).tobytes())
+    found.clipped = float(clipped.max()) / max(1, frames)
+    found.hash = int.from_bytes(digest.digest(), "little")
+    return found
+
+
+def _in_runs(hot: np.ndarray) -> np.ndarray:
+    """(S, channels) bool -> (channels,): how many lie in a run of ``CLIPPED_RUN`` or more."""
+    counts = np.zeros(hot.shape[1], np.int64)
+    if len(hot) < CLIPPED_RUN:
+        return counts
+    for channel in np.flatnonzero(hot.sum(0) >= CLIPPED_RUN):
+        edges = np.flatnonzero(np.diff(hot[:, channel].astype(np.int8), prepend=0, append=0))
+        lengths = edges[1::2] - edges[::2]
+        counts[channel] = lengths[lengths >= CLIPPED_RUN].sum()
+    return counts
+
+
+def _number(meta: Mapping[str, Any], name: str, faults: list[tuple[Kind, str]]) -> int | None:
+    """A count of the JSON, if it tells one; what is no count is a fault."""
+    value = meta.get(name)
+    if value is None:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 1:
+        return int(min(value, 2**62))
+    faults.append(("label", f"{name} {value!r:.40} in its JSON is no count"))
+    return None

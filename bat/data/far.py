@@ -1,0 +1,289 @@
+"""Shards elsewhere: their tables, and reading them through the local cache.
+
+Sizes and hashes come from ``manifest.json``, else the server is asked. A table is the
+``.idx.npz`` beside the remote shard; where there is none and the cache holds the whole set, the
+shard is fetched and scanned. Both are kept in the cache under a name that changes with the
+shard's place, size and hash, so a set that changed is not mistaken for the old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from bat.data.ahead import Ahead
+from bat.data.cache import ShardCache
+from bat.data.listing import manifest_of
+from bat.data.merged import place_of, recall, remember
+from bat.data.remote import fetch, stat, stream
+from bat.data.sources import NotIndexable, Patience, Shard, shown
+from bat.data.table import MAX_AUDIO_BYTES, ShardTable, scan
+from bat.data.tar import BLOCK, escape_key, parse_header, write_atomic
+from bat.shapes import UserError
+from bat.tasks.base import AUDIO_SUFFIXES
+
+ASKERS, FETCHERS = 16, 4
+"""Threads for tables and for shards at start-up."""
+MAX_TABLE_BYTES = 1 << 28
+SIGNATURE = re.compile(
+    r"x-(amz|goog|oss|ms)-.*|sig(nature)?|expires|token|access_?token|key-pair-id|policy|se|sp|sv"
+    r"|sr|st|spr|awsaccesskeyid|googleaccessid",
+    re.IGNORECASE,
+)
+log = logging.getLogger(__name__)
+
+
+class FarTable(ShardTable):
+    """A table from elsewhere: checked in itself, as its shard is not at hand (nor trusted)."""
+
+    def _describes(self, tar: Path) -> bool:
+        c = self.clips
+        ends = c["offset"] + c["size"]
+        return bool(
+            (c["offset"] >= BLOCK).all()
+            and ((c["size"] > 0) & (c["size"] <= MAX_AUDIO_BYTES)).all()
+            and (ends <= self.tar_bytes).all()
+            and (c["codec"] < len(AUDIO_SUFFIXES)).all()
+            and ((c["split"] >= -1) & (c["split"] < len(self.splits))).all()
+            and int(c["labels"].sum()) == len(self.labels)
+            and int(c["key"].sum()) == len(self.keys)
+            and (self.keys < 128).all()
+            and ((self.labels >= 0) & (self.labels < len(self.names))).all()
+            and len(self.names) == len(self.ids)
+        )
+
+
+@dataclass(frozen=True)
+class Far:
+    """A remote shard whose size is known."""
+
+    url: str
+    name: str
+    size: int
+    sha256: str
+    clips: int
+    """-1 where no manifest says it."""
+    file: str
+    """Name in the cache."""
+
+
+class FarShards:
+    """The remote ones of ``shards``.
+
+    Raises:
+        NotIndexable: a server that does not tell a shard's size.
+        UserError: a shard that does not exist, a server out of reach.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], *, cache: Path | None, cache_bytes: int, patience: Patience
+    ) -> None:
+        default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bat"
+        self.folder, self.patience = Path(cache or default) / "remote", patience
+        self.cache = ShardCache(self.folder, max_bytes=cache_bytes)
+        (self.folder / "tables").mkdir(exist_ok=True)
+        urls = {i: shard.place for i, shard in enumerate(shards) if isinstance(shard.place, str)}
+        folders = dict.fromkeys(_folder(url) for url in urls.values())
+        manifests = {folder: manifest_of(folder, patience) for folder in folders}
+        self.vocabularies = [m.vocabulary for m in manifests.values() if m and m.vocabulary]
+        entries = {
+            (folder, entry.name): entry
+            for folder, manifest in manifests.items()
+            for entry in (manifest.shards if manifest else ())
+        }
+
+        def ask(item: tuple[int, str]) -> Far:
+            number, url = item
+            name = shards[number].name
+            entry = entries.get((_folder(url), name))
+            if entry is not None:
+                size, tag, sha, clips = entry.bytes, "", entry.sha256, entry.clips
+            else:
+                found = self._asked(url)
+                size, tag, sha, clips = found[0], found[1], "", -1
+            what = f"{_identity(url)}\n{size}\n{sha or tag}"
+            digest = hashlib.sha256(what.encode()).hexdigest()[:16]
+            return Far(url, name, size, sha, clips, f"{escape_key(Path(name).stem)}-{digest}")
+
+        with ThreadPoolExecutor(ASKERS) as pool:
+            self.shards = dict(zip(urls, pool.map(ask, urls.items()), strict=True))
+        sizes = [far.size for far in self.shards.values()]
+        if max(sizes) > self.cache.max_bytes:
+            raise NotIndexable(
+                f"a shard of {max(sizes)} bytes does not fit in the cache {self.folder} "
+                f"({self.cache.max_bytes} bytes): raise cache_bytes, or make room on the disk"
+            )
+        self.fits = sum(sizes) <= self.cache.max_bytes
+        self._ahead = Ahead()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {k: v for k, v in self.__dict__.items() if k != "_ahead"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._ahead = Ahead()
+
+    def _asked(self, url: str) -> tuple[int, str]:
+        try:
+            size, tag = stat(url, self.patience)
+        except FileNotFoundError:
+            raise UserError(f"no shard at {shown(url)}") from None
+        except OSError as error:
+            raise UserError(error.strerror) from None
+        if size is None:
+            raise NotIndexable(f"the server does not tell the size of {shown(url)}")
+        return size, tag
+
+    def tables(self) -> dict[int, ShardTable]:
+        """``{number: table}`` of all.
+
+        Raises:
+            NotIndexable: a shard without a table beside it, and the cache cannot hold the set.
+            UserError: a shard that is not a tar, or not what its manifest says, or out of reach.
+        """
+        stamp = [far.file for far in self.shards.values()]
+        merged = place_of(self.folder / "tables", stamp)
+        known = recall(merged, stamp)
+        if known is not None:
+            return dict(zip(self.shards, known, strict=True))
+        with ThreadPoolExecutor(ASKERS) as pool:
+            found = dict(zip(self.shards, pool.map(self._table, self.shards.values()), strict=True))
+        missing = {i: self.shards[i] for i, table in found.items() if table is None}
+        if missing and not self.fits:
+            far, need = next(iter(missing.values())), sum(f.size for f in self.shards.values())
+            raise NotIndexable(
+                f"{shown(far.url)} has no {Path(far.name).stem}.idx.npz beside it, and the cache "
+                f"({self.cache.max_bytes / 1e9:.3g} GB) cannot hold the set ({need / 1e9:.3g} GB) "
+                f"to make it: run bat-shard where the shards lie, or raise cache_bytes"
+            )
+        if missing:
+            gb = sum(far.size for far in missing.values()) / 1e9
+            log.warning("fetching %d remote shards (%.3g GB) to index them", len(missing), gb)
+        with ThreadPoolExecutor(FETCHERS) as pool:
+            made = dict(zip(missing, pool.map(self._scan, missing.values()), strict=True))
+        tables = {i: table or made[i] for i, table in found.items()}
+        for i, far in self.shards.items():
+            if far.clips not in (-1, len(tables[i].clips)):
+                raise UserError(
+                    f"{shown(far.url)} has {len(tables[i].clips)} clips, its manifest.json says "
+                    f"{far.clips}: copy it there again"
+                )
+        remember(merged, stamp, list(tables.values()))
+        return tables
+
+    def _table(self, far: Far) -> ShardTable | None:
+        path = self.folder / "tables" / f"{far.file}.idx.npz"
+        table = _load(path, far)
+        if table is None:
+            try:
+                parts = urlsplit(far.url)
+                beside = parts.path.removesuffix(".tar") + ".idx.npz"
+                url = urlunsplit(parts._replace(path=beside))
+                write_atomic(path, fetch(url, limit=MAX_TABLE_BYTES, patience=self.patience))
+                table = _load(path, far)
+            except (FileNotFoundError, PermissionError):
+                return None
+            except OSError as error:
+                raise UserError(error.strerror) from None
+        return table
+
+    def _scan(self, far: Far) -> ShardTable:
+        try:
+            os.close(self._open(far))
+        except OSError as error:
+            raise UserError(f"{far.name} cannot be indexed: {error.strerror}") from None
+        path = self.folder / f"{far.file}-{far.size}.tar"
+        try:
+            table = scan(path, far.sha256)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), shown(far.url))) from None
+        table.save(self.folder / "tables" / f"{far.file}.idx.npz")
+        return table
+
+    def _open(self, far: Far) -> int:
+        return self.cache.open(far.file, far.size, partial(self._fetch, far))
+
+    def _fetch(self, far: Far, part: Path, again: bool) -> None:
+        """Make ``part`` whole, from where it ends."""
+        patience = self.patience._replace(retries=1) if again else self.patience
+        start = part.stat().st_size
+        with part.open("r+b") as file:
+            start = start if start <= far.size else 0
+            file.truncate(start)
+            file.seek(start)
+            for data in stream(far.url, start=start, size=far.size, patience=patience):
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            good = (
+                hashlib.file_digest(file, "sha256").hexdigest() == far.sha256
+                if far.sha256
+                else parse_header(file.read(BLOCK), 0) is not None
+            )
+        if not good:
+            part.unlink()
+            said = "sha256 than its manifest.json says" if far.sha256 else "content than a tar has"
+            raise OSError(5, f"{shown(far.url)} has another {said}: copy it there again")
+
+    def pread(self, number: int, size: int, offset: int) -> bytes:
+        """Bytes of shard ``number``, which is fetched where the cache lacks it; ``OSError``."""
+        fd = self._open(self.shards[number])
+        try:
+            return os.pread(fd, size, offset)
+        finally:
+            os.close(fd)
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """See ``Index.prefetch``. Half the cache where the set does not fit: the rest is in use."""
+        room = self.cache.max_bytes // (1 if self.fits else 2)
+        wanted = []
+        for number in dict.fromkeys(int(n) for n in numbers):
+            far = self.shards.get(number)
+            if far is not None:
+                room -= far.size
+                if room < 0:
+                    break
+                wanted.append(far)
+        self._ahead.want([partial(self.have, far) for far in wanted])
+
+    def have(self, far: Far) -> None:
+        """Fetch ``far`` into the cache, if it can be had."""
+        try:
+            if not self.cache.holds(far.file, far.size):
+                os.close(self._open(far))
+        except OSError:
+            pass  # the cache remembers; who reads a clip of it is told
+
+
+def _load(path: Path, far: Far) -> ShardTable | None:
+    try:
+        with zipfile.ZipFile(path) as file:  # before numpy unpacks anything
+            if sum(member.file_size for member in file.infolist()) > MAX_TABLE_BYTES:
+                return None
+        table = FarTable.load(path, path)
+    except (OSError, MemoryError, zipfile.BadZipFile):
+        return None
+    fits = table is not None and table.tar_bytes == far.size
+    return table if table and fits and table.sha256 in ("", far.sha256) else None
+
+
+def _folder(url: str) -> str:
+    """The folder that ``url`` lies in."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=parts.path.rpartition("/")[0], query="", fragment=""))
+
+
+def _identity(url: str) -> str:
+    """``url`` without credentials: the same shard signed anew is the same shard."""
+    query = [(k, v) for k, v in parse_qsl(urlsplit(url).query) if not SIGNATURE.fullmatch(k)]
+    return shown(url) + "?" + urlencode(sorted(query))

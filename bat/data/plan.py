@@ -1,0 +1,284 @@
+"""The stateless plan: which clip comes at which place of an endless stream (STACK section 2).
+
+Epoch e is an arrangement of the clips, a pure function of (seed, e); the stream is the epochs one
+after the other, so nothing is dropped at an epoch's end and a batch may reach across it. Global
+position p is clip ``order(p // n)[p % n]``. Nothing keeps a cursor.
+
+An epoch is *chosen*, then *arranged*. Chosen: all clips, or ``epoch_clips`` of them without
+replacement, evenly or by weight (Gumbel top-k: the k largest of ``log w + G``; ``multinomial`` ends
+at 2^24 items). Arranged: a permutation, or, for slow disks and small caches, the shards in a random
+order and the clips shuffled within windows of it, so that a window touches few shards.
+
+``MixedPlan`` interleaves the plans of several data sets by weight: each block of 1,000 positions
+holds a fixed share of each, shuffled, and each data set goes through its own epochs.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from bat.data.index import Index
+from bat.shapes import UserError
+
+ORDER, CROP, ROLL, STAND_IN, OFFSET, CHOICE, SHARDS, MIX = range(8)
+"""Independent random streams of one seed."""
+
+MIX_BLOCK = 1000
+"""Positions in which a mixture's shares are exact; a weight counts to a thousandth."""
+
+
+def philox(seed: int, number: int, purpose: int) -> np.random.Philox:
+    """The random bits of (seed, number) for one purpose.
+
+    Raw bits of a counter-based generator are the same in every numpy; its ``Generator`` methods
+    are not promised to be, and a resumed run must not depend on an upgrade.
+    """
+    key = np.array([seed, number], np.uint64)
+    return np.random.Philox(key=key, counter=np.array([0, 0, 0, purpose], np.uint64))
+
+
+def below(n: int, bits: np.random.Philox) -> int:
+    """Uniform in ``0 .. n - 1``."""
+    return int(bits.random_raw()) * n >> 64
+
+
+class Plan:
+    """The stream over ``clips``.
+
+    Args:
+        clips: a number n for all of 0 .. n - 1, or ids (n,).
+        weights: (n,) of the clips of an epoch, zero or more; needs ``epoch_clips``. Zero: never.
+        epoch_clips: clips of an epoch, each at most once; None: all.
+        window: clips that are shuffled among one another, in a random order of shards; None: all
+            of an epoch, evenly.
+        shard: (ids.max() + 1,) or longer, the shard of each clip id; ``window`` needs it.
+
+    Raises:
+        UserError: an empty selection, a number out of range.
+    """
+
+    def __init__(
+        self,
+        clips: int | Sequence[int] | np.ndarray,
+        *,
+        seed: int,
+        weights: np.ndarray | None = None,
+        epoch_clips: int | None = None,
+        window: int | None = None,
+        shard: np.ndarray | None = None,
+    ) -> None:
+        ids = np.arange(clips) if isinstance(clips, int) else np.asarray(clips, np.int64)
+        if ids.ndim != 1 or not len(ids):
+            raise UserError("there are no clips to stream: the selection is empty")
+        if not 0 <= seed < 1 << 63:
+            raise UserError(f"seed={seed} must lie in 0 .. 2^63 - 1")
+        if window is not None and window < 1:
+            raise UserError(f"window={window} clips: at least 1")
+        assert (window is None) or (shard is not None and len(shard) > ids.max())
+        assert (weights is None) or epoch_clips is not None
+        self.ids, self.seed, self.window, self.shard = ids, seed, window, shard
+        self.weights = None if weights is None else np.asarray(weights, np.float64)
+        self.epoch_clips = len(ids) if epoch_clips is None else epoch_clips
+        usable = len(ids) if self.weights is None else int((self.weights > 0).sum())
+        if not 1 <= self.epoch_clips <= usable:
+            raise UserError(
+                f"epoch_clips={epoch_clips}: an epoch takes 1 to {usable} of {len(ids)} clips "
+                f"({len(ids) - usable} have no weight)"
+            )
+        self.order = functools.lru_cache(maxsize=2)(self._order)  # batches straddle two epochs
+
+    def __len__(self) -> int:
+        """Clips of an epoch."""
+        return self.epoch_clips
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The clip ids of ``epoch`` in their order: (len(self),) int64."""
+        ids = self.ids if self.epoch_clips == len(self.ids) else self.ids[self._chosen(epoch)]
+        bits = philox(self.seed, epoch, ORDER).random_raw(len(ids))
+        if self.window is None or self.shard is None:
+            return ids[np.argsort(bits, kind="stable")]
+        shards, shard = np.unique(self.shard[ids], return_inverse=True)
+        rank = np.argsort(np.argsort(philox(self.seed, epoch, SHARDS).random_raw(len(shards))))
+        ids = ids[np.argsort(rank[shard], kind="stable")]
+        return ids[np.lexsort((bits, np.arange(len(ids)) // self.window))]
+
+    def _chosen(self, epoch: int) -> np.ndarray:
+        """Rows of ``ids`` that are in ``epoch``, ascending."""
+        bits = philox(self.seed, epoch, CHOICE).random_raw(len(self.ids))
+        uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        wait = -np.log(uniform)  # exponential; the k shortest of wait / w are Gumbel's top k
+        if self.weights is not None:
+            with np.errstate(divide="ignore"):
+                wait = wait / self.weights  # no weight: never
+        return np.sort(np.argpartition(wait, self.epoch_clips - 1)[: self.epoch_clips])
+
+    def clips(self, positions: np.ndarray) -> np.ndarray:
+        """Clip ids at global ``positions`` (m,), ascending or not: (m,) int64."""
+        epochs, places = np.divmod(positions, len(self))
+        if epochs[0] == epochs[-1] and (epochs == epochs[0]).all():
+            return self.order(int(epochs[0]))[places]
+        found = np.empty(len(positions), np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            found[here] = self.order(int(epoch))[places[here]]
+        return found
+
+    def identity(self) -> str:
+        """What the order depends on besides seed and index, for a checkpoint to be held to."""
+        chosen = hashlib.sha256(self.ids.tobytes()).hexdigest()[:8]
+        text = f"{len(self.ids)} clips ({chosen})"
+        if self.weights is not None:
+            digest = hashlib.sha256(self.weights.tobytes()).hexdigest()[:8]
+            text = f"{self.epoch_clips} an epoch by weight ({digest}) of {text}"
+        elif self.epoch_clips < len(self.ids):
+            text = f"{self.epoch_clips} an epoch of {text}"
+        if self.window is not None and self.shard is not None:
+            where = hashlib.sha256(self.shard[self.ids].tobytes()).hexdigest()[:8]
+            text += f", windows of {self.window} over shards ({where})"
+        return text
+
+
+class MixedPlan:
+    """The plans of several data sets, interleaved by ``weights`` (any positive numbers).
+
+    Raises:
+        UserError: weights that do not fit the plans, or a share below a thousandth.
+    """
+
+    def __init__(self, plans: Sequence[Plan], weights: Sequence[float], *, seed: int) -> None:
+        if len(plans) != len(weights) or not plans:
+            raise UserError(f"mix has {len(weights)} weights for {len(plans)} data sets")
+        share = np.asarray(weights, np.float64)
+        if not (np.isfinite(share).all() and (share > 0).all()):
+            raise UserError(f"mix={list(weights)}: the weights must be positive numbers")
+        exact = share / share.sum() * MIX_BLOCK
+        counts = np.floor(exact).astype(np.int64)
+        short = MIX_BLOCK - int(counts.sum())
+        counts[np.argsort(counts - exact, kind="stable")[:short]] += 1  # largest remainders
+        if counts.min() < 1:
+            raise UserError(f"mix={list(weights)}: the least share is below a thousandth")
+        self.plans, self.counts, self.seed = list(plans), counts, seed
+        self.ids = np.unique(np.concatenate([plan.ids for plan in plans]))
+        self._block = functools.lru_cache(maxsize=64)(self._draw_block)
+
+    def __len__(self) -> int:
+        """Positions in which every data set was gone through at least once."""
+        blocks = (-(-len(plan) // int(n)) for plan, n in zip(self.plans, self.counts, strict=True))
+        return max(blocks) * MIX_BLOCK
+
+    def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Data set of each position of ``block``, and which of its clips: (MIX_BLOCK,) each."""
+        bits = philox(self.seed, block, MIX).random_raw(MIX_BLOCK)
+        which = np.repeat(np.arange(len(self.plans)), self.counts)[np.argsort(bits, kind="stable")]
+        nth = np.empty(MIX_BLOCK, np.int64)
+        for i, count in enumerate(self.counts):
+            nth[which == i] = np.arange(count)
+        return which, nth
+
+    def clips(self, positions: np.ndarray) -> np.ndarray:
+        """Clip ids at global ``positions`` (m,): (m,) int64."""
+        blocks, places = np.divmod(positions, MIX_BLOCK)
+        which = np.empty(len(positions), np.int64)
+        local = np.empty(len(positions), np.int64)
+        for block in np.unique(blocks):
+            here = blocks == block
+            of, nth = self._block(int(block))
+            which[here] = of[places[here]]
+            local[here] = block * self.counts[which[here]] + nth[places[here]]
+        found = np.empty(len(positions), np.int64)
+        for i in np.unique(which):
+            here = which == i
+            found[here] = self.plans[i].clips(local[here])
+        return found
+
+    def identity(self) -> str:
+        """As ``Plan.identity``."""
+        parts = zip(self.counts.tolist(), self.plans, strict=True)
+        return "; ".join(f"{n} in {MIX_BLOCK} of {plan.identity()}" for n, plan in parts)
+
+
+def class_balance(label_ids: np.ndarray, label_ptr: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Weights of ``ids`` for class-balanced sampling (SPEC section 5): (n,) float64.
+
+    A class weighs ``1 / clips that carry it`` (among ``ids``), a clip the mean over its labels; a
+    clip without labels weighs nothing.
+
+    Args:
+        label_ids, label_ptr: labels of all clips of an index, CSR.
+
+    Raises:
+        UserError: no clip has a label.
+    """
+    counts = np.diff(label_ptr)[ids]  # labels of each clip
+    if not counts.sum():
+        raise UserError("balance=class needs labels, and no clip has any: use balance=none")
+    rows = np.repeat(np.arange(len(ids)), counts)
+    first = np.cumsum(counts) - counts
+    flat = label_ids[np.repeat(label_ptr[ids] - first, counts) + np.arange(len(rows))]
+    per_class = np.bincount(flat).astype(np.float64)
+    total = np.bincount(rows, weights=1.0 / per_class[flat], minlength=len(ids))
+    weights: np.ndarray = total / np.maximum(counts, 1)
+    return weights
+
+
+def make_plan(
+    index: Index,
+    ids: np.ndarray | None = None,
+    *,
+    seed: int,
+    shuffle: Literal["auto", "exact", "window"] = "auto",
+    window: int = 8192,
+    balance: Literal["none", "class"] = "none",
+    epoch_clips: int | None = None,
+    mix: Sequence[float] = (),
+) -> Plan | MixedPlan:
+    """The order of ``ids`` (None: all clips).
+
+    Args:
+        shuffle: ``exact``: an even permutation of an epoch; ``window``: shards in a random order,
+            clips shuffled within ``window`` of them; ``auto``: ``window`` where the shards are
+            remote and the local cache does not hold them all, else ``exact``.
+        balance: ``class``: weights of SPEC section 5; needs ``epoch_clips``.
+        epoch_clips: clips of an epoch, without replacement; None: all.
+        mix: shares of the sources that the index was opened with; empty: one set of all of them.
+
+    Raises:
+        UserError: settings that do not fit one another or the data.
+    """
+    scattered = index.remote and not index.fits
+    if shuffle == "exact" and scattered:
+        raise UserError(
+            "shuffle=exact over remote shards that the cache cannot hold would fetch a shard for "
+            "nearly every clip: use shuffle=window, or raise cache_gb above the size of the shards"
+        )
+    if balance == "class" and epoch_clips is None:
+        raise UserError("balance=class needs epoch_clips, the clips of an epoch (AudioSet: 200000)")
+    windowed = shuffle == "window" or (shuffle == "auto" and scattered)
+    ids = np.arange(len(index)) if ids is None else np.asarray(ids, np.int64)
+
+    def plan(chosen: np.ndarray, number: int) -> Plan:
+        weights = None
+        if balance == "class":
+            weights = class_balance(index.label_ids, index.label_ptr, chosen)
+        return Plan(
+            chosen,
+            seed=(seed + (number << 40)) % (1 << 63),  # no two sources in step
+            weights=weights,
+            epoch_clips=epoch_clips,
+            window=window if windowed else None,
+            shard=index.shard,
+        )
+
+    if not mix:
+        return plan(ids, 0)
+    parts = [ids[index.source[ids] == i] for i in range(int(index.source.max()) + 1)]
+    if len(parts) != len(mix):
+        raise UserError(f"mix has {len(mix)} weights for {len(parts)} sets of shards")
+    if epoch_clips is not None:
+        raise UserError("mix and epoch_clips (or balance) exclude one another: leave one away")
+    return MixedPlan([plan(part, i) for i, part in enumerate(parts)], mix, seed=seed)

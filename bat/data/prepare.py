@@ -1,0 +1,255 @@
+"""One row to the clips that go into a shard: checked by decoding, kept, encoded, or cut.
+
+A recording longer than ``clip_seconds`` becomes pieces ``KEY_00000``, ``KEY_00001``, ... It is
+read by seeking, ``CHUNK_SECONDS`` at a time, each such chunk a ``Work`` of its own: a day of audio
+costs the memory of a minute and is shared by all processes. Chunks are resampled whole and do not
+depend on who works on them, so the bytes are the same for any number of processes. Where a chunk
+does not decode, its pieces are tried one by one: damage costs the piece it is in.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from bat.audio.decode import (
+    RATES_HZ,
+    AudioInfo,
+    DecodeError,
+    decode,
+    decode_channels,
+    encode,
+    probe,
+)
+from bat.audio.encode import OPUS_RATES_HZ
+from bat.data.rows import read_row
+from bat.shapes import UserError
+from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, no_decoder
+
+Codec = Literal["keep", "flac", "opus", "wav", "ogg"]
+Channels = Literal["mono", "keep"]
+
+CHUNK_SECONDS = 60.0  # 23 MB of 48 kHz stereo float32
+SLACK = 0.02  # a recording longer than clip_seconds by this share at most stays whole
+MAX_DECODE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to each row; the arguments of ``write_shards`` of these names."""
+
+    codec: Codec = "keep"
+    sample_rate: int | None = None
+    channels: Channels | None = None
+    clip_seconds: float | None = None
+    min_seconds: float | None = None
+
+    def check(self) -> None:
+        """Raise a UserError for what no clip could satisfy."""
+        if self.codec not in get_args(Codec):
+            raise UserError(f"codec {self.codec!r}: one of {', '.join(get_args(Codec))}")
+        if self.channels not in (None, *get_args(Channels)):
+            raise UserError(f"channels {self.channels!r}: mono or keep")
+        rate, low, high = self.sample_rate, *RATES_HZ
+        if rate is not None and not low <= rate <= high:
+            raise UserError(f"sample_rate={rate}: in Hz, {low} to {high}")
+        if self.codec == "opus" and rate is not None and rate not in OPUS_RATES_HZ:
+            raise UserError(f"Opus has no {rate} Hz: one of {', '.join(map(str, OPUS_RATES_HZ))}")
+        clip, least = self.clip_seconds, self.min_seconds
+        if clip is not None and not 0.01 <= clip < math.inf:
+            raise UserError(f"clip_seconds={clip}: 0.01 or more")
+        if least is not None and not 0 <= least < math.inf:
+            raise UserError(f"min_seconds={least}: zero or more")
+        if clip is not None and least is not None and least > clip:
+            raise UserError(
+                f"min_seconds={least} is more than clip_seconds={clip}: nothing is left"
+            )
+
+    @property
+    def shortest_rest(self) -> float:
+        """Seconds that the last piece of a recording must have."""
+        assert self.clip_seconds is not None
+        return self.clip_seconds / 2 if self.min_seconds is None else self.min_seconds
+
+
+@dataclass(frozen=True)
+class Work:
+    """A row, or the pieces ``first .. stop - 1`` of a long one: what one call prepares."""
+
+    row: Row
+    info: AudioInfo | None = None
+    """Of the recording that is cut; None: the row is not cut."""
+    first: int = 0
+    stop: int = 1
+    share: float = 1.0
+    """Of the row."""
+
+
+class Clip(NamedTuple):
+    """A clip as it goes into the shard."""
+
+    id: str
+    suffix: str
+    data: bytes
+    frames: int
+    rate: int
+    start_seconds: float
+
+
+class LeftOut(NamedTuple):
+    """Why a clip does not."""
+
+    id: str
+    file: str
+    reason: str
+
+
+def plan(row: Row, recipe: Recipe) -> Iterator[Work]:
+    """The works of ``row``: one, or the chunks of a recording that is to be cut."""
+    seconds = recipe.clip_seconds
+    if seconds is None:
+        yield Work(row)
+        return
+    try:
+        info = probe(row.path if _is_file(row) else _held(row))
+    except (DecodeError, OSError):
+        yield Work(row)  # says the same to whoever prepares it
+        return
+    clip_frames = seconds * info.sample_rate
+    if info.frames <= clip_frames * (1 + SLACK):
+        yield Work(row)
+        return
+    count = math.ceil(info.frames / clip_frames - 1e-9)
+    step = max(1, int(CHUNK_SECONDS / seconds))
+    for first in range(0, count, step):
+        stop = min(first + step, count)
+        yield Work(row, info, first, stop, (stop - first) / count)
+
+
+def prepare(work: Work, *, recipe: Recipe) -> list[Clip | LeftOut]:
+    """The clips of ``work``, in order, and what is left out of it.
+
+    Bytes are kept as they are where rate, codec and channels agree (``codec="keep"``: any codec;
+    ``channels=None``: any number); otherwise the clip is encoded, under ``keep`` as FLAC.
+
+    Raises:
+        UserError: Opus is asked for a rate that it lacks.
+    """
+    row = work.row
+    if work.info is not None:
+        return list(_pieces(row, work.info, work.first, work.stop, recipe))
+    try:
+        return [_whole(row, recipe)]
+    except (DecodeError, OSError) as error:
+        return [LeftOut(row.key, row.name, _reason(error, row))]
+
+
+def _whole(row: Row, recipe: Recipe) -> Clip | LeftOut:
+    data = read_row(row)
+    info = probe(data)
+    rate = recipe.sample_rate or info.sample_rate
+    read = decode_channels if recipe.channels == "keep" else decode
+    wave = read(
+        data,
+        sample_rate=rate,
+        expected_frames=info.frames,
+        min_seconds=recipe.min_seconds or 0.0,
+        max_decode_seconds=_bound(recipe),
+    )
+    suffix = info.codec if info.codec in AUDIO_SUFFIXES else row.suffix
+    same_codec = recipe.codec in ("keep", info.codec) and suffix in AUDIO_SUFFIXES
+    stays = (None, "keep") if recipe.codec == "keep" else ("keep",)
+    same_channels = info.channels == 1 or recipe.channels in stays
+    if rate == info.sample_rate and same_codec and same_channels:
+        return Clip(row.key, suffix, data, info.frames, rate, row.start_seconds)
+    return _encoded(wave, row, row.key, rate, row.start_seconds, recipe)
+
+
+def _pieces(
+    row: Row, info: AudioInfo, first: int, stop: int, recipe: Recipe
+) -> Iterator[Clip | LeftOut]:
+    seconds = recipe.clip_seconds
+    assert seconds is not None
+    rate = recipe.sample_rate or info.sample_rate
+    rest = info.frames / info.sample_rate - (stop - 1) * seconds  # seconds of the last piece
+    brief = rest < recipe.shortest_rest - 1e-9
+    whole = stop - 1 if brief else stop
+
+    def read(begin: int, end: int) -> np.ndarray:
+        get = decode_channels if recipe.channels == "keep" else decode
+        return get(
+            row.path if _is_file(row) else _held(row),
+            sample_rate=rate,
+            start_seconds=begin * seconds,
+            max_seconds=(end - begin) * seconds,
+            expected_frames=info.frames,
+            max_decode_seconds=_bound(recipe),
+        )
+
+    wave = None
+    if whole > first:
+        with suppress(DecodeError, OSError):  # then piece by piece, below
+            wave = read(first, whole)
+    for k in range(first, whole):
+        key = f"{row.key}_{k:05d}"
+        start_seconds = round(row.start_seconds + k * seconds, 6)
+        try:
+            if wave is None:
+                piece = read(k, k + 1)
+            else:
+                begin, end = (round((i - first) * seconds * rate) for i in (k, k + 1))
+                piece = wave[begin:end]
+            yield _encoded(piece, row, key, rate, start_seconds, recipe)
+        except (DecodeError, OSError) as error:
+            yield LeftOut(key, row.name, _reason(error, row))
+    if brief:
+        why = f"brief: the last {rest:.3g} s of the recording, less than {recipe.shortest_rest:g}"
+        yield LeftOut(f"{row.key}_{stop - 1:05d}", row.name, why)
+
+
+def _encoded(
+    wave: np.ndarray, row: Row, key: str, rate: int, start_seconds: float, recipe: Recipe
+) -> Clip | LeftOut:
+    codec: Literal["flac", "opus", "wav", "ogg"] = (
+        "flac" if recipe.codec == "keep" else recipe.codec
+    )
+    try:
+        data = encode(wave, sample_rate=rate, codec=codec)
+    except UserError as error:
+        if codec == "opus" and rate not in OPUS_RATES_HZ:
+            raise UserError(f"{row.name}: {error} (sample_rate=48000)") from error
+        return LeftOut(key, row.name, f"unencodable: {error}")
+    info = probe(data)
+    return Clip(key, codec, data, info.frames, info.sample_rate, start_seconds)
+
+
+def _bound(recipe: Recipe) -> float:
+    """Seconds that one decoding may take in."""
+    return max(MAX_DECODE_SECONDS, (recipe.clip_seconds or 0.0) * (1 + SLACK) + 1)
+
+
+def _is_file(row: Row) -> bool:
+    """Whether ``row`` can be read from its path, by seeking."""
+    if row.span is not None or row.cell is not None:
+        return False
+    return stat.S_ISREG(row.path.stat().st_mode)
+
+
+@functools.lru_cache(maxsize=1)  # the chunks of a row come one after the other
+def _held(row: Row) -> bytes:
+    return read_row(row)
+
+
+def _reason(error: DecodeError | OSError, row: Row) -> str:
+    if isinstance(error, OSError):
+        return f"unreadable: {error.strerror}"
+    if error.kind == "corrupt" and row.suffix in UNDECODED_SUFFIXES:
+        return no_decoder(row.suffix)
+    return f"{error.kind}: {error}"

@@ -1,0 +1,260 @@
+"""Bytes from elsewhere: fsspec's file systems, made patient.
+
+One thing is done here: read a file from byte ``start`` on, and when the server stalls, stops
+early, drops the connection or answers 5xx, go on from where it stopped, after a pause that doubles.
+A server that refuses ranges is read from the front again. HTTP goes through fsspec's aiohttp
+session (its ``cat_file`` would hold a whole shard in memory where ranges are refused); other
+stores are read in pieces by ``cat_file``. File systems are made once a process, so a forked loader
+worker has its own. Messages never show user names, passwords or signatures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import re
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import fsspec
+from fsspec.asyn import sync
+
+from bat.data.sources import Patience, shown
+
+PIECE_BYTES = 4 << 20
+CRAWL_BYTES = 1 << 16
+"""Less than this in ``timeout_seconds`` counts as silence."""
+PROGRESS_BYTES = 1 << 20
+"""So much further, and the count of tries begins anew."""
+STORE_PIECE_BYTES = 16 << 20
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
+"""Not worth another try."""
+T = TypeVar("T")
+Pieces = Generator[bytes, None, None]
+
+
+class Stat(NamedTuple):
+    size: int | None
+    """Bytes; None where the server does not tell."""
+    tag: str
+    """Changes with the content (ETag, time of change); empty where the server tells none."""
+
+
+_systems: dict[tuple[int, str, bool], Any] = {}
+
+
+def system_of(url: str, *, listing: bool = False) -> Any:
+    """The fsspec file system of ``url`` in this process."""
+    parts = urlsplit(url)
+    key = (os.getpid(), f"{parts.scheme}://{parts.netloc}", listing)
+    if key not in _systems:
+        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+        if parts.scheme in ("http", "https"):
+            timeout = aiohttp.ClientTimeout(total=None)
+            options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
+            options["client_kwargs"]["auto_decompress"] = listing
+            options["encoded"] = "%" in url
+        _systems[key] = fsspec.core.url_to_fs(url, **options)[0]
+    return _systems[key]
+
+
+def is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def why(error: BaseException, url: str, patience: Patience) -> str:
+    """``error`` in a few words without secrets."""
+    if isinstance(error, TimeoutError):
+        return f"no answer within {patience.timeout_seconds:g} s"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return os.strerror(error.os_error.errno) if error.os_error.errno else "no connection"
+    if isinstance(error, aiohttp.ClientError):
+        return "the connection broke"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = re.sub(r"://[^/@\s]*@", "://", text.replace(url, shown(url)))
+    return re.sub(r"\?[^\s'\"]*", "", text)[:300] or type(error).__name__
+
+
+class Tries:
+    """Counts failures: pauses after each, raises ``OSError`` after the last."""
+
+    def __init__(self, url: str, patience: Patience) -> None:
+        self.url, self.patience, self.failures = url, patience, 0
+
+    def after(self, error: Exception) -> None:
+        if isinstance(error, FINAL):
+            if not isinstance(error, OSError):
+                raise error
+            reason = "does not exist" if isinstance(error, FileNotFoundError) else "is refused"
+            number = error.errno or errno.EIO
+            raise type(error)(number, f"{shown(self.url)} {reason}") from None
+        self.failures += 1
+        if self.failures >= self.patience.retries:
+            reason = f"{why(error, self.url, self.patience)} ({self.failures} tries)"
+            message = f"{shown(self.url)} cannot be reached: {reason}"
+            raise OSError(errno.EIO, message) from None
+        time.sleep(self.patience.backoff_seconds * 2 ** (self.failures - 1))
+
+
+def patiently(attempt: Callable[[], T], url: str, patience: Patience) -> T:
+    """``attempt()``, again after a failure.
+
+    Raises:
+        OSError: it stays unreachable; FileNotFoundError, PermissionError at once.
+    """
+    tries = Tries(url, patience)
+    while True:
+        try:
+            return attempt()
+        except Exception as error:
+            tries.after(error)
+
+
+async def _get(system: Any, url: str, ranged: str, seconds: float) -> aiohttp.ClientResponse:
+    session = await system.set_session()
+    headers = {"Accept-Encoding": "identity"} | ({"Range": ranged} if ranged else {})
+    async with asyncio.timeout(seconds):
+        answer: aiohttp.ClientResponse = await session.get(system.encode_url(url), headers=headers)
+    if answer.status in (200, 206):
+        return answer
+    answer.close()
+    if answer.status in (404, 410):
+        raise FileNotFoundError(errno.ENOENT, f"HTTP {answer.status}")
+    if answer.status in (401, 403):
+        raise PermissionError(errno.EACCES, f"HTTP {answer.status}")
+    raise OSError(errno.EIO, f"HTTP {answer.status}")
+
+
+def _extent(answer: aiohttp.ClientResponse) -> tuple[int, int | None]:
+    """First byte of what follows, and bytes of the whole file."""
+    if answer.status == 206:
+        found = re.fullmatch(
+            r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", "").strip()
+        )
+        if found is None:
+            raise OSError(errno.EIO, "an answer to another range than asked")
+        return int(found[1]), None if found[2] == "*" else int(found[2])
+    length = answer.headers.get("Content-Length", "")
+    return 0, int(length) if length.isdigit() else None
+
+
+async def _gather(answer: aiohttp.ClientResponse, seconds: float) -> bytes:
+    """The next up to ``PIECE_BYTES``; what came before a failure is kept, the next call fails."""
+    parts: list[bytes] = []
+    got = 0
+    try:
+        async with asyncio.timeout(seconds):
+            while got < PIECE_BYTES and (data := await answer.content.read(PIECE_BYTES - got)):
+                parts.append(data)
+                got += len(data)
+    except TimeoutError:
+        if got < CRAWL_BYTES:
+            raise
+    except (aiohttp.ClientError, OSError):
+        if not got:
+            raise
+    return b"".join(parts)
+
+
+@contextlib.contextmanager
+def _answer(url: str, ranged: str, patience: Patience) -> Iterator[tuple[Any, Any]]:
+    system, seconds = system_of(url), patience.timeout_seconds
+    answer = sync(system.loop, _get, system, url, ranged, seconds)
+    try:
+        yield system, answer
+    finally:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            system.loop.call_soon_threadsafe(answer.close)
+
+
+def _pieces(url: str, start: int, size: int | None, patience: Patience) -> Pieces:
+    """One attempt: the bytes from ``start`` on."""
+    if not is_http(url):
+        yield from _store_pieces(url, start, size, patience)
+        return
+    with _answer(url, f"bytes={start}-" if start else "", patience) as (system, answer):
+        at, whole = _extent(answer)
+        if at > start or (whole is not None and size is not None and whole != size):
+            raise OSError(errno.EIO, f"it has {whole} bytes on the server, {size} were expected")
+        while data := sync(system.loop, _gather, answer, patience.timeout_seconds):
+            if at + len(data) > start:
+                yield data[max(0, start - at) :]
+            at += len(data)
+        if whole is not None and at < whole:
+            raise OSError(errno.EIO, f"the server sent {at} of {whole} bytes")
+
+
+def _store_pieces(url: str, start: int, size: int | None, patience: Patience) -> Iterator[bytes]:
+    system = system_of(url)
+    path = system._strip_protocol(url)
+    end = size if size is not None else int(system.info(path)["size"])
+    while start < end:
+        span = {"start": start, "end": min(start + STORE_PIECE_BYTES, end)}
+        if system.async_impl:
+            seconds = 4 * patience.timeout_seconds  # a whole piece of 16 MiB
+            data = sync(system.loop, system._cat_file, path, timeout=seconds, **span)
+        else:
+            data = system.cat_file(path, **span)  # has time limits of its own
+        if not data:
+            return
+        start += len(data)
+        yield data
+
+
+def stream(url: str, *, start: int = 0, size: int | None = None, patience: Patience) -> Pieces:
+    """The bytes of ``url`` from ``start`` on, in pieces, through stalls and broken connections.
+
+    Args:
+        size: bytes of the whole file where they are known; another number is an error.
+
+    Raises:
+        OSError: unreachable after ``patience.retries`` tries without progress; shorter than
+            ``size``. FileNotFoundError, PermissionError: at once.
+    """
+    at = counted = start
+    tries = Tries(url, patience)
+    while size is None or at < size:
+        try:
+            with contextlib.closing(_pieces(url, at, size, patience)) as pieces:
+                for data in pieces:
+                    at += len(data)
+                    if at - counted >= PROGRESS_BYTES:
+                        counted, tries.failures = at, 0
+                    yield data
+            if size is not None and at < size:
+                raise OSError(errno.EIO, f"the server sent {at} of {size} bytes")
+            return
+        except Exception as error:
+            tries.after(error)
+
+
+def fetch(url: str, *, limit: int, patience: Patience) -> bytes:
+    """A small file; ``OSError`` as ``stream``, or over ``limit`` bytes."""
+    parts, got = [], 0
+    for data in stream(url, patience=patience):
+        got += len(data)
+        if got > limit:
+            raise OSError(errno.EFBIG, f"{shown(url)} is larger than {limit} bytes")
+        parts.append(data)
+    return b"".join(parts)
+
+
+def stat(url: str, patience: Patience) -> Stat:
+    """Size and tag of a file; ``OSError`` as ``stream``."""
+
+    def ask() -> Stat:
+        if not is_http(url):
+            system = system_of(url)
+            info = system.info(system._strip_protocol(url))
+            names = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime")
+            return Stat(info.get("size"), str(next((info[n] for n in names if info.get(n)), "")))
+        with _answer(url, "bytes=0-0", patience) as (_, answer):
+            tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+            return Stat(_extent(answer)[1], tag)
+
+    return patiently(ask, url, patience)

@@ -1,0 +1,161 @@
+"""The picture of a data set: how its labels, lengths, rates, splits and folds are spread.
+
+Plain numbers in, one PNG out, in the style of ``plots.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bat.report.plots import COLOURS, _figure
+
+NAMED = 30
+"""Classes drawn as named bars; more are drawn as a curve over their rank."""
+
+
+def plot_data(
+    path: str | Path,
+    *,
+    title: str,
+    classes: Mapping[str, int],
+    seconds: ArrayLike,
+    rates: Mapping[str, int],
+    codecs: Mapping[str, int],
+    splits: Mapping[str, int],
+    folds: Mapping[str, int],
+    labels_per_clip: Mapping[int, int],
+) -> Path:
+    """Six panels: clips a class, clips by length, labels a clip; rates, codecs, splits and folds.
+
+    Args:
+        classes: clips that carry each class.
+        seconds: (n,) length of each clip; NaN for unknown.
+        rates, codecs, splits, folds, labels_per_clip: clips of each.
+    """
+    path = Path(path)
+    seconds = np.asarray(seconds, dtype=np.float64)
+    with _figure(path, 2, 3, figsize=(14, 8.2)) as (figure, axes):
+        figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
+        _classes(axes[0, 0], classes)
+        _lengths(axes[0, 1], seconds[~np.isnan(seconds)], int(np.isnan(seconds).sum()))
+        counts = {str(k): labels_per_clip[k] for k in sorted(labels_per_clip)}
+        _bars(axes[0, 2], counts, "Labels a clip", "labels")
+        _bars(axes[1, 0], {f"{int(r):,}": rates[r] for r in sorted(rates, key=int)},
+              "Sample rates", "Hz")  # fmt: skip
+        _bars(axes[1, 1], dict(sorted(codecs.items())), "Codecs", "file suffix")
+        groups = {**splits, **{f"fold {f}": folds[f] for f in sorted(folds, key=int)}}
+        _bars(axes[1, 2], groups, "Splits and folds", "")
+    return path
+
+
+def _classes(axis: Any, classes: Mapping[str, int]) -> None:
+    order = sorted(classes.items(), key=lambda pair: -pair[1])
+    counts = np.array([n for _, n in order])
+    axis.set_title(f"Clips a class ({len(order)} classes)")
+    if not counts.sum():
+        _nothing(axis, "no labels")
+        return
+    uneven = counts.max() > 30 * max(1, counts.min())
+    if len(order) <= NAMED:
+        axis.barh(range(len(order)), counts, color=COLOURS[0])
+        axis.set_yticks(range(len(order)), [_short(name, 22) for name, _ in order],
+                        fontsize=9 if len(order) <= 16 else 7)  # fmt: skip
+        axis.invert_yaxis()
+        axis.grid(False, axis="y")
+        axis.set_xlabel("clips")
+        if uneven:
+            axis.set_xscale("log")
+        return
+    rank = np.arange(1, len(order) + 1)
+    axis.fill_between(rank, np.maximum(counts, 0.5), 0.5, color=COLOURS[0], alpha=0.35, step="mid")
+    axis.step(rank, np.maximum(counts, 0.5), color=COLOURS[0], where="mid")
+    axis.set_xlabel("class, from the commonest to the rarest")
+    axis.set_ylabel("clips")
+    axis.set_yscale("log" if uneven else "linear")
+    axis.yaxis.set_major_formatter(compact)
+    for at, ha, above in ((0, "left", 8), (len(order) - 1, "right", 24)):
+        name, n = order[at]
+        axis.annotate(f"{_short(name, 28)}: {n:,}", (rank[at], max(n, 0.5)), (0, above),
+                      textcoords="offset points", ha=ha, fontsize=8)  # fmt: skip
+    axis.margins(y=0.15)
+    axis.set_ylim(bottom=0.5 if uneven else 0)
+
+
+def _lengths(axis: Any, seconds: np.ndarray, unknown: int) -> None:
+    axis.set_title("Clips by length" + (f" ({unknown:,} unknown)" if unknown else ""))
+    if not len(seconds):
+        _nothing(axis, "no length is known")
+        return
+    low, high = float(seconds.min()), float(seconds.max())
+    axis.set_xlabel("seconds")
+    axis.set_ylabel("clips")
+    if high - low < 1e-3:
+        _bars(axis, {f"{low:.3g}": len(seconds)}, axis.get_title(loc="left"), "seconds")
+        return
+    wide = high > 50 * low > 0
+    edges = np.geomspace(low, high, 41) if wide else np.linspace(low, high, 41)
+    edges[0], edges[-1] = low, high
+    counts = axis.hist(seconds, bins=edges, color=COLOURS[2])[0]
+    if counts.max() > 50 * counts[counts > 0].min():  # else the few of another length vanish
+        axis.set_yscale("log", nonpositive="clip")
+        axis.set_ylim(bottom=0.5)
+    axis.yaxis.set_major_formatter(compact)
+    if wide:
+        axis.set_xscale("log")
+    middle = float(np.median(seconds))
+    axis.axvline(middle, color="#333333", lw=1.1, ls="--", label=f"median {middle:.3g} s")
+    axis.legend(loc="best")
+    axis.margins(y=0.15)
+
+
+def _bars(axis: Any, counts: Mapping[str, int], title: str, xlabel: str) -> None:
+    """Bars with their numbers on top; of more than twelve, the largest twelve."""
+    axis.set_title(title)
+    shown = dict(counts)
+    if len(shown) > 12:
+        largest = sorted(counts, key=lambda name: -counts[name])[:12]
+        shown = {name: n for name, n in counts.items() if name in largest}
+        axis.set_title(f"{title} (the commonest 12 of {len(counts)})")
+    if not shown:
+        _nothing(axis, "none")
+        return
+    colours = [COLOURS[4] if name.startswith("fold ") else COLOURS[1] for name in shown]
+    bars = axis.bar(range(len(shown)), list(shown.values()), 0.7, color=colours)
+    roomy = len(shown) <= 7
+    texts = [f"{n:,}" if roomy else compact(n) for n in shown.values()]
+    axis.bar_label(bars, texts, fontsize=9 if roomy else 8, padding=2)
+    axis.yaxis.set_major_formatter(compact)
+    names = [_short(name, 12) for name in shown]
+    crowded = sum(map(len, names)) > 45
+    axis.set_xticks(range(len(shown)), names, rotation=30 if crowded else 0,
+                    ha="right" if crowded else "center")  # fmt: skip
+    side = max(0.6, 2.0 - len(shown) / 2)  # one or two bars stay narrow
+    axis.set_xlim(-side, len(shown) - 1 + side)
+    axis.grid(False, axis="x")
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel("clips")
+    axis.margins(y=0.12)
+
+
+def _nothing(axis: Any, text: str) -> None:
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", color="#777777")
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def compact(number: float, _: object = None) -> str:
+    """``999``, ``1.5k``, ``12k``, ``1.91M``; takes the position that matplotlib hands over."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:  # rounds to one of these
+            return f"{number / size:.3g}{unit}"
+    return f"{number:g}"
+
+
+def _short(text: str, most: int) -> str:
+    clean = text.replace("$", r"\$")  # no mathematics in names
+    return clean if len(text) <= most else clean[: most - 3] + "..."

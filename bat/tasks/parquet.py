@@ -1,0 +1,289 @@
+"""Parquet with the audio inside: files of the Hugging Face hub, and the like (FIELD section 1).
+
+Columns: ``audio`` (bytes, or a struct with ``bytes`` and at will ``path``); ``labels``, ``label``
+or ``label_id`` (names, mids or numbers, one or a list); where labels are mids, ``human_labels``
+are their names; a key from ``id``, ``video_id``, ``key``, ``filename``; at will ``fold`` and
+``split``. Others are not read. Numbers are named by the ClassLabel that the hub's own libraries
+write into the schema, or by a label file (``bat.tasks.labels``).
+
+A file called ``train-00000-of-00042.parquet``, or in a folder of its own (``data/eval/``), has
+that split. pyarrow reads: the extra ``parquet``.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bat.shapes import UserError
+from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task
+from bat.tasks.labels import Labels, Reading, by_number, is_mid, labels_beside, named
+
+LABELS = ("labels", "label", "label_id")
+KEYS = ("id", "video_id", "key", "filename", "file_name", "name")
+MAX_BATCH_BYTES = 32 << 20
+
+
+def _pyarrow() -> Any:
+    try:
+        importlib.import_module("pyarrow.parquet")
+        return importlib.import_module("pyarrow")
+    except ImportError as error:
+        raise UserError("parquet needs pyarrow: pip install 'bat-audio[parquet]'") from error
+
+
+def parquet_files(source: Path) -> list[Path]:
+    """``source`` itself, or the ``.parquet`` files anywhere below it, sorted."""
+    if source.is_file():
+        return [source] if source.suffix.lower() == ".parquet" else []
+    found = (p for p in source.rglob("*.parquet") if p.is_file())
+    return sorted(p for p in found if not any(x[0] == "." for x in p.relative_to(source).parts))
+
+
+def _audio_column(file: Any, path: Path) -> str:
+    """The leaf that holds the bytes: ``audio`` or ``audio.bytes``."""
+    arrow = _pyarrow()
+    schema = file.schema_arrow
+    if "audio" not in schema.names:
+        raise UserError(f"{path} lacks column 'audio'; it has: {', '.join(schema.names)}")
+    kind = schema.field("audio").type
+    leaf = "audio"
+    if arrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind, leaf = kind.field("bytes").type, "audio.bytes"
+    if not (arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind)):
+        raise UserError(f"{path}: column 'audio' is {kind}: encoded files (bytes) are read")
+    return leaf
+
+
+def _class_names(file: Any, column: str) -> list[str] | None:
+    """Names of a ClassLabel column, from the hub's own entry in the schema."""
+
+    def find(feature: Any, depth: int = 0) -> list[str] | None:
+        if isinstance(feature, list) and feature:
+            feature = feature[0]
+        if not isinstance(feature, dict) or depth > 4:
+            return None
+        names = feature.get("names")
+        if feature.get("_type") == "ClassLabel" and isinstance(names, list):
+            return [str(name) for name in names]
+        return find(feature.get("feature"), depth + 1)
+
+    text = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        return find(json.loads(text)["info"]["features"][column])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _listed(value: Any) -> list[str]:
+    """A cell's labels as text; ``"/m/1,/m/2"`` is two."""
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split(",")]
+        value = parts if all(map(is_mid, parts)) else [value.strip()]
+    values = value if isinstance(value, list) else [value]
+    return [str(x) for x in values if isinstance(x, (str, int)) and str(x) not in ("", "-1")]
+
+
+def _sniff(data: bytes | None) -> str:
+    """Suffix for the first bytes of a file; empty: unknown."""
+    head = (data or b"")[:64]
+    if head[:4] == b"OggS":
+        return "opus" if b"OpusHead" in head else "ogg"
+    for magic, suffix in ((b"fLaC", "flac"), (b"RIFF", "wav"), (b"ID3", "mp3")):
+        if head.startswith(magic):
+            return suffix
+    if head[4:8] == b"ftyp":
+        return "m4a"
+    return "mp3" if head[:1] == b"\xff" and head[1:2] >= b"\xe0" else ""
+
+
+def _split(path: Path, source: Path) -> str | None:
+    shard = re.fullmatch(r"(\w+?)-\d+-of-\d+(-[0-9a-f]+)?", path.stem, re.ASCII)
+    if shard:
+        return shard[1]
+    folder = path.parent.name
+    return folder if source.is_dir() and path.parent != source and folder != "data" else None
+
+
+class _File:
+    """One parquet file and what its schema says."""
+
+    def __init__(self, path: Path, source: Path) -> None:
+        self.path, self.file = path, _pyarrow().parquet.ParquetFile(path)
+        names = self.file.schema_arrow.names
+        self.label = next((c for c in LABELS if c in names), None)
+        self.key = next((c for c in KEYS if c in names), None)
+        others = (self.label, self.key, "label_id", "human_labels", "fold", "split")
+        self.columns = [c for c in dict.fromkeys(others) if c in names]
+        audio = _audio_column(self.file, path)
+        if (
+            audio != "audio"
+            and self.file.schema_arrow.field("audio").type.get_field_index("path") >= 0
+        ):
+            self.columns.append("audio.path")
+        self.classes = _class_names(self.file, self.label) if self.label else None
+        self.codec = _sniff(read_cell(path, 0, 0)) if self.file.metadata.num_rows else ""
+        self.split = _split(path, source)
+
+    def rows(self) -> Iterator[tuple[Row, list[str], list[str]]]:
+        """Each row, with its ``label_id`` and its ``human_labels`` beside."""
+        for group in range(self.file.num_row_groups):
+            table: list[dict[str, Any]] = [{}] * self.file.metadata.row_group(group).num_rows
+            if self.columns:
+                table = self.file.read_row_group(group, columns=self.columns).to_pylist()
+            for i, cells in enumerate(table):
+                numbers, human = _listed(cells.get("label_id")), _listed(cells.get("human_labels"))
+                yield self._row(cells, group, i), numbers, human
+
+    def _row(self, cells: dict[str, Any], group: int, i: int) -> Row:
+        inner = Path(str((cells.get("audio") or {}).get("path") or ""))
+        suffix, fold = inner.suffix[1:].lower(), cells.get("fold")
+        labels, key = _listed(cells.get(self.label or "")), cells.get(self.key or "")
+        if self.classes is not None:
+            labels = [self._class(label) for label in labels]
+        return Row(
+            path=self.path,
+            key=inner.stem or f"{self.path.stem}-{group}-{i}" if key in (None, "") else str(key),
+            labels=tuple(dict.fromkeys(labels)),
+            fold=fold if isinstance(fold, int) else None,
+            split=str(cells.get("split") or "") or self.split,
+            cell=(group, i),
+            codec=suffix if suffix in (*AUDIO_SUFFIXES, *UNDECODED_SUFFIXES) else self.codec,
+        )
+
+    def _class(self, number: str) -> str:
+        assert self.classes is not None
+        if not number.isdecimal() or int(number) >= len(self.classes):
+            raise UserError(
+                f"{self.path}: label {number} is not among its {len(self.classes)} classes"
+            )
+        return self.classes[int(number)]
+
+
+def _by_human_labels(found: list[tuple[Row, list[str], list[str]]]) -> list[Row] | None:
+    """Rows whose mids are named by ``human_labels``; None where these do not fit one to one."""
+    names: dict[str, str] = {}
+    for row, _, human in found:
+        if len(row.labels) != len(human):
+            return None
+        for mid, name in zip(row.labels, human, strict=True):
+            if not is_mid(mid) or names.setdefault(mid, name) != name:
+                return None
+    if not names or len(set(names.values())) < len(names):
+        return None
+    return [replace(row, labels=tuple(human), mids=row.labels) for row, _, human in found]
+
+
+def read(
+    source: Path, labels: Labels | None = None, *, paths: Sequence[Path] | None = None
+) -> Reading:
+    """The clips of a parquet file, of all below a folder, or of ``paths``; the audio stays there.
+
+    Raises:
+        UserError: pyarrow missing, no parquet, a damaged one, no audio column, an unknown label.
+    """
+    paths = parquet_files(source) if paths is None else paths
+    if not paths:
+        raise UserError(f"{source} has no .parquet file")
+    arrow, classes = _pyarrow(), []
+    found: list[tuple[Row, list[str], list[str]]] = []
+    for path in paths:
+        try:
+            file = _File(path, source)
+            with file.file:
+                found.extend(file.rows())
+        except (arrow.ArrowException, OSError) as error:
+            raise UserError(f"{path} is not a readable parquet file ({error})") from error
+        classes.append(file.classes)
+    rows = [row for row, _, _ in found]
+    folder = source if source.is_dir() else source.parent
+    if labels is None and labels_beside(folder) is None:
+        rows = _by_human_labels(found) or rows
+    reading = named(rows, labels, folder)
+    if labels is None and classes[0] is not None and all(c == classes[0] for c in classes):
+        return replace(reading, vocabulary=classes[0])
+    pairs = {
+        pair
+        for row, numbers, _ in found
+        for pair in zip(row.labels, map(int, numbers), strict=False)
+        if len(row.labels) == len(numbers)
+    }
+    order = by_number(pairs) if labels is None else None
+    if order is not None and set(reading.vocabulary) <= set(order):
+        return replace(reading, vocabulary=order)
+    return reading
+
+
+class _Cells:
+    """The cells of one row group, some at a time: memory for ``MAX_BATCH_BYTES`` or one cell."""
+
+    def __init__(self, path: Path, group: int) -> None:
+        self.arrow = _pyarrow()
+        self.at, self.batch = 0, None
+        self.file = self.arrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        leaf = _audio_column(self.file, path)
+        info = self.file.metadata.row_group(group)
+        sizes = [info.column(i) for i in range(info.num_columns)]
+        total = sum(c.total_uncompressed_size for c in sizes if c.path_in_schema == leaf)
+        step = max(1, min(1024, MAX_BATCH_BYTES * info.num_rows // max(1, total)))
+        self.batches = self.file.iter_batches(step, [group], [leaf], use_threads=False)
+
+    def get(self, row: int) -> bytes | None:
+        while self.batch is None or row >= self.at + len(self.batch):
+            self.at += 0 if self.batch is None else len(self.batch)
+            self.batch = next(self.batches).column(0)
+        cell = self.batch[row - self.at].as_py()
+        return cell.get("bytes") if isinstance(cell, dict) else cell
+
+    def close(self) -> None:
+        self.file.close()
+
+
+_cells: dict[tuple[int, Path, int], _Cells] = {}
+"""Of this process (its id is in the key, a fork makes its own): one row group."""
+
+
+def read_cell(path: Path, group: int, row: int) -> bytes | None:
+    """The audio of one cell; None where it is null. Quick for rows in ascending order.
+
+    Raises:
+        OSError: missing, damaged, or no such cell.
+        UserError: pyarrow missing, or no audio column.
+    """
+    arrow, place = _pyarrow(), (os.getpid(), path, group)
+    try:
+        if place not in _cells or row < _cells[place].at:
+            while _cells:
+                _cells.popitem()[1].close()
+            _cells[place] = _Cells(path, group)
+        return _cells[place].get(row)
+    except (arrow.ArrowException, StopIteration, IndexError) as error:
+        _cells.clear()
+        raise OSError(errno.EIO, f"no cell {row} of row group {group}: {error}") from error
+
+
+def rows(root: Path) -> list[Row]:
+    return read(root).rows
+
+
+def vocabulary(root: Path) -> list[str]:
+    return read(root).vocabulary
+
+
+TASK = Task(
+    name="parquet",
+    rows=rows,
+    multi_label=False,
+    loss="ce",
+    metric="accuracy",
+    frames=1024,
+    vocabulary=vocabulary,
+    adapts=True,
+)

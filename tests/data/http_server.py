@@ -1,0 +1,131 @@
+"""A small HTTP server that misbehaves on request, on 127.0.0.1 and a free port."""
+
+from __future__ import annotations
+
+import http.server
+import re
+import socket
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+
+class FaultyServer:
+    """Serves ``folder`` (with ranges) while in a ``with`` block.
+
+    ``faults[name]``: what to do with the next requests of a file, one each: ``"500"`` or another
+    status; ``"stall"``: send 10 bytes, then nothing; ``"drop:N"``: promise all, send N and close;
+    ``"short:N"``: pretend the rest has N bytes; ``"end:N"``: as drop, without having promised a
+    length; ``"crawl"``: a byte each 20 ms; ``""``: behave. The last one stays where it ends in
+    ``*``, e.g. ``"500*"``. ``ranges=False``: ranges are ignored.
+    """
+
+    def __init__(self, folder: Path, *, ranges: bool = True, listing: bool = True) -> None:
+        self.folder, self.ranges, self.listing = folder, ranges, listing
+        self.faults: defaultdict[str, list[str]] = defaultdict(list)
+        self.requests: list[tuple[str, str]] = []
+        """(name, range) of each request."""
+        self.done = threading.Event()
+
+    def __enter__(self) -> FaultyServer:
+        outer = self
+
+        class Handler(_Handler):
+            server_of = outer
+
+        class Quiet(http.server.ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *args: Any) -> None:
+                pass  # a client that hung up
+
+        self._server = Quiet(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def fault(self, name: str) -> str:
+        """The next fault of ``name``."""
+        queue = self.faults[name]
+        if not queue:
+            return ""
+        return queue[0][:-1] if queue[0].endswith("*") else queue.pop(0)
+
+    def count(self, name: str) -> int:
+        return sum(asked == name for asked, _ in self.requests)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server_of: FaultyServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        server = self.server_of
+        name = unquote(urlsplit(self.path).path).lstrip("/")
+        asked = self.headers.get("Range", "")
+        server.requests.append((name, asked))
+        kind, _, number = server.fault(name).partition(":")
+        path = server.folder / name
+        if kind.isdigit() or not path.exists() or (path.is_dir() and not server.listing):
+            self.send_response(int(kind or 404))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if path.is_dir():
+            links = [p.name + "/" * p.is_dir() for p in sorted(path.iterdir())]
+            data = "".join(f'<a href="{link}">{link}</a>\n' for link in links).encode()
+            self._head(200, "text/html", len(data))
+            self.wfile.write(data)
+            return
+        data = path.read_bytes()
+        whole = len(data)
+        ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", asked) if server.ranges else None
+        if ranged:
+            first = int(ranged[1])
+            data = data[first : int(ranged[2]) + 1 if ranged[2] else None]
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/{whole}")
+        else:
+            self.send_response(200)
+        if kind == "short":
+            data = data[: int(number)]
+        if kind == "end":
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if kind in ("drop", "end"):
+            self.wfile.write(data[: int(number)])
+            self.wfile.flush()
+            time.sleep(0.05)  # else the client's buffer is lost with the connection
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        elif kind == "stall":
+            self.wfile.write(data[:10])
+            server.done.wait(20)
+            self.close_connection = True
+        elif kind == "crawl":
+            for i in range(len(data)):
+                self.wfile.write(data[i : i + 1])
+                if server.done.wait(0.02):
+                    break
+            self.close_connection = True
+        else:
+            self.wfile.write(data)
+
+    def _head(self, status: int, kind: str, length: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()

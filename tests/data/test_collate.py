@@ -1,0 +1,53 @@
+"""Rows of a batch: rolled, placed, padded; in a worker in shared memory from the start."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from bat.data.collate import Rows
+from bat.data.stream import as_it_is
+
+WAVE = np.arange(1, 6, dtype=np.float32)
+
+
+@pytest.mark.parametrize("roll", range(5))
+@pytest.mark.parametrize("offset", [0, 2])
+def test_a_row_is_silence_the_rolled_wave_and_silence(roll: int, offset: int) -> None:
+    rows = Rows(2, 9)
+    rows.add(WAVE, roll=roll, offset=offset)
+    waves, lengths = rows.tensors()
+    wanted = np.zeros(9, np.float32)
+    wanted[offset : offset + 5] = np.roll(WAVE, roll)
+    assert waves.tolist() == [wanted.tolist()]
+    assert lengths.tolist() == [offset + 5]
+
+
+def test_a_wave_is_cut_at_the_row_and_whole_rows_are_signal() -> None:
+    rows = Rows(2, 4)
+    rows.add(WAVE)
+    rows.add(WAVE[:2], offset=1, whole=True)
+    waves, lengths = rows.tensors()
+    assert waves.tolist() == [[1, 2, 3, 4], [0, 1, 2, 0]]
+    assert lengths.tolist() == [4, 4]
+
+
+class Shared(Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitems__(self, items: list[int]) -> tuple[torch.Tensor, bool]:
+        rows = Rows(2, 5)
+        rows.add(WAVE)
+        waves, _ = rows.tensors()
+        return waves, waves.is_shared()
+
+
+def test_memory_is_shared_in_a_worker_only() -> None:
+    for workers in (0, 1):
+        loader = DataLoader(Shared(), batch_size=2, num_workers=workers, collate_fn=as_it_is)
+        ((waves, shared),) = list(loader)
+        assert waves.tolist() == [WAVE.tolist()]
+        assert shared is (workers == 1)

@@ -1,0 +1,313 @@
+"""The plan: every clip once an epoch, whoever reads, in an order that hangs on nothing else."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bat.data.plan import MIX_BLOCK, MixedPlan, Plan, below, class_balance, make_plan, philox
+from bat.data.stream import Item, PlanSampler
+from bat.shapes import UserError
+
+CASES = [  # clips, batch, world
+    (10, 4, 1),
+    (10, 3, 2),
+    (7, 16, 1),
+    (1, 2, 3),
+    (64, 8, 8),
+    (101, 5, 3),
+]
+
+
+def global_batches(
+    plan: Plan, *, batch: int, world: int, first: int, count: int
+) -> list[list[Item]]:
+    """Micro-batches ``first ..`` as all ranks together see them, by position."""
+    ranks = [
+        list(
+            PlanSampler(
+                plan, batch=batch, batches=count, rank=r, world=world, batches_done=lambda: first
+            )
+        )
+        for r in range(world)
+    ]
+    return [sorted(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
+
+
+@pytest.mark.parametrize(("n", "batch", "world"), CASES)
+def test_every_clip_exactly_once_an_epoch(n: int, batch: int, world: int) -> None:
+    plan = Plan(n, seed=3)
+    count = -(-3 * n // (batch * world))  # three epochs at least
+    batches = global_batches(plan, batch=batch, world=world, first=0, count=count)
+    items = list(itertools.chain(*batches))
+    assert [p for p, _ in items] == list(range(count * batch * world))
+    for epoch in range(3):
+        clips = [c for _, c in items[epoch * n : (epoch + 1) * n]]
+        assert sorted(clips) == list(range(n))
+        assert clips == plan.order(epoch).tolist()
+
+
+@pytest.mark.parametrize(("n", "batch", "world"), CASES)
+def test_going_on_anywhere_equals_not_stopping(n: int, batch: int, world: int) -> None:
+    whole = global_batches(Plan(n, seed=1), batch=batch, world=world, first=0, count=12)
+    for first in (1, 5, 11):
+        rest = global_batches(
+            Plan(n, seed=1), batch=batch, world=world, first=first, count=12 - first
+        )
+        assert rest == whole[first:]
+
+
+@pytest.mark.parametrize(("n", "batch", "world"), [(10, 3, 2), (64, 8, 8), (101, 5, 4)])
+def test_another_world_with_the_same_global_batch_keeps_the_batches(
+    n: int, batch: int, world: int
+) -> None:
+    many = global_batches(Plan(n, seed=1), batch=batch, world=world, first=4, count=9)
+    one = global_batches(Plan(n, seed=1), batch=batch * world, world=1, first=4, count=9)
+    half = global_batches(Plan(n, seed=1), batch=batch * 2, world=world // 2, first=4, count=9)
+    assert many == one == half
+
+
+def test_two_million_clips_in_64_ranks() -> None:
+    plan = Plan(2_000_000, seed=0)
+    seen = np.zeros(2_000_000, np.int64)
+    size = 64 * 48
+    for k in range(0, -(-2_000_000 // size), 50):  # runs of 50 micro-batches at once
+        positions = np.arange(k * size, min((k + 50) * size, 2_000_000))
+        np.add.at(seen, plan.clips(positions), 1)
+    assert (seen == 1).all()
+
+
+def test_order_depends_on_seed_and_epoch_only() -> None:
+    order = Plan(8, seed=0).order
+    assert order(0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]  # a change here breaks running resumes
+    assert order(1).tolist() != order(0).tolist()
+    assert Plan(8, seed=1).order(0).tolist() != order(0).tolist()
+    assert Plan([5, 7, 9], seed=4).order(2).tolist() == [
+        [5, 7, 9][i] for i in Plan(3, seed=4).order(2)
+    ]
+
+
+def test_orders_are_uniform() -> None:
+    first = Counter(int(Plan(5, seed=s).order(e)[0]) for s in range(100) for e in range(20))
+    assert all(abs(first[c] - 400) < 5 * np.sqrt(400 * 0.8) for c in range(5))
+    draws = Counter(below(3, philox(0, i, 1)) for i in range(3000))
+    assert all(abs(draws[c] - 1000) < 130 for c in range(3))
+
+
+def test_an_empty_selection_and_wrong_sizes() -> None:
+    with pytest.raises(UserError, match="selection is empty"):
+        Plan([], seed=0)
+    with pytest.raises(UserError, match="seed=-1"):
+        Plan(3, seed=-1)
+    with pytest.raises(UserError, match="batch=0"):
+        PlanSampler(Plan(3, seed=0), batch=0, batches=1)
+
+
+# ---- windows
+
+
+SHARD = np.repeat(np.arange(50), 20)  # 1,000 clips in 50 shards
+
+
+def test_windows_visit_shard_after_shard_and_every_clip_once() -> None:
+    plan = Plan(1000, seed=2, window=100, shard=SHARD)
+    orders = [plan.order(e) for e in range(3)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(1000))
+        for first in range(0, 1000, 100):  # a window touches the fewest shards there are
+            assert len(np.unique(SHARD[order[first : first + 100]])) == 5
+    shards = [tuple(dict.fromkeys(SHARD[o[::100]].tolist())) for o in orders]
+    assert len(set(shards)) == 3  # the shards come in another order each epoch
+    inside = orders[0][:100]
+    assert len(np.unique(SHARD[inside[:20]])) > 1  # the clips of a window are mixed
+    assert Plan(1000, seed=3, window=100, shard=SHARD).order(0).tolist() != orders[0].tolist()
+
+
+def test_a_window_of_everything_is_an_even_shuffle_and_of_one_none() -> None:
+    first = Counter(
+        int(Plan(5, seed=s, window=5, shard=np.arange(5)).order(0)[0]) for s in range(1000)
+    )
+    assert all(abs(first[c] - 200) < 5 * np.sqrt(200 * 0.8) for c in range(5))
+    order = Plan(100, seed=0, window=1, shard=SHARD).order(0)
+    assert all((np.diff(part) == 1).all() for part in order.reshape(5, 20))
+
+
+# ---- by weight
+
+
+def test_gumbel_top_k_draws_without_replacement_in_proportion() -> None:
+    """Drawing one of three: P = w / sum(w). Drawing two: the known sequential probabilities."""
+    weights = np.array([1.0, 2.0, 5.0, 0.0])
+    one: Counter[int] = Counter()
+    out: Counter[int] = Counter()
+    for epoch in range(4000):
+        one.update(Plan(4, seed=1, weights=weights, epoch_clips=1).order(epoch).tolist())
+        pair = Plan(4, seed=1, weights=weights, epoch_clips=2).order(epoch).tolist()
+        assert len(set(pair)) == 2
+        out.update({0, 1, 2} - set(pair))
+    assert one[3] == 0
+    for clip, p in enumerate([1 / 8, 2 / 8, 5 / 8]):
+        assert abs(one[clip] - 4000 * p) < 5 * np.sqrt(4000 * p * (1 - p))
+    left = 2 / 8 * 5 / 6 + 5 / 8 * 2 / 3  # clip 0 is the one left out
+    assert abs(out[0] - 4000 * left) < 5 * np.sqrt(4000 * left * (1 - left))
+
+
+def test_a_weighted_epoch_is_shuffled_evenly_not_heavy_clips_first() -> None:
+    weights = np.array([1.0] * 50 + [50.0] * 50)
+    place: list[float] = []
+    for epoch in range(200):
+        order = Plan(100, seed=0, weights=weights, epoch_clips=60).order(epoch)
+        place += np.flatnonzero(order >= 50).tolist()
+    assert abs(np.mean(place) - 29.5) < 0.5
+
+
+def test_an_epoch_of_fewer_clips_takes_others_each_time() -> None:
+    plan = Plan(100, seed=0, epoch_clips=30)
+    assert len(plan) == 30
+    seen = Counter(c for e in range(200) for c in plan.order(e).tolist())
+    assert len(seen) == 100
+    assert all(abs(n - 60) < 5 * np.sqrt(60 * 0.7) for n in seen.values())
+    positions = np.arange(25, 35)  # across two epochs
+    both = [*plan.order(0)[25:].tolist(), *plan.order(1)[:5].tolist()]
+    assert plan.clips(positions).tolist() == both
+
+
+def test_a_weighted_epoch_in_windows() -> None:
+    plan = Plan(
+        1000, seed=0, weights=np.linspace(0.1, 1, 1000), epoch_clips=200, window=40, shard=SHARD
+    )
+    order = plan.order(5)
+    assert len(set(order.tolist())) == 200
+    changes = [len(np.unique(SHARD[order[i : i + 40]])) for i in range(0, 200, 40)]
+    assert max(changes) <= 20
+
+
+def test_class_balance_is_the_mean_of_one_over_counts() -> None:
+    ids = np.array([0, 0, 0, 1, 1, 2])  # clips 0..4 carry {0}, {0}, {0, 1}, {}, {1, 2}
+    ptr = np.array([0, 1, 2, 4, 4, 6])
+    weights = class_balance(ids, ptr, np.arange(5))
+    assert np.allclose(weights, [1 / 3, 1 / 3, (1 / 3 + 1 / 2) / 2, 0, (1 / 2 + 1) / 2])
+    assert np.allclose(class_balance(ids, ptr, np.array([4, 1])), [1, 1])  # counts of the subset
+    with pytest.raises(UserError, match="balance=class needs labels"):
+        class_balance(ids, ptr, np.array([3]))
+
+
+@pytest.mark.parametrize("clips", [0, 4])
+def test_epoch_clips_out_of_range(clips: int) -> None:
+    with pytest.raises(UserError, match=f"epoch_clips={clips}: an epoch takes 1 to 3 of 3"):
+        Plan(3, seed=0, epoch_clips=clips)
+    with pytest.raises(UserError, match="1 to 1 of 2 clips \\(1 have no weight"):
+        Plan(2, seed=0, weights=np.array([0.0, 1.0]), epoch_clips=2)
+
+
+# ---- mixtures
+
+
+def test_a_mixture_keeps_its_shares_and_each_set_its_own_epochs() -> None:
+    first, second = Plan(700, seed=0), Plan(np.arange(700, 800), seed=1)
+    plan = MixedPlan([first, second], [3.0, 1.0], seed=4)
+    clips = plan.clips(np.arange(10 * MIX_BLOCK))
+    blocks = clips.reshape(10, MIX_BLOCK)
+    assert ((blocks >= 700).sum(1) == 250).all()
+    own = clips[clips >= 700]
+    assert len(own) == 2500
+    for epoch in range(25):
+        assert own[epoch * 100 : epoch * 100 + 100].tolist() == second.order(epoch).tolist()
+    assert clips[clips < 700][:700].tolist() == first.order(0).tolist()
+    places = np.flatnonzero(blocks[3] >= 700)
+    assert abs(places.mean() - 500) < 70  # mixed, not one after the other
+    assert not np.array_equal(places, np.flatnonzero(blocks[4] >= 700))
+    again = MixedPlan([first, second], [3.0, 1.0], seed=4)
+    somewhere = np.arange(5_432, 7_001)
+    assert again.clips(somewhere).tolist() == clips[somewhere].tolist()
+
+
+def test_mixture_of_thirds_and_bad_weights() -> None:
+    plans = [Plan([i], seed=i) for i in range(3)]
+    assert sorted(MixedPlan(plans, [1, 1, 1], seed=0).counts.tolist()) == [333, 333, 334]
+    for weights, says in (
+        ([1.0], "1 weights for 3 data sets"),
+        ([1.0, 0.0, 1.0], "must be positive"),
+        ([1.0, 1e-6, 1.0], "below a thousandth"),
+    ):
+        with pytest.raises(UserError, match=says):
+            MixedPlan(plans, weights, seed=0)
+
+
+def test_identity_tells_orders_apart() -> None:
+    plans = [
+        Plan(10, seed=0),
+        Plan(9, seed=0),
+        Plan(10, seed=0, epoch_clips=5),
+        Plan(10, seed=0, epoch_clips=5, weights=np.ones(10)),
+        Plan(10, seed=0, epoch_clips=5, weights=np.arange(1.0, 11)),
+        Plan(10, seed=0, window=3, shard=np.zeros(10, int)),
+        Plan(10, seed=0, window=4, shard=np.zeros(10, int)),
+    ]
+    mixed = [MixedPlan(plans[:2], w, seed=0) for w in ([1, 1], [1, 2])]
+    names = [plan.identity() for plan in [*plans, *mixed]]
+    assert len(set(names)) == len(names)
+    assert Plan(10, seed=0).identity() == names[0]
+
+
+# ---- of an index
+
+
+def some_index(**kw: Any) -> Any:
+    """What ``make_plan`` looks at: 30 clips in 3 shards, two sources, labels on the first ten."""
+    found = {
+        "remote": False,
+        "fits": True,
+        "shard": np.repeat(np.arange(3), 10),
+        "source": np.repeat([0, 1], [10, 20]),
+        "label_ids": np.arange(10) % 2,
+        "label_ptr": np.minimum(np.arange(31), 10),
+        "__len__": lambda self: 30,
+    }
+    return type("SomeIndex", (), found | kw)()
+
+
+def test_the_order_falls_back_to_windows_only_for_remote_shards_beyond_the_cache() -> None:
+    far = some_index(remote=True, fits=False)
+    assert "windows of 8192" in make_plan(far, seed=0).identity()
+    assert "windows of 7" in make_plan(some_index(), seed=0, shuffle="window", window=7).identity()
+    for index in (some_index(), some_index(remote=True)):
+        assert "windows" not in make_plan(index, seed=0).identity()
+    with pytest.raises(UserError, match="shuffle=exact over remote shards"):
+        make_plan(far, seed=0, shuffle="exact")
+
+
+def test_settings_of_the_order() -> None:
+    with pytest.raises(UserError, match="balance=class needs epoch_clips"):
+        make_plan(some_index(), seed=0, balance="class")
+    with pytest.raises(UserError, match="exclude one another"):
+        make_plan(some_index(), seed=0, mix=[1, 1], epoch_clips=3)
+    with pytest.raises(UserError, match="mix has 3 weights for 2 sets"):
+        make_plan(some_index(), seed=0, mix=[1, 1, 1])
+    plan = make_plan(some_index(), seed=0, balance="class", epoch_clips=5)
+    assert set(plan.order(0).tolist()) <= set(range(10))  # type: ignore[union-attr]
+    mixed = make_plan(some_index(), np.arange(5, 30), seed=0, mix=[1, 1])
+    clips = mixed.clips(np.arange(1000))
+    assert (clips < 10).sum() == 500
+    assert set(clips.tolist()) == set(range(5, 30))
+
+
+def test_who_looks_ahead_sees_every_clip_before_it_is_due() -> None:
+    plan, seen, late = Plan(1000, seed=0), set(), []
+    sampler = PlanSampler(
+        plan,
+        batch=4,
+        batches=100,
+        world=2,
+        batches_done=lambda: 50,
+        ahead=lambda clips: seen.update(clips.tolist()),
+        look_ahead=100,
+    )
+    for batch in sampler:
+        late += [clip for _, clip in batch if clip not in seen]
+    assert not late
+    assert set(plan.clips(np.arange(400, 1200 + 100)).tolist()) <= seen

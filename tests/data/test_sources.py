@@ -1,0 +1,121 @@
+"""Naming shards: folders, globs, braces, splits by folder, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bat.data.index import NotIndexable, open_index
+from bat.shapes import UserError
+from tests.data.test_index import WAV, tar_of
+
+
+def test_the_many_ways_to_name_shards(tmp_path: Path) -> None:
+    for i in range(11):
+        tar_of(tmp_path / f"s/shard-{i:05d}.tar", {f"{i}.wav": WAV})
+
+    def keys(source: Any) -> list[str]:
+        index = open_index(source)
+        return [index.key(i) for i in range(len(index))]
+
+    assert keys(tmp_path / "s") == [str(i) for i in range(11)]
+    assert keys(f"{tmp_path}/s/shard-0000[0-2].tar") == ["0", "1", "2"]
+    assert keys(f"{tmp_path}/s/shard-{{00008..00010}}.tar") == ["8", "9", "10"]
+    assert keys(f"{tmp_path}/s/shard-{{00008,00001}}.tar") == ["8", "1"]
+    assert keys([tmp_path / "s/shard-00002.tar", f"{tmp_path}/s/shard-00000.tar"]) == ["2", "0"]
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ([], "list of shards is empty"),
+        ("none", "no shard at .*none"),
+        ("none-*.tar", "no shard at"),
+        ("s/shard-{0..1}.tar", "no shard at .*shard-1.tar"),
+        (".", r"holds no \.tar shards: bat-shard makes some"),
+        ("s/x.txt", r"not a \.tar"),
+        (["s/shard-0.tar", "s/shard-0.tar"], "listed twice"),
+        ("empty", r"holds no \.tar shards: bat-shard makes some"),
+        ("s/none.tar", "no shard at"),
+        ("s2", "hold no audio"),
+    ],
+)
+def test_mistakes_in_naming_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tar_of(Path("s/shard-0.tar"), {"a.wav": WAV})
+    tar_of(Path("s2/a.tar"), {"a.txt": b"no audio"})
+    Path("s/x.txt").touch()
+    Path("empty").mkdir()
+    if source == ".":
+        for folder in ("s", "s2"):
+            shutil.rmtree(folder)
+    with pytest.raises(UserError, match=says):
+        open_index(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("pipe:curl x", r"pipe: sources are refused \(it would run a command\)"),
+        ("PIPE:curl x", "pipe: sources are refused"),
+        ("simplecache::http://host/a.tar", "chained URLs may run anything"),
+        ("reference://x.json", "leads to other places"),
+        ("gopher://me:secret@host/a.tar?token=t", "unknown protocol in 'gopher://host/a.tar'"),
+        ("s3://bucket/a.tar", "s3:// needs another package: .*s3fs"),
+    ],
+)
+def test_sources_that_are_refused_not_run(source: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        open_index(source)
+
+
+def test_sub_folders_are_splits_unless_the_json_says_another(tmp_path: Path) -> None:
+    member = {"a.wav": WAV, "b.wav": WAV, "b.json": {"split": "valid"}}
+    tar_of(tmp_path / "train/s-0.tar", member)
+    tar_of(tmp_path / "test/s-0.tar", {"c.wav": WAV})
+    tar_of(tmp_path / "none/deeper/s-0.tar", {"d.wav": WAV})
+    index = open_index(tmp_path)
+    assert index.splits == ["test", "train", "valid"]
+    assert [index.key(i) for i in range(len(index))] == ["c", "a", "b"]
+    assert index.split.tolist() == [0, 1, 2]
+    assert index.clips_in_split("train").tolist() == [1]
+    assert [index.shard_name(i) for i in range(3)] == ["test/s-0.tar", *["train/s-0.tar"] * 2]
+    assert open_index(tmp_path / "train").splits == ["valid"]
+    assert open_index(tmp_path / "train").split.tolist() == [-1, 0]
+    assert open_index(f"file://{tmp_path}/train").shard_name(0) == "s-0.tar"
+
+
+def test_a_split_that_no_clip_has_does_not_exist(tmp_path: Path) -> None:
+    tar_of(tmp_path / "train/s-0.tar", {"b.wav": WAV, "b.json": {"split": "x"}})
+    assert open_index(tmp_path).splits == ["x"]
+
+
+def test_each_clip_knows_its_source(tmp_path: Path) -> None:
+    for name, clips in (("one/a", "x"), ("one/b", "y"), ("two/a", "zw")):
+        tar_of(tmp_path / f"{name}.tar", {f"{key}.wav": WAV for key in clips})
+    index = open_index([tmp_path / "two", tmp_path / "one"])
+    assert index.source.tolist() == [0, 0, 1, 1]
+    assert index.source.dtype == np.int16
+    assert [index.shard_name(i) for i in range(4)] == ["two/a.tar"] * 2 + ["one/a.tar", "one/b.tar"]
+    assert index.shard_bytes.tolist() == [
+        (tmp_path / f"{name}.tar").stat().st_size for name in ("two/a", "one/a", "one/b")
+    ]
+    assert (index.remote, index.fits) == (False, True)
+    index.prefetch([0, 1])  # nothing to do
+
+
+def test_compressed_tars_cannot_be_indexed(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz"):
+        pass
+    for source in (tmp_path, tmp_path / "a.tar.gz", "http://host/a.tgz"):
+        with pytest.raises(NotIndexable, match=r"a\.t(ar\.)?gz is compressed"):
+            open_index(source)
+    tar_of(tmp_path / "b.tar", {"a.wav": WAV})
+    assert len(open_index(tmp_path)) == 1

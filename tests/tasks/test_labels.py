@@ -1,0 +1,124 @@
+"""Label files: each form, each mistake, and what stands for what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bat.shapes import UserError
+from bat.tasks.base import Row
+from bat.tasks.labels import by_number, is_mid, labels_of, named, names_met
+
+FORMS = {
+    "indices.csv": 'index,mid,display_name\n1,/t/dd1,Dog\n0,/m/09x0r,"Speech, male"\n',
+    "label_descriptors.csv": '0,/m/09x0r,"Speech, male"\n1,/t/dd1,"Dog"\n',
+    "vocabulary.csv": '0,"Speech, male",/m/09x0r\n1,Dog,/t/dd1\n',
+    "ontology.json": (
+        '[{"id": "/m/09x0r", "name": "Speech, male"}, {"id": "/t/dd1", "name": "Dog"}]'
+    ),
+}
+
+
+def write(root: Path, name: str, text: str) -> Path:
+    (root / name).write_text(text, encoding="utf-8")
+    return root / name
+
+
+def row(*labels: str) -> Row:
+    return Row(path=Path("a.wav"), key="a", labels=labels)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_names_and_mids_of_every_form(tmp_path: Path, name: str) -> None:
+    labels = labels_of(write(tmp_path, name, FORMS[name]))
+    assert labels.names == ("Speech, male", "Dog")
+    assert labels.mids == ("/m/09x0r", "/t/dd1")
+    (found,) = labels.translate([row("/t/dd1", "Speech, male", "Dog")])
+    assert found.labels == ("Dog", "Speech, male")  # Dog once: its mid and its name are one label
+    assert found.mids == ("/t/dd1", "/m/09x0r")
+    numbered = name != "ontology.json"
+    assert labels.vocabulary([found]) == (
+        ["Speech, male", "Dog"] if numbered else ["Dog", "Speech, male"]
+    )
+    if numbered:
+        assert labels.translate([row("1")])[0].labels == ("Dog",)
+    else:
+        with pytest.raises(UserError, match=r"label '1' of a\.wav is not in"):
+            labels.translate([row("1")])
+
+
+def test_a_list_of_names_numbers_them_and_a_name_goes_before_a_number(tmp_path: Path) -> None:
+    labels = labels_of(write(tmp_path, "names.txt", "\ufeffcat\n\n dog \n0\n"))
+    assert labels.names == ("cat", "dog", "0")
+    found = labels.translate([row("1"), row("0"), row("2"), row()])
+    assert [r.labels for r in found] == [("dog",), ("0",), ("0",), ()]
+    assert [r.mids for r in found] == [()] * 4
+    assert labels.vocabulary(found) == ["cat", "dog", "0"]
+
+
+def test_an_unknown_label_is_named_with_a_suggestion(tmp_path: Path) -> None:
+    labels = labels_of(write(tmp_path, "names.txt", "Speech\nDog\n"))
+    with pytest.raises(UserError, match=r"label 'Speach' of a.wav .* \(did you mean 'Speech'\?\)"):
+        labels.translate([row("Dog"), row("Speach")])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("x.csv", "index,mid,name\n0,/m/1,a\n0,/m/2,b\n", "lists 0 twice"),
+        ("x.csv", "0,/m/1,a\n1,/m/1,b\n", "lists '/m/1' twice"),
+        ("x.csv", "0,/m/1,a\n1,b\n", "'b' has no mid, others have one"),
+        ("x.csv", "0,/m/1,Speech, male\n", "'0,/m/1,Speech,male' is not 'index,mid,name'"),
+        ("x.csv", "path,label\na.wav,dog\n", "'a.wav,dog' is not 'index,mid,name'"),
+        ("x.csv", "index,mid,name\n", "names no classes"),
+        ("x.txt", "a\nb\na\n", "lists 'a' twice"),
+        ("x.json", '{"0": "dog"}', "is not an ontology"),
+        ("x.json", "[" * 100_000, "not a label file"),
+        ("x.json", '[{"id": 1, "name": "x"}]', "is not an ontology"),
+    ],
+)
+def test_damaged_label_files(tmp_path: Path, name: str, text: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        labels_of(write(tmp_path, name, text))
+    (tmp_path / "x.bin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a label file in UTF-8"):
+        labels_of(tmp_path / "x.bin")
+    with pytest.raises(UserError, match="does not exist"):
+        labels_of(tmp_path / "none.csv")
+
+
+def test_mids_are_named_by_the_file_beside_and_only_mids(tmp_path: Path) -> None:
+    rows = [row("/t/dd1"), row()]
+    assert named(rows, None, tmp_path).vocabulary == ["/t/dd1"]
+    assert "labels are mids: --labels" in named(rows, None, tmp_path).notes[0]
+    write(tmp_path, "label_descriptors.csv", FORMS["label_descriptors.csv"])
+    found = named(rows, None, tmp_path)
+    assert [r.labels for r in found.rows] == [("Dog",), ()]
+    assert found.vocabulary == ["Speech, male", "Dog"]
+    mixed = [row("/t/dd1"), row("Cow")]
+    assert named(mixed, None, tmp_path).vocabulary == ["/t/dd1", "Cow"]  # as they stand
+
+
+def test_orders_of_names() -> None:
+    assert names_met([row("10"), row("9", "2")]) == ["2", "9", "10"]
+    assert names_met([row("10"), row("9", "b")]) == ["10", "9", "b"]
+    assert by_number({("b", 0), ("a", 2)}) == ["b", "class 1", "a"]
+    assert by_number({("b", 0), ("b", 2)}) is None
+    assert by_number({("b", 0), ("a", 0)}) is None
+    assert by_number({("b", 0), ("a", -1)}) is None
+    assert by_number(set()) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ("/m/09x0r", True),
+        ("/t/dd00088", True),
+        ("/g/122z_qxw", True),
+        ("m/1", False),
+        ("/m/", False),
+    ],
+)
+def test_mids_by_their_look(text: str, known: bool) -> None:
+    assert is_mid(text) == known

@@ -1,0 +1,107 @@
+"""Speed of bat against the plain way to do the same, both in one run.
+
+    uv run python tools/bench.py stream --json out.json
+
+Parts (``tools/benchmarks/``): ``stream``. Each case is timed alternately, *ours* and *plain*, after
+a warm-up; figures are medians over the repeats. Absolute times hang on the machine; the ratios are
+the result. ``--json`` writes ``{device, versions, results: [{part, case, ours_ms, plain_ms, ratio,
+ours_peak_mb, plain_peak_mb, ...}]}``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where bat is only checked out
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+
+PARTS = ("stream",)
+PACKAGES = ("torch", "lightning", "numpy", "soundfile", "soxr", "librosa", "webdataset")
+
+
+def device_name() -> str:
+    """The GPU where there is one, else the CPU and its cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        model = next(x.split(":", 1)[1].strip() for x in text.splitlines() if "model name" in x)
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of one part as text; the columns are those of the first."""
+    columns = [c for c in rows[0] if c != "part"]
+    cells = [columns] + [[_cell(row.get(c)) for c in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = [
+        "  ".join(
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and value < 100
+        else f"{value:.0f}"
+        if (isinstance(value, float))
+        else str(value)
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="of each case (7)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all")
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: at least 1")
+    device = device_name()
+    print(f"{device}\n")
+    results: list[dict[str, Any]] = []
+    for name in args.parts:
+        part = importlib.import_module(f"benchmarks.{name}")
+        rows = [{"part": name, **row} for row in part.run(repeats=args.repeats, quick=args.quick)]
+        print(f"{name}: {part.ABOUT}\n\n{table(rows)}\n")
+        results += rows
+    if args.json:
+        text = json.dumps({"device": device, "versions": versions(), "results": results}, indent=1)
+        args.json.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
