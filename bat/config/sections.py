@@ -97,6 +97,10 @@ class Data:
     """Where shards made from ``root`` and copies of remote shards are kept."""
     cache_gb: float = 100.0
     """Disk for copies of remote shards; the least recently used one makes room."""
+    retries: int = 5
+    """Tries without progress before a remote shard counts as unreachable."""
+    timeout_seconds: float = 30.0
+    """How long a server of remote shards may be silent."""
     shuffle: Literal["auto", "exact", "window"] = "auto"
     """``exact``: an even permutation of each epoch; ``window``: shards in a random order, clips
     shuffled within a window (slow disks); ``auto``: ``exact`` unless remote shards exceed the
@@ -136,6 +140,10 @@ class Data:
         for name in ("cache_waves_gb", "cache_gb", "min_seconds"):
             if getattr(self, name) < 0:
                 found.append(f"data.{name}={getattr(self, name)} must not be negative")
+        if self.retries < 1:
+            found.append(f"data.retries={self.retries} must be at least 1")
+        if self.timeout_seconds <= 0:
+            found.append(f"data.timeout_seconds={self.timeout_seconds} must be positive")
         if self.window < 1:
             found.append(f"data.window={self.window} must be at least 1")
         if self.epoch_clips is not None and self.epoch_clips < 1:

@@ -100,6 +100,9 @@ class Comparison:
         later = np.flatnonzero(first < np.arange(len(order)))
         pairs = np.stack([order[later], order[first[later]]], 1)
         pairs = pairs[np.argsort(pairs[:, 0])]  # (twins, 2) in the order of the set
+        if field == "key":  # of one audio: said already
+            same = rows["audio"][pairs[:, 0]] == rows["audio"][pairs[:, 1]]
+            pairs = pairs[~same | (rows["audio"][pairs[:, 0]] == 0)]
         named = self._look_up(rows[pairs[:KEPT].ravel()])
         for n, (row, before) in enumerate(zip(rows[pairs[:, 0]], rows[pairs[:, 1]], strict=True)):
             one = named[_place(row)] if n < KEPT else _NOBODY

@@ -276,7 +276,8 @@ def _vocabulary(tables: Sequence[ShardTable], given: Sequence[list[str]]) -> lis
                 odd = sorted(set(other) ^ set(given[0]))
                 what = f"{odd[0]!r} is in one only" if odd else "the order differs"
                 raise UserError(
-                    f"the data sets have different labels ({what}): write them with one vocabulary"
+                    f"the data sets have different labels ({what}): write them with one "
+                    "vocabulary, or pre-train without labels (data.labels=drop)"
                 )
         strange = sorted(names - set(given[0]))
         if strange:

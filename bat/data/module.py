@@ -71,7 +71,118 @@ def eval_loader(
     )
 
 
-class AudioData(LightningDataModule):
+class StreamData(LightningDataModule):
+    """What training streams have in common: place, ranks, unreadable clips, what a checkpoint says.
+
+    Args:
+        batch: clips of a micro-batch on one device.
+        max_bad: fraction of unreadable clips above which the run stops.
+        out: run folder in which ``bad_clips.jsonl`` lists unreadable clips; None: no list.
+    """
+
+    clip_samples: int
+    """S of every batch."""
+
+    def __init__(self, *, batch: int, max_bad: float, out: Path | None) -> None:
+        super().__init__()
+        self.batch, self.out = batch, out
+        self.bad_clips = BadClips(max_bad=max_bad)
+        self._size_then: int | None = None  # clips a micro-batch, where a checkpoint was loaded
+
+    def first_batch(self) -> WaveBatch:
+        """The first micro-batch of the stream, made in this process."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """What the stream is of, for an export and a summary."""
+        raise NotImplementedError
+
+    def _stream(self) -> dict[str, Any]:
+        """What must be the same when a run goes on."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Each process lists its own unreadable clips."""
+        if self.out is not None:
+            rank, _ = self._ranks()
+            name = "bad_clips.jsonl" if rank == 0 else f"bad_clips-rank{rank}.jsonl"
+            self.bad_clips.file = self.out / name
+
+    def _ranks(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+    @property
+    def _size(self) -> int:
+        """Clips of a micro-batch over all ranks."""
+        return self.batch * self._ranks()[1]
+
+    def batches_done(self) -> int:
+        """Micro-batches behind us, by Lightning's count."""
+        if self.trainer is None:
+            return 0
+        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return int(total.processed)
+
+    def _recount(self) -> None:
+        """Make Lightning's counts, as loaded, those of micro-batches of this run's size."""
+        then, now, self._size_then = self._size_then, self._size, None
+        if self.trainer is None or then in (None, now):
+            return
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        for count in vars(progress)["total"], vars(progress)["current"]:
+            clips = count.processed * then
+            if clips % now:
+                raise UserError(
+                    f"the checkpoint stands at clip {clips}, which micro-batches of {now} "
+                    f"(data.batch x devices) do not reach: resume with {then}, or a divisor of it"
+                )
+            ahead = {k: getattr(count, k) - count.processed for k in vars(count)}
+            for name, difference in ahead.items():
+                setattr(count, name, clips // now + difference)
+
+    def _on_cuda(self) -> bool:
+        trainer = self.trainer
+        return trainer is not None and trainer.strategy.root_device.type == "cuda"
+
+    def on_before_batch_transfer(self, batch: WaveBatch, dataloader_idx: int) -> WaveBatch:
+        """Count unreadable clips, in the main process, as batches are used."""
+        trainer = self.trainer
+        self.bad_clips.add(batch)
+        self.bad_clips.check()
+        if trainer is not None and trainer.training and len(batch.keys) < self.batch:
+            self.bad_clips.check(final=True)
+            raise UserError(f"{self.bad_clips.summary()}, too many in a row: check the shards")
+        return batch
+
+    def transfer_batch_to_device(
+        self, batch: WaveBatch, device: torch.device, dataloader_idx: int
+    ) -> WaveBatch:
+        return batch.to(device, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: which stream it is of (where it stands, Lightning knows)."""
+        return {
+            "clips_a_micro_batch": self._size,
+            "stream": self._stream(),
+            "bad_clips": self.bad_clips.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written; UserError where the stream is another one."""
+        before = state_dict["stream"]
+        for name, now in self._stream().items():
+            then = before.get(name, "nothing of it")
+            if then != now:
+                raise UserError(
+                    f"the checkpoint was written with {name} {then}, this run has {now}: resume "
+                    f"with the same, or start a new run with another out="
+                )
+        self._size_then = state_dict["clips_a_micro_batch"]
+        self.bad_clips.load_state_dict(state_dict["bad_clips"])
+
+
+class AudioData(StreamData):
     """Training stream over indexed shards.
 
     Args:
@@ -112,9 +223,9 @@ class AudioData(LightningDataModule):
         max_bad: float = 0.05,
         out: Path | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch=batch, max_bad=max_bad, out=out)
         self.index = index
-        self.batch, self.batches, self.workers, self.seed = batch, batches, workers, seed
+        self.batches, self.workers, self.seed = batches, workers, seed
         self.plan = plan or make_plan(index, seed=seed)
         self.dataset = ClipDataset(
             index,
@@ -127,61 +238,17 @@ class AudioData(LightningDataModule):
             pool=self.plan.ids,
             cache_bytes=cache_bytes,
         )
-        self.out = out
-        self.bad_clips = BadClips(max_bad=max_bad)
-        self._size_then: int | None = None  # clips a micro-batch, where a checkpoint was loaded
+        self.clip_samples = self.dataset.clip_samples
         # Lightning 2.6.6 judges by the loader's type; this stream resumes exactly
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
-
-    def setup(self, stage: str) -> None:
-        """Each process lists its own unreadable clips."""
-        if self.out is not None:
-            rank, _ = self._ranks()
-            name = "bad_clips.jsonl" if rank == 0 else f"bad_clips-rank{rank}.jsonl"
-            self.bad_clips.file = self.out / name
-
-    @property
-    def clip_samples(self) -> int:
-        """S of every batch."""
-        return self.dataset.clip_samples
 
     def first_batch(self) -> WaveBatch:
         """The first micro-batch of the stream, made in this process."""
         clips = self.plan.clips(np.arange(self.batch))
         return self.dataset.batch(list(enumerate(clips.tolist())))
 
-    def _ranks(self) -> tuple[int, int]:
-        trainer = self.trainer
-        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-
-    @property
-    def _size(self) -> int:
-        """Clips of a micro-batch over all ranks."""
-        return self.batch * self._ranks()[1]
-
-    def batches_done(self) -> int:
-        """Micro-batches behind us, by Lightning's count."""
-        if self.trainer is None:
-            return 0
-        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        return int(total.processed)
-
-    def _recount(self) -> None:
-        """Make Lightning's counts, as loaded, those of micro-batches of this run's size."""
-        then, now, self._size_then = self._size_then, self._size, None
-        if self.trainer is None or then in (None, now):
-            return
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        for count in vars(progress)["total"], vars(progress)["current"]:
-            clips = count.processed * then
-            if clips % now:
-                raise UserError(
-                    f"the checkpoint stands at clip {clips}, which micro-batches of {now} "
-                    f"(data.batch x devices) do not reach: resume with {then}, or a divisor of it"
-                )
-            ahead = {k: getattr(count, k) - count.processed for k in vars(count)}
-            for name, difference in ahead.items():
-                setattr(count, name, clips // now + difference)
+    def facts(self) -> dict[str, Any]:
+        return {"hash": self.index.hash, "clips": len(self.index), "order": self.plan.identity()}
 
     def train_dataloader(self) -> DataLoader[WaveBatch]:
         self._recount()
@@ -212,50 +279,12 @@ class AudioData(LightningDataModule):
         shards, first = np.unique(self.index.shard[clips], return_index=True)
         self.index.prefetch(shards[np.argsort(first)].tolist())
 
-    def _on_cuda(self) -> bool:
-        trainer = self.trainer
-        return trainer is not None and trainer.strategy.root_device.type == "cuda"
-
-    def on_before_batch_transfer(self, batch: WaveBatch, dataloader_idx: int) -> WaveBatch:
-        """Count unreadable clips, in the main process, as batches are used."""
-        trainer = self.trainer
-        self.bad_clips.add(batch)
-        self.bad_clips.check()
-        if trainer is not None and trainer.training and len(batch.keys) < self.batch:
-            self.bad_clips.check(final=True)
-            raise UserError(f"{self.bad_clips.summary()}, too many in a row: check the shards")
-        return batch
-
-    def transfer_batch_to_device(
-        self, batch: WaveBatch, device: torch.device, dataloader_idx: int
-    ) -> WaveBatch:
-        return batch.to(device, non_blocking=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: which stream it is of (where it stands, Lightning knows)."""
-        return {
-            "clips_a_micro_batch": self._size,
-            "stream": self._stream(),
-            "bad_clips": self.bad_clips.state_dict(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was written; UserError where the stream is another one."""
-        for name, now in self._stream().items():
-            then = state_dict["stream"][name]
-            if then != now:
-                raise UserError(
-                    f"the checkpoint was written with {name} {then}, this run has {now}: resume "
-                    f"with the same, or start a new run with another out="
-                )
-        self._size_then = state_dict["clips_a_micro_batch"]
-        self.bad_clips.load_state_dict(state_dict["bad_clips"])
-
     def _stream(self) -> dict[str, Any]:
         trainer = self.trainer
         accumulate = 1 if trainer is None else trainer.accumulate_grad_batches
         names = "\0".join(self.index.vocabulary)
         return {
+            "reading": "by index",
             "labels": f"{self.index.classes} ({hashlib.sha256(names.encode()).hexdigest()[:8]})",
             "data set": self.index.hash[:16],
             "order": f"{self.plan.identity()} of {len(self.index)}",

@@ -185,8 +185,6 @@ def _pieces(url: str, start: int, size: int | None, patience: Patience) -> Piece
             if at + len(data) > start:
                 yield data[max(0, start - at) :]
             at += len(data)
-        if whole is not None and at < whole:
-            raise OSError(errno.EIO, f"the server sent {at} of {whole} bytes")
 
 
 def _store_pieces(url: str, start: int, size: int | None, patience: Patience) -> Iterator[bytes]:

@@ -186,7 +186,7 @@ class _Writer:
                     seconds = max(bar.format_dict["elapsed"], 1e-3)
                     new = len(self.keys) - before
                     bar.set_postfix_str(f"{new / seconds:.1f} clips/s", refresh=False)
-                    bar.update(work.share)
+                    bar.update(min(work.share, len(rows) - bar.n))  # the last bit of a sum
             if self.shard is not None:
                 self._finish(Place(len(rows)))
         finally:

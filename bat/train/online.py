@@ -45,7 +45,7 @@ class OnlineProbe(StepCallback):
     """Trains and judges short probes on the teacher; ``rows`` is the curve so far."""
 
     def __init__(
-        self, config: Pretrain, *, task: Task, index: Index, out: Path, metrics: Metrics
+        self, config: Pretrain, *, task: Task, index: Index | None, out: Path, metrics: Metrics
     ) -> None:
         """``task`` and ``index``: the training set's, probed where ``online`` names no other."""
         super().__init__()
@@ -54,6 +54,7 @@ class OnlineProbe(StepCallback):
         if online.root or online.shards:
             source = Data(root=online.root, shards=online.shards, cache=config.data.cache)
             task, index = open_data(online.task or config.task, source)
+        assert index is not None  # ``open_stream`` asks for another set where there is no index
         if index.classes < 2 or not (index.labels_per_clip > 0).any():
             raise UserError(
                 "online probes need labelled clips, this data has none: give online.shards= or "

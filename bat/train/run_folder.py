@@ -8,8 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bat.checkpoint import replace_durably
 from bat.config.compose import to_yaml
 from bat.config.schema import Pretrain, Supervised
@@ -35,6 +33,8 @@ SAFE = (
     "data.workers:",
     "data.cache:",
     "data.cache_gb:",
+    "data.retries:",
+    "data.timeout_seconds:",
     "data.cache_waves_gb:",
     "data.root:",
     "data.shards:",
@@ -116,7 +116,7 @@ def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Tas
 
     ``data.shards`` is opened as it is; ``data.root`` is written to shards in ``data.cache`` once
     and found there the next time; the toy task makes its own clips. Raises ``UserError`` where
-    nothing is given, missing or unreadable.
+    nothing is given, missing or unreadable (``NotIndexable``: readable from front to end only).
     """
     task = load_task(task_name)
     if data.shards:
@@ -136,6 +136,8 @@ def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Tas
         cache=Path(data.cache),
         cache_bytes=int(data.cache_gb * 1e9),
         labels=data.labels,
+        retries=data.retries,
+        timeout_seconds=data.timeout_seconds,
     )
     if index.left_out:
         name, why = next(iter(index.left_out.items()))
@@ -146,21 +148,6 @@ def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Tas
             why,
         )
     return task.settle(index.labels_per_clip.tolist()), index
-
-
-def training_clips(index: Index, split: str) -> np.ndarray | None:
-    """Ids of the clips to pre-train on (``data.split``); None: all of them."""
-    if split == "all" or (split == "auto" and "train" not in index.splits):
-        return None
-    ids = index.clips_in_split("train" if split == "auto" else split)
-    if split == "auto" and len(ids) < len(index):
-        others = [name for name in index.splits if name != "train"]
-        log.info(
-            "pre-training on the %d clips of split train; data.split=all takes those of %s too",
-            len(ids),
-            ", ".join(others) or "none",
-        )
-    return ids
 
 
 def cores() -> int:

@@ -14,15 +14,13 @@ from tqdm import tqdm
 from bat import __version__, checkpoint
 from bat.config.compose import to_dict
 from bat.config.schema import Pretrain
-from bat.data.index import Index
-from bat.data.module import AudioData
-from bat.data.plan import make_plan
+from bat.data.module import StreamData
 from bat.report.plots import plot_curves, plot_masks
-from bat.tasks.base import Task
 from bat.train.callbacks import Checkpoints, Metrics
 from bat.train.online import OnlineProbe
 from bat.train.pretrain import Pretraining
-from bat.train.run_folder import open_data, open_run, training_clips
+from bat.train.pretrain_data import PretrainData, open_stream
+from bat.train.run_folder import open_run
 from bat.train.trainer import (
     build_trainer,
     derive_seed,
@@ -40,22 +38,22 @@ def pretrain(config: Pretrain, *, dry_run: bool = False) -> Path:
     """Pre-train as ``config`` says; returns the run folder. Continues what is already there."""
     out = Path(config.out or f"runs/pretrain-{config.recipe}")
     start_logging()
-    task, index = open_data(config.task, config.data)
-    data = make_data(config, index, out)
+    source = open_stream(config, out)
+    data = source.data
     torch.manual_seed(derive_seed(config.seed, "init"))
     module = Pretraining(config)
     if dry_run:
-        _dry_run(config, module, data, index)
+        _dry_run(config, module, source)
         return out
 
     existed = open_run(config, out)
     start_logging(out)
     newest = last_checkpoint(out) if existed else None
-    log.info("%s", _headline(config, task, index, out, newest))
+    log.info("%s", _headline(config, source, out, newest))
     metrics = Metrics(every=config.train.log_every, progress=config.log.progress)
     online = None
     if config.online.every:
-        online = OnlineProbe(config, task=task, index=index, out=out, metrics=metrics)
+        online = OnlineProbe(config, task=source.task, index=source.index, out=out, metrics=metrics)
     trainer = build_trainer(
         hardware=config.hardware,
         train=config.train,
@@ -81,12 +79,12 @@ def pretrain(config: Pretrain, *, dry_run: bool = False) -> Path:
     fit(trainer, module, data, newest)
     data.bad_clips.check(final=True)
     if trainer.is_global_zero:
-        export(module, out, step=trainer.global_step, index=index)
+        export(module, out, step=trainer.global_step, data=data)
         draw(module, data, out)
         summary = {
             "steps": trainer.global_step,
             "seconds": round(time.perf_counter() - began, 1),
-            "clips": len(index),
+            "data": data.facts(),
             "clips_per_second": _median(metrics.clips_per_second),
             "bad_clips": data.bad_clips.state_dict(),
             "last": _last_loss(out),
@@ -106,36 +104,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def make_data(config: Pretrain, index: Index, out: Path | None = None) -> AudioData:
-    """The training stream as the configuration says."""
-    data = config.data
-    return AudioData(
-        index=index,
-        batch=data.batch,
-        batches=config.train.steps * config.train.accumulate,
-        sample_rate=config.frontend.sample_rate,
-        clip_seconds=data.clip_seconds,
-        plan=make_plan(
-            index,
-            training_clips(index, data.split),
-            seed=config.seed,
-            shuffle=data.shuffle,
-            window=data.window,
-            balance=data.balance,
-            epoch_clips=data.epoch_clips,
-            mix=data.mix,
-        ),
-        seed=config.seed,
-        roll=data.roll,
-        min_seconds=data.min_seconds,
-        workers=data.workers,
-        cache_bytes=int(data.cache_waves_gb * 1e9),
-        max_bad=data.max_bad,
-        out=out,
-    )
-
-
-def export(module: Pretraining, out: Path, *, step: int, index: Index) -> Path:
+def export(module: Pretraining, out: Path, *, step: int, data: StreamData) -> Path:
     """Write ``out/export``: student and teacher encoder and how they came to be."""
     return checkpoint.export(
         out / "export",
@@ -147,12 +116,12 @@ def export(module: Pretraining, out: Path, *, step: int, index: Index) -> Path:
             "bat_version": __version__,
             "steps": step,
             "training": to_dict(module.config),
-            "data": {"hash": index.hash, "clips": len(index)},
+            "data": data.facts(),
         },
     )
 
 
-def draw(module: Pretraining, data: AudioData, out: Path) -> None:
+def draw(module: Pretraining, data: StreamData, out: Path) -> None:
     """``plots/``: a few spectrograms with their masks, the loss and learning-rate curves."""
     plots = out / "plots"
     plots.mkdir(exist_ok=True)
@@ -173,13 +142,13 @@ def draw(module: Pretraining, data: AudioData, out: Path) -> None:
     plot_curves(read_jsonl(out / "metrics.jsonl"), plots / "curves.png")
 
 
-def _dry_run(config: Pretrain, module: Pretraining, data: AudioData, index: Index) -> None:
+def _dry_run(config: Pretrain, module: Pretraining, source: PretrainData) -> None:
     """Build everything, take one batch, compute the loss, train nothing.
 
     On a GPU the whole micro-batch goes forward and backward, so its memory is known; on the CPU
     one clip goes forward, since Base at full size takes minutes and tens of gigabytes there.
     """
-    batch = data.first_batch()
+    batch = source.data.first_batch()
     device = torch.device("cuda" if _wants_cuda(config) else "cpu")
     module = module.to(device)
     clips = batch.waves.shape[0] if device.type == "cuda" else 1
@@ -193,7 +162,7 @@ def _dry_run(config: Pretrain, module: Pretraining, data: AudioData, index: Inde
     if device.type == "cuda":
         losses.total.backward()
     student = sum(p.numel() for p in module.objective.student.parameters())
-    print(f"data      {len(index)} clips, {index.classes} labels, {data.clip_samples} samples each")
+    print(f"data      {source.describe()}, {source.data.clip_samples} samples each")
     print(f"input     {tuple(spectrogram.shape)}, {config.mask.views} views a clip")
     print(f"student   {student / 1e6:.1f} M trainable parameters")
     print(
@@ -210,12 +179,12 @@ def _wants_cuda(config: Pretrain) -> bool:
     return config.hardware.accelerator != "cpu" and torch.cuda.is_available()
 
 
-def _headline(config: Pretrain, task: Task, index: Index, out: Path, newest: Path | None) -> str:
+def _headline(config: Pretrain, source: PretrainData, out: Path, newest: Path | None) -> str:
     model = config.model
     start = f"continuing from {newest}" if newest else "starting"
     return (
         f"bat {__version__}: pre-training recipe {config.recipe} in {out}, {start}\n"
-        f"  data {len(index)} clips (task {task.name}), encoder {model.width} wide, {model.depth} "
+        f"  data {source.describe()}, encoder {model.width} wide, {model.depth} "
         f"blocks, {config.data.batch} clips x {config.mask.views} views a micro-batch"
     )
 

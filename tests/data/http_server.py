@@ -98,6 +98,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/{whole}")
         else:
             self.send_response(200)
+        self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
         if kind == "short":
             data = data[: int(number)]
         if kind == "end":

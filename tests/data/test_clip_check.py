@@ -94,3 +94,13 @@ def test_the_same_sound_in_mono_and_in_both_channels() -> None:
     mono = check_clip(encode(wave, sample_rate=RATE, codec="wav"), {}, None)
     assert check_clip(out.getvalue(), {}, None).audio_hash == mono.audio_hash != 0
     assert mono.seconds == 0.2
+    mixed = io.BytesIO()
+    soundfile.write(mixed, np.stack([wave, noise(5)], 1), RATE, format="FLAC", subtype="PCM_16")
+    assert check_clip(mixed.getvalue(), {}, None).audio_hash != mono.audio_hash
+
+
+def test_a_length_in_the_json_overrules_the_container() -> None:
+    data = bytearray(encode(noise(0), sample_rate=RATE, codec="wav"))
+    data[4:8] = (1_000_000).to_bytes(4, "little")
+    assert check_clip(bytes(data), {"num_samples": 3200}, None).problems == []
+    assert [kind for kind, _ in check_clip(bytes(data), {}, None).problems] == ["corrupt"]

@@ -131,12 +131,15 @@ def test_a_table_from_elsewhere_is_not_trusted(
     good = ShardTable.load(shards / "shard-00000.idx.npz", shards / "shard-00000.tar")
     assert good is not None
     (shards / "manifest.json").unlink()
+    source = f"{server.url}/set/shard-00000.tar"
+    open_index(source, cache=tmp_path / "good")
+    assert ("set/shard-00000.tar", "") not in server.requests  # this one is used
     for field, value in (("offset", -5), ("offset", 1 << 40), ("size", 1 << 40), ("codec", 99)):
         evil = ShardTable(**vars(good) | {"clips": good.clips.copy()})
         evil.clips[field][0] = value
         evil.save(shards / "shard-00000.idx.npz")
         cache = tmp_path / f"{field}{value}"
-        there = open_index(f"{server.url}/set/shard-00000.tar", cache=cache)
+        there = open_index(source, cache=cache)
         assert there.offset.tolist() == good.clips["offset"].tolist()  # scanned instead
         assert there.read(0).data == wave(0)
 
@@ -200,23 +203,55 @@ def test_a_fetch_that_was_cut_off_goes_on_in_another_run(
 
 
 def test_prefetch_fetches_in_the_background_what_the_cache_holds(
-    server: FaultyServer, shards: Path, tmp_path: Path
+    server: FaultyServer, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = int(open_index(shards).shard_bytes.max())
     there = open_index(f"{server.url}/set", cache=tmp_path / "c", cache_bytes=3 * size + 100)
     assert not there.fits
-    server.faults["set/shard-00003.tar"] = ["500*"]
-    there.prefetch([3, 2, 1, 0])  # half of the cache: one shard, which fails
-    there.prefetch([2, 1])
+    assert there._far is not None
     tars = tmp_path / "c/remote"
-    until = time.monotonic() + 5
-    while not list(tars.glob("shard-00002*.tar")) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert [p.name[:11] for p in tars.glob("*.tar")] == ["shard-00002"]
+
+    def wait_for(name: str) -> None:
+        until = time.monotonic() + 10
+        while not list(tars.glob(f"{name}*.tar")):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+    jobs: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(there._far._ahead, "want", lambda found: jobs.append(len(found)))
+        there.prefetch([3, 2, 1, 0])
+        there.prefetch([2, 2])
+        there.prefetch([])
+    assert jobs == [1, 1, 0]  # half of the cache; each once
+    server.faults["set/shard-00003.tar"] = ["500*"]
+    there.prefetch([3])  # fails, quietly
+    there.prefetch([2])
+    wait_for("shard-00002")
     server.requests.clear()
     assert there.read(6).data == wave(6)
     assert server.requests == []
-    there.prefetch([])
+    pid = os.fork()
+    if pid == 0:  # a child has no thread of its parent's: it starts its own
+        there.prefetch([1])
+        wait_for("shard-00001")
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert there.read(3).data == wave(3)
+    assert server.count("set/shard-00001.tar") == 1
+
+
+def test_a_shard_that_changed_is_not_mistaken_for_the_old_one(
+    server: FaultyServer, shards: Path, tmp_path: Path
+) -> None:
+    (shards / "manifest.json").unlink()
+    source, tar = f"{server.url}/set/shard-00000.tar", shards / "shard-00000.tar"
+    old = open_index(source, cache=tmp_path / "cache")
+    assert old.read(0).data == wave(0)
+    data, at = bytearray(tar.read_bytes()), int(old.offset[0])
+    data[at : at + len(wave(9))] = wave(9)
+    tar.write_bytes(data)  # same size, same table
+    assert open_index(source, cache=tmp_path / "cache").read(0).data == wave(9)
 
 
 class Reads(Dataset[tuple[int, bytes]]):

@@ -200,10 +200,12 @@ def test_other_programs_manifests_are_left_alone(confit: Path) -> None:
 
 
 def test_a_part_of_a_folder_gets_tables_only(confit: Path) -> None:
+    open_index(confit / "train/shard-00000.tar")  # a table that knows no lengths
     done = index_in_place(confit / "train/shard-00000.tar")
     assert (done.shards, done.written, done.manifests) == (1, 1, [])
     assert "not the whole of a folder" in done.notes[0]
     assert sorted(p.name for p in (confit / "train").glob("*.npz")) == ["shard-00000.idx.npz"]
+    assert index_in_place(confit / "train/shard-00000.tar").written == 0
 
 
 def test_a_new_folder_takes_the_vocabulary_of_the_others(confit: Path) -> None:

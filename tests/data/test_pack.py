@@ -19,7 +19,6 @@ import pytest
 from bat.audio.decode import decode, decode_channels, encode, probe
 from bat.data import prepare as prepare_module
 from bat.data.index import open_index
-from bat.data.manifest import Manifest
 from bat.data.prepare import Clip, Recipe, plan
 from bat.data.shards import write_shards
 from bat.shapes import UserError
@@ -96,6 +95,20 @@ def test_a_long_recording_becomes_pieces_and_a_short_rest_is_listed(
     assert manifest.left_out == [{"key": "long_00005", "file": file, "reason": why}]
     assert (manifest.clips, manifest.label_counts) == (7, [7])
     assert manifest.seconds == pytest.approx(2.5 + 0.1 + 0.505, abs=2e-3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_progress_of_one_long_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prepare_module, "CHUNK_SECONDS", 0.1)
+    row = recording(tmp_path / "in/long.flac", noise(0.9))
+    works = list(plan(row, Recipe(clip_seconds=0.05)))
+    assert sum(work.share for work in works) > 1  # 1.0000000000000002: the bar must not complain
+    write_shards([row], tmp_path / "s", clip_seconds=0.05, progress=True)
+    shown = capsys.readouterr().err
+    assert "100%" in shown
+    assert "clips/s" in shown
 
 
 def test_min_seconds_decides_on_rests_and_on_whole_clips(tmp_path: Path) -> None:
@@ -241,38 +254,6 @@ def test_options_are_checked(tmp_path: Path, options: dict[str, Any], says: str)
     with pytest.raises(UserError, match=says):
         write_shards([row], tmp_path / "s", **options)
     assert not (tmp_path / "s").exists()
-
-
-def test_the_manifest_counts(tmp_path: Path) -> None:
-    said: list[dict[str, Any]] = [
-        {"labels": ("a", "b"), "fold": 1, "split": "train"},
-        {"labels": ("b",), "fold": 2, "split": "train"},
-        {"labels": (), "split": "test"},
-        {"labels": ("b",), "fold": 1},
-    ]
-    rows = [
-        recording(tmp_path / f"in/{i}.wav", noise(0.1 * (i + 1), rate=rate), rate=rate, **more)
-        for i, (more, rate) in enumerate(zip(said, (8000, 8000, RATE, RATE), strict=True))
-    ]
-    manifest = write_shards(rows, tmp_path / "s", vocabulary=["c", "b", "a"], shard_bytes=8_000)
-    assert manifest.vocabulary == ["c", "b", "a"]
-    assert manifest.label_counts == [0, 3, 1]
-    assert (manifest.splits, manifest.folds) == ({"test": 1, "train": 2}, {"1": 2, "2": 1})
-    assert manifest.rates == {"8000": 2, "16000": 2}
-    assert len(manifest.shards) > 1
-    assert [s.seconds for s in manifest.shards][-1] == pytest.approx(0.4)
-    assert manifest.seconds == pytest.approx(1.0)
-    assert Manifest.load(tmp_path / "s") == manifest
-
-
-def test_an_older_manifest_says_what_to_do(tmp_path: Path) -> None:
-    old = {"shards": [], "source": "x", "version": 1, "clips": 0}
-    (tmp_path / "manifest.json").write_text(json.dumps(old))
-    with pytest.raises(UserError, match="version 1, this bat reads 2: remove it and run bat-shard"):
-        Manifest.load(tmp_path)
-    (tmp_path / "manifest.json").write_text(json.dumps(old | {"version": 2}))
-    with pytest.raises(UserError, match="damaged"):
-        Manifest.load(tmp_path)
 
 
 def test_the_tar_is_what_webdataset_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

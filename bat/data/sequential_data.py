@@ -1,0 +1,188 @@
+"""The training stream over shards that cannot be indexed: **not exactly resumable**.
+
+``SequentialClips`` decoded and batched in the loader's workers. No position is known beforehand, so
+a resumed run goes on with an epoch it has not begun, some clips of which it has seen. Unreadable
+clips are passed over; the next one takes their place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from bat.audio.decode import DecodeError, decode, probe
+from bat.data.collate import Rows
+from bat.data.module import StreamData, worker_init
+from bat.data.plan import CROP, ROLL, below, philox
+from bat.data.sequential import SequentialClips
+from bat.data.stream import CROP_SLACK, as_it_is, clip_samples
+from bat.shapes import Clip, Skipped, UserError, WaveBatch
+
+TOO_MANY_IN_A_ROW = 1000
+
+
+class SequentialBatches(IterableDataset[WaveBatch]):
+    """Endless batches of decoded clips, cropped at random and rolled; see ``ClipDataset``."""
+
+    def __init__(
+        self,
+        clips: SequentialClips,
+        *,
+        batch: int,
+        sample_rate: int,
+        clip_seconds: float,
+        seed: int,
+        roll: bool,
+        min_seconds: float,
+    ) -> None:
+        self.clips, self.batch = clips, batch
+        self.sample_rate, self.clip_seconds = sample_rate, clip_seconds
+        self.seed, self.roll, self.min_seconds = seed, roll, min_seconds
+
+    def __iter__(self) -> Iterator[WaveBatch]:
+        worker = get_worker_info()
+        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        reader, readers = self.clips.rank * workers + number, self.clips.world * workers
+        samples = clip_samples(self.clip_seconds, self.sample_rate)
+        clips, count = iter(self.clips), 0
+        while True:
+            rows, keys, positions = Rows(self.batch, samples), list[str](), list[int]()
+            skipped: list[Skipped] = []
+            while len(keys) < self.batch:
+                clip = next(clips)
+                position = count * readers + reader
+                count += 1
+                skipped += self.clips.take_skipped()
+                try:
+                    wave = self._wave(clip, position)
+                except DecodeError as error:
+                    skipped.append(Skipped(clip.key, "?", error.kind, str(error), position))
+                    if len(skipped) > TOO_MANY_IN_A_ROW:
+                        raise UserError(
+                            f"{len(skipped)} unreadable clips in a row (the last: {clip.key}, "
+                            f"{error}): check the shards"
+                        ) from error
+                    continue
+                roll = below(len(wave), philox(self.seed, position, ROLL)) if self.roll else 0
+                rows.add(wave, roll=roll)
+                keys.append(clip.key)
+                positions.append(position)
+            waves, lengths = rows.tensors()
+            yield WaveBatch(
+                waves=waves,  # (B, S)
+                lengths=lengths,
+                targets=torch.zeros(self.batch, 0),
+                keys=keys,
+                positions=torch.tensor(positions, dtype=torch.int64),
+                skipped=skipped,
+            )
+
+    def _wave(self, clip: Clip, position: int) -> Any:
+        info = probe(clip.data)
+        wanted = math.ceil(self.clip_seconds * info.sample_rate - 1e-6)
+        extra, first = info.frames - wanted, 0
+        if extra > CROP_SLACK * wanted:
+            first = below(extra + 1, philox(self.seed, position, CROP))
+        return decode(
+            clip.data,
+            sample_rate=self.sample_rate,
+            start_seconds=first / info.sample_rate,
+            max_seconds=self.clip_seconds,
+            min_seconds=self.min_seconds,
+        )
+
+
+class SequentialData(StreamData):
+    """Training stream over ``shards`` read from front to end, without labels.
+
+    Args:
+        shards: as ``open_index`` takes them, compressed tars too.
+        batch, sample_rate, clip_seconds, seed, roll, min_seconds, workers, max_bad, out: as
+            ``AudioData``.
+        retries, timeout_seconds: of remote shards, as ``open_index``.
+
+    Raises:
+        UserError: nothing there, a value out of range.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[str | Path],
+        *,
+        batch: int,
+        sample_rate: int,
+        clip_seconds: float,
+        seed: int = 0,
+        roll: bool = False,
+        min_seconds: float = 0.0,
+        workers: int = 0,
+        max_bad: float = 0.05,
+        out: Path | None = None,
+        retries: int = 5,
+        timeout_seconds: float = 30.0,
+    ) -> None:
+        super().__init__(batch=batch, max_bad=max_bad, out=out)
+        self.clip_samples = clip_samples(clip_seconds, sample_rate)
+        self.workers, self.seed = workers, seed
+        self._decoding: dict[str, Any] = {
+            "batch": batch,
+            "sample_rate": sample_rate,
+            "clip_seconds": clip_seconds,
+            "seed": seed,
+            "roll": roll,
+            "min_seconds": min_seconds,
+        }
+        self._patience = {"retries": retries, "timeout_seconds": timeout_seconds}
+        self.sources = list(shards)
+        self.shards = self._clips(epoch=0).shards
+
+    def _clips(self, *, epoch: int) -> SequentialClips:
+        rank, world = self._ranks()
+        return SequentialClips(
+            self.sources,
+            seed=self.seed,
+            epoch=epoch,
+            rank=rank,
+            world=world,
+            **self._patience,  # type: ignore[arg-type]
+        )
+
+    def first_batch(self) -> WaveBatch:
+        return next(iter(SequentialBatches(self._clips(epoch=0), **self._decoding)))
+
+    def facts(self) -> dict[str, Any]:
+        names = "\0".join(shard.name for shard in self.shards)
+        return {
+            "hash": hashlib.sha256(names.encode()).hexdigest(),
+            "shards": len(self.shards),
+            "order": "front to end, not exactly resumable",
+        }
+
+    def train_dataloader(self) -> DataLoader[WaveBatch]:
+        self._recount()
+        # a number of batches is no number of epochs, but no two resumes begin alike
+        return DataLoader(
+            SequentialBatches(self._clips(epoch=self.batches_done()), **self._decoding),
+            batch_size=None,
+            collate_fn=as_it_is,
+            num_workers=self.workers,
+            worker_init_fn=worker_init,
+            pin_memory=self._on_cuda(),
+            generator=torch.Generator(),  # as in eval_loader
+        )
+
+    def _stream(self) -> dict[str, Any]:
+        trainer = self.trainer
+        accumulate = 1 if trainer is None else trainer.accumulate_grad_batches
+        return {
+            "reading": "front to end",
+            "data set": self.facts()["hash"][:16],
+            "seed": self.seed,
+            "global batch": self._size * accumulate,
+        }

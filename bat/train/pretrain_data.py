@@ -1,0 +1,131 @@
+"""The training stream of a pre-training, as the configuration says.
+
+By index where that can be (``AudioData``: exactly resumable), else from front to end
+(``SequentialData``: it says that it is not).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bat.config.schema import Pretrain
+from bat.config.sections import Data
+from bat.data.index import Index
+from bat.data.module import AudioData, StreamData
+from bat.data.plan import make_plan
+from bat.data.sequential_data import SequentialData
+from bat.data.sources import NotIndexable
+from bat.shapes import UserError
+from bat.tasks.base import Task, load_task
+from bat.train.run_folder import open_data
+
+log = logging.getLogger("bat")
+
+NEEDS_AN_INDEX = ("mix", "split", "shuffle", "balance", "epoch_clips", "cache_waves_gb")
+
+
+@dataclass(frozen=True)
+class PretrainData:
+    """A stream and what it is over."""
+
+    data: StreamData
+    task: Task
+    index: Index | None
+    """None: read from front to end."""
+
+    def describe(self) -> str:
+        """A few words: how many clips, of what."""
+        if self.index is None:
+            shards = self.data.facts()["shards"]
+            return f"{shards} shards, read from front to end (NOT exactly resumable)"
+        return f"{len(self.index)} clips (task {self.task.name}, {self.index.classes} labels)"
+
+
+def open_stream(config: Pretrain, out: Path | None = None) -> PretrainData:
+    """Open what ``config.data`` names; ``out`` is the folder of the run, for ``bad_clips.jsonl``.
+
+    Raises ``UserError`` as ``open_data``, and for settings that do not fit the data.
+    """
+    data = config.data
+    try:
+        task, index = open_data(config.task, data)
+    except NotIndexable as error:
+        return PretrainData(_sequential(config, out, error), load_task(config.task), None)
+    stream = AudioData(
+        index=index,
+        batch=data.batch,
+        batches=config.train.steps * config.train.accumulate,
+        sample_rate=config.frontend.sample_rate,
+        clip_seconds=data.clip_seconds,
+        plan=make_plan(
+            index,
+            training_clips(index, data.split),
+            seed=config.seed,
+            shuffle=data.shuffle,
+            window=data.window,
+            balance=data.balance,
+            epoch_clips=data.epoch_clips,
+            mix=data.mix,
+        ),
+        seed=config.seed,
+        roll=data.roll,
+        min_seconds=data.min_seconds,
+        workers=data.workers,
+        cache_bytes=int(data.cache_waves_gb * 1e9),
+        max_bad=data.max_bad,
+        out=out,
+    )
+    return PretrainData(stream, task, index)
+
+
+def _sequential(config: Pretrain, out: Path | None, why: NotIndexable) -> SequentialData:
+    data = config.data
+    asked = [name for name in NEEDS_AN_INDEX if getattr(data, name) != getattr(Data(), name)]
+    if asked:
+        raise UserError(f"data.{asked[0]}={getattr(data, asked[0])} needs an index, but {why}")
+    if config.online.every and not (config.online.root or config.online.shards):
+        raise UserError(
+            f"online probes on the training set need an index, but {why}; or give online.shards= "
+            "or online.root=, or set online.every=0"
+        )
+    log.warning(
+        "%s. Reading from front to end instead: clips are mixed less, and a resumed run is NOT "
+        "exactly the uninterrupted one",
+        why,
+    )
+    return SequentialData(
+        list(data.shards),
+        batch=data.batch,
+        sample_rate=config.frontend.sample_rate,
+        clip_seconds=data.clip_seconds,
+        seed=config.seed,
+        roll=data.roll,
+        min_seconds=data.min_seconds,
+        workers=data.workers,
+        max_bad=data.max_bad,
+        out=out,
+        retries=data.retries,
+        timeout_seconds=data.timeout_seconds,
+    )
+
+
+def training_clips(index: Index, split: str) -> np.ndarray | None:
+    """Ids of the clips to pre-train on (``data.split``); None: all of them.
+
+    Raises ``UserError`` for a split that the data does not have.
+    """
+    if split == "all" or (split == "auto" and "train" not in index.splits):
+        return None
+    ids = index.clips_in_split("train" if split == "auto" else split)
+    if split == "auto" and len(ids) < len(index):
+        others = [name for name in index.splits if name != "train"]
+        log.info(
+            "pre-training on the %d clips of split train; data.split=all takes those of %s too",
+            len(ids),
+            ", ".join(others) or "none",
+        )
+    return ids
