@@ -21,6 +21,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -244,6 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shards", type=int, default=2_000, metavar="N", help="simulated (2000)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     with tempfile.TemporaryDirectory(prefix="bat-stream-") as name:
         folder = Path(name)
         (folder / "simulated").mkdir()

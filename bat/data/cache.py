@@ -49,7 +49,7 @@ class ShardCache:
 
     def _forget(self) -> None:
         """State of one process."""
-        self._pid = os.getpid()
+        self._pid, self._root = os.getpid(), os.fspath(self.folder)
         self._threads: dict[str, threading.Lock] = {}
         self._used: dict[str, float] = {}
 
@@ -72,13 +72,13 @@ class ShardCache:
         """
         if self._pid != os.getpid():
             self._forget()
-        path = self.folder / f"{name}-{size}.tar"
-        fd = self._take(path, size)
+        fd = self._take(name, size)
         if fd is not None:
             return fd
         self._refuse(name)
+        path = self.folder / f"{name}-{size}.tar"
         with self._lock(name):
-            fd = self._take(path, size)  # another process fetched it meanwhile
+            fd = self._take(name, size)  # another process fetched it meanwhile
             if fd is not None:
                 return fd
             failed = self._refuse(name)
@@ -102,22 +102,22 @@ class ShardCache:
 
     def holds(self, name: str, size: int) -> bool:
         """Whether the shard is here; if so, that counts as a use."""
-        fd = self._take(self.folder / f"{name}-{size}.tar", size)
+        fd = self._take(name, size)
         if fd is not None:
             os.close(fd)
         return fd is not None
 
-    def _take(self, path: Path, size: int) -> int | None:
+    def _take(self, name: str, size: int) -> int | None:
         try:
-            fd = os.open(path, os.O_RDONLY)
+            fd = os.open(f"{self._root}/{name}-{size}.tar", os.O_RDONLY)  # each read comes by here
         except FileNotFoundError:
             return None
         if os.fstat(fd).st_size != size:
             os.close(fd)
             return None
         now = time.monotonic()
-        if now - self._used.get(path.name, -TOUCH_SECONDS) >= TOUCH_SECONDS:
-            self._used[path.name] = now
+        if now - self._used.get(name, -TOUCH_SECONDS) >= TOUCH_SECONDS:
+            self._used[name] = now
             os.utime(fd)
         return fd
 
