@@ -1,61 +1,41 @@
 """Encoded audio to float32 at the wanted rate (and back to bytes: ``encode.py``).
 
-soundfile (libsndfile) reads WAV, FLAC, OGG Vorbis, Opus, MP3 and AIFF, from memory or from a path
-(a day-long recording is read by seeking, never whole); soxr HQ resamples (44.1k to 16k: 90 dB of
-stop band). Only the asked segment is read, in blocks, so what a clip costs in memory is what it
-holds and never what its header claims.
-
-Damaged files (STACK section 3). A cut FLAC raises in libsndfile. A cut OGG, MP3, Opus or WAV is
-read short **without a word**, and for all but MP3 the reported length shrinks with the file. So the
-frames that were read are held to the header, and the header to ``expected_frames``, the length that
-an index recorded when the clip was whole.
-
-Departures from plain soundfile: it seeks after every read, which fails at the true end of a file
-whose header has a wrong or no length (FLAC written to a pipe, MP3 without a Xing frame; seen with
-soundfile 0.13, libsndfile 1.2.2): ``_Reader`` reads as if from a pipe.
+Only the asked segment is read, by seeking, mixed to mono and resampled by soxr HQ (44.1k to 16k:
+90 dB of stop band). How files are opened, and what damage is noticed: ``reader.py``.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import soundfile
 import soxr
 
 from bat.audio.encode import encode as encode
+from bat.audio.reader import (
+    MP3_SLACK_FRAMES as MP3_SLACK_FRAMES,
+)
+from bat.audio.reader import (
+    RATES_HZ,
+    UNKNOWN_FRAMES,
+    Reader,
+    apart,
+    blocks,
+    check_samples,
+    mixed,
+    open_reader,
+    read_segment,
+    reason,
+    samples_of,
+)
+from bat.audio.reader import (
+    DecodeError as DecodeError,
+)
 from bat.shapes import UserError
-
-Kind = Literal["corrupt", "empty", "short", "mismatch", "long", "nan", "range", "rate", "brief"]
-
-BLOCK_SAMPLES = 2**22  # samples (all channels) read at once: 16 MiB
-UNKNOWN_FRAMES = 2**62  # libsndfile answers 2^63 - 1 where a header gives no length
-MP3_SLACK_FRAMES = 3 * 1152  # encoder delay and padding: decoders count them differently
-RATES_HZ = (1_000, 768_000)
-PEAK = 1e6  # samples beyond this are no audio, and their power would overflow float32
-
-
-class DecodeError(ValueError):
-    """A clip that cannot be used; ``kind`` says why, in one word, for counting.
-
-    ``corrupt`` unreadable; ``empty`` no samples (at the asked place); ``short`` fewer frames than
-    the header or the index promises; ``mismatch`` more frames than the index recorded; ``long``
-    beyond ``max_decode_seconds``; ``nan`` samples that are not finite; ``range`` beyond 1e6;
-    ``rate`` another sample rate than the index recorded; ``brief`` whole, but shorter than asked.
-    """
-
-    def __init__(self, kind: Kind, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
-
-    def __reduce__(self) -> tuple[type[DecodeError], tuple[str, str]]:
-        return type(self), (self.kind, str(self))  # crosses from loader workers intact
 
 
 @dataclass(frozen=True)
@@ -104,11 +84,78 @@ def decode(
         UserError: arguments that no file could satisfy.
     """
     _check_arguments(sample_rate, start_seconds, max_seconds, max_decode_seconds)
-    with _open(data) as file:
+    with open_reader(data) as file:
         rate = file.samplerate
         expected = (expected_frames, expected_rate, min_seconds)
-        wave = _segment(file, start_seconds, max_seconds, max_decode_seconds, expected, mix=True)
+        wave = read_segment(file, start_seconds, max_seconds, max_decode_seconds, expected, mixed)
     return _finish(wave, rate, sample_rate, max_seconds)
+
+
+def decode_into(
+    row: np.ndarray,
+    data: bytes | Path,
+    *,
+    sample_rate: int,
+    place: Callable[[int], tuple[int, int]],
+    start_seconds: float = 0.0,
+    max_seconds: float | None = None,
+    max_decode_seconds: float = 3600.0,
+    expected_frames: int | None = None,
+    expected_rate: int | None = None,
+    min_seconds: float = 0.0,
+) -> tuple[int, int]:
+    """As ``decode``, written into ``row`` (S,) float32, shifted circularly where it comes to lie.
+
+    A mono file at ``sample_rate`` is decoded straight into the row: no wave is copied.
+
+    Args:
+        place: the samples n of the wave (at most S) -> (offset, roll): where it begins in the row,
+            ``0 .. S - n``, and by how many samples it is shifted, ``0 .. n - 1``. Called once.
+
+    Returns:
+        (offset, n). What the row holds outside ``[offset, offset + n)`` is not touched; after an
+        error it holds anything.
+    """
+    _check_arguments(sample_rate, start_seconds, max_seconds, max_decode_seconds)
+    placed: list[int] = []
+
+    def into_row(file: Reader, start: int, frames: int) -> np.ndarray:
+        direct = file.channels == 1 and file.samplerate == sample_rate and file.format != "MP3"
+        if not direct or file.frames >= UNKNOWN_FRAMES or not 0 < frames <= len(row):
+            return mixed(file, start, frames)
+        offset, roll = place(frames)
+        placed.append(offset)
+        wave = row[offset : offset + frames]
+        try:
+            if start:
+                file.seek(start)
+            read = len(file.read(frames - roll, out=wave[roll:]))
+            if roll and read == frames - roll:
+                read += len(file.read(roll, out=wave[:roll]))
+        except (soundfile.SoundFileError, RuntimeError) as error:
+            raise DecodeError("corrupt", f"damaged audio: {reason(error)}") from error
+        return wave[:read]
+
+    with open_reader(data) as file:
+        rate = file.samplerate
+        expected = (expected_frames, expected_rate, min_seconds)
+        wave = read_segment(
+            file, start_seconds, max_seconds, max_decode_seconds, expected, into_row
+        )
+    if placed:
+        check_samples(wave)
+        return placed[0], len(wave)
+    wave = _finish(wave, rate, sample_rate, max_seconds)[: len(row)]
+    offset, roll = place(len(wave))
+    write_rolled(row[offset:], wave, roll)
+    return offset, len(wave)
+
+
+def write_rolled(row: np.ndarray, wave: np.ndarray, roll: int) -> None:
+    """``row[:n] = np.roll(wave, roll)`` for a ``wave`` (n,), without the copy between."""
+    n = len(wave)
+    row[roll:n] = wave[: n - roll]
+    row[:roll] = wave[n - roll :]
 
 
 def decode_channels(
@@ -124,10 +171,10 @@ def decode_channels(
 ) -> np.ndarray:
     """As ``decode``, channels kept: (S, channels) float32."""
     _check_arguments(sample_rate, start_seconds, max_seconds, max_decode_seconds)
-    with _open(data) as file:
+    with open_reader(data) as file:
         rate = file.samplerate
         expected = (expected_frames, expected_rate, min_seconds)
-        wave = _segment(file, start_seconds, max_seconds, max_decode_seconds, expected, mix=False)
+        wave = read_segment(file, start_seconds, max_seconds, max_decode_seconds, expected, apart)
     return _finish(wave, rate, sample_rate, max_seconds)
 
 
@@ -138,146 +185,26 @@ def probe(data: bytes | Path) -> AudioInfo:
         DecodeError: ``corrupt`` where the file is not audio.
         OSError: ``data`` is a path that cannot be opened.
     """
-    with _open(data) as file:
+    with open_reader(data) as file:
         frames = file.frames
         if frames >= UNKNOWN_FRAMES:
-            frames = sum(len(block) for block in _blocks(file, 0, UNKNOWN_FRAMES))
+            frames = sum(len(block) for block in blocks(file, 0, UNKNOWN_FRAMES))
         codec = {"WAVEX": "wav", "RF64": "wav"}.get(file.format, file.format.lower())
         if file.subtype == "OPUS":
             codec = "opus"
         return AudioInfo(frames, file.samplerate, file.channels, codec)
 
 
-class _Reader(soundfile.SoundFile):
-    def seekable(self) -> bool:
-        return False  # no seek after each read: see the module's departures
-
-
-def _open(data: bytes | Path) -> _Reader:
-    try:
-        # the absolute path: libsndfile takes "-" for its standard input
-        file = _Reader(os.path.abspath(data) if isinstance(data, Path) else io.BytesIO(data))
-    except (soundfile.SoundFileError, RuntimeError, TypeError, UnicodeError) as error:
-        if isinstance(data, Path):
-            data.open("rb").close()  # libsndfile says "System error": let the system say which
-        raise DecodeError("corrupt", f"not a readable audio file: {_reason(error)}") from error
-    if not RATES_HZ[0] <= file.samplerate <= RATES_HZ[1]:
-        rate = file.samplerate
-        file.close()
-        raise DecodeError("corrupt", f"sample rate {rate} Hz is outside {RATES_HZ}")
-    return file
-
-
-def _segment(
-    file: _Reader,
-    start_seconds: float,
-    max_seconds: float | None,
-    max_decode_seconds: float,
-    expected: tuple[int | None, int | None, float],
-    *,
-    mix: bool,
-) -> np.ndarray:
-    """The segment at the file's own rate: (frames,) mixed, or (frames, channels)."""
-    frames, rate, min_seconds = expected[0], file.samplerate, expected[2]
-    if expected[1] is not None and rate != expected[1]:
-        raise DecodeError("rate", f"{rate} Hz, but {expected[1]} Hz when it was indexed")
-    slack = MP3_SLACK_FRAMES if file.format == "MP3" else 0
-    total = file.frames if file.frames < UNKNOWN_FRAMES else None
-    if total is not None:
-        _check_total(total, frames, slack)
-    start = round(start_seconds * rate)
-    if total == 0 or (total is not None and start >= total):
-        raise DecodeError("empty", f"no samples at {start_seconds} s of {total} frames")
-    if total is not None:
-        _check_brief(total, rate, min_seconds)
-    wanted = UNKNOWN_FRAMES if total is None else total - start
-    if max_seconds is not None:
-        wanted = min(wanted, _samples(max_seconds, rate))
-    cap = _samples(max_decode_seconds, rate)
-    wave = _read(file, start, min(wanted, cap), mix=mix)
-    if wanted > cap and len(wave) == cap:
-        raise DecodeError(
-            "long",
-            f"more than max_decode_seconds={max_decode_seconds:g} to read: cut the file, ask for "
-            "max_seconds, or raise the bound",
-        )
-    if total is None and len(wave) < wanted and (len(wave) or not start):
-        _check_total(start + len(wave), frames, slack)  # read to the end: now it is known
-        if len(wave):
-            _check_brief(start + len(wave), rate, min_seconds)
-    elif total is not None and len(wave) < min(wanted, cap) - slack:
-        raise DecodeError("short", f"only {len(wave)} of {min(wanted, cap)} frames decode")
-    if not len(wave):
-        raise DecodeError("empty", f"no samples at {start_seconds} s")
-    return wave
-
-
 def _finish(wave: np.ndarray, rate: int, sample_rate: int, max_seconds: float | None) -> np.ndarray:
     """Checked, resampled, and not a sample longer than asked."""
-    _check_samples(wave)
+    check_samples(wave)
     if rate != sample_rate:
         wave = soxr.resample(wave, rate, sample_rate, quality="HQ")
         if not len(wave):
             raise DecodeError("empty", f"too short to resample from {rate} to {sample_rate} Hz")
     if max_seconds is not None:
-        wave = wave[: _samples(max_seconds, sample_rate)]
+        wave = wave[: samples_of(max_seconds, sample_rate)]
     return np.ascontiguousarray(wave, dtype=np.float32)
-
-
-def _read(file: _Reader, start: int, frames: int, *, mix: bool) -> np.ndarray:
-    """Up to ``frames`` frames from ``start`` on, float32: mixed (n,), or (n, channels)."""
-    channels = file.channels
-    blocks = _blocks(file, start, frames)
-    if mix:
-        weights = np.full(channels, 1.0 / channels, dtype=np.float32)
-        # a matrix product: 0.2 ms where mean(1) takes 7 (STACK section 3)
-        parts = [block[:, 0] if channels == 1 else block @ weights for block in blocks]
-    else:
-        parts = list(blocks)
-    if len(parts) == 1:
-        return parts[0]
-    empty = np.zeros(0 if mix else (0, channels), dtype=np.float32)
-    return np.concatenate(parts) if parts else empty
-
-
-def _blocks(file: _Reader, start: int, frames: int) -> Iterator[np.ndarray]:
-    """(<= BLOCK_SAMPLES / channels, channels) float32 each, until ``frames`` or the file's end."""
-    try:
-        if start:
-            file.seek(start)
-        while frames > 0:
-            ask = min(frames, max(1, BLOCK_SAMPLES // file.channels))
-            block = file.read(ask, dtype="float32", always_2d=True)
-            if not len(block):
-                return
-            yield block
-            frames -= len(block)
-    except (soundfile.SoundFileError, RuntimeError) as error:
-        raise DecodeError("corrupt", f"damaged audio: {_reason(error)}") from error
-
-
-def _samples(seconds: float, rate: int) -> int:
-    return math.ceil(seconds * rate - 1e-6)  # not a sample more for a last bit of the product
-
-
-def _check_total(total: int, expected: int | None, slack: int) -> None:
-    if expected is not None and total < expected - slack:
-        raise DecodeError("short", f"{total} frames, but {expected} when it was indexed: cut short")
-    if expected is not None and total > expected + slack:
-        raise DecodeError("mismatch", f"{total} frames, but {expected} when it was indexed")
-
-
-def _check_brief(total: int, rate: int, min_seconds: float) -> None:
-    if total < min_seconds * rate - 1e-6:
-        raise DecodeError("brief", f"{total / rate:g} s, shorter than min_seconds={min_seconds:g}")
-
-
-def _check_samples(wave: np.ndarray) -> None:
-    peak = max(float(wave.max()), -float(wave.min()))  # a NaN comes through both
-    if not math.isfinite(peak):
-        raise DecodeError("nan", "samples that are not finite")
-    if peak > PEAK:
-        raise DecodeError("range", f"a sample of magnitude {peak:.3g}: not audio")
 
 
 def _check_arguments(
@@ -291,8 +218,3 @@ def _check_arguments(
         raise UserError(f"max_seconds={max_seconds}: more than zero, or None for the whole clip")
     if not 0 < max_decode_seconds < math.inf:
         raise UserError(f"max_decode_seconds={max_decode_seconds}: more than zero")
-
-
-def _reason(error: Exception) -> str:
-    """libsndfile's own words, without the BytesIO's address that soundfile puts before them."""
-    return getattr(error, "error_string", "") or str(error)

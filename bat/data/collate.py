@@ -14,38 +14,33 @@ from torch.utils.data import get_worker_info
 
 
 class Rows:
-    """Up to ``rows`` waves of up to ``samples`` samples; filled from the top by ``add``."""
+    """Up to ``rows`` waves of up to ``samples`` samples; filled from the top, see ``next``."""
 
     def __init__(self, rows: int, samples: int) -> None:
-        waves = torch.empty(0, dtype=torch.float32)
         if get_worker_info() is not None:  # as torch's own default_collate does
-            storage = waves._typed_storage()._new_shared(rows * samples, device=waves.device)
-            waves = waves.new(storage).view(rows, samples)
-        else:
-            waves = waves.new_empty(rows, samples)
-        self._tensor = waves
-        self._waves = waves.numpy()
+            empty = torch.empty(0, dtype=torch.float32)
+            storage = empty._typed_storage()._new_shared(rows * samples, device=empty.device)
+            self._tensor = empty.new(storage).view(rows, samples)
+        else:  # by numpy, which asks for huge pages: faults cost a twentieth of a FLAC clip
+            self._tensor = torch.from_numpy(np.empty((rows, samples), np.float32))
+        self._waves = self._tensor.numpy()
         self._lengths: list[int] = []
 
-    def add(self, wave: np.ndarray, *, roll: int = 0, offset: int = 0, whole: bool = False) -> None:
-        """Put ``wave`` (S,) in the next row.
+    @property
+    def next(self) -> np.ndarray:
+        """The next free row, (S,) float32, to be filled; then ``keep`` it."""
+        row: np.ndarray = self._waves[len(self._lengths)]
+        return row
 
-        Args:
-            roll: samples by which it is shifted circularly, ``0 .. S - 1``.
-            offset: samples of silence before it.
-            whole: the row counts as signal up to its end, silence included.
+    def keep(self, offset: int, samples: int, *, whole: bool = False) -> None:
+        """The next row holds a wave of ``samples`` from ``offset`` on: silence around it.
+
+        ``whole``: the row counts as signal up to its end, silence included.
         """
-        row = self._waves[len(self._lengths)]
-        wave = wave[: len(row) - offset]
-        end = offset + len(wave)
+        row = self.next
         row[:offset] = 0.0
-        row[end:] = 0.0
-        if roll:
-            row[offset : offset + roll] = wave[-roll:]
-            row[offset + roll : end] = wave[:-roll]
-        else:
-            row[offset:end] = wave
-        self._lengths.append(len(row) if whole else end)
+        row[offset + samples :] = 0.0
+        self._lengths.append(len(row) if whole else offset + samples)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Waves (B, S) float32 and lengths (B,) int64 of the rows that were filled."""

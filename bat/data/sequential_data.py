@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from bat.audio.decode import DecodeError, decode, probe
+from bat.audio.decode import DecodeError, decode_into, probe
 from bat.data.collate import Rows
 from bat.data.module import StreamData, worker_init
 from bat.data.plan import CROP, ROLL, below, philox
@@ -60,7 +61,7 @@ class SequentialBatches(IterableDataset[WaveBatch]):
                 count += 1
                 skipped += self.clips.take_skipped()
                 try:
-                    wave = self._wave(clip, position)
+                    rows.keep(*self._fill(rows.next, clip, position))
                 except DecodeError as error:
                     skipped.append(Skipped(clip.key, "?", error.kind, str(error), position))
                     if len(skipped) > TOO_MANY_IN_A_ROW:
@@ -69,8 +70,6 @@ class SequentialBatches(IterableDataset[WaveBatch]):
                             f"{error}): check the shards"
                         ) from error
                     continue
-                roll = below(len(wave), philox(self.seed, position, ROLL)) if self.roll else 0
-                rows.add(wave, roll=roll)
                 keys.append(clip.key)
                 positions.append(position)
             waves, lengths = rows.tensors()
@@ -83,14 +82,20 @@ class SequentialBatches(IterableDataset[WaveBatch]):
                 skipped=skipped,
             )
 
-    def _wave(self, clip: Clip, position: int) -> Any:
+    def _fill(self, row: np.ndarray, clip: Clip, position: int) -> tuple[int, int]:
         info = probe(clip.data)
         wanted = math.ceil(self.clip_seconds * info.sample_rate - 1e-6)
         extra, first = info.frames - wanted, 0
         if extra > CROP_SLACK * wanted:
             first = below(extra + 1, philox(self.seed, position, CROP))
-        return decode(
+
+        def place(samples: int) -> tuple[int, int]:
+            return 0, below(samples, philox(self.seed, position, ROLL)) if self.roll else 0
+
+        return decode_into(
+            row,
             clip.data,
+            place=place,
             sample_rate=self.sample_rate,
             start_seconds=first / info.sample_rate,
             max_seconds=self.clip_seconds,

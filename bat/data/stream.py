@@ -9,15 +9,16 @@ and two ranks see what one with a doubled batch would see.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from bat.audio.decode import DecodeError, decode, probe
+from bat.audio.decode import DecodeError, decode, decode_into, probe, write_rolled
 from bat.data.collate import Rows
 from bat.data.index import Index
 from bat.data.plan import CROP, OFFSET, ROLL, STAND_IN, MixedPlan, Plan, below, philox
@@ -107,15 +108,6 @@ class EvalSampler(Sampler[list[Item]]):
             yield list(zip(rows.tolist(), self.ids[rows].tolist(), strict=True))
 
 
-class Sample(NamedTuple):
-    """One clip, decoded."""
-
-    wave: np.ndarray | None  # (S,) float32, S <= clip_samples; None: unreadable, no stand-in
-    clip: int
-    skipped: list[Skipped]
-    """The unreadable clips met on the way."""
-
-
 class ClipDataset(Dataset[WaveBatch]):
     """Reads, decodes, crops, rolls and places the clips of a batch of ``Item``s.
 
@@ -175,18 +167,15 @@ class ClipDataset(Dataset[WaveBatch]):
         skipped: list[Skipped] = []
         kept: list[Item] = []
         for position, clip in items:
-            sample = self.sample((position, clip))
-            skipped += sample.skipped
-            if sample.wave is None:
-                continue
-            roll = offset = 0
-            if self.roll:
-                roll = below(len(sample.wave), philox(self.seed, position, ROLL))
-            room = self.clip_samples - len(sample.wave)
-            if self.random_offset and room > 0:
-                offset = below(room + 1, philox(self.seed, position, OFFSET))
-            rows.add(sample.wave, roll=roll, offset=offset, whole=self.random_offset)
-            kept.append((position, sample.clip))
+            for candidate in self._candidates(position, clip):
+                try:
+                    offset, samples = self._fill(rows.next, candidate, position)
+                except (DecodeError, OSError) as error:
+                    skipped.append(self._skipped(candidate, position, error))
+                    continue
+                rows.keep(offset, samples, whole=self.random_offset)
+                kept.append((position, candidate))
+                break
         waves, lengths = rows.tensors()
         targets = np.zeros((len(kept), self.index.classes), np.float32)
         for row, (_, clip) in enumerate(kept):
@@ -205,47 +194,57 @@ class ClipDataset(Dataset[WaveBatch]):
     def __getitem__(self, item: Item) -> WaveBatch:
         return self.batch([item])
 
-    def sample(self, item: Item) -> Sample:
-        """The decoded clip of ``item`` or its stand-in, cropped, neither rolled nor placed."""
-        position, clip = item
-        skipped: list[Skipped] = []
-        stand_ins = None
-        for _ in range(1 + STAND_INS):
-            try:
-                return Sample(self._wave(clip, position), clip, skipped)
-            except (DecodeError, OSError) as error:
-                kind = error.kind if isinstance(error, DecodeError) else "unreadable"
-                why = error.strerror if isinstance(error, OSError) else error
-                shard = self.index.shard_name(clip)
-                skipped.append(Skipped(self.index.key(clip), shard, kind, str(why), position))
-            if self.pool is None:
-                break
-            stand_ins = stand_ins or philox(self.seed, position, STAND_IN)
-            clip = int(self.pool[below(len(self.pool), stand_ins)])
-        return Sample(None, clip, skipped)
+    def _candidates(self, position: int, clip: int) -> Iterator[int]:
+        """``clip``, then those that may stand in for it."""
+        yield clip
+        if self.pool is None:
+            return
+        bits = philox(self.seed, position, STAND_IN)
+        for _ in range(STAND_INS):
+            yield int(self.pool[below(len(self.pool), bits)])
 
-    def _wave(self, clip: int, position: int) -> np.ndarray:
-        """(S,) float32: the segment of ``clip`` that belongs at ``position``."""
-        wave = self._cache.get(clip)
-        if wave is not None:
-            return wave
-        encoded = self.index.read(clip)
-        start_seconds, extra_frames = self._segment(clip, position, encoded)
-        frames, rate = int(self.index.frames[clip]), int(self.index.rate[clip])
-        wave = decode(
-            encoded.data,
-            sample_rate=self.sample_rate,
-            start_seconds=start_seconds,
-            max_seconds=self.clip_seconds,
-            expected_frames=frames if frames > 0 else None,
-            expected_rate=rate if rate > 0 else None,
-            min_seconds=self.min_seconds,
+    def _skipped(self, clip: int, position: int, error: DecodeError | OSError) -> Skipped:
+        kind = error.kind if isinstance(error, DecodeError) else "unreadable"
+        why = error.strerror if isinstance(error, OSError) else error
+        return Skipped(
+            self.index.key(clip), self.index.shard_name(clip), kind, str(why or error), position
         )
-        free = self.crop != "random" or not extra_frames
-        if free and wave.nbytes <= self._room:
-            self._room -= wave.nbytes
-            self._cache[clip] = wave
-        return wave
+
+    def _place(self, position: int, samples: int) -> tuple[int, int]:
+        """Offset and roll of a wave at ``position``."""
+        roll = below(samples, philox(self.seed, position, ROLL)) if self.roll else 0
+        room = self.clip_samples - samples
+        if not self.random_offset or room <= 0:
+            return 0, roll
+        return below(room + 1, philox(self.seed, position, OFFSET)), roll
+
+    def _fill(self, row: np.ndarray, clip: int, position: int) -> tuple[int, int]:
+        """Put the segment of ``clip`` that belongs at ``position`` into ``row``: (offset, n)."""
+        wave = self._cache.get(clip)
+        if wave is None:
+            encoded = self.index.read(clip)
+            start_seconds, extra_frames = self._segment(clip, position, encoded)
+            frames, rate = int(self.index.frames[clip]), int(self.index.rate[clip])
+            how: dict[str, Any] = {
+                "sample_rate": self.sample_rate,
+                "start_seconds": start_seconds,
+                "max_seconds": self.clip_seconds,
+                "expected_frames": frames if frames > 0 else None,
+                "expected_rate": rate if rate > 0 else None,
+                "min_seconds": self.min_seconds,
+            }
+            fixed = self.crop != "random" or not extra_frames
+            if not fixed or not self._room:
+                place = functools.partial(self._place, position)
+                return decode_into(row, encoded.data, place=place, **how)
+            wave = decode(encoded.data, **how)
+            if wave.nbytes <= self._room:
+                self._room -= wave.nbytes
+                self._cache[clip] = wave
+        wave = wave[: len(row)]
+        offset, roll = self._place(position, len(wave))
+        write_rolled(row[offset:], wave, roll)
+        return offset, len(wave)
 
     def _segment(self, clip: int, position: int, encoded: Clip) -> tuple[float, int]:
         """Start of the segment in seconds, and how many source frames it leaves out."""

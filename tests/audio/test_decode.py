@@ -12,8 +12,15 @@ import pytest
 import soundfile
 import soxr
 
-from bat.audio import decode as module
-from bat.audio.decode import AudioInfo, DecodeError, decode, decode_channels, probe
+from bat.audio import reader as module
+from bat.audio.decode import (
+    AudioInfo,
+    DecodeError,
+    decode,
+    decode_channels,
+    decode_into,
+    probe,
+)
 from bat.shapes import UserError
 
 FORMATS = {  # codec -> libsndfile's format, subtype, rate
@@ -284,3 +291,50 @@ def test_esc10_clip(esc10: Path) -> None:
     plain, _ = soundfile.read(io.BytesIO(data), dtype="float32")
     wave = decode(data, sample_rate=16000, expected_frames=info.frames)
     np.testing.assert_array_equal(wave, soxr.resample(plain, 44100, 16000, quality="HQ"))
+
+
+# ---- into a row
+
+
+@pytest.mark.parametrize("codec", FORMATS)
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rate", ["own", 16_000])
+@pytest.mark.parametrize("start_seconds", [0.0, 0.3])
+def test_into_a_row_is_the_rolled_wave(
+    codec: str, channels: int, rate: str | int, start_seconds: float
+) -> None:
+    data = sample(codec, frames=24_000, channels=channels)
+    sample_rate = FORMATS[codec][2] if rate == "own" else int(rate)
+    how = {"sample_rate": sample_rate, "start_seconds": start_seconds, "max_seconds": 0.2}
+    wave = decode(data, **how)  # type: ignore[arg-type]
+    for roll in (0, 1, 777):
+        row, asked = np.full(12_000, 7.0, np.float32), []
+
+        def place(samples: int, roll: int = roll, asked: list[int] = asked) -> tuple[int, int]:
+            asked.append(samples)
+            return 5, roll
+
+        assert decode_into(row, data, place=place, **how) == (5, len(wave))  # type: ignore[arg-type]
+        assert asked == [len(wave)]
+        np.testing.assert_array_equal(row[5 : 5 + len(wave)], np.roll(wave, roll))
+        assert (row[:5] == 7).all()
+        assert (row[5 + len(wave) :] == 7).all()
+
+
+def test_into_a_row_that_is_too_short_the_wave_is_cut_and_damage_is_noticed() -> None:
+    data = file_bytes(noise(1_000), 16_000, "FLAC", "PCM_16")
+    whole = decode(data, sample_rate=16_000)
+    row = np.zeros(600, np.float32)
+    assert decode_into(row, data, sample_rate=16_000, place=lambda n: (0, 0)) == (0, 600)
+    np.testing.assert_array_equal(row, whole[:600])
+    row = np.zeros(2_000, np.float32)
+    for spoilt, kind in (
+        (data[: len(data) // 2], "corrupt"),
+        (file_bytes(np.array([0.1, np.nan]), 16_000, subtype="FLOAT"), "nan"),
+        (file_bytes(np.array([0.1, 1e9]), 16_000, subtype="DOUBLE"), "range"),
+    ):
+        with pytest.raises(DecodeError) as caught:
+            decode_into(row, spoilt, sample_rate=16_000, place=lambda n: (0, n // 2))
+        assert caught.value.kind == kind
+    with pytest.raises(DecodeError, match="but 5000 when it was indexed"):
+        decode_into(row, data, sample_rate=16_000, place=lambda n: (0, 0), expected_frames=5_000)

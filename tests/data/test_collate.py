@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from bat.audio.decode import write_rolled
 from bat.data.collate import Rows
 from bat.data.stream import as_it_is
 
@@ -17,7 +18,9 @@ WAVE = np.arange(1, 6, dtype=np.float32)
 @pytest.mark.parametrize("offset", [0, 2])
 def test_a_row_is_silence_the_rolled_wave_and_silence(roll: int, offset: int) -> None:
     rows = Rows(2, 9)
-    rows.add(WAVE, roll=roll, offset=offset)
+    rows.next[:] = 7.0  # whatever was there
+    write_rolled(rows.next[offset:], WAVE, roll)
+    rows.keep(offset, 5)
     waves, lengths = rows.tensors()
     wanted = np.zeros(9, np.float32)
     wanted[offset : offset + 5] = np.roll(WAVE, roll)
@@ -25,12 +28,15 @@ def test_a_row_is_silence_the_rolled_wave_and_silence(roll: int, offset: int) ->
     assert lengths.tolist() == [offset + 5]
 
 
-def test_a_wave_is_cut_at_the_row_and_whole_rows_are_signal() -> None:
-    rows = Rows(2, 4)
-    rows.add(WAVE)
-    rows.add(WAVE[:2], offset=1, whole=True)
+def test_whole_rows_are_signal_and_unkept_ones_are_no_row() -> None:
+    rows = Rows(3, 4)
+    rows.next[:] = WAVE[:4]
+    rows.keep(0, 4)
+    rows.next[:] = 9.0
+    rows.keep(1, 2, whole=True)
+    rows.next[:] = 5.0
     waves, lengths = rows.tensors()
-    assert waves.tolist() == [[1, 2, 3, 4], [0, 1, 2, 0]]
+    assert waves.tolist() == [[1, 2, 3, 4], [0, 9, 9, 0]]
     assert lengths.tolist() == [4, 4]
 
 
@@ -40,7 +46,8 @@ class Shared(Dataset):
 
     def __getitems__(self, items: list[int]) -> tuple[torch.Tensor, bool]:
         rows = Rows(2, 5)
-        rows.add(WAVE)
+        rows.next[:] = WAVE
+        rows.keep(0, 5)
         waves, _ = rows.tensors()
         return waves, waves.is_shared()
 

@@ -1,0 +1,184 @@
+"""Audio files through libsndfile, on guard: the segment that is asked for, or a ``DecodeError``.
+
+soundfile (libsndfile) reads WAV, FLAC, OGG Vorbis, Opus, MP3 and AIFF, from memory or from a path
+(a day-long recording is read by seeking, never whole). Only the asked segment is read, in blocks,
+so what a clip costs in memory is what it holds and never what its header claims.
+
+Damaged files (STACK section 3). A cut FLAC raises in libsndfile. A cut OGG, MP3, Opus or WAV is
+read short **without a word**, and for all but MP3 the reported length shrinks with the file. So the
+frames that were read are held to the header, and the header to ``expected_frames``, the length that
+an index recorded when the clip was whole.
+
+Departures from plain soundfile: it seeks after every read, which fails at the true end of a file
+whose header has a wrong or no length (FLAC written to a pipe, MP3 without a Xing frame; seen with
+soundfile 0.13, libsndfile 1.2.2): ``Reader`` reads as if from a pipe.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import soundfile
+
+Kind = Literal["corrupt", "empty", "short", "mismatch", "long", "nan", "range", "rate", "brief"]
+
+BLOCK_SAMPLES = 2**22  # samples (all channels) read at once: 16 MiB
+UNKNOWN_FRAMES = 2**62  # libsndfile answers 2^63 - 1 where a header gives no length
+MP3_SLACK_FRAMES = 3 * 1152  # encoder delay and padding: decoders count them differently
+RATES_HZ = (1_000, 768_000)
+PEAK = 1e6  # samples beyond this are no audio, and their power would overflow float32
+
+
+class DecodeError(ValueError):
+    """A clip that cannot be used; ``kind`` says why, in one word, for counting.
+
+    ``corrupt`` unreadable; ``empty`` no samples (at the asked place); ``short`` fewer frames than
+    the header or the index promises; ``mismatch`` more frames than the index recorded; ``long``
+    beyond ``max_decode_seconds``; ``nan`` samples that are not finite; ``range`` beyond 1e6;
+    ``rate`` another sample rate than the index recorded; ``brief`` whole, but shorter than asked.
+    """
+
+    def __init__(self, kind: Kind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type[DecodeError], tuple[str, str]]:
+        return type(self), (self.kind, str(self))  # crosses from loader workers intact
+
+
+class Reader(soundfile.SoundFile):
+    def seekable(self) -> bool:
+        return False  # no seek after each read: see the module's departures
+
+
+def open_reader(data: bytes | Path) -> Reader:
+    try:
+        # the absolute path: libsndfile takes "-" for its standard input
+        file = Reader(os.path.abspath(data) if isinstance(data, Path) else io.BytesIO(data))
+    except (soundfile.SoundFileError, RuntimeError, TypeError, UnicodeError) as error:
+        if isinstance(data, Path):
+            data.open("rb").close()  # libsndfile says "System error": let the system say which
+        raise DecodeError("corrupt", f"not a readable audio file: {reason(error)}") from error
+    if not RATES_HZ[0] <= file.samplerate <= RATES_HZ[1]:
+        rate = file.samplerate
+        file.close()
+        raise DecodeError("corrupt", f"sample rate {rate} Hz is outside {RATES_HZ}")
+    return file
+
+
+def read_segment(
+    file: Reader,
+    start_seconds: float,
+    max_seconds: float | None,
+    max_decode_seconds: float,
+    expected: tuple[int | None, int | None, float],
+    read: Callable[[Reader, int, int], np.ndarray],
+) -> np.ndarray:
+    """What ``read(file, first frame, frames)`` makes of the segment, at the file's own rate."""
+    frames, rate, min_seconds = expected[0], file.samplerate, expected[2]
+    if expected[1] is not None and rate != expected[1]:
+        raise DecodeError("rate", f"{rate} Hz, but {expected[1]} Hz when it was indexed")
+    slack = MP3_SLACK_FRAMES if file.format == "MP3" else 0
+    total = file.frames if file.frames < UNKNOWN_FRAMES else None
+    if total is not None:
+        _check_total(total, frames, slack)
+    start = round(start_seconds * rate)
+    if total == 0 or (total is not None and start >= total):
+        raise DecodeError("empty", f"no samples at {start_seconds} s of {total} frames")
+    if total is not None:
+        _check_brief(total, rate, min_seconds)
+    wanted = UNKNOWN_FRAMES if total is None else total - start
+    if max_seconds is not None:
+        wanted = min(wanted, samples_of(max_seconds, rate))
+    cap = samples_of(max_decode_seconds, rate)
+    wave = read(file, start, min(wanted, cap))
+    if wanted > cap and len(wave) == cap:
+        raise DecodeError(
+            "long",
+            f"more than max_decode_seconds={max_decode_seconds:g} to read: cut the file, ask for "
+            "max_seconds, or raise the bound",
+        )
+    if total is None and len(wave) < wanted and (len(wave) or not start):
+        _check_total(start + len(wave), frames, slack)  # read to the end: now it is known
+        if len(wave):
+            _check_brief(start + len(wave), rate, min_seconds)
+    elif total is not None and len(wave) < min(wanted, cap) - slack:
+        raise DecodeError("short", f"only {len(wave)} of {min(wanted, cap)} frames decode")
+    if not len(wave):
+        raise DecodeError("empty", f"no samples at {start_seconds} s")
+    return wave
+
+
+def mixed(file: Reader, start: int, frames: int) -> np.ndarray:
+    return _read(file, start, frames, mix=True)
+
+
+def apart(file: Reader, start: int, frames: int) -> np.ndarray:
+    return _read(file, start, frames, mix=False)
+
+
+def _read(file: Reader, start: int, frames: int, *, mix: bool) -> np.ndarray:
+    """Up to ``frames`` frames from ``start`` on, float32: mixed (n,), or (n, channels)."""
+    channels = file.channels
+    found = blocks(file, start, frames)
+    if mix:
+        weights = np.full(channels, 1.0 / channels, dtype=np.float32)
+        # a matrix product: 0.2 ms where mean(1) takes 7 (STACK section 3)
+        parts = [block[:, 0] if channels == 1 else block @ weights for block in found]
+    else:
+        parts = list(found)
+    if len(parts) == 1:
+        return parts[0]
+    empty = np.zeros(0 if mix else (0, channels), dtype=np.float32)
+    return np.concatenate(parts) if parts else empty
+
+
+def blocks(file: Reader, start: int, frames: int) -> Iterator[np.ndarray]:
+    """(<= BLOCK_SAMPLES / channels, channels) float32 each, until ``frames`` or the file's end."""
+    try:
+        if start:
+            file.seek(start)
+        while frames > 0:
+            ask = min(frames, max(1, BLOCK_SAMPLES // file.channels))
+            block = file.read(ask, dtype="float32", always_2d=True)
+            if not len(block):
+                return
+            yield block
+            frames -= len(block)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise DecodeError("corrupt", f"damaged audio: {reason(error)}") from error
+
+
+def samples_of(seconds: float, rate: int) -> int:
+    return math.ceil(seconds * rate - 1e-6)  # not a sample more for a last bit of the product
+
+
+def _check_total(total: int, expected: int | None, slack: int) -> None:
+    if expected is not None and total < expected - slack:
+        raise DecodeError("short", f"{total} frames, but {expected} when it was indexed: cut short")
+    if expected is not None and total > expected + slack:
+        raise DecodeError("mismatch", f"{total} frames, but {expected} when it was indexed")
+
+
+def _check_brief(total: int, rate: int, min_seconds: float) -> None:
+    if total < min_seconds * rate - 1e-6:
+        raise DecodeError("brief", f"{total / rate:g} s, shorter than min_seconds={min_seconds:g}")
+
+
+def check_samples(wave: np.ndarray) -> None:
+    peak = max(float(wave.max()), -float(wave.min()))  # a NaN comes through both
+    if not math.isfinite(peak):
+        raise DecodeError("nan", "samples that are not finite")
+    if peak > PEAK:
+        raise DecodeError("range", f"a sample of magnitude {peak:.3g}: not audio")
+
+
+def reason(error: Exception) -> str:
+    """libsndfile's own words, without the BytesIO's address that soundfile puts before them."""
+    return getattr(error, "error_string", "") or str(error)
