@@ -127,16 +127,27 @@ def _read(file: Reader, start: int, frames: int, *, mix: bool) -> np.ndarray:
     """Up to ``frames`` frames from ``start`` on, float32: mixed (n,), or (n, channels)."""
     channels = file.channels
     found = blocks(file, start, frames)
-    if mix:
-        weights = np.full(channels, 1.0 / channels, dtype=np.float32)
-        # a matrix product: 0.2 ms where mean(1) takes 7 (STACK section 3)
-        parts = [block[:, 0] if channels == 1 else block @ weights for block in found]
-    else:
-        parts = list(found)
+    parts = [channel_mean(block) for block in found] if mix else list(found)
     if len(parts) == 1:
         return parts[0]
     empty = np.zeros(0 if mix else (0, channels), dtype=np.float32)
     return np.concatenate(parts) if parts else empty
+
+
+def channel_mean(block: np.ndarray) -> np.ndarray:
+    """The mean over the channels: (n, channels) -> (n,).
+
+    Channel by channel: ``mean(1)`` takes twenty times as long, and a matrix product, which is as
+    fast, wakes BLAS threads that spin: 8 ms instead of 0.3 in a loader worker on its own core.
+    """
+    channels = block.shape[1]
+    if channels == 1:
+        return block[:, 0]
+    total: np.ndarray = block[:, 0] + block[:, 1]
+    for channel in range(2, channels):
+        total += block[:, channel]
+    total *= np.float32(1.0 / channels)
+    return total
 
 
 def blocks(file: Reader, start: int, frames: int) -> Iterator[np.ndarray]:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bat.audio.decode import MP3_SLACK_FRAMES, DecodeError, decode_channels, probe
+from bat.audio.reader import channel_mean
 from bat.data.table import parse_labels
 
 Kind = Literal["shard", "corrupt", "label", "silent", "clipped", "duplicate", "unread"]
@@ -139,7 +140,6 @@ def _listen(data: bytes, frames: int, rate: int, channels: int, expected: int | 
     """
     found, digest = _Loudness(), hashlib.blake2b(digest_size=8)
     clipped = np.zeros(channels, np.int64)
-    weights = np.full(channels, 1.0 / channels, np.float32)
     pieces = max(1, math.ceil(frames / (PIECE_SECONDS * rate)))
     for piece in range(pieces):
         try:
@@ -156,7 +156,7 @@ def _listen(data: bytes, frames: int, rate: int, channels: int, expected: int | 
             raise
         found.peak = max(found.peak, float(wave.max()), -float(wave.min()))
         clipped += _in_runs(np.abs(wave) >= FULL_SCALE)
-        mono = wave[:, 0] if channels == 1 else wave @ weights
+        mono = channel_mean(wave)
         digest.update(np.ascontiguousarray(mono).tobytes())
     found.clipped = float(clipped.max()) / max(1, frames)
     found.hash = int.from_bytes(digest.digest(), "little")

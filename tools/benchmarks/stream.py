@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import resource
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -118,7 +117,7 @@ def limit_loop(encoded: list[bytes], seconds: float | None) -> Callable[[], None
                     frames = wanted
                 wave = file.read(frames, dtype="float32", always_2d=True)
                 channels = file.channels
-            mono = wave[:, 0] if channels == 1 else wave @ np.full(channels, 1 / channels, "f4")
+            mono = wave[:, 0] if channels == 1 else (wave[:, 0] + wave[:, 1]) * np.float32(0.5)
             if rate != SAMPLE_RATE:
                 soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
 
@@ -161,6 +160,12 @@ def pinned(core: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def high_water_mb() -> float:
+    """Most memory this process ever had resident (``ru_maxrss`` would count its parent's)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+
 def _peak(way: str, source: Any, seconds: float | None, batch: int, batches: int, out: Any) -> None:
     """Child process: what a pass adds to the peak of resident memory, MB."""
     torch.set_num_threads(1)
@@ -171,9 +176,10 @@ def _peak(way: str, source: Any, seconds: float | None, batch: int, batches: int
 
         librosa.resample(np.zeros(100, np.float32), orig_sr=2, target_sr=1)  # its lazy imports
         loader = plain_loader(source, seconds, batch=batch)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water_mb()
     drain(loader)
-    out.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    drain(loader)
+    out.put(high_water_mb() - before)
 
 
 def peak_mb(way: str, source: Any, seconds: float | None, *, batch: int, batches: int) -> float:
