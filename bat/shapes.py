@@ -54,6 +54,8 @@ class Clip:
     """File suffix without the dot: ``flac``, ``ogg``, ``wav``, ``mp3``, ..."""
     labels: tuple[int, ...] = ()
     """Indices into the data set's label vocabulary."""
+    shard: str = ""
+    """Name of the shard it lies in."""
 
 
 class Skipped(NamedTuple):

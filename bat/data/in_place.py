@@ -22,11 +22,13 @@ import numpy as np
 
 from bat.audio.decode import DecodeError
 from bat.audio.decode import probe as read_header
-from bat.data.info import joint_vocabulary, load_table, local_shards, table_places
+from bat.data.info import load_table, local_shards
 from bat.data.manifest import Counts, Manifest, ShardInfo
+from bat.data.near import table_places
 from bat.data.pool import ordered_map
 from bat.data.table import ShardTable, ask_clips, scan
 from bat.data.tar import sample_key
+from bat.data.vocabulary import joint_vocabulary
 from bat.shapes import UserError
 
 
@@ -153,9 +155,7 @@ def _write_manifests(
 ) -> None:
     """``manifest.json`` in each folder that has none; one vocabulary for all."""
     given = [m.vocabulary for m in manifests.values() if m and m.vocabulary]
-    if any(other != given[0] for other in given):
-        raise UserError("the folders' manifests have different vocabularies: index them one by one")
-    vocabulary = joint_vocabulary(tables, given[0] if given else ())
+    vocabulary = joint_vocabulary(tables, given)
     for folder, manifest in manifests.items():
         if manifest is not None:
             continue

@@ -20,6 +20,7 @@ import numpy as np
 from bat.data.near import Files, near_tables
 from bat.data.sources import NotIndexable, Patience, Shard, find
 from bat.data.table import ShardTable
+from bat.data.vocabulary import joint_vocabulary
 from bat.shapes import Clip, UserError
 from bat.tasks.base import AUDIO_SUFFIXES
 
@@ -165,7 +166,9 @@ class Index:
         if len(data) != size:
             name = self.shard_name(i)
             raise OSError(5, f"{name} ends inside the clip: it was cut since it was indexed")
-        return Clip(self.key(i), data, AUDIO_SUFFIXES[self.codec[i]], self.labels(i))
+        return Clip(
+            self.key(i), data, AUDIO_SUFFIXES[self.codec[i]], self.labels(i), self.shard_name(i)
+        )
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Fetch remote ``shards`` into the cache in the background, the first ones first.
@@ -259,33 +262,5 @@ def open_index(
             f"{given[0].name}{' and the other shards' if len(given) > 1 else ''} hold no audio "
             f"({', '.join(AUDIO_SUFFIXES)})"
         )
-    names = _vocabulary(ordered, vocabularies) if labels == "same" else None
+    names = joint_vocabulary(ordered, vocabularies) if labels == "same" else None
     return Index(shards=given, tables=ordered, vocabulary=names, sources=numbers, far=far)
-
-
-def _vocabulary(tables: Sequence[ShardTable], given: Sequence[list[str]]) -> list[str]:
-    """Class names in the order of their indices.
-
-    From the manifests where there are some; else by ``label_id`` where every label has one and
-    they agree (a number that does not occur is called ``class N``); else the names, sorted.
-    """
-    names = {name for table in tables for name in table.names}
-    if given:
-        for other in given[1:]:
-            if other != given[0]:
-                odd = sorted(set(other) ^ set(given[0]))
-                what = f"{odd[0]!r} is in one only" if odd else "the order differs"
-                raise UserError(
-                    f"the data sets have different labels ({what}): write them with one "
-                    "vocabulary, or pre-train without labels (data.labels=drop)"
-                )
-        strange = sorted(names - set(given[0]))
-        if strange:
-            raise UserError(f"label {strange[0]!r} is not in the manifest's vocabulary")
-        return list(given[0])
-    pairs = {pair for t in tables for pair in zip(t.names, t.ids, strict=True)}
-    ids = {number for _, number in pairs}
-    if pairs and len(pairs) == len(names) == len(ids) and min(ids) >= 0 and max(ids) < 100_000:
-        by_id = {number: name for name, number in pairs}
-        return [by_id.get(i, f"class {i}") for i in range(max(ids) + 1)]
-    return sorted(names)

@@ -7,7 +7,6 @@ at its end and ``bat-shard info`` alone; ``bat.report.data_plots`` draws the sam
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -17,8 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from bat.data.manifest import Manifest
+from bat.data.near import table_places
 from bat.data.sources import Shard, find
 from bat.data.table import ShardTable, scan
+from bat.data.vocabulary import joint_vocabulary
 from bat.shapes import UserError
 from bat.tasks.base import AUDIO_SUFFIXES
 
@@ -154,15 +155,6 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def table_places(tar: Path, index_dir: Path | None) -> list[Path]:
-    """Where the table of ``tar`` may lie: beside it, then in a folder for read-only shards."""
-    places = [tar.with_suffix(".idx.npz")]
-    if index_dir is not None:
-        digest = hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:12]
-        places.append(index_dir / f"{tar.stem}-{digest}.idx.npz")
-    return places
-
-
 def load_table(tar: Path, index_dir: Path | None = None) -> ShardTable | None:
     """The saved table of ``tar`` that describes it as it is now, if there is one."""
     tables = (ShardTable.load(place, tar) for place in table_places(tar, index_dir))
@@ -180,32 +172,6 @@ def local_shards(source: Path) -> list[Shard]:
     if packed is not None:
         raise UserError(f"{packed.place} is compressed: gunzip it first")
     return shards
-
-
-def joint_vocabulary(tables: Sequence[ShardTable], given: Sequence[str] = ()) -> list[str]:
-    """Class names in the order of their indices: ``given`` where there is one.
-
-    Else by ``label_id`` where every label has one and all agree (a number that does not occur is
-    called ``class N``); else the names, sorted. As ``bat.data.index`` has it.
-
-    Raises:
-        UserError: a label that ``given`` lacks.
-    """
-    names = {name for table in tables for name in table.names}
-    if given:
-        strange = sorted(names - set(given))
-        if strange:
-            raise UserError(
-                f"label {strange[0]!r} is not in the vocabulary of manifest.json: `bat-shard "
-                f"verify` names the clips"
-            )
-        return list(given)
-    pairs = {pair for t in tables for pair in zip(t.names, t.ids, strict=True)}
-    ids = {number for _, number in pairs}
-    if pairs and len(pairs) == len(names) == len(ids) and min(ids) >= 0 and max(ids) < 100_000:
-        by_id = {number: name for name, number in pairs}
-        return [by_id.get(i, f"class {i}") for i in range(max(ids) + 1)]
-    return sorted(names)
 
 
 def tally(
@@ -255,7 +221,7 @@ def summarise(source: Path, *, index_dir: Path | None = None) -> Summary:
     tars = [Path(shard.place) for shard in shards]
     tables = [load_table(tar, index_dir) or scan(tar) for tar in tars]
     manifests = {folder: Manifest.load(folder) for folder in dict.fromkeys(t.parent for t in tars)}
-    given = next((m.vocabulary for m in manifests.values() if m and m.vocabulary), [])
+    given = [m.vocabulary for m in manifests.values() if m and m.vocabulary]
     total = tally(
         tables,
         vocabulary=joint_vocabulary(tables, given),

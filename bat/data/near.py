@@ -100,12 +100,18 @@ def _stamp(path: Path, entry: ShardInfo | None) -> list[object]:
     return [*found, table.st_size, table.st_mtime_ns]
 
 
+def table_places(tar: Path, folder: Path | None) -> list[Path]:
+    """Where the table of ``tar`` may lie: beside it, then in a folder for read-only shards."""
+    places = [tar.with_suffix(".idx.npz")]
+    if folder is not None:
+        digest = hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:12]
+        places.append(folder / f"{tar.stem}-{digest}.idx.npz")
+    return places
+
+
 def _table(path: Path, entry: ShardInfo | None, cache: Path | None) -> ShardTable:
     """The table of a local shard, read or made."""
-    places = [path.with_suffix(".idx.npz")]
-    if cache is not None:
-        digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-        places.append(Path(cache) / f"{path.stem}-{digest}.idx.npz")
+    places = table_places(path, cache)
     for place in places:
         table = ShardTable.load(place, path)
         if table is not None and (entry is None or table.sha256 in ("", entry.sha256)):

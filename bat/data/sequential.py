@@ -148,7 +148,7 @@ class SequentialClips(IterableDataset[Clip]):
                     elif suffix == "json" or suffix in AUDIO_SUFFIXES:
                         if key != sample.key:
                             if sample.data:
-                                yield self._clip(sample)
+                                yield self._clip(shard, sample)
                             sample = _Sample(key, "", b"", {})
                         content = data()
                         if suffix == "json":
@@ -163,7 +163,7 @@ class SequentialClips(IterableDataset[Clip]):
             if self.classes and not sample.meta:  # its labels may be in what is missing
                 sample = sample._replace(data=b"")
         if sample.data:
-            yield self._clip(sample)
+            yield self._clip(shard, sample)
 
     def _meta(self, shard: Shard, key: str, text: bytes) -> dict[str, Any]:
         try:
@@ -172,13 +172,13 @@ class SequentialClips(IterableDataset[Clip]):
             self._skip(shard, key, "corrupt", "not a JSON object")
             return {}
 
-    def _clip(self, sample: _Sample) -> Clip:
+    def _clip(self, shard: Shard, sample: _Sample) -> Clip:
         names = [name for name, _ in parse_labels(sample.meta)] if self.classes else []
         for name in names:
             if name not in self.classes:
                 raise UserError(f"label {name!r} of {sample.key} is not in the vocabulary")
         labels = tuple(self.classes[name] for name in names)
-        return Clip(sample.key, sample.data, sample.codec, labels)
+        return Clip(sample.key, sample.data, sample.codec, labels, shard.name)
 
 
 class _Sample(NamedTuple):

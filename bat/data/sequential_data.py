@@ -63,7 +63,7 @@ class SequentialBatches(IterableDataset[WaveBatch]):
                 try:
                     rows.keep(*self._fill(rows.next, clip, position))
                 except DecodeError as error:
-                    skipped.append(Skipped(clip.key, "?", error.kind, str(error), position))
+                    skipped.append(Skipped(clip.key, clip.shard, error.kind, str(error), position))
                     if len(skipped) > TOO_MANY_IN_A_ROW:
                         raise UserError(
                             f"{len(skipped)} unreadable clips in a row (the last: {clip.key}, "

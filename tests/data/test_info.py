@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from bat.audio.decode import encode
-from bat.data.info import Summary, balance, duration, joint_vocabulary, summarise
+from bat.data.info import Summary, balance, duration, summarise
 from bat.data.shards import write_shards
 from bat.data.table import scan
+from bat.data.vocabulary import joint_vocabulary
 from bat.shapes import UserError
 from bat.tasks.base import Row
 
@@ -144,6 +145,8 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_labels_outside_the_vocabulary_name_the_command(split_shards: Path) -> None:
     tables = [scan(path) for path in split_shards.rglob("*.tar")]
-    assert joint_vocabulary(tables) == ["cat", "dog"]
+    assert joint_vocabulary(tables, []) == ["cat", "dog"]
     with pytest.raises(UserError, match=r"label 'dog' is not in the vocabulary.*bat-shard verify"):
-        joint_vocabulary(tables, ["cat"])
+        joint_vocabulary(tables, [["cat"]])
+    with pytest.raises(UserError, match=r"different labels .*dog.*data.labels=drop"):
+        joint_vocabulary(tables, [["cat"], ["cat", "dog"]])

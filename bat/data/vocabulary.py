@@ -1,0 +1,45 @@
+"""One list of class names for the tables of many shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bat.data.table import ShardTable
+from bat.shapes import UserError
+
+
+def joint_vocabulary(tables: Sequence[ShardTable], given: Sequence[list[str]]) -> list[str]:
+    """Class names in the order of their indices.
+
+    From the manifests where there are some; else by ``label_id`` where every label has one and
+    they agree (a number that does not occur is called ``class N``); else the names, sorted.
+
+    Args:
+        given: the vocabularies of the manifests.
+
+    Raises:
+        UserError: manifests that disagree, a label that theirs lacks.
+    """
+    names = {name for table in tables for name in table.names}
+    if given:
+        for other in given[1:]:
+            if other != given[0]:
+                odd = sorted(set(other) ^ set(given[0]))
+                what = f"{odd[0]!r} is in one only" if odd else "the order differs"
+                raise UserError(
+                    f"the data sets have different labels ({what}): write them with one "
+                    "vocabulary, or pre-train without labels (data.labels=drop)"
+                )
+        strange = sorted(names - set(given[0]))
+        if strange:
+            raise UserError(
+                f"label {strange[0]!r} is not in the vocabulary of manifest.json: `bat-shard "
+                f"verify` names the clips"
+            )
+        return list(given[0])
+    pairs = {pair for t in tables for pair in zip(t.names, t.ids, strict=True)}
+    ids = {number for _, number in pairs}
+    if pairs and len(pairs) == len(names) == len(ids) and min(ids) >= 0 and max(ids) < 100_000:
+        by_id = {number: name for name, number in pairs}
+        return [by_id.get(i, f"class {i}") for i in range(max(ids) + 1)]
+    return sorted(names)
