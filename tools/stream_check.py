@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import resource
 import sys
@@ -32,8 +33,8 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bat.data.base import worker_init
 from bat.data.index import Index, open_index
-from bat.data.module import worker_init
 from bat.data.plan import Plan
 from bat.data.rows import open_rows
 from bat.data.shards import write_shards
@@ -75,19 +76,20 @@ def delivered(
         sampler = PlanSampler(
             plan,
             batch=GLOBAL_BATCH // ranks,
-            batches=last - first,
+            batches=10 * last,  # more than are taken: loaders are broken off while they fetch
             rank=rank,
             world=ranks,
             batches_done=lambda: first,
         )
         dataset, collate = make()
-        yield from DataLoader(
+        loader = DataLoader(
             dataset,
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=workers,
             worker_init_fn=worker_init,
         )
+        yield from itertools.islice(loader, last - first)
 
 
 def seen_once(
@@ -152,33 +154,37 @@ def simulate(folder: Path, *, shards: int, clips: int) -> None:
         ).save(path.with_suffix(".idx.npz"))
 
 
-def timed(what: str, function: Callable[[], Any], figures: dict[str, float]) -> Any:
+def timed(
+    what: str, limit_seconds: float, function: Callable[[], Any], figures: dict[str, Any]
+) -> Any:
     start = time.perf_counter()
     result = function()
-    figures[what] = round(time.perf_counter() - start, 3)
-    print(f"  {what}: {figures[what]} s", flush=True)
+    seconds = round(time.perf_counter() - start, 3)
+    figures[what] = {"seconds": seconds, "limit": limit_seconds}
+    print(f"  {what}: {seconds} s (at most {limit_seconds:g})", flush=True)
     return result
 
 
-def check_times(folder: Path, *, shards: int, clips: int) -> dict[str, float]:
-    figures: dict[str, float] = {}
+def check_times(folder: Path, *, shards: int, clips: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
     total = shards * clips
     simulate(folder, shards=shards, clips=clips)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cache = folder / "cache"
     index: Index = timed(
         f"start-up on {shards} shards, {total} clips",
+        5,
         lambda: open_index(folder, cache=cache),
         figures,
     )
     figures["index, peak MB"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(f"  index: at most {figures['index, peak MB']:.0f} MB at its peak")
-    index = timed("start-up again", lambda: open_index(folder, cache=cache), figures)
-    timed("order of an epoch, exact", lambda: Plan(total, seed=0).order(3), figures)
+    index = timed("start-up again", 5, lambda: open_index(folder, cache=cache), figures)
+    timed("order of an epoch, exact", 2, lambda: Plan(total, seed=0).order(3), figures)
     window = Plan(total, seed=0, window=8192, shard=index.shard)
-    timed("order of an epoch, windows of 8192", lambda: window.order(3), figures)
+    timed("order of an epoch, windows of 8192", 2, lambda: window.order(3), figures)
     tenth = Plan(total, seed=0, weights=1 + np.arange(total) % 97, epoch_clips=total // 10)
-    timed("order of an epoch, a tenth by weight", lambda: tenth.order(3), figures)
+    timed("order of an epoch, a tenth by weight", 2, lambda: tenth.order(3), figures)
 
     def resume() -> list[Item]:
         again = open_index(folder, cache=cache)
@@ -190,7 +196,7 @@ def check_times(folder: Path, *, shards: int, clips: int) -> dict[str, float]:
             again.read(clip)
         return items
 
-    timed(f"resume at clip {total * 95 // 100}, first batch read", resume, figures)
+    timed(f"resume at clip {total * 95 // 100}, first batch read", 10, resume, figures)
     return figures
 
 
@@ -265,9 +271,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         figures = {"times": times, "simulated": simulated, "real": real}
         args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    slow = [what for what, x in times.items() if isinstance(x, dict) and x["seconds"] > x["limit"]]
+    if slow:
+        print(f"TOO SLOW: {', '.join(slow)}")
     wrong = [row for row in [*simulated, *real] if row["once"] != row["clips"]]
     print("every clip exactly once in every case" if not wrong else f"WRONG: {wrong}")
-    return 1 if wrong else 0
+    return 1 if wrong or slow else 0
 
 
 if __name__ == "__main__":

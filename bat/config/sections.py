@@ -103,8 +103,7 @@ class Data:
     """How long a server of remote shards may be silent."""
     shuffle: Literal["auto", "exact", "window"] = "auto"
     """``exact``: an even permutation of each epoch; ``window``: shards in a random order, clips
-    shuffled within a window (slow disks); ``auto``: ``exact`` unless remote shards exceed the
-    cache."""
+    shuffled within a window (slow disks); ``auto``: ``exact`` unless shards are remote."""
     window: int = 8192
     """Clips of a shuffle window."""
     balance: Literal["none", "class"] = "none"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
 from bat.shapes import Skipped, UserError, WaveBatch
 
 SHARDS_NAMED = 3
+RECENT_CLIPS = 10_000
 
 
 class BadClips:
@@ -36,6 +37,8 @@ class BadClips:
         """Failures of each shard."""
         self.keys: dict[str, str] = {}
         """``{key: "kind: why"}``, each bad clip once, the first ``KEYS_KEPT`` of them."""
+        self._recent: deque[tuple[int, int]] = deque()  # (seen, bad) of the latest batches
+        self._recent_seen = self._recent_bad = 0
         self._listed: set[tuple[str, str]] | None = None
 
     @property
@@ -44,7 +47,7 @@ class BadClips:
         return self.kinds.total()
 
     def add(self, batch: WaveBatch) -> None:
-        self.seen += len(batch.keys) + len(batch.skipped)
+        self._count(len(batch.keys) + len(batch.skipped), len(batch.skipped))
         for clip in batch.skipped:
             self.kinds[clip.kind] += 1
             self.shards[clip.shard] += 1
@@ -52,6 +55,15 @@ class BadClips:
                 self.keys.setdefault(clip.key, f"{clip.kind}: {clip.why}")
         if batch.skipped and self.file is not None:
             self._list(self.file, batch.skipped)
+
+    def _count(self, seen: int, bad: int) -> None:
+        self.seen += seen
+        self._recent.append((seen, bad))
+        self._recent_seen, self._recent_bad = self._recent_seen + seen, self._recent_bad + bad
+        while self._recent_seen - self._recent[0][0] >= RECENT_CLIPS:
+            old_seen, old_bad = self._recent.popleft()
+            self._recent_seen -= old_seen
+            self._recent_bad -= old_bad
 
     def _list(self, file: Path, clips: list[Skipped]) -> None:
         """Add those of ``clips`` that ``file`` does not list yet; a cut last line is mended."""
@@ -78,12 +90,19 @@ class BadClips:
                 out.write("".join(lines))
 
     def check(self, *, final: bool = False) -> None:
-        """Raise UserError where more than ``max_bad`` of the clips seen were unreadable."""
-        if (final or self.seen >= self.judge_after) and self.bad > self.max_bad * self.seen:
+        """Raise UserError where more than ``max_bad`` of the clips seen were unreadable.
+
+        Of all of them, or of the latest ``RECENT_CLIPS``: a disk that fails late is noticed too.
+        """
+        judged = final or self.seen >= self.judge_after
+        recent = self._recent_seen >= RECENT_CLIPS
+        late = recent and self._recent_bad > self.max_bad * self._recent_seen
+        if judged and (late or self.bad > self.max_bad * self.seen):
             key, why = next(iter(self.keys.items()))
+            latest = f"; of the latest {self._recent_seen} {self._recent_bad}" if late else ""
             raise UserError(
-                f"{self.summary()}: more than max_bad={self.max_bad:g} (the first: {key}, {why}). "
-                f"Most are in {self._worst()}"
+                f"{self.summary()}{latest}: more than max_bad={self.max_bad:g} (the first: {key}, "
+                f"{why}). Most are in {self._worst()}"
                 + (f"; all are listed in {self.file}" if self.file is not None else "")
                 + ". Check the data (bat-shard verify DIR), or raise data.max_bad"
             )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -128,6 +128,22 @@ class Plan:
             found[here] = self.order(int(epoch))[places[here]]
         return found
 
+    def stand_ins(self, position: int) -> Iterator[int]:
+        """Clips, without end, that may take the place of the one at ``position``.
+
+        Of the same epoch and window: what has no weight, or lies in shards far away, never comes.
+        """
+        bits = philox(self.seed, position, STAND_IN)
+        if self.weights is None and self.window is None and self.epoch_clips == len(self.ids):
+            while True:  # the same, and a worker need not make the order
+                yield int(self.ids[below(len(self.ids), bits)])
+        epoch, place = divmod(position, len(self))
+        width = self.window or len(self)
+        first = place // width * width
+        among = self.order(epoch)[first : first + width]
+        while True:
+            yield int(among[below(len(among), bits)])
+
     def identity(self) -> str:
         """What the order depends on besides seed and index, for a checkpoint to be held to."""
         chosen = hashlib.sha256(self.ids.tobytes()).hexdigest()[:8]
@@ -196,6 +212,13 @@ class MixedPlan:
             found[here] = self.plans[i].clips(local[here])
         return found
 
+    def stand_ins(self, position: int) -> Iterator[int]:
+        """As ``Plan.stand_ins``, of the same data set."""
+        block, place = divmod(position, MIX_BLOCK)
+        of, nth = self._block(block)
+        i = int(of[place])
+        return self.plans[i].stand_ins(block * int(self.counts[i]) + int(nth[place]))
+
     def identity(self) -> str:
         """As ``Plan.identity``."""
         parts = zip(self.counts.tolist(), self.plans, strict=True)
@@ -241,8 +264,8 @@ def make_plan(
 
     Args:
         shuffle: ``exact``: an even permutation of an epoch; ``window``: shards in a random order,
-            clips shuffled within ``window`` of them; ``auto``: ``window`` where the shards are
-            remote and the local cache does not hold them all, else ``exact``.
+            clips shuffled within ``window`` of them; ``auto``: ``window`` where shards are remote
+            (an even order wants all of them at once), else ``exact``.
         balance: ``class``: weights of SPEC section 5; needs ``epoch_clips``.
         epoch_clips: clips of an epoch, without replacement; None: all.
         mix: shares of the sources that the index was opened with; empty: one set of all of them.
@@ -250,15 +273,14 @@ def make_plan(
     Raises:
         UserError: settings that do not fit one another or the data.
     """
-    scattered = index.remote and not index.fits
-    if shuffle == "exact" and scattered:
+    if shuffle == "exact" and index.remote and not index.fits:
         raise UserError(
             "shuffle=exact over remote shards that the cache cannot hold would fetch a shard for "
             "nearly every clip: use shuffle=window, or raise cache_gb above the size of the shards"
         )
     if balance == "class" and epoch_clips is None:
         raise UserError("balance=class needs epoch_clips, the clips of an epoch (AudioSet: 200000)")
-    windowed = shuffle == "window" or (shuffle == "auto" and scattered)
+    windowed = shuffle == "window" or (shuffle == "auto" and index.remote)
     ids = np.arange(len(index)) if ids is None else np.asarray(ids, np.int64)
 
     def plan(chosen: np.ndarray, number: int) -> Plan:

@@ -31,6 +31,11 @@ AHEAD = 2  # items in flight for each process: one in work, one waiting
 _END: Any = object()
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def ordered_map(
     function: Callable[[Item], Result],
     items: Iterable[Item],

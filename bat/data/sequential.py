@@ -30,7 +30,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from bat.data.plan import ORDER, below, philox
 from bat.data.sources import Patience, Shard, find
 from bat.data.table import MAX_AUDIO_BYTES, MAX_JSON_BYTES, parse_labels
-from bat.data.tar import BLOCK, MAX_EXTENDED_BYTES, Member, _pax, parse_header, sample_key
+from bat.data.tar import BLOCK, MAX_EXTENDED_BYTES, Member, pax_records, parse_header, sample_key
 from bat.shapes import Clip, Skipped, UserError
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, no_decoder
 
@@ -274,7 +274,7 @@ def _members(file: io.BufferedIOBase) -> Iterator[tuple[Member, Any]]:
                 raise OSError(5, f"it is damaged at byte {at}: a name of {member.size} bytes")
             data = take(-(-member.size // BLOCK) * BLOCK)[: member.size]
             try:
-                longer = _pax(data) if kind == b"x" else {"path": data.rstrip(b"\0").decode()}
+                longer = pax_records(data) if kind == b"x" else {"path": data.rstrip(b"\0").decode()}
                 longer["size"] = str(int(longer.get("size", -1)))
             except (ValueError, IndexError) as error:
                 raise OSError(5, f"it is damaged at byte {at}: {error}") from error

@@ -10,6 +10,7 @@ and two ranks see what one with a doubled batch would see.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from torch.utils.data import Dataset, Sampler
 from bat.audio.decode import DecodeError, decode, decode_into, probe, write_rolled
 from bat.data.collate import Rows
 from bat.data.index import Index
-from bat.data.plan import CROP, OFFSET, ROLL, STAND_IN, MixedPlan, Plan, below, philox
+from bat.data.plan import CROP, OFFSET, ROLL, MixedPlan, Plan, below, philox
 from bat.shapes import Clip, Skipped, UserError, WaveBatch
 
 Item = tuple[int, int]
@@ -50,8 +51,9 @@ class PlanSampler(Sampler[list[Item]]):
         batch: clips of a micro-batch on one rank.
         batches: micro-batches that one iteration yields (``len``).
         batches_done: micro-batches finished so far, asked at each ``iter()``.
-        ahead: called now and then with the ids of the clips that come ``look_ahead`` positions
-            later, all ranks' (to fetch remote shards in time); None: nobody looks ahead.
+        ahead: called now and then with the ids of the clips of the next ``look_ahead`` positions
+            and a few batches more, all ranks', in their order (to fetch remote shards in time);
+            None: nobody looks ahead.
     """
 
     def __init__(
@@ -82,9 +84,8 @@ class PlanSampler(Sampler[list[Item]]):
         size = self.batch * self.world
         for k in range(start, start + self.batches):
             if self.ahead is not None and (k - start) % AHEAD_BATCHES == 0:
-                first = k * size + (0 if k == start else self.look_ahead)
                 last = k * size + self.look_ahead + AHEAD_BATCHES * size
-                self.ahead(self.plan.clips(np.arange(first, last)))
+                self.ahead(self.plan.clips(np.arange(k * size, last)))
             positions = k * size + places
             clips = self.plan.clips(positions)
             yield list(zip(positions.tolist(), clips.tolist(), strict=True))
@@ -123,7 +124,7 @@ class ClipDataset(Dataset[WaveBatch]):
         random_offset: put a clip shorter than ``clip_seconds`` at a random place of a silent wave
             of that length, all of which counts as signal; False: waves keep their own length.
         min_seconds: clips shorter than this are unreadable ("brief").
-        pool: clips that may stand in for an unreadable one (training); None: no replacement, the
+        plan: whose ``stand_ins`` replace unreadable clips (training); None: no replacement, the
             batch lacks the clip (evaluation).
         cache_bytes: keep up to so many bytes of decoded waves in memory, in each loader process.
             Only clips whose segment does not depend on the position are kept: the cache changes
@@ -141,14 +142,14 @@ class ClipDataset(Dataset[WaveBatch]):
         roll: bool = False,
         random_offset: bool = False,
         min_seconds: float = 0.0,
-        pool: np.ndarray | None = None,
+        plan: Plan | MixedPlan | None = None,
         cache_bytes: int = 0,
     ) -> None:
         if clip_seconds <= 0 or sample_rate < 1:
             raise UserError(f"clip_seconds={clip_seconds}, sample_rate={sample_rate}: not positive")
         self.index = index
         self.sample_rate, self.clip_seconds = sample_rate, clip_seconds
-        self.seed, self.crop, self.roll, self.pool = seed, crop, roll, pool
+        self.seed, self.crop, self.roll, self.plan = seed, crop, roll, plan
         self.random_offset, self.min_seconds = random_offset, min_seconds
         self._cache: dict[int, np.ndarray] = {}
         self._room = cache_bytes
@@ -197,11 +198,8 @@ class ClipDataset(Dataset[WaveBatch]):
     def _candidates(self, position: int, clip: int) -> Iterator[int]:
         """``clip``, then those that may stand in for it."""
         yield clip
-        if self.pool is None:
-            return
-        bits = philox(self.seed, position, STAND_IN)
-        for _ in range(STAND_INS):
-            yield int(self.pool[below(len(self.pool), bits)])
+        if self.plan is not None:
+            yield from itertools.islice(self.plan.stand_ins(position), STAND_INS)
 
     def _skipped(self, clip: int, position: int, error: DecodeError | OSError) -> Skipped:
         kind = error.kind if isinstance(error, DecodeError) else "unreadable"

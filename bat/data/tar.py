@@ -67,7 +67,7 @@ def parse_header(block: bytes, offset: int) -> tuple[Member, bytes] | None:
     return Member(full, offset + BLOCK, size, kind in (b"0", b"\0")), kind
 
 
-def _pax(data: bytes) -> dict[str, str]:
+def pax_records(data: bytes) -> dict[str, str]:
     """Records ``LENGTH KEY=VALUE\\n`` of an extended header."""
     found = {}
     while data:
@@ -100,7 +100,7 @@ def members(file: BinaryIO, path: Path) -> Iterator[Member]:
         if kind in (b"x", b"L"):
             data = os.pread(fd, min(member.size, MAX_EXTENDED_BYTES), member.offset)
             try:
-                longer = _pax(data) if kind == b"x" else {"path": data.rstrip(b"\0").decode()}
+                longer = pax_records(data) if kind == b"x" else {"path": data.rstrip(b"\0").decode()}
                 longer["size"] = str(int(longer.get("size", -1)))
             except (ValueError, IndexError) as error:
                 raise UserError(f"{path} is damaged at byte {at}: {error}") from error

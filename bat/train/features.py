@@ -22,7 +22,7 @@ from bat.backbones.base import Backbone
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index
 from bat.data.module import AudioData, eval_loader
-from bat.data.plan import Plan
+from bat.data.plan import Plan, make_plan
 from bat.shapes import Features, UserError, WaveBatch
 
 Batches = Iterator[tuple[Features, Tensor]]
@@ -191,7 +191,7 @@ class FeatureStream:
             batches=steps,
             sample_rate=self.backbone.sample_rate,
             clip_seconds=self.clip_seconds,
-            plan=Plan(ids, seed=seed),
+            plan=make_plan(self.index, ids, seed=seed),
             seed=seed,
             roll=self.roll,
             random_offset=self.random_offset,

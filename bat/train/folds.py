@@ -106,6 +106,7 @@ class Folds:
             min_seconds=data.min_seconds,
             workers=data.workers,
             cache_bytes=int(data.cache_waves_gb * 1e9),
+            look_ahead=data.window,
             max_bad=data.max_bad,
             out=self.out / f"fold-{held.name}",
         )

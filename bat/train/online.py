@@ -10,6 +10,7 @@ run's own random numbers are left alone.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 from bat.backbones.base import load_backbone
 from bat.config.schema import Pretrain
-from bat.config.sections import Data, Optim
+from bat.config.sections import Optim
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index
 from bat.data.module import eval_loader
@@ -52,7 +53,9 @@ class OnlineProbe(StepCallback):
         self.config, self.out, self.metrics = config, out, metrics
         online = config.online
         if online.root or online.shards:
-            source = Data(root=online.root, shards=online.shards, cache=config.data.cache)
+            source = replace(
+                config.data, root=online.root, shards=online.shards, mix=[], labels="same"
+            )
             task, index = open_data(online.task or config.task, source)
         assert index is not None  # ``open_stream`` asks for another set where there is no index
         if index.classes < 2 or not (index.labels_per_clip > 0).any():

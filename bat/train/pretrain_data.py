@@ -14,8 +14,9 @@ import numpy as np
 
 from bat.config.schema import Pretrain
 from bat.config.sections import Data
+from bat.data.base import StreamData
 from bat.data.index import Index
-from bat.data.module import AudioData, StreamData
+from bat.data.module import AudioData
 from bat.data.plan import make_plan
 from bat.data.sequential_data import SequentialData
 from bat.data.sources import NotIndexable

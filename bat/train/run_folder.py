@@ -13,6 +13,7 @@ from bat.config.compose import to_yaml
 from bat.config.schema import Pretrain, Supervised
 from bat.config.sections import Data
 from bat.data.index import Index, open_index
+from bat.data.pool import cores
 from bat.data.shards import ensure_shards
 from bat.data.toy import make_toy
 from bat.shapes import UserError
@@ -148,8 +149,3 @@ def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Tas
             why,
         )
     return task.settle(index.labels_per_clip.tolist()), index
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

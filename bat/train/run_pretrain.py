@@ -14,7 +14,7 @@ from tqdm import tqdm
 from bat import __version__, checkpoint
 from bat.config.compose import to_dict
 from bat.config.schema import Pretrain
-from bat.data.module import StreamData
+from bat.data.base import StreamData
 from bat.report.plots import plot_curves, plot_masks
 from bat.train.callbacks import Checkpoints, Metrics
 from bat.train.online import OnlineProbe
@@ -78,6 +78,7 @@ def pretrain(config: Pretrain, *, dry_run: bool = False) -> Path:
     began = time.perf_counter()
     fit(trainer, module, data, newest)
     data.bad_clips.check(final=True)
+    everybodys = data.bad_clips_all_ranks()
     if trainer.is_global_zero:
         export(module, out, step=trainer.global_step, data=data)
         draw(module, data, out)
@@ -87,6 +88,7 @@ def pretrain(config: Pretrain, *, dry_run: bool = False) -> Path:
             "data": data.facts(),
             "clips_per_second": _median(metrics.clips_per_second),
             "bad_clips": data.bad_clips.state_dict(),
+            "bad_clips_all_ranks": everybodys,
             "last": _last_loss(out),
             "online": online.rows if online else [],
             "version": __version__,

@@ -65,3 +65,28 @@ def test_each_bad_clip_is_listed_once_also_after_a_kill(tmp_path: Path) -> None:
 def test_no_file_without_bad_clips(tmp_path: Path) -> None:
     BadClips(file=tmp_path / "bad_clips.jsonl").add(batch(3))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fails_late_is_noticed() -> None:
+    bad = BadClips(max_bad=0.05)
+    for _ in range(2_000):
+        bad.add(batch(100))
+        bad.check()
+
+    def fail() -> None:
+        for _ in range(60):
+            bad.add(batch(90, *[A] * 10))
+            bad.check()
+
+    with pytest.raises(UserError, match=r"of the latest 10\d\d\d \d+: more than max_bad=0.05"):
+        fail()
+    assert 500 <= bad.bad <= 520  # 5 % of the latest 10,000, not of 200,000
+
+
+def test_the_latest_clips_are_a_sliding_window() -> None:
+    bad = BadClips(max_bad=0.5)
+    for i in range(300):
+        bad.add(batch(99, *[A] * (i % 2)))
+    assert bad._recent_seen == sum(seen for seen, _ in bad._recent)
+    assert bad._recent_bad == sum(b for _, b in bad._recent)
+    assert 10_000 <= bad._recent_seen < 10_100

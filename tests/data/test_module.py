@@ -15,8 +15,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from bat.data.base import worker_init
 from bat.data.index import Index, open_index
-from bat.data.module import AudioData, eval_loader, worker_init
+from bat.data.module import AudioData, eval_loader
 from bat.data.plan import Plan, make_plan
 from bat.shapes import UserError, WaveBatch
 
@@ -329,3 +330,20 @@ def test_a_worker_outlives_the_runs_signals() -> None:
             os.kill(os.getpid(), number)
         os._exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def test_ranks_with_different_streams_are_refused(toy_index: Index, monkeypatch) -> None:
+    """Another order on one node (another setting, another copy of the data) loses clips."""
+    module = stub(data(toy_index), rank=0, world=2, done=0)
+    mine = module._stream()
+
+    def gather(into: list[dict[str, Any]], own: dict[str, Any]) -> None:
+        into[:] = [own, theirs]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    theirs = dict(mine)
+    module.train_dataloader()
+    theirs = {**mine, "order": "10 clips, windows of 3"}
+    with pytest.raises(UserError, match="rank 1 has order 10 clips, windows of 3, rank 0 10 clips"):
+        module.train_dataloader()

@@ -72,12 +72,21 @@ def test_another_world_with_the_same_global_batch_keeps_the_batches(
 
 
 def test_two_million_clips_in_64_ranks() -> None:
-    plan = Plan(2_000_000, seed=0)
-    seen = np.zeros(2_000_000, np.int64)
-    size = 64 * 48
-    for k in range(0, -(-2_000_000 // size), 50):  # runs of 50 micro-batches at once
-        positions = np.arange(k * size, min((k + 50) * size, 2_000_000))
-        np.add.at(seen, plan.clips(positions), 1)
+    """Each rank's own sampler, all of an epoch's batches, cut in two by a resume."""
+    clips, world, batch = 2_000_000, 64, 250
+    plan, seen = Plan(clips, seed=0), np.zeros(clips, np.int64)
+    for rank in range(world):
+        for first, count in ((0, 41), (41, 84)):  # 125 x 64 x 250 = 2 M
+            sampler = PlanSampler(
+                plan,
+                batch=batch,
+                batches=count,
+                rank=rank,
+                world=world,
+                batches_done=lambda first=first: first,
+            )
+            for items in sampler:
+                seen[[clip for _, clip in items]] += 1
     assert (seen == 1).all()
 
 
@@ -271,12 +280,14 @@ def some_index(**kw: Any) -> Any:
     return type("SomeIndex", (), found | kw)()
 
 
-def test_the_order_falls_back_to_windows_only_for_remote_shards_beyond_the_cache() -> None:
+def test_the_order_is_in_windows_for_remote_shards() -> None:
     far = some_index(remote=True, fits=False)
     assert "windows of 8192" in make_plan(far, seed=0).identity()
     assert "windows of 7" in make_plan(some_index(), seed=0, shuffle="window", window=7).identity()
-    for index in (some_index(), some_index(remote=True)):
-        assert "windows" not in make_plan(index, seed=0).identity()
+    assert "windows" in make_plan(some_index(remote=True), seed=0).identity()
+    assert "windows" not in make_plan(some_index(), seed=0).identity()
+    near = make_plan(some_index(remote=True), seed=0, shuffle="exact")
+    assert "windows" not in near.identity()
     with pytest.raises(UserError, match="shuffle=exact over remote shards"):
         make_plan(far, seed=0, shuffle="exact")
 
@@ -296,18 +307,41 @@ def test_settings_of_the_order() -> None:
     assert set(clips.tolist()) == set(range(5, 30))
 
 
-def test_who_looks_ahead_sees_every_clip_before_it_is_due() -> None:
-    plan, seen, late = Plan(1000, seed=0), set(), []
+def test_who_looks_ahead_always_sees_all_that_comes_next() -> None:
+    plan, asked = Plan(1000, seed=0), list[list[int]]()
     sampler = PlanSampler(
         plan,
         batch=4,
         batches=100,
         world=2,
         batches_done=lambda: 50,
-        ahead=lambda clips: seen.update(clips.tolist()),
+        ahead=lambda clips: asked.append(clips.tolist()),
         look_ahead=100,
     )
-    for batch in sampler:
-        late += [clip for _, clip in batch if clip not in seen]
-    assert not late
-    assert set(plan.clips(np.arange(400, 1200 + 100)).tolist()) <= seen
+    for k, _ in enumerate(sampler, start=50):
+        latest = asked[-1]  # what was asked for before replaces nothing that is still due
+        assert plan.clips(np.arange(k * 8, k * 8 + 100)).tolist() in [
+            latest[i : i + 100] for i in range(0, len(latest) - 99, 8)
+        ]
+    assert len(asked) == 13
+
+
+def test_stand_ins_are_of_the_plan_itself() -> None:
+    """Never a clip without weight, of another window, another epoch or another data set."""
+    even = Plan([3, 5, 9], seed=0)
+    assert set(itertools.islice(even.stand_ins(7), 100)) == {3, 5, 9}
+    assert list(itertools.islice(even.stand_ins(7), 5)) == list(
+        itertools.islice(Plan([3, 5, 9], seed=0).stand_ins(7), 5)
+    )
+    weights = np.array([1.0, 1.0, 0.0, 0.0, 2.0])
+    weighted = Plan(5, seed=0, weights=weights, epoch_clips=2)
+    for position in range(20):
+        among = set(weighted.order(position // 2).tolist())
+        assert set(itertools.islice(weighted.stand_ins(position), 50)) == among
+    window = Plan(1000, seed=2, window=100, shard=SHARD)
+    here = window.order(1)[300:400].tolist()
+    assert set(itertools.islice(window.stand_ins(1_333), 2_000)) == set(here)
+    mixed = MixedPlan([Plan(700, seed=0), Plan(np.arange(700, 800), seed=1)], [1, 1], seed=0)
+    for position, clip in enumerate(mixed.clips(np.arange(40)).tolist()):
+        found = set(itertools.islice(mixed.stand_ins(position), 20))
+        assert all((c < 700) == (clip < 700) for c in found)

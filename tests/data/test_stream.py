@@ -166,7 +166,7 @@ def spoil(index: Index, *clips: int) -> None:
 def test_a_bad_clip_is_replaced_deterministically_from_the_pool(tmp_path: Path) -> None:
     index = noise_set(tmp_path, seconds=[0.5] * 6)
     spoil(index, 2, 3)
-    data = dataset(index, pool=np.array([0, 2, 3, 5]))
+    data = dataset(index, plan=Plan([0, 2, 3, 5], seed=0))
     stand_ins = set()
     for position in range(20):
         batch = data[position, 2]

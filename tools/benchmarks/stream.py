@@ -5,7 +5,8 @@ reads), channels are mixed, soxr resamples, and nothing else. *ours*: ``AudioDat
 disk: order, index, read, decode, crop, roll, batch. *plain*, the paper's way: a map-style Dataset
 over separate files in the order of a sampler, ``librosa.load`` of the whole file, crop, roll, a
 collate that pads to the longest. One process pinned to one core with one thread; *worker* is ours
-in a loader process on that core, received by the trainer's process on another (where there is one).
+in a loader process on that core, received by the trainer's process on another (where there is one);
+*worker_mb* is what that process holds for itself alone afterwards.
 """
 
 from __future__ import annotations
@@ -223,26 +224,33 @@ def case(
         "of_limit": ms["limit"] / ms["ours"],
         "ratio": ms["plain"] / ms["ours"],
         "cores_for_150": CLIPS_PER_SECOND * ms["ours"] / 1e3,
-        "worker_ms": None if quick else worker_ms(shards, seconds, repeats=repeats, **sizes),
         "ours_peak_mb": None if quick else peak_mb("ours", shards, seconds, **sizes),
         "plain_peak_mb": None if quick else peak_mb("plain", paths, seconds, **sizes),
     }
+    if not quick:
+        row |= worker(shards, seconds, repeats=repeats, **sizes)
     return row
 
 
-def worker_ms(
+def worker(
     shards: Path, seconds: float | None, *, batch: int, batches: int, repeats: int
-) -> float | None:
-    """ms a clip with one loader process on one core, this process on another; None: one core."""
+) -> dict[str, float | None]:
+    """ms a clip with one loader process on one core, this process on another; and its own memory.
+
+    Nothing on a machine with one core.
+    """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
-        return None
+        return {"worker_ms": None, "worker_mb": None}
     with pinned(cores[0]):
         loader = ours_loader(shards, seconds, batch=batch, batches=batches, workers=1)
-        iter(loader)  # its process is persistent, and pinned as this one is
+        iterator = iter(loader)  # its process is persistent, and pinned as this one is
     with pinned(cores[1]):
         taken = medians({"worker": lambda: drain(loader)}, repeats=repeats, title="worker")
-    return 1e3 * taken["worker"] / (batch * batches)
+    pid = iterator._workers[0].pid
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    private = sum(int(x.split()[1]) for x in lines if x.startswith("Private_")) / 1024
+    return {"worker_ms": 1e3 * taken["worker"] / (batch * batches), "worker_mb": private}
 
 
 def run(*, repeats: int, quick: bool) -> list[dict[str, Any]]:

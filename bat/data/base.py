@@ -1,0 +1,164 @@
+"""What training streams have in common: where a run goes on, what it checks, what it counts.
+
+The position is read from Lightning's own count of finished micro-batches whenever an iterator is
+made: ``fit_loop.epoch_loop.batch_progress.total.processed``. (``processed``, not ``completed``:
+a checkpoint saved in ``on_train_batch_end`` holds the step of a batch that is not yet
+``completed``. Lightning 2.6.6.) A checkpoint also records how many clips a micro-batch was; on a
+resume with another number of ranks or another split of the global batch, Lightning's counts are
+recounted in those of the new size before it reads them. Another data set, seed or global batch is
+refused, and ranks that would read different streams likewise.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from bat.data.bad_clips import BadClips
+from bat.shapes import UserError, WaveBatch
+
+
+def worker_init(worker: int) -> None:
+    """A loader process outlives the signals meant for the run, which still has to save."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class StreamData(LightningDataModule):
+    """What training streams have in common: place, ranks, unreadable clips, what a checkpoint says.
+
+    Args:
+        batch: clips of a micro-batch on one device.
+        max_bad: fraction of unreadable clips above which the run stops.
+        out: run folder in which ``bad_clips.jsonl`` lists unreadable clips; None: no list.
+    """
+
+    clip_samples: int
+    """S of every batch."""
+
+    def __init__(self, *, batch: int, max_bad: float, out: Path | None) -> None:
+        super().__init__()
+        self.batch, self.out = batch, out
+        self.bad_clips = BadClips(max_bad=max_bad)
+        self._size_then: int | None = None  # clips a micro-batch, where a checkpoint was loaded
+
+    def first_batch(self) -> WaveBatch:
+        """The first micro-batch of the stream, made in this process."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """What the stream is of, for an export and a summary."""
+        raise NotImplementedError
+
+    def _stream(self) -> dict[str, Any]:
+        """What must be the same when a run goes on."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Each process lists its own unreadable clips."""
+        if self.out is not None:
+            rank, _ = self._ranks()
+            name = "bad_clips.jsonl" if rank == 0 else f"bad_clips-rank{rank}.jsonl"
+            self.bad_clips.file = self.out / name
+
+    def _ranks(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+    @property
+    def _size(self) -> int:
+        """Clips of a micro-batch over all ranks."""
+        return self.batch * self._ranks()[1]
+
+    def batches_done(self) -> int:
+        """Micro-batches behind us, by Lightning's count."""
+        if self.trainer is None:
+            return 0
+        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return int(total.processed)
+
+    def _agree(self) -> None:
+        """Raise ``UserError`` on every rank where the ranks would read different streams."""
+        _, world = self._ranks()
+        if world == 1 or not torch.distributed.is_initialized():
+            return
+        mine, all_of_them = self._stream(), [dict[str, Any]() for _ in range(world)]
+        torch.distributed.all_gather_object(all_of_them, mine)
+        for other, theirs in enumerate(all_of_them):
+            for name, value in all_of_them[0].items():
+                if theirs.get(name) != value:
+                    raise UserError(
+                        f"rank {other} has {name} {theirs.get(name)}, rank 0 {value}: the ranks "
+                        "must see the same shards with the same settings"
+                    )
+
+    def bad_clips_all_ranks(self) -> dict[str, int]:
+        """``{"seen", "bad"}`` summed over the ranks, each of which must ask."""
+        counts = torch.tensor([self.bad_clips.seen, self.bad_clips.bad])
+        trainer = self.trainer
+        if trainer is not None and trainer.world_size > 1:
+            counts = counts.to(trainer.strategy.root_device)
+            counts = trainer.strategy.reduce(counts, reduce_op="sum")
+        return {"seen": int(counts[0]), "bad": int(counts[1])}
+
+    def _recount(self) -> None:
+        """Make Lightning's counts, as loaded, those of micro-batches of this run's size."""
+        then, now, self._size_then = self._size_then, self._size, None
+        if self.trainer is None or then in (None, now):
+            return
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        for count in vars(progress)["total"], vars(progress)["current"]:
+            clips = count.processed * then
+            if clips % now:
+                raise UserError(
+                    f"the checkpoint stands at clip {clips}, which micro-batches of {now} "
+                    f"(data.batch x devices) do not reach: resume with {then}, or a divisor of it"
+                )
+            ahead = {k: getattr(count, k) - count.processed for k in vars(count)}
+            for name, difference in ahead.items():
+                setattr(count, name, clips // now + difference)
+
+    def _on_cuda(self) -> bool:
+        trainer = self.trainer
+        return trainer is not None and trainer.strategy.root_device.type == "cuda"
+
+    def on_before_batch_transfer(self, batch: WaveBatch, dataloader_idx: int) -> WaveBatch:
+        """Count unreadable clips, in the main process, as batches are used."""
+        trainer = self.trainer
+        self.bad_clips.add(batch)
+        self.bad_clips.check()
+        if trainer is not None and trainer.training and len(batch.keys) < self.batch:
+            self.bad_clips.check(final=True)
+            raise UserError(f"{self.bad_clips.summary()}, too many in a row: check the shards")
+        return batch
+
+    def transfer_batch_to_device(
+        self, batch: WaveBatch, device: torch.device, dataloader_idx: int
+    ) -> WaveBatch:
+        return batch.to(device, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: which stream it is of (where it stands, Lightning knows)."""
+        return {
+            "clips_a_micro_batch": self._size,
+            "stream": self._stream(),
+            "bad_clips": self.bad_clips.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written; UserError where the stream is another one."""
+        before = state_dict["stream"]
+        for name, now in self._stream().items():
+            then = before.get(name, "nothing of it")
+            if then != now:
+                raise UserError(
+                    f"the checkpoint was written with {name} {then}, this run has {now}: resume "
+                    f"with the same, or start a new run with another out="
+                )
+        self._size_then = state_dict["clips_a_micro_batch"]
+        self.bad_clips.load_state_dict(state_dict["bad_clips"])
