@@ -13,7 +13,7 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 WORKDIR /opt/bat
 COPY . .
 RUN python3 -m venv /opt/venv \
-    && pip install --no-cache-dir --constraint constraints.txt '.[wandb]' \
+    && pip install --no-cache-dir --constraint constraints.txt '.[wandb,parquet]' \
     && (userdel --remove ubuntu || true) \
     && useradd --uid 1000 --create-home bat
 

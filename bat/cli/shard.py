@@ -7,9 +7,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from bat.shapes import UserError
 if TYPE_CHECKING:
     from bat.data.manifest import Manifest
     from bat.data.rows import Rows
-    from bat.tasks.base import Row
+    from bat.tasks.base import LeftOut, Row
 
 ABOUT = "Write audio as WebDataset shards (KEY.flac + KEY.json) with an index and a manifest."
 EPILOG = """\
@@ -39,15 +38,10 @@ A source with splits is written as OUT/SPLIT/. A folder called verify or info: .
 CODECS = ("keep", "flac", "opus", "wav", "ogg")
 
 
-def default_jobs() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def add_jobs(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--jobs", type=int, default=default_jobs(), metavar="N", help="processes (cores)"
-    )
+    from bat.data.pool import cores
+
+    p.add_argument("--jobs", type=int, default=cores(), metavar="N", help="processes (cores)")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -157,7 +151,7 @@ def _pack(args: argparse.Namespace) -> None:
         _describe(folders, found.vocabulary)
         print(f"dry run: nothing was written to {args.out}")
         return
-    manifests = _write(args, folders, found.vocabulary)
+    manifests = _write(args, folders, found)
     _report(args.out, manifests)
 
 
@@ -187,6 +181,14 @@ def _deal(args: argparse.Namespace, found: Rows) -> dict[Path, list[Row]]:
     return folders
 
 
+def _absent(found: Rows, folders: dict[Path, list[Row]]) -> dict[Path, list[LeftOut]]:
+    """What each folder is to list: that of its split, the first also what has no folder."""
+    names, entries = {folder.name: folder for folder in folders}, defaultdict(list)
+    for entry in found.left_out:
+        entries[names.get(entry.split or "", next(iter(folders)))].append(entry)
+    return entries
+
+
 def parse_splits(text: str) -> dict[str, float]:
     """``train=0.9,test=0.1`` as a dict; whether the parts fit is asked elsewhere."""
     parts: dict[str, float] = {}
@@ -205,12 +207,12 @@ def parse_splits(text: str) -> dict[str, float]:
 
 
 def _write(
-    args: argparse.Namespace, folders: dict[Path, list[Row]], vocabulary: list[str]
+    args: argparse.Namespace, folders: dict[Path, list[Row]], found: Rows
 ) -> dict[Path, Manifest]:
     from bat.data.manifest import Manifest
     from bat.data.shards import write_shards
 
-    manifests = {}
+    manifests, left_out = {}, _absent(found, folders)
     for folder, rows in folders.items():
         complete = Manifest.load(folder) is not None
         if len(folders) > 1:
@@ -224,7 +226,8 @@ def _write(
             clip_seconds=args.clip_seconds,
             min_seconds=args.min_seconds,
             shard_bytes=round((args.shard_mb or 1000) * 1e6),
-            vocabulary=vocabulary,
+            vocabulary=found.vocabulary,
+            left_out=left_out[folder],
             jobs=args.jobs,
             progress=True,
         )

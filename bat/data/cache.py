@@ -4,7 +4,8 @@
 fetches a shard (a lock), the others wait; the file appears whole (``os.replace``); what was used
 longest ago is deleted to make room, which takes nothing from a process that has it open. A fetch
 that was cut off leaves a ``.part`` to go on from. A shard that could not be fetched is left alone
-for a while by every process, longer each time, so that the rest of the data goes on.
+for a while by every process, longer each time, so that the rest of the data goes on; a new run
+(``forgive``) tries it anew. Where the disk is smaller than the cache may be, shards go earlier.
 
 Locks are ``lockf`` ones (a forked child does not inherit them, as it would with ``flock``) and a
 ``threading.Lock`` beside them, because ``lockf`` does not tell the threads of a process apart.
@@ -21,30 +22,33 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
+from bat.data.ending import go_on
 from bat.data.tar import write_atomic
 
 POLL_SECONDS = 0.02
 TOUCH_SECONDS = 5.0
 """A use is noted on disk at most this often."""
 LONGEST_HOLD_SECONDS = 3600.0
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_TRIES = 3
+"""Tries on a disk that says it is full when there is nothing to delete."""
 
 
 class ShardCache:
-    """Shards in ``folder``: at most ``max_bytes``, or nine tenths of what its disk has room for.
+    """Shards in ``folder``: at most ``max_bytes``, and what its disk has room for.
 
     Args:
         hold_seconds: how long a shard that could not be fetched is left alone; doubled each time.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int, hold_seconds: float = 60.0) -> None:
-        self.folder, self.hold_seconds = folder, hold_seconds
+        self.folder, self.max_bytes, self.hold_seconds = folder, max_bytes, hold_seconds
         for name in (".", "locks", "failed"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        held = sum(size for _, size, _ in self._files(".tar"))
-        self.max_bytes = min(max_bytes, held + shutil.disk_usage(folder).free * 9 // 10)
         self._forget()
 
     def _forget(self) -> None:
@@ -60,6 +64,22 @@ class ShardCache:
         self.__dict__.update(state)
         self._forget()
 
+    def room(self) -> int:
+        """Bytes that the disk lets the cache hold now: what is in it, and what is free."""
+        held = 0
+        for _, _, path in self._files(".tar") + self._files(".part"):
+            with contextlib.suppress(FileNotFoundError):
+                held += path.stat().st_size
+        return held + self._free()
+
+    def _free(self) -> int:
+        return shutil.disk_usage(self.folder).free
+
+    def forgive(self, names: Iterable[str]) -> None:
+        """Try ``names`` anew, whatever failed before."""
+        for name in set(os.listdir(self.folder / "failed")).intersection(names):
+            (self.folder / "failed" / name).unlink(missing_ok=True)
+
     def open(self, name: str, size: int, fetch: Callable[[Path, bool], None]) -> int:
         """A descriptor of the shard ``name`` of ``size`` bytes; the caller closes it.
 
@@ -68,7 +88,7 @@ class ShardCache:
                 beginning; ``again``: it failed not long ago.
 
         Raises:
-            OSError: as ``fetch``, or it failed a while ago; no room on the disk.
+            OSError: as ``fetch``, or it failed a while ago; no room on the disk; the run ends.
         """
         if self._pid != os.getpid():
             self._forget()
@@ -85,16 +105,17 @@ class ShardCache:
             part = path.with_suffix(".part")
             self._make_room(part, size)
             try:
-                fetch(part, failed > 0)
+                self._fill(part, size, partial(fetch, part, failed > 0))
                 if part.stat().st_size != size:
                     raise OSError(errno.EIO, f"{name} has another size than {size} bytes")
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    text = f"the disk of the cache {self.folder} is full: give it room"
-                    raise OSError(error.errno, text) from None
-                note = json.dumps({"times": failed + 1, "why": error.strerror or str(error)})
+                if error.errno in (*FULL, errno.ECANCELED):
+                    raise
+                why = error.strerror or str(error)
+                note = json.dumps({"times": failed + 1, "why": why})
                 write_atomic(self.folder / "failed" / name, note.encode())
-                raise
+                text = f"{why}{_later(self._hold(failed + 1))}"
+                raise OSError(error.errno or errno.EIO, text) from None
             fd = os.open(part, os.O_RDONLY)
             os.replace(part, path)
             (self.folder / "failed" / name).unlink(missing_ok=True)
@@ -118,7 +139,8 @@ class ShardCache:
         now = time.monotonic()
         if now - self._used.get(name, -TOUCH_SECONDS) >= TOUCH_SECONDS:
             self._used[name] = now
-            os.utime(fd)
+            with contextlib.suppress(PermissionError):  # another user's
+                os.utime(fd)
         return fd
 
     def _refuse(self, name: str) -> int:
@@ -130,10 +152,57 @@ class ShardCache:
             times, why = int(note["times"]), str(note["why"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0
-        hold = min(self.hold_seconds * 2.0 ** min(times - 1, 20), LONGEST_HOLD_SECONDS)
+        hold = self._hold(times)
         if 0 <= past < hold:
-            raise OSError(errno.EIO, why)
+            raise OSError(errno.EIO, f"{why}{_later(hold - past)}")
         return times
+
+    def _hold(self, times: int) -> float:
+        """Seconds for which what failed so often is left alone."""
+        return min(self.hold_seconds * 2.0 ** min(times - 1, 20), LONGEST_HOLD_SECONDS)
+
+    def _fill(self, part: Path, size: int, fetch: Callable[[], None]) -> None:
+        """``fetch``, again where the disk was full and there was something to delete."""
+        idle = 0
+        while True:
+            try:
+                return fetch()
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                gained = self._squeeze(part, size)
+                idle += not gained
+                if not gained and (idle == FULL_TRIES or self._free() < size - part.stat().st_size):
+                    text = (
+                        f"the disk of the cache {self.folder} is full ({self._free()} bytes free, "
+                        f"a shard has {size}): make room there, or set data.cache to another disk"
+                    )
+                    raise OSError(error.errno, text) from None
+
+    def _squeeze(self, part: Path, size: int) -> bool:
+        """Give ``part`` more of the disk, if anything here can be deleted or waited for."""
+        with self._lock("room"):
+            need = size - part.stat().st_size
+            if self._evict(part, need, reserved=False):
+                return True
+            busy = self._busy(part)
+            if busy:  # those may wait for this one
+                os.truncate(part, 0)
+        waits = bool(busy)
+        while busy:
+            go_on()
+            time.sleep(POLL_SECONDS)
+            busy = self._busy(part)
+        return waits
+
+    def _busy(self, part: Path) -> list[Path]:
+        """The other unfinished fetches that hold some of the disk."""
+        found = []
+        for _, _, path in self._files(".part"):
+            with contextlib.suppress(FileNotFoundError):
+                if path != part and path.stat().st_size and not self._drop_part(path):
+                    found.append(path)
+        return found
 
     def _files(self, suffix: str) -> list[tuple[float, int, Path]]:
         """(time of last use, bytes when whole, path), the longest unused first."""
@@ -148,26 +217,43 @@ class ShardCache:
         return sorted(found)
 
     def _make_room(self, part: Path, size: int) -> None:
-        """Reserve ``size`` bytes as ``part``; waits for fetches that hold what room there is."""
+        """Reserve ``size`` bytes as ``part``; waits for fetches that hold what room there is.
+
+        The disk is to have as much again left for others, if deleting here can give it.
+        """
         if size > self.max_bytes:
             raise OSError(errno.EFBIG, f"{size} bytes do not fit in a cache of {self.max_bytes}")
         while True:
             with self._lock("room"):
-                parts = [entry for entry in self._files(".part") if entry[2] != part]
-                tars = self._files(".tar")
-                over = size + sum(whole for _, whole, _ in parts + tars) - self.max_bytes
-                for _, whole, path in parts + tars if over > 0 else ():
-                    if path.suffix == ".tar":
-                        path.unlink(missing_ok=True)
-                    elif not self._drop_part(path):
-                        continue
-                    over -= whole
-                    if over <= 0:
-                        break
-                if over <= 0:
+                taken = self._files(".part") + self._files(".tar")
+                others = sum(whole for _, whole, path in taken if path != part)
+                over = size + others - self.max_bytes
+                if over <= 0 or self._evict(part, over, reserved=True) >= over:
                     part.touch()
+                    need = 2 * size - part.stat().st_size - self._free()
+                    self._evict(part, need, reserved=False)
                     return
+            go_on()
             time.sleep(POLL_SECONDS)
+
+    def _evict(self, part: Path, need: int, *, reserved: bool) -> int:
+        """Delete dead fetches, then what is longest unused, until ``need`` bytes are gained.
+
+        Args:
+            reserved: count the bytes set aside for a file, not those it has on the disk.
+        """
+        gained = 0
+        for _, whole, path in self._files(".part") + self._files(".tar") if need > 0 else ():
+            if gained >= need:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                size = path.stat().st_size
+                if path.suffix == ".tar":
+                    path.unlink()
+                elif path == part or not self._drop_part(path):
+                    continue
+                gained += whole if reserved else size
+        return gained
 
     def _drop_part(self, path: Path) -> bool:
         """Delete an unfinished fetch unless somebody is at it."""
@@ -181,6 +267,7 @@ class ShardCache:
         """Hold the lock ``name`` of all threads and processes; yields whether it was got."""
         threads = self._threads.setdefault(name, threading.Lock())
         while not (got := threads.acquire(blocking=False)) and wait:
+            go_on()
             time.sleep(POLL_SECONDS)
         if not got:
             yield False
@@ -197,7 +284,12 @@ class ShardCache:
                         if not wait:
                             got = False
                             break
+                        go_on()
                         time.sleep(POLL_SECONDS)
                 yield got  # closing the file gives the lock back
         finally:
             threads.release()
+
+
+def _later(seconds: float) -> str:
+    return f"; tried again after {seconds:.0f} s, or by the next run"

@@ -8,37 +8,30 @@ shard's place, size and hash, so a set that changed is not mistaken for the old 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
-import re
-import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from bat.data.ahead import Ahead
 from bat.data.cache import ShardCache
+from bat.data.clip_fields import sound
 from bat.data.listing import manifest_of
 from bat.data.merged import place_of, recall, remember
 from bat.data.remote import fetch, stat, stream
-from bat.data.sources import NotIndexable, Patience, Shard, shown
-from bat.data.table import MAX_AUDIO_BYTES, ShardTable, scan
+from bat.data.sources import NotIndexable, Patience, Shard, identity, shown
+from bat.data.table import MAX_TABLE_BYTES, ShardTable, scan
 from bat.data.tar import BLOCK, escape_key, parse_header, write_atomic
 from bat.shapes import UserError
-from bat.tasks.base import AUDIO_SUFFIXES
 
 ASKERS, FETCHERS = 16, 4
 """Threads for tables and for shards at start-up."""
-MAX_TABLE_BYTES = 1 << 28
-SIGNATURE = re.compile(
-    r"x-(amz|goog|oss|ms)-.*|sig(nature)?|expires|token|access_?token|key-pair-id|policy|se|sp|sv"
-    r"|sr|st|spr|awsaccesskeyid|googleaccessid",
-    re.IGNORECASE,
-)
 log = logging.getLogger(__name__)
 
 
@@ -46,20 +39,7 @@ class FarTable(ShardTable):
     """A table from elsewhere: checked in itself, as its shard is not at hand (nor trusted)."""
 
     def _describes(self, tar: Path) -> bool:
-        c = self.clips
-        ends = c["offset"] + c["size"]
-        return bool(
-            (c["offset"] >= BLOCK).all()
-            and ((c["size"] > 0) & (c["size"] <= MAX_AUDIO_BYTES)).all()
-            and (ends <= self.tar_bytes).all()
-            and (c["codec"] < len(AUDIO_SUFFIXES)).all()
-            and ((c["split"] >= -1) & (c["split"] < len(self.splits))).all()
-            and int(c["labels"].sum()) == len(self.labels)
-            and int(c["key"].sum()) == len(self.keys)
-            and (self.keys < 128).all()
-            and ((self.labels >= 0) & (self.labels < len(self.names))).all()
-            and len(self.names) == len(self.ids)
-        )
+        return sound(**vars(self))
 
 
 @dataclass(frozen=True)
@@ -81,7 +61,8 @@ class FarShards:
 
     Raises:
         NotIndexable: a server that does not tell a shard's size.
-        UserError: a shard that does not exist, a server out of reach.
+        UserError: a shard that does not exist, a server out of reach, a disk that cannot hold two
+            shards.
     """
 
     def __init__(
@@ -110,7 +91,7 @@ class FarShards:
             else:
                 found = self._asked(url)
                 size, tag, sha, clips = found[0], found[1], "", -1
-            what = f"{_identity(url)}\n{size}\n{sha or tag}"
+            what = f"{identity(url)}\n{size}\n{sha or tag}"
             digest = hashlib.sha256(what.encode()).hexdigest()[:16]
             return Far(url, name, size, sha, clips, f"{escape_key(Path(name).stem)}-{digest}")
 
@@ -120,17 +101,34 @@ class FarShards:
         if max(sizes) > self.cache.max_bytes:
             raise NotIndexable(
                 f"a shard of {max(sizes)} bytes does not fit in the cache {self.folder} "
-                f"({self.cache.max_bytes} bytes): raise cache_bytes, or make room on the disk"
+                f"({self.cache.max_bytes} bytes): raise data.cache_gb"
             )
-        self.fits = sum(sizes) <= self.cache.max_bytes
-        self._ahead = Ahead()
+        self.bytes = sum(sizes)
+        self.fits = self.bytes <= self.cache.max_bytes  # not by the disk: it decides the order
+        self._check_disk(max(sizes))
+        self.cache.forgive(far.file for far in self.shards.values())
+        self._ahead = Ahead(self.have)
+
+    def _check_disk(self, largest: int) -> None:
+        room, most = self.cache.room(), self.cache.max_bytes
+        text = (
+            f"the disk of the cache {self.folder} has room for {room} bytes, data.cache_gb="
+            f"{most / 1e9:g} is more"
+        )
+        if room < min(2 * largest, self.bytes, most):
+            raise UserError(
+                f"{text}, and two shards of {largest} bytes do not fit: make room there, or set "
+                f"data.cache to a folder on a larger disk"
+            )
+        if room < min(self.bytes, most):
+            log.warning("%s: shards will be fetched again more often", text)
 
     def __getstate__(self) -> dict[str, object]:
         return {k: v for k, v in self.__dict__.items() if k != "_ahead"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._ahead = Ahead()
+        self._ahead = Ahead(self.have)
 
     def _asked(self, url: str) -> tuple[int, str]:
         try:
@@ -163,7 +161,7 @@ class FarShards:
             raise NotIndexable(
                 f"{shown(far.url)} has no {Path(far.name).stem}.idx.npz beside it, and the cache "
                 f"({self.cache.max_bytes / 1e9:.3g} GB) cannot hold the set ({need / 1e9:.3g} GB) "
-                f"to make it: run bat-shard where the shards lie, or raise cache_bytes"
+                f"to make it: run bat-shard where the shards lie, or raise data.cache_gb"
             )
         if missing:
             gb = sum(far.size for far in missing.values()) / 1e9
@@ -245,7 +243,8 @@ class FarShards:
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """See ``Index.prefetch``. Half the cache where the set does not fit: the rest is in use."""
-        room = self.cache.max_bytes // (1 if self.fits else 2)
+        room = min(self.cache.max_bytes, self.cache.room())
+        room //= 1 if room >= self.bytes else 2
         wanted = []
         for number in dict.fromkeys(int(n) for n in numbers):
             far = self.shards.get(number)
@@ -254,25 +253,18 @@ class FarShards:
                 if room < 0:
                     break
                 wanted.append(far)
-        self._ahead.want([partial(self.have, far) for far in wanted])
+        with contextlib.suppress(OSError):  # who is here counts as used, and stays
+            wanted = [far for far in wanted if not self.cache.holds(far.file, far.size)]
+        self._ahead.want(wanted)
 
     def have(self, far: Far) -> None:
         """Fetch ``far`` into the cache, if it can be had."""
-        try:
-            if not self.cache.holds(far.file, far.size):
-                os.close(self._open(far))
-        except OSError:
-            pass  # the cache remembers; who reads a clip of it is told
+        with contextlib.suppress(OSError):  # the cache remembers; who reads a clip of it is told
+            os.close(self._open(far))
 
 
 def _load(path: Path, far: Far) -> ShardTable | None:
-    try:
-        with zipfile.ZipFile(path) as file:  # before numpy unpacks anything
-            if sum(member.file_size for member in file.infolist()) > MAX_TABLE_BYTES:
-                return None
-        table = FarTable.load(path, path)
-    except (OSError, MemoryError, zipfile.BadZipFile):
-        return None
+    table = FarTable.load(path, path)
     if table is None or table.tar_bytes != far.size:
         return None
     return table if not far.sha256 or table.sha256 in ("", far.sha256) else None
@@ -282,9 +274,3 @@ def _folder(url: str) -> str:
     """The folder that ``url`` lies in."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(path=parts.path.rpartition("/")[0], query="", fragment=""))
-
-
-def _identity(url: str) -> str:
-    """``url`` without credentials: the same shard signed anew is the same shard."""
-    query = [(k, v) for k, v in parse_qsl(urlsplit(url).query) if not SIGNATURE.fullmatch(k)]
-    return shown(url) + "?" + urlencode(sorted(query))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -50,10 +51,7 @@ class Index:
     ) -> None:
         self.paths = [shard.place for shard in shards]
         self.vocabulary = list(vocabulary or ())
-        names = [s.name for s in shards]
-        alike = len(set(names)) < len(names)
-        self._names = [str(s.place).rsplit("/", 2)[-2] + f"/{s.name}" for s in shards]
-        self._names = self._names if alike else names
+        self._names = _names(shards)
         self.left_out = {
             f"{shard}/{name}": reason
             for shard, table in zip(self._names, tables, strict=True)
@@ -121,7 +119,7 @@ class Index:
         return self._keys[self._key_ptr[i] : self._key_ptr[i + 1]].tobytes().decode("ascii")
 
     def shard_name(self, i: int) -> str:
-        """Name of the shard that clip ``i`` lies in, with its folder where two shards share it."""
+        """Name of the shard that clip ``i`` lies in, with its folders where two shards share it."""
         return self._names[self.shard[i]]
 
     def labels(self, i: int) -> tuple[int, ...]:
@@ -179,6 +177,16 @@ class Index:
         """
         if self._far is not None:
             self._far.prefetch(shards)
+
+
+def _names(shards: Sequence[Shard]) -> list[str]:
+    """File names, with as many folders before them as tell them apart."""
+    names = [shard.name for shard in shards]
+    for depth in range(2, 65):
+        if len(set(names)) == len(names):
+            break
+        names = [shard.called(depth) for shard in shards]
+    return names
 
 
 def _pointers(counts: np.ndarray) -> np.ndarray:
@@ -240,10 +248,10 @@ def open_index(
     given, numbers = [shard for shard, _ in found], [i for _, i in found]
     if not found:
         raise UserError("the list of shards is empty: give a folder, a glob or shard-{0..9}.tar")
-    places = [shard.place for shard in given]
-    if len(set(places)) < len(places):
-        twice = min(shard.name for shard in given if places.count(shard.place) > 1)
-        raise UserError(f"shard {twice} is listed twice")
+    seen = Counter(shard.identity for shard in given)
+    if len(seen) < len(given):
+        twice = min(shard.name for shard in given if seen[shard.identity] > 1)
+        raise UserError(f"shard {twice} is listed twice: each clip counts once, see data.mix")
     packed = next((shard for shard in given if shard.compressed), None)
     if packed is not None:
         raise NotIndexable(f"{packed.name} is compressed: give uncompressed WebDataset shards")

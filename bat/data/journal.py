@@ -29,9 +29,9 @@ class Place(NamedTuple):
 
     row: int = 0
     work: int = 0
-    """Of the row (``prepare.plan``)."""
+    """Of the row (``pack.works_of``)."""
     clip: int = 0
-    """Of the work (``prepare.prepare``), those left out counted too."""
+    """Of the work (``pack.pack``), those left out counted too."""
 
 
 @dataclass(frozen=True)

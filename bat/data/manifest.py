@@ -52,7 +52,7 @@ class Manifest:
     left_out: list[dict[str, str]]
     """``{"key", "file", "reason"}`` of each clip that is not in the shards."""
     source: str
-    """Hash of what the shards were made from: files, sizes, labels, options."""
+    """Hash of what the shards were made from, see ``source_hash``."""
     version: int = VERSION
 
     @classmethod
@@ -82,8 +82,24 @@ class Manifest:
             raise UserError(f"{path} is damaged ({error}): write the shards again") from error
 
     def save(self, folder: Path) -> None:
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        """Write ``manifest.json``, one line for each clip left out (there may be a million)."""
+        said = vars(self) | {"shards": [asdict(shard) for shard in self.shards], "left_out": []}
+        text = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
+        if self.left_out:
+            lines = ",\n  ".join(json.dumps(e, ensure_ascii=False) for e in self.left_out)
+            text = text.replace('"left_out": []', f'"left_out": [\n  {lines}\n ]')
         write_atomic(folder / "manifest.json", text.encode())
+
+    def damage(self, folder: Path) -> str | None:
+        """What ``folder`` lacks of the shards, by their names and sizes; None: nothing."""
+        for shard in self.shards:
+            try:
+                size = (folder / shard.name).stat().st_size
+            except OSError:
+                return f"{shard.name} is missing"
+            if size != shard.bytes:
+                return f"{shard.name} has {size} bytes, its manifest.json says {shard.bytes}"
+        return None
 
 
 class Counts:
@@ -137,19 +153,27 @@ class Counts:
 
 
 def source_hash(rows: Sequence[Row], *, vocabulary: Sequence[str], **options: Any) -> str:
-    """Hash over keys, file names, sizes and labels of ``rows``, the vocabulary and the options."""
+    """Hash over what decides the bytes of the shards: the same hash, nothing to be written.
+
+    Of each row: key, labels, mids, fold, split, start, place in its file; of the file (that is the
+    tar or the parquet where the row lies inside): name, size and time of the last change, so that
+    one that was written again with the same length counts as another. Where it lies does not
+    matter, nor what the source lists and does not hold. A copy whose times were not kept
+    (``cp`` without ``-p``) has another hash, and gives the same shards.
+    """
     head = [VERSION, sorted(options.items()), list(vocabulary)]
     digest = hashlib.sha256(json.dumps(head).encode())
 
     @functools.lru_cache(maxsize=64)  # the rows of a tar come one after the other
-    def size(path: Path) -> int:
+    def state(path: Path) -> tuple[int, int]:
         try:
-            return os.stat(path).st_size
+            found = os.stat(path)
+            return found.st_size, found.st_mtime_ns
         except OSError:
-            return -1
+            return -1, -1
 
     for row in rows:
-        place = [row.path.name, size(row.path), row.span, row.cell, row.codec]
+        place = [row.path.name, *state(row.path), row.span, row.cell, row.codec]
         said = [row.labels, row.mids, row.fold, row.split, row.start_seconds]
         digest.update(json.dumps([row.key, *place, *said]).encode())
     return digest.hexdigest()

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from bat.data import table
-from bat.data.table import CLIP, ShardTable
+from bat.data.table import CLIP, UNREADABLE, ShardTable
+from bat.data.tar import temporary
 
 MERGE_FROM = 64
 """Fewer shards are read one by one."""
@@ -53,7 +53,7 @@ def recall(path: Path | None, stamp: Sequence[object]) -> list[ShardTable] | Non
             ShardTable(clips=c, labels=ls, keys=k, **dict(zip(HEAD, row, strict=True)))
             for row, c, ls, k in rows
         ]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile):
+    except UNREADABLE:
         return None
 
 
@@ -66,7 +66,7 @@ def remember(path: Path | None, stamp: Sequence[object], tables: Sequence[ShardT
         "counts": [[len(getattr(t, name)) for name in ARRAYS] for t in tables],
         "tables": [[getattr(t, name) for name in HEAD] for t in tables],
     }
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temp = temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temp.open("wb") as file:  # no fsync: a zip that lost its end does not load

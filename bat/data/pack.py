@@ -4,7 +4,8 @@ A recording longer than ``clip_seconds`` becomes pieces ``KEY_00000``, ``KEY_000
 read by seeking, ``CHUNK_SECONDS`` at a time, each such chunk a ``Work`` of its own: a day of audio
 costs the memory of a minute and is shared by all processes. Chunks are resampled whole and do not
 depend on who works on them, so the bytes are the same for any number of processes. Where a chunk
-does not decode, its pieces are tried one by one: damage costs the piece it is in.
+does not decode, its pieces are tried one by one: damage costs the piece it is in. Where nothing
+of the rest decodes (cut short; a header that claims too much), the rest is left out as one entry.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from bat.audio.decode import (
 from bat.audio.encode import OPUS_RATES_HZ
 from bat.data.rows import read_row
 from bat.shapes import UserError
-from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, no_decoder
+from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, LeftOut, Row, no_decoder
 
 Codec = Literal["keep", "flac", "opus", "wav", "ogg"]
 Channels = Literal["mono", "keep"]
@@ -39,6 +40,8 @@ Channels = Literal["mono", "keep"]
 CHUNK_SECONDS = 60.0  # 23 MB of 48 kHz stereo float32
 SLACK = 0.02  # a recording longer than clip_seconds by this share at most stays whole
 MAX_DECODE_SECONDS = 3600.0
+MAX_FRAMES_PER_BYTE = 8192  # silence in FLAC: 65,535 samples in 13 bytes; in Vorbis, Opus: less
+LOOKS = 16  # places of the rest that are tried before it is given up
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,16 @@ class Work:
     """Of the recording that is cut; None: the row is not cut."""
     first: int = 0
     stop: int = 1
-    share: float = 1.0
-    """Of the row."""
+    count: int = 1
+    """Pieces of the recording."""
+
+    @property
+    def share(self) -> float:
+        """Of the row."""
+        return (self.stop - self.first) / self.count
 
 
-class Clip(NamedTuple):
+class Packed(NamedTuple):
     """A clip as it goes into the shard."""
 
     id: str
@@ -103,15 +111,16 @@ class Clip(NamedTuple):
     start_seconds: float
 
 
-class LeftOut(NamedTuple):
-    """Why a clip does not."""
+class Outcome(NamedTuple):
+    """What became of a work."""
 
-    id: str
-    file: str
-    reason: str
+    clips: list[Packed | LeftOut]
+    """In order."""
+    ended: bool = False
+    """The last entry is all the rest of the row: further works of it have nothing to add."""
 
 
-def plan(row: Row, recipe: Recipe) -> Iterator[Work]:
+def works_of(row: Row, recipe: Recipe) -> Iterator[Work]:
     """The works of ``row``: one, or the chunks of a recording that is to be cut."""
     seconds = recipe.clip_seconds
     if seconds is None:
@@ -119,6 +128,7 @@ def plan(row: Row, recipe: Recipe) -> Iterator[Work]:
         return
     try:
         info = probe(row.path if _is_file(row) else _held(row))
+        _check_claim(info, row.path.stat().st_size if _is_file(row) else len(_held(row)))
     except (DecodeError, OSError):
         yield Work(row)  # says the same to whoever prepares it
         return
@@ -130,10 +140,10 @@ def plan(row: Row, recipe: Recipe) -> Iterator[Work]:
     step = max(1, int(CHUNK_SECONDS / seconds))
     for first in range(0, count, step):
         stop = min(first + step, count)
-        yield Work(row, info, first, stop, (stop - first) / count)
+        yield Work(row, info, first, stop, count)
 
 
-def prepare(work: Work, *, recipe: Recipe) -> list[Clip | LeftOut]:
+def pack(work: Work, *, recipe: Recipe) -> Outcome:
     """The clips of ``work``, in order, and what is left out of it.
 
     Bytes are kept as they are where rate, codec and channels agree (``codec="keep"``: any codec;
@@ -144,16 +154,25 @@ def prepare(work: Work, *, recipe: Recipe) -> list[Clip | LeftOut]:
     """
     row = work.row
     if work.info is not None:
-        return list(_pieces(row, work.info, work.first, work.stop, recipe))
+        clips = list(_pieces(work, work.info, recipe))
+        return _without_rest(clips, work, work.info, recipe.clip_seconds or 0.0)
     try:
-        return [_whole(row, recipe)]
+        return Outcome([_whole(row, recipe)])
     except (DecodeError, OSError) as error:
-        return [LeftOut(row.key, row.name, _reason(error, row))]
+        return Outcome([LeftOut(row.key, row.name, _reason(error, row))])
 
 
-def _whole(row: Row, recipe: Recipe) -> Clip | LeftOut:
+def _check_claim(info: AudioInfo, size: int) -> None:
+    """Raise a DecodeError for a header that claims more than ``size`` bytes can hold."""
+    if info.frames > size * MAX_FRAMES_PER_BYTE:
+        why = f"its header claims {info.frames} frames, more than {size} bytes can hold"
+        raise DecodeError("corrupt", why)
+
+
+def _whole(row: Row, recipe: Recipe) -> Packed | LeftOut:
     data = read_row(row)
     info = probe(data)
+    _check_claim(info, len(data))
     rate = recipe.sample_rate or info.sample_rate
     read = decode_channels if recipe.channels == "keep" else decode
     wave = read(
@@ -168,13 +187,12 @@ def _whole(row: Row, recipe: Recipe) -> Clip | LeftOut:
     stays = (None, "keep") if recipe.codec == "keep" else ("keep",)
     same_channels = info.channels == 1 or recipe.channels in stays
     if rate == info.sample_rate and same_codec and same_channels:
-        return Clip(row.key, suffix, data, info.frames, rate, row.start_seconds)
+        return Packed(row.key, suffix, data, info.frames, rate, row.start_seconds)
     return _encoded(wave, row, row.key, rate, row.start_seconds, recipe)
 
 
-def _pieces(
-    row: Row, info: AudioInfo, first: int, stop: int, recipe: Recipe
-) -> Iterator[Clip | LeftOut]:
+def _pieces(work: Work, info: AudioInfo, recipe: Recipe) -> Iterator[Packed | LeftOut]:
+    row, first, stop = work.row, work.first, work.stop
     seconds = recipe.clip_seconds
     assert seconds is not None
     rate = recipe.sample_rate or info.sample_rate
@@ -214,9 +232,34 @@ def _pieces(
         yield LeftOut(f"{row.key}_{stop - 1:05d}", row.name, why)
 
 
+def _without_rest(
+    clips: list[Packed | LeftOut], work: Work, info: AudioInfo, clip_seconds: float
+) -> Outcome:
+    """Where the last of ``clips`` do not decode, nor anything behind them: one entry for all."""
+    good = max((i + 1 for i, clip in enumerate(clips) if isinstance(clip, Packed)), default=0)
+    if good == len(clips) or work.stop == work.count:
+        return Outcome(clips)
+    seconds = info.frames / info.sample_rate
+    last = (info.frames - 1) / info.sample_rate
+    for start_seconds in np.linspace(last, work.stop * clip_seconds, LOOKS).tolist():
+        with suppress(DecodeError, OSError):
+            decode(
+                work.row.path if _is_file(work.row) else _held(work.row),
+                sample_rate=info.sample_rate,
+                start_seconds=start_seconds,
+                max_seconds=1 / info.sample_rate,
+            )
+            return Outcome(clips)
+    lost = clips[good]
+    assert isinstance(lost, LeftOut)
+    begin = (work.first + good) * clip_seconds
+    why = f"{lost.reason}; nor does anything else from {begin:.6g} s to its end at {seconds:.6g} s"
+    return Outcome([*clips[:good], lost._replace(reason=why)], ended=True)
+
+
 def _encoded(
     wave: np.ndarray, row: Row, key: str, rate: int, start_seconds: float, recipe: Recipe
-) -> Clip | LeftOut:
+) -> Packed | LeftOut:
     codec: Literal["flac", "opus", "wav", "ogg"] = (
         "flac" if recipe.codec == "keep" else recipe.codec
     )
@@ -227,7 +270,7 @@ def _encoded(
             raise UserError(f"{row.name}: {error} (sample_rate=48000)") from error
         return LeftOut(key, row.name, f"unencodable: {error}")
     info = probe(data)
-    return Clip(key, codec, data, info.frames, info.sample_rate, start_seconds)
+    return Packed(key, codec, data, info.frames, info.sample_rate, start_seconds)
 
 
 def _bound(recipe: Recipe) -> float:

@@ -4,33 +4,38 @@ One thing is done here: read a file from byte ``start`` on, and when the server 
 early, drops the connection or answers 5xx, go on from where it stopped, after a pause that doubles.
 A server that refuses ranges is read from the front again. HTTP goes through fsspec's aiohttp
 session (its ``cat_file`` would hold a whole shard in memory where ranges are refused); other
-stores are read in pieces by ``cat_file``. File systems are made once a process, so a forked loader
-worker has its own. Messages never show user names, passwords or signatures.
+stores are read in pieces by ``cat_file``. A server that trickles has stalled. File systems are made
+once a process, so a forked loader worker has its own, and all waiting ends with the run
+(``bat.data.ending``). Messages never show user names, passwords or signatures.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import errno
 import os
 import re
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
 import fsspec
-from fsspec.asyn import sync
 
+from bat.data.ending import POLL_SECONDS, go_on, pause
 from bat.data.sources import Patience, shown
 
 PIECE_BYTES = 4 << 20
 CRAWL_BYTES = 1 << 16
 """Less than this in ``timeout_seconds`` counts as silence."""
+SLOW_BYTES, SLOW_SECONDS = 10_000, 60.0
+"""Less than so many bytes a second, over so long, counts as silence too."""
 PROGRESS_BYTES = 1 << 20
-"""So much further, and the count of tries begins anew."""
+"""So much further, not slowly, and the count of tries begins anew."""
+LONGEST_PAUSE_SECONDS = 60.0
 STORE_PIECE_BYTES = 16 << 20
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
 """Not worth another try."""
@@ -80,13 +85,31 @@ def why(error: BaseException, url: str, patience: Patience) -> str:
     return re.sub(r"\?[^\s'\"]*", "", text)[:300] or type(error).__name__
 
 
+def _wait(system: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """The result of a coroutine of an asynchronous file system; ``OSError`` where the run ends."""
+    future = asyncio.run_coroutine_threadsafe(function(*args), system.loop)
+    try:
+        while not concurrent.futures.wait([future], POLL_SECONDS).done:
+            go_on()
+    except BaseException:
+        future.cancel()
+        raise
+    return future.result()
+
+
+async def _within(seconds: float, function: Callable[..., Awaitable[T]], *args: Any) -> T:
+    async with asyncio.timeout(seconds):
+        return await function(*args)
+
+
 class Tries:
-    """Counts failures: pauses after each, raises ``OSError`` after the last."""
+    """Counts failures: pauses after each, raises ``OSError`` after the last, or as the run ends."""
 
     def __init__(self, url: str, patience: Patience) -> None:
         self.url, self.patience, self.failures = url, patience, 0
 
     def after(self, error: Exception) -> None:
+        go_on()
         if isinstance(error, FINAL):
             if not isinstance(error, OSError):
                 raise error
@@ -98,7 +121,8 @@ class Tries:
             reason = f"{why(error, self.url, self.patience)} ({self.failures} tries)"
             message = f"{shown(self.url)} cannot be reached: {reason}"
             raise OSError(errno.EIO, message) from None
-        time.sleep(self.patience.backoff_seconds * 2 ** (self.failures - 1))
+        seconds = self.patience.backoff_seconds * 2.0 ** min(self.failures - 1, 20)
+        pause(min(seconds, LONGEST_PAUSE_SECONDS))
 
 
 def patiently(attempt: Callable[[], T], url: str, patience: Patience) -> T:
@@ -164,7 +188,7 @@ async def _gather(answer: aiohttp.ClientResponse, seconds: float) -> bytes:
 @contextlib.contextmanager
 def _answer(url: str, ranged: str, patience: Patience) -> Iterator[tuple[Any, Any]]:
     system, seconds = system_of(url), patience.timeout_seconds
-    answer = sync(system.loop, _get, system, url, ranged, seconds)
+    answer = _wait(system, _get, system, url, ranged, seconds)
     try:
         yield system, answer
     finally:
@@ -181,7 +205,7 @@ def _pieces(url: str, start: int, size: int | None, patience: Patience) -> Piece
         at, whole = _extent(answer)
         if at > start or (whole is not None and size is not None and whole != size):
             raise OSError(errno.EIO, f"it has {whole} bytes on the server, {size} were expected")
-        while data := sync(system.loop, _gather, answer, patience.timeout_seconds):
+        while data := _wait(system, _gather, answer, patience.timeout_seconds):
             if at + len(data) > start:
                 yield data[max(0, start - at) :]
             at += len(data)
@@ -192,12 +216,13 @@ def _store_pieces(url: str, start: int, size: int | None, patience: Patience) ->
     path = system._strip_protocol(url)
     end = size if size is not None else int(system.info(path)["size"])
     while start < end:
-        span = {"start": start, "end": min(start + STORE_PIECE_BYTES, end)}
+        go_on()
+        last = min(start + STORE_PIECE_BYTES, end)
         if system.async_impl:
             seconds = 4 * patience.timeout_seconds  # a whole piece of 16 MiB
-            data = sync(system.loop, system._cat_file, path, timeout=seconds, **span)
+            data = _wait(system, _within, seconds, system._cat_file, path, start, last)
         else:
-            data = system.cat_file(path, **span)  # has time limits of its own
+            data = system.cat_file(path, start, last)  # has time limits of its own
         if not data:
             return
         start += len(data)
@@ -212,18 +237,27 @@ def stream(url: str, *, start: int = 0, size: int | None = None, patience: Patie
 
     Raises:
         OSError: unreachable after ``patience.retries`` tries without progress; shorter than
-            ``size``. FileNotFoundError, PermissionError: at once.
+            ``size``; the run ends. FileNotFoundError, PermissionError: at once.
     """
     at = counted = start
     tries = Tries(url, patience)
     while size is None or at < size:
         try:
             with contextlib.closing(_pieces(url, at, size, patience)) as pieces:
+                base, waited, since = at, 0.0, time.monotonic()  # the taker's time is his own
                 for data in pieces:
                     at += len(data)
-                    if at - counted >= PROGRESS_BYTES:
+                    waited += time.monotonic() - since
+                    slow = at - base < SLOW_BYTES * waited
+                    if at - counted >= PROGRESS_BYTES and not slow:
                         counted, tries.failures = at, 0
                     yield data
+                    if waited >= SLOW_SECONDS:
+                        if slow and at != size:
+                            rate = (at - base) / waited / 1000
+                            raise OSError(errno.EIO, f"it sends {rate:.2g} kB/s only")
+                        base, waited = at, 0.0
+                    since = time.monotonic()
             if size is not None and at < size:
                 raise OSError(errno.EIO, f"the server sent {at} of {size} bytes")
             return

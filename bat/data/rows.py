@@ -23,7 +23,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from bat.data import shard_rows
 from bat.data.table import MAX_AUDIO_BYTES
 from bat.shapes import UserError
 from bat.tasks import audioset, eat, folder, parquet
-from bat.tasks.base import Row, load_task, read_csv
+from bat.tasks.base import LeftOut, Row, load_task, read_csv
 from bat.tasks.labels import Labels, Reading, labels_of, named
 
 
@@ -47,6 +47,8 @@ class Rows:
     """``folder, csv, audioset, eat, parquet, shards``, or the task that read it."""
     notes: list[str]
     """What a user should know of how it was read."""
+    left_out: list[LeftOut] = field(default_factory=list)
+    """What the source lists and does not hold; of ``split`` alone where one is asked for."""
 
 
 def open_rows(
@@ -79,12 +81,12 @@ def open_rows(
         found = _READERS[kind](source, names, split)
         kind = "csv" if kind == "folder" and source.is_file() else kind
     else:
-        rows, vocabulary = load_task(kind).read(source)
-        found = Reading(rows, vocabulary, [])
-        if names is not None:
-            found = named(rows, names, source)
+        own = load_task(kind)
+        rows, vocabulary = own.read(source)
+        found = Reading(rows, vocabulary, []) if names is None else named(rows, names, source)
+        found = replace(found, left_out=own.left_out(source) if own.left_out else [])
     notes = found.notes + _layout_notes(source, kind, task)
-    rows = found.rows
+    rows, left_out = found.rows, found.left_out
     for name in sorted({row.split for row in rows if row.split is not None}):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name, re.ASCII):
             raise UserError(
@@ -93,14 +95,17 @@ def open_rows(
             )
     if split is not None:
         known = sorted({row.split for row in rows if row.split is not None})
+        if split not in known and folder.split_of(split) in known:
+            split = folder.split_of(split)  # as the folder is called
         rows = [row for row in rows if row.split == split]
+        left_out = [entry for entry in left_out if entry.split in (None, split)]
         if not rows:
             raise UserError(
                 f"{source} has no split {split!r}: it has {', '.join(known) or 'no splits'}"
             )
     if not rows:
         raise UserError(f"{source} holds no clips")
-    return Rows(_unique(rows, source), found.vocabulary, kind, notes)
+    return Rows(_unique(rows, source), found.vocabulary, kind, notes, left_out)
 
 
 def detect(source: Path) -> str:

@@ -22,6 +22,8 @@ from bat.data.collate import Rows
 from bat.data.module import StreamData, worker_init
 from bat.data.plan import CROP, ROLL, below, philox
 from bat.data.sequential import SequentialClips
+from bat.data.sources import Patience, Shard, find
+from bat.data.splits import choose_split
 from bat.data.stream import CROP_SLACK, as_it_is, clip_samples
 from bat.shapes import Clip, Skipped, UserError, WaveBatch
 
@@ -51,7 +53,7 @@ class SequentialBatches(IterableDataset[WaveBatch]):
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         reader, readers = self.clips.rank * workers + number, self.clips.world * workers
         samples = clip_samples(self.clip_seconds, self.sample_rate)
-        clips, count = iter(self.clips), 0
+        clips, count, failures = iter(self.clips), 0, 0
         while True:
             rows, keys, positions = Rows(self.batch, samples), list[str](), list[int]()
             skipped: list[Skipped] = []
@@ -64,12 +66,14 @@ class SequentialBatches(IterableDataset[WaveBatch]):
                     rows.keep(*self._fill(rows.next, clip, position))
                 except DecodeError as error:
                     skipped.append(Skipped(clip.key, clip.shard, error.kind, str(error), position))
-                    if len(skipped) > TOO_MANY_IN_A_ROW:
+                    failures += 1
+                    if failures > TOO_MANY_IN_A_ROW:
                         raise UserError(
-                            f"{len(skipped)} unreadable clips in a row (the last: {clip.key}, "
+                            f"{failures} unreadable clips in a row (the last: {clip.key}, "
                             f"{error}): check the shards"
                         ) from error
                     continue
+                failures = 0
                 keys.append(clip.key)
                 positions.append(position)
             waves, lengths = rows.tensors()
@@ -108,12 +112,13 @@ class SequentialData(StreamData):
 
     Args:
         shards: as ``open_index`` takes them, compressed tars too.
+        split: as ``choose_split``: a name, ``all``, or ``auto`` (``train`` where there is one).
         batch, sample_rate, clip_seconds, seed, roll, min_seconds, workers, max_bad, out: as
             ``AudioData``.
         retries, timeout_seconds: of remote shards, as ``open_index``.
 
     Raises:
-        UserError: nothing there, a value out of range.
+        UserError: nothing there, a split that is not there, a value out of range.
     """
 
     def __init__(
@@ -123,6 +128,7 @@ class SequentialData(StreamData):
         batch: int,
         sample_rate: int,
         clip_seconds: float,
+        split: str = "auto",
         seed: int = 0,
         roll: bool = False,
         min_seconds: float = 0.0,
@@ -144,13 +150,16 @@ class SequentialData(StreamData):
             "min_seconds": min_seconds,
         }
         self._patience = {"retries": retries, "timeout_seconds": timeout_seconds}
-        self.sources = list(shards)
-        self.shards = self._clips(epoch=0).shards
+        patience = Patience(retries, timeout_seconds)
+        found = [shard for source in shards for shard in find(source, patience)]
+        self.shards, self.splits = choose_split(found, split, patience)
+        self._hash = _identity(self.shards, self.splits)
 
     def _clips(self, *, epoch: int) -> SequentialClips:
         rank, world = self._ranks()
         return SequentialClips(
-            self.sources,
+            self.shards,
+            splits=self.splits,
             seed=self.seed,
             epoch=epoch,
             rank=rank,
@@ -162,9 +171,8 @@ class SequentialData(StreamData):
         return next(iter(SequentialBatches(self._clips(epoch=0), **self._decoding)))
 
     def facts(self) -> dict[str, Any]:
-        names = "\0".join(shard.name for shard in self.shards)
         return {
-            "hash": hashlib.sha256(names.encode()).hexdigest(),
+            "hash": self._hash,
             "shards": len(self.shards),
             "order": "front to end, not exactly resumable",
         }
@@ -191,3 +199,15 @@ class SequentialData(StreamData):
             "seed": self.seed,
             "global batch": self._size * accumulate,
         }
+
+
+def _identity(shards: Sequence[Shard], splits: frozenset[str] | None) -> str:
+    """Digest of what is read: names of the shards, sizes of those that lie here, splits."""
+    digest = hashlib.sha256(repr(None if splits is None else sorted(splits)).encode())
+    for shard in shards:
+        try:
+            size = shard.place.stat().st_size if isinstance(shard.place, Path) else -1
+        except OSError:
+            size = -1  # counted when it is read
+        digest.update(f"\0{shard.split}/{shard.name}\0{size}".encode())
+    return digest.hexdigest()

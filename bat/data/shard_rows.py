@@ -17,9 +17,10 @@ from typing import Any
 from bat.data.manifest import Manifest
 from bat.data.sources import find
 from bat.data.table import parse_labels, read_contents
-from bat.data.tar import escape_key
+from bat.data.tar import escape_key, sample_key
 from bat.shapes import UserError
-from bat.tasks.base import Row
+from bat.tasks.base import LeftOut, Row
+from bat.tasks.folder import split_of
 from bat.tasks.labels import Labels, Reading, by_number, named
 
 
@@ -29,13 +30,16 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
     Raises:
         UserError: no shards, no audio in them, an unknown label, manifests that disagree.
     """
-    tars = [(Path(shard.place), shard.split or None) for shard in find(source)]
+    tars = [(Path(shard.place), split_of(shard.split) or None) for shard in find(source)]
     rows: list[Row] = []
     pairs: set[tuple[str, int]] = set()
-    left_out: Counter[str] = Counter()
+    left_out: list[LeftOut] = []
     for tar, folder in tars:
         found = read_contents(tar)
-        left_out.update(found.left_out.values())
+        left_out += [
+            LeftOut(sample_key(name), f"{tar.name}/{name}", why, folder)
+            for name, why in found.left_out.items()
+        ]
         for key, (member, suffix) in found.audio.items():
             meta = found.metas.get(key, {})
             pairs.update(listed := parse_labels(meta))
@@ -64,8 +68,9 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
                 raise UserError(f"label {strange[0]!r} is not in the manifest's vocabulary")
         order = given or by_number(pairs)
         reading = replace(reading, vocabulary=order) if order else reading
-    notes = [f"{n} members of the shards left out: {why}" for why, n in left_out.most_common()]
-    return replace(reading, notes=notes + reading.notes)
+    why = Counter(entry.reason for entry in left_out)
+    notes = [f"{n} members of the shards left out: {reason}" for reason, n in why.most_common()]
+    return replace(reading, notes=notes + reading.notes, left_out=left_out)
 
 
 def _given(folders: Sequence[Path]) -> list[str] | None:

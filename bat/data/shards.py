@@ -3,76 +3,34 @@
 ``shard-%05d.tar`` holds ``KEY.ext`` + ``KEY.json`` (``id, label, label_id, sample_rate,
 num_samples, start_seconds`` and, where there are such, ``mid, fold, split``), beside it its index
 (``table.py``). ``manifest.json`` is written last: where it lies, the set is complete. Each clip is
-decoded once before it goes in (``prepare.py``), so a shard holds only what can be read; the rest is
+decoded once before it goes in (``pack.py``), so a shard holds only what can be read; the rest is
 listed in the manifest with its reason. The same files and options give the same bytes, with any
 number of processes and after any interruption (``journal.py``): rows in their order, one time
-stamp, no user. A clip goes to disk as it comes, so memory does not grow with the shard.
-
-Departure: webdataset's ``TarWriter`` would import torch; ``_Shard`` writes the bytes that it does.
+stamp, no user. A clip goes to disk as it comes (``shard_file.py``), so memory does not grow with
+the shard. A set that is complete is not written again, unless its shards are not those of the
+manifest any more.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tarfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from bat.data.journal import MARKER as MARKER
 from bat.data.journal import Finished, Journal, Place, claimed
 from bat.data.manifest import Counts, Manifest, source_hash
+from bat.data.pack import Channels, Codec, Outcome, Packed, Recipe, Work, pack, works_of
 from bat.data.pool import ordered_map
-from bat.data.prepare import Channels, Clip, Codec, LeftOut, Recipe, Work, plan, prepare
-from bat.data.table import ShardTable, scan
+from bat.data.shard_file import ShardFile
 from bat.data.tar import BLOCK, escape_key
 from bat.shapes import UserError
-from bat.tasks.base import Row, Task
-
-
-class _Shard:
-    """One tar being written under a temporary name, hashed on its way."""
-
-    def __init__(self, out: Path, number: int) -> None:
-        self.path = out / f"shard-{number:05d}.tar"
-        self.temp = out / f".{self.path.name}.tmp"
-        self.file: BinaryIO = self.temp.open("wb")
-        self.sha256 = hashlib.sha256()
-        self.clips = self.bytes = 0
-
-    def add(self, key: str, clip: Clip, meta: bytes) -> None:
-        for suffix, data in sorted({clip.suffix: clip.data, "json": meta}.items()):
-            header = tarfile.TarInfo(f"{key}.{suffix}")
-            header.size, header.mode, header.mtime = len(data), 0o644, 0
-            header.uname = header.gname = "bat"
-            self._write(header.tobuf(tarfile.USTAR_FORMAT))
-            self._write(data)
-            self._write(bytes(-len(data) % BLOCK))
-        self.clips += 1
-
-    def finish(self) -> ShardTable:
-        """Close, index, and give the tar its name."""
-        self._write(bytes(2 * BLOCK))
-        self._write(bytes(-self.bytes % tarfile.RECORDSIZE))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        table = scan(self.temp, self.sha256.hexdigest())
-        assert len(table.clips) == self.clips, "the scanner disagrees with the writer"
-        os.replace(self.temp, self.path)
-        table.save(self.path.with_suffix(".idx.npz"))
-        return table
-
-    def _write(self, data: bytes) -> None:
-        self.sha256.update(data)
-        self.bytes += len(data)
-        self.file.write(data)
+from bat.tasks.base import LeftOut, Row, Task
 
 
 def write_shards(
@@ -86,6 +44,8 @@ def write_shards(
     min_seconds: float | None = None,
     shard_bytes: int = 1_000_000_000,
     vocabulary: Sequence[str] | None = None,
+    left_out: Sequence[LeftOut] = (),
+    mend: bool = False,
     jobs: int = 1,
     progress: bool = False,
 ) -> Manifest:
@@ -101,6 +61,8 @@ def write_shards(
         min_seconds: leave out what is shorter; None: nothing, but of a recording that was cut the
             last piece where it is under half of ``clip_seconds``.
         vocabulary: class names in the order of their ids; None: the labels met, sorted.
+        left_out: what the source lists and does not hold, for the manifest's list.
+        mend: write a complete set again whose shards are damaged; otherwise that is an error.
         jobs: processes that decode and encode.
 
     Returns:
@@ -108,8 +70,8 @@ def write_shards(
         that an interrupted call finished are kept.
 
     Raises:
-        UserError: nothing readable, a label outside the vocabulary, ``out`` in use otherwise, an
-            option that cannot be met, a process that died.
+        UserError: nothing readable, a label outside the vocabulary, ``out`` in use otherwise or
+            damaged, an option that cannot be met, a process that died.
     """
     recipe = Recipe(codec, sample_rate, channels, clip_seconds, min_seconds)
     recipe.check()
@@ -123,21 +85,37 @@ def write_shards(
         if label not in names:
             raise UserError(f"label {label!r} is not among the {len(names)} classes given")
     source = _source(rows, recipe, shard_bytes, list(names))
-    done = Manifest.load(out)
-    if done is not None and done.source == source:
+    done = _complete(out, source, mend)
+    if done is not None:
         return done
     with claimed(out, source) as journal:
-        done = Manifest.load(out)  # another process may have finished it meanwhile
-        if done is not None and done.source == source:
-            return done
+        done = _complete(out, source, mend)  # another process may have finished it meanwhile
         if done is not None:
+            return done
+        done = Manifest.load(out)
+        if done is not None and done.source == source:  # damaged: as if it had never been complete
+            (out / "manifest.json").unlink()
+        elif done is not None:
             raise UserError(
                 f"{out} already holds a complete set of {done.clips} clips from other files or "
                 f"options: give another folder, or remove it"
             )
         manifest = _Writer(journal, recipe, shard_bytes, names).write(rows, jobs, progress)
+        manifest = replace(manifest, left_out=[*map(_listed, left_out), *manifest.left_out])
         manifest.save(out)
     return manifest
+
+
+def _complete(out: Path, source: str, mend: bool) -> Manifest | None:
+    """The manifest of ``out`` where it holds this set; None also where it is to be mended."""
+    done = Manifest.load(out)
+    damage = None if done is None or done.source != source else done.damage(out)
+    if damage is not None and not mend:
+        raise UserError(
+            f"{out} holds this set, but {damage}: copy it again, or remove the folder and run "
+            f"the same command to write it anew"
+        )
+    return done if done is not None and done.source == source and damage is None else None
 
 
 class _Writer:
@@ -152,7 +130,7 @@ class _Writer:
         self.keys: set[str] = set()
         self.left_out: list[dict[str, str]] = []
         self.recorded = 0  # of left_out, in the journal
-        self.shard: _Shard | None = None
+        self.shard: ShardFile | None = None
         self.start = Place()
         for finished, table in journal.resume():
             self.counts.add(finished.name, table)
@@ -166,9 +144,13 @@ class _Writer:
 
         given: deque[tuple[int, int, Work]] = deque()  # to the processes, not yet back
 
+        ended = -1  # the row that has nothing left to give
+
         def works() -> Iterator[Work]:
             for r in range(self.start.row, len(rows)):
-                for w, work in enumerate(plan(rows[r], self.recipe)):
+                for w, work in enumerate(works_of(rows[r], self.recipe)):
+                    if r == ended:
+                        break
                     if (r, w) >= self.start[:2]:
                         given.append((r, w, work))
                         yield work
@@ -177,16 +159,21 @@ class _Writer:
         begun = self.start.row
         bar = tqdm(total=len(rows), initial=begun, bar_format=form, disable=not progress)
         before = len(self.keys)
-        results = ordered_map(partial(prepare, recipe=self.recipe), works(), jobs=jobs)
+        results = ordered_map(partial(pack, recipe=self.recipe), works(), jobs=jobs)
         try:
             with closing(results), bar:
-                for outcomes in results:
+                for outcome in results:
                     r, w, work = given.popleft()
-                    self._take(outcomes, work.row, r, w)
+                    if r == ended:  # given before that was known
+                        continue
+                    self._take(outcome, work.row, r, w)
                     seconds = max(bar.format_dict["elapsed"], 1e-3)
                     new = len(self.keys) - before
                     bar.set_postfix_str(f"{new / seconds:.1f} clips/s", refresh=False)
                     bar.update(min(work.share, len(rows) - bar.n))  # the last bit of a sum
+                    if outcome.ended:
+                        ended = r
+                        bar.update(max(0, r + 1 - bar.n))
             if self.shard is not None:
                 self._finish(Place(len(rows)))
         finally:
@@ -201,16 +188,15 @@ class _Writer:
             )
         return self.counts.manifest(left_out=self.left_out, source=self.journal.source)
 
-    def _take(self, outcomes: list[Clip | LeftOut], row: Row, r: int, w: int) -> None:
+    def _take(self, outcome: Outcome, row: Row, r: int, w: int) -> None:
         skip = self.start.clip if (r, w) == self.start[:2] else 0
-        for i, outcome in enumerate(outcomes[skip:], start=skip):
-            if isinstance(outcome, Clip):
-                self._add(outcome, row, Place(r, w, i))
+        for i, clip in enumerate(outcome.clips[skip:], start=skip):
+            if isinstance(clip, Packed):
+                self._add(clip, row, Place(r, w, i))
             else:
-                key, file, reason = outcome
-                self.left_out.append({"key": key, "file": file, "reason": reason})
+                self.left_out.append(_listed(clip))
 
-    def _add(self, clip: Clip, row: Row, place: Place) -> None:
+    def _add(self, clip: Packed, row: Row, place: Place) -> None:
         meta = json.dumps(_meta(clip, row, self.names), ensure_ascii=False).encode()
         size = sum(-(-len(part) // BLOCK) * BLOCK + BLOCK for part in (clip.data, meta))
         if self.shard is not None and self.shard.bytes + size > self.shard_bytes:
@@ -220,7 +206,7 @@ class _Writer:
             key = escape_key(f"{clip.id}#{len(self.keys)}")
         self.keys.add(key)
         if self.shard is None:
-            self.shard = _Shard(self.journal.out, len(self.counts.shards))
+            self.shard = ShardFile(self.journal.out, len(self.counts.shards))
         self.shard.add(key, clip, meta)
 
     def _finish(self, place: Place) -> None:
@@ -233,7 +219,12 @@ class _Writer:
         self.shard = None
 
 
-def _meta(clip: Clip, row: Row, names: dict[str, int]) -> dict[str, Any]:
+def _listed(entry: LeftOut) -> dict[str, str]:
+    """As the manifest lists it."""
+    return {"key": entry.key, "file": entry.file, "reason": entry.reason}
+
+
+def _meta(clip: Packed, row: Row, names: dict[str, int]) -> dict[str, Any]:
     meta: dict[str, Any] = {
         "id": clip.id,
         "label": list(row.labels),
@@ -266,8 +257,9 @@ def ensure_shards(
 ) -> Path:
     """The folder of shards of ``root`` in ``cache``, written unless it is there already.
 
-    The folder's name is ``TASK-HASH`` with a hash over files, sizes, labels and options, so a
-    changed data set gets a new one. Several processes may ask at once: one writes, others wait.
+    The folder's name is ``TASK-HASH`` with a hash over files, labels and options
+    (``manifest.source_hash``), so a changed data set gets a new one; one that lost a shard is
+    written again. Several processes may ask at once: one writes, others wait.
 
     Raises:
         UserError: as ``Task.read`` and ``write_shards``.
@@ -275,6 +267,9 @@ def ensure_shards(
     rows, vocabulary = task.read(root)
     source = _source(rows, Recipe(codec, sample_rate), shard_bytes, vocabulary)
     out = Path(cache) / f"{task.name}-{source[:12]}"
+    absent: Sequence[LeftOut] = ()
+    if task.left_out is not None and _complete(out, source, mend=True) is None:
+        absent = task.left_out(Path(root))
     write_shards(
         rows,
         out,
@@ -282,6 +277,8 @@ def ensure_shards(
         sample_rate=sample_rate,
         shard_bytes=shard_bytes,
         vocabulary=vocabulary,
+        left_out=absent,
+        mend=True,
         jobs=jobs,
         progress=progress,
     )

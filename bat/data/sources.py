@@ -13,8 +13,9 @@ import glob
 import re
 from pathlib import Path
 from typing import NamedTuple, overload
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
+import bat.data.ending  # noqa: F401  (before any worker is forked)
 from bat.shapes import UserError
 
 COMPRESSED = (".tar.gz", ".tgz")
@@ -27,6 +28,11 @@ REFUSED = {
     **dict.fromkeys(("cached", "filecache", "simplecache", "blockcache"), "bat has its own cache"),
     **dict.fromkeys(("async_wrapper", "asyncwrapper", "asynclocal"), "give the path itself"),
 }
+SIGNATURE = re.compile(
+    r"x-(amz|goog|oss|ms)-.*|sig(nature)?|expires|token|access_?token|key-pair-id|policy|se|sp|sv"
+    r"|sr|st|spr|awsaccesskeyid|googleaccessid",
+    re.IGNORECASE,
+)
 
 
 class NotIndexable(UserError):  # noqa: N818
@@ -67,6 +73,20 @@ class Shard(NamedTuple):
     def compressed(self) -> bool:
         return self.name.endswith(COMPRESSED)
 
+    @property
+    def identity(self) -> str:
+        """The same for two shards that are one, however they were named."""
+        return str(self.place.resolve()) if isinstance(self.place, Path) else identity(self.place)
+
+    def called(self, depth: int) -> str:
+        """The last ``depth`` parts of where it lies, its name being the last; no query."""
+        if isinstance(self.place, Path):
+            folders = self.place.parent.resolve().parts
+        else:
+            parts = urlsplit(shown(self.place))
+            folders = (parts.netloc, *unquote(parts.path).strip("/").split("/")[:-1])
+        return "/".join([*folders, self.name][-depth:])
+
 
 def is_url(source: str | Path) -> bool:
     return isinstance(source, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", source) is not None
@@ -76,6 +96,12 @@ def shown(url: str) -> str:
     """``url`` as a message may show it: no user name, password, query (signatures) or fragment."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def identity(url: str) -> str:
+    """``url`` without credentials: the same shard signed anew is the same shard."""
+    query = [(k, v) for k, v in parse_qsl(urlsplit(url).query) if not SIGNATURE.fullmatch(k)]
+    return shown(url) + "?" + urlencode(sorted(query))
 
 
 @overload
@@ -118,14 +144,12 @@ def find(source: str | Path, patience: Patience | None = None) -> list[Shard]:
 
 def _local(path: Path, text: str) -> list[Shard]:
     if path.is_dir():
-        tars = _tars(path)
-        if tars:
-            return [Shard(p) for p in tars]
+        tars = [Shard(p) for p in _tars(path)]
         below = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         deeper = [Shard(p, folder.name) for folder in below for p in _tars(folder)]
-        if not deeper:
+        if not tars and not deeper:
             raise UserError(f"{path} holds no .tar shards: bat-shard makes some")
-        return deeper
+        return _one_kind(str(path), tars + deeper)
     if not path.exists():
         found = [Path(p) for p in sorted(glob.glob(text))] if glob.has_magic(text) else []
         if not found:
@@ -137,11 +161,25 @@ def _local(path: Path, text: str) -> list[Shard]:
 
 
 def _tars(folder: Path) -> list[Path]:
-    """The tars of ``folder``; compressed ones where there are no others."""
+    """The tars of ``folder``, sorted."""
     if (folder / ".bat-shard-in-progress").exists() and not (folder / "manifest.json").exists():
         raise UserError(f"{folder} is unfinished: run the bat-shard command that made it again")
-    plain = sorted(folder.glob("*.tar"))
-    return plain or sorted(p for s in COMPRESSED for p in folder.glob("*" + s))
+    return sorted(p for suffix in SUFFIXES for p in folder.glob("*" + suffix))
+
+
+def _one_kind(folder: str, shards: list[Shard]) -> list[Shard]:
+    """``shards`` of ``folder``; ``UserError`` where it is not clear which of them are meant."""
+    kinds: dict[tuple[bool, bool], str] = {}
+    for shard in shards:
+        deep = f"{shard.split}/" if shard.split else ""
+        kinds.setdefault((bool(deep), shard.compressed), f"{deep}{shard.name}")
+    if len(kinds) > 1:
+        one, other, *_ = kinds.values()
+        raise UserError(
+            f"{folder} holds {one} and {other}: two kinds of shards. Say which are meant, as "
+            f"'{folder}/*.tar' or a sub-folder, or list both"
+        )
+    return shards
 
 
 def _checked(url: str) -> str:
@@ -185,19 +223,16 @@ def _remote(url: str, patience: Patience) -> list[Shard]:
     if manifest is not None:
         return [Shard(join(folder, entry.name)) for entry in manifest.shards]
     names = listing(folder, patience)
-    if not any(name.endswith(SUFFIXES) for name in names):
-        below = [name.rstrip("/") for name in names if name.endswith("/")]
-        found = [
-            Shard(f"{folder}/{name}/{tar}", name)
-            for name in below
-            for tar in listing(f"{folder}/{name}", patience)
-            if tar.endswith(SUFFIXES)
-        ]
-    else:
-        found = [Shard(f"{folder}/{name}") for name in names if name.endswith(SUFFIXES)]
+    found = [Shard(f"{folder}/{name}") for name in names if name.endswith(SUFFIXES)]
+    found += [
+        Shard(f"{folder}/{name}/{tar}", name)
+        for name in (name.rstrip("/") for name in names if name.endswith("/"))
+        for tar in listing(f"{folder}/{name}", patience)
+        if tar.endswith(SUFFIXES)
+    ]
     if not found:
         raise UserError(
             f"{shown(url)} has no manifest.json and lists no .tar: name the shards, as in "
             f"{shown(folder)}/shard-{{00000..00041}}.tar"
         )
-    return found
+    return _one_kind(shown(folder), found)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -100,7 +102,9 @@ def members(file: BinaryIO, path: Path) -> Iterator[Member]:
         if kind in (b"x", b"L"):
             data = os.pread(fd, min(member.size, MAX_EXTENDED_BYTES), member.offset)
             try:
-                longer = pax_records(data) if kind == b"x" else {"path": data.rstrip(b"\0").decode()}
+                longer = (
+                    pax_records(data) if kind == b"x" else {"path": data.rstrip(b"\0").decode()}
+                )
                 longer["size"] = str(int(longer.get("size", -1)))
             except (ValueError, IndexError) as error:
                 raise UserError(f"{path} is damaged at byte {at}: {error}") from error
@@ -121,9 +125,15 @@ def sample_key(member: str) -> str:
     return escape_key(os.path.splitext(member.removeprefix("./"))[0])
 
 
+def temporary(path: Path) -> Path:
+    """A name beside ``path`` that no other process has, not on another machine either."""
+    host = re.sub(r"[^A-Za-z0-9-]", "_", socket.gethostname())[:40]
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace ``path`` by a file of ``data``, so that a reader sees the old one or the new one."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temp = temporary(path)
     try:
         with temp.open("wb") as file:
             file.write(data)

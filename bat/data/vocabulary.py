@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from bat.data.table import ShardTable
 from bat.shapes import UserError
+from bat.tasks.labels import by_number
 
 
 def joint_vocabulary(tables: Sequence[ShardTable], given: Sequence[list[str]]) -> list[str]:
     """Class names in the order of their indices.
 
-    From the manifests where there are some; else by ``label_id`` where every label has one and
-    they agree (a number that does not occur is called ``class N``); else the names, sorted.
+    From the manifests where there are some; else by ``label_id`` (``by_number``); else the names,
+    sorted.
 
     Args:
         given: the vocabularies of the manifests.
@@ -38,8 +39,4 @@ def joint_vocabulary(tables: Sequence[ShardTable], given: Sequence[list[str]]) -
             )
         return list(given[0])
     pairs = {pair for t in tables for pair in zip(t.names, t.ids, strict=True)}
-    ids = {number for _, number in pairs}
-    if pairs and len(pairs) == len(names) == len(ids) and min(ids) >= 0 and max(ids) < 100_000:
-        by_id = {number: name for name, number in pairs}
-        return [by_id.get(i, f"class {i}") for i in range(max(ids) + 1)]
-    return sorted(names)
+    return by_number(pairs) or sorted(names)

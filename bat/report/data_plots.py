@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bat.report.plots import COLOURS, _figure
+from bat.report.plots import COLOURS, figure
 
 NAMED = 30
 """Classes drawn as named bars; more are drawn as a curve over their rank."""
@@ -39,8 +39,8 @@ def plot_data(
     """
     path = Path(path)
     seconds = np.asarray(seconds, dtype=np.float64)
-    with _figure(path, 2, 3, figsize=(14, 8.2)) as (figure, axes):
-        figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    with figure(path, 2, 3, figsize=(14, 8.2)) as (fig, axes):
+        fig.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
         _classes(axes[0, 0], classes)
         _lengths(axes[0, 1], seconds[~np.isnan(seconds)], int(np.isnan(seconds).sum()))
         counts = {str(k): labels_per_clip[k] for k in sorted(labels_per_clip)}

@@ -37,7 +37,7 @@ STYLE: Any = {
 
 
 @contextmanager
-def _figure(path: Path, rows: int = 1, columns: int = 1, **settings: Any) -> Iterator[Any]:
+def figure(path: Path, rows: int = 1, columns: int = 1, **settings: Any) -> Iterator[Any]:
     """A figure and its axes, written to ``path`` and closed at the end."""
     import matplotlib
 
@@ -45,13 +45,13 @@ def _figure(path: Path, rows: int = 1, columns: int = 1, **settings: Any) -> Ite
     from matplotlib import pyplot as plt
 
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, layout="constrained", squeeze=False, **settings)
+        fig, axes = plt.subplots(rows, columns, layout="constrained", squeeze=False, **settings)
         try:
-            yield figure, axes
+            yield fig, axes
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)
+            fig.savefig(path)
         finally:
-            plt.close(figure)
+            plt.close(fig)
 
 
 def plot_masks(
@@ -77,7 +77,7 @@ def plot_masks(
     side_t, side_f = frames // grid.time, mels // grid.freq
     seconds = frames * hop_ms / 1000
     where = {"extent": (0.0, seconds, 0.0, float(mels)), "aspect": "auto", "origin": "lower"}
-    with _figure(path, n, 2, figsize=(10, 0.6 + 1.75 * n), sharex=True, sharey=True) as (fig, axes):
+    with figure(path, n, 2, figsize=(10, 0.6 + 1.75 * n), sharex=True, sharey=True) as (fig, axes):
         for row in range(n):
             left, right = axes[row]
             for axis in (left, right):
@@ -111,7 +111,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     losses = sorted({k for r in rows for k in r if "loss" in k.lower() and _is_number(r[k])})
     rates = sorted({k for r in rows for k in r if _is_rate(k) and _is_number(r[k])})
     settings = {"figsize": (8, 5.4), "sharex": True, "height_ratios": (3, 1.2)}
-    with _figure(path, 2, 1, **settings) as (_, axes):
+    with figure(path, 2, 1, **settings) as (_, axes):
         top, bottom = axes[:, 0]
         for i, key in enumerate(losses):
             x, y = _series(rows, key)
@@ -140,7 +140,7 @@ def plot_layer_gates(gates: Mapping[str, ArrayLike], path: str | Path) -> Path:
     tables = {name: np.atleast_2d(np.asarray(gate, dtype=float)) for name, gate in gates.items()}
     L = max((t.shape[1] for t in tables.values()), default=1)
     inches = min(13.0, max(7.5, 4.5 + 0.4 * L * max(1, len(tables)) ** 0.5))
-    with _figure(path, figsize=(inches, 3.8)) as (_, axes):
+    with figure(path, figsize=(inches, 3.8)) as (_, axes):
         axis = axes[0, 0]
         width = 0.8 / max(1, len(tables))
         for i, (name, table) in enumerate(tables.items()):
@@ -167,7 +167,7 @@ def plot_folds(
     path = Path(path)
     names = sorted({fold for scores in folds.values() for fold in scores})
     inches = min(12.0, max(6.5, 4 + 0.4 * len(names) * max(1, len(folds))))
-    with _figure(path, figsize=(inches, 3.8)) as (_, axes):
+    with figure(path, figsize=(inches, 3.8)) as (_, axes):
         axis = axes[0, 0]
         width = 0.8 / max(1, len(folds))
         for i, (method, scores) in enumerate(folds.items()):
@@ -204,7 +204,7 @@ def plot_probe_curve(
     """
     path = Path(path)
     methods = sorted({r["method"] for r in rows})
-    with _figure(path, figsize=(8, 4.4)) as (_, axes):
+    with figure(path, figsize=(8, 4.4)) as (_, axes):
         axis = axes[0, 0]
         for i, method in enumerate(methods):
             own = sorted((r for r in rows if r["method"] == method), key=lambda r: r["step"])

@@ -4,7 +4,7 @@ The folder holds AudioSet's own files as they are downloaded: one or more segmen
 (``*_segments.csv``: comment lines, then ``YTID, start_seconds, end_seconds, "mid,mid"``), the names
 of the classes and the clips, anywhere below: ``YTID.ext``, ``YYTID.ext`` or either with ``_START``
 (seconds, or milliseconds as some downloaders write) before the suffix. Segments without a file are
-left out (much of AudioSet is gone); none at all is an error.
+left out and listed (much of AudioSet is gone); none at all is an error.
 
 Names: ``class_labels_indices.csv`` (``index,mid,display_name``), which has the official order; with
 ``ontology.json`` alone the classes are those that the segments name, sorted.
@@ -18,9 +18,12 @@ import csv
 from pathlib import Path
 
 from bat.shapes import UserError
-from bat.tasks.base import Row, Task
+from bat.tasks.base import LeftOut, Row, Task
 from bat.tasks.folder import find_audio
 from bat.tasks.labels import Labels, Reading, labels_beside
+
+NO_FILE = "no file"
+"""Reason of a segment that is left out."""
 
 
 def class_names(root: Path) -> Labels:
@@ -80,6 +83,7 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
     for path in find_audio(root):
         files.setdefault(path.stem, path)
     found: dict[str, Row] = {}
+    absent: dict[str, LeftOut] = {}
     met: set[str] = set()
     listed = 0
     for table in tables:
@@ -90,10 +94,13 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
             tails = ("", f"_{start:g}", f"_{start:.3f}", f"_{round(start * 1000)}")
             stems = (f"{y}{name}{tail}" for tail in tails for y in ("Y", ""))
             stem = next((s for s in stems if s in files), None)
-            if stem is not None and f"Y{name}" not in found:
-                found[f"Y{name}"] = Row(
+            key = f"Y{name}"
+            if stem is None:
+                absent.setdefault(key, LeftOut(key, key, NO_FILE, split))
+            elif key not in found:
+                found[key] = Row(
                     path=files[stem],
-                    key=f"Y{name}",
+                    key=key,
                     labels=tuple(mids),
                     split=split,
                     start_seconds=start,
@@ -103,9 +110,10 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
             f"none of the {listed} segments of {root} has an audio file below it: clips are "
             f"called YTID.ext, YYTID.ext or YTID_START.ext"
         )
+    left_out = [entry for key, entry in absent.items() if key not in found]
     notes = []
-    if len(found) < listed:
-        notes.append(f"{listed - len(found)} of {listed} segments have no audio file: left out")
+    if left_out:
+        notes.append(f"{len(left_out)} of {listed} segments have no audio file: left out")
     translated = labels.translate(found.values())
     every = labels.translate([Row(path=tables[0], key="", labels=tuple(sorted(met)))])
     if not labels.numbers:
@@ -113,11 +121,15 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
             f"{labels.path.name} has no order of classes: they are the {len(met)} that the "
             f"segments name, sorted; class_labels_indices.csv has the official order"
         )
-    return Reading(translated, labels.vocabulary(every), notes)
+    return Reading(translated, labels.vocabulary(every), notes, left_out)
 
 
 def rows(root: Path) -> list[Row]:
     return read(root).rows
+
+
+def left_out(root: Path) -> list[LeftOut]:
+    return read(root).left_out
 
 
 def vocabulary(root: Path) -> list[str]:
@@ -134,4 +146,5 @@ TASK = Task(
     frames=1024,
     classes=527,
     vocabulary=vocabulary,
+    left_out=left_out,
 )

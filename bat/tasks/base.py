@@ -13,7 +13,7 @@ import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from bat.shapes import UserError
 
@@ -63,6 +63,16 @@ class Row:
         return f"{self.path.name}/{self.key}" if inside else self.path.name
 
 
+class LeftOut(NamedTuple):
+    """A clip that the source names and that is not among its rows, or not in the shards."""
+
+    key: str
+    file: str
+    reason: str
+    split: str | None = None
+    """That the clip would have had."""
+
+
 @dataclass(frozen=True)
 class Task:
     """Rows and constants. ``read`` is ``rows`` with the checks that every task wants."""
@@ -79,6 +89,8 @@ class Task:
     """Number of classes where the task fixes it; ``read`` checks it."""
     vocabulary: Callable[[Path], list[str]] | None = None
     """Class names in the order of their indices; None: the labels that occur, sorted."""
+    left_out: Callable[[Path], list[LeftOut]] | None = None
+    """What the source lists and does not hold; None: nothing, or it is not known."""
     label_sets: tuple[frozenset[str], ...] = ()
     """The class names of the published files, in each of their spellings; empty: any names."""
     adapts: bool = False

@@ -2,7 +2,8 @@
 
 Folder: where the audio lies in two or more sub-folders, the name of a file's parent folder is its
 label; otherwise the clips are unlabelled (good for pre-training). Where all of it lies below
-folders called ``train``, ``test`` and the like, these are splits, and each is read in that way.
+folders called ``train``, ``Testing`` and the like (``SPLITS``), these are the splits ``train``,
+``valid`` and ``test``, and each is read in that way.
 
 CSV: columns ``path`` (relative to the CSV, or absolute) and at will ``label`` (one, taken as it
 stands), ``labels`` (several, separated by ``;``, or by ``,`` where the column has no ``;``),
@@ -22,9 +23,18 @@ from bat.shapes import UserError
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task, read_csv, whole_number
 from bat.tasks.labels import Labels, Reading, named
 
-SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
-"""Folders that are taken for splits, in lower case."""
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "valid"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Folders that are taken for splits, in lower case, and what the split is called then."""
 COLUMNS = ("path", "label", "labels", "fold", "split")
+
+
+def split_of(folder: str) -> str:
+    """The split whose clips lie in ``folder``: ``Training`` -> ``train``; others as they stand."""
+    return SPLITS.get(folder.lower(), folder)
 
 
 def find_audio(root: Path) -> list[Path]:
@@ -80,7 +90,7 @@ def _rows_of_folder(root: Path) -> list[Row]:
             path=f,
             key=key,
             labels=(f.parent.name,) if labelled else (),
-            split=name.partition("/")[0] if splits else None,
+            split=split_of(name.partition("/")[0]) if splits else None,
         )
         for f, key, name in zip(files, keys_of(names), names, strict=True)
     ]

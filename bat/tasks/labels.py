@@ -14,11 +14,11 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bat.shapes import UserError
-from bat.tasks.base import Row
+from bat.tasks.base import LeftOut, Row
 
 BESIDE = ("class_labels_indices.csv", "label_descriptors.csv", "ontology.json")
 """Label files that are found without being named, the first of them first."""
@@ -95,6 +95,8 @@ class Reading:
     """Class names in the order of their indices."""
     notes: list[str]
     """What a user should know of how it was read."""
+    left_out: list[LeftOut] = field(default_factory=list)
+    """What the source lists and does not hold."""
 
 
 def named(rows: list[Row], labels: Labels | None, beside: Path) -> Reading:

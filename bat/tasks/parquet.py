@@ -7,7 +7,8 @@ are their names; a key from ``id``, ``video_id``, ``key``, ``filename``; at will
 write into the schema, or by a label file (``bat.tasks.labels``).
 
 A file called ``train-00000-of-00042.parquet``, or in a folder of its own (``data/eval/``), has
-that split. pyarrow reads: the extra ``parquet``.
+that split (``folder.SPLITS``: ``eval`` and ``validation`` are ``test`` and ``valid``).
+pyarrow reads: the extra ``parquet``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 from bat.shapes import UserError
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task
+from bat.tasks.folder import split_of
 from bat.tasks.labels import Labels, Reading, by_number, is_mid, labels_beside, named
 
 LABELS = ("labels", "label", "label_id")
@@ -107,9 +109,10 @@ def _sniff(data: bytes | None) -> str:
 def _split(path: Path, source: Path) -> str | None:
     shard = re.fullmatch(r"(\w+?)-\d+-of-\d+(-[0-9a-f]+)?", path.stem, re.ASCII)
     if shard:
-        return shard[1]
+        return split_of(shard[1])
     folder = path.parent.name
-    return folder if source.is_dir() and path.parent != source and folder != "data" else None
+    apart = source.is_dir() and path.parent != source and folder != "data"
+    return split_of(folder) if apart else None
 
 
 class _File:

@@ -20,13 +20,14 @@ from bat.data.module import AudioData
 from bat.data.plan import make_plan
 from bat.data.sequential_data import SequentialData
 from bat.data.sources import NotIndexable
+from bat.data.splits import warn_no_train
 from bat.shapes import UserError
 from bat.tasks.base import Task, load_task
 from bat.train.run_folder import open_data
 
 log = logging.getLogger("bat")
 
-NEEDS_AN_INDEX = ("mix", "split", "shuffle", "balance", "epoch_clips", "cache_waves_gb")
+NEEDS_AN_INDEX = ("mix", "shuffle", "window", "balance", "epoch_clips", "cache_waves_gb")
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def _sequential(config: Pretrain, out: Path | None, why: NotIndexable) -> Sequen
         batch=data.batch,
         sample_rate=config.frontend.sample_rate,
         clip_seconds=data.clip_seconds,
+        split=data.split,
         seed=config.seed,
         roll=data.roll,
         min_seconds=data.min_seconds,
@@ -120,6 +122,8 @@ def training_clips(index: Index, split: str) -> np.ndarray | None:
     Raises ``UserError`` for a split that the data does not have.
     """
     if split == "all" or (split == "auto" and "train" not in index.splits):
+        if split == "auto" and index.splits:
+            warn_no_train(index.splits)
         return None
     ids = index.clips_in_split("train" if split == "auto" else split)
     if split == "auto" and len(ids) < len(index):

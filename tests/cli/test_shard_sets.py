@@ -68,6 +68,35 @@ def test_splits_into_a_folder_of_shards_are_refused(
     assert "holds shards without splits: give another folder" in capsys.readouterr().err
 
 
+def test_segments_without_a_file_are_listed_in_the_folder_of_their_split(
+    folder: Path, tmp_path: Path, capsys: SPOKEN
+) -> None:
+    classes = "index,mid,display_name\n0,/m/0,Dog\n1,/m/1,Cat\n"
+    (folder / "class_labels_indices.csv").write_text(classes)
+    lines = (
+        '0, 0.0, 1.0, "/m/0"\ngone, 0.0, 1.0, "/m/1"\n',
+        '1, 0.0, 1.0, "/m/1"\nlost, 0, 1, /m/0\n',
+    )
+    for name, text in zip(("balanced_train", "eval"), lines, strict=True):
+        (folder / f"{name}_segments.csv").write_text(text)
+    out = tmp_path / "o"
+    assert main([str(folder), str(out), "--jobs", "1"]) == 0
+    left_out = f"2 (2 no file): listed in manifest.json of {out}/*"
+    assert _line(capsys, "left out") == left_out
+    for split, key in (("train", "Ygone"), ("test", "Ylost")):
+        manifest = Manifest.load(out / split)
+        assert manifest is not None
+        assert manifest.left_out == [{"key": key, "file": key, "reason": "no file"}]
+        assert manifest.clips == 1
+    one = tmp_path / "one"
+    assert main([str(folder), str(one), "--split", "test", "--jobs", "1"]) == 0
+    assert _line(capsys, "left out").startswith("1 (1 no file)")
+    dealt = tmp_path / "dealt"  # the first folder lists what has no split of these
+    call = [str(folder), str(dealt), "--splits", "a=0.5,b=0.5", "--jobs", "1"]
+    assert main(call) == 0
+    assert _line(capsys, "left out").startswith("2 (2 no file)")
+
+
 def test_splits_of_a_csv_one_of_them_and_clips_without(folder: Path, tmp_path: Path) -> None:
     csv = folder / "clips.csv"
     csv.write_text("path,label,split\ndog/0.wav,dog,train\ncat/1.wav,cat,eval\ndog/2.wav,dog,\n")

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
+
+from bat.audio.decode import encode
+
 
 class FaultyServer:
     """Serves ``folder`` (with ranges) while in a ``with`` block.
@@ -130,3 +134,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(length))
         self.end_headers()
+
+
+def wave(i: int) -> bytes:
+    """A clip of 0.1 s; another one for each ``i``."""
+    tone = np.sin(np.arange(1600) * (0.05 + 0.01 * i))
+    return encode(tone, sample_rate=16_000, codec="wav")

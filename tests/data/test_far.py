@@ -6,23 +6,18 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from bat.audio.decode import encode
-from bat.data import far, index
+from bat.data import index
 from bat.data.index import Index, NotIndexable, open_index
-from bat.data.shards import write_shards
 from bat.data.sources import Patience, find
 from bat.data.table import ShardTable
 from bat.shapes import UserError
-from bat.tasks.base import Row
-from tests.data.http_server import FaultyServer
+from tests.data.http_server import FaultyServer, wave
 from tests.data.test_index import tar_of
 
 QUICK = Patience(retries=3, timeout_seconds=0.5, backoff_seconds=0.01)
@@ -31,31 +26,6 @@ QUICK = Patience(retries=3, timeout_seconds=0.5, backoff_seconds=0.01)
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "Patience", lambda *_: QUICK)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[FaultyServer]:
-    (tmp_path / "www").mkdir()
-    with FaultyServer(tmp_path / "www") as running:
-        yield running
-
-
-def wave(i: int) -> bytes:
-    tone = np.sin(np.arange(1600) * (0.05 + 0.01 * i))
-    return encode(tone, sample_rate=16_000, codec="wav")
-
-
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    """12 clips in 4 shards, ours, in the server's ``set``; the index as it is here."""
-    (tmp_path / "files").mkdir()
-    rows = []
-    for i in range(12):
-        path = tmp_path / f"files/{i}.wav"
-        path.write_bytes(wave(i))
-        rows.append(Row(path, f"k{i:02d}", ("ab"[i % 2],)))
-    write_shards(rows, tmp_path / "www/set", shard_bytes=17_000)
-    return tmp_path / "www/set"
 
 
 def same(here: Index, there: Index) -> bool:
@@ -183,6 +153,17 @@ def test_a_shard_out_of_reach_is_left_alone_for_a_while(
     assert not list((tmp_path / "cache/remote/failed").iterdir())
 
 
+def test_a_new_run_asks_the_server_anew(server: FaultyServer, shards: Path, tmp_path: Path) -> None:
+    there = open_index(f"{server.url}/set", cache=tmp_path / "cache")
+    server.faults["set/shard-00001.tar"] = ["500*"]
+    with pytest.raises(OSError, match=r"HTTP 500 \(3 tries\); tried again after 60 s, or by the"):
+        there.read(3)
+    server.faults.clear()
+    with pytest.raises(OSError, match="HTTP 500"):
+        there.read(3)
+    assert open_index(f"{server.url}/set", cache=tmp_path / "cache").read(3).data == wave(3)
+
+
 def test_a_fetch_that_was_cut_off_goes_on_in_another_run(
     server: FaultyServer, shards: Path, tmp_path: Path
 ) -> None:
@@ -198,44 +179,6 @@ def test_a_fetch_that_was_cut_off_goes_on_in_another_run(
     later._far.cache.hold_seconds = 0
     assert later.read(0).data == wave(0)
     assert ("set/shard-00000.tar", "bytes=4000-") in server.requests
-
-
-def test_prefetch_fetches_in_the_background_what_the_cache_holds(
-    server: FaultyServer, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size = int(open_index(shards).shard_bytes.max())
-    there = open_index(f"{server.url}/set", cache=tmp_path / "c", cache_bytes=3 * size + 100)
-    assert not there.fits
-    tars = tmp_path / "c/remote"
-
-    def wait_for(name: str) -> None:
-        until = time.monotonic() + 10
-        while not list(tars.glob(f"{name}*.tar")):
-            assert time.monotonic() < until
-            time.sleep(0.01)
-
-    jobs: list[int] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(there._far._ahead, "want", lambda found: jobs.append(len(found)))
-        there.prefetch([3, 2, 1, 0])
-        there.prefetch([2, 2])
-        there.prefetch([])
-    assert jobs == [1, 1, 0]  # half of the cache; each once
-    server.faults["set/shard-00003.tar"] = ["500*"]
-    for number in (3, 2):  # 3 fails, quietly
-        there.prefetch([number])
-    wait_for("shard-00002")
-    server.requests.clear()
-    assert there.read(6).data == wave(6)
-    assert server.requests == []
-    pid = os.fork()
-    if pid == 0:  # a child has no thread of its parent's: it starts its own
-        there.prefetch([1])
-        wait_for("shard-00001")
-        os._exit(0)
-    assert os.waitpid(pid, 0)[1] == 0
-    assert there.read(3).data == wave(3)
-    assert server.count("set/shard-00001.tar") == 1
 
 
 def test_a_shard_that_changed_is_not_mistaken_for_the_old_one(
@@ -279,37 +222,6 @@ def test_two_forked_workers_share_a_cache_smaller_than_the_set(
     held = sum(p.stat().st_size for p in (tmp_path / "cache/remote").glob("*.tar"))
     assert 0 < held <= room
     assert not list((tmp_path / "cache/remote").glob("*.part"))
-
-
-def test_the_least_recently_used_shard_goes(
-    server: FaultyServer, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bat.data.cache.TOUCH_SECONDS", 0.0)
-    room = int(np.sort(open_index(shards).shard_bytes)[-2:].sum())
-    there = open_index(f"{server.url}/set", cache=tmp_path / "cache", cache_bytes=room)
-    for clip in (0, 3, 0, 6):  # shards 0, 1, 0, 2: 1 goes
-        there.read(clip)
-        time.sleep(0.02)
-    kept = sorted(p.name[:11] for p in (tmp_path / "cache/remote").glob("*.tar"))
-    assert kept == ["shard-00000", "shard-00002"]
-    (damaged,) = (tmp_path / "cache/remote").glob("shard-00000*.tar")
-    os.truncate(damaged, 100)
-    assert there.read(1).data == wave(1)  # fetched anew
-
-
-def test_a_cache_disk_that_is_full_says_so(
-    server: FaultyServer, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    there = open_index(f"{server.url}/set", cache=tmp_path / "cache")
-
-    def full(*_: Any, **__: Any) -> Iterator[bytes]:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(far, "stream", full)
-        with pytest.raises(OSError, match=r"the disk of the cache .* is full"):
-            there.read(0)
-    assert there.read(0).data == wave(0)  # not remembered as unreachable
 
 
 def test_local_and_remote_sets_mix(server: FaultyServer, shards: Path, tmp_path: Path) -> None:

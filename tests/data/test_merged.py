@@ -36,7 +36,12 @@ def test_many_tables_are_kept_in_one_file(tmp_path: Path, monkeypatch: pytest.Mo
     table.save(shards / "s-051.idx.npz")
     assert open_index(shards, cache=cache).frames[51] == 800
     whole = merged.read_bytes()
-    for damage in (b"PK rubbish", whole[: len(whole) // 2], whole.replace(b"class 3", b"class 5")):
+    for damage in (
+        b"",
+        b"PK rubbish",
+        whole[: len(whole) // 2],
+        whole.replace(b"class 3", b"class 5"),
+    ):
         merged.write_bytes(damage)
         assert open_index(shards, cache=cache).vocabulary == plain.vocabulary
     assert len(list(cache.glob("tables-*.npz"))) == 1

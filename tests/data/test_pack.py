@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from bat.audio.decode import decode, decode_channels, encode, probe
-from bat.data import prepare as prepare_module
+from bat.data import pack as pack_module
 from bat.data.index import open_index
-from bat.data.prepare import Clip, Recipe, plan
+from bat.data.pack import Packed, Recipe, works_of
 from bat.data.shards import write_shards
 from bat.shapes import UserError
 from bat.tasks.base import Row
@@ -67,13 +67,13 @@ def in_a_tar(row: Row) -> Row:
 def test_a_long_recording_becomes_pieces_and_a_short_rest_is_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
 ) -> None:
-    monkeypatch.setattr(prepare_module, "CHUNK_SECONDS", 1.0)  # two pieces a chunk
+    monkeypatch.setattr(pack_module, "CHUNK_SECONDS", 1.0)  # two pieces a chunk
     wave = noise(2.7)
     long = recording(tmp_path / "in/long.flac", wave, start_seconds=30.0)
     short = recording(tmp_path / "in/short.flac", noise(0.1))
     nearly = recording(tmp_path / "in/nearly.flac", noise(0.505))  # within 2 %: stays whole
     rows = [in_a_tar(row) if inside else row for row in (long, short, nearly)]
-    assert [(w.first, w.stop) for w in plan(rows[0], Recipe(clip_seconds=0.5))] == [
+    assert [(w.first, w.stop) for w in works_of(rows[0], Recipe(clip_seconds=0.5))] == [
         (0, 2),
         (2, 4),
         (4, 6),
@@ -101,9 +101,9 @@ def test_a_long_recording_becomes_pieces_and_a_short_rest_is_listed(
 def test_progress_of_one_long_recording(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(prepare_module, "CHUNK_SECONDS", 0.1)
+    monkeypatch.setattr(pack_module, "CHUNK_SECONDS", 0.1)
     row = recording(tmp_path / "in/long.flac", noise(0.9))
-    works = list(plan(row, Recipe(clip_seconds=0.05)))
+    works = list(works_of(row, Recipe(clip_seconds=0.05)))
     assert sum(work.share for work in works) > 1  # 1.0000000000000002: the bar must not complain
     write_shards([row], tmp_path / "s", clip_seconds=0.05, progress=True)
     shown = capsys.readouterr().err
@@ -162,13 +162,13 @@ def test_a_long_recording_is_not_held_in_memory(tmp_path: Path) -> None:
     recipe = Recipe(clip_seconds=60.0)
     tracemalloc.start()
     try:
-        works = list(plan(row, recipe))
-        outcomes = prepare_module.prepare(works[200], recipe=recipe)
+        works = list(works_of(row, recipe))
+        outcomes = pack_module.pack(works[200], recipe=recipe).clips
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert len(works) == 240
-    assert isinstance(outcomes[0], Clip)
+    assert isinstance(outcomes[0], Packed)
     assert (outcomes[0].id, outcomes[0].frames) == ("day_00200", 480_000)
     assert peak < 16 * 2**20  # the file has 115 MB, its samples as float32 460 MB
 

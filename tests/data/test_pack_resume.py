@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bat.audio.decode import encode
-from bat.data import prepare as prepare_module
+from bat.data import pack as pack_module
 from bat.data import shards as shards_module
 from bat.data.index import open_index
 from bat.data.manifest import Manifest
@@ -55,6 +55,9 @@ def rows(tmp_path: Path) -> list[Row]:
         wave = rng.standard_normal(800 + 1600 * (i * 5 % 8)) * 0.1
         path.write_bytes(encode(wave, sample_rate=16_000, codec="wav"))
     (tmp_path / "in/c0/2.wav").write_bytes(b"no audio")
+    forged = bytearray(encode(rng.standard_normal(4000) * 0.1, sample_rate=16_000, codec="flac"))
+    forged[22:26] = (2_000_000).to_bytes(4, "big")  # 125 s are claimed, 0.25 s are there
+    (tmp_path / "in/c0/5.flac").write_bytes(forged)
     return load_task("folder").read(tmp_path / "in")[0]
 
 
@@ -63,7 +66,8 @@ def whole(rows: list[Row], tmp_path: Path) -> dict[str, str]:
     """What an undisturbed run writes."""
     manifest = write_shards(rows, tmp_path / "whole", **OPTIONS)
     assert len(manifest.shards) >= 4
-    assert [entry["key"].split("_00")[0] for entry in manifest.left_out].count("c0__2") == 1
+    lost = [entry["key"].split("_00")[0] for entry in manifest.left_out]
+    assert (lost.count("c0__2"), lost.count("c0__5")) == (1, 1)
     return contents(tmp_path / "whole")
 
 
@@ -99,20 +103,35 @@ def test_killed_then_run_again(
     assert [path.stat().st_mtime_ns for path in kept] == stamps  # kept, not written again
 
 
+def test_new_audio_of_the_same_length_is_not_mixed_with_the_old(
+    rows: list[Row], tmp_path: Path
+) -> None:
+    script, out = tmp_path / "run.py", tmp_path / "killed"
+    script.write_text(RUN.format(after=2, hook="add", options=OPTIONS))
+    call = [sys.executable, str(script), str(tmp_path / "in"), str(out), "1"]
+    assert subprocess.run(call, timeout=60).returncode == -9
+    path = rows[-1].path
+    then = path.stat().st_mtime_ns
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(then, then + 1_000_000))
+    with pytest.raises(UserError, match="holds 2 finished shards of an interrupted run with other"):
+        write_shards(rows, out, **OPTIONS)
+
+
 def test_stopped_at_every_clip_then_run_again(
     rows: list[Row], whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C after each clip in turn, all in one folder."""
-    monkeypatch.setattr(prepare_module, "CHUNK_SECONDS", 0.3)
-    real, room = shards_module._Shard.add, [0]
+    monkeypatch.setattr(pack_module, "CHUNK_SECONDS", 0.3)
+    real, room = shards_module.ShardFile.add, [0]
 
-    def add(self: shards_module._Shard, *args: object) -> None:
+    def add(self: shards_module.ShardFile, *args: object) -> None:
         if room[0] == 0:
             raise KeyboardInterrupt
         room[0] -= 1
         real(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shards_module._Shard, "add", add)
+    monkeypatch.setattr(shards_module.ShardFile, "add", add)
     stops, out = 0, tmp_path / "s"
     while not (out / "manifest.json").exists():
         stops += 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bat.data.pool import AHEAD, ordered_map
+from bat.data.pool import AHEAD, cores, ordered_map
 from bat.shapes import UserError
 
 
@@ -115,3 +115,13 @@ def test_processes_end_with_a_caller_that_was_killed(tmp_path: Path) -> None:
     while any(map(alive, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(alive, children))
+
+
+def test_cores_are_those_of_this_process() -> None:
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        assert cores() == 1
+    finally:
+        os.sched_setaffinity(0, mine)
+    assert cores() == len(mine)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from bat.data import far, index
+from bat.data import ending, index
 from bat.data import remote as transport
 from bat.data.index import open_index
 from bat.data.remote import fetch, stat, stream
-from bat.data.sources import Patience, shown
+from bat.data.sources import Patience, identity, shown
 from bat.shapes import UserError
 from tests.data.http_server import FaultyServer
 
@@ -95,6 +98,41 @@ def test_a_file_that_stays_unreachable(
     assert error.value.strerror is not None
 
 
+def test_a_server_that_trickles_has_stalled(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "CRAWL_BYTES", 1)
+    monkeypatch.setattr(transport, "SLOW_SECONDS", 0.3)
+    monkeypatch.setattr(transport, "PROGRESS_BYTES", 5)  # not the progress that counts
+    server.faults["big.bin"] = ["crawl*"]
+    with pytest.raises(OSError, match=r"it sends 0.0\d+ kB/s only \(3 tries\)"):
+        read(server)
+    server.faults["big.bin"] = ["crawl"]
+    assert read(server) == BIG
+    assert server.requests[-1][1].startswith("bytes=")
+    server.requests.clear()
+    monkeypatch.setattr(transport, "PIECE_BYTES", 1_000_000)
+    monkeypatch.setattr(transport, "SLOW_BYTES", 10_000_000)
+    with contextlib.closing(stream(f"{server.url}/big.bin", patience=QUICK)) as pieces:
+        taken = []
+        for piece in pieces:  # it is the taker who is slow
+            taken.append(piece)
+            time.sleep(0.4)
+    assert b"".join(taken) == BIG
+    assert server.count("big.bin") == 1
+
+
+def test_an_ending_run_stops_a_fetch_at_once(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.faults["big.bin"] = ["stall*"]
+    start = time.monotonic()
+    threading.Timer(0.3, monkeypatch.setattr, (ending, "ending", lambda: True)).start()
+    with pytest.raises(OSError, match="the run is ending"):
+        read(server, patience=Patience(5, 60.0, 0.01))
+    assert time.monotonic() - start < 5
+
+
 def test_another_length_than_expected_is_an_error(server: FaultyServer) -> None:
     with pytest.raises(OSError, match="it has 3000000 bytes on the server, 3000001 were expected"):
         read(server, size=len(BIG) + 1)
@@ -119,8 +157,8 @@ def test_messages_and_file_names_show_no_secrets(server: FaultyServer, tmp_path:
     assert f"{server.url}/a.tar cannot be reached" in str(error.value)
     assert shown("s3://k:v@b/a.tar?x#y") == "s3://b/a.tar"
     same = f"{server.url}/a.tar?id=4"
-    assert far._identity(url) == far._identity(same)
-    assert far._identity(same) != far._identity(same + "5")
+    assert identity(url) == identity(same)
+    assert identity(same) != identity(same + "5")
 
 
 def test_other_stores_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from bat.data import rows as rows_module
 from bat.data.rows import detect, open_rows, read_row
 from bat.data.tar import escape_key
 from bat.shapes import UserError
-from bat.tasks.base import Row, load_task
+from bat.tasks.base import LeftOut, Row, load_task
 
 
 def lay(root: Path, files: dict[str, str]) -> Path:
@@ -198,7 +198,26 @@ def test_our_own_fields_and_laions(tmp_path: Path) -> None:
     assert (second.labels, second.key) == (("Bark",), "1")
     assert (third.labels, third.key, third.start_seconds) == ((), "2", 0.0)
     assert "1 members of the shards left out: no decoder for m4a" in found.notes[0]
+    why = "no decoder for m4a: convert it with ffmpeg"
+    assert found.left_out == [LeftOut("3", "a.tar/3.m4a", why)]
     assert first.name == "a.tar/song.v3"
+
+
+def test_splits_of_folders_by_either_name(tmp_path: Path) -> None:
+    for folder in ("training", "Dev", "other"):
+        tar(tmp_path / folder / "s.tar", {f"{folder}.flac": b"x", f"{folder}.m4a": b"y"})
+    found = open_rows(tmp_path)
+    assert {r.key: r.split for r in found.rows} == {
+        "training": "train",
+        "Dev": "valid",
+        "other": "other",
+    }
+    for split in ("dev", "valid"):
+        found = open_rows(tmp_path, split=split)
+        assert [r.key for r in found.rows] == ["Dev"]
+        assert [entry.split for entry in found.left_out] == ["valid"]
+    with pytest.raises(UserError, match="no split 'eval': it has other, train, valid"):
+        open_rows(tmp_path, split="eval")
 
 
 def test_keys_of_several_shards_are_told_apart(tmp_path: Path) -> None:

@@ -225,3 +225,36 @@ def test_mistakes(tmp_path: Path, options: dict[str, int]) -> None:
         SequentialClips(make(tmp_path, 1, 1), **options)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="list of shards is empty"):
         SequentialClips([])
+
+
+def test_the_window_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, 1, 60)
+    natural = {f"k0-{c}": c for c in range(60)}
+    ahead = {}
+    for bound in (3, 1000):
+        monkeypatch.setattr(sequential, "WINDOW_BYTES", bound * len(WAV))
+        for _ in range(2):
+            got = keys(SequentialClips(tmp_path), 60)
+            assert sorted(got) == sorted(natural)
+            ahead[bound] = max(natural[key] - place for place, key in enumerate(got))
+    assert ahead[3] == 3
+    assert ahead[1000] > 20
+
+
+def test_equal_names_in_two_folders_stay_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make(tmp_path / name, 1, 1)
+        (tmp_path / name / "s-1.tar.gz").write_bytes(b"\x1f\x8b rubbish")
+    (tmp_path / "b/s-0.tar.gz").rename(tmp_path / "b/other.tar.gz")
+    clips = SequentialClips(tmp_path)
+    found = {clip.shard for clip in itertools.islice(clips, 4)}
+    assert found == {"s-0.tar.gz", "other.tar.gz"}
+    assert {s.shard for s in clips.take_skipped()} == {"a/s-1.tar.gz", "b/s-1.tar.gz"}
+
+
+def test_a_row_of_dead_shards_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for s in range(20):
+        (tmp_path / f"s-{s}.tar.gz").write_bytes(b"\x1f\x8b rubbish")
+    monkeypatch.setattr(sequential, "SPAN", 10)
+    with pytest.raises(UserError, match="none of the latest 10 shards gave a clip"):
+        keys(SequentialClips(tmp_path), 1)

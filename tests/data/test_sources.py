@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bat.data.index import NotIndexable, open_index
+from bat.data.index import NotIndexable, _names, open_index
+from bat.data.sources import Shard, find
 from bat.shapes import UserError
+from tests.data.http_server import FaultyServer
 from tests.data.test_index import WAV, tar_of
 
 
@@ -117,5 +119,74 @@ def test_compressed_tars_cannot_be_indexed(tmp_path: Path) -> None:
     for source in (tmp_path, tmp_path / "a.tar.gz", "http://host/a.tgz"):
         with pytest.raises(NotIndexable, match=r"a\.t(ar\.)?gz is compressed"):
             open_index(source)
-    tar_of(tmp_path / "b.tar", {"a.wav": WAV})
-    assert len(open_index(tmp_path)) == 1
+
+
+def test_two_kinds_of_shards_in_a_folder_are_not_silently_one(tmp_path: Path) -> None:
+    tar_of(tmp_path / "s/b.tar", {"a.wav": WAV})
+    tar_of(tmp_path / "s/.hidden/c.tar", {"b.wav": WAV})
+    assert len(open_index(tmp_path / "s")) == 1
+    other = tmp_path / "s/a.tar.gz"
+    other.touch()
+    with pytest.raises(UserError, match=r"/s holds a\.tar\.gz and b\.tar: two kinds"):
+        open_index(tmp_path / "s")
+    assert len(open_index(f"{tmp_path}/s/*.tar")) == 1
+    other.unlink()
+    tar_of(tmp_path / "s/train/d.tar", {"d.wav": WAV})
+    with pytest.raises(UserError, match=r"/s holds b\.tar and train/d\.tar: two kinds"):
+        open_index(tmp_path / "s")
+    assert open_index([f"{tmp_path}/s/*.tar", tmp_path / "s/train"]).source.tolist() == [0, 1]
+
+
+def test_a_remote_folder_of_two_kinds_of_shards(tmp_path: Path) -> None:
+    tar_of(tmp_path / "s/b.tar", {"a.wav": WAV})
+    tar_of(tmp_path / "s/train/d.tar", {"d.wav": WAV})
+    with FaultyServer(tmp_path) as server:
+        with pytest.raises(UserError, match=r"/s holds b\.tar and train/d\.tar: two kinds"):
+            find(f"{server.url}/s")
+        (tmp_path / "s/b.tar").rename(tmp_path / "s/train/b.tar")
+        assert [shard.name for shard in find(f"{server.url}/s")] == ["b.tar", "d.tar"]
+        (tmp_path / "s/train/c.tar.gz").touch()
+        with pytest.raises(UserError, match=r"train holds b\.tar and c\.tar\.gz: two kinds"):
+            find(f"{server.url}/s/train")
+
+
+def test_one_shard_under_two_names_is_listed_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tar_of(tmp_path / "A/x.tar", {"a.wav": WAV})
+    (tmp_path / "L").symlink_to("A")
+    for other in ("A", "A/../A/x.tar", "L", f"file://{tmp_path}/A"):
+        with pytest.raises(UserError, match=r"shard x\.tar is listed twice"):
+            open_index([tmp_path / "A", other])
+    url = "http://me:pw@h/x.tar?id=1&X-Amz-Signature="
+    assert Shard(url + "a").identity == Shard("http://h/x.tar?sig=b&id=1").identity
+    assert Shard(url + "a").identity != Shard("http://h/x.tar?id=2").identity
+
+
+@pytest.mark.parametrize("source", [".", "s-0.tar", "*.tar", "s-{0..1}.tar", Path("s-0.tar")])
+def test_shards_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("s-0", "s-1"):
+        tar_of(Path(f"{name}.tar"), {f"{name}.wav": WAV})
+    index = open_index(source)
+    assert index.shard_name(0) == "s-0.tar"
+    tar_of(Path("../other/s-0.tar"), {"c.wav": WAV})
+    both = open_index([source, "../other"])
+    assert both.shard_name(0) == f"{tmp_path.name}/s-0.tar"
+    assert both.shard_name(len(index)) == "other/s-0.tar"
+
+
+def test_names_grow_until_they_differ_and_show_no_query(tmp_path: Path) -> None:
+    places = ("x/train/a.tar", "y/train/a.tar", "y/train/b.tar")
+    for i, place in enumerate(places):
+        tar_of(tmp_path / place, {f"{i}.wav": WAV, f"{i}.json": b"["})
+    index = open_index([tmp_path / "x/train", tmp_path / "y/train"])
+    assert [index.shard_name(i) for i in range(3)] == list(places)
+    assert sorted(index.left_out) == [f"{place}/{i}.json" for i, place in enumerate(places)]
+    secret = "?X-Amz-Credential=a/b/secret&token=c/d"
+    urls = [Shard("http://h/p/a%20b.tar" + secret), Shard("http://me:pw@g/p/a%20b.tar" + secret)]
+    assert _names(urls) == ["h/p/a b.tar", "g/p/a b.tar"]
+    assert _names(urls[:1]) == ["a b.tar"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,14 @@ def test_ten_clips_five_kinds_two_folds_two_shards(toy_index: Index) -> None:
 
 
 def test_same_seed_same_bytes(tmp_path: Path) -> None:
-    make_toy(tmp_path / "a", seconds=0.2)
-    make_toy(tmp_path / "b", seconds=0.2)
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+    one, two = (make_toy(tmp_path / name, seconds=0.2) for name in ("a", "b"))
+    assert files(tmp_path / "a/audio") == files(tmp_path / "b/audio")
+    left, right = files(one), files(two)
+    mine, theirs = (json.loads(found.pop("manifest.json")) for found in (left, right))
+    assert left == right
+    assert len(left) >= 4
+    assert mine.pop("source") != theirs.pop("source")  # the clips were written at other times
+    assert mine == theirs
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*") if p.suffix != ".csv"}
     first = make_toy(tmp_path / "a", seconds=0.2)
     assert {p: p.stat().st_mtime_ns for p in before if p.suffix} == {

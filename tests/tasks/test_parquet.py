@@ -43,9 +43,9 @@ def test_bytes_with_mids_and_human_labels(tmp_path: Path) -> None:
     found, names = load_task("parquet").read(tmp_path)
     assert names == ["Y", "Z"]
     assert [(r.key, r.labels, r.mids, r.split, r.cell, r.suffix) for r in found] == [
-        ("a", ("Z", "Y"), ("/m/1", "/m/0"), "eval", (0, 0), "flac"),
-        ("b", ("Y",), ("/m/0",), "eval", (0, 1), "flac"),
-        ("c", (), (), "eval", (1, 0), "flac"),
+        ("a", ("Z", "Y"), ("/m/1", "/m/0"), "test", (0, 0), "flac"),
+        ("b", ("Y",), ("/m/0",), "test", (0, 1), "flac"),
+        ("c", (), (), "test", (1, 0), "flac"),
     ]
     cells = [parquet.read_cell(r.path, *r.cell) for r in found if r.cell is not None]
     assert cells == [b"fLaC1", b"fLaC22", b"fLaC333"]

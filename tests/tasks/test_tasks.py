@@ -13,7 +13,7 @@ import pytest
 
 from bat.shapes import UserError
 from bat.tasks import audioset as audioset_module
-from bat.tasks.base import known_tasks, load_task
+from bat.tasks.base import LeftOut, known_tasks, load_task
 
 
 def lay(root: Path, files: dict[str, str]) -> Path:
@@ -104,7 +104,7 @@ def test_folder_takes_train_and_test_for_splits(tmp_path: Path) -> None:
     lay(tmp_path, dict.fromkeys(("train/dog/1.wav", "train/cat/1.wav", "Test/dog/2.wav"), ""))
     rows, _ = load_task("folder").read(tmp_path)
     assert [(r.key, r.labels, r.split) for r in rows] == [
-        ("Test__dog__2", ("dog",), "Test"),
+        ("Test__dog__2", ("dog",), "test"),
         ("train__cat__1", ("cat",), "train"),
         ("train__dog__1", ("dog",), "train"),
     ]
@@ -113,6 +113,22 @@ def test_folder_takes_train_and_test_for_splits(tmp_path: Path) -> None:
     assert [(r.labels, r.split) for r in rows] == [((), "test"), ((), "train")]
     lay(tmp_path, {"cat/1.wav": ""})  # not all of it lies in splits: these are labels
     assert {r.split for r in load_task("folder").read(tmp_path)[0]} == {None}
+
+
+def test_folders_of_splits_get_the_names_that_training_looks_for(tmp_path: Path) -> None:
+    said = {
+        "train": ("Train", "training"),
+        "valid": ("val", "Valid", "VALIDATION", "dev"),
+        "test": ("Testing", "TEST", "eval", "evaluation"),
+    }
+    lay(tmp_path, {f"{folder}/{folder}.wav": "" for group in said.values() for folder in group})
+    rows, _ = load_task("folder").read(tmp_path)
+    assert {r.path.stem: r.split for r in rows} == {
+        folder: split for split, group in said.items() for folder in group
+    }
+    lay(tmp_path, {"clips.csv": "path,split\neval/eval.wav,eval\nTrain/Train.wav,Train\n"})
+    rows, _ = load_task("folder").read(tmp_path / "clips.csv")
+    assert [r.split for r in rows] == ["eval", "Train"]  # a column stays as it is given
 
 
 def test_folder_keeps_files_apart_that_differ_in_suffix(tmp_path: Path) -> None:
@@ -211,6 +227,19 @@ def test_audioset_reads_its_own_csvs_and_leaves_absent_clips_out(audioset: Path)
         ("Y--PJ_abc", ("Sound, 526", "Sound, 3"), ("/m/526", "/m/3"), "train", 30.0),
         ("Yxyz-1", ("Sound, 0",), ("/m/0",), "test", 5.0),
     ]
+
+
+def test_audioset_lists_what_is_absent(audioset: Path) -> None:
+    """Once each, and not what another table's line finds."""
+    again = 'notThere, 0.000, 10.000, "/m/1"\nxyz-1, 70.000, 80.000, "/m/0"\n'
+    with (audioset / "balanced_train_segments.csv").open("a") as file:
+        file.write(again)
+    found = audioset_module.read(audioset)
+    assert found.left_out == [LeftOut("YnotThere", "YnotThere", "no file", "train")]
+    assert found.notes[0] == "1 of 5 segments have no audio file: left out"
+    task = load_task("audioset")
+    assert task.left_out is not None
+    assert task.left_out(audioset) == found.left_out
 
 
 @pytest.mark.parametrize(

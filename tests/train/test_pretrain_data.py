@@ -62,6 +62,21 @@ def test_auto_leaves_the_test_split_out_and_says_so(small, tmp_path: Path, caplo
         open_stream(small(*words, "data.split=valid", out=tmp_path / "run"))
 
 
+def test_auto_warns_where_no_split_is_called_train(small, tmp_path: Path, caplog) -> None:
+    shards = make_set(tmp_path / "a", clips=4, split="test")
+    stream = open_stream(small(f"data.shards={shards}", "data.batch=4", out=tmp_path / "run"))
+    assert [r.levelname for r in caplog.records if "(test) is called train" in r.message] == [
+        "WARNING"
+    ]
+    assert "data.split=NAME" in caplog.text
+    assert set(keys_of(stream, 1)) == {"a0", "a1", "a2", "a3"}
+    caplog.clear()
+    bare = make_set(tmp_path / "b", clips=2)
+    for words in ((f"data.shards={shards}", "data.split=all"), (f"data.shards={bare}",)):
+        open_stream(small(*words, "data.batch=2", out=tmp_path / "run"))
+    assert "called train" not in caplog.text
+
+
 def test_a_mixture_of_two_sets_trains_and_resumes_bit_for_bit(
     small, tmp_path: Path, monkeypatch
 ) -> None:
@@ -174,5 +189,39 @@ def test_compressed_shards_train_from_front_to_end_and_say_what_that_means(
     pretrain(more)  # and a run that goes on
     with pytest.raises(UserError, match=r"data\.epoch_clips=3 needs an index, but .* compressed"):
         open_stream(small(*words, "data.epoch_clips=3", out=out))
+    with pytest.raises(UserError, match=r"data\.window=100 needs an index"):
+        open_stream(small(*words, "data.window=100", out=out))
     with pytest.raises(UserError, match="online probes on the training set need an index"):
         open_stream(small(*words, "online.every=1", out=out))
+
+
+def test_packed_shards_obey_data_split(small, tmp_path: Path, packed: Path, caplog) -> None:
+    parts = tmp_path / "parts"
+    for name in ("train", "test"):
+        (parts / name).mkdir(parents=True)
+    for i, shard in enumerate(sorted(packed.iterdir())):
+        shutil.copy(shard, parts / ("test" if i == 0 else "train") / shard.name)
+    count = len(list(packed.iterdir()))
+    words = (f"data.shards={parts}", "data.batch=2")
+    with caplog.at_level(logging.INFO, logger="bat"):
+        stream = open_stream(small(*words, out=tmp_path / "run"))
+    assert f"the {count - 1} shards of split train; data.split=all takes those of test" in (
+        caplog.text
+    )
+    assert stream.data.facts()["shards"] == count - 1
+    held = set(keys_of(open_stream(small(*words, "data.split=test", out=tmp_path / "run")), 6))
+    assert 2 <= len(held) <= 4
+    assert set(keys_of(stream, 12)) == {f"z{i}" for i in range(12)} - held
+    with pytest.raises(UserError, match=r"no clip has split 'valid': splits are \['test', 'train'"):
+        open_stream(small(*words, "data.split=valid", out=tmp_path / "run"))
+
+
+def test_lost_packed_shards_stop_a_run(small, tmp_path: Path, packed: Path) -> None:
+    bad = sorted(packed.iterdir())[0]
+    bad.write_bytes(b"\x1f\x8b rubbish")
+    words = (f"data.shards={packed}", "data.batch=4", "train.steps=100", "data.max_bad=0.14")
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match=rf"max_bad=0.14 .*Most are in {bad.name}"):
+        pretrain(small(*words, out=out))
+    (line,) = read_jsonl(out / "bad_clips.jsonl")
+    assert (line["shard"], line["key"], line["kind"]) == (bad.name, "", "unreadable")

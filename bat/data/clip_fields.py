@@ -1,0 +1,77 @@
+"""The fields of a clip in a shard's table, and what values they can have.
+
+A table may come from anywhere (STACK section 6): ``sound`` holds each number to its range before
+anything is read, allocated or looked up by it.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+
+import numpy as np
+
+from bat.data.tar import BLOCK
+from bat.tasks.base import AUDIO_SUFFIXES
+
+MAX_AUDIO_BYTES = 1 << 30
+UNREADABLE = (
+    *(OSError, ArithmeticError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error),
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError),
+)
+"""What numpy, zipfile and json raise on files that are not what they should be."""
+KEY_BYTES = np.zeros(256, bool)
+KEY_BYTES[list(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")] = True
+CLIP = np.dtype(
+    [
+        ("offset", "<i8"),  # of the audio bytes in the tar
+        ("size", "<i8"),
+        ("frames", "<i8"),  # at ``rate``; -1 unknown
+        ("rate", "<i4"),  # 0 unknown
+        ("codec", "u1"),  # index into AUDIO_SUFFIXES
+        ("fold", "<i2"),  # -1 none
+        ("split", "i1"),  # index into ``splits``; -1 none
+        ("labels", "<u2"),  # how many
+        ("key", "u1"),  # bytes of the key
+    ]
+)
+
+
+def sound(
+    *,
+    tar_bytes: int,
+    clips: np.ndarray,  # (n,) CLIP
+    labels: np.ndarray,
+    keys: np.ndarray,
+    names: list[str],
+    ids: list[int],
+    splits: list[str],
+    left_out: dict[str, str],
+    sha256: str,
+) -> bool:
+    """Whether what a ``ShardTable`` says is possible; raises ``UNREADABLE`` on strange types."""
+    arrays = (clips, labels, keys)
+    texts = [names, splits, list(left_out.values()), [sha256]]
+    return (
+        [array.dtype for array in arrays] == [CLIP, np.int32, np.uint8]
+        and all(array.ndim == 1 for array in arrays)
+        and all(isinstance(x, int) for x in (tar_bytes, *ids))
+        and all(isinstance(x, str) for listed in texts for x in listed)
+        and len(names) == len(ids)
+        and _within(clips["size"], 1, min(MAX_AUDIO_BYTES, tar_bytes))
+        and _within(clips["offset"], BLOCK, tar_bytes - clips["size"])
+        and _within(clips["frames"], -1, 1 << 62)
+        and _within(clips["rate"], 0, 1 << 31)
+        and _within(clips["codec"], 0, len(AUDIO_SUFFIXES) - 1)
+        and _within(clips["fold"], -1, 1 << 15)
+        and _within(clips["split"], -1, len(splits) - 1)
+        and _within(clips["key"], 1, 80)
+        and _within(labels, 0, len(names) - 1)
+        and int(clips["labels"].sum(dtype=int)) == len(labels)
+        and int(clips["key"].sum(dtype=int)) == len(keys)
+        and bool(KEY_BYTES[keys].all())
+    )
+
+
+def _within(values: np.ndarray, low: int, high: int | np.ndarray) -> bool:
+    return bool(((values >= low) & (values <= high)).all())
