@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 
-class Rows:
+class BatchRows:
     """Up to ``rows`` waves of up to ``samples`` samples; filled from the top, see ``next``."""
 
     def __init__(self, rows: int, samples: int) -> None:

@@ -98,6 +98,11 @@ class Index:
         return self._far is None or self._far.fits
 
     @property
+    def cache_bytes(self) -> int | None:
+        """How much of remote shards the local cache may hold; None without any."""
+        return None if self._far is None else self._far.cache.max_bytes
+
+    @property
     def labels_per_clip(self) -> np.ndarray:  # (n,)
         return np.diff(self.label_ptr)
 

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from bat.data.base import StreamData, worker_init
 from bat.data.index import Index
-from bat.data.plan import MixedPlan, Plan, make_plan
+from bat.data.order import make_plan
+from bat.data.plan import MixedPlan, Plan
 from bat.data.stream import ClipDataset, EvalSampler, PlanSampler, as_it_is
 from bat.shapes import WaveBatch
 

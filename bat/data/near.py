@@ -63,7 +63,10 @@ def near_tables(
         for entry in manifest.shards:
             path = folder / entry.name
             if (folder in whole or folder.parent in whole) and not path.exists():
-                raise UserError(f"{folder} lacks {entry.name}, which its manifest.json lists")
+                raise UserError(
+                    f"{folder} lacks {entry.name}, which its manifest.json lists: copy it again, "
+                    f"or remove the folder and run the bat-shard command that made it"
+                )
             entries[path] = entry
     sizes = {place: place.stat().st_size for _, place in local}
     for place, entry in entries.items():

@@ -8,7 +8,6 @@ clips are passed over; the next one takes their place.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from bat.audio.decode import DecodeError, decode_into, probe
-from bat.data.collate import Rows
+from bat.data.collate import BatchRows
 from bat.data.module import StreamData, worker_init
-from bat.data.plan import CROP, ROLL, below, philox
+from bat.data.plan import ROLL, below, philox
 from bat.data.sequential import SequentialClips
 from bat.data.sources import Patience, Shard, find
 from bat.data.splits import choose_split
-from bat.data.stream import CROP_SLACK, as_it_is, clip_samples
+from bat.data.stream import as_it_is, clip_samples, frames_left_out, random_start
 from bat.shapes import Clip, Skipped, UserError, WaveBatch
 
 TOO_MANY_IN_A_ROW = 1000
@@ -55,7 +54,7 @@ class SequentialBatches(IterableDataset[WaveBatch]):
         samples = clip_samples(self.clip_seconds, self.sample_rate)
         clips, count, failures = iter(self.clips), 0, 0
         while True:
-            rows, keys, positions = Rows(self.batch, samples), list[str](), list[int]()
+            rows, keys, positions = BatchRows(self.batch, samples), list[str](), list[int]()
             skipped: list[Skipped] = []
             while len(keys) < self.batch:
                 clip = next(clips)
@@ -88,10 +87,10 @@ class SequentialBatches(IterableDataset[WaveBatch]):
 
     def _fill(self, row: np.ndarray, clip: Clip, position: int) -> tuple[int, int]:
         info = probe(clip.data)
-        wanted = math.ceil(self.clip_seconds * info.sample_rate - 1e-6)
-        extra, first = info.frames - wanted, 0
-        if extra > CROP_SLACK * wanted:
-            first = below(extra + 1, philox(self.seed, position, CROP))
+        rate, start_seconds = info.sample_rate, 0.0
+        extra = frames_left_out(info.frames, rate, self.clip_seconds)
+        if extra:
+            start_seconds = random_start(extra, rate, seed=self.seed, position=position)
 
         def place(samples: int) -> tuple[int, int]:
             return 0, below(samples, philox(self.seed, position, ROLL)) if self.roll else 0
@@ -101,7 +100,7 @@ class SequentialBatches(IterableDataset[WaveBatch]):
             clip.data,
             place=place,
             sample_rate=self.sample_rate,
-            start_seconds=first / info.sample_rate,
+            start_seconds=start_seconds,
             max_seconds=self.clip_seconds,
             min_seconds=self.min_seconds,
         )

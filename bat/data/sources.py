@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import bat.data.ending  # noqa: F401  (before any worker is forked)
 from bat.shapes import UserError
+from bat.tasks.folder import split_of
 
 COMPRESSED = (".tar.gz", ".tgz")
 SUFFIXES = (".tar", *COMPRESSED)
@@ -146,7 +147,7 @@ def _local(path: Path, text: str) -> list[Shard]:
     if path.is_dir():
         tars = [Shard(p) for p in _tars(path)]
         below = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-        deeper = [Shard(p, folder.name) for folder in below for p in _tars(folder)]
+        deeper = [Shard(p, split_of(folder.name)) for folder in below for p in _tars(folder)]
         if not tars and not deeper:
             raise UserError(f"{path} holds no .tar shards: bat-shard makes some")
         return _one_kind(str(path), tars + deeper)

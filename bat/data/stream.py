@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from bat.audio.decode import DecodeError, decode, decode_into, probe, write_rolled
-from bat.data.collate import Rows
+from bat.data.collate import BatchRows
 from bat.data.index import Index
 from bat.data.plan import CROP, OFFSET, ROLL, MixedPlan, Plan, below, philox
 from bat.shapes import Clip, Skipped, UserError, WaveBatch
@@ -164,7 +164,7 @@ class ClipDataset(Dataset[WaveBatch]):
 
     def batch(self, items: Sequence[Item]) -> WaveBatch:
         """The clips of ``items``; what is unreadable and has no stand-in is left out."""
-        rows = Rows(len(items), self.clip_samples)
+        rows = BatchRows(len(items), self.clip_samples)
         skipped: list[Skipped] = []
         kept: list[Item] = []
         for position, clip in items:
@@ -252,14 +252,22 @@ class ClipDataset(Dataset[WaveBatch]):
         if frames <= 0 or rate <= 0:
             info = probe(encoded.data)
             frames, rate = info.frames, info.sample_rate
-        wanted = math.ceil(self.clip_seconds * rate - 1e-6)  # so many does decode read
-        extra = frames - wanted
-        if extra <= CROP_SLACK * wanted:
-            return 0.0, 0
-        if self.crop == "centre":
+        extra = frames_left_out(frames, rate, self.clip_seconds)
+        if self.crop == "centre" or not extra:
             return extra // 2 / rate, extra
-        first = below(extra + 1, philox(self.seed, position, CROP))
-        return first / rate, extra
+        return random_start(extra, rate, seed=self.seed, position=position), extra
+
+
+def frames_left_out(frames: int, rate: int, clip_seconds: float) -> int:
+    """Source frames of a clip that a segment of ``clip_seconds`` lacks; 0: it is read whole."""
+    wanted = math.ceil(clip_seconds * rate - 1e-6)  # so many does decode read
+    extra = frames - wanted
+    return extra if extra > CROP_SLACK * wanted else 0
+
+
+def random_start(extra: int, rate: int, *, seed: int, position: int) -> float:
+    """Seconds at which the crop of the clip at ``position`` begins."""
+    return below(extra + 1, philox(seed, position, CROP)) / rate
 
 
 def as_it_is(batch: Any) -> WaveBatch:

@@ -22,7 +22,8 @@ from bat.backbones.base import Backbone
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index
 from bat.data.module import AudioData, eval_loader
-from bat.data.plan import Plan, make_plan
+from bat.data.order import make_plan
+from bat.data.plan import Plan
 from bat.shapes import Features, UserError, WaveBatch
 
 Batches = Iterator[tuple[Features, Tensor]]

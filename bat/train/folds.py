@@ -21,7 +21,7 @@ from bat.config import schema
 from bat.config.compose import to_dict
 from bat.data.bad_clips import BadClips
 from bat.data.module import AudioData
-from bat.data.plan import make_plan
+from bat.data.order import make_plan
 from bat.probes.base import build_probe
 from bat.report.plots import plot_curves
 from bat.shapes import UserError

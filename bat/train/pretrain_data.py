@@ -17,7 +17,7 @@ from bat.config.sections import Data
 from bat.data.base import StreamData
 from bat.data.index import Index
 from bat.data.module import AudioData
-from bat.data.plan import make_plan
+from bat.data.order import make_plan
 from bat.data.sequential_data import SequentialData
 from bat.data.sources import NotIndexable
 from bat.data.splits import warn_no_train

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bat.audio.decode import write_rolled
-from bat.data.collate import Rows
+from bat.data.collate import BatchRows
 from bat.data.stream import as_it_is
 
 WAVE = np.arange(1, 6, dtype=np.float32)
@@ -17,7 +17,7 @@ WAVE = np.arange(1, 6, dtype=np.float32)
 @pytest.mark.parametrize("roll", range(5))
 @pytest.mark.parametrize("offset", [0, 2])
 def test_a_row_is_silence_the_rolled_wave_and_silence(roll: int, offset: int) -> None:
-    rows = Rows(2, 9)
+    rows = BatchRows(2, 9)
     rows.next[:] = 7.0  # whatever was there
     write_rolled(rows.next[offset:], WAVE, roll)
     rows.keep(offset, 5)
@@ -29,7 +29,7 @@ def test_a_row_is_silence_the_rolled_wave_and_silence(roll: int, offset: int) ->
 
 
 def test_whole_rows_are_signal_and_unkept_ones_are_no_row() -> None:
-    rows = Rows(3, 4)
+    rows = BatchRows(3, 4)
     rows.next[:] = WAVE[:4]
     rows.keep(0, 4)
     rows.next[:] = 9.0
@@ -45,7 +45,7 @@ class Shared(Dataset):
         return 2
 
     def __getitems__(self, items: list[int]) -> tuple[torch.Tensor, bool]:
-        rows = Rows(2, 5)
+        rows = BatchRows(2, 5)
         rows.next[:] = WAVE
         rows.keep(0, 5)
         waves, _ = rows.tensors()

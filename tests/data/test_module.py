@@ -18,7 +18,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from bat.data.base import worker_init
 from bat.data.index import Index, open_index
 from bat.data.module import AudioData, eval_loader
-from bat.data.plan import Plan, make_plan
+from bat.data.order import make_plan
+from bat.data.plan import Plan
 from bat.shapes import UserError, WaveBatch
 
 Seen = list[tuple[list[int], list[str], float]]

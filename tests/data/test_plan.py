@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bat.data.plan import MIX_BLOCK, MixedPlan, Plan, below, class_balance, make_plan, philox
+from bat.data.order import class_balance, make_plan
+from bat.data.plan import MIX_BLOCK, MixedPlan, Plan, below, philox
 from bat.data.stream import Item, PlanSampler
 from bat.shapes import UserError
 
@@ -271,6 +272,8 @@ def some_index(**kw: Any) -> Any:
     found = {
         "remote": False,
         "fits": True,
+        "cache_bytes": 60,
+        "shard_bytes": np.full(3, 10),
         "shard": np.repeat(np.arange(3), 10),
         "source": np.repeat([0, 1], [10, 20]),
         "label_ids": np.arange(10) % 2,
@@ -283,6 +286,10 @@ def some_index(**kw: Any) -> Any:
 def test_the_order_is_in_windows_for_remote_shards() -> None:
     far = some_index(remote=True, fits=False)
     assert "windows of 8192" in make_plan(far, seed=0).identity()
+    small = some_index(remote=True, fits=False, cache_bytes=50)
+    with pytest.raises(UserError, match=r"8192 clips lies in about 3 .*lower data\.window"):
+        make_plan(small, seed=0)
+    assert "windows of 9" in make_plan(small, seed=0, window=9).identity()
     assert "windows of 7" in make_plan(some_index(), seed=0, shuffle="window", window=7).identity()
     assert "windows" in make_plan(some_index(remote=True), seed=0).identity()
     assert "windows" not in make_plan(some_index(), seed=0).identity()
