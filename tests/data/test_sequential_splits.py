@@ -85,7 +85,7 @@ def test_what_auto_does_is_told(
     caplog.clear()
     put(tmp_path / "y/s-0.tar.gz", {"a": "eval", "b": None})
     put(tmp_path / "z/dev/s-0.tar.gz", {"c": None})
-    for name, splits, keys in (("y", "eval", "ab"), ("z", "dev", "c")):
+    for name, splits, keys in (("y", "eval", "ab"), ("z", "valid", "c")):  # dev is valid
         assert read(tmp_path / name) == (set(keys), 0)
         (record,) = caplog.records
         assert record.levelname == "WARNING"

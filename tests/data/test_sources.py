@@ -190,3 +190,10 @@ def test_names_grow_until_they_differ_and_show_no_query(tmp_path: Path) -> None:
     urls = [Shard("http://h/p/a%20b.tar" + secret), Shard("http://me:pw@g/p/a%20b.tar" + secret)]
     assert _names(urls) == ["h/p/a b.tar", "g/p/a b.tar"]
     assert _names(urls[:1]) == ["a b.tar"]
+
+
+def test_sub_folders_are_called_as_splits_are(tmp_path: Path) -> None:
+    for folder in ("Training", "dev", "part7"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "s-0.tar").touch()
+    assert [shard.split for shard in find(tmp_path)] == ["train", "valid", "part7"]
