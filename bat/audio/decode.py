@@ -85,10 +85,10 @@ def decode(
     """
     _check_arguments(sample_rate, start_seconds, max_seconds, max_decode_seconds)
     with open_reader(data) as file:
-        rate = file.samplerate
+        rate, subtype = file.samplerate, file.subtype
         expected = (expected_frames, expected_rate, min_seconds)
         wave = read_segment(file, start_seconds, max_seconds, max_decode_seconds, expected, mixed)
-    return _finish(wave, rate, sample_rate, max_seconds)
+    return _finish(wave, rate, sample_rate, max_seconds, subtype)
 
 
 def decode_into(
@@ -137,15 +137,15 @@ def decode_into(
         return wave[:read]
 
     with open_reader(data) as file:
-        rate = file.samplerate
+        rate, subtype = file.samplerate, file.subtype
         expected = (expected_frames, expected_rate, min_seconds)
         wave = read_segment(
             file, start_seconds, max_seconds, max_decode_seconds, expected, into_row
         )
     if placed:
-        check_samples(wave)
+        check_samples(wave, subtype)
         return placed[0], len(wave)
-    wave = _finish(wave, rate, sample_rate, max_seconds)[: len(row)]
+    wave = _finish(wave, rate, sample_rate, max_seconds, subtype)[: len(row)]
     offset, roll = place(len(wave))
     write_rolled(row[offset:], wave, roll)
     return offset, len(wave)
@@ -172,10 +172,10 @@ def decode_channels(
     """As ``decode``, channels kept: (S, channels) float32."""
     _check_arguments(sample_rate, start_seconds, max_seconds, max_decode_seconds)
     with open_reader(data) as file:
-        rate = file.samplerate
+        rate, subtype = file.samplerate, file.subtype
         expected = (expected_frames, expected_rate, min_seconds)
         wave = read_segment(file, start_seconds, max_seconds, max_decode_seconds, expected, apart)
-    return _finish(wave, rate, sample_rate, max_seconds)
+    return _finish(wave, rate, sample_rate, max_seconds, subtype)
 
 
 def probe(data: bytes | Path) -> AudioInfo:
@@ -195,9 +195,11 @@ def probe(data: bytes | Path) -> AudioInfo:
         return AudioInfo(frames, file.samplerate, file.channels, codec)
 
 
-def _finish(wave: np.ndarray, rate: int, sample_rate: int, max_seconds: float | None) -> np.ndarray:
+def _finish(
+    wave: np.ndarray, rate: int, sample_rate: int, max_seconds: float | None, subtype: str
+) -> np.ndarray:
     """Checked, resampled, and not a sample longer than asked."""
-    check_samples(wave)
+    check_samples(wave, subtype)
     if rate != sample_rate:
         wave = soxr.resample(wave, rate, sample_rate, quality="HQ")
         if not len(wave):
