@@ -266,3 +266,30 @@ class Ema:
         if self.steps < 1:
             found.append(f"ema.steps={self.steps} must be at least 1")
         return found
+
+
+@dataclass
+class Augment:
+    """Fine-tuning only (SPEC section 5). The time roll is ``data.roll``."""
+
+    mixup_p: float = 0.0
+    mixup_alpha: float = 0.8
+    noise_p: float = 0.0
+    """Probability of colour noise, 5 to 25 dB."""
+    spec_freq: int = 0
+    """Widest frequency mask of SpecAug, in mel bins; 0 is off."""
+    spec_time: int = 0
+    """Widest time mask, in frames; 0 is off."""
+    spec_repeats: int = 1
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("mixup_p", "noise_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                found.append(f"augment.{name}={getattr(self, name)} is a probability")
+        for name in ("spec_freq", "spec_time", "spec_repeats"):
+            if getattr(self, name) < 0:
+                found.append(f"augment.{name}={getattr(self, name)} must not be negative")
+        if self.mixup_alpha <= 0:
+            found.append(f"augment.mixup_alpha={self.mixup_alpha} must be positive")
+        return found

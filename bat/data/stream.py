@@ -180,7 +180,7 @@ class ClipDataset(Dataset[WaveBatch]):
         waves, lengths = rows.tensors()
         targets = np.zeros((len(kept), self.index.classes), np.float32)
         for row, (_, clip) in enumerate(kept):
-            targets[row, list(self.index.labels(clip))] = 1.0
+            targets[row] = self.index.targets(clip)
         return WaveBatch(
             waves=waves,  # (B, S)
             lengths=lengths,

@@ -338,3 +338,19 @@ def test_into_a_row_that_is_too_short_the_wave_is_cut_and_damage_is_noticed() ->
         assert caught.value.kind == kind
     with pytest.raises(DecodeError, match="but 5000 when it was indexed"):
         decode_into(row, data, sample_rate=16_000, place=lambda n: (0, 0), expected_frames=5_000)
+
+
+def test_open_files_share_no_callbacks_and_closed_ones_lend_theirs() -> None:
+    one, two = sample("flac", channels=1), sample("wav", frames=5_000, channels=1)
+    first, second = module.open_reader(one), module.open_reader(two)
+    lent = {first._lent, second._lent}
+    assert len(lent) == 2
+    parts = [first.read(1_000, dtype="float32"), second.read(1_000, dtype="float32")]
+    parts += [first.read(1_000, dtype="float32"), second.read(1_000, dtype="float32")]
+    for data, heard in ((one, parts[::2]), (two, parts[1::2])):
+        whole = decode(data, sample_rate=44_100)
+        np.testing.assert_array_equal(np.concatenate(heard), whole[:2_000])
+    first.close()
+    second.close()
+    with module.open_reader(two) as third:
+        assert third._lent in lent
