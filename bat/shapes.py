@@ -110,6 +110,12 @@ class Views(NamedTuple):
     mask: Tensor
     """(rows, N) bool: True where the token is removed."""
 
+    @property
+    def masked_ids(self) -> Tensor:
+        """(rows, N - n) int64, ascending: the removed tokens. No host synchronisation."""
+        n = self.keep_ids.shape[1]
+        return self.mask.byte().argsort(dim=1, stable=True)[:, n:]  # kept ones sort first
+
 
 class Features(NamedTuple):
     """What a frozen backbone hands to every probe: all blocks, never only the last."""

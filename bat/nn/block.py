@@ -16,7 +16,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from bat.nn.attention import Attention, Backend
+from bat.nn.attention import Attention, Backend, take
 
 EPS = 1e-6
 """Of every LayerNorm in the encoder and the decoder."""
@@ -83,13 +83,23 @@ class Block(nn.Module):
         self.ls1 = LayerScale(width, layer_scale) if scaled else nn.Identity()  # type: ignore[arg-type]
         self.ls2 = LayerScale(width, layer_scale) if scaled else nn.Identity()  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, n, D) -> end-of-block tokens and the MLP's output before its residual, alike."""
+    def forward(
+        self, x: Tensor, *, projected: Tensor | None = None, at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, n, D) -> end-of-block tokens and the MLP's output before its residual, alike.
+
+        ``projected``: ``attn.project`` of the attention's input, where the caller has it already
+        (post-norm only). ``at``: ids (B, m) of the tokens wanted; both results are (B, m, D) then.
+        """
+        assert projected is None or (self.norm_order == "post" and at is None)
+        normed = x if self.norm_order == "post" else self.norm1(x)
+        mixed = self.attn(normed, at) if projected is None else self.attn.combine(projected)
+        x = x if at is None else take(x, at)
+        x = x + self.drop_path(self.ls1(mixed))
         if self.norm_order == "post":
-            x = self.norm1(x + self.drop_path(self.ls1(self.attn(x))))
+            x = self.norm1(x)
             mlp = self.mlp(x)
             return self.norm2(x + self.drop_path(self.ls2(mlp))), mlp
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
         mlp = self.mlp(self.norm2(x))
         return x + self.drop_path(self.ls2(mlp)), mlp
 

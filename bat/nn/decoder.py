@@ -1,10 +1,14 @@
-"""Decoders of masked latent regression: visible tokens in, a prediction for every patch out.
+"""Decoders of masked latent regression: visible tokens in, a prediction a *masked* patch out.
 
 ``ViTDecoder`` (SPEC section 3): visible tokens (no class token) are placed in a canvas of a learned
 mask token, a *trained* position code is added, post-norm gated blocks, a linear without bias back
 to the encoder's width. ``CNNDecoder`` is data2vec 2.0's, for the ablation: on the (T, F) grid, each
 layer 3 x 3 grouped convolution -> LayerNorm over channels without affine -> GELU, with a residual
 around it where widths agree, and a linear with bias at the end.
+
+The loss looks at masked patches alone, and so do the ViT decoder's last block and its output. Its
+first block meets copies of one token: a masked patch is mask token plus position, the same in every
+view, so its queries, keys, values and gate are computed once for all views and laid out in rows.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bat.nn.attention import Backend
+from bat.nn.attention import Backend, flat_ids, take
 from bat.nn.block import Block, init_linears
 from bat.nn.embed import PosLayout, position_code
 from bat.shapes import Grid, Views
@@ -23,12 +27,13 @@ from bat.shapes import Grid, Views
 TOKEN_STD = 0.02
 
 
-def place(visible: Tensor, views: Views, fill: Tensor) -> Tensor:
-    """Scatter ``visible`` (rows, n, D) into a canvas (rows, N, D) of ``fill`` (1, 1, D)."""
-    rows, N = views.mask.shape
-    canvas = fill.to(visible.dtype).expand(rows, N, -1)
-    index = views.keep_ids[..., None].expand(-1, -1, visible.shape[-1])
-    return canvas.scatter(1, index, visible)
+def place(visible: Tensor, keep_ids: Tensor, fill: Tensor) -> Tensor:
+    """Lay ``visible`` (rows, n, D) at ``keep_ids`` over copies of ``fill`` (N, D): (rows, N, D)."""
+    rows, N = len(keep_ids), len(fill)
+    canvas = fill.to(visible.dtype).expand(rows, N, -1).flatten(0, 1)
+    return canvas.index_copy(0, flat_ids(keep_ids, N), visible.flatten(0, 1)).unflatten(
+        0, (rows, N)
+    )
 
 
 class ViTDecoder(nn.Module):
@@ -62,12 +67,22 @@ class ViTDecoder(nn.Module):
         init_linears(self)
 
     def forward(self, visible: Tensor, views: Views) -> Tensor:
-        """(rows, n, D) visible tokens -> (rows, N, D) predictions."""
-        x = place(self.in_proj(visible), views, self.mask_token)  # (rows, N, D_dec)
-        x = x + self.pos_embed
-        for block in self.blocks:
+        """(rows, n, D) visible tokens -> (rows, N - n, D) predictions for ``views.masked_ids``."""
+        keep = views.keep_ids  # (rows, n)
+        code = self.pos_embed[0]  # (N, D_dec)
+        seen = self.in_proj(visible)
+        seen = seen + code.index_select(0, keep.flatten()).view_as(seen)  # (rows, n, D_dec)
+        unseen = self.mask_token[0] + code  # (N, D_dec), what every view has where it is masked
+        x = place(seen, keep, unseen)  # (rows, N, D_dec)
+        *others, last = self.blocks
+        if others:
+            project = others[0].attn.project  # type: ignore[union-attr]
+            projected = place(project(seen), keep, project(unseen))  # type: ignore[operator]
+            x, _ = others[0](x, projected=projected)
+        for block in others[1:]:
             x, _ = block(x)
-        return self.out_proj(x)  # (rows, N, D)
+        x, _ = last(x, at=views.masked_ids)
+        return self.out_proj(x)  # (rows, N - n, D)
 
 
 class CNNDecoder(nn.Module):
@@ -100,11 +115,12 @@ class CNNDecoder(nn.Module):
         init_linears(self)
 
     def forward(self, visible: Tensor, views: Views) -> Tensor:
-        """(rows, n, D) visible tokens -> (rows, N, D) predictions."""
-        x = place(visible, views, self.mask_token)  # (rows, N, D)
+        """(rows, n, D) visible tokens -> (rows, N - n, D) predictions for ``views.masked_ids``."""
+        fill = self.mask_token[0].expand(self.grid.tokens, -1)
+        x = place(visible, views.keep_ids, fill)  # (rows, N, D)
         x = x.transpose(1, 2).unflatten(2, (self.grid.time, self.grid.freq))  # (rows, D, T, F)
         for conv in self.convs:
             y = conv(x).permute(0, 2, 3, 1)  # channels last for the norm
             y = F.gelu(F.layer_norm(y, y.shape[-1:])).permute(0, 3, 1, 2)
             x = x + y if x.shape == y.shape else y
-        return self.out_proj(x.flatten(2).transpose(1, 2))
+        return self.out_proj(take(x.flatten(2).transpose(1, 2), views.masked_ids))

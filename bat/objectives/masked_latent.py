@@ -21,6 +21,7 @@ import copy
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bat.nn.ema import ema_update
@@ -68,7 +69,7 @@ class MaskedLatent(nn.Module):
     """Student, teacher, targets and the two losses.
 
     ``encoder`` offers ``encode_views``, ``embed`` and ``layers`` (see ``backbones/bat.py``);
-    ``decoder`` maps visible tokens and ``Views`` to predictions for all patches.
+    ``decoder`` maps visible tokens and ``Views`` to predictions for the masked patches.
     """
 
     def __init__(
@@ -91,9 +92,9 @@ class MaskedLatent(nn.Module):
         """(B, 1, frames, mels) and ``B * V`` masks, clip-major -> ``Losses``."""
         targets, teacher_cls = self.targets(spectrogram)  # (B, N, D), (B, D)
         cls, visible = self.student.encoder.encode_views(spectrogram, views)  # type: ignore[operator]
-        predictions = self.student.decoder(visible, views)  # (B V, N, D)
+        predictions = self.student.decoder(visible, views)  # (B V, N - n, D)
 
-        local = local_loss(predictions, targets, views.mask)
+        local = local_loss(predictions, targets, views.masked_ids)
         if self.global_target == "none":
             global_ = torch.zeros_like(local)
         else:
@@ -133,16 +134,15 @@ def standardise(x: Tensor, dim: int, eps: float = EPS) -> Tensor:
     return centred * torch.rsqrt(centred.square().mean(dim, keepdim=True) + eps)
 
 
-def local_loss(predictions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+def local_loss(predictions: Tensor, targets: Tensor, masked_ids: Tensor) -> Tensor:
     """Squared error averaged over channels, then over the masked patches of all views.
 
-    ``predictions`` (B V, N, D), ``targets`` (B, N, D), ``mask`` (B V, N) True where removed.
+    ``predictions`` (B V, m, D) of the patches ``masked_ids`` (B V, m), ``targets`` (B, N, D).
     """
-    B = targets.shape[0]
-    error = predictions.float().unflatten(0, (B, -1)) - targets[:, None]  # (B, V, N, D)
-    per_patch = error.square().mean(-1).flatten(0, 1)  # (B V, N)
-    weight = mask.to(per_patch.dtype)
-    return (per_patch * weight).sum() / weight.sum()
+    B, N, _ = targets.shape
+    ids = masked_ids.reshape(B, -1) + N * torch.arange(B, device=targets.device)[:, None]
+    wanted = targets.flatten(0, 1).index_select(0, ids.flatten())  # (B V m, D)
+    return F.mse_loss(predictions.flatten(0, 1).float(), wanted)
 
 
 def global_loss(cls: Tensor, wanted: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
 """Gated attention against the loop, timm's module and its own backends."""
 
+import sys
+import types
+
 import pytest
 import timm.layers
 import torch
 
+from bat.nn import attention
 from bat.nn.attention import Attention, attend
 from tests.reference.attention import gated_attention
 
@@ -53,3 +57,56 @@ def test_unknown_backend_and_bad_width_are_named() -> None:
         Attention(8, 2, backend="fast")
     with pytest.raises(ValueError, match="width=10 is not a multiple of heads=4"):
         Attention(10, 4)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_some_tokens_outputs_equal_those_rows_of_all(gate: bool) -> None:
+    torch.manual_seed(0)
+    layer = Attention(12, 3, gate=gate).double()
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    at = torch.tensor([[0, 3], [4, 1]])
+    rows = torch.stack([layer(x)[b, at[b]] for b in range(2)])
+    torch.testing.assert_close(layer(x, at), rows, atol=1e-12, rtol=0)
+    torch.testing.assert_close(layer.combine(layer.project(x)), layer(x), atol=0, rtol=0)
+
+
+def test_auto_takes_what_fits_the_device() -> None:
+    bf16 = torch.bfloat16
+    assert attention.choose("auto", "cpu", bf16, 64) == "blocked"
+    assert attention.choose("auto", "cpu", torch.float32, 64) == "sdpa"
+    assert attention.choose("auto", "cuda", bf16, 64) == "sdpa"
+    assert attention.choose("flash", "cuda", bf16, 64) == "flash"
+    for backend in ("cudnn", "sdpa", "eager"):
+        assert attention.choose(backend, "cpu", bf16, 64) == backend
+    assert "no flash_attn package" in attention.describe("auto", "cuda", bf16, 64)
+    assert "few heads" in attention.describe("auto", "cpu", bf16, 64)
+
+
+def test_the_package_is_taken_where_it_is_installed_and_fits(monkeypatch) -> None:
+    module = types.ModuleType("flash_attn")
+    seen = []
+
+    def flash_attn_func(q, k, v):  # (B, n, H, d), as FlashAttention has it
+        seen.append(q.shape)
+        return attend_eager(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+    module.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", types.ModuleType("placeholder"))
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    function, name = attention.find_flash()
+    assert (function, name) == (flash_attn_func, "flash_attn")  # the empty placeholder is passed by
+    monkeypatch.setattr(attention, "FLASH", function)
+    monkeypatch.setattr(attention, "FLASH_NAME", name)
+    for backend in ("auto", "flash"):
+        assert attention.choose(backend, "cuda", torch.bfloat16, 64) == "package"
+        assert attention.choose(backend, "cuda", torch.float32, 64) != "package"
+        assert attention.choose(backend, "cuda", torch.bfloat16, 260) != "package"
+        assert attention.choose(backend, "cpu", torch.bfloat16, 64) != "package"
+    monkeypatch.setattr(attention, "choose", lambda *args: "package")
+    q, k, v = torch.randn(3, 2, 3, 5, 8)
+    torch.testing.assert_close(attend(q, k, v), attend_eager(q, k, v))
+    assert seen == [(2, 5, 3, 8)]
+
+
+def attend_eager(q, k, v):
+    return (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) @ v

@@ -12,6 +12,7 @@ from bat.nn.embed import position_code
 from bat.nn.masking import inverse_block_mask
 from bat.shapes import Grid
 from tests.golden_files import Golden
+from tests.reference.decoder import all_patches
 
 GRID = Grid(6, 4)
 
@@ -41,20 +42,52 @@ def test_golden_position_rows_and_columns(golden) -> None:
 def test_place_puts_visible_tokens_where_they_belong() -> None:
     v = views()
     visible = torch.arange(4 * v.keep_ids.shape[1]).float().view(4, -1, 1).expand(-1, -1, 3)
-    canvas = place(visible, v, torch.full((1, 1, 3), -1.0))
+    canvas = place(visible, v.keep_ids, torch.full((24, 3), -1.0))
     assert torch.equal(canvas[~v.mask].view(4, -1, 3), visible)
     assert (canvas[v.mask] == -1).all()
 
 
 @pytest.mark.parametrize("width", [None, 48])
-def test_decoders_give_a_prediction_for_every_patch(width: int | None) -> None:
+def test_decoders_give_a_prediction_for_every_masked_patch(width: int | None) -> None:
     v = views()
     visible = torch.randn(4, v.keep_ids.shape[1], 32)
+    masked = 24 - v.keep_ids.shape[1]
     for decoder in (
         ViTDecoder(32, GRID, width=width, depth=1, heads=4),
         CNNDecoder(32, GRID, width=width, depth=2),
     ):
-        assert decoder(visible, v).shape == (4, 24, 32)
+        assert decoder(visible, v).shape == (4, masked, 32)
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "gate"), [(1, None, True), (3, 24, True), (2, 24, False)]
+)
+def test_vit_decoder_equals_the_one_that_computes_everything(
+    depth: int, width: int | None, gate: bool
+) -> None:
+    """First block shared by the mask tokens, last block where it is looked at: same numbers."""
+    torch.manual_seed(0)
+    decoder = ViTDecoder(32, GRID, width=width, depth=depth, heads=4, gate=gate).double()
+    for name, parameter in decoder.named_parameters():  # norms and biases that are not 1 and 0
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 1.0 if "weight" in name else 0.0, 0.3)
+    v = views()
+    visible = torch.randn(4, v.keep_ids.shape[1], 32, dtype=torch.float64, requires_grad=True)
+    out = decoder(visible, v)
+    expected = all_patches(decoder, visible, v)[v.mask].view_as(out)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    inputs = [visible, *decoder.parameters()]
+    weight = torch.randn_like(out)
+    fast = torch.autograd.grad((out * weight).sum(), inputs)
+    slow = torch.autograd.grad((expected * weight).sum(), inputs)
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-9)
+
+
+def test_masked_ids_are_those_the_mask_names() -> None:
+    v = views(5, Grid(16, 8))
+    for row in range(5):
+        assert v.masked_ids[row].tolist() == v.mask[row].nonzero()[:, 0].tolist()
 
 
 def test_cnn_decoder_is_local_in_time_and_frequency() -> None:
@@ -64,9 +97,10 @@ def test_cnn_decoder_is_local_in_time_and_frequency() -> None:
     base = torch.zeros(1, v.keep_ids.shape[1], 16)
     changed = base.clone()
     changed[0, 0] = 1
-    moved = (decoder(changed, v) - decoder(base, v)).abs().sum(-1)[0] > 1e-6
+    moved = (decoder(changed, v) - decoder(base, v)).abs().sum(-1)[0] > 1e-6  # (N - n,)
+    assert moved.any()
     t0, f0 = divmod(int(v.keep_ids[0, 0]), 4)
-    for i in moved.nonzero()[:, 0].tolist():
+    for i in v.masked_ids[0][moved].tolist():
         t, f = divmod(i, 4)
         assert abs(t - t0) <= 1
         assert abs(f - f0) <= 1
