@@ -45,8 +45,11 @@ class Hardware:
     num_nodes: int = 1
     strategy: str = "auto"
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
-    compile: bool = False
-    """torch.compile of every block (student and teacher)."""
+    compile: Literal["off", "blocks", "whole", "cudagraphs"] = "off"
+    """torch.compile: every block; or front end, teacher and student with its losses as one graph
+    each; or these replayed as CUDA graphs. Probing and fine-tuning compile blocks in any case."""
+    activation_checkpointing: bool = False
+    """Compute each block again in the backward pass instead of keeping what is inside it."""
 
     def problems(self) -> list[str]:
         return [] if self.num_nodes >= 1 else [f"hardware.num_nodes={self.num_nodes} must be >= 1"]

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bat.nn.attention import Attention, Backend, take
 
@@ -74,6 +75,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm_order = norm_order
+        self.recompute = False
         self.norm1 = nn.LayerNorm(width, eps=EPS)
         self.attn = Attention(width, heads, gate=gate, backend=attention)
         self.norm2 = nn.LayerNorm(width, eps=EPS)
@@ -88,9 +90,19 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(B, n, D) -> end-of-block tokens and the MLP's output before its residual, alike.
 
+        Where ``recompute`` is set, a backward pass computes the block again instead of keeping
+        what is inside it (activation checkpointing): the same numbers, less memory, more time.
+
         ``projected``: ``attn.project`` of the attention's input, where the caller has it already
         (post-norm only). ``at``: ids (B, m) of the tokens wanted; both results are (B, m, D) then.
         """
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, projected, at, use_reentrant=False)
+        return self._forward(x, projected, at)
+
+    def _forward(
+        self, x: Tensor, projected: Tensor | None, at: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         assert projected is None or (self.norm_order == "post" and at is None)
         normed = x if self.norm_order == "post" else self.norm1(x)
         mixed = self.attn(normed, at) if projected is None else self.attn.combine(projected)

@@ -90,7 +90,12 @@ class MaskedLatent(nn.Module):
 
     def forward(self, spectrogram: Tensor, views: Views) -> Losses:
         """(B, 1, frames, mels) and ``B * V`` masks, clip-major -> ``Losses``."""
-        targets, teacher_cls = self.targets(spectrogram)  # (B, N, D), (B, D)
+        return self.compare(spectrogram, views, *self.targets(spectrogram))
+
+    def compare(
+        self, spectrogram: Tensor, views: Views, targets: Tensor, teacher_cls: Tensor
+    ) -> Losses:
+        """The student's half of the step, against the teacher's (B, N, D) and (B, D)."""
         cls, visible = self.student.encoder.encode_views(spectrogram, views)  # type: ignore[operator]
         predictions = self.student.decoder(visible, views)  # (B V, N - n, D)
 
@@ -101,7 +106,7 @@ class MaskedLatent(nn.Module):
             wanted = targets.mean(1) if self.global_target == "patch_mean" else teacher_cls
             global_ = global_loss(cls, wanted)
         one = targets.shape[0] == 1
-        position_only = targets.new_tensor(float("nan")) if one else targets.var(0).mean()
+        position_only = targets.new_full((), torch.nan) if one else targets.var(0).mean()
         spread = targets.flatten(0, 1).std(0, unbiased=False).mean()
         return Losses(local + global_, local, global_, position_only, spread)
 

@@ -25,7 +25,6 @@ from bat.config.compose import from_yaml
 from bat.config.locate import find_fragment, known_fragments
 from bat.config.schema import Finetune, Hardware, Pretrain, Probe, Supervised
 from bat.config.sections import Data, Model
-from bat.nn.block import Block
 from bat.shapes import Grid, UserError
 from bat.tasks.base import Task
 from bat.train.trainer import derive_seed
@@ -161,13 +160,6 @@ def device_for(hardware: Hardware) -> torch.device:
 def autocast_for(hardware: Hardware) -> torch.dtype | None:
     """Autocast's type, None for float32."""
     return torch.bfloat16 if hardware.precision == "bf16-mixed" else None
-
-
-def compile_blocks(module: torch.nn.Module) -> None:
-    """``torch.compile`` every block below ``module``; state-dict names stay as they are."""
-    for part in module.modules():
-        if isinstance(part, Block):
-            part.compile()
 
 
 def _given(config: Supervised) -> str:

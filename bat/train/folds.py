@@ -26,13 +26,14 @@ from bat.probes.base import build_probe
 from bat.report.plots import plot_curves
 from bat.shapes import UserError
 from bat.train.callbacks import Checkpoints, Metrics
-from bat.train.encoders import autocast_for, compile_blocks, registered_name, weights_digest
+from bat.train.encoders import autocast_for, registered_name, weights_digest
 from bat.train.features import FeatureStream
 from bat.train.heads import save_head
 from bat.train.held_out import HOW, Round
 from bat.train.metrics import evaluate
 from bat.train.prepare import Prepared
 from bat.train.probing import own_randomness, predict
+from bat.train.speed import speed_up
 from bat.train.supervised import Supervised
 from bat.train.trainer import (
     build_trainer,
@@ -78,8 +79,7 @@ class Folds:
             fold=held.name,
             start=self.made_from["encoder"],
         )
-        if self.config.hardware.compile:
-            compile_blocks(backbone)
+        speed_up(backbone, self.config.hardware)
         return module
 
     def data(self, held: Round) -> AudioData:

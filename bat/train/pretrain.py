@@ -25,8 +25,8 @@ from bat.nn.ema import ema_decay
 from bat.nn.masking import inverse_block_mask
 from bat.objectives.masked_latent import MaskedLatent
 from bat.shapes import Grid, Views, WaveBatch
-from bat.train.encoders import compile_blocks
 from bat.train.optim import adamw, param_groups, set_lr
+from bat.train.speed import speed_up_pretraining
 from bat.train.trainer import derive_seed
 
 DECODERS = {"vit12h": {"heads": 12, "mlp_ratio": 4.0}, "vit6h": {"heads": 6, "mlp_ratio": 2.0}}
@@ -85,8 +85,7 @@ class Pretraining(pl.LightningModule):
         self.objective = build_objective(config)
         self.figures: dict[str, Tensor] = {}
         self.clips = 0
-        if config.hardware.compile:
-            compile_blocks(self.objective)
+        speed_up_pretraining(self.objective, config.hardware)
 
     @property
     def encoder(self) -> BAT:
@@ -101,6 +100,8 @@ class Pretraining(pl.LightningModule):
     def training_step(self, batch: WaveBatch, batch_idx: int) -> Tensor:
         seed = derive_seed(self.config.seed, "step", batch_idx, self.global_rank)
         torch.manual_seed(seed)  # drop path
+        if self.config.hardware.compile == "cudagraphs":
+            torch.compiler.cudagraph_mark_step_begin()
         spectrogram = self.spectrogram(batch)  # (B, 1, frames, mels)
         views = self.draw_views(spectrogram.shape[0], seed)
         losses = self.objective(spectrogram, views)

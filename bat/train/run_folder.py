@@ -28,6 +28,8 @@ SAFE = (
     "hardware.devices:",
     "hardware.num_nodes:",
     "hardware.strategy:",
+    "hardware.compile:",
+    "hardware.activation_checkpointing:",
     "log.",
     "online.",
     "data.workers:",

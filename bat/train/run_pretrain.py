@@ -21,6 +21,7 @@ from bat.train.online import OnlineProbe
 from bat.train.pretrain import Pretraining
 from bat.train.pretrain_data import PretrainData, open_stream
 from bat.train.run_folder import open_run
+from bat.train.speed import attention_in_words
 from bat.train.trainer import (
     build_trainer,
     derive_seed,
@@ -75,6 +76,11 @@ def pretrain(config: Pretrain, *, dry_run: bool = False) -> Path:
         config.train.accumulate,
         trainer.world_size,
     )
+    kernel = attention_in_words(
+        module.objective.student, config.hardware, trainer.strategy.root_device
+    )
+    if kernel:
+        log.info("  attention %s: %s", config.model.attention, kernel)
     began = time.perf_counter()
     fit(trainer, module, data, newest)
     data.bad_clips.check(final=True)

@@ -23,7 +23,6 @@ from bat.tasks.base import Task
 from bat.train.encoders import (
     autocast_for,
     checkpoint_name,
-    compile_blocks,
     device_for,
 )
 from bat.train.features import FeatureBank, FeatureStream, Source, bank_bytes
@@ -39,6 +38,7 @@ from bat.train.held_out import (
 from bat.train.prepare import Prepared, prepare
 from bat.train.probing import cross_validate, predict
 from bat.train.run_folder import open_run
+from bat.train.speed import speed_up
 from bat.train.trainer import start_logging, write_json
 
 log = logging.getLogger("bat")
@@ -56,8 +56,7 @@ def probe(config: schema.Probe, *, dry_run: bool = False) -> Path:
     )
     device = device_for(config.hardware)
     backbone.to(device)
-    if config.hardware.compile:
-        compile_blocks(backbone)
+    speed_up(backbone, config.hardware)
 
     def build(method: str) -> Probe:
         return build_probe(
