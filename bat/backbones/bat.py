@@ -123,11 +123,23 @@ class BAT(Backbone):
         step = self.grid.time * self.patch
         patches, classes = [], []
         for chunk in spectrogram.split(step, dim=2):
-            out = torch.stack([x for x, _ in self.layers(self.embed(chunk))])  # (L, B, 1 + n, D)
+            out = self._all_layers(self.embed(chunk))  # (L, B, 1 + n, D)
             classes.append(out[:, :, 0])
             patches.append(out[:, :, 1:].unflatten(2, (-1, freq)))  # (L, B, t, F, D)
         cls = torch.stack(classes).mean(0) if len(classes) > 1 else classes[0]
         return Features(torch.cat(patches, dim=2) if len(patches) > 1 else patches[0], cls)
+
+    def _all_layers(self, tokens: Tensor) -> Tensor:
+        """(B, n, D) embedded tokens -> (L, B, 1 + n, D)."""
+        layers = self.layers(tokens)
+        if torch.is_grad_enabled():
+            return torch.stack([x for x, _ in layers])
+        first, _ = next(layers)
+        out = first.new_empty(self.depth, *first.shape)  # written in place: no second copy of all
+        out[0] = first
+        for block, (x, _) in enumerate(layers, start=1):
+            out[block] = x
+        return out
 
     def set_drop_path(self, rate: float) -> None:
         """Drop-path rate of the last block; the others rise linearly from 0."""

@@ -61,6 +61,8 @@ class Head:
 
     prototypes: int = 10_000
     """K of ``cgp`` and ``protobin``."""
+    kernel: Literal["portable", "triton"] = "portable"
+    """How ``cgp`` and ``protobin`` pool: ``triton`` (GPUs only) waits for its first measurement."""
     dropout: float = 0.2
     norm: bool = True
     """LayerNorm before the output layer of ``linear`` and ``lcgp``, and of a fine-tuned head."""

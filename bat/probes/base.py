@@ -60,41 +60,6 @@ def mix_blocks(layers: Tensor, gate: Tensor) -> Tensor:
     return torch.tensordot(gate.float(), layers.float(), dims=1)
 
 
-def mix_normalised(layers: Tensor, gate: Tensor) -> Tensor:
-    """``sum_l gate_l n(layers_l)``, ``n`` the L2 norm's direction: (L, ..., D), (L,) -> (..., D).
-
-    Float32; the sum is not normalised again. One block at a time: kept for the backward pass are
-    the norms, never the normalised stack of all blocks.
-    """
-    mixed: Tensor = _MixNormalised.apply(layers, gate.float())
-    return mixed
-
-
-class _MixNormalised(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, layers: Tensor, gate: Tensor) -> Tensor:
-        mixed = torch.zeros(layers.shape[1:], device=layers.device)  # (..., D)
-        norms = torch.empty(*layers.shape[:-1], 1, device=layers.device)  # (L, ..., 1)
-        for block, z in enumerate(layers):
-            torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=torch.float32, out=norms[block])
-            mixed.addcmul_(z.float(), gate[block] / norms[block].clamp_(min=1e-12))
-        ctx.save_for_backward(layers, gate, norms)
-        return mixed
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
-        layers, gate, norms = ctx.saved_tensors
-        to_gate = torch.empty_like(gate)
-        to_layers = torch.empty_like(layers) if ctx.needs_input_grad[0] else None
-        for block, tokens in enumerate(layers):
-            z = tokens.float()
-            along = (grad * z).sum(-1, keepdim=True) / norms[block]  # (..., 1): grad . n(z)
-            to_gate[block] = along.sum()
-            if to_layers is not None:
-                to_layers[block] = gate[block] / norms[block] * (grad - along * z / norms[block])
-        return to_layers, to_gate
-
-
 def known_probes() -> dict[str, type[Probe]]:
     """All probes of this folder by name."""
     import bat.probes as folder

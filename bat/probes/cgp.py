@@ -9,7 +9,8 @@
 
 interleaved as (K, 3), dropout, a linear layer 3K -> C with bias. At frame level min, mean and max
 run over frequency at each time patch. K = 10,000 prototypes start at 0.02 N(0, 1) and do not decay.
-The minimum and maximum never store the (B, K, N) similarities: ``extremes.py``.
+The (B, K, N) similarities are never stored (``extremes.py``), nor the normalised stack of all
+blocks (``mixing.py``).
 
 Parameters at D = 768, C = 527, L = 12, K = 10,000: 23,490,539.
 """
@@ -17,16 +18,19 @@ Parameters at D = 768, C = 527, L = 12, K = 10,000: 23,490,539.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bat.probes.base import Level, Probe, mix_normalised
-from bat.probes.extremes import lowest_and_highest
+from bat.probes.base import Level, Probe
+from bat.probes.extremes import pool_prototypes
+from bat.probes.mixing import Kernel, mix_normalised
 from bat.shapes import Features
 
 
 class CGP(Probe):
-    """Convex Gated Probing. ``prototypes``: K; ``dropout``: rate before the linear layer."""
+    """Convex Gated Probing. ``prototypes``: K; ``dropout``: rate before the linear layer.
+
+    ``kernel``: of mixing and pooling, ``portable`` or ``triton`` (GPUs).
+    """
 
     def __init__(
         self,
@@ -38,27 +42,27 @@ class CGP(Probe):
         level: Level = "clip",
         prototypes: int = 10_000,
         dropout: float = 0.2,
+        kernel: Kernel = "portable",
     ) -> None:
         super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
         self.layer_logits = nn.Parameter(torch.ones(depth))  # (L,)
         self.prototypes = nn.Parameter(0.02 * torch.randn(prototypes, width))  # (K, D)
         self.dropout = nn.Dropout(dropout)
+        self.kernel = kernel
         self.fc = nn.Linear(3 * prototypes, classes)
 
     def forward(self, features: Features) -> Tensor:
         gate = self.layer_logits.softmax(0)  # (L,)
-        prototypes = F.normalize(self.prototypes.float(), dim=-1)  # (K, D)
-        tokens = mix_normalised(features.patches, gate)  # (B, T, F, D)
+        tokens = mix_normalised(features.patches, gate, kernel=self.kernel)  # (B, T, F, D)
         frame = self.level == "frame"
         tokens = tokens.flatten(0, 1) if frame else tokens.flatten(1, 2)  # (G, M, D)
-        low, high = lowest_and_highest(tokens, prototypes)  # (G, K) each
         if frame or not self.has_cls:
             middle = tokens.mean(1)  # (G, D): the mean of products is the product of the mean
         else:
             assert features.cls is not None
-            middle = mix_normalised(features.cls, gate)  # (B, D)
-        middle = (middle @ prototypes.T).float()  # (G, K)
-        x = torch.stack([low, middle, high], -1).flatten(1)  # (G, 3 K), prototype-major
+            middle = mix_normalised(features.cls, gate, kernel=self.kernel)  # (B, D)
+        x = pool_prototypes(tokens, self.prototypes, middle, kernel=self.kernel)  # (G, K, 3)
+        x = x.flatten(1)  # (G, 3 K), prototype-major
         logits = self.fc(self.dropout(x))  # (G, C)
         return logits.unflatten(0, features.patches.shape[1:3]) if frame else logits
 

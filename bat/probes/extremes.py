@@ -1,94 +1,295 @@
-"""Lowest and highest similarity of each prototype within a group of tokens, at what it must cost.
+"""Prototype pooling: lowest, middle and highest similarity of a group of tokens to each prototype.
 
-``s[g, k, m] = tokens[g, m] . prototypes[k]``; wanted are min and max over m (SPEC section 4, "what
-CGP really costs"). A plain implementation stores s, (G, K, M), and pays three products of its size.
-Here s is made for a few prototypes at a time and only the two index tables (G, K) are kept; the
-gradient passes through those tokens alone, so backward is O(G K D), not O(G M K D). Both gradients
-are weighted sums of picked rows, which is what ``embedding_bag`` computes without materialising
-the picked rows, in a fixed order (no atomic additions: bit-for-bit repeatable).
+With ``n(p) = p / ||p||`` and groups of M tokens (a clip's patches; at frame level a time patch's):
+
+    out[g, k] = [min_m tokens[g, m] . n(p_k),  middle[g] . n(p_k),  max_m tokens[g, m] . n(p_k)]
+
+(SPEC section 4, "what CGP really costs"). A plain implementation stores the similarities (G, M, K),
+pays three products of their size, and keeps ``n(p)`` and its gradient besides. Here they are made
+for a few prototypes at a time and only the index tables are kept; the gradient passes through the
+picked tokens alone, so backward is O(G K D), not O(G M K D). A positive factor changes neither
+minimum nor maximum: the product is with p itself, and out is divided by its norms. Backward sums
+the picked tokens, a, and projects in place: ``(a - (a . n(p)) n(p)) / ||p||``. Such sums are what
+``embedding_bag`` computes, in a fixed order: bit-for-bit repeatable. Where a group has few tokens
+(frame level) the picks are no longer sparse: a matrix product sums them.
+
+Operators of PyTorch's library (``bat::pool_prototypes``), so that ``torch.compile`` takes each as
+one node. ``kernel="triton"`` (``extremes_triton.py``) is another forward, on GPUs.
 
 Departure: of exactly equal similarities the first token gets the whole gradient, as with
 ``torch.min(dim=...)``; ``torch.amin`` would share it out evenly.
-Under autocast the product runs in autocast's type (float32 accumulation inside it); values are
-returned, and gradients summed, in float32.
+Under autocast the product runs in autocast's type (float32 accumulation inside it); norms, values
+and sums are float32 (float64 of float64 tokens).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**22
-"""Similarities made at a time: 16 MB in float32, within reach of a CPU's cache; a GPU takes 16x."""
+from bat.probes.extremes_triton import extremes as triton_extremes
+from bat.probes.mixing import EPS, Kernel, check_kernel, sum_type
+
+BLOCK_ELEMENTS = 2**21
+"""Similarities made at a time: 8 MB in float32, within a CPU's cache; a GPU takes 16x."""
+CPU_ROWS = 1024
+"""Prototypes whose gradient is projected at a time: 3 MB of float32 at D = 768."""
+DENSE_TOKENS = 32
+"""Groups of at most this many tokens sum their picks by a matrix product."""
 
 
-def lowest_and_highest(tokens: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    """Min and max over a group's tokens of their product with each prototype.
+def pool_prototypes(
+    tokens: Tensor,
+    prototypes: Tensor,
+    middle: Tensor | None = None,
+    *,
+    low: bool = True,
+    signs: bool = False,
+    kernel: Kernel = "portable",
+) -> Tensor:
+    """Features of each prototype: (G, M, D), (K, D), (G, D) -> (G, K, P), float32.
 
-    ``tokens`` (G, M, D), ``prototypes`` (K, D) -> two tensors (G, K), float32.
+    P is 1 to 3: the minimum where ``low``, the product with ``middle`` where there is one, the
+    maximum. ``signs``: the prototypes are their signs (+1 where >= 0, else -1) over sqrt(D), and
+    the gradient passes to the real values unchanged (straight through). Raises ``UserError`` for a
+    ``kernel`` that is not known or cannot run here.
     """
-    low, high = _Extremes.apply(tokens, prototypes, True)
-    return low, high
+    check_kernel(kernel)
+    device = tokens.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+    out, _ = torch.ops.bat.pool_prototypes(tokens, prototypes, middle, low, signs, kind, kernel)
+    return out
 
 
-def highest(tokens: Tensor, prototypes: Tensor) -> Tensor:
-    """Max alone: (G, M, D), (K, D) -> (G, K), float32."""
-    return _Extremes.apply(tokens, prototypes, False)[1]
+def _blocks(tokens: Tensor, prototypes: Tensor) -> Iterator[slice]:
+    """Prototypes that are worked on together."""
+    size = BLOCK_ELEMENTS * (1 if tokens.device.type == "cpu" else 16)
+    step = max(1, size // max(1, tokens.shape[0] * tokens.shape[1]))
+    for start in range(0, len(prototypes), step):
+        yield slice(start, start + step)
 
 
-class _Extremes(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, prototypes: Tensor, both: bool) -> Any:
-        G, M, D = tokens.shape
-        kind = tokens.device.type
-        auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
-        rows = tokens.reshape(G * M, D).to(auto)  # (G M, D)
-        matrix = prototypes.to(auto)  # (K, D)
-        size = BLOCK_ELEMENTS * (16 if tokens.is_cuda else 1)
-        parts = []
-        for chunk in matrix.split(max(1, size // max(1, G * M))):
-            s = (chunk @ rows.T).view(len(chunk), G, M)  # (k, G, M)
-            parts.append((*(s.min(-1) if both else ()), *s.max(-1)))  # values, indices (k, G)
-        columns = [torch.cat(c) for c in zip(*parts, strict=True)]  # (K, G) each
-        values, picks = columns[0::2], columns[1::2]
-        ctx.save_for_backward(tokens, prototypes, torch.stack(picks, 1))  # (K, P, G), P in 1, 2
-        ctx.both = both
-        out = [v.T.float() for v in values]
-        return (out[0] if both else None), out[-1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        tokens, prototypes, picks = ctx.saved_tensors
-        G, M, D = tokens.shape
-        K = len(prototypes)
-        zero = tokens.new_zeros((), dtype=torch.float32).expand(G, K)
-        given = [zero if g is None else g.float() for g in (grads if ctx.both else grads[1:])]
-        weight = torch.stack([g.T for g in given], 1).reshape(K, -1)  # (K, P G)
-        row = (picks + M * torch.arange(G, device=picks.device)).view(K, -1)  # (K, P G) in G M
-        to_tokens = to_prototypes = None
-        if ctx.needs_input_grad[1]:
-            source = tokens.reshape(G * M, D).float()
-            to_prototypes = _sum_rows(source, row.reshape(-1), weight.reshape(-1), row.shape[1], K)
-            to_prototypes = to_prototypes.to(prototypes.dtype)
-        if ctx.needs_input_grad[0]:
-            flat, order = row.reshape(-1).sort(stable=True)
-            starts = torch.searchsorted(flat, torch.arange(G * M, device=flat.device))
-            to_tokens = F.embedding_bag(
-                order // row.shape[1],  # the prototype of each pick
-                prototypes.float(),
-                offsets=starts,
-                mode="sum",
-                per_sample_weights=weight.reshape(-1)[order],
-            )  # (G M, D)
-            to_tokens = to_tokens.view(G, M, D).to(tokens.dtype)
-        return to_tokens, to_prototypes, None
+def signs_of(x: Tensor) -> Tensor:
+    """+1 where ``x >= 0``, else -1, in x's type."""
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
 
 
-def _sum_rows(source: Tensor, index: Tensor, weight: Tensor, bag: int, bags: int) -> Tensor:
-    """``sum_j weight[i, j] source[index[i, j]]`` for bags of equal size: -> (bags, D)."""
-    return F.embedding_bag(
-        index.view(bags, bag), source, mode="sum", per_sample_weights=weight.view(bags, bag)
+def _as_used(prototypes: Tensor, signs: bool) -> Tensor:
+    """The matrix whose rows are multiplied: the prototypes, or their signs."""
+    return signs_of(prototypes) if signs else prototypes
+
+
+def _norms(used: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of each row, (k,)."""
+    return torch.linalg.vector_norm(used, dim=-1, dtype=dtype).clamp_(min=EPS)
+
+
+_SCHEMA = (
+    "(Tensor tokens, Tensor prototypes, Tensor? middle, bool low, bool signs, ScalarType kind, "
+    "str kernel) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("bat::pool_prototypes", mutates_args=(), schema=_SCHEMA)
+def _pool(
+    tokens: Tensor,
+    prototypes: Tensor,
+    middle: Tensor | None,
+    low: bool,
+    signs: bool,
+    kind: torch.dtype,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    """Features (G, K, P) and the picked tokens (K, E, G) int32, E = 2 where ``low``, else 1."""
+    out, picks = _fake_pool(tokens, prototypes, middle, low, signs, kind, kernel)
+    G, M, D = tokens.shape
+    with torch.autocast(tokens.device.type, enabled=False):  # kind says it all
+        rows = tokens.reshape(G * M, D).to(kind)  # (G M, D)
+        centre = None if middle is None else middle.to(kind)
+        if kernel == "triton":
+            used = _as_used(prototypes, signs).to(kind)
+            triton_extremes(rows.view(G, M, D), used, out, picks)
+        for block in _blocks(tokens, prototypes):
+            used = _as_used(prototypes[block], signs)  # (k, D)
+            norm = _norms(used, out.dtype)
+            used = used.to(kind)
+            if kernel == "portable":
+                s = (used @ rows.T).view(-1, G, M)  # (k, G, M)
+                ends = [s.min(-1), s.max(-1)] if low else [s.max(-1)]
+                for e, (values, index) in enumerate(ends):
+                    picks[block, e] = index
+                    out[:, block, -1 if e == len(ends) - 1 else 0] = values.T
+            if centre is not None:
+                out[:, block, int(low)] = centre @ used.T
+            out[:, block] /= norm[:, None]
+    return out, picks
+
+
+@_pool.register_fake
+def _fake_pool(
+    tokens: Tensor,
+    prototypes: Tensor,
+    middle: Tensor | None,
+    low: bool,
+    signs: bool,
+    kind: torch.dtype,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    G, K, E = tokens.shape[0], prototypes.shape[0], 1 + low
+    out = tokens.new_empty(G, K, E + (middle is not None), dtype=sum_type(tokens))
+    return out, tokens.new_empty(K, E, G, dtype=torch.int32)
+
+
+_SCHEMA = (
+    "(Tensor grad, Tensor tokens, Tensor prototypes, Tensor? middle, Tensor picks, bool signs, "
+    "ScalarType kind, bool[] wanted) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("bat::pool_prototypes_backward", mutates_args=(), schema=_SCHEMA)
+def _pool_backward(
+    grad: Tensor,
+    tokens: Tensor,
+    prototypes: Tensor,
+    middle: Tensor | None,
+    picks: Tensor,
+    signs: bool,
+    kind: torch.dtype,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of tokens, prototypes and middle; an empty tensor for one not ``wanted``."""
+    E = picks.shape[1]
+    weight = grad.permute(1, 2, 0).contiguous()  # (K, P, G): in picks' order
+    for block in _blocks(tokens, prototypes):
+        norm = _norms(_as_used(prototypes[block], signs), weight.dtype)
+        weight[block] /= norm[:, None, None]
+    ends = weight if middle is None else weight[:, [*range(E - 1), -1]]  # (K, E, G)
+    dense = tokens.shape[1] <= DENSE_TOKENS
+    sums, product = (_dense_sums, kind) if dense else (_sparse_sums, grad.dtype)
+    to_tokens, to_prototypes = sums(
+        ends, picks, tokens, prototypes, signs=signs, kind=kind, wanted=wanted
     )
+    to_middle = grad.new_empty(0)
+    if middle is not None:
+        centre = weight[:, E - 1].to(product)  # (K, G)
+        if wanted[2]:
+            to_middle = (centre.T @ _as_used(prototypes, signs).to(product)).to(middle.dtype)
+        if wanted[1]:
+            for block in _blocks(tokens, prototypes):
+                to_prototypes[block] += centre[block] @ middle.to(product)
+    if wanted[1]:
+        _project(to_prototypes, prototypes, signs)
+    return (
+        to_tokens.to(tokens.dtype),
+        to_prototypes.to(prototypes.dtype),
+        to_middle,
+    )
+
+
+def _sparse_sums(
+    weight: Tensor,
+    picks: Tensor,
+    tokens: Tensor,
+    prototypes: Tensor,
+    *,
+    signs: bool,
+    kind: torch.dtype,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """Weighted sums of the picked tokens (K, D), and of the prototypes that picked (G, M, D)."""
+    G, M, D = tokens.shape
+    K, bag = len(weight), weight[0].numel()
+    to_tokens, to_prototypes = weight.new_empty(0), weight.new_empty(0)
+    row = (picks + M * torch.arange(G, dtype=picks.dtype, device=picks.device)).view(K, bag)
+    if wanted[1]:
+        source = tokens.reshape(G * M, D).to(weight.dtype)
+        to_prototypes = F.embedding_bag(
+            row, source, mode="sum", per_sample_weights=weight.reshape(K, bag)
+        )
+    if wanted[0]:
+        row, order = row.view(-1).sort(stable=True)
+        to_tokens = F.embedding_bag(
+            order // bag,  # the prototype of each pick
+            _as_used(prototypes, signs).to(weight.dtype),
+            offsets=torch.searchsorted(
+                row, torch.arange(G * M, dtype=row.dtype, device=row.device)
+            ),
+            mode="sum",
+            per_sample_weights=weight.reshape(-1)[order],
+        ).view(G, M, D)
+    return to_tokens, to_prototypes
+
+
+def _dense_sums(
+    weight: Tensor,
+    picks: Tensor,
+    tokens: Tensor,
+    prototypes: Tensor,
+    *,
+    signs: bool,
+    kind: torch.dtype,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """The same by products with the weights spread out, in ``kind``: (k, G M) at a time."""
+    G, M, D = tokens.shape
+    to_tokens = weight.new_zeros((G * M, D) if wanted[0] else 0)
+    to_prototypes = weight.new_empty((len(weight), D) if wanted[1] else 0)
+    rows = tokens.reshape(G * M, D).to(kind)
+    for block in _blocks(tokens, prototypes):
+        given = weight[block].to(kind).unsqueeze(-1)  # (k, E, G, 1)
+        spread = given.new_zeros(len(given), G, M)  # (k, G, M)
+        for e in range(given.shape[1]):
+            spread.scatter_add_(2, picks[block, e, :, None].long(), given[:, e])
+        flat = spread.flatten(1)
+        if wanted[1]:
+            to_prototypes[block] = flat @ rows
+        if wanted[0]:
+            to_tokens += flat.T @ _as_used(prototypes[block], signs).to(kind)
+    return to_tokens.view((G, M, D) if wanted[0] else 0), to_prototypes
+
+
+def _project(grad: Tensor, prototypes: Tensor, signs: bool) -> None:
+    """Through ``n``, in place; ``grad`` (K, D) is divided by the norms already."""
+    for rows, p in zip(grad.split(CPU_ROWS), prototypes.split(CPU_ROWS), strict=True):
+        used = _as_used(p, signs).to(grad.dtype)
+        norm = torch.linalg.vector_norm(used, dim=-1)
+        along = torch.linalg.vecdot(rows, used) / norm.square()
+        rows.addcmul_(used, along.where(norm > EPS, 0.0).unsqueeze(-1), value=-1)
+
+
+@_pool_backward.register_fake
+def _(
+    grad: Tensor,
+    tokens: Tensor,
+    prototypes: Tensor,
+    middle: Tensor | None,
+    picks: Tensor,
+    signs: bool,
+    kind: torch.dtype,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(  # type: ignore[return-value]
+        x.new_empty(x.shape) if x is not None and want else tokens.new_empty(0)
+        for x, want in zip((tokens, prototypes, middle), wanted, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tokens, prototypes, middle, _, ctx.signs, ctx.kind, _ = inputs
+    ctx.save_for_backward(tokens, prototypes, middle, output[1])
+
+
+def _back(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:3])
+    grads = torch.ops.bat.pool_prototypes_backward(
+        grad, *ctx.saved_tensors, ctx.signs, ctx.kind, wanted
+    )
+    given = [g if want else None for g, want in zip(grads, wanted, strict=True)]
+    return (*given, None, None, None, None)
+
+
+_pool.register_autograd(_back, setup_context=_save)

@@ -11,35 +11,21 @@ Parameters at D = 768, C = 527, K = 10,000: 12,950,527.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bat.probes.base import Level, Probe
-from bat.probes.extremes import highest
+from bat.probes.extremes import pool_prototypes
+from bat.probes.mixing import Kernel
 from bat.shapes import Features
 
 
-class _Sign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-def straight_through_sign(x: Tensor) -> Tensor:
-    """+1 where ``x >= 0``, else -1; the gradient passes as if this were the identity."""
-    sign: Tensor = _Sign.apply(x)
-    return sign
-
-
 class ProtoBin(Probe):
-    """Binary prototypes. ``prototypes``: K; ``dropout``: rate before the linear layer."""
+    """Binary prototypes. ``prototypes``: K; ``dropout``: rate before the linear layer.
+
+    ``kernel``: of the pooling's forward, ``portable`` or ``triton`` (GPUs).
+    """
 
     def __init__(
         self,
@@ -51,18 +37,20 @@ class ProtoBin(Probe):
         level: Level = "clip",
         prototypes: int = 10_000,
         dropout: float = 0.2,
+        kernel: Kernel = "portable",
     ) -> None:
         super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
         self.prototypes = nn.Parameter(0.02 * torch.randn(prototypes, width))  # (K, D)
         self.dropout = nn.Dropout(dropout)
+        self.kernel = kernel
         self.fc = nn.Linear(prototypes, classes)
 
     def forward(self, features: Features) -> Tensor:
-        binary = F.normalize(straight_through_sign(self.prototypes.float()), dim=-1)  # (K, D)
         tokens = F.normalize(features.patches[-1].float(), dim=-1)  # (B, T, F, D)
         frame = self.level == "frame"
         tokens = tokens.flatten(0, 1) if frame else tokens.flatten(1, 2)  # (G, M, D)
-        logits = self.fc(self.dropout(highest(tokens, binary)))  # (G, C)
+        x = pool_prototypes(tokens, self.prototypes, low=False, signs=True, kernel=self.kernel)
+        logits = self.fc(self.dropout(x.flatten(1)))  # (G, K) -> (G, C)
         return logits.unflatten(0, features.patches.shape[1:3]) if frame else logits
 
     def no_weight_decay(self) -> set[str]:

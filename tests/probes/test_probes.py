@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bat.probes.base import Probe, build_probe, known_probes, mix_normalised
+from bat.probes.base import Probe, build_probe, known_probes
 from bat.shapes import Features, UserError
 from tests.reference import probes as slow
 
@@ -82,17 +82,31 @@ def test_gates_start_uniform_and_sum_to_one():
     assert _probe("lcgp").layer_logits.tolist() == [0, 0, 0]
 
 
-def test_mixing_stores_no_normalised_stack():
-    patches = torch.randn(6, 4, 8, 2, 16)
-    gate = torch.full((6,), 1 / 6, requires_grad=True)
-    stored = set()
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: (stored.add((t.data_ptr(), t.numel())), t)[1], lambda t: t
-    ):
-        mix_normalised(patches, gate).sum()
-    own = patches.untyped_storage()
-    inside = range(own.data_ptr(), own.data_ptr() + own.nbytes())
-    assert sum(size for pointer, size in stored if pointer not in inside) < patches[0].numel()
+@pytest.mark.parametrize("name", ["cgp", "protobin"])
+@pytest.mark.parametrize("level", ["clip", "frame"])
+def test_a_probe_compiles_whole_and_equals_itself(name, level):
+    """No graph break: pooling and mixing are one node each, forward and backward."""
+    torch._dynamo.reset()
+    features = _features()
+    probe = _probe(name, level=level, dropout=0.0)
+    compiled = torch.compile(probe, backend="aot_eager", fullgraph=True)
+    grads = []
+    for call in (probe, compiled):
+        probe.zero_grad()
+        out = call(features)
+        out.square().sum().backward()
+        grads.append([out.detach(), *(p.grad for p in probe.parameters())])
+    for eager, whole in zip(*grads, strict=True):
+        torch.testing.assert_close(whole, eager, atol=1e-6, rtol=1e-5)
+
+
+def test_a_compiled_probe_runs_under_autocast():
+    torch._dynamo.reset()
+    probe = _probe("cgp").eval()
+    compiled = torch.compile(probe, backend="aot_eager", fullgraph=True)
+    features = _features(dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(features), probe(features), atol=2e-2, rtol=2e-2)
 
 
 def test_dropout_acts_in_training_only():
@@ -102,6 +116,12 @@ def test_dropout_acts_in_training_only():
         assert not torch.equal(probe(features), probe(features)), name
         probe.eval()
         assert torch.equal(probe(features), probe(features)), name
+
+
+def test_kernel_reaches_the_pooling():
+    for name in ("cgp", "protobin"):
+        with pytest.raises(UserError, match="kernel=fast is not known"):
+            _probe(name, kernel="fast")(_features())
 
 
 def test_unknown_probe_lists_the_known():

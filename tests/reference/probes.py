@@ -72,7 +72,21 @@ def protobin(
     return logits.view(B, T, -1) if level == "frame" else logits
 
 
-def extremes_stored(tokens: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    """Min and max with the similarities stored: (G, M, D), (K, D) -> two (G, K)."""
-    s = torch.einsum("gmd,kd->gmk", tokens, prototypes)
-    return s.min(1).values, s.max(1).values
+def pooled(
+    tokens: Tensor,
+    prototypes: Tensor,
+    middle: Tensor | None = None,
+    *,
+    low: bool = True,
+    signs: bool = False,
+) -> Tensor:
+    """[min, middle, max] with all similarities stored: (G, M, D), (K, D), (G, D) -> (G, K, P)."""
+    if signs:  # straight through: forward the sign, backward the identity
+        sign = torch.where(prototypes >= 0, 1.0, -1.0)
+        prototypes = prototypes + (sign - prototypes).detach()
+    directions = prototypes / (prototypes * prototypes).sum(-1, keepdim=True) ** 0.5
+    s = torch.einsum("gmd,kd->gmk", tokens, directions)
+    columns = [s.min(1).values] if low else []
+    if middle is not None:
+        columns.append(torch.einsum("gd,kd->gk", middle, directions))
+    return torch.stack([*columns, s.max(1).values], -1)

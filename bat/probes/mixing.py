@@ -1,0 +1,137 @@
+"""Mixing the blocks: ``sum_l alpha_l n(z_l)``, ``n`` the L2 norm's direction (SPEC section 4, CGP).
+
+Written plainly this makes two float32 stacks of all blocks, one normalised and one weighted, and
+keeps both for the backward pass. Here tokens pass a few at a time (all at once on a GPU) through
+norm and weighted sum while they lie in the cache; kept are the norms, (L, tokens). An operator of
+PyTorch's library (``bat::mix_normalised``), so that ``torch.compile`` takes it as one node.
+Sums and norms are float32 whatever the features are (float64 stays), with no copy of all blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from bat.probes import mixing_triton
+from bat.shapes import UserError
+
+Kernel = Literal["portable", "triton"]
+
+EPS = 1e-12
+"""Least norm that divides, as in ``torch.nn.functional.normalize``."""
+CPU_TOKENS = 512
+"""Tokens at a time on the CPU: 1.6 MB of float32 at D = 768."""
+
+
+def mix_normalised(layers: Tensor, gate: Tensor, *, kernel: Kernel = "portable") -> Tensor:
+    """``sum_l gate_l n(layers_l)``: (L, ..., D), (L,) -> (..., D), not normalised again.
+
+    Float32 (float64 of float64 ``layers``). Gradients go to both. ``kernel="triton"``: GPUs. Raises
+    ``UserError`` for a ``kernel`` that is not known or cannot run here.
+    """
+    check_kernel(kernel)
+    rows = layers.unsqueeze(1) if layers.ndim == 3 else layers  # class tokens: one clip's worth
+    rows = rows.flatten(2, -2)  # (L, B, N, D)
+    mixed, _ = torch.ops.bat.mix_normalised(rows, gate.to(sum_type(layers)), kernel)
+    return mixed.view(layers.shape[1:])
+
+
+def check_kernel(kernel: str) -> None:
+    """Raise ``UserError`` for one that is not known."""
+    if kernel not in get_args(Kernel):
+        raise UserError(f"kernel={kernel} is not known: portable or triton")
+
+
+def sum_type(x: Tensor) -> torch.dtype:
+    """The type that norms and sums are made in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _pieces(rows: Tensor) -> Iterator[tuple[slice | int, slice]]:
+    """Indices (clips, tokens) of the pieces that are worked on together."""
+    _, B, N, _ = rows.shape
+    if rows.device.type != "cpu":
+        yield slice(None), slice(None)
+        return
+    for b in range(B):
+        for start in range(0, N, CPU_TOKENS):
+            yield b, slice(start, start + CPU_TOKENS)
+
+
+@torch.library.custom_op(
+    "bat::mix_normalised",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor gate, str kernel) -> (Tensor, Tensor)",
+)
+def _mix(rows: Tensor, gate: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    """Rows (L, B, N, D), gate (L,) -> mixed (B, N, D), norms (L, B, N, 1)."""
+    if kernel == "triton":
+        return mixing_triton.mix(rows, gate, eps=EPS)
+    L, B, N, D = rows.shape
+    mixed = gate.new_zeros(B, N, D)
+    norms = gate.new_empty(L, B, N, 1)
+    for b, n in _pieces(rows):
+        total = mixed[b, n]
+        for block in range(L):
+            z, norm = rows[block, b, n].to(gate.dtype), norms[block, b, n]
+            torch.linalg.vector_norm(z, dim=-1, keepdim=True, out=norm)
+            total.addcmul_(z, gate[block] / norm.clamp_(min=EPS))
+    return mixed, norms
+
+
+@_mix.register_fake
+def _(rows: Tensor, gate: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    L, B, N, D = rows.shape
+    return gate.new_empty(B, N, D), gate.new_empty(L, B, N, 1)
+
+
+@torch.library.custom_op(
+    "bat::mix_normalised_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor rows, Tensor gate, Tensor norms, bool wanted, str kernel) "
+    "-> (Tensor, Tensor)",
+)
+def _mix_backward(
+    grad: Tensor, rows: Tensor, gate: Tensor, norms: Tensor, wanted: bool, kernel: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the gate (L,) and, where ``wanted``, of the rows (else an empty tensor)."""
+    if kernel == "triton" and not wanted:
+        return mixing_triton.gate_gradient(grad, rows, norms), rows.new_empty(0)
+    to_gate = torch.zeros_like(gate)
+    to_rows = torch.empty_like(rows) if wanted else rows.new_empty(0)
+    for b, n in _pieces(rows):
+        g = grad[b, n]
+        for block in range(len(rows)):
+            z, norm = rows[block, b, n].to(gate.dtype), norms[block, b, n]
+            along = torch.linalg.vecdot(g, z).unsqueeze(-1) / norm  # grad . n(z)
+            to_gate[block] += along.sum()
+            if wanted:
+                to_rows[block, b, n] = gate[block] / norm * (g - along * z / norm)
+    return to_gate, to_rows
+
+
+@_mix_backward.register_fake
+def _(
+    grad: Tensor, rows: Tensor, gate: Tensor, norms: Tensor, wanted: bool, kernel: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(gate), torch.empty_like(rows) if wanted else rows.new_empty(0)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: tuple[Tensor, Tensor]) -> None:
+    rows, gate, ctx.kernel = inputs
+    ctx.save_for_backward(rows, gate, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _back(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad[0]
+    to_gate, to_rows = torch.ops.bat.mix_normalised_backward(
+        grad, *ctx.saved_tensors, wanted, ctx.kernel
+    )
+    return to_rows if wanted else None, to_gate, None
+
+
+_mix.register_autograd(_back, setup_context=_save)

@@ -1,0 +1,113 @@
+"""Probes where only a GPU can show it: Triton kernels, bf16, compiled by Inductor, memory."""
+
+import pytest
+import torch
+
+from bat.probes.base import build_probe
+from bat.probes.extremes import pool_prototypes
+from bat.probes.mixing import mix_normalised
+from bat.shapes import Features
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+KERNELS = ["portable", "triton"]
+
+
+def _random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _gradients(out: torch.Tensor, given: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    up = _random(*out.shape, seed=9).to(out)
+    return torch.autograd.grad(out, given, up)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("G", "M"), [(3, 512), (5, 130), (40, 8)])
+def test_float32_pooling_equals_the_cpu(kernel: str, G: int, M: int) -> None:
+    given = [x.requires_grad_() for x in (_random(G, M, 96), _random(300, 96, seed=1),
+                                          _random(G, 96, seed=2))]  # fmt: skip
+    there = [x.detach().cuda().requires_grad_() for x in given]
+    for low, signs in ((True, False), (False, True)):
+        expected = pool_prototypes(*given, low=low, signs=signs)
+        got = pool_prototypes(*there, low=low, signs=signs, kernel=kernel)
+        torch.testing.assert_close(got.cpu(), expected, atol=2e-5, rtol=1e-4)
+        for a, b in zip(_gradients(got, there), _gradients(expected, given), strict=True):
+            torch.testing.assert_close(a.cpu(), b, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bf16_pooling_is_near_float32(kernel: str) -> None:
+    tokens = torch.nn.functional.normalize(_random(4, 512, 768), dim=-1).cuda()
+    prototypes = _random(1000, 768, seed=1).cuda()
+    exact = pool_prototypes(tokens, prototypes)
+    with torch.autocast("cuda", torch.bfloat16):
+        rough = pool_prototypes(tokens, prototypes, kernel=kernel)
+    assert rough.dtype == torch.float32
+    assert float((rough - exact).abs().max()) < 2e-3
+    assert not torch.equal(rough, exact)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixing_equals_the_cpu(kernel: str, dtype: torch.dtype) -> None:
+    layers = _random(12, 3, 16, 8, 768).to(dtype)
+    gate = torch.rand(12, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    on_gpu = gate.detach().cuda().requires_grad_()
+    expected = mix_normalised(layers, gate)
+    got = mix_normalised(layers.cuda(), on_gpu, kernel=kernel)
+    torch.testing.assert_close(got.cpu(), expected, atol=1e-5, rtol=1e-4)
+    (a,), (b,) = _gradients(got, [on_gpu]), _gradients(expected, [gate])
+    torch.testing.assert_close(a.cpu(), b, atol=1e-3, rtol=1e-3)
+
+
+def _probe(kernel: str) -> tuple[torch.nn.Module, Features]:
+    torch.manual_seed(0)
+    probe = build_probe(
+        "cgp", classes=50, width=768, depth=12, has_cls=True, prototypes=2000, dropout=0.0,
+        kernel=kernel,
+    )  # fmt: skip
+    patches = _random(12, 4, 64, 8, 768).bfloat16()
+    features = Features(patches=patches.cuda(), cls=_random(12, 4, 768, seed=1).bfloat16().cuda())
+    return probe.cuda(), features
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiled_cgp_equals_itself_and_repeats_bit_for_bit(kernel: str) -> None:
+    probe, features = _probe(kernel)
+    compiled = torch.compile(probe, fullgraph=True)
+    results = []
+    for call in (probe, probe, compiled):
+        probe.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            out = call(features)
+        out.float().square().sum().backward()
+        results.append([out.detach().float(), *(p.grad.clone() for p in probe.parameters())])
+    for first, again, whole in zip(*results, strict=True):
+        assert torch.equal(first, again)
+        assert float((whole - first).norm()) <= 0.03 * float(first.norm())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_similarity_tensor_in_gpu_memory(kernel: str) -> None:
+    G, M, D, K = 32, 512, 768, 10_000
+    given = [_random(G, M, D), _random(K, D, seed=1)]
+    there = [x.cuda().requires_grad_() for x in given]
+
+    def call() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            out = pool_prototypes(*there, kernel=kernel)
+        _gradients(out, there)
+
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    similarities = 2 * G * M * K  # bytes in bf16: 328 MB
+    assert peak - 4 * (G * M * D + K * D) < similarities  # both gradients aside
