@@ -113,8 +113,15 @@ class Views(NamedTuple):
     @property
     def masked_ids(self) -> Tensor:
         """(rows, N - n) int64, ascending: the removed tokens. No host synchronisation."""
-        n = self.keep_ids.shape[1]
-        return self.mask.byte().argsort(dim=1, stable=True)[:, n:]  # kept ones sort first
+        import torch  # not at the top: config and cli import this file
+
+        n, removed = self.keep_ids.shape[1], self.mask.shape[1] - self.keep_ids.shape[1]
+        # from one removed token to the next it is one step, and one more for each kept token
+        # between them; the i-th kept token has keep_ids[i] - i removed ones before it
+        before = self.keep_ids - torch.arange(n, device=self.keep_ids.device)  # (rows, n)
+        steps = before.new_ones(len(before), removed + 1)  # the last: kept tokens behind them all
+        steps.scatter_add_(1, before, before.new_ones(1).expand_as(before))
+        return steps.cumsum(1)[:, :-1] - 1
 
 
 class Features(NamedTuple):

@@ -1,188 +1,199 @@
-"""GPU tests and the pre-training step's speed in one run, one JSON (under nine minutes).
+"""Everything that only a GPU can show, in one run of under nine minutes, into one JSON.
 
-    python tools/gpu_check.py --json gpu.json          on a machine with a GPU
+    python tools/gpu_check.py --json gpu.json          on a machine with a GPU (meant: one H100)
     python tools/gpu_check.py --self-test              the same program on the CPU, tiny sizes
+    python tools/gpu_check.py --items step-S,flash     only these items
 
-Times the whole training step (front end, masks, student, teacher, losses, AdamW, EMA) from a
-waveform batch that lies on the device, *ours* (fused attention, compiled blocks) against *plain*
-(matmul-softmax-matmul attention, nothing compiled), alternating, medians over repeats. FLOPs are
-SPEC section 3's hand count; MFU is against a large bf16 matrix product measured in the same run.
+The tests under ``tests/gpu``; then the items of ``gpu_items.py``, most wanted first: the parts of
+``tools/bench.py`` against plain, attention kernels, compile modes, activation checkpointing, and
+the largest batches for 24 and 80 GB. Each item has a bound of its own time; one that is not
+expected to fit what is left of ``--minutes`` is skipped and listed. Items run in a child process,
+which is replaced when one fails or runs over. The JSON is written after every figure: a timeout
+loses nothing. Exit 0: the tests passed and no item failed (skipped ones do not count).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import platform
-import statistics
 import subprocess
 import sys
 import time
+import traceback
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where bat is only checked out
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
-from bat import __version__
-from bat.config.compose import compose
-from bat.config.schema import Pretrain
-from bat.nn.ema import ema_decay
-from bat.shapes import WaveBatch
-from bat.train.pretrain import Pretraining
+from bench import device_name, versions
+from gpu_items import ITEMS
 
 ROOT = Path(__file__).resolve().parents[1]
+START_SECONDS = 30.0
+"""To start a child process."""
+TEST_SECONDS = 150.0
+"""For ``tests/gpu``."""
 
 
-def step_tflop(config: Pretrain) -> float:
-    """TFLOP of one clip's training step: 26 D^2 a token and block, plus 4 n D for attention."""
-    m, patches = config.model, (config.frontend.frames // 16) * (config.frontend.n_mels // 16)
-    seen = int(patches * (1 - config.mask.ratio)) + 1
-    D, views = m.width, config.mask.views
-
-    def forward(tokens: int, blocks: int) -> float:
-        return tokens * blocks * (26 * D**2 + 4 * tokens * D)
-
-    student = views * (forward(seen, m.depth) + forward(patches, config.objective.decoder_depth))
-    return (3 * student + forward(patches + 1, m.depth)) / 1e12
+def work(pipe: Connection, settings: dict[str, Any]) -> None:
+    """Child process: runs the items it is told, sends their rows as they come."""
+    try:
+        for name in iter(pipe.recv, None):
+            for row in ITEMS[name].run(**settings):
+                pipe.send(("row", row))
+            pipe.send(("done", None))
+    except Exception:
+        pipe.send(("failed", traceback.format_exc(limit=-6)))
 
 
-def sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+class Worker:
+    """A child process and the pipe to it."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        context = get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=work, args=(other, settings), daemon=True)
+        self.process.start()
+        other.close()
+
+    def ask(self, name: str) -> None:
+        self.pipe.send(name)
+
+    def answer(self, seconds: float) -> tuple[str, Any]:
+        """The next message; ``late`` after ``seconds``, ``failed`` where the process is gone."""
+        if not self.pipe.poll(max(0.0, seconds)):
+            return "late", f"stopped after its limit of {seconds:.0f} s"
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            return "failed", f"its process died with exit code {self.process.exitcode}"
+
+    def end(self, *, wait_seconds: float = 0.0) -> None:
+        """Let it finish if it is idle, kill it otherwise."""
+        if wait_seconds:
+            with contextlib.suppress(OSError):  # it is gone already
+                self.pipe.send(None)
+            self.process.join(wait_seconds)
+        self.process.kill()
+        self.process.join()
 
 
-def matmul_tflops(device: torch.device, size: int) -> float:
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    seconds = []
-    for _ in range(12):
-        sync(device)
-        began = time.perf_counter()
-        a @ b
-        sync(device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / statistics.median(seconds[2:]) / 1e12
+class Check:
+    """The report, the clock and the child process."""
+
+    def __init__(self, path: Path, *, minutes: float, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.deadline = time.monotonic() + 60 * minutes
+        self.worker: Worker | None = None
+        self.report: dict[str, Any] = {
+            "device": device_name(),
+            "self_test": settings["quick"],
+            "versions": versions(),
+            "tests": None,
+            "results": [],
+            "seconds": {},
+            "skipped": {},
+            "failed": {},
+        }
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def write(self) -> None:
+        self.path.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
+
+    def tests(self) -> None:
+        """``tests/gpu``, without a cache folder; of a run stopped early, what it had said."""
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/gpu"]
+        limit = min(TEST_SECONDS, self.left())
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+            lines = (done.stdout + done.stderr).strip().splitlines()
+            wrong = [x for x in lines if x.startswith(("FAILED", "ERROR", "E  "))][:40]
+            found = {"exit": done.returncode, "last": lines[-1:], "wrong": wrong}
+        except subprocess.TimeoutExpired as stopped:
+            said = (stopped.stdout or b"").decode(errors="replace").splitlines()  # bytes, always
+            found = {"exit": None, "last": said[-60:], "wrong": [f"stopped after {limit:.0f} s"]}
+        self.report["tests"] = found
+        self.write()
+        print(f"tests/gpu: {found}", flush=True)
+
+    def item(self, name: str) -> None:
+        """Run one item within its limit, or say why not."""
+        item, began = ITEMS[name], time.monotonic()
+        expected = 0.0 if self.settings["quick"] else item.expected_seconds
+        if self.left() < expected:
+            self.report["skipped"][name] = (
+                f"expected {expected:.0f} s, {max(0.0, self.left()):.0f} s were left"
+            )
+            print(f"{name}: skipped, {self.report['skipped'][name]}", flush=True)
+            return self.write()
+        if self.worker is None:
+            self.worker = Worker(self.settings)
+        self.worker.ask(name)
+        ends = min(began + item.limit_seconds + START_SECONDS, self.deadline)
+        kind = "row"
+        while kind == "row":
+            kind, what = self.worker.answer(ends - time.monotonic())
+            if kind == "row":
+                row = {"part": name, **what}
+                self.report["results"].append(row)
+                print(json.dumps(row), flush=True)
+                self.write()
+        if kind != "done":
+            self.report["failed"][name] = what
+            print(f"{name}: {what}", flush=True)
+            self.worker.end()
+            self.worker = None
+        self.report["seconds"][name] = round(time.monotonic() - began, 1)
+        self.write()
+
+    def end(self) -> None:
+        if self.worker is not None:
+            self.worker.end(wait_seconds=10)
 
 
-class Step:
-    """One implementation of the training step over a fixed waveform batch."""
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), metavar="FILE")
+    parser.add_argument("--self-test", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="of each case (10)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (9)")
+    parser.add_argument("--items", metavar="A,B", help=f"of {', '.join(ITEMS)}; without the tests")
+    args = parser.parse_args(argv)
+    names = args.items.split(",") if args.items else list(ITEMS)
+    for name in names:
+        if name not in ITEMS:
+            parser.error(f"unknown item '{name}': one of {', '.join(ITEMS)}")
+    if args.repeats < 1 or args.minutes <= 0:
+        parser.error("--repeats and --minutes: more than nothing")
+    import torch
 
-    def __init__(self, words: list[str], device: torch.device) -> None:
-        self.config = compose(Pretrain, "pretrain", words)
-        torch.manual_seed(0)
-        self.device = device
-        self.module = Pretraining(self.config).to(device)
-        self.optimizer = self.module.configure_optimizers()
-        B, S = self.config.data.batch, int(self.config.data.clip_seconds * 16000)
-        self.batch = WaveBatch(
-            waves=torch.randn(B, S, device=device) * 0.1,
-            lengths=torch.full((B,), S, device=device),
-            targets=torch.zeros(B, 0, device=device),
-            keys=[str(i) for i in range(B)],
-            positions=torch.arange(B),
-            skipped={},
-        )
-        self.done = 0
-
-    def __call__(self) -> torch.Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16):
-            spectrogram = self.module.spectrogram(self.batch)
-            generator_seed = self.done
-            views = self.module.draw_views(spectrogram.shape[0], generator_seed)
-            losses = self.module.objective(spectrogram, views)
-        losses.total.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        ema = self.config.ema
-        self.module.objective.update_teacher(
-            ema_decay(self.done, start=ema.start, end=ema.end, steps=ema.steps)
-        )
-        self.done += 1
-        return losses.total.detach()
-
-
-def timed(step: Step) -> float:
-    sync(step.device)
-    began = time.perf_counter()
-    step()
-    sync(step.device)
-    return time.perf_counter() - began
-
-
-def bench_step(words: list[str], device: torch.device, repeats: int) -> dict[str, Any]:
-    """Ours against plain, alternating in one process."""
-    row: dict[str, Any] = {"part": "step", "words": words}
-    kinds = {
-        "ours": [*words, f"hardware.compile={str(device.type == 'cuda').lower()}"],
-        "plain": [*words, "model.attention=eager", "hardware.compile=false"],
-    }
-    steps = {}
-    for name, own in kinds.items():
-        steps[name] = Step(own, device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        for _ in range(3):
-            steps[name]()
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() - before
-            row[f"{name}_peak_mb"] = round(peak / 2**20)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            seconds[name].append(timed(step))
-    clips = steps["ours"].config.data.batch
-    for name, values in seconds.items():
-        row[f"{name}_ms"] = round(1000 * statistics.median(values), 2)
-    row["ratio"] = round(row["plain_ms"] / row["ours_ms"], 3)
-    row["clips_per_second"] = round(1000 * clips / row["ours_ms"], 2)
-    row["tflop_per_clip"] = round(step_tflop(steps["ours"].config), 4)
-    row["tflops"] = round(row["tflop_per_clip"] * row["clips_per_second"], 2)
-    return row
-
-
-def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--json", type=Path, default=Path("gpu_check.json"))
-    p.add_argument("--self-test", action="store_true", help="tiny sizes on the CPU")
-    p.add_argument("--repeats", type=int, default=10)
-    options = p.parse_args()
-    if not options.self_test and not torch.cuda.is_available():
+    if not args.self_test and not torch.cuda.is_available():
         print("gpu_check: error: no CUDA device; --self-test runs on the CPU", file=sys.stderr)
         return 2
-    device = torch.device("cpu" if options.self_test else "cuda")
-    name = platform.processor() or "cpu" if options.self_test else torch.cuda.get_device_name()
-    report: dict[str, Any] = {
-        "device": name,
-        "self_test": options.self_test,
-        "versions": {
-            "bat": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "results": [],
-    }
-    tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/gpu"], cwd=ROOT, capture_output=True, text=True
-    )
-    report["tests"] = {"exit": tests.returncode, "last": tests.stdout.strip().splitlines()[-1:]}
-    print(f"tests/gpu: {report['tests']}")
-    report["matmul_tflops"] = round(matmul_tflops(device, 512 if options.self_test else 8192), 2)
-    if options.self_test:
-        words = ["model.width=48", "model.depth=2", "model.heads=2", "objective.decoder_depth=1"]
-        cases = [["recipe=as2m", *words, "data.batch=2", "mask.views=2"]]
-    else:
-        cases = [
-            ["recipe=as2m", "data.batch=24"],
-            ["recipe=as2m", "model=S", "data.batch=24"],
-        ]
-    for words in cases:
-        row = bench_step(words, device, options.repeats)
-        row["mfu"] = round(row["tflops"] / report["matmul_tflops"], 3)
-        report["results"].append(row)
-        print(json.dumps(row))
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written: {options.json}")
-    return 0 if tests.returncode in (0, 5) else 1
+    repeats = 1 if args.self_test else args.repeats
+    settings = {"repeats": repeats, "quick": args.self_test}
+    check = Check(args.json, minutes=args.minutes, settings=settings)
+    check.write()
+    if not args.items:
+        check.tests()
+    try:
+        for name in names:
+            check.item(name)
+    finally:
+        check.end()
+    print(f"written: {args.json}; skipped: {list(check.report['skipped'])}", flush=True)
+    tests = check.report["tests"]
+    passed = tests is None or tests["exit"] in ((0, 5) if args.self_test else (0,))
+    return 0 if passed and not check.report["failed"] else 1
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 For every row: ``c = int(N (r + adjust) / block^2)`` centres, uniform over the N patches with
 replacement; the ``block x block`` squares around them (clipped at the borders) are what is *kept*;
 then exactly ``n = int(N r)`` are kept, by dropping uniformly from the kept set or adding uniformly
-from the rest. Both adjustments are one operation here: every patch draws a uniform number, kept
-patches add 1, and the n largest win. ``tests/reference/masks.py`` has the loop this replaces.
+from the rest. Both adjustments are one operation here: every patch draws a random integer, kept
+patches add more than any, and the n largest win. ``tests/reference/masks.py`` has the loop that
+this replaces.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ def inverse_block_mask(
         device = generator.device
     centres = int(grid.tokens * (keep_ratio + adjust) / block**2)
     drawn = torch.randint(grid.tokens, (rows, centres), generator=generator, device=device)
-    kept = blocks_around(drawn, grid, block)  # (rows, N)
-    priority = kept + torch.rand(kept.shape, generator=generator, device=device)
+    # 30 random bits, two patches a draw, and the 31st bit for kept patches
+    bits = torch.empty(rows, (grid.tokens + 1) // 2, dtype=torch.int64, device=device)
+    bits = bits.random_(generator=generator).view(torch.int32)[:, : grid.tokens]
+    priority = (bits & (2**30 - 1)) + (blocks_around(drawn, grid, block).int() << 30)  # (rows, N)
     keep_ids = priority.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values  # (rows, n)
     mask = torch.ones(rows, grid.tokens, dtype=torch.bool, device=device)
     return Views(keep_ids, mask.scatter_(1, keep_ids, False))
@@ -54,14 +57,16 @@ def blocks_around(centres: Tensor, grid: Grid, block: int) -> Tensor:
 
     Returns (rows, N) bool. An even side reaches one patch further back than forward.
     """
-    # A patch is in a square iff it is close in time AND in frequency: two small tables, one "any".
+    # A patch is in a square iff it is close in time AND in frequency: the product of two small
+    # tables counts the squares around it.
     back, ahead = block // 2, (block - 1) // 2
 
     def near(at: Tensor, size: int) -> Tensor:  # (rows, c) -> (rows, c, size)
-        offset = torch.arange(size, device=at.device) - at[..., None]
-        return (offset >= -back) & (offset <= ahead)
+        axis = torch.arange(size, device=at.device)
+        offset = axis - axis[:, None]  # (size, size)
+        table = ((offset >= -back) & (offset <= ahead)).float()
+        return table.index_select(0, at.flatten()).view(*at.shape, size)
 
-    in_time = near(centres // grid.freq, grid.time)
-    in_freq = near(centres % grid.freq, grid.freq)
-    square = in_time[..., :, None] & in_freq[..., None, :]  # (rows, c, T, F)
-    return square.any(dim=1).flatten(1)
+    in_time = near(centres // grid.freq, grid.time)  # (rows, c, T)
+    in_freq = near(centres % grid.freq, grid.freq)  # (rows, c, F)
+    return (in_time.transpose(1, 2) @ in_freq > 0).flatten(1)  # (rows, N)

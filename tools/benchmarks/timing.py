@@ -8,21 +8,53 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 
+def here() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device | str = "cpu") -> float:
+    """Seconds that one call takes. On a GPU between two events of the current stream, queue empty
+    at the start: the device's time, and the host's where the device waits for it."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3
+
+
 def medians(
-    ways: dict[str, Callable[[], Any]], *, repeats: int, title: str = "", warm_up: int = 1
+    ways: dict[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    title: str = "",
+    warm_up: int = 1,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Median seconds of one call of each way; the ways take turns, in turning order."""
     names = list(ways)
     taken: dict[str, list[float]] = {name: [] for name in names}
-    for repeat in tqdm(range(warm_up + repeats), desc=title, leave=False):
-        shift = repeat % len(names)
-        for name in names[shift:] + names[:shift]:
-            gc.collect()
-            start = time.perf_counter()
-            ways[name]()
-            if repeat >= warm_up:
-                taken[name].append(time.perf_counter() - start)
+    gc.collect()
+    gc.freeze()  # what is there now stays: the collections between calls are short
+    try:
+        for repeat in tqdm(range(warm_up + repeats), desc=title, leave=False):
+            shift = repeat % len(names)
+            for name in names[shift:] + names[:shift]:
+                gc.collect()
+                seconds = seconds_of(ways[name], device)
+                if repeat >= warm_up:
+                    taken[name].append(seconds)
+    finally:
+        gc.unfreeze()
     return {name: statistics.median(times) for name, times in taken.items()}

@@ -1,0 +1,85 @@
+"""What a pre-training step costs: SPEC section 3's hand count, and PyTorch's counter.
+
+A block costs ``2 (5 + 2 r) D^2`` FLOP a token (r the MLP's ratio; 26 D^2 at r = 4) and ``4 n D``
+for attention over n tokens; training is three forwards, the teacher one. The counter runs the model
+on fake tensors, forward and backward, attention as matrix products (no kernel hides its count); it
+sees what the hand count leaves out: patch embedding, output projection. Neither sees norms,
+softmax, the front end or the optimiser.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from bat.config.schema import Pretrain
+from bat.shapes import Views
+from bat.train.pretrain import DECODERS, build_objective
+from benchmarks.plain_model import plain_model
+
+TERA = 1e12
+
+
+def tokens_of(config: Pretrain) -> tuple[int, int]:
+    """Patches of a clip, and those that a masked view keeps."""
+    front, patch = config.frontend, config.model.patch
+    patches = (front.frames // patch) * (front.n_mels // patch)
+    return patches, int(patches * (1 - config.mask.ratio))
+
+
+def hand_tflop(config: Pretrain) -> float:
+    """TFLOP of one clip's training step by hand; transformer decoders only."""
+    model, objective = config.model, config.objective
+    patches, kept = tokens_of(config)
+    decoder_ratio = float(DECODERS[objective.decoder]["mlp_ratio"])
+
+    def blocks(tokens: int, depth: int, width: int, ratio: float) -> float:
+        linears = 2 * (4 + model.gate + 2 * ratio) * width**2
+        return tokens * depth * (linears + 4 * tokens * width)
+
+    encoder = (model.depth, model.width, model.mlp_ratio)
+    decoder = (objective.decoder_depth, objective.decoder_width or model.width, decoder_ratio)
+    student = blocks(kept + 1, *encoder) + blocks(patches, *decoder)
+    return (3 * config.mask.views * student + blocks(patches + 1, *encoder)) / TERA
+
+
+def counted_tflop(config: Pretrain, way: str) -> float:
+    """TFLOP of one clip's training step by PyTorch's counter; ``way`` is ``ours`` or ``plain``."""
+    assert way in ("ours", "plain"), way
+    config = copy.deepcopy(config)
+    config.model.attention = "eager"
+    sections = (config.model, config.frontend, config.mask, config.objective)
+    if (way, repr(sections)) not in _COUNTED:
+        _COUNTED[way, repr(sections)] = _count(config, way)
+    return _COUNTED[way, repr(sections)]
+
+
+_COUNTED: dict[tuple[str, str], float] = {}
+
+
+def _count(config: Pretrain, way: str) -> float:
+    rows, (patches, kept) = config.mask.views, tokens_of(config)
+    shape = (1, 1, config.frontend.frames, config.frontend.n_mels)
+    with torch.device("meta"):
+        model = build_objective(config) if way == "ours" else nn.ModuleList(plain_model(config))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        spectrogram = torch.empty(shape)
+        keep_ids = torch.empty(rows, kept, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            if way == "ours":
+                mask = torch.empty(rows, patches, dtype=torch.bool)
+                model(spectrogram, Views(keep_ids, mask)).total.backward()
+            else:
+                student, teacher = model
+                with torch.no_grad():
+                    teacher(spectrogram)
+                repeated = spectrogram.repeat_interleave(rows, dim=0)
+                restore_ids = torch.empty(rows, patches, dtype=torch.int64)
+                cls, predictions = student(repeated, keep_ids, restore_ids)
+                (cls.sum() + predictions.sum()).backward()
+    return counter.get_total_flops() / TERA
