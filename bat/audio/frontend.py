@@ -105,8 +105,7 @@ class LogMel(FrontEnd):
         spectrum = torch.stft(
             x, self.n_fft, self.hop_length, window=self.window, center=False, return_complex=True
         )  # (B, bins, T)
-        power = torch.view_as_real(spectrum).square().sum(-1)  # no abs(): no root to differentiate
-        mel = power.transpose(1, 2) @ self.filters  # (B, T, F)
+        mel = _power(spectrum).transpose(1, 2) @ self.filters  # (B, T, F)
         db = 10.0 * mel.clamp(min=self.LEAST_POWER).log10()
         shown = self._shown(db, lengths)
         high = db.masked_fill(~shown, -torch.inf).amax((1, 2), keepdim=True)  # (B, 1, 1)
@@ -201,9 +200,13 @@ class KaldiFbank(FrontEnd):
         x = x - x.mean(-1, keepdim=True)
         x = x - self.PRE_EMPHASIS * torch.cat([x[..., :1], x[..., :-1]], dim=-1)
         spectrum = torch.fft.rfft(x * self.window, n=self.n_fft)  # (B, T, bins)
-        power = torch.view_as_real(spectrum).square().sum(-1)
-        mel = (power @ self.filters).clamp(min=self.LEAST_POWER).log()  # (B, T, F)
+        mel = (_power(spectrum) @ self.filters).clamp(min=self.LEAST_POWER).log()  # (B, T, F)
         return (mel - self.mean) / (2.0 * self.std), self._shown(mel, lengths)
+
+
+def _power(spectrum: Tensor) -> Tensor:
+    """Squared magnitude without ``abs()``: no root to differentiate, and no sum over two."""
+    return spectrum.real.square() + spectrum.imag.square()
 
 
 def _mirror(position: Tensor, lengths: Tensor) -> Tensor:

@@ -14,15 +14,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from bat.backbones.base import Backbone, load_strictly, make_frontend
 from bat.nn.attention import Backend, take
 from bat.nn.block import EPS, Block, init_linears
 from bat.nn.decoder import TOKEN_STD
-from bat.nn.embed import PosLayout, position_code
+from bat.nn.embed import PatchEmbed, PosLayout, position_code
 from bat.shapes import Features, Grid, UserError, Views
 
 HEAD_WIDTH = 64
@@ -59,9 +57,7 @@ class BAT(Backbone):
         self.patch, self.grid = patch, grid
         self.frontend = make_frontend(**(frontend or {}))
         self.sample_rate = int(self.frontend.sample_rate)  # type: ignore[arg-type]
-        self.patch_embed = PatchEmbed(
-            img_size=None, patch_size=patch, in_chans=1, embed_dim=width, strict_img_size=False
-        )
+        self.patch_embed = PatchEmbed(patch, width)
         self.register_buffer("pos_embed", position_code(width, grid, pos_layout))  # (1, N, D)
         self.cls_token = nn.Parameter(TOKEN_STD * torch.randn(1, 1, width))
         self.pre_norm = nn.LayerNorm(width, eps=EPS) if pre_norm else nn.Identity()
@@ -88,10 +84,7 @@ class BAT(Backbone):
         time, freq = self._patches(spectrogram)
         if time > self.grid.time:
             raise ValueError(f"{time} time patches, the position table has {self.grid.time}")
-        proj, p = self.patch_embed.proj, self.patch
-        # the strided convolution as one product: 2.6x as fast in bfloat16 on a CPU
-        x = spectrogram.reshape(-1, time, p, freq, p).transpose(2, 3).flatten(3)  # (B, T, F, p p)
-        x = F.linear(x.flatten(1, 2), proj.weight.flatten(1), proj.bias)  # (B, N, D), time-major
+        x = self.patch_embed(spectrogram)  # (B, N, D), time-major
         return x + self.pos_embed[:, : time * freq]  # type: ignore[index]
 
     def layers(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

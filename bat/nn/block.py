@@ -3,9 +3,10 @@
     post:  x = LN1(x + Attn(x));       x = LN2(x + MLP(x))
     pre:   x = x + Attn(LN1(x));       x = x + MLP(LN2(x))
 
-with drop path on both branches and, where asked, a learned scale on each (LayerScale). timm's Mlp
-is used as it is; its DropPath keeps the rate as a Python number, on which torch.compile
+with drop path on both branches and, where asked, a learned scale on each (LayerScale). Names
+are timm's. DropPath differs: timm's keeps the rate as a Python number, on which torch.compile
 specialises: a graph a block, and past eight of them blocks run uncompiled. Ours is a buffer.
+(Nothing of timm is imported here: importing it costs a second, three where byte code is missing.)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from timm.layers import Mlp
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +22,18 @@ from bat.nn.attention import Attention, Backend, take
 
 EPS = 1e-6
 """Of every LayerNorm in the encoder and the decoder."""
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (erf), linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class LayerScale(nn.Module):

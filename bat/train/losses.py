@@ -8,20 +8,26 @@ gradient, as the reference has it: gamma- = 1, gamma+ = 0, no clipping.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
-from timm.loss import AsymmetricLossMultiLabel
 from torch import Tensor
 
 from bat.shapes import UserError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-_ASYMMETRIC = AsymmetricLossMultiLabel(
-    gamma_neg=1, gamma_pos=0, clip=0, disable_torch_grad_focal_loss=True, reduction="mean"
-)
+
+@functools.cache
+def _asymmetric_of_timm() -> Loss:
+    from timm.loss import AsymmetricLossMultiLabel  # here: importing timm takes a second
+
+    loss: Loss = AsymmetricLossMultiLabel(
+        gamma_neg=1, gamma_pos=0, clip=0, disable_torch_grad_focal_loss=True, reduction="mean"
+    )
+    return loss
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -36,8 +42,7 @@ def binary(logits: Tensor, targets: Tensor) -> Tensor:
 
 def asymmetric(logits: Tensor, targets: Tensor) -> Tensor:
     """Asymmetric loss, gamma- = 1, gamma+ = 0 (arXiv 2009.14119; golden section 8)."""
-    loss: Tensor = _ASYMMETRIC(logits, targets)
-    return loss
+    return _asymmetric_of_timm()(logits, targets)
 
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "bce": binary, "asl": asymmetric}

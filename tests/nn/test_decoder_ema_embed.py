@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import timm.layers
 import torch
 from torch import nn
 
+from bat.nn.block import Mlp
 from bat.nn.decoder import CNNDecoder, ViTDecoder, place
 from bat.nn.ema import ema_decay, ema_update
-from bat.nn.embed import position_code
+from bat.nn.embed import PatchEmbed, position_code
 from bat.nn.masking import inverse_block_mask
 from bat.shapes import Grid
 from tests.golden_files import Golden
@@ -37,6 +39,21 @@ def test_golden_position_rows_and_columns(golden) -> None:
     columns = data["pos768_col_0_191_192_383_384_767"]
     torch.testing.assert_close(code[:, [0, 191, 192, 383, 384, 767]], columns, atol=1e-5, rtol=0)
     torch.testing.assert_close(position_code(48, GRID), data["w/pos_embed"], atol=1e-6, rtol=0)
+
+
+def test_patches_in_one_product_equal_the_strided_convolution() -> None:
+    embed, x = PatchEmbed(4, 12).double(), torch.randn(3, 1, 24, 16, dtype=torch.float64)
+    expected = embed.proj(x).flatten(2).transpose(1, 2)  # time-major
+    torch.testing.assert_close(embed(x), expected, atol=1e-12, rtol=0)
+    timms = timm.layers.PatchEmbed(img_size=(24, 16), patch_size=4, in_chans=1, embed_dim=12)
+    assert set(timms.state_dict()) == set(embed.state_dict())
+
+
+def test_mlp_is_timms() -> None:
+    ours, timms = Mlp(8, 20), timm.layers.Mlp(8, 20)
+    timms.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 8)
+    assert torch.equal(ours(x), timms(x))
 
 
 def test_place_puts_visible_tokens_where_they_belong() -> None:
