@@ -1,0 +1,52 @@
+"""``bench.py changes``: every change acts, changes no number, and is taken back afterwards."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+@pytest.fixture
+def changes(monkeypatch) -> Any:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import benchmarks.changes as module
+
+    return module
+
+
+def small(changes: Any) -> Any:
+    words = [*changes.QUICK, "data.batch=2", "mask.views=2", "hardware.precision=32-true"]
+    return changes.OursStep(changes.settings(words), torch.device("cpu"))
+
+
+def operators(call) -> list[str]:
+    """Names of the operators that ``call`` runs, forward and backward."""
+    with torch.profiler.profile() as profiled:
+        call()
+    return sorted(e.name for e in profiled.events() if e.name.startswith(("aten::", "bat::")))
+
+
+def test_each_change_acts_keeps_the_loss_and_is_taken_back(changes: Any) -> None:
+    step = small(changes)
+    views = step.views(seed=1)
+    step()
+    usual = operators(step)
+    for name, change in changes.CHANGES.items():
+        before = step.loss(views).item()
+        with change(step):
+            assert step.loss(views).item() == pytest.approx(before, rel=1e-5), name
+            done = operators(step)
+        if name != "attention by PyTorch's kernel (sdpa)":  # what auto is in float32
+            assert done != usual, name
+        assert operators(step) == usual, name
+        assert step.loss(views).item() < before, name  # two steps were made
+
+
+def test_rows(changes: Any) -> None:
+    rows = changes.run(repeats=1, quick=True)
+    assert [row["case"] for row in rows] == list(changes.CHANGES)
+    assert all(row["loss_difference"] < 2e-3 for row in rows)  # bf16
+    assert len({row["ours_ms"] for row in rows}) == 1
