@@ -4,9 +4,9 @@
 # The runs folder must be writable for user 1000 (or say --user $(id -u) and HOME=/home/bat).
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
-# gcc and the headers: torch.compile builds its kernels with them
+# compilers and headers: torch.compile builds its kernels with them (g++: those for the CPU)
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 python3-dev python3-venv gcc libc6-dev \
+    && apt-get install --yes --no-install-recommends python3 python3-dev python3-venv gcc g++ libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1

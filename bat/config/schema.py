@@ -182,6 +182,11 @@ class Pretrain:
             )
         if self.optim.layer_decay != 1:
             found.append("optim.layer_decay is for bat-finetune; pre-training has one rate")
+        if self.hardware.compile == "cudagraphs" and self.train.accumulate > 1:
+            found.append(
+                f"train.accumulate={self.train.accumulate} with hardware.compile=cudagraphs: a "
+                "replayed graph overwrites the gradients that wait; say hardware.compile=whole"
+            )
         return found
 
 

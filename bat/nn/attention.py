@@ -14,7 +14,6 @@ outputs only; all tokens stay keys and values.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bat.nn.blocked import blocked_attention
+from bat.shapes import UserError
 
 Backend = Literal["auto", "flash", "cudnn", "sdpa", "eager"]
 Kernel = Literal["package", "blocked", "sdpa", "flash", "cudnn", "eager"]
@@ -101,9 +101,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Tensor
     if kernel == "eager":
         weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
         return weights @ v
-    insist = sdpa_kernel(_INSISTED[kernel]) if kernel in _INSISTED else contextlib.nullcontext()
-    with insist:
+    if kernel == "sdpa":
         return F.scaled_dot_product_attention(q, k, v)
+    try:
+        with sdpa_kernel(_INSISTED[kernel]):
+            return F.scaled_dot_product_attention(q, k, v)
+    except RuntimeError as error:
+        if "No available kernel" not in str(error) and "No viable backend" not in str(error):
+            raise
+        raise UserError(
+            f"attention={backend} cannot run here: {q.dtype} of {q.shape[-1]} channels a head on "
+            f"{q.device.type}; say attention=auto"
+        ) from error
 
 
 class Attention(nn.Module):

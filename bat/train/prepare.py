@@ -12,10 +12,11 @@ from bat.data.index import Index
 from bat.data.stream import clip_samples
 from bat.shapes import UserError
 from bat.tasks.base import Task, load_task
-from bat.train.encoders import data_of_run, load_for
+from bat.train.encoders import data_of_run, device_for, load_for
 from bat.train.held_out import Round, check_labels, make_rounds
 from bat.train.losses import Loss, loss_for
 from bat.train.run_folder import open_data
+from bat.train.speed import attention_in_words
 
 C = TypeVar("C", bound=Supervised)
 
@@ -40,11 +41,14 @@ class Prepared(Generic[C]):
     def headline(self, first: str, *more: str) -> str:
         """What a run says when it starts."""
         backbone, index = self.backbone, self.index
+        hardware = self.config.hardware
+        kernel = attention_in_words(backbone, hardware, device_for(hardware))
         lines = [
             first,
             f"data {len(index)} clips (task {self.task.name}, {index.classes} classes), encoder "
             f"{backbone.width} wide, {backbone.depth} blocks",
             *([kaldi_line(backbone.frontend)] if isinstance(backbone.frontend, KaldiFbank) else []),
+            *([f"attention: {kernel}"] if kernel else []),
             *more,
             *([self.note] if self.note else []),
         ]

@@ -135,7 +135,8 @@ def draw(module: Pretraining, data: StreamData, out: Path) -> None:
     plots.mkdir(exist_ok=True)
     batch = data.first_batch()
     count = min(4, batch.waves.shape[0])
-    with torch.no_grad():
+    # the trainer has moved the module to the CPU: nothing is to be compiled for it there
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         spectrogram = module.spectrogram(batch.to(module.device))[:count]
         views = module.draw_views(count, derive_seed(module.config.seed, "picture"))
     per_clip = module.config.mask.views

@@ -22,20 +22,24 @@ def blocks_of(module: nn.Module) -> list[Block]:
     return [part for part in module.modules() if isinstance(part, Block)]
 
 
-def speed_up(module: nn.Module, hardware: Hardware) -> None:
-    """Compile the blocks of an encoder, checkpoint their activations, as ``hardware`` says."""
+def speed_up(module: nn.Module, hardware: Hardware, *, static: bool = False) -> None:
+    """Compile the blocks of an encoder, checkpoint their activations, as ``hardware`` says.
+
+    ``static``: few shapes come, each gets its own graph (else sizes become symbols when a second
+    shape is met, which costs speed).
+    """
     for block in blocks_of(module):
         block.recompute = hardware.activation_checkpointing
         if hardware.compile != "off":
-            block.compile()
+            block.compile(dynamic=False if static else None)
 
 
 def speed_up_pretraining(objective: MaskedLatent, hardware: Hardware) -> None:
     """The same for a pre-training objective, whose student and teacher can be whole graphs."""
     if hardware.compile in ("off", "blocks"):
-        speed_up(objective.student, hardware)
+        speed_up(objective.student, hardware, static=True)
         if hardware.compile == "blocks":
-            speed_up(objective.teacher, hardware)
+            speed_up(objective.teacher, hardware, static=True)
         return
     for block in blocks_of(objective.student):
         block.recompute = hardware.activation_checkpointing

@@ -9,6 +9,7 @@ import torch
 
 from bat.nn import attention
 from bat.nn.attention import Attention, attend
+from bat.shapes import UserError
 from tests.reference.attention import gated_attention
 
 
@@ -48,7 +49,7 @@ def test_eager_equals_fused_forward_and_backward() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="cudnn attention may fit a GPU")
 def test_explicit_backend_that_does_not_fit_raises() -> None:
     q = torch.randn(1, 2, 3, 8)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserError, match=r"attention=cudnn cannot run here: torch.float32 of 8"):
         attend(q, q, q, "cudnn")
 
 
