@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bat.probes.base import Level, Probe
 from bat.probes.extremes import pool_prototypes
-from bat.probes.mixing import Kernel, mix_normalised
+from bat.probes.mixing import Kernel, few_rows, mix_normalised
 from bat.shapes import Features
 
 
@@ -63,8 +63,10 @@ class CGP(Probe):
             middle = mix_normalised(features.cls, gate, kernel=self.kernel)  # (B, D)
         x = pool_prototypes(tokens, self.prototypes, middle, kernel=self.kernel)  # (G, K, 3)
         x = x.flatten(1)  # (G, 3 K), prototype-major
-        logits = self.fc(self.dropout(x))  # (G, C)
-        return logits.unflatten(0, features.patches.shape[1:3]) if frame else logits
+        x = self.dropout(x)
+        if not frame:
+            return few_rows(self.fc, x)  # (B, C)
+        return self.fc(x).unflatten(0, features.patches.shape[1:3])  # (B, T, C)
 
     def no_weight_decay(self) -> set[str]:
         return {"prototypes"}

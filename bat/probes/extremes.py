@@ -111,7 +111,7 @@ def _pool(
         rows = tokens.reshape(G * M, D).to(kind)  # (G M, D)
         centre = None if middle is None else middle.to(kind)
         if kernel == "triton":
-            used = _as_used(prototypes, signs).to(kind)
+            rows, used = rows.contiguous(), _as_used(prototypes, signs).to(kind).contiguous()
             triton_extremes(rows.view(G, M, D), used, out, picks)
         for block in _blocks(tokens, prototypes):
             used = _as_used(prototypes[block], signs)  # (k, D)
@@ -120,6 +120,7 @@ def _pool(
             if kernel == "portable":
                 s = (used @ rows.T).view(-1, G, M)  # (k, G, M)
                 ends = [s.min(-1), s.max(-1)] if low else [s.max(-1)]
+                del s  # before the next block's exists
                 for e, (values, index) in enumerate(ends):
                     picks[block, e] = index
                     out[:, block, -1 if e == len(ends) - 1 else 0] = values.T
@@ -163,31 +164,29 @@ def _pool_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of tokens, prototypes and middle; an empty tensor for one not ``wanted``."""
     E = picks.shape[1]
-    weight = grad.permute(1, 2, 0).contiguous()  # (K, P, G): in picks' order
-    for block in _blocks(tokens, prototypes):
-        norm = _norms(_as_used(prototypes[block], signs), weight.dtype)
-        weight[block] /= norm[:, None, None]
-    ends = weight if middle is None else weight[:, [*range(E - 1), -1]]  # (K, E, G)
-    dense = tokens.shape[1] <= DENSE_TOKENS
-    sums, product = (_dense_sums, kind) if dense else (_sparse_sums, grad.dtype)
-    to_tokens, to_prototypes = sums(
-        ends, picks, tokens, prototypes, signs=signs, kind=kind, wanted=wanted
-    )
-    to_middle = grad.new_empty(0)
-    if middle is not None:
-        centre = weight[:, E - 1].to(product)  # (K, G)
-        if wanted[2]:
-            to_middle = (centre.T @ _as_used(prototypes, signs).to(product)).to(middle.dtype)
+    weight = grad.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)  # (K, P, G)
+    with torch.autocast(tokens.device.type, enabled=False):  # as in the forward
+        for block in _blocks(tokens, prototypes):
+            norm = _norms(_as_used(prototypes[block], signs), weight.dtype)
+            weight[block] /= norm[:, None, None]
+        ends = weight if middle is None else weight[:, 2 - E :: 2].contiguous()  # (K, E, G)
+        dense = tokens.shape[1] <= DENSE_TOKENS
+        sums, product = (_dense_sums, kind) if dense else (_sparse_sums, grad.dtype)
+        to_tokens, to_prototypes = sums(
+            ends, picks, tokens, prototypes, signs=signs, kind=kind, wanted=wanted
+        )
+        to_middle = grad.new_empty(0)
+        if middle is not None:
+            centre = weight[:, E - 1].to(product)  # (K, G)
+            if wanted[2]:
+                to_middle = centre.T @ _as_used(prototypes, signs).to(product)
+            if wanted[1]:
+                for block in _blocks(tokens, prototypes):
+                    to_prototypes[block] += centre[block] @ middle.to(product)
+            to_middle = to_middle.to(middle.dtype)
         if wanted[1]:
-            for block in _blocks(tokens, prototypes):
-                to_prototypes[block] += centre[block] @ middle.to(product)
-    if wanted[1]:
-        _project(to_prototypes, prototypes, signs)
-    return (
-        to_tokens.to(tokens.dtype),
-        to_prototypes.to(prototypes.dtype),
-        to_middle,
-    )
+            _project(to_prototypes, prototypes, signs)
+    return to_tokens.to(tokens.dtype), to_prototypes.to(prototypes.dtype), to_middle
 
 
 def _sparse_sums(
@@ -254,7 +253,8 @@ def _dense_sums(
 
 def _project(grad: Tensor, prototypes: Tensor, signs: bool) -> None:
     """Through ``n``, in place; ``grad`` (K, D) is divided by the norms already."""
-    for rows, p in zip(grad.split(CPU_ROWS), prototypes.split(CPU_ROWS), strict=True):
+    step = CPU_ROWS if grad.device.type == "cpu" else max(1, len(grad))
+    for rows, p in zip(grad.split(step), prototypes.split(step), strict=True):
         used = _as_used(p, signs).to(grad.dtype)
         norm = torch.linalg.vector_norm(used, dim=-1)
         along = torch.linalg.vecdot(rows, used) / norm.square()
@@ -272,9 +272,9 @@ def _(
     kind: torch.dtype,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    given = (tokens, prototypes, grad.new_empty(0) if middle is None else middle)
     return tuple(  # type: ignore[return-value]
-        x.new_empty(x.shape) if x is not None and want else tokens.new_empty(0)
-        for x, want in zip((tokens, prototypes, middle), wanted, strict=True)
+        x.new_empty(x.shape if want else 0) for x, want in zip(given, wanted, strict=True)
     )
 
 

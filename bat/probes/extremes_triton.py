@@ -98,6 +98,7 @@ def extremes(tokens: Tensor, matrix: Tensor, out: Tensor, picks: Tensor) -> None
     E = 2. Raises ``UserError`` where Triton, a GPU or a type it multiplies is missing.
     """
     require(tokens)
+    assert all(x.is_contiguous() for x in (tokens, matrix, out, picks))
     if not tokens.is_cuda and tokens.dtype == torch.bfloat16:
         raise UserError("kernel=triton: Triton's interpreter cannot multiply bfloat16")
     G, M, D = tokens.shape

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bat.probes import mixing_triton
 from bat.shapes import UserError
@@ -37,6 +37,16 @@ def mix_normalised(layers: Tensor, gate: Tensor, *, kernel: Kernel = "portable")
     rows = rows.flatten(2, -2)  # (L, B, N, D)
     mixed, _ = torch.ops.bat.mix_normalised(rows, gate.to(sum_type(layers)), kernel)
     return mixed.view(layers.shape[1:])
+
+
+def few_rows(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``layer(x)`` in the layer's own type also under autocast: (G, I) -> (G, O).
+
+    For few rows G: the product costs nothing, and autocast's copies of a wide weight and of its
+    gradient would be the largest memory of a training step.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x)
 
 
 def check_kernel(kernel: str) -> None:
@@ -73,12 +83,13 @@ def _mix(rows: Tensor, gate: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
     L, B, N, D = rows.shape
     mixed = gate.new_zeros(B, N, D)
     norms = gate.new_empty(L, B, N, 1)
-    for b, n in _pieces(rows):
-        total = mixed[b, n]
-        for block in range(L):
-            z, norm = rows[block, b, n].to(gate.dtype), norms[block, b, n]
-            torch.linalg.vector_norm(z, dim=-1, keepdim=True, out=norm)
-            total.addcmul_(z, gate[block] / norm.clamp_(min=EPS))
+    with torch.autocast(rows.device.type, enabled=False):  # sums in the gate's type
+        for b, n in _pieces(rows):
+            total = mixed[b, n]
+            for block in range(L):
+                z, norm = rows[block, b, n].to(gate.dtype), norms[block, b, n]
+                torch.linalg.vector_norm(z, dim=-1, keepdim=True, out=norm)
+                total.addcmul_(z, gate[block] / norm.clamp_(min=EPS))
     return mixed, norms
 
 
@@ -102,14 +113,15 @@ def _mix_backward(
         return mixing_triton.gate_gradient(grad, rows, norms), rows.new_empty(0)
     to_gate = torch.zeros_like(gate)
     to_rows = torch.empty_like(rows) if wanted else rows.new_empty(0)
-    for b, n in _pieces(rows):
-        g = grad[b, n]
-        for block in range(len(rows)):
-            z, norm = rows[block, b, n].to(gate.dtype), norms[block, b, n]
-            along = torch.linalg.vecdot(g, z).unsqueeze(-1) / norm  # grad . n(z)
-            to_gate[block] += along.sum()
-            if wanted:
-                to_rows[block, b, n] = gate[block] / norm * (g - along * z / norm)
+    with torch.autocast(rows.device.type, enabled=False):  # as in the forward
+        for b, n in _pieces(rows):
+            g = grad[b, n]
+            for block in range(len(rows)):
+                z, norm = rows[block, b, n].to(gate.dtype), norms[block, b, n]
+                along = torch.linalg.vecdot(g, z).unsqueeze(-1) / norm  # grad . n(z)
+                to_gate[block] += along.sum()
+                if wanted:
+                    to_rows[block, b, n] = gate[block] / norm * (g - along * z / norm)
     return to_gate, to_rows
 
 

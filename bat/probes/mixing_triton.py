@@ -43,7 +43,8 @@ if triton is not None:
         here = rows + (t // N) * stride_b + (t % N) * stride_n + d * stride_d
         total = tl.zeros([BLOCK_D], tl.float32)
         for block in range(L):
-            z = tl.load(here + block * stride_l, mask=d < D, other=0.0).to(tl.float32)
+            z = tl.load(here, mask=d < D, other=0.0).to(tl.float32)
+            here += stride_l  # a pointer: block * stride_l would overflow 32 bits
             norm = tl.maximum(tl.sqrt(tl.sum(z * z, 0)), eps)
             tl.store(norms + block * tokens + t, norm)
             total += z * (tl.load(gate + block) / norm)
@@ -70,7 +71,8 @@ if triton is not None:
         here = rows + (t // N) * stride_b + (t % N) * stride_n + d * stride_d
         g = tl.load(grad + t * D + d, mask=d < D, other=0.0)
         for block in range(L):
-            z = tl.load(here + block * stride_l, mask=d < D, other=0.0).to(tl.float32)
+            z = tl.load(here, mask=d < D, other=0.0).to(tl.float32)
+            here += stride_l
             at = block * tokens + t
             tl.store(terms + at, tl.sum(g * z, 0) / tl.load(norms + at))
 

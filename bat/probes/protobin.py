@@ -12,19 +12,18 @@ Parameters at D = 768, C = 527, K = 10,000: 12,950,527.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bat.probes.base import Level, Probe
 from bat.probes.extremes import pool_prototypes
-from bat.probes.mixing import Kernel
+from bat.probes.mixing import Kernel, few_rows, mix_normalised
 from bat.shapes import Features
 
 
 class ProtoBin(Probe):
     """Binary prototypes. ``prototypes``: K; ``dropout``: rate before the linear layer.
 
-    ``kernel``: of the pooling's forward, ``portable`` or ``triton`` (GPUs).
+    ``kernel``: of normalising and pooling, ``portable`` or ``triton`` (GPUs).
     """
 
     def __init__(
@@ -46,12 +45,15 @@ class ProtoBin(Probe):
         self.fc = nn.Linear(prototypes, classes)
 
     def forward(self, features: Features) -> Tensor:
-        tokens = F.normalize(features.patches[-1].float(), dim=-1)  # (B, T, F, D)
+        last = features.patches[-1:]  # (1, B, T, F, D)
+        tokens = mix_normalised(last, last.new_ones(1), kernel=self.kernel)  # (B, T, F, D)
         frame = self.level == "frame"
         tokens = tokens.flatten(0, 1) if frame else tokens.flatten(1, 2)  # (G, M, D)
         x = pool_prototypes(tokens, self.prototypes, low=False, signs=True, kernel=self.kernel)
-        logits = self.fc(self.dropout(x.flatten(1)))  # (G, K) -> (G, C)
-        return logits.unflatten(0, features.patches.shape[1:3]) if frame else logits
+        x = self.dropout(x.flatten(1))  # (G, K)
+        if not frame:
+            return few_rows(self.fc, x)  # (B, C)
+        return self.fc(x).unflatten(0, features.patches.shape[1:3])  # (B, T, C)
 
     def no_weight_decay(self) -> set[str]:
         return {"prototypes"}

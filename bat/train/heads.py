@@ -17,6 +17,8 @@ from bat.probes.base import Probe, build_probe, known_probes
 from bat.shapes import UserError
 
 FORMAT, VERSION = "bat-head", 1
+HOW = {"kernel"}
+"""Settings that say how a head is computed, not what: not written, so it loads on any machine."""
 
 
 def save_head(
@@ -33,7 +35,10 @@ def save_head(
         "format": FORMAT,
         "version": VERSION,
         "probe": name,
-        "settings": {**{k: getattr(probe, k) for k in shape}, **head},
+        "settings": {
+            **{k: getattr(probe, k) for k in shape},
+            **{k: v for k, v in head.items() if k not in HOW},
+        },
         **meta,
     }
     temporary = folder / f".{CONFIG}.tmp"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bat.probes.base import build_probe
 from bat.probes.extremes import pool_prototypes
@@ -32,16 +33,33 @@ def test_float32_pooling_equals_the_cpu(kernel: str, G: int, M: int) -> None:
                                           _random(G, 96, seed=2))]  # fmt: skip
     there = [x.detach().cuda().requires_grad_() for x in given]
     for low, signs in ((True, False), (False, True)):
+        words = (low, signs, torch.float32)
         expected = pool_prototypes(*given, low=low, signs=signs)
         got = pool_prototypes(*there, low=low, signs=signs, kernel=kernel)
         torch.testing.assert_close(got.cpu(), expected, atol=2e-5, rtol=1e-4)
-        for a, b in zip(_gradients(got, there), _gradients(expected, given), strict=True):
+
+        # near ties may pick another token: each pick attains its value, and gradients are
+        # compared at the GPU's own picks
+        _, picks = torch.ops.bat.pool_prototypes(*there, *words, kernel)
+        p = torch.where(given[1] >= 0, 1.0, -1.0) if signs else given[1]
+        exact = given[0].double() @ F.normalize(p.double(), dim=-1).T  # (G, M, K)
+        for e, column in enumerate([0, -1] if low else [-1]):
+            at = picks[:, e].cpu().T.long()  # (G, K)
+            attained = exact.gather(1, at[:, None]).squeeze(1)
+            torch.testing.assert_close(
+                attained.float(), expected[..., column], atol=2e-5, rtol=1e-4
+            )
+        up = _random(*got.shape, seed=9)
+        on_cpu = torch.ops.bat.pool_prototypes_backward(
+            up, *(x.detach() for x in given), picks.cpu(), *words[1:], [True] * 3
+        )
+        for a, b in zip(_gradients(got, there), on_cpu, strict=True):
             torch.testing.assert_close(a.cpu(), b, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_bf16_pooling_is_near_float32(kernel: str) -> None:
-    tokens = torch.nn.functional.normalize(_random(4, 512, 768), dim=-1).cuda()
+    tokens = F.normalize(_random(4, 512, 768), dim=-1).cuda()
     prototypes = _random(1000, 768, seed=1).cuda()
     exact = pool_prototypes(tokens, prototypes)
     with torch.autocast("cuda", torch.bfloat16):
@@ -62,6 +80,43 @@ def test_mixing_equals_the_cpu(kernel: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got.cpu(), expected, atol=1e-5, rtol=1e-4)
     (a,), (b,) = _gradients(got, [on_gpu]), _gradients(expected, [gate])
     torch.testing.assert_close(a.cpu(), b, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_strided_input_pools_as_contiguous(kernel: str) -> None:
+    tokens = _random(3, 130, 192).cuda()[..., :96]
+    prototypes = _random(96, 300, seed=1).cuda().T
+    expected = pool_prototypes(tokens.contiguous(), prototypes.contiguous(), kernel=kernel)
+    got = pool_prototypes(tokens, prototypes, kernel=kernel)
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_triton_mixing_beyond_32_bits() -> None:
+    far = 2**30 + 2**20  # blocks this far apart; the memory between them is not written
+    rows = torch.empty(2 * far + 64, dtype=torch.bfloat16, device="cuda")
+    rows = rows.as_strided((3, 1, 1, 64), (far, 64, 64, 1))
+    for i, block in enumerate(rows):
+        block.copy_(_random(1, 1, 64, seed=i))
+    gate = torch.tensor([0.5, -0.2, 0.7], device="cuda", requires_grad=True)
+    results = []
+    for kernel in KERNELS:
+        out = mix_normalised(rows.unsqueeze(1), gate, kernel=kernel)
+        results.append((out, *_gradients(out, [gate])))
+    for portable, triton in zip(*results, strict=True):
+        torch.testing.assert_close(triton, portable, atol=1e-5, rtol=1e-4)
+
+
+def test_backward_never_waits_for_the_gpu() -> None:
+    given = [x.cuda().requires_grad_() for x in (_random(3, 130, 96), _random(300, 96, seed=1),
+                                                 _random(3, 96, seed=2))]  # fmt: skip
+    out = pool_prototypes(*given)
+    up = _random(*out.shape, seed=9).cuda()
+    torch.autograd.grad(out, given, up, retain_graph=True)  # libraries start
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(out, given, up)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _probe(kernel: str) -> tuple[torch.nn.Module, Features]:

@@ -73,6 +73,52 @@ def test_the_operator_keeps_pytorch_s_contract(M):
         torch.library.opcheck(torch.ops.bat.pool_prototypes, (tokens, prototypes, *words))
 
 
+WANTED = [[True, True, True], [False, True, False], [True, False, False], [False, False, True]]
+
+
+@pytest.mark.parametrize("M", [6, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("G", [1, 2])  # of one group, grad's own layout is already the table's
+def test_the_backward_operator_keeps_pytorch_s_contract(G, M, dtype):
+    tokens, prototypes, middle = (x.detach() for x in _given(G, M, 8, 9, middle=True))
+    for centre in (middle.to(dtype), None):
+        given = (tokens.to(dtype), prototypes, centre)
+        words = (False, torch.float32)
+        out, picks = torch.ops.bat.pool_prototypes(*given, True, *words, "portable")
+        up = _random(*out.shape, seed=9)
+        for wanted in WANTED[: 3 + (centre is not None)]:
+            torch.library.opcheck(
+                torch.ops.bat.pool_prototypes_backward, (up, *given, picks, *words, wanted)
+            )
+
+
+@pytest.mark.parametrize("M", [6, 40])
+@pytest.mark.parametrize("G", [1, 3])
+def test_backward_leaves_the_incoming_gradient_as_it_is(G, M):
+    given = _given(G, M, 8, 9, middle=True)
+    out = pool_prototypes(*given)
+    up = _random(*out.shape, seed=9)
+    kept = up.clone()
+    first, second = (torch.autograd.grad(out, given, up, retain_graph=True) for _ in range(2))
+    assert torch.equal(up, kept)
+    theirs = torch.autograd.grad(pooled(*given), given, kept)
+    for a, b, c in zip(first, second, theirs, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("M", [6, 40])
+def test_backward_inside_autocast_equals_backward_outside(M):
+    given = _given(2, M, 64, 9, middle=True)
+    out = pool_prototypes(*given)
+    up = _random(*out.shape, seed=9)
+    outside = torch.autograd.grad(out, given, up, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(out, given, up)
+    for a, b in zip(inside, outside, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("M", [6, 40])
 def test_a_gradient_that_nobody_wants_is_not_made(M):
     tokens, prototypes, middle = _given(2, M, 8, 9, middle=True)
@@ -197,8 +243,14 @@ for G, M, D, K, low, signs, dtype in [
     (3, 8, 70, 130, True, False, torch.float32),
     (1, 129, 64, 128, False, True, torch.float32),
     (2, 257, 64, 20, True, False, torch.float16),
+    (-2, 150, 40, 9, True, False, torch.float32),  # strided
 ]:
+    strided, G = G < 0, abs(G)
     given = [random(G, M, D, seed=0), random(K, D, seed=1), random(G, D, seed=2)]
+    if strided:
+        wide = [random(*x.shape[:-1], 2 * D, seed=i) for i, x in enumerate(given)]
+        given = [wide[0][..., :D], random(D, K, seed=1).T, wide[2][..., D:]]
+        assert not any(x.is_contiguous() for x in given)
     given = [x.to(dtype).requires_grad_() for x in given]
     results = []
     for kernel in ("portable", "triton"):

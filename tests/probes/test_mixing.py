@@ -62,6 +62,27 @@ def test_the_operator_keeps_pytorch_s_contract():
         torch.library.opcheck(torch.ops.bat.mix_normalised, (rows, gate, "portable"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backward_operator_keeps_pytorch_s_contract(dtype):
+    rows, gate, up = _layers(L, B, 4, D).to(dtype), torch.rand(L), _layers(B, 4, D, seed=1)
+    _, norms = torch.ops.bat.mix_normalised(rows, gate, "portable")
+    for wanted in (True, False):
+        given = (up, rows, gate, norms, wanted, "portable")
+        torch.library.opcheck(torch.ops.bat.mix_normalised_backward, given)
+
+
+def test_backward_inside_autocast_equals_backward_outside():
+    layers = _layers(L, B, T, FREQ, 64).requires_grad_()
+    gate = torch.tensor([0.5, -0.2, 0.7], requires_grad=True)
+    out = mix_normalised(layers, gate)
+    up = _layers(*out.shape, seed=1)
+    outside = torch.autograd.grad(out, (layers, gate), up, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(out, (layers, gate), up)
+    for a, b in zip(inside, outside, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_bf16_blocks_are_summed_in_float32():
     layers = _layers(L, B, T, FREQ, 64).bfloat16()
     gate = torch.tensor([0.5, 0.2, 0.3], requires_grad=True)
@@ -136,6 +157,16 @@ a, b = (
     for k in ("portable", "triton")
 )
 torch.testing.assert_close(a, b)
+far = 2**30 + 2**20  # twice this is beyond 32 bits; the pages between are never touched
+rows = torch.empty(2 * far + 16, dtype=torch.bfloat16).as_strided((3, 1, 1, 16), (far, 16, 16, 1))
+for block in rows:
+    block.copy_(torch.randn(1, 1, 16, generator=g))
+gate = torch.tensor([0.5, -0.2, 0.7], requires_grad=True)
+for a, b in zip(*(
+    (out, *torch.autograd.grad(out.square().sum(), gate))
+    for out in (mix_normalised(rows.unsqueeze(1), gate, kernel=k) for k in ("portable", "triton"))
+)):
+    torch.testing.assert_close(a, b)
 try:
     mix_normalised(layers.double(), gate, kernel="triton")
 except ValueError as error:

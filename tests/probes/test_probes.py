@@ -71,6 +71,18 @@ def test_bf16_features_under_autocast_stay_near_float32(name, level):
         assert parameter.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["cgp", "protobin"])
+def test_the_last_layer_of_few_rows_is_float32_under_autocast(name):
+    """No copy of its wide weight in autocast's type; at frame level, of many rows, there is one."""
+    features = _features(dtype=torch.bfloat16)
+    for level, dtype in (("clip", torch.float32), ("frame", torch.bfloat16)):
+        probe, seen = _probe(name, level=level).eval(), []
+        probe.fc.register_forward_hook(lambda *x, seen=seen: seen.append(x[2].dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            probe(features)
+        assert seen == [dtype]
+
+
 def test_gates_start_uniform_and_sum_to_one():
     for name in ("lcgp", "cgp"):
         gate = _probe(name).layer_gate()

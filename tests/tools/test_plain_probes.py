@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 from pathlib import Path
 from types import ModuleType
@@ -72,7 +73,7 @@ def test_pooling_and_mixing_alone_are_the_same(cgp) -> None:
 
 
 def test_part_cgp_writes_its_figures(cgp, tmp_path: Path) -> None:
-    rows = json.loads(json.dumps(cgp.run(repeats=1, quick=True)))
+    rows = json.loads(json.dumps(list(cgp.run(repeats=1, quick=True))))
     cases = [row["case"] for row in rows]
     assert len(set(cases)) == len(cases)
     for start in ("cgp clip", "cgp frame", "protobin clip", "mixing alone", "pooling alone"):
@@ -84,3 +85,64 @@ def test_part_cgp_writes_its_figures(cgp, tmp_path: Path) -> None:
         if "loss" in row:
             bound = 1e-5 if row["case"].endswith("float32") else 2e-2
             assert row["loss_difference"] < bound * row["loss"]
+
+
+def test_rows_come_one_by_one_and_a_failing_case_stops_no_other(cgp, monkeypatch) -> None:
+    made, measured = [], []
+
+    def features(sizes, dtype, device):
+        made.append((sizes, dtype))
+        return make(sizes, dtype, device)
+
+    def row(case, features, *, repeats):
+        measured.append(case.label())
+        if case.what == "protobin" and case.kind == "float32":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate much")
+        return {"case": case.label()}
+
+    make = cgp.make_features
+    monkeypatch.setattr(cgp, "make_features", features)
+    monkeypatch.setattr(cgp.Case, "row", row)
+    rows = cgp.run(repeats=1, quick=True)
+    assert not measured
+    assert next(rows) == {"case": measured[0]}
+    assert len(measured) == 1
+    rest = list(rows)
+    assert rest[0] == {
+        "case": "protobin clip, B 2, float32",
+        "error": "OutOfMemoryError: CUDA out of memory.",
+    }
+    assert [r["case"] for r in rest] == measured[1:]
+    assert not any("error" in r for r in rest[1:])
+    assert len(made) == len(set(made))
+
+
+def test_the_order_of_a_gpu_s_cases(cgp) -> None:
+    for quick in (True, False):
+        found = cgp.cases(gpu=True, quick=quick)
+        labels = [case.label() for case in found]
+        assert len(set(labels)) == len(labels)
+        triton = [case.kernel == "triton" for case in found]
+        assert any(triton)
+        assert triton == sorted(triton)  # last
+        keys = [(case.sizes, case.kind) for case in found]
+        assert len(list(itertools.groupby(keys))) == len(set(keys))  # features made once for each
+        for case in found:
+            if case.kernel == "triton":
+                assert case._replace(kernel="portable") in found
+
+
+def test_extra_memory_takes_off_no_gradient_that_is_not_there(cgp, monkeypatch) -> None:
+    """All are there at the backward's peak only."""
+    step = cgp.Step(
+        cgp.build("cgp", "ours", cgp.TINY, level="clip", kernel="portable"),
+        cgp.make_features(cgp.TINY, torch.float32, CPU),
+        torch.zeros(cgp.TINY.clips, cgp.TINY.classes),
+        fused=True,
+    )
+    step()
+    gradients = sum(4 * p.numel() for p in step.probe.parameters()) / 1e6
+    for peaks, extra in (([5, 4, 1], 5), ([2, 4, 1], 4 - gradients), ([2, 4, 7], 7)):
+        answers = iter(peaks)
+        monkeypatch.setattr(cgp, "peak_mb", lambda call, device, a=answers: (call(), next(a))[1])
+        assert step.extra_mb() == pytest.approx(extra)

@@ -3,16 +3,16 @@
 The step: forward, binary cross-entropy, backward, AdamW; same features, weights, labels and dropout
 for both. Ours: pooling as one operator with its own backward, the blocks mixed without their
 normalised stack, AdamW's fused kernel; plain: torch's default AdamW. *peak_mb* is what the step
-needs at its worst moment above features, weights, gradients and optimiser state.
+needs above features, weights, gradients and optimiser state (``Step.extra_mb``).
 Two operators are also measured alone, forward and backward: the mixing of the blocks, and the
-pooling (*low*, *middle*, *high* of every prototype). On a GPU: 48 clips, the Triton kernel, and
-both compiled.
+pooling (*low*, *middle*, *high* of every prototype). On a GPU: 48 clips, both compiled, and last
+the Triton kernels. A case that fails is a row with its ``error``; the others go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from bat.probes.mixing import Kernel, mix_normalised
 from bat.shapes import Features
 from benchmarks import plain_probes
 from benchmarks.memory import peak_mb
-from benchmarks.timing import medians
+from benchmarks.timing import here, medians
 
 ABOUT = "training step; peak_mb: above features, weights, gradients and optimiser state"
 TYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -46,14 +46,14 @@ TINY = Sizes(clips=2, blocks=3, time=4, freq=3, width=16, prototypes=32, classes
 
 
 def make_features(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Features:
-    """Normal noise of the encoder's shape."""
-    g = torch.Generator().manual_seed(0)
+    """Normal noise of the encoder's shape, made on ``device``."""
+    g = torch.Generator(device).manual_seed(0)
     L, B, D = sizes.blocks, sizes.clips, sizes.width
-    patches = torch.empty(L, B, sizes.time, sizes.freq, D, dtype=dtype)
+    patches = torch.empty(L, B, sizes.time, sizes.freq, D, dtype=dtype, device=device)
     for block in patches:
-        block.copy_(torch.randn(block.shape, generator=g))
-    cls = torch.randn(L, B, D, generator=g).to(dtype)
-    return Features(patches=patches.to(device), cls=cls.to(device))
+        block.copy_(torch.randn(block.shape, generator=g, device=device))
+    cls = torch.randn(L, B, D, generator=g, device=device).to(dtype)
+    return Features(patches=patches, cls=cls)
 
 
 def build(
@@ -92,133 +92,143 @@ class Step:
         self.device = targets.device
         self.half = features.patches.dtype == torch.bfloat16
 
-    def __call__(self) -> Tensor:
+    def loss(self) -> Tensor:
         torch.manual_seed(0)  # of dropout
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             logits = self.call(self.features)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), self.targets)
+        return F.binary_cross_entropy_with_logits(logits.float(), self.targets)
+
+    def __call__(self) -> Tensor:
+        loss = self.loss()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         return loss.detach()
 
     def extra_mb(self) -> float:
-        """Peak above features, weights, gradients and optimiser state (which a step made)."""
+        """Most that forward, backward or AdamW need above features, weights, gradients and state.
+
+        Gradients are taken off where they exist: not from the forward's peak, from the backward's
+        all of them, of AdamW's none (they and its state lie there before). Call it after a step.
+        """
         self.optimizer.zero_grad()
+        forward = peak_mb(self.loss, self.device)
         gradients = sum(p.numel() * p.element_size() for p in self.probe.parameters()) / 1e6
-        return max(0.0, peak_mb(self, self.device) - gradients)
+        backward = peak_mb(lambda: self.loss().backward(), self.device) - gradients
+        return max(forward, backward, peak_mb(self.optimizer.step, self.device))
 
 
-def step_case(
-    name: str,
-    sizes: Sizes,
-    kind: str,
-    device: torch.device,
-    *,
-    repeats: int,
-    level: str = "clip",
-    kernel: Kernel = "portable",
-    compiled: bool = False,
-) -> dict[str, Any]:
-    """One row: probe ``name``, both ways."""
-    features = make_features(sizes, TYPES[kind], device)
-    frames = (sizes.time,) if level == "frame" else ()
+class Case(NamedTuple):
+    """One row. ``what``: a probe's training step, or ``mixing`` or ``pooling`` alone."""
+
+    what: str
+    sizes: Sizes
+    kind: str
+    level: str = "clip"
+    kernel: Kernel = "portable"
+    compiled: bool = False
+
+    def label(self) -> str:
+        level = "alone" if self.what in ALONE else self.level
+        more = ", Triton" * (self.kernel == "triton") + ", both compiled" * self.compiled
+        return f"{self.what} {level}, B {self.sizes.clips}, {self.kind}{more}"
+
+    def row(self, features: Features, *, repeats: int) -> dict[str, Any]:
+        """Both ways measured on ``features`` (of this case's sizes and kind)."""
+        return ALONE.get(self.what, step_row)(self, features, repeats=repeats)
+
+
+def step_row(case: Case, features: Features, *, repeats: int) -> dict[str, Any]:
+    """The training step of a probe."""
+    device, sizes = features.patches.device, case.sizes
+    frames = (sizes.time,) if case.level == "frame" else ()
     shape = (sizes.clips, *frames, sizes.classes)
     targets = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.01).float()
     steps = {
         way: Step(
-            build(name, way, sizes, level=level, kernel=kernel).to(device),
+            build(case.what, way, sizes, level=case.level, kernel=case.kernel).to(device),
             features,
             targets.to(device),
             fused=way == "ours",
-            compiled=compiled,
+            compiled=case.compiled,
         )
         for way in ("ours", "plain")
     }
     first = {way: float(step()) for way, step in steps.items()}
-    label = f"{name} {level}, B {sizes.clips}, {kind}"
-    label += ", Triton" * (kernel == "triton") + ", both compiled" * compiled
-    row = _row(label, steps, device, repeats=repeats, peak=Step.extra_mb)
+    row = _compare(case, steps, device, repeats=repeats, peak=Step.extra_mb)
     return row | {"loss": first["ours"], "loss_difference": abs(first["ours"] - first["plain"])}
 
 
-def mixing_case(
-    sizes: Sizes,
-    kind: str,
-    device: torch.device,
-    *,
-    repeats: int,
-    kernel: Kernel = "portable",
-) -> dict[str, Any]:
+def mixing_row(case: Case, features: Features, *, repeats: int) -> dict[str, Any]:
     """The mixing of the blocks alone: forward, and backward to the gate."""
-    patches = make_features(sizes, TYPES[kind], device).patches
-    gate = torch.full((sizes.blocks,), 1 / sizes.blocks, device=device, requires_grad=True)
-    up = torch.randn(patches.shape[1:], device=device)
-
-    def way(mix: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16"):
-                out = mix(patches, gate)
-            return torch.autograd.grad(out, gate, up.to(out.dtype))[0]
-
-        return call
-
-    ways = {
-        "ours": way(lambda x, a: mix_normalised(x, a, kernel=kernel)),
-        "plain": way(plain_probes.mix),
-    }
-    label = f"mixing alone, B {sizes.clips}, {kind}" + ", Triton" * (kernel == "triton")
-    return _alone(label, ways, device, repeats=repeats)
+    patches, L = features.patches, case.sizes.blocks
+    gate = torch.full((L,), 1 / L, device=patches.device, requires_grad=True)
+    return _alone(
+        case,
+        lambda x: mix_normalised(patches, x, kernel=case.kernel),
+        lambda x: plain_probes.mix(patches, x),
+        [gate],
+        repeats=repeats,
+    )
 
 
-def pooling_case(
-    sizes: Sizes,
-    kind: str,
-    device: torch.device,
+def pooling_row(case: Case, features: Features, *, repeats: int) -> dict[str, Any]:
+    """The pooling alone, of float32 tokens: forward, and backward to tokens, prototypes, middle."""
+    device, sizes = features.patches.device, case.sizes
+    g = torch.Generator(device).manual_seed(0)
+    shapes = ((sizes.clips, sizes.time * sizes.freq), (sizes.prototypes,), (sizes.clips,))
+    given = [
+        torch.randn(*s, sizes.width, generator=g, device=device).requires_grad_() for s in shapes
+    ]
+    return _alone(
+        case,
+        lambda *x: pool_prototypes(*x, kernel=case.kernel),
+        plain_probes.pool,
+        given,
+        repeats=repeats,
+    )
+
+
+ALONE = {"mixing": mixing_row, "pooling": pooling_row}
+
+
+def _alone(
+    case: Case,
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    given: list[Tensor],
     *,
     repeats: int,
-    kernel: Kernel = "portable",
 ) -> dict[str, Any]:
-    """The pooling alone: forward, and backward to tokens, prototypes and middle."""
-    g = torch.Generator().manual_seed(0)
-    shapes = ((sizes.clips, sizes.time * sizes.freq), (sizes.prototypes,), (sizes.clips,))
-    given = [torch.randn(*s, sizes.width, generator=g).to(device).requires_grad_() for s in shapes]
-    up = torch.randn(sizes.clips, sizes.prototypes, 3, generator=g).to(device)
+    """Two forms of one operator, forward and backward to all that is ``given``."""
+    device = given[0].device
+    with torch.no_grad():
+        up = torch.randn_like(ours(*given))
 
-    def way(pool: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    def way(form: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         def call() -> tuple[Tensor, ...]:
-            with torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16"):
-                out = pool(*given)
+            with torch.autocast(device.type, torch.bfloat16, enabled=case.kind == "bf16"):
+                out = form(*given)
             return torch.autograd.grad(out, given, up.to(out.dtype))
 
         return call
 
-    ways = {
-        "ours": way(lambda *x: pool_prototypes(*x, kernel=kernel)),
-        "plain": way(plain_probes.pool),
-    }
-    label = f"pooling alone, B {sizes.clips}, {kind}" + ", Triton" * (kernel == "triton")
-    return _alone(label, ways, device, repeats=repeats)
+    ways = {"ours": way(ours), "plain": way(plain)}
+    return _compare(case, ways, device, repeats=repeats, peak=lambda call: peak_mb(call, device))
 
 
-def _alone(
-    label: str, ways: dict[str, Callable[[], Any]], device: torch.device, *, repeats: int
-) -> dict[str, Any]:
-    return _row(label, ways, device, repeats=repeats, peak=lambda call: peak_mb(call, device))
-
-
-def _row(
-    label: str,
+def _compare(
+    case: Case,
     ways: dict[str, Any],
     device: torch.device,
     *,
     repeats: int,
     peak: Callable[[Any], float],
 ) -> dict[str, Any]:
-    taken = medians(ways, repeats=repeats, title=label, device=device)
+    taken = medians(ways, repeats=repeats, title=case.label(), device=device)
     ours, plain = (peak(ways[way]) for way in ("ours", "plain"))
     return {
-        "case": label,
+        "case": case.label(),
         "ours_ms": 1e3 * taken["ours"],
         "plain_ms": 1e3 * taken["plain"],
         "ratio": taken["plain"] / taken["ours"],
@@ -228,27 +238,42 @@ def _row(
     }
 
 
-def run(*, repeats: int, quick: bool) -> list[dict[str, Any]]:
-    """The rows of this machine: CPU, or GPU where there is one."""
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
+def cases(*, gpu: bool, quick: bool) -> list[Case]:
+    """Those of a CPU or a GPU; equal sizes and kinds lie together, Triton's come last."""
     sizes = TINY if quick else Sizes()
-    rows = []
-    for kind in TYPES:
-        for name in ("cgp", "protobin"):
-            rows.append(step_case(name, sizes, kind, device, repeats=repeats))
-    rows.append(step_case("cgp", sizes, "bf16", device, repeats=repeats, level="frame"))
-    if gpu:
-        large = sizes._replace(clips=3 if quick else 48)
-        for name in ("cgp", "protobin"):
-            for kernel in ("portable", "triton"):
-                for compiled in (False, True):
-                    words = {"kernel": kernel, "compiled": compiled}
-                    rows.append(step_case(name, large, "bf16", device, repeats=repeats, **words))
-        rows.append(mixing_case(large, "bf16", device, repeats=repeats, kernel="triton"))
-        rows.append(pooling_case(large, "bf16", device, repeats=repeats, kernel="triton"))
-        sizes = large
-    for kind in TYPES:
-        rows.append(mixing_case(sizes, kind, device, repeats=repeats))
-        rows.append(pooling_case(sizes, kind, device, repeats=repeats))
-    return rows
+    probes, alone = ("cgp", "protobin"), tuple(ALONE)
+    if not gpu:
+        found = [Case(what, sizes, kind) for kind in TYPES for what in (*probes, *alone)]
+        return [*found, Case("cgp", sizes, "bf16", level="frame")]
+    large = sizes._replace(clips=3 if quick else 48)
+    found = [Case(what, sizes, kind) for kind in TYPES for what in probes]
+    found += [Case("cgp", sizes, "bf16", level="frame")]
+    found += [Case(what, large, "float32") for what in alone]
+    for kernel in get_args(Kernel):
+        found += [
+            Case(what, large, "bf16", kernel=kernel, compiled=compiled)
+            for what in probes
+            for compiled in (False, True)
+        ]
+        found += [Case(what, large, "bf16", kernel=kernel) for what in alone]
+    return found
+
+
+def run(*, repeats: int, quick: bool) -> Iterator[dict[str, Any]]:
+    """The rows of this machine, CPU or GPU, each as soon as it is measured.
+
+    A case that raises becomes ``{"case", "error"}``.
+    """
+    device = here()
+    features, made = None, None
+    for case in cases(gpu=device.type == "cuda", quick=quick):
+        try:
+            if features is None or made != (case.sizes, case.kind):
+                features = None  # room for the next
+                features = make_features(case.sizes, TYPES[case.kind], device)
+                made = (case.sizes, case.kind)
+            row = case.row(features, repeats=repeats)
+        except Exception as error:  # of any kind: the other cases still count
+            said = str(error).strip().splitlines() or [""]
+            row = {"case": case.label(), "error": f"{type(error).__name__}: {said[0]}"}
+        yield row
