@@ -8,12 +8,14 @@ after a warm-up; figures are medians over the repeats. *Plain* is an honest rend
 paper's implementation organises the work, held by tests to the same numbers. Absolute times hang on
 the machine; the ratios are the result. Memory is that of tensors, in MB of 1e6 bytes, above what
 lay there before (``stream``: resident, MiB). ``--json`` writes ``{device, versions, results:
-[{part, case, ours_ms, plain_ms, ratio, ours_peak_mb, plain_peak_mb, ...}]}``, after every part.
+[{part, case, ours_ms, plain_ms, ratio, ours_peak_mb, plain_peak_mb, ...}]}``, after every row. A
+case that fails becomes ``{part, case, error}``; the others go on, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -41,6 +43,8 @@ PACKAGES = (
 )
 WIDEST = 130
 """Characters of a table's line."""
+TOLD = ("error", "note")
+"""Sentences of a row: below the table."""
 
 
 def device_name() -> str:
@@ -69,12 +73,13 @@ def versions() -> dict[str, str]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows of one part as text: a line a case, or a column a case where lines grow too long."""
-    columns = list(dict.fromkeys(c for row in rows for c in row if c != "part"))
+    columns = list(dict.fromkeys(c for row in rows for c in row if c not in ("part", *TOLD)))
     cells = [columns] + [[_cell(row.get(c)) for c in columns] for row in rows]
     lines = _lines(cells)
     if len(lines[0]) > WIDEST:
         lines = _lines([list(column) for column in zip(*cells, strict=True)])
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    told = [f"{row['case']}: {key}: {row[key]}" for row in rows for key in TOLD if key in row]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *told])
 
 
 def _lines(cells: list[list[str]]) -> list[str]:
@@ -107,18 +112,25 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats}: at least 1")
+    from benchmarks.timing import attempted
+
     device = device_name()
     print(f"{device}\n")
-    results: list[dict[str, Any]] = []
+    figures: dict[str, Any] = {"device": device, "versions": versions(), "results": []}
     for name in args.parts:
         part = importlib.import_module(f"benchmarks.{name}")
-        rows = [{"part": name, **row} for row in part.run(repeats=args.repeats, quick=args.quick)]
-        print(f"{name}: {part.ABOUT}\n\n{table(rows)}\n")
-        results += rows
-        if args.json:  # after every part: a later one that fails loses nothing
-            figures = {"device": device, "versions": versions(), "results": results}
-            args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    return 0
+        measure = functools.partial(part.run, repeats=args.repeats, quick=args.quick)
+        rows = []
+        for row in attempted(f"{name}, outside its cases", measure):
+            rows.append({"part": name, **row})
+            figures["results"].append(rows[-1])
+            if args.json:  # after every row: what stops this program later loses nothing
+                args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: {part.ABOUT}\n\n{table(rows)}\n", flush=True)
+    failed = [row["case"] for row in figures["results"] if "error" in row]
+    if failed:
+        print(f"bench: error: failed: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -51,6 +52,56 @@ def test_ours_and_plain_read_the_same_waves(bench: ModuleType, tmp_path: Path) -
         spectra = [np.abs(np.fft.rfft(w.numpy())) for w in (batch.waves, plain)]  # roll: no matter
         a, b = (s[np.argsort(s[:, 1:100].sum(1))] for s in spectra)  # the order neither
         assert np.abs(a - b).max() < 1e-2 * np.abs(a).max()
+
+
+def test_a_case_that_fails_costs_only_itself(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "out.json"
+    written: list[int] = []  # rows in the file when the next one is measured
+    for name in ("masks", "frontend"):
+        part = importlib.import_module(f"benchmarks.{name}")
+
+        def medians(*args, title: str, usual=part.medians, **words):
+            written.append(len(json.loads(out.read_text())["results"]) if out.exists() else 0)
+            if title.startswith(("mask,", "one pass")):
+                raise RuntimeError("no kernel\nand more about it")
+            return usual(*args, title=title, **words)
+
+        monkeypatch.setattr(part, "medians", medians)
+    words = ["--quick", "--repeats", "1", "--json", str(out)]
+    assert bench.main(["masks", "frontend", *words]) == 1
+    rows = json.loads(out.read_text())["results"]
+    assert written == [0, 1, 2, 3]  # every row was written before the next was measured
+    assert [("error" in row) for row in rows] == [True, False, False, True]
+    assert rows[0]["error"] == rows[3]["error"] == "RuntimeError: no kernel"
+    assert set(rows[0]) == {"part", "case", "error"}
+    said = capsys.readouterr()
+    assert "mask, 8 rows of 64 x 8: error: RuntimeError: no kernel" in said.out
+    assert "and more about it" in said.err  # the traceback
+    assert "failed: mask, 8 rows of 64 x 8; one pass, 2 clips" in said.err
+
+
+def test_a_part_that_fails_outside_its_cases_leaves_the_next(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken():
+        raise OSError("no device")
+
+    monkeypatch.setattr(importlib.import_module("benchmarks.masks"), "here", broken)
+    out = tmp_path / "out.json"
+    words = ["--quick", "--repeats", "1", "--json", str(out)]
+    assert bench.main(["masks", "frontend", *words]) == 1
+    rows = json.loads(out.read_text())["results"]
+    assert [row["part"] for row in rows] == ["masks", "frontend", "frontend"]
+    assert rows[0]["error"] == "OSError: no device"
+
+
+@pytest.mark.parametrize("part", ["step", "changes", "masks", "cgp", "frontend", "stream"])
+def test_every_part_gives_its_rows_one_by_one(bench: ModuleType, part: str) -> None:
+    assert part in bench.PARTS
+    rows = importlib.import_module(f"benchmarks.{part}").run(repeats=1, quick=True)
+    assert isinstance(rows, Iterator)
 
 
 def test_an_unknown_part_is_named(bench: ModuleType, capsys) -> None:

@@ -46,7 +46,31 @@ def test_each_change_acts_keeps_the_loss_and_is_taken_back(changes: Any) -> None
 
 
 def test_rows(changes: Any) -> None:
-    rows = changes.run(repeats=1, quick=True)
+    rows = [*changes.run(repeats=1, quick=True)]
     assert [row["case"] for row in rows] == list(changes.CHANGES)
     assert all(row["loss_difference"] < 2e-3 for row in rows)  # bf16
     assert len({row["ours_ms"] for row in rows}) == 1
+
+
+def test_a_change_is_taken_back_where_the_step_fails(changes: Any) -> None:
+    step = small(changes)
+    step()
+    usual = operators(step)
+    for name, change in changes.CHANGES.items():
+        with pytest.raises(torch.OutOfMemoryError), change(step):
+            raise torch.OutOfMemoryError
+        assert operators(step) == usual, name
+
+
+def test_a_change_that_fails_costs_only_itself(changes: Any, monkeypatch) -> None:
+    def full(*args: Any, **words: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    recompute = "activation checkpointing (option)"
+    names = (recompute, "EMA one by one")
+    monkeypatch.setattr(changes, "CHANGES", {name: changes.CHANGES[name] for name in names})
+    monkeypatch.setattr("bat.nn.block.checkpoint", full)
+    rows = [*changes.run(repeats=1, quick=True)]
+    assert rows[0] == {"case": recompute, "error": "torch.OutOfMemoryError: CUDA out of memory"}
+    assert [row["case"] for row in rows] == list(names)
+    assert rows[1]["loss_difference"] < 2e-3

@@ -33,8 +33,8 @@ def test_items_run_and_a_failed_one_costs_only_itself(
     report = json.loads(out.read_text())
     assert list(report["failed"]) == ["nonsense"]
     assert "KeyError" in report["failed"]["nonsense"]
-    assert [row["part"] for row in report["results"]] == ["masks", "memory", "memory", "memory"]
-    small, large, fit = report["results"][1:]
+    assert [row["part"] for row in report["results"]] == ["masks"] * 2 + ["memory"] * 3
+    small, large, fit = report["results"][2:]
     assert large["in_all_mb"] > small["in_all_mb"] == small["held_mb"] + small["ours_peak_mb"]
     assert fit["largest_batch_80_gb"] > fit["largest_batch_24_gb"] > 0
     assert set(report["seconds"]) == {"nonsense", "masks", "memory"}
@@ -65,11 +65,72 @@ def test_a_silent_or_dead_child_is_noticed(gpu_check: ModuleType) -> None:
     class Dead:
         exitcode = -9
 
-        def join(self) -> None: ...
+        def join(self, seconds: float) -> None: ...
 
     worker.process = Dead()
+    died = ("failed", "its process died with exit code -9")
+    worker.ask("masks")  # never read: the other end's close resets the pipe
     other.close()
-    assert worker.answer(1) == ("failed", "its process died with exit code -9")
+    assert worker.answer(1) == died  # ConnectionResetError
+    worker.ask("masks")  # BrokenPipeError
+    assert worker.answer(1) == died  # EOFError
+
+
+def test_a_child_that_died_between_items_costs_one(gpu_check: ModuleType, tmp_path: Path) -> None:
+    check = gpu_check.Check(
+        tmp_path / "gpu.json", minutes=5, settings={"repeats": 1, "quick": True}
+    )
+    try:
+        check.item("masks")
+        check.worker.process.kill()
+        check.worker.process.join()
+        check.item("frontend")
+        check.item("masks")
+    finally:
+        check.end()
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["failed"] == {"frontend": "its process died with exit code -9"}
+    assert [row["part"] for row in report["results"]] == ["masks"] * 4
+
+
+def test_a_failed_case_is_listed_and_the_item_goes_on(
+    gpu_check: ModuleType, tmp_path: Path
+) -> None:
+    class Told:
+        def __init__(self) -> None:
+            self.messages = [
+                ("row", {"case": "a", "error": "ValueError: no"}),
+                ("row", {"case": "b", "ours_ms": 1.0}),
+                ("done", None),
+            ]
+
+        def ask(self, name: str) -> None: ...
+
+        def answer(self, seconds: float) -> tuple:
+            return self.messages.pop(0)
+
+    check = gpu_check.Check(
+        tmp_path / "gpu.json", minutes=5, settings={"repeats": 1, "quick": True}
+    )
+    check.worker = Told()
+    check.item("cgp")
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["failed"] == {"cgp: a": "ValueError: no"}
+    assert [row["case"] for row in report["results"]] == ["a", "b"]
+    assert isinstance(check.worker, Told)  # not replaced
+
+
+def test_what_matters_most_fits_one_run(gpu_check: ModuleType) -> None:
+    wanted = ["masks", "frontend", "step", "memory", "cgp", "sdpa", "flash", "cudnn"]
+    items = gpu_check.ITEMS
+    assert list(items)[: len(wanted)] == wanted
+    expected = sum(items[name].expected_seconds for name in wanted)
+    left = 60 * gpu_check.MINUTES - gpu_check.TEST_SECONDS
+    assert expected + gpu_check.END_SECONDS < left
+    later = ",".join(list(items)[len(wanted) :])
+    gpu_items = importlib.import_module("gpu_items")
+    assert all(f"--items {later}``" in m.__doc__ for m in (gpu_check, gpu_items))
+    assert all(item.limit_seconds > item.expected_seconds for item in items.values())
 
 
 def test_the_largest_batch_is_on_the_line(gpu_check: ModuleType) -> None:

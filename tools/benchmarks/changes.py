@@ -2,7 +2,8 @@
 
 All share one model, batch and optimiser state, nothing is compiled, and all take turns. *plain* is
 the step without the change that the row names (with the option, for activation checkpointing);
-differences of a few per cent are noise on a busy machine. ``loss_difference`` is relative, on the
+differences of a few per cent are noise on a busy machine. A way that fails its first step takes no
+turn and is a row with its ``error``. ``loss_difference`` is relative, on the
 same masks: these are changes of how, not of what.
 """
 
@@ -24,7 +25,7 @@ from bat.shapes import Views
 from bat.train.speed import blocks_of
 from benchmarks.memory import peak_mb
 from benchmarks.step import QUICK, OursStep, settings
-from benchmarks.timing import here, medians
+from benchmarks.timing import attempted, here, medians
 
 ABOUT = "the pre-training step, one thing done the plain way; ratio = without / with"
 
@@ -38,9 +39,11 @@ def attention_by(backend: str) -> Callable[[OursStep], Any]:
         was = [block.attn.backend for block in blocks]
         for block in blocks:
             block.attn.backend = backend  # type: ignore[assignment]
-        yield
-        for block, old in zip(blocks, was, strict=True):
-            block.attn.backend = old
+        try:
+            yield
+        finally:
+            for block, old in zip(blocks, was, strict=True):
+                block.attn.backend = old
 
     return change
 
@@ -51,9 +54,11 @@ def recomputed(step: OursStep) -> Iterator[None]:
     blocks = blocks_of(step.module.objective.student)
     for block in blocks:
         block.recompute = True
-    yield
-    for block in blocks:
-        block.recompute = False
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.recompute = False
 
 
 def replaced(owner: Any, name: str, other: Any) -> Callable[[OursStep], Any]:
@@ -96,9 +101,11 @@ def default_adamw(step: OursStep) -> Iterator[None]:
     was = [group["fused"] for group in groups]
     for group in groups:
         group["fused"] = None
-    yield
-    for group, old in zip(groups, was, strict=True):
-        group["fused"] = old
+    try:
+        yield
+    finally:
+        for group, old in zip(groups, was, strict=True):
+            group["fused"] = old
 
 
 CHANGES: dict[str, Callable[[OursStep], Any]] = {
@@ -113,7 +120,7 @@ CHANGES: dict[str, Callable[[OursStep], Any]] = {
 }
 
 
-def run(*, repeats: int, quick: bool) -> list[dict[str, Any]]:
+def run(*, repeats: int, quick: bool) -> Iterator[dict[str, Any]]:
     device = here()
     batch = "data.batch=24" if device.type == "cuda" else "data.batch=1"
     words = [*QUICK, "data.batch=2", "mask.views=2"] if quick else [batch]
@@ -131,20 +138,37 @@ def run(*, repeats: int, quick: bool) -> list[dict[str, Any]]:
 
         return run_changed
 
+    expected = loss()
+
+    def differs(name: str) -> list[dict[str, Any]]:
+        found = changed(CHANGES[name], loss)()
+        return [{"case": name, "loss_difference": abs(found - expected) / expected}]
+
+    def peaks(name: str) -> list[dict[str, Any]]:
+        return [{"plain_peak_mb": peak_mb(changed(CHANGES[name], step), device)}]
+
+    rows: dict[str, dict[str, Any]] = {}
+    for measure in (differs, peaks):  # the second makes steps
+        for name in CHANGES:
+            if "error" in rows.get(name, {}):
+                continue
+            (row,) = attempted(name, lambda measure=measure, name=name: measure(name))
+            rows[name] = rows.get(name, {}) | row
+            if "error" in row:
+                yield row
+                step.optimizer.zero_grad()  # what it left half-way
+    able = [name for name, row in rows.items() if "error" not in row]
     ways: dict[str, Callable[[], Any]] = {"ours": step}
-    ways |= {name: changed(change, step) for name, change in CHANGES.items()}
-    expected, losses = loss(), {name: changed(c, loss)() for name, c in CHANGES.items()}
-    peaks = {name: peak_mb(call, device) for name, call in ways.items()}
+    ways |= {name: changed(CHANGES[name], step) for name in able}
+    ours_peak = peak_mb(step, device)
     taken = medians(ways, repeats=repeats, title="changes", device=device)
-    return [
-        {
+    for name in able:
+        yield {
             "case": name,
             "ours_ms": 1e3 * taken["ours"],
             "plain_ms": 1e3 * taken[name],
             "ratio": taken[name] / taken["ours"],
-            "ours_peak_mb": peaks["ours"],
-            "plain_peak_mb": peaks[name],
-            "loss_difference": abs(losses[name] - expected) / expected,
+            "ours_peak_mb": ours_peak,
+            "plain_peak_mb": rows[name]["plain_peak_mb"],
+            "loss_difference": rows[name]["loss_difference"],
         }
-        for name in CHANGES
-    ]

@@ -6,13 +6,17 @@ the same weights. ``tflop_per_clip`` is SPEC's hand count and what ``tflops`` an
 PyTorch's counter finds (ours does less than the hand count), ``mfu_counted`` goes by that.
 ``loss_difference`` is relative, on the same masks before any step. ``outside_share``: front end and
 masks, each timed alone, over the step. Peaks are above weights, optimiser state and the batch.
+
+A case gives two rows, each as soon as it is measured: ours alone, then ours and plain in turns.
+Where plain runs out of a GPU's memory, a ``note`` says so and both run again on half the clips.
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +28,7 @@ from bat.train.pretrain import Pretraining
 from benchmarks.flops import counted_tflop, hand_tflop
 from benchmarks.memory import MB, peak_mb
 from benchmarks.plain_step import PlainStep
-from benchmarks.timing import here, medians, seconds_of
+from benchmarks.timing import attempted, error_line, here, medians, seconds_of
 
 ABOUT = "one pre-training step, waveforms to EMA; ratio = plain / ours"
 QUICK = [
@@ -35,14 +39,30 @@ QUICK = [
     "data.clip_seconds=2",
     "objective.decoder_depth=2",
 ]
-CASES: dict[str, dict[str, tuple[list[str], bool]]] = {  # where: name: words, compiled
-    "cpu": {"Base, 1 clip x 16 views, bf16": (["data.batch=1"], False)},
-    "cuda": {
-        "Base, 24 clips x 16 views, bf16, compiled": (["data.batch=24"], True),
-        "S, 24 clips x 16 views, bf16, compiled": (["model=S", "data.batch=24"], True),
-    },
-    "quick": {"tiny, 2 clips x 2 views, bf16": ([*QUICK, "data.batch=2", "mask.views=2"], False)},
+
+
+class Case(NamedTuple):
+    name: str
+    words: list[str]
+    clips: int
+    compiled: bool
+
+    def settings(self) -> Pretrain:
+        compiled = [COMPILE] if self.compiled else []
+        return settings([*self.words, f"data.batch={self.clips}", *compiled])
+
+    def label(self) -> str:
+        clips = f"{self.clips} clip" + "s" * (self.clips != 1)
+        views = self.settings().mask.views
+        return f"{self.name}, {clips} x {views} views, bf16" + ", compiled" * self.compiled
+
+
+CASES = {
+    "cpu": [Case("Base", [], 1, False)],
+    "cuda": [Case("Base", [], 24, True), Case("S", ["model=S"], 24, True)],
+    "quick": [Case("tiny", [*QUICK, "mask.views=2"], 2, False)],
 }
+
 COMPILE = "hardware.compile=whole"
 
 
@@ -134,47 +154,85 @@ def forget(device: torch.device) -> None:
 
 
 def compare(
-    name: str,
-    words: list[str],
-    *,
-    device: torch.device,
-    repeats: int,
-    compiled: bool,
-    matmul: float,
-) -> dict[str, Any]:
-    """One row: ours against plain, from the same weights, in turns."""
+    case: Case, *, device: torch.device, repeats: int, matmul: float
+) -> Iterator[dict[str, Any]]:
+    """The rows of a case; with half its clips too where plain did not fit."""
+
+    def measure() -> Iterator[dict[str, Any]]:
+        fitted = yield from _both(case, device=device, repeats=repeats, matmul=matmul)
+        if not fitted and case.clips > 1:
+            half = case._replace(clips=case.clips // 2)
+            yield from _both(half, device=device, repeats=repeats, matmul=matmul)
+
+    yield from attempted(case.label(), measure)
+
+
+def _both(
+    case: Case, *, device: torch.device, repeats: int, matmul: float
+) -> Generator[dict[str, Any], None, bool]:
+    """Ours alone, then against plain; False where plain did not fit."""
     forget(device)
-    config = settings([*words, COMPILE] if compiled else words)
-    ours = OursStep(config, device)
+    ours, label = OursStep(case.settings(), device), case.label()
     objective = ours.module.objective
-    plain = PlainStep(
-        config,
-        student=objective.student.state_dict(),
-        teacher=objective.teacher.encoder.state_dict(),
-        device=device,
-        compiled=compiled,
-    )
-    waves = ours.batch.waves
-    difference = loss_difference(ours, plain)
-    ways = {"ours": ours, "plain": lambda: plain(waves, decay=config.ema.start)}
-    peaks = {}
-    for way, call in ways.items():
-        call()  # from here on the optimiser's state is there
-        peaks[way] = peak_mb(call, device)
-    warm_up = 3 if device.type == "cuda" else 0  # two steps were made
-    taken = medians(ways, repeats=repeats, title=name, warm_up=warm_up, device=device)
-    return {
-        "case": name,
-        "ours_ms": 1e3 * taken["ours"],
-        "plain_ms": 1e3 * taken["plain"],
-        "ratio": taken["plain"] / taken["ours"],
-        "ours_peak_mb": peaks["ours"],
-        "plain_peak_mb": peaks["plain"],
-        "loss_difference": difference,
-        **rates(config, taken["ours"], matmul),
-        "plain_counted_tflop": counted_tflop(config, "plain"),
-        **outside(ours, taken["ours"], repeats=repeats),
+    weights = {  # as they are before any step
+        "student": _kept(objective.student.state_dict()),
+        "teacher": _kept(objective.teacher.encoder.state_dict()),
     }
+    views = ours.views(seed=12345)
+    loss = ours.loss(views).item()
+    row = _alone(f"{label}, ours alone", ours, repeats=repeats, matmul=matmul)
+    yield row | outside(ours, row["ours_ms"] / 1e3, repeats=repeats)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        plain = PlainStep(ours.config, **weights, device=device, compiled=case.compiled)
+        taken, plain_peak, difference = _in_turns(
+            ours, plain, views=views, loss=loss, repeats=repeats, title=label
+        )
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        note = f"plain did not fit beside ours' weights and state: {error_line(error)}"
+    else:
+        yield {
+            "case": label,
+            "ours_ms": 1e3 * taken["ours"],
+            "plain_ms": 1e3 * taken["plain"],
+            "ratio": taken["plain"] / taken["ours"],
+            "ours_peak_mb": row["ours_peak_mb"],
+            "plain_peak_mb": plain_peak,
+            "loss_difference": difference,
+            **rates(ours.config, taken["ours"], matmul),
+            "plain_counted_tflop": counted_tflop(ours.config, "plain"),
+        }
+        return True
+    yield {"case": label, "note": note}
+    return False
+
+
+def _in_turns(
+    ours: OursStep, plain: PlainStep, *, views: Views, loss: float, repeats: int, title: str
+) -> tuple[dict[str, float], float, float]:
+    """Median seconds of each, plain's peak, and how its first loss differs from ``loss``."""
+    waves, device, decay = ours.batch.waves, ours.device, ours.config.ema.start
+    theirs = plain.losses(waves, views.mask.float())[0].item()
+    ways = {"ours": ours, "plain": lambda: plain(waves, decay=decay)}
+    ways["plain"]()  # from here on the optimiser's state is there
+    peak = peak_mb(ways["plain"], device)
+    warm_up = 3 if device.type == "cuda" else 0  # two steps were made
+    taken = medians(ways, repeats=repeats, title=title, warm_up=warm_up, device=device)
+    return taken, peak, abs(loss - theirs) / theirs
+
+
+def _kept(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether it, or what it came from, is a GPU's memory run out."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def loss_difference(ours: OursStep, plain: PlainStep) -> float:
@@ -217,31 +275,29 @@ def alone(
     """One row of ours only: variants of the step against each other. ``first_loss`` is from the
     same weights and masks in all of them."""
     forget(device)
-    config = settings(words)
-    ours = OursStep(config, device)
-    first = float(ours())
-    peak = peak_mb(ours, device)
-    warm_up = 3 if device.type == "cuda" else 0
-    taken = medians({"ours": ours}, repeats=repeats, title=name, warm_up=warm_up, device=device)
+    ours = OursStep(settings(words), device)
+    return {"words": words, **_alone(name, ours, repeats=repeats, matmul=matmul)}
+
+
+def _alone(name: str, ours: OursStep, *, repeats: int, matmul: float) -> dict[str, Any]:
+    first = float(ours())  # from here on the optimiser's state is there
+    peak = peak_mb(ours, ours.device)
+    warm_up = 3 if ours.device.type == "cuda" else 0  # two steps were made
+    ways = {"ours": ours}
+    taken = medians(ways, repeats=repeats, title=name, warm_up=warm_up, device=ours.device)
     return {
         "case": name,
-        "words": words,
         "ours_ms": 1e3 * taken["ours"],
         "ours_peak_mb": peak,
         "held_mb": ours.held_mb(),
         "first_loss": first,
-        **rates(config, taken["ours"], matmul),
+        **rates(ours.config, taken["ours"], matmul),
     }
 
 
-def run(*, repeats: int, quick: bool) -> list[dict[str, Any]]:
+def run(*, repeats: int, quick: bool) -> Iterator[dict[str, Any]]:
     device = here()
     matmul = matmul_tflops(device, quick=quick)
-    rows = []
-    for name, (words, compiled) in CASES["quick" if quick else device.type].items():
-        rows.append(
-            compare(name, words, device=device, repeats=repeats, compiled=compiled, matmul=matmul)
-        )
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return rows
+    for case in CASES["quick" if quick else device.type]:
+        yield from compare(case, device=device, repeats=repeats, matmul=matmul)
+    forget(device)

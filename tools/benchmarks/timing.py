@@ -1,15 +1,38 @@
-"""Timing several ways to do one thing: alternating, warmed up, the median of the repeats."""
+"""Timing several ways to do one thing: alternating, warmed up, the median of the repeats.
+
+And ``attempted``: a case that fails costs only itself.
+"""
 
 from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from tqdm import tqdm
+
+
+def attempted(
+    case: str, measure: Callable[[], Iterable[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    """The rows that ``measure()`` gives; where it raises, those so far and a row with ``error``."""
+    try:
+        yield from measure()
+        return
+    except Exception as raised:  # what the case holds is free again when this block is left
+        traceback.print_exc(file=sys.stderr)
+        error = error_line(raised)
+    yield {"case": case, "error": error}
+
+
+def error_line(error: BaseException) -> str:
+    """Its kind and the first line that it says, as a traceback ends."""
+    return "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
 
 
 def here() -> torch.device:
