@@ -1,1 +1,1 @@
-"""The parts of ``tools/bench.py``: each has ``ABOUT`` and a generator ``run(*, repeats, quick)``."""
+"""Parts of ``tools/bench.py``: each has ``ABOUT`` and a generator ``run(*, repeats, quick)``."""
