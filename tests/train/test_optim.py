@@ -126,3 +126,18 @@ def test_set_lr_scales_every_group_and_is_a_function_of_the_step():
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
     assert optimizer.param_groups[0]["eps"] == 1e-6
     assert type(optimizer) is torch.optim.AdamW
+
+
+def test_adamw_is_fused_on_the_cpu_and_steps_as_the_default_does() -> None:
+    torch.manual_seed(0)
+    ours, plain = (torch.nn.Linear(5, 3) for _ in range(2))
+    plain.load_state_dict(ours.state_dict())
+    fused = adamw(param_groups(ours, weight_decay=0.1), lr=1e-2)
+    default = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
+    assert all(group["fused"] for group in fused.param_groups)
+    for step in range(3):
+        for layer, optimizer in ((ours, fused), (plain, default)):
+            optimizer.zero_grad()
+            layer(torch.full((2, 5), float(step))).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, plain.weight, atol=1e-6, rtol=1e-5)
