@@ -274,6 +274,8 @@ class Probe(Supervised):
             )
         if self.log.wandb != "off":
             found.append("log.wandb is for bat-pretrain and bat-finetune")
+        if hardware.activation_checkpointing:
+            found.append("hardware.activation_checkpointing: a frozen encoder has no backward pass")
         for name in ("shuffle", "window", "balance", "epoch_clips"):
             if getattr(self.data, name) != getattr(Data(), name):
                 found.append(

@@ -10,7 +10,7 @@ run's own random numbers are left alone.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +164,7 @@ class OnlineProbe(StepCallback):
             width=model.width,
             depth=model.depth,
             has_cls=load_backbone(model.backbone).has_cls,
-            prototypes=head.prototypes,
-            dropout=head.dropout,
-            norm=head.norm,
+            **asdict(head),
         )
 
     def draw(self) -> None:
