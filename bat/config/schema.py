@@ -11,48 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bat.config.running import Hardware, Health, Log, Train
 from bat.config.sections import Augment, Data, Ema, Frontend, Mask, Model, Objective, Optim
-
-
-@dataclass
-class Train:
-    steps: int = 400_000
-    """Optimiser steps."""
-    accumulate: int = 1
-    """Micro-batches an optimiser step."""
-    log_every: int = 50
-    """Steps between two lines of metrics."""
-    save_every: int = 5_000
-    """Steps between two checkpoints."""
-    keep: int = 3
-    """Numbered checkpoints kept; ``last.ckpt`` is always there."""
-
-    def problems(self) -> list[str]:
-        found = []
-        for name in ("steps", "accumulate", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                found.append(f"train.{name}={getattr(self, name)} must be at least 1")
-        return found
-
-
-@dataclass
-class Hardware:
-    """Handed to Lightning's Trainer."""
-
-    accelerator: str = "auto"
-    devices: str = "auto"
-    """A number, a list such as ``0,1`` or ``auto``."""
-    num_nodes: int = 1
-    strategy: str = "auto"
-    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
-    compile: Literal["off", "blocks", "whole", "cudagraphs"] = "off"
-    """torch.compile: every block; or front end, teacher and student with its losses as one graph
-    each; or these replayed as CUDA graphs. Probing and fine-tuning compile blocks in any case."""
-    activation_checkpointing: bool = False
-    """Compute each block again in the backward pass instead of keeping what is inside it."""
-
-    def problems(self) -> list[str]:
-        return [] if self.num_nodes >= 1 else [f"hardware.num_nodes={self.num_nodes} must be >= 1"]
 
 
 @dataclass
@@ -117,13 +77,6 @@ class Online:
 
 
 @dataclass
-class Log:
-    wandb: Literal["off", "offline", "online"] = "off"
-    project: str = "bat"
-    progress: bool = True
-
-
-@dataclass
 class Pretrain:
     """``bat-pretrain``"""
 
@@ -142,6 +95,7 @@ class Pretrain:
     ema: Ema = field(default_factory=Ema)
     train: Train = field(default_factory=Train)
     online: Online = field(default_factory=Online)
+    health: Health = field(default_factory=Health)
     hardware: Hardware = field(default_factory=Hardware)
     log: Log = field(default_factory=Log)
 
@@ -298,6 +252,7 @@ class Finetune(Supervised):
         default_factory=lambda: Optim(lr=5e-5, layer_decay=0.75, decay="matrices", warmup_steps=400)
     )
     train: Train = field(default_factory=lambda: Train(steps=4_000, keep=1))
+    health: Health = field(default_factory=lambda: Health(collapse="off"))
 
     def problems(self) -> list[str]:
         found = [] if 0 <= self.drop_path < 1 else [f"drop_path={self.drop_path}: in [0, 1)"]

@@ -112,13 +112,18 @@ class Data:
     """Clips of an epoch, drawn without replacement; null: all."""
     clip_seconds: float = 10.0
     batch: int = 24
-    """Clips a device and micro-batch."""
+    """Clips a device and micro-batch; at most so many where ``global_batch`` is given."""
+    global_batch: int | None = None
+    """Clips an optimiser step, kept whatever the number of devices; null: batch x accumulate x
+    devices."""
     workers: int = 4
     """Loader processes a device; 0 decodes in the training process."""
     roll: bool = True
     """Circular roll of each training clip by a random offset."""
     min_seconds: float = 0.0
     """Shorter clips count as unreadable."""
+    max_seconds: float = 3600.0
+    """Longer files count as unreadable ("long"), whatever part of them is wanted."""
     max_bad: float = 0.05
     """Fraction of unreadable clips above which the run stops."""
     cache_waves_gb: float = 0.0
@@ -130,6 +135,10 @@ class Data:
             found.append("data.root and data.shards are both given: give one of them")
         if self.batch < 1:
             found.append(f"data.batch={self.batch} must be at least 1")
+        if self.global_batch is not None and self.global_batch < 1:
+            found.append(f"data.global_batch={self.global_batch} must be at least 1, or null")
+        if self.max_seconds <= 0:
+            found.append(f"data.max_seconds={self.max_seconds} must be positive")
         if self.workers < 0:
             found.append(f"data.workers={self.workers} must not be negative")
         if self.clip_seconds <= 0:
