@@ -1,5 +1,7 @@
 """The only reader and writer of weights: strict, versioned, never an unrestricted pickle.
 
+Pickles are read with ``weights_only=True``, then by ``bat.restricted``; nothing in them runs.
+
 An export is a folder with ``config.json`` (what the encoder is, how it was trained) and
 ``model.safetensors`` holding ``student.encoder.*`` and ``teacher.encoder.*``: the names of the
 paper's released weight file. Read besides it (SPEC section 7): the paper's training file
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bat import restricted
 from bat.shapes import UserError
 
 FORMAT, VERSION = "bat-export", 1
@@ -94,16 +98,27 @@ def read_tensors(path: Path) -> dict[str, Any]:
     if path.suffix not in _PICKLES:
         known = " ".join((".safetensors", *_PICKLES))
         raise UserError(f"{path}: unknown kind of weight file; known: {known}")
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise anything from within the unpickler
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        raise UserError(
-            f"{path} cannot be read without running code from it, or is damaged: {reason}"
-        ) from error
+    held = _read_pickle(path)
     if not isinstance(held, dict):
         raise UserError(f"{path} holds a {type(held).__name__}, not a mapping of weights")
     return held
+
+
+def _read_pickle(path: Path) -> Any:
+    """Torch's own reader of plain tensors first; what it refuses, ``bat.restricted`` may read."""
+    try:
+        if tarfile.is_tarfile(path):  # torch would unpack it
+            raise restricted.Refused("it is a tar, as torch wrote before 0.2")
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception:  # a damaged file can raise anything from within the unpickler
+            return restricted.read(path)
+    except (restricted.Refused, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read without running code from it, or is damaged: {error}"
+        ) from error
 
 
 def export(

@@ -30,6 +30,14 @@ class UserError(ValueError):
     """
 
 
+RESUME_ME = 75
+"""Exit code (``EX_TEMPFAIL``) of a run that was ended and saved: the same command continues it."""
+
+
+class Interrupted(Exception):  # noqa: N818  (no error: it was asked for)
+    """The run was ended on request, its state is saved; ``str()`` says why."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """The patch grid of a spectrogram: ``time`` by ``freq`` patches, time-major tokens."""

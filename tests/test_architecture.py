@@ -21,6 +21,9 @@ TIER = {
     "nn": 2,
     "audio": 2,
     "tasks": 2,
+    "restricted": 2,
+    "inert": 1,
+    "redact": 1,
     "shapes": 1,
 }
 
@@ -93,6 +96,7 @@ def test_nothing_unpickles_freely() -> None:
                 wrong.append(f"{path}:{node.lineno} torch.load")
             if called in ("pickle.load", "pickle.loads") or words.get("allow_pickle") == "True":
                 wrong.append(f"{path}:{node.lineno} {called}")
-            if words.get("shell") == "True" or called == "os.system":
+            shell = words.get("shell") == "True" or called == "os.system"
+            if shell and path != PACKAGE / "data/pipes.py":  # behind --allow-pipe
                 wrong.append(f"{path}:{node.lineno} {called}")
     assert not wrong, "\n".join(wrong)

@@ -33,13 +33,13 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bat.data.base import worker_init
 from bat.data.index import Index, open_index
 from bat.data.plan import Plan
 from bat.data.rows import open_rows
 from bat.data.shards import write_shards
 from bat.data.stream import ClipDataset, Item, PlanSampler, as_it_is
 from bat.data.table import CLIP, ShardTable
+from bat.data.workers import worker_init
 
 GLOBAL_BATCH = 192
 PAIRS = [  # ranks and workers before the interruption, and after it

@@ -17,6 +17,9 @@ import soxr
 
 from bat.audio.encode import encode as encode
 from bat.audio.reader import (
+    MAX_FILE_SECONDS as MAX_FILE_SECONDS,
+)
+from bat.audio.reader import (
     MP3_SLACK_FRAMES as MP3_SLACK_FRAMES,
 )
 from bat.audio.reader import (
@@ -25,7 +28,9 @@ from bat.audio.reader import (
     Reader,
     apart,
     blocks,
+    check_length,
     check_samples,
+    frames_within,
     mixed,
     open_reader,
     read_segment,
@@ -58,6 +63,7 @@ def decode(
     start_seconds: float = 0.0,
     max_seconds: float | None = None,
     max_decode_seconds: float = 3600.0,
+    max_file_seconds: float = MAX_FILE_SECONDS,
     expected_frames: int | None = None,
     expected_rate: int | None = None,
     min_seconds: float = 0.0,
@@ -71,6 +77,8 @@ def decode(
         start_seconds: where the segment begins, to the nearest source frame.
         max_seconds: length of the segment at most; None: to the end.
         max_decode_seconds: bound on what one call decodes; a file with more to read is refused.
+        max_file_seconds: longest file, whatever part of it is asked: by its header before anything
+            is decoded; where that gives no length, no further is read. ``inf``: no bound.
         expected_frames: source frames (``probe(...).frames``) that the index recorded.
         expected_rate: Hz of the source that the index recorded.
         min_seconds: shortest clip (the whole of it, not the segment) that is of use.
@@ -84,9 +92,10 @@ def decode(
         UserError: arguments that no file could satisfy.
     """
     _check_arguments(sample_rate, start_seconds, max_seconds, max_decode_seconds)
+    _check_bound(max_file_seconds)
     with open_reader(data) as file:
         rate, subtype = file.samplerate, file.subtype
-        expected = (expected_frames, expected_rate, min_seconds)
+        expected = (expected_frames, expected_rate, min_seconds, max_file_seconds)
         wave = read_segment(file, start_seconds, max_seconds, max_decode_seconds, expected, mixed)
     return _finish(wave, rate, sample_rate, max_seconds, subtype)
 
@@ -100,6 +109,7 @@ def decode_into(
     start_seconds: float = 0.0,
     max_seconds: float | None = None,
     max_decode_seconds: float = 3600.0,
+    max_file_seconds: float = MAX_FILE_SECONDS,
     expected_frames: int | None = None,
     expected_rate: int | None = None,
     min_seconds: float = 0.0,
@@ -117,6 +127,7 @@ def decode_into(
         error it holds anything.
     """
     _check_arguments(sample_rate, start_seconds, max_seconds, max_decode_seconds)
+    _check_bound(max_file_seconds)
     placed: list[int] = []
 
     def into_row(file: Reader, start: int, frames: int) -> np.ndarray:
@@ -138,7 +149,7 @@ def decode_into(
 
     with open_reader(data) as file:
         rate, subtype = file.samplerate, file.subtype
-        expected = (expected_frames, expected_rate, min_seconds)
+        expected = (expected_frames, expected_rate, min_seconds, max_file_seconds)
         wave = read_segment(
             file, start_seconds, max_seconds, max_decode_seconds, expected, into_row
         )
@@ -165,30 +176,40 @@ def decode_channels(
     start_seconds: float = 0.0,
     max_seconds: float | None = None,
     max_decode_seconds: float = 3600.0,
+    max_file_seconds: float = MAX_FILE_SECONDS,
     expected_frames: int | None = None,
     expected_rate: int | None = None,
     min_seconds: float = 0.0,
 ) -> np.ndarray:
     """As ``decode``, channels kept: (S, channels) float32."""
     _check_arguments(sample_rate, start_seconds, max_seconds, max_decode_seconds)
+    _check_bound(max_file_seconds)
     with open_reader(data) as file:
         rate, subtype = file.samplerate, file.subtype
-        expected = (expected_frames, expected_rate, min_seconds)
+        expected = (expected_frames, expected_rate, min_seconds, max_file_seconds)
         wave = read_segment(file, start_seconds, max_seconds, max_decode_seconds, expected, apart)
     return _finish(wave, rate, sample_rate, max_seconds, subtype)
 
 
-def probe(data: bytes | Path) -> AudioInfo:
+def probe(data: bytes | Path, *, max_file_seconds: float = MAX_FILE_SECONDS) -> AudioInfo:
     """Length, rate, channels and codec of a file (its bytes or its path), from its header.
 
+    Args:
+        max_file_seconds: where the header gives no length, so much is decoded to count it at most.
+            A length that the header gives is told, however long.
+
     Raises:
-        DecodeError: ``corrupt`` where the file is not audio.
+        DecodeError: ``corrupt`` where the file is not audio; ``long`` beyond ``max_file_seconds``.
         OSError: ``data`` is a path that cannot be opened.
+        UserError: a bound that is not positive.
     """
+    _check_bound(max_file_seconds)
     with open_reader(data) as file:
         frames = file.frames
         if frames >= UNKNOWN_FRAMES:
-            frames = sum(len(block) for block in blocks(file, 0, UNKNOWN_FRAMES))
+            most = frames_within(max_file_seconds, file.samplerate)
+            frames = sum(len(block) for block in blocks(file, 0, most + 1))
+            check_length(frames, file.samplerate, max_file_seconds)
         codec = {"WAVEX": "wav", "RF64": "wav"}.get(file.format, file.format.lower())
         if file.subtype == "OPUS":
             codec = "opus"
@@ -207,6 +228,11 @@ def _finish(
     if max_seconds is not None:
         wave = wave[: samples_of(max_seconds, sample_rate)]
     return np.ascontiguousarray(wave, dtype=np.float32)
+
+
+def _check_bound(max_file_seconds: float) -> None:
+    if not max_file_seconds > 0:
+        raise UserError(f"max_file_seconds={max_file_seconds}: more than zero")
 
 
 def _check_arguments(

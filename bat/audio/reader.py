@@ -2,7 +2,8 @@
 
 soundfile (libsndfile) reads WAV, FLAC, OGG Vorbis, Opus, MP3 and AIFF, from memory or from a path
 (a day-long recording is read by seeking, never whole). Only the asked segment is read, in blocks,
-so what a clip costs in memory is what it holds and never what its header claims.
+so what a clip costs in memory is what it holds and never what its header claims. A file that is
+longer than ``max_file_seconds`` is refused by its header; one without a length is not read further.
 
 Damaged files (STACK section 3). A cut FLAC raises in libsndfile. A cut OGG, MP3, Opus or WAV is
 read short **without a word**, and for all but MP3 the reported length shrinks with the file. So the
@@ -32,6 +33,7 @@ Kind = Literal["corrupt", "empty", "short", "mismatch", "long", "nan", "range", 
 BLOCK_SAMPLES = 2**22  # samples (all channels) read at once: 16 MiB
 UNKNOWN_FRAMES = 2**62  # libsndfile answers 2^63 - 1 where a header gives no length
 MP3_SLACK_FRAMES = 3 * 1152  # encoder delay and padding: decoders count them differently
+MAX_FILE_SECONDS = 3600.0  # a longer file is not what a clip is: see docs/security.md
 RATES_HZ = (1_000, 768_000)
 PEAK = 1e6  # samples beyond this are no audio, and their power would overflow float32
 
@@ -41,8 +43,9 @@ class DecodeError(ValueError):
 
     ``corrupt`` unreadable; ``empty`` no samples (at the asked place); ``short`` fewer frames than
     the header or the index promises; ``mismatch`` more frames than the index recorded; ``long``
-    beyond ``max_decode_seconds``; ``nan`` samples that are not finite; ``range`` beyond 1e6;
-    ``rate`` another sample rate than the index recorded; ``brief`` whole, but shorter than asked.
+    beyond ``max_file_seconds`` or ``max_decode_seconds``; ``nan`` samples that are not finite;
+    ``range`` beyond 1e6; ``rate`` another sample rate than the index recorded; ``brief`` whole, but
+    shorter than asked.
     """
 
     def __init__(self, kind: Kind, message: str) -> None:
@@ -117,27 +120,36 @@ def read_segment(
     start_seconds: float,
     max_seconds: float | None,
     max_decode_seconds: float,
-    expected: tuple[int | None, int | None, float],
+    expected: tuple[int | None, int | None, float, float],
     read: Callable[[Reader, int, int], np.ndarray],
 ) -> np.ndarray:
-    """What ``read(file, first frame, frames)`` makes of the segment, at the file's own rate."""
-    frames, rate, min_seconds = expected[0], file.samplerate, expected[2]
+    """What ``read(file, first frame, frames)`` makes of the segment, at the file's own rate.
+
+    ``expected``: frames and rate that the index recorded; shortest and longest file in seconds.
+    """
+    rate = file.samplerate
+    frames, _, min_seconds, max_file_seconds = expected
     if expected[1] is not None and rate != expected[1]:
         raise DecodeError("rate", f"{rate} Hz, but {expected[1]} Hz when it was indexed")
     slack = MP3_SLACK_FRAMES if file.format == "MP3" else 0
     total = file.frames if file.frames < UNKNOWN_FRAMES else None
     if total is not None:
+        check_length(total, rate, max_file_seconds)
         _check_total(total, frames, slack)
     start = round(start_seconds * rate)
     if total == 0 or (total is not None and start >= total):
         raise DecodeError("empty", f"no samples at {start_seconds} s of {total} frames")
-    if total is not None:
+    if total is None:
+        check_length(start, rate, max_file_seconds)
+        wanted = frames_within(max_file_seconds, rate) + 1 - start  # one more tells it is longer
+    else:
         _check_brief(total, rate, min_seconds)
-    wanted = UNKNOWN_FRAMES if total is None else total - start
+        wanted = total - start
     if max_seconds is not None:
         wanted = min(wanted, samples_of(max_seconds, rate))
     cap = samples_of(max_decode_seconds, rate)
     wave = read(file, start, min(wanted, cap))
+    check_length(start + len(wave), rate, max_file_seconds)
     if wanted > cap and len(wave) == cap:
         raise DecodeError(
             "long",
@@ -215,6 +227,21 @@ def _check_total(total: int, expected: int | None, slack: int) -> None:
         raise DecodeError("short", f"{total} frames, but {expected} when it was indexed: cut short")
     if expected is not None and total > expected + slack:
         raise DecodeError("mismatch", f"{total} frames, but {expected} when it was indexed")
+
+
+def frames_within(seconds: float, rate: int) -> int:
+    """Frames of a file that lasts ``seconds``, which may be ``inf``."""
+    return samples_of(seconds, rate) if seconds < UNKNOWN_FRAMES / rate else UNKNOWN_FRAMES
+
+
+def check_length(frames: int, rate: int, max_file_seconds: float) -> None:
+    """Raise ``DecodeError`` ("long") for so many frames of a file."""
+    if frames > frames_within(max_file_seconds, rate):
+        raise DecodeError(
+            "long",
+            f"a file of {frames / rate:.6g} s or more: longer than max_file_seconds="
+            f"{max_file_seconds:g}",
+        )
 
 
 def _check_brief(total: int, rate: int, min_seconds: float) -> None:

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from bat import __version__
-from bat.shapes import UserError
+from bat.redact import redact
+from bat.shapes import RESUME_ME, Interrupted, UserError
 
 
 def parser(command: str, about: str, epilog: str) -> argparse.ArgumentParser:
@@ -40,6 +41,9 @@ def recipe_parser(command: str, about: str, epilog: str) -> argparse.ArgumentPar
     p.add_argument(
         "--dry-run", action="store_true", help="build everything, run one batch, train nothing"
     )
+    p.add_argument(
+        "--force", action="store_true", help="continue the run in out= with other settings"
+    )
     return p
 
 
@@ -48,7 +52,11 @@ def run(
     p: argparse.ArgumentParser,
     argv: list[str] | None = None,
 ) -> int:
-    """Parse ``argv``, run ``body``; the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Parse ``argv``, run ``body``; the exit code.
+
+    0; 2 for a user's mistake; 75 for a run that was asked to end, is saved, and wants to be
+    resumed by the same command; 130 for a Ctrl-C that nothing was saved at.
+    """
     args = p.parse_intermixed_args(argv)
     try:
         body(args)
@@ -56,8 +64,14 @@ def run(
     except UserError as error:
         if args.debug:
             raise
-        print(f"{p.prog}: error: {error}", file=sys.stderr)
+        print(f"{p.prog}: error: {redact(str(error))}", file=sys.stderr)
         return 2
+    except Interrupted as why:
+        print(
+            f"{p.prog}: ended by {why}; saved: the same command continues (exit code {RESUME_ME})",
+            file=sys.stderr,
+        )
+        return RESUME_ME
     except KeyboardInterrupt:
         print(f"\n{p.prog}: interrupted", file=sys.stderr)
         return 130

@@ -33,7 +33,7 @@ def _body(options: argparse.Namespace) -> None:
         return
     from bat.train.run_finetune import finetune
 
-    finetune(config, dry_run=options.dry_run)
+    finetune(config, dry_run=options.dry_run, force=options.force)
 
 
 if __name__ == "__main__":

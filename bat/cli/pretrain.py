@@ -22,6 +22,9 @@ out= an existing run continues it.
 
 def main(argv: list[str] | None = None) -> int:
     p = args.recipe_parser("pretrain", ABOUT, EPILOG)
+    p.add_argument(
+        "--allow-pipe", action="store_true", help="run the commands of data.shards=pipe:COMMAND"
+    )
     return args.run(_body, p, argv)
 
 
@@ -31,9 +34,11 @@ def _body(options: argparse.Namespace) -> None:
     config = args.configure(options, Pretrain, "pretrain", [])
     if config is None:
         return
+    from bat.data.pipes import allow_pipes
     from bat.train.run_pretrain import pretrain
 
-    pretrain(config, dry_run=options.dry_run)
+    allow_pipes(options.allow_pipe)
+    pretrain(config, dry_run=options.dry_run, force=options.force)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def _body(options: argparse.Namespace) -> None:
         return
     from bat.train.run_probe import probe
 
-    probe(config, dry_run=options.dry_run)
+    probe(config, dry_run=options.dry_run, force=options.force)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ the schema. On the command line ``key=value`` sets a value (dots reach into sect
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -146,6 +147,12 @@ def _set(config: DictConfig, key: str, value: Any, source: str, problems: list[s
             close = [k for k in known if k.rpartition(".")[2] == leaf][:1]
         hint = f"; did you mean '{close[0]}'?" if close else ""
         problems.append(f"unknown key '{key}' ({source}){hint}")
+        return
+    if re.search(r"\$\{[^}]*:", str(value)):
+        problems.append(
+            f"'{key}={value}' ({source}) asks for something outside the configuration, such as an "
+            "environment variable, which would be written down with the run: write the value"
+        )
         return
     if isinstance(value, bool) and isinstance(OmegaConf.select(config, key), str):
         value = "on" if value else "off"  # YAML 1.1 reads the word as a truth value

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
+from bat.redact import redact_tree
 from bat.shapes import Skipped, UserError, WaveBatch
 
 SHARDS_NAMED = 3
@@ -83,7 +84,8 @@ class BadClips:
         for clip in clips:
             if (clip.shard, clip.key) not in self._listed:
                 self._listed.add((clip.shard, clip.key))
-                lines.append(json.dumps(clip._asdict(), ensure_ascii=False) + "\n")
+                said = redact_tree(clip._asdict())
+                lines.append(json.dumps(said, ensure_ascii=False) + "\n")
         if lines:
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a", encoding="utf-8") as out:

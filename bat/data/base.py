@@ -6,12 +6,13 @@ a checkpoint saved in ``on_train_batch_end`` holds the step of a batch that is n
 ``completed``. Lightning 2.6.6.) A checkpoint also records how many clips a micro-batch was; on a
 resume with another number of ranks or another split of the global batch, Lightning's counts are
 recounted in those of the new size before it reads them. Another data set, seed or global batch is
-refused, and ranks that would read different streams likewise.
+refused, and ranks that would read different streams likewise. Loader workers that die are replaced
+(``loader.py``); where each of them stands is on a board (``board.py``).
 """
 
 from __future__ import annotations
 
-import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from bat.data.bad_clips import BadClips
+from bat.data.board import Board
+from bat.data.loader import Restarts
 from bat.shapes import UserError, WaveBatch
-
-
-def worker_init(worker: int) -> None:
-    """A loader process outlives the signals meant for the run, which still has to save."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 class StreamData(LightningDataModule):
@@ -35,16 +31,24 @@ class StreamData(LightningDataModule):
     Args:
         batch: clips of a micro-batch on one device.
         max_bad: fraction of unreadable clips above which the run stops.
+        workers: loader processes; 0 decodes in the training process.
+        worker_restarts: loader workers that died and are replaced within 1,000 micro-batches.
         out: run folder in which ``bad_clips.jsonl`` lists unreadable clips; None: no list.
     """
 
     clip_samples: int
     """S of every batch."""
+    after_a_death = "no batch is lost or repeated"
+    """What a loader's replacement means for the stream."""
 
-    def __init__(self, *, batch: int, max_bad: float, out: Path | None) -> None:
+    def __init__(
+        self, *, batch: int, max_bad: float, workers: int, worker_restarts: int, out: Path | None
+    ) -> None:
         super().__init__()
-        self.batch, self.out = batch, out
+        self.batch, self.workers, self.out = batch, workers, out
         self.bad_clips = BadClips(max_bad=max_bad)
+        self.board = Board(workers)
+        self._restarts = Restarts(worker_restarts, where=self._where, note=self.after_a_death)
         self._size_then: int | None = None  # clips a micro-batch, where a checkpoint was loaded
 
     def first_batch(self) -> WaveBatch:
@@ -58,6 +62,38 @@ class StreamData(LightningDataModule):
     def _stream(self) -> dict[str, Any]:
         """What must be the same when a run goes on."""
         raise NotImplementedError
+
+    def named(self, what: int) -> str:
+        """What a number on the board stands for: a clip and its shard, or a shard."""
+        raise NotImplementedError
+
+    def sitting_on(self) -> list[str]:
+        """What each reader has been at for how long, longest first; empty where all are idle.
+
+        Such as ``worker 1: shard-000003.tar, clip dog-17, for 131 s``. From any thread.
+        """
+        return [
+            f"{reader}: {self.named(what)}, for {seconds:.0f} s"
+            for reader, what, seconds in self.board.readings()
+        ]
+
+    @property
+    def restarts(self) -> int:
+        """How often loader workers were replaced, in this process and run."""
+        return self._restarts.count
+
+    @property
+    def on_restart(self) -> Callable[[str], None] | None:
+        """Called with the line of each replacement; None: the log is warned."""
+        return self._restarts.tell
+
+    @on_restart.setter
+    def on_restart(self, tell: Callable[[str], None] | None) -> None:
+        self._restarts.tell = tell
+
+    def _where(self, worker: int) -> str | None:
+        what = self.board.worker(worker)
+        return None if what is None else self.named(what)
 
     def setup(self, stage: str) -> None:
         """Each process lists its own unreadable clips."""

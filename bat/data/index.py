@@ -240,7 +240,8 @@ def open_index(
         timeout_seconds: how long a server may be silent.
 
     Raises:
-        NotIndexable: compressed shards; remote ones without tables that the cache cannot hold.
+        NotIndexable: compressed shards, those of a command; remote ones without tables that the
+            cache cannot hold.
         UserError: nothing there, something that is not a plain tar, a shard that differs from its
             manifest, data sets with different vocabularies, a server out of reach.
     """
@@ -257,6 +258,9 @@ def open_index(
     if len(seen) < len(given):
         twice = min(shard.name for shard in given if seen[shard.identity] > 1)
         raise UserError(f"shard {twice} is listed twice: each clip counts once, see data.mix")
+    piped = next((shard for shard in given if shard.command), None)
+    if piped is not None:
+        raise NotIndexable(f"{piped.name} is what a command writes")
     packed = next((shard for shard in given if shard.compressed), None)
     if packed is not None:
         raise NotIndexable(f"{packed.name} is compressed: give uncompressed WebDataset shards")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import re
 import tempfile
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urljoin
 
 from bat.data.manifest import Manifest
 from bat.data.remote import fetch, is_http, patiently, system_of
@@ -13,6 +14,7 @@ from bat.data.sources import SUFFIXES, Patience, shown
 from bat.shapes import UserError
 
 MAX_MANIFEST_BYTES = 1 << 28
+MAX_LISTING_BYTES = 1 << 24
 
 
 def join(folder: str, name: str) -> str:
@@ -27,23 +29,32 @@ def listing(folder: str, patience: Patience) -> list[str]:
     """
 
     def ask() -> list[str]:
-        system = system_of(folder, listing=True)
-        if is_http(folder):
-            prefix = folder + "/"
-            found = [link.split("?")[0].split("#")[0] for link in system.ls(prefix, detail=False)]
-            return [link.removeprefix(prefix) for link in found if link.startswith(prefix)]
+        system = system_of(folder)
         entries = system.ls(system._strip_protocol(folder), detail=True)
         names = [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries]
         deep = [e["type"] == "directory" for e in entries]
         return [name + "/" * is_folder for name, is_folder in zip(names, deep, strict=True)]
 
     try:
-        names = patiently(ask, folder, patience)
+        names = _links(folder, patience) if is_http(folder) else patiently(ask, folder, patience)
     except (FileNotFoundError, PermissionError, NotADirectoryError):
         return []
     except OSError as error:
         raise UserError(error.strerror) from None
     return sorted({n for n in names if re.fullmatch(r"[^/]+/?", n) and not n.startswith(".")})
+
+
+def _links(folder: str, patience: Patience) -> list[str]:
+    """What the page of an HTTP folder links to, below it. (fsspec's own reading has no bound.)"""
+    page = fetch(f"{folder}/", limit=MAX_LISTING_BYTES, patience=patience).decode(
+        "utf-8", "replace"
+    )
+    targets = re.findall(
+        r"<a\s[^<>]{0,500}?href\s*=\s*[\"']([^\"'<>]{1,2000})", page, re.IGNORECASE
+    )
+    found = [urljoin(f"{folder}/", html.unescape(target)) for target in targets]
+    plain = [re.split(r"[?#]", link, maxsplit=1)[0] for link in found]
+    return [link.removeprefix(f"{folder}/") for link in plain if link.startswith(f"{folder}/")]
 
 
 def manifest_of(folder: str, patience: Patience) -> Manifest | None:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,8 @@ from bat.shapes import UserError
 from bat.tasks.base import Row
 
 VERSION = 2
+MAX_BYTES = 1 << 28
+COUNT = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,13 @@ class Manifest:
         """The manifest of ``folder``; None where there is none, or one of another program's.
 
         Raises:
-            UserError: it is one of ours, but damaged or of another version.
+            UserError: it is one of ours, but damaged, of another version, or over ``MAX_BYTES``.
         """
         path = folder / "manifest.json"
         if not path.is_file():
             return None
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path} is larger than {MAX_BYTES} bytes: no manifest is")
         try:
             fields = json.loads(path.read_bytes())
             if not isinstance(fields, dict) or "source" not in fields:
@@ -75,11 +80,43 @@ class Manifest:
                     f"and run bat-shard {folder}, or write the shards again"
                 )
             fields["shards"] = [ShardInfo(**shard) for shard in fields["shards"]]
-            return cls(**fields)
+            made = cls(**fields)
+            made._check()
+            return made
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}): write the shards again") from error
+
+    def _check(self) -> None:
+        """Raise ``ValueError`` for what is not of the type that it is used as."""
+
+        def count(*values: Any) -> bool:
+            return all(type(value) is int and 0 <= value < COUNT for value in values)
+
+        def seconds(value: Any) -> bool:
+            return type(value) in (int, float) and 0 <= value < COUNT
+
+        def texts(value: Any) -> bool:
+            return type(value) is list and all(type(text) is str for text in value)
+
+        for shard in self.shards:
+            name, sha256 = shard.name, shard.sha256
+            if type(name) is not str or not re.fullmatch(r"(?!\.{1,2}$)[^/\\\0]{1,255}", name):
+                raise ValueError(f"{name!r:.80} is not the name of a shard")
+            if not count(shard.clips, shard.bytes) or not seconds(shard.seconds):
+                raise ValueError(f"clips, bytes or seconds of {name} are no counts")
+            if type(sha256) is not str or not re.fullmatch(r"([0-9a-f]{64})?", sha256):
+                raise ValueError(f"sha256 of {name} is none")
+        tables = (self.splits, self.folds, self.rates)
+        if not (
+            count(self.clips, self.bytes, *self.label_counts)
+            and seconds(self.seconds)
+            and texts(self.vocabulary)
+            and all(texts(list(table)) and count(*table.values()) for table in tables)
+            and all(texts([*entry, *entry.values()]) for entry in self.left_out)
+        ):
+            raise ValueError("its totals are no counts, or its names no text")
 
     def save(self, folder: Path) -> None:
         """Write ``manifest.json``, one line for each clip left out (there may be a million)."""

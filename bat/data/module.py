@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
-from bat.data.base import StreamData, worker_init
+from bat.audio.decode import MAX_FILE_SECONDS
+from bat.data.base import StreamData
+from bat.data.board import Board
 from bat.data.index import Index
+from bat.data.loader import LastingLoader, Restarts
 from bat.data.order import make_plan
 from bat.data.plan import MixedPlan, Plan
-from bat.data.stream import ClipDataset, EvalSampler, PlanSampler, as_it_is
+from bat.data.stream import ClipDataset, EvalSampler, PlanSampler
 from bat.shapes import WaveBatch
 
 
@@ -33,11 +34,13 @@ def eval_loader(
     workers: int = 0,
     cache_bytes: int = 0,
     min_seconds: float = 0.0,
-) -> DataLoader[WaveBatch]:
+    max_seconds: float = MAX_FILE_SECONDS,
+) -> LastingLoader:
     """Batches of the clips ``ids`` (None: all) once, in order; unreadable ones are left out.
 
-    Long clips are cropped at their centre.
+    Long clips are cropped at their centre; files of more than ``max_seconds`` are unreadable.
     """
+    board = Board(workers)
     dataset = ClipDataset(
         index,
         sample_rate=sample_rate,
@@ -45,16 +48,17 @@ def eval_loader(
         crop="centre",
         cache_bytes=cache_bytes,
         min_seconds=min_seconds,
+        max_seconds=max_seconds,
+        board=board,
     )
+
+    def where(worker: int) -> str | None:
+        clip = board.worker(worker)
+        return None if clip is None else f"{index.shard_name(clip)}, clip {index.key(clip)}"
+
     ids = np.arange(len(index)) if ids is None else ids
-    return DataLoader(
-        dataset,
-        batch_sampler=EvalSampler(ids, batch=batch),
-        collate_fn=as_it_is,
-        num_workers=workers,
-        worker_init_fn=worker_init,
-        persistent_workers=workers > 0,
-        generator=torch.Generator(),  # the loader draws a seed: never from the run's own state
+    return LastingLoader(
+        dataset, EvalSampler(ids, batch=batch), workers=workers, restarts=Restarts(where=where)
     )
 
 
@@ -72,10 +76,12 @@ class AudioData(StreamData):
         roll: circular roll of each clip.
         random_offset: short clips begin at a random place of their row, see ``ClipDataset``.
         min_seconds: shorter clips count as unreadable.
+        max_seconds: longer files count as unreadable ("long"), whatever part of them is wanted.
         workers: loader processes; 0 decodes in the training process.
         cache_bytes: decoded waves kept in memory by each loader process (small data sets).
         look_ahead: positions for which remote shards are fetched before their turn.
         max_bad: fraction of unreadable clips above which the run stops.
+        worker_restarts: loader workers that died and are replaced within 1,000 micro-batches.
         out: run folder in which ``bad_clips.jsonl`` lists unreadable clips; None: no list.
 
     Raises:
@@ -95,15 +101,23 @@ class AudioData(StreamData):
         roll: bool = False,
         random_offset: bool = False,
         min_seconds: float = 0.0,
+        max_seconds: float = MAX_FILE_SECONDS,
         workers: int = 0,
         cache_bytes: int = 0,
         look_ahead: int = 8192,
         max_bad: float = 0.05,
+        worker_restarts: int = 10,
         out: Path | None = None,
     ) -> None:
-        super().__init__(batch=batch, max_bad=max_bad, out=out)
+        super().__init__(
+            batch=batch,
+            max_bad=max_bad,
+            workers=workers,
+            worker_restarts=worker_restarts,
+            out=out,
+        )
         self.index, self.look_ahead = index, look_ahead
-        self.batches, self.workers, self.seed = batches, workers, seed
+        self.batches, self.seed = batches, seed
         self.plan = plan or make_plan(index, seed=seed)
         self.dataset = ClipDataset(
             index,
@@ -113,8 +127,10 @@ class AudioData(StreamData):
             roll=roll,
             random_offset=random_offset,
             min_seconds=min_seconds,
+            max_seconds=max_seconds,
             plan=self.plan,
             cache_bytes=cache_bytes,
+            board=self.board,
         )
         self.clip_samples = self.dataset.clip_samples
         # Lightning 2.6.6 judges by the loader's type; this stream resumes exactly
@@ -128,7 +144,10 @@ class AudioData(StreamData):
     def facts(self) -> dict[str, Any]:
         return {"hash": self.index.hash, "clips": len(self.index), "order": self.plan.identity()}
 
-    def train_dataloader(self) -> DataLoader[WaveBatch]:
+    def named(self, what: int) -> str:
+        return f"{self.index.shard_name(what)}, clip {self.index.key(what)}"
+
+    def train_dataloader(self) -> LastingLoader:
         self._recount()
         self._agree()
         rank, world = self._ranks()
@@ -143,15 +162,12 @@ class AudioData(StreamData):
             ahead=self._fetch if looks_ahead else None,
             look_ahead=self.look_ahead,
         )
-        return DataLoader(
+        return LastingLoader(
             self.dataset,
-            batch_sampler=sampler,
-            collate_fn=as_it_is,
-            num_workers=self.workers,
-            worker_init_fn=worker_init,
-            persistent_workers=self.workers > 0,
+            sampler,
+            workers=self.workers,
+            restarts=self._restarts,
             pin_memory=self._on_cuda(),
-            generator=torch.Generator(),  # as in eval_loader
         )
 
     def _fetch(self, clips: np.ndarray) -> None:

@@ -40,6 +40,7 @@ Channels = Literal["mono", "keep"]
 CHUNK_SECONDS = 60.0  # 23 MB of 48 kHz stereo float32
 SLACK = 0.02  # a recording longer than clip_seconds by this share at most stays whole
 MAX_DECODE_SECONDS = 3600.0
+MAX_RECORDING_SECONDS = 14 * 86_400.0  # counted by decoding, where a header gives no length
 MAX_FRAMES_PER_BYTE = 8192  # silence in FLAC: 65,535 samples in 13 bytes; in Vorbis, Opus: less
 LOOKS = 16  # places of the rest that are tried before it is given up
 
@@ -127,8 +128,9 @@ def works_of(row: Row, recipe: Recipe) -> Iterator[Work]:
         yield Work(row)
         return
     try:
-        info = probe(row.path if _is_file(row) else _held(row))
-        _check_claim(info, row.path.stat().st_size if _is_file(row) else len(_held(row)))
+        file = row.path if _is_file(row) else _held(row)
+        info = probe(file, max_file_seconds=MAX_RECORDING_SECONDS)
+        _check_claim(info, len(file) if isinstance(file, bytes) else file.stat().st_size)
     except (DecodeError, OSError):
         yield Work(row)  # says the same to whoever prepares it
         return
@@ -181,6 +183,7 @@ def _whole(row: Row, recipe: Recipe) -> Packed | LeftOut:
         expected_frames=info.frames,
         min_seconds=recipe.min_seconds or 0.0,
         max_decode_seconds=_bound(recipe),
+        max_file_seconds=math.inf,
     )
     suffix = info.codec if info.codec in AUDIO_SUFFIXES else row.suffix
     same_codec = recipe.codec in ("keep", info.codec) and suffix in AUDIO_SUFFIXES
@@ -209,6 +212,7 @@ def _pieces(work: Work, info: AudioInfo, recipe: Recipe) -> Iterator[Packed | Le
             max_seconds=(end - begin) * seconds,
             expected_frames=info.frames,
             max_decode_seconds=_bound(recipe),
+            max_file_seconds=math.inf,
         )
 
     wave = None
@@ -248,6 +252,7 @@ def _without_rest(
                 sample_rate=info.sample_rate,
                 start_seconds=start_seconds,
                 max_seconds=1 / info.sample_rate,
+                max_file_seconds=math.inf,
             )
             return Outcome(clips)
     lost = clips[good]

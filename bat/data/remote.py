@@ -27,6 +27,7 @@ import fsspec
 
 from bat.data.ending import POLL_SECONDS, go_on, pause
 from bat.data.sources import Patience, shown
+from bat.redact import redact
 
 PIECE_BYTES = 4 << 20
 CRAWL_BYTES = 1 << 16
@@ -50,19 +51,19 @@ class Stat(NamedTuple):
     """Changes with the content (ETag, time of change); empty where the server tells none."""
 
 
-_systems: dict[tuple[int, str, bool], Any] = {}
+_systems: dict[tuple[int, str], Any] = {}
 
 
-def system_of(url: str, *, listing: bool = False) -> Any:
+def system_of(url: str) -> Any:
     """The fsspec file system of ``url`` in this process."""
     parts = urlsplit(url)
-    key = (os.getpid(), f"{parts.scheme}://{parts.netloc}", listing)
+    key = (os.getpid(), f"{parts.scheme}://{parts.netloc}")
     if key not in _systems:
         options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
         if parts.scheme in ("http", "https"):
             timeout = aiohttp.ClientTimeout(total=None)
             options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
-            options["client_kwargs"]["auto_decompress"] = listing
+            options["client_kwargs"]["auto_decompress"] = False
             options["encoded"] = "%" in url
         _systems[key] = fsspec.core.url_to_fs(url, **options)[0]
     return _systems[key]
@@ -81,7 +82,7 @@ def why(error: BaseException, url: str, patience: Patience) -> str:
     if isinstance(error, aiohttp.ClientError):
         return "the connection broke"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = re.sub(r"://[^/@\s]*@", "://", text.replace(url, shown(url)))
+    text = re.sub(r"://[^/@\s]*@", "://", redact(text.replace(url, shown(url))))
     return re.sub(r"\?[^\s'\"]*", "", text)[:300] or type(error).__name__
 
 

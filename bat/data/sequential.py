@@ -1,12 +1,12 @@
 """Shards that cannot be indexed, read from front to end, endlessly: **not exactly resumable**.
 
-For compressed tars, and remote ones without tables that the cache cannot hold. Nothing is kept on
-disk. The order of the shards is a function of (seed, epoch); the clips of a shard come in its own
-order, mixed within a window of ``shuffle_clips`` and at most ``WINDOW_BYTES``. The shards of one
-epoch after the other are dealt over the readers (rank x worker), so all read equally much however
-the numbers divide; where there are fewer shards than readers, each reads all and takes every n-th
-clip. Where a reader stands is known to nobody: a resumed run begins with the shards of another
-``epoch``.
+For compressed tars, the output of commands (``pipe:``), and remote tars without tables that the
+cache cannot hold. Nothing is kept on disk. The order of the shards is a function of (seed, epoch);
+the clips of a shard come in its own order, mixed within a window of ``shuffle_clips`` and at most
+``WINDOW_BYTES``. The shards of one epoch after the other are dealt over the readers (rank x
+worker), so all read equally much however the numbers divide; where there are fewer shards than
+readers, each reads all and takes every n-th clip. Where a reader stands is known to nobody: a
+resumed run begins with the shards of another ``epoch``.
 
 A sample is ``KEY.flac`` + ``KEY.json`` side by side, as WebDataset writes them; the rules of
 ``bat.data.table`` hold (regular members, known suffixes, size caps, no pickle). A shard that breaks
@@ -42,6 +42,8 @@ WINDOW = 100
 """Random stream of the window's shuffling (those of ``bat.data.plan`` are below)."""
 WINDOW_BYTES = 1 << 28
 """Encoded clips that a reader holds to mix them; long recordings leave fewer of them."""
+MAX_UNFIT = 10_000
+"""Members in a row that could be clips and are none, after which a shard is left."""
 
 
 class SequentialClips(IterableDataset[Clip]):
@@ -94,6 +96,7 @@ class SequentialClips(IterableDataset[Clip]):
         self.shuffle_clips = shuffle_clips
         self._skipped: list[Skipped] = []
         self._broke: Skipped | None = None  # how the latest shard ended, if not well
+        self._unfit = 0  # members in a row that are no clips
         self._others: set[str] = set()  # splits passed over
         self._losses = Losses(SPAN)
         self._yielded = 0
@@ -164,17 +167,20 @@ class SequentialClips(IterableDataset[Clip]):
         return f"none of the {which} shards gave a clip ({where}): check the shards"
 
     def _skip(self, shard: Shard, key: str, kind: str, why: str) -> None:
+        self._unfit += 1
         self._skipped.append(Skipped(key, self._names[shard], kind, why, self._yielded))
 
     def _clips(self, shard: Shard) -> Iterator[Clip]:
         """The clips of one shard, as far as it can be read."""
         sample = _Sample("", "", b"", {})
-        self._broke = None
+        self._broke, self._unfit = None, 0
         try:
             with open_stream(shard, self.patience) as file:
                 for member, data in stream_members(file):
                     suffix = os.path.splitext(member.name)[1][1:].lower()
                     key = sample_key(member.name)
+                    if self._unfit >= MAX_UNFIT:
+                        raise OSError(5, f"{MAX_UNFIT} members in a row are no clips")
                     reason = _unfit(member, suffix)
                     if reason:
                         self._skip(shard, key, *reason)
@@ -188,6 +194,7 @@ class SequentialClips(IterableDataset[Clip]):
                             sample = sample._replace(meta=self._meta(shard, key, content))
                         elif not sample.data:
                             sample = sample._replace(codec=suffix, data=content)
+                            self._unfit = 0
                         else:
                             self._skip(shard, key, "corrupt", "a second one of this key")
         except (OSError, EOFError, zlib.error) as error:
@@ -231,7 +238,7 @@ def _names(shards: Sequence[Shard]) -> dict[Shard, str]:
         parts = place.parts if isinstance(place, Path) else shown(place).split("/")
         return "/".join(parts[-2:])
 
-    return {s: s.name if often[s.name] == 1 else longer(s.place) for s in shards}
+    return {s: s.name if often[s.name] == 1 or s.command else longer(s.place) for s in shards}
 
 
 class _Sample(NamedTuple):

@@ -1,8 +1,9 @@
 """The training stream over shards that cannot be indexed: **not exactly resumable**.
 
 ``SequentialClips`` decoded and batched in the loader's workers. No position is known beforehand, so
-a resumed run goes on with an epoch it has not begun, some clips of which it has seen. Unreadable
-clips are passed over; the next one takes their place.
+a resumed run goes on with an epoch it has not begun, some clips of which it has seen; so does one
+whose loader workers were replaced. Unreadable clips are passed over; the next one takes their
+place.
 """
 
 from __future__ import annotations
@@ -14,19 +15,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
-from bat.audio.decode import DecodeError, decode_into, probe
+from bat.audio.decode import MAX_FILE_SECONDS, DecodeError, decode_into, probe
+from bat.data.base import StreamData
+from bat.data.board import Board
 from bat.data.collate import BatchRows
-from bat.data.module import StreamData, worker_init
+from bat.data.loader import LastingLoader
 from bat.data.plan import ROLL, below, philox
 from bat.data.sequential import SequentialClips
 from bat.data.sources import Patience, Shard, find
 from bat.data.splits import choose_split
-from bat.data.stream import as_it_is, clip_samples, frames_left_out, random_start
+from bat.data.stream import clip_samples, frames_left_out, random_start
 from bat.shapes import Clip, Skipped, UserError, WaveBatch
 
 TOO_MANY_IN_A_ROW = 1000
+
+
+class WatchedClips(SequentialClips):
+    """``SequentialClips`` that write on a board of which shard they want the next clip."""
+
+    board: Board
+
+    def _clips(self, shard: Shard) -> Iterator[Clip]:
+        number = self.shards.index(shard)
+        self.board.reads(number)
+        for clip in super()._clips(shard):
+            yield clip
+            self.board.reads(number)
 
 
 class SequentialBatches(IterableDataset[WaveBatch]):
@@ -34,7 +50,7 @@ class SequentialBatches(IterableDataset[WaveBatch]):
 
     def __init__(
         self,
-        clips: SequentialClips,
+        clips: WatchedClips,
         *,
         batch: int,
         sample_rate: int,
@@ -42,8 +58,9 @@ class SequentialBatches(IterableDataset[WaveBatch]):
         seed: int,
         roll: bool,
         min_seconds: float,
+        max_seconds: float,
     ) -> None:
-        self.clips, self.batch = clips, batch
+        self.clips, self.batch, self.max_seconds = clips, batch, max_seconds
         self.sample_rate, self.clip_seconds = sample_rate, clip_seconds
         self.seed, self.roll, self.min_seconds = seed, roll, min_seconds
 
@@ -75,6 +92,7 @@ class SequentialBatches(IterableDataset[WaveBatch]):
                 failures = 0
                 keys.append(clip.key)
                 positions.append(position)
+            self.clips.board.rests()
             waves, lengths = rows.tensors()
             yield WaveBatch(
                 waves=waves,  # (B, S)
@@ -86,7 +104,7 @@ class SequentialBatches(IterableDataset[WaveBatch]):
             )
 
     def _fill(self, row: np.ndarray, clip: Clip, position: int) -> tuple[int, int]:
-        info = probe(clip.data)
+        info = probe(clip.data, max_file_seconds=self.max_seconds)
         rate, start_seconds = info.sample_rate, 0.0
         extra = frames_left_out(info.frames, rate, self.clip_seconds)
         if extra:
@@ -103,6 +121,7 @@ class SequentialBatches(IterableDataset[WaveBatch]):
             start_seconds=start_seconds,
             max_seconds=self.clip_seconds,
             min_seconds=self.min_seconds,
+            max_file_seconds=self.max_seconds,
         )
 
 
@@ -112,13 +131,15 @@ class SequentialData(StreamData):
     Args:
         shards: as ``open_index`` takes them, compressed tars too.
         split: as ``choose_split``: a name, ``all``, or ``auto`` (``train`` where there is one).
-        batch, sample_rate, clip_seconds, seed, roll, min_seconds, workers, max_bad, out: as
-            ``AudioData``.
+        batch, sample_rate, clip_seconds, seed, roll, min_seconds, max_seconds, workers, max_bad,
+            worker_restarts, out: as ``AudioData``.
         retries, timeout_seconds: of remote shards, as ``open_index``.
 
     Raises:
         UserError: nothing there, a split that is not there, a value out of range.
     """
+
+    after_a_death = "the stream is not exactly resumable and goes on with an epoch it had not begun"
 
     def __init__(
         self,
@@ -131,15 +152,23 @@ class SequentialData(StreamData):
         seed: int = 0,
         roll: bool = False,
         min_seconds: float = 0.0,
+        max_seconds: float = MAX_FILE_SECONDS,
         workers: int = 0,
         max_bad: float = 0.05,
+        worker_restarts: int = 10,
         out: Path | None = None,
         retries: int = 5,
         timeout_seconds: float = 30.0,
     ) -> None:
-        super().__init__(batch=batch, max_bad=max_bad, out=out)
+        super().__init__(
+            batch=batch,
+            max_bad=max_bad,
+            workers=workers,
+            worker_restarts=worker_restarts,
+            out=out,
+        )
         self.clip_samples = clip_samples(clip_seconds, sample_rate)
-        self.workers, self.seed = workers, seed
+        self.seed = seed
         self._decoding: dict[str, Any] = {
             "batch": batch,
             "sample_rate": sample_rate,
@@ -147,6 +176,7 @@ class SequentialData(StreamData):
             "seed": seed,
             "roll": roll,
             "min_seconds": min_seconds,
+            "max_seconds": max_seconds,
         }
         self._patience = {"retries": retries, "timeout_seconds": timeout_seconds}
         patience = Patience(retries, timeout_seconds)
@@ -154,9 +184,9 @@ class SequentialData(StreamData):
         self.shards, self.splits = choose_split(found, split, patience)
         self._hash = _identity(self.shards, self.splits)
 
-    def _clips(self, *, epoch: int) -> SequentialClips:
+    def _clips(self, *, epoch: int) -> WatchedClips:
         rank, world = self._ranks()
-        return SequentialClips(
+        clips = WatchedClips(
             self.shards,
             splits=self.splits,
             seed=self.seed,
@@ -165,6 +195,11 @@ class SequentialData(StreamData):
             world=world,
             **self._patience,  # type: ignore[arg-type]
         )
+        clips.board = self.board
+        return clips
+
+    def named(self, what: int) -> str:
+        return self.shards[what].name
 
     def first_batch(self) -> WaveBatch:
         return next(iter(SequentialBatches(self._clips(epoch=0), **self._decoding)))
@@ -176,18 +211,24 @@ class SequentialData(StreamData):
             "order": "front to end, not exactly resumable",
         }
 
-    def train_dataloader(self) -> DataLoader[WaveBatch]:
+    def train_dataloader(self) -> LastingLoader:
         self._recount()
-        # a number of batches is no number of epochs, but no two resumes begin alike
-        return DataLoader(
-            SequentialBatches(self._clips(epoch=self.batches_done()), **self._decoding),
-            batch_size=None,
-            collate_fn=as_it_is,
-            num_workers=self.workers,
-            worker_init_fn=worker_init,
+        batches = SequentialBatches(self._clips(epoch=self._epoch()), **self._decoding)
+
+        def renew() -> None:
+            batches.clips = self._clips(epoch=self._epoch())
+
+        return LastingLoader(
+            batches,
+            workers=self.workers,
+            restarts=self._restarts,
             pin_memory=self._on_cuda(),
-            generator=torch.Generator(),  # as in eval_loader
+            renew=renew,
         )
+
+    def _epoch(self) -> int:
+        """The first epoch to read: no number of epochs, but no two resumes begin alike."""
+        return self.batches_done() + self.restarts
 
     def _stream(self) -> dict[str, Any]:
         trainer = self.trainer

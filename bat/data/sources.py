@@ -4,18 +4,21 @@ A folder, a tar, a glob, braces (``shard-{00000..00041}.tar``), or a URL of any 
 fsspec knows (``https://``, ``s3://``, ``gs://``, ``hf://``, ...). A folder whose sub-folders hold
 the shards (``train/``, ``test/``) means all of them; the sub-folder is the split of their clips.
 A remote folder is what its ``manifest.json`` lists, or what the server lists. What would run code
-here (``pipe:``, chained URLs) or leads to other files (``reference:``) is refused.
+here (chained URLs) or leads to other files (``reference:``) is refused, ``pipe:`` unless
+``bat.data.pipes`` was told otherwise.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import re
 from pathlib import Path
 from typing import NamedTuple, overload
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import bat.data.ending  # noqa: F401  (before any worker is forked)
+from bat.data.pipes import PREFIX, pipes_allowed
 from bat.shapes import UserError
 from bat.tasks.folder import split_of
 
@@ -58,6 +61,8 @@ class Shard(NamedTuple):
     """A path here; a string is a URL."""
     split: str = ""
     """Sub-folder of the source it lies in."""
+    command: bool = False
+    """``place`` is ``pipe:COMMAND``, and the user allowed it: ``find`` alone says so."""
 
     @property
     def remote(self) -> bool:
@@ -65,7 +70,9 @@ class Shard(NamedTuple):
 
     @property
     def name(self) -> str:
-        """File name; of a URL without its query."""
+        """File name; of a URL without its query; of a command no word of it."""
+        if self.command:
+            return f"pipe-{hashlib.sha256(str(self.place).encode()).hexdigest()[:8]}"
         if isinstance(self.place, Path):
             return self.place.name
         return unquote(urlsplit(self.place).path.rsplit("/", 1)[-1])
@@ -77,10 +84,14 @@ class Shard(NamedTuple):
     @property
     def identity(self) -> str:
         """The same for two shards that are one, however they were named."""
-        return str(self.place.resolve()) if isinstance(self.place, Path) else identity(self.place)
+        if isinstance(self.place, Path):
+            return str(self.place.resolve())
+        return self.place if self.command else identity(self.place)
 
     def called(self, depth: int) -> str:
         """The last ``depth`` parts of where it lies, its name being the last; no query."""
+        if self.command:
+            return self.name
         if isinstance(self.place, Path):
             folders = self.place.parent.resolve().parts
         else:
@@ -129,6 +140,8 @@ def find(source: str | Path, patience: Patience | None = None) -> list[Shard]:
     """
     text = str(source)
     if is_url(source):
+        if text.startswith(PREFIX) and pipes_allowed():
+            return [Shard(text, command=True)]
         text = _checked(text)
         if text.startswith("file:"):
             return find(Path(unquote(urlsplit(text).path)))
@@ -189,7 +202,8 @@ def _checked(url: str) -> str:
     protocol = protocol.lower()
     why = "chained URLs may run anything" if "::" in url else REFUSED.get(protocol)
     if why:
-        raise UserError(f"{protocol}: sources are refused ({why}): give a path or a plain URL")
+        hint = ", or say --allow-pipe to bat-pretrain" if protocol == "pipe" else ""
+        raise UserError(f"{protocol}: sources are refused ({why}): give a path or plain URL{hint}")
     import fsspec
 
     try:

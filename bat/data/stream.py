@@ -19,7 +19,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from bat.audio.decode import DecodeError, decode, decode_into, probe, write_rolled
+from bat.audio.decode import (
+    MAX_FILE_SECONDS,
+    DecodeError,
+    decode,
+    decode_into,
+    probe,
+    write_rolled,
+)
+from bat.audio.reader import check_length
+from bat.data.board import Board
 from bat.data.collate import BatchRows
 from bat.data.index import Index
 from bat.data.plan import CROP, OFFSET, ROLL, MixedPlan, Plan, below, philox
@@ -124,11 +133,14 @@ class ClipDataset(Dataset[WaveBatch]):
         random_offset: put a clip shorter than ``clip_seconds`` at a random place of a silent wave
             of that length, all of which counts as signal; False: waves keep their own length.
         min_seconds: clips shorter than this are unreadable ("brief").
+        max_seconds: longer files are unreadable ("long"), whatever part of them is wanted. Where
+            the index knows the length, not a byte of them is read.
         plan: whose ``stand_ins`` replace unreadable clips (training); None: no replacement, the
             batch lacks the clip (evaluation).
         cache_bytes: keep up to so many bytes of decoded waves in memory, in each loader process.
             Only clips whose segment does not depend on the position are kept: the cache changes
             no value.
+        board: on which it is written which clip this process reads.
     """
 
     def __init__(
@@ -142,8 +154,10 @@ class ClipDataset(Dataset[WaveBatch]):
         roll: bool = False,
         random_offset: bool = False,
         min_seconds: float = 0.0,
+        max_seconds: float = MAX_FILE_SECONDS,
         plan: Plan | MixedPlan | None = None,
         cache_bytes: int = 0,
+        board: Board | None = None,
     ) -> None:
         if clip_seconds <= 0 or sample_rate < 1:
             raise UserError(f"clip_seconds={clip_seconds}, sample_rate={sample_rate}: not positive")
@@ -151,6 +165,7 @@ class ClipDataset(Dataset[WaveBatch]):
         self.sample_rate, self.clip_seconds = sample_rate, clip_seconds
         self.seed, self.crop, self.roll, self.plan = seed, crop, roll, plan
         self.random_offset, self.min_seconds = random_offset, min_seconds
+        self.max_seconds, self.board = max_seconds, board
         self._cache: dict[int, np.ndarray] = {}
         self._room = cache_bytes
 
@@ -169,6 +184,8 @@ class ClipDataset(Dataset[WaveBatch]):
         kept: list[Item] = []
         for position, clip in items:
             for candidate in self._candidates(position, clip):
+                if self.board is not None:
+                    self.board.reads(candidate)
                 try:
                     offset, samples = self._fill(rows.next, candidate, position)
                 except (DecodeError, OSError) as error:
@@ -177,6 +194,8 @@ class ClipDataset(Dataset[WaveBatch]):
                 rows.keep(offset, samples, whole=self.random_offset)
                 kept.append((position, candidate))
                 break
+        if self.board is not None:
+            self.board.rests()
         waves, lengths = rows.tensors()
         targets = np.zeros((len(kept), self.index.classes), np.float32)
         for row, (_, clip) in enumerate(kept):
@@ -220,9 +239,11 @@ class ClipDataset(Dataset[WaveBatch]):
         """Put the segment of ``clip`` that belongs at ``position`` into ``row``: (offset, n)."""
         wave = self._cache.get(clip)
         if wave is None:
+            frames, rate = int(self.index.frames[clip]), int(self.index.rate[clip])
+            if frames > 0 and rate > 0:
+                check_length(frames, rate, self.max_seconds)
             encoded = self.index.read(clip)
             start_seconds, extra_frames = self._segment(clip, position, encoded)
-            frames, rate = int(self.index.frames[clip]), int(self.index.rate[clip])
             how: dict[str, Any] = {
                 "sample_rate": self.sample_rate,
                 "start_seconds": start_seconds,
@@ -230,6 +251,7 @@ class ClipDataset(Dataset[WaveBatch]):
                 "expected_frames": frames if frames > 0 else None,
                 "expected_rate": rate if rate > 0 else None,
                 "min_seconds": self.min_seconds,
+                "max_file_seconds": self.max_seconds,
             }
             fixed = self.crop != "random" or not extra_frames
             if not fixed or not self._room:
@@ -250,7 +272,7 @@ class ClipDataset(Dataset[WaveBatch]):
         if self.crop == "start":
             return 0.0, 0
         if frames <= 0 or rate <= 0:
-            info = probe(encoded.data)
+            info = probe(encoded.data, max_file_seconds=self.max_seconds)
             frames, rate = info.frames, info.sample_rate
         extra = frames_left_out(frames, rate, self.clip_seconds)
         if self.crop == "centre" or not extra:

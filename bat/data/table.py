@@ -32,6 +32,12 @@ from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, no_decoder
 VERSION = 2
 MAX_JSON_BYTES = 1 << 20
 MAX_TABLE_BYTES = 1 << 28
+MAX_MEMBERS = 1 << 21
+"""Clips, JSON members and those left out of one shard."""
+MAX_ALL_JSON_BYTES = 1 << 29
+"""Of one shard; parsed they take ten times as much memory."""
+MAX_NAME = 512
+"""Characters of a member's name that a reason is listed under."""
 
 
 @dataclass
@@ -154,39 +160,46 @@ def read_contents(path: Path) -> Contents:
     """Read the headers and JSON members of a shard; the audio stays where it is.
 
     Raises:
-        UserError: missing file, or not a tar.
+        UserError: missing file, not a tar, more in it than ``MAX_MEMBERS``, ``MAX_ALL_JSON_BYTES``.
     """
     found = Contents(0, {}, {}, {})
     audio, metas, left_out = found.audio, found.metas, found.left_out
+    text_bytes = 0
     try:
         with path.open("rb") as file:
             end = found.tar_bytes = os.fstat(file.fileno()).st_size
             for member in members(file, path):
+                if len(audio) + len(metas) + len(left_out) > MAX_MEMBERS:
+                    raise UserError(f"shard {path} has more than {MAX_MEMBERS} members: split it")
                 suffix = os.path.splitext(member.name)[1][1:].lower()
                 if suffix in UNDECODED_SUFFIXES:
-                    left_out[member.name] = no_decoder(suffix)
+                    left_out[member.name[:MAX_NAME]] = no_decoder(suffix)
                 if suffix != "json" and suffix not in AUDIO_SUFFIXES:
                     continue
-                key = sample_key(member.name)
+                key, name = sample_key(member.name), member.name[:MAX_NAME]
                 cap = MAX_JSON_BYTES if suffix == "json" else MAX_AUDIO_BYTES
                 if not member.regular:
-                    left_out[member.name] = "not a regular file"
+                    left_out[name] = "not a regular file"
                 elif member.offset + member.size > end:
-                    left_out[member.name] = "cut short: the tar ends before it"
+                    left_out[name] = "cut short: the tar ends before it"
                 elif member.size == 0:
-                    left_out[member.name] = "empty"
+                    left_out[name] = "empty"
                 elif member.size > cap:
-                    left_out[member.name] = f"larger than {cap} bytes"
+                    left_out[name] = f"larger than {cap} bytes"
                 elif key in (metas if suffix == "json" else audio):
-                    left_out[member.name] = "a second one of this key"
+                    left_out[name] = "a second one of this key"
                 elif suffix != "json":
                     audio[key] = (member, suffix)
                 else:
+                    text_bytes += member.size
+                    if text_bytes > MAX_ALL_JSON_BYTES:
+                        what = f"more than {MAX_ALL_JSON_BYTES} bytes of JSON"
+                        raise UserError(f"shard {path} has {what}: split it")
                     try:
                         text = os.pread(file.fileno(), member.size, member.offset)
                         metas[key] = dict(json.loads(text))
                     except (ValueError, TypeError, RecursionError):
-                        left_out[member.name] = "not a JSON object"
+                        left_out[name] = "not a JSON object"
             if end >= BLOCK and os.pread(file.fileno(), BLOCK, end - BLOCK).strip(b"\0"):
                 left_out["(end)"] = "no end marker: the tar may be cut short"
     except OSError as error:

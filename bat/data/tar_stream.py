@@ -14,19 +14,25 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+from bat.data.pipes import PREFIX, output_of
 from bat.data.sources import Patience, Shard
 from bat.data.tar import BLOCK, MAX_EXTENDED_BYTES, Member, parse_header, pax_records
 
 MAX_SHARD_BYTES = 1 << 38
 """A shard that unpacks to more is left there."""
 SKIP_BYTES = 1 << 20
+RATIO, RATIO_FROM_BYTES = 100, 1 << 30
+"""Beyond so many bytes, a shard that unpacks to ``RATIO`` times its size is left there: audio is no
+such thing, and a file of a megabyte that keeps a loader worker busy for an hour is."""
+DRAIN_BYTES = 1 << 20
+"""So much may follow the end of a tar that a command writes (tar fills up its last block)."""
 
 
 class _Pieces(io.RawIOBase):
     """Bytes that come in pieces, as a file."""
 
     def __init__(self, pieces: Generator[bytes, None, None]) -> None:
-        self._pieces, self._left = pieces, memoryview(b"")
+        self._pieces, self._left, self._taken = pieces, memoryview(b""), 0
 
     def readable(self) -> bool:
         return True
@@ -34,13 +40,32 @@ class _Pieces(io.RawIOBase):
     def readinto(self, target: Any) -> int:
         if not self._left:
             self._left = memoryview(next(self._pieces, b""))
+            self._taken += len(self._left)
         n = min(len(target), len(self._left))
         target[:n], self._left = self._left[:n], self._left[n:]
         return n
 
+    def tell(self) -> int:
+        return self._taken
+
     def close(self) -> None:
         self._pieces.close()
         super().close()
+
+
+class _Unpacked(gzip.GzipFile):
+    """gzip that gives up where it unpacks to far more than it was."""
+
+    def __init__(self, packed: io.BufferedReader) -> None:
+        super().__init__(fileobj=packed)
+        self._raw, self._got = packed.raw, 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self._got += len(data)
+        if self._got > RATIO_FROM_BYTES and self._got > RATIO * self._raw.tell():
+            raise OSError(27, f"it unpacks to more than {RATIO} times its size")
+        return data
 
 
 @contextlib.contextmanager
@@ -48,7 +73,10 @@ def open_stream(shard: Shard, patience: Patience) -> Iterator[io.BufferedIOBase]
     """The tar as it unpacks; gzip is told by its first bytes."""
     with contextlib.ExitStack() as stack:
         file: io.BufferedReader
-        if isinstance(shard.place, Path):
+        if shard.command:
+            pieces = output_of(str(shard.place).removeprefix(PREFIX))
+            file = stack.enter_context(io.BufferedReader(_Pieces(pieces), 1 << 17))
+        elif isinstance(shard.place, Path):
             file = stack.enter_context(shard.place.open("rb"))
         else:
             from bat.data.remote import stat, stream
@@ -57,7 +85,11 @@ def open_stream(shard: Shard, patience: Patience) -> Iterator[io.BufferedIOBase]
             pieces = stream(shard.place, size=size, patience=patience)
             file = stack.enter_context(io.BufferedReader(_Pieces(pieces), 1 << 17))
         packed = file.peek(2)[:2] == b"\x1f\x8b"
-        yield stack.enter_context(gzip.GzipFile(fileobj=file)) if packed else file
+        yield stack.enter_context(_Unpacked(file)) if packed else file
+        if shard.command:  # to the end of what it writes: there it tells how it went
+            left = DRAIN_BYTES
+            while left > 0 and (data := file.read(min(left, SKIP_BYTES))):
+                left -= len(data)
 
 
 def stream_members(

@@ -8,6 +8,9 @@ from bat.data.table import ShardTable
 from bat.shapes import UserError
 from bat.tasks.labels import by_number
 
+MAX_CLASSES = 100_000
+"""A row of targets holds them all, for each clip of a batch."""
+
 
 def joint_vocabulary(tables: Sequence[ShardTable], given: Sequence[list[str]]) -> list[str]:
     """Class names in the order of their indices.
@@ -19,9 +22,15 @@ def joint_vocabulary(tables: Sequence[ShardTable], given: Sequence[list[str]]) -
         given: the vocabularies of the manifests.
 
     Raises:
-        UserError: manifests that disagree, a label that theirs lacks.
+        UserError: manifests that disagree, a label that theirs lacks, more than ``MAX_CLASSES``.
     """
     names = {name for table in tables for name in table.names}
+    most = max([len(names), *map(len, given)])
+    if most > MAX_CLASSES:
+        raise UserError(
+            f"the shards have {most} class names, more than {MAX_CLASSES}: are they captions? "
+            "data.labels=drop pre-trains without labels"
+        )
     if given:
         for other in given[1:]:
             if other != given[0]:

@@ -1,14 +1,16 @@
 """The teacher: an exponential moving average of the student (SPEC section 3).
 
 The decay rises linearly from ``start`` to ``end`` over ``steps`` optimiser steps; float32 as the
-paper's table. Parameters and buffers alike are averaged, all in one ``foreach`` call.
+paper's table. Parameters and buffers alike are averaged, all in one ``foreach`` call; where both
+are split among processes (FSDP2), each averages its own part and nothing is sent.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def ema_decay(updates: int, *, start: float, end: float, steps: int) -> float:
@@ -19,18 +21,33 @@ def ema_decay(updates: int, *, start: float, end: float, steps: int) -> float:
     return float(np.float32(start + (end - start) * fraction))
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor split among several, else the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
-def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+def ema_update(
+    teacher: nn.Module, student: nn.Module, decay: float, *, skip: Tensor | None = None
+) -> None:
     """``teacher = decay * teacher + (1 - decay) * student``, in place.
 
-    Both must have the same parameters and buffers in the same order; integer buffers are copied.
+    Both must have the same parameters and buffers in the same order, split alike if at all; integer
+    buffers are copied.
+    ``skip``: 0-dim on the device, 1.0 where nothing is to move (no host needs to know).
     """
     pairs = [
         *zip(teacher.parameters(), student.parameters(), strict=True),
         *zip(teacher.buffers(), student.buffers(), strict=True),
     ]
+    pairs = [(local(t), local(s)) for t, s in pairs]
+    assert all(t.shape == s.shape for t, s in pairs), "teacher and student are not split alike"
     floating = [(t, s) for t, s in pairs if t.is_floating_point()]
-    torch._foreach_lerp_([t for t, _ in floating], [s for _, s in floating], 1.0 - decay)
+    ours, theirs = [t for t, _ in floating], [s for _, s in floating]
+    if skip is None:
+        torch._foreach_lerp_(ours, theirs, 1.0 - decay)
+    else:
+        torch._foreach_lerp_(ours, theirs, [(1.0 - decay) * (1.0 - skip)] * len(ours))
     for t, s in pairs:
         if not t.is_floating_point():
             t.copy_(s)

@@ -6,6 +6,10 @@ then exactly ``n = int(N r)`` are kept, by dropping uniformly from the kept set 
 from the rest. Both adjustments are one operation here: every patch draws a random integer, kept
 patches add more than any, and the n largest win. ``tests/reference/masks.py`` has the loop that
 this replaces.
+
+Random bits come from a generator, or from a seed a row: number j of a row is splitmix64's j-th of
+that seed (Steele, Lea, Flood 2014), integer arithmetic alone, so CPU and GPU draw the same mask.
+With ``row_seeds`` a clip's masks hang on its place in the stream, whoever reads it.
 """
 
 from __future__ import annotations
@@ -14,6 +18,10 @@ import torch
 from torch import Tensor
 
 from bat.shapes import Grid, Views
+
+# splitmix64's constants, as signed 64-bit numbers
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
 def inverse_block_mask(
@@ -24,12 +32,14 @@ def inverse_block_mask(
     block: int = 5,
     adjust: float = 0.07,
     generator: torch.Generator | None = None,
+    seeds: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Views:
     """Draw ``rows`` masks over ``grid``.
 
-    ``generator`` must live on ``device``; its seed decides everything. Returns ``Views`` with
-    ``keep_ids`` (rows, n) int64 ascending and ``mask`` (rows, N) bool, True where removed.
+    ``generator`` must live on ``device``; its seed decides everything. Or ``seeds`` (rows,) int64
+    does, each its row, alike on every device. Returns ``Views`` with ``keep_ids`` (rows, n) int64
+    ascending and ``mask`` (rows, N) bool, True where removed.
     The paper's ratio of 0.8 removed is ``keep_ratio = 1 - 0.8`` (n is truncated, not rounded).
     Raises ``ValueError`` where no patch or every patch would be kept.
     """
@@ -39,17 +49,45 @@ def inverse_block_mask(
             f"keep_ratio={keep_ratio} keeps {keep} of {grid.tokens} patches "
             f"({grid.time} x {grid.freq}): give longer clips or another mask ratio"
         )
-    if device is None and generator is not None:
-        device = generator.device
     centres = int(grid.tokens * (keep_ratio + adjust) / block**2)
-    drawn = torch.randint(grid.tokens, (rows, centres), generator=generator, device=device)
-    # 30 random bits, two patches a draw, and the 31st bit for kept patches
-    bits = torch.empty(rows, (grid.tokens + 1) // 2, dtype=torch.int64, device=device)
-    bits = bits.random_(generator=generator).view(torch.int32)[:, : grid.tokens]
+    pairs = (grid.tokens + 1) // 2  # two patches a draw
+    if seeds is not None:
+        assert generator is None, "a generator and seeds: one of them decides"
+        assert seeds.shape == (rows,), f"{tuple(seeds.shape)} seeds for {rows} rows"
+        device = seeds.device
+        bits = splitmix64(seeds, centres + pairs)  # (rows, centres + pairs)
+        drawn = ((bits[:, :centres] >> 33) & (2**31 - 1)) % grid.tokens
+        bits = bits[:, centres:].contiguous()
+    else:
+        if device is None and generator is not None:
+            device = generator.device
+        drawn = torch.randint(grid.tokens, (rows, centres), generator=generator, device=device)
+        bits = torch.empty(rows, pairs, dtype=torch.int64, device=device)
+        bits = bits.random_(generator=generator)
+    # 30 random bits, and the 31st for kept patches
+    bits = bits.view(torch.int32)[:, : grid.tokens]
     priority = (bits & (2**30 - 1)) + (blocks_around(drawn, grid, block).int() << 30)  # (rows, N)
     keep_ids = priority.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values  # (rows, n)
     mask = torch.ones(rows, grid.tokens, dtype=torch.bool, device=device)
     return Views(keep_ids, mask.scatter_(1, keep_ids, False))
+
+
+def splitmix64(seeds: Tensor, count: int) -> Tensor:
+    """The first ``count`` numbers of each seed: (rows,) int64 -> (rows, count) int64, all bits
+    random. Sums and products wrap at 64 bits."""
+    steps = torch.arange(1, count + 1, device=seeds.device).mul_(_GOLDEN)
+    bits = seeds[:, None] + steps
+    for shift, factor in _MIX:  # ">>" carries the sign along: masked off
+        bits.bitwise_xor_((bits >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
+    return bits.bitwise_xor_((bits >> 31).bitwise_and_(2**33 - 1))
+
+
+def row_seeds(seed: int, positions: Tensor, views: int) -> Tensor:
+    """Seeds of ``views`` masks of each clip at ``positions`` (B,) int64 of the stream of ``seed``:
+    (B * views,) int64, clip-major."""
+    assert 0 <= seed < 2**63, f"seed {seed} does not fit 63 bits"
+    key = splitmix64(torch.tensor([seed]), 1).flatten().to(positions.device)
+    return splitmix64(positions ^ key, views).flatten()
 
 
 def blocks_around(centres: Tensor, grid: Grid, block: int) -> Tensor:

@@ -128,9 +128,12 @@ class MaskedLatent(nn.Module):
             mean = mean - mean.mean(0, keepdim=True)
         return standardise(mean, dim=2), cls
 
-    def update_teacher(self, decay: float) -> None:
-        """One EMA step of the teacher's encoder towards the student's, buffers too."""
-        ema_update(self.teacher.encoder, self.student.encoder, decay)
+    def update_teacher(self, decay: float, skip: Tensor | None = None) -> None:
+        """One EMA step of the teacher's encoder towards the student's, buffers too.
+
+        ``skip``: 0-dim, 1.0 where the optimiser's step was skipped and the teacher stays.
+        """
+        ema_update(self.teacher.encoder, self.student.encoder, decay, skip=skip)
 
 
 def standardise(x: Tensor, dim: int, eps: float = EPS) -> Tensor:

@@ -1,21 +1,20 @@
-"""What happens beside the training step: checkpoints, metrics and the progress bar."""
+"""What happens beside the training step: metrics, events and the progress bar."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from pathlib import Path
+from math import nan
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
 from tqdm import tqdm
 
-from bat.shapes import UserError
-from bat.train.trainer import JsonLines, checkpoints, link_or_copy
+from bat.train.ranks import ranks_of
+from bat.train.trainer import JsonLines
 
 log = logging.getLogger("bat")
 
@@ -41,45 +40,12 @@ class StepCallback(Callback):
         raise NotImplementedError
 
 
-class Checkpoints(StepCallback, CheckpointBase):
-    """``step-N.ckpt`` every ``every`` steps and at the end; ``last.ckpt`` is the newest.
-
-    Saved on accumulation boundaries only. Older ones are removed after the newer one is safe.
-    A ``CheckpointBase``, so Lightning runs it after every other callback of the step.
-    """
-
-    def __init__(self, out: Path, *, every: int, keep: int) -> None:
-        super().__init__()
-        self.out, self.every, self.keep = out, every, keep
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if trainer.is_global_zero:  # leftovers of a write that was cut off
-            for stale in (self.out / "checkpoints").glob(".*.tmp"):
-                stale.unlink(missing_ok=True)
-
-    def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
-        if step % self.every and step != trainer.max_steps:
-            return
-        broken = [n for n, p in module.named_parameters() if not torch.isfinite(p).all()]
-        if broken:
-            raise UserError(
-                f"the weights are not finite after step {step} ({broken[0]} and {len(broken) - 1} "
-                "more): nothing was saved, earlier checkpoints are untouched. Lower optim.lr, set "
-                "optim.clip_norm, or try hardware.precision=32-true"
-            )
-        path = self.out / "checkpoints" / f"step-{step:08d}.ckpt"
-        trainer.save_checkpoint(path)
-        if trainer.is_global_zero:
-            link_or_copy(path, path.with_name("last.ckpt"))
-            for old in checkpoints(self.out)[self.keep :]:
-                old.unlink(missing_ok=True)
-
-
 class Metrics(StepCallback):
     """Means of the step's figures over a window, read off the device only when they are logged.
 
     The module leaves scalars on the device in ``figures`` after each micro-batch and says how many
-    clips it took in ``clips``; here they are added up without waiting for the device.
+    clips it took in ``clips``; here they are added up without waiting for the device. Means are
+    over all ranks and over what is finite (a skipped step spoils no line).
     """
 
     def __init__(self, *, every: int, progress: bool) -> None:
@@ -88,15 +54,23 @@ class Metrics(StepCallback):
         self.bar: tqdm | None = None
         self.clips_per_second: list[float] = []
         self.steps = 0
+        self.extra: dict[str, float] = {}
+        """Merged into the next line (of rank 0), then emptied."""
+        self._loggers: list[Any] = []
+        self._step = 0
         self._reset()
 
     def _reset(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.batches = self.clips = 0
+        self.names: list[str] = []
+        self.sums: torch.Tensor | None = None  # (2, figures): sum and count of what is finite
+        self.clips = 0
+        self._wrong = ""
         self.since = self.stepped = time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._loggers = trainer.loggers if trainer.is_global_zero else []
+        self._step = trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, JsonLines):
                 logger.rewind(trainer.global_step)
@@ -115,32 +89,55 @@ class Metrics(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
         figures: dict[str, torch.Tensor] = pl_module.figures  # type: ignore[assignment]
-        for name, value in figures.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
-        self.batches += 1
+        values = torch.stack([value.detach().float() for value in figures.values()])
+        finite = torch.isfinite(values)
+        gathered = torch.stack([values.where(finite, 0), finite.float()])  # (2, figures)
+        if self.names != list(figures):
+            self.names, self.sums = list(figures), gathered
+        else:
+            assert self.sums is not None
+            self.sums += gathered
         self.stepped = time.perf_counter()
         self.clips += int(pl_module.clips) * trainer.world_size  # type: ignore[arg-type]
         super().on_train_batch_end(trainer, pl_module, *args)
 
     def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
-        self.steps += 1
+        self.steps, self._step = self.steps + 1, step
         if self.bar is not None:
             self.bar.update(1)
         if step % self.every and step != trainer.max_steps and step != 1:
             return
-        row = {name: float(total) / self.batches for name, total in self.sums.items()}
+        assert self.sums is not None
+        both = ranks_of(trainer).total(self.sums.flatten().tolist())
+        n = len(self.names)
+        row = {k: both[i] / both[n + i] if both[n + i] else nan for i, k in enumerate(self.names)}
         seconds = time.perf_counter() - self.since
         row |= {"lr": float(trainer.optimizers[0].param_groups[0]["lr"])}
         row |= {"clips_per_second": self.clips / seconds}
         if step > 1:  # the first step pays for warming up
             self.clips_per_second.append(row["clips_per_second"])
+        row, self.extra = row | self.extra, {}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
         if self.bar is not None:
-            self.bar.set_postfix(
-                loss=f"{row['loss']:.3f}", clips=f"{row['clips_per_second']:.3g}/s"
+            self.bar.set_postfix_str(
+                f"loss={row['loss']:.3f}, clips={row['clips_per_second']:.3g}/s{self._wrong}"
             )
         self._reset()
+
+    def event(self, kind: str, line: str, **facts: Any) -> None:
+        """Something is wrong: a warning, a line of metrics, a mark on the bar till the next line.
+
+        From any thread; only rank 0 writes.
+        """
+        self._wrong = f" ! {kind}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(self._wrong.strip())
+            self.bar.clear()
+        log.warning("%s", line)
+        for logger in self._loggers:
+            if isinstance(logger, JsonLines):
+                logger.log_metrics({"event": kind, "message": line, **facts}, step=self._step)
 
     def say(self, line: str) -> None:
         """Log ``line`` without breaking the bar."""
@@ -154,12 +151,20 @@ class Metrics(StepCallback):
         The figures gathered since the last line go on being gathered.
         """
         now = time.perf_counter()
-        if not self.batches:
+        if self.sums is None:
             self.since = now
         else:  # as if the clock had stood still since the step ended
             self.since += now - self.stepped
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -25,6 +25,7 @@ from bat.config.compose import from_yaml
 from bat.config.locate import find_fragment, known_fragments
 from bat.config.schema import Finetune, Hardware, Pretrain, Probe, Supervised
 from bat.config.sections import Data, Model
+from bat.redact import HIDDEN
 from bat.shapes import Grid, UserError
 from bat.tasks.base import Task
 from bat.train.trainer import derive_seed
@@ -127,6 +128,11 @@ def data_of_run(config: Supervised) -> tuple[Data, str]:
         return data, ""
     for file in _config_files(_given(config)):
         for task, root, shards in _sources(file):
+            if task == config.task and any(HIDDEN in s for s in shards):
+                raise UserError(
+                    f"the shards of {file} were given with credentials, which are not written "
+                    "down: say data.shards= again"
+                )
             if task == config.task and (root or shards):
                 note = f"data {root or ', '.join(shards)}, as {file} says"
                 return replace(data, root=root, shards=shards), note

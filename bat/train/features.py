@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bat.audio.decode import MAX_FILE_SECONDS
 from bat.backbones.base import Backbone
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index
@@ -174,6 +175,7 @@ class FeatureStream:
         roll: bool = False,
         random_offset: bool = False,
         min_seconds: float = 0.0,
+        max_seconds: float = MAX_FILE_SECONDS,
         workers: int = 0,
         cache_bytes: int = 0,
         autocast: torch.dtype | None = None,
@@ -181,7 +183,7 @@ class FeatureStream:
     ) -> None:
         self.backbone, self.index, self.frames, self.autocast = backbone, index, frames, autocast
         self.clip_seconds, self.roll, self.random_offset = clip_seconds, roll, random_offset
-        self.min_seconds = min_seconds
+        self.min_seconds, self.max_seconds = min_seconds, max_seconds
         self.workers, self.cache_bytes = workers, cache_bytes
         self.bad_clips = bad_clips or BadClips(max_bad=1.0)
 
@@ -197,6 +199,7 @@ class FeatureStream:
             roll=self.roll,
             random_offset=self.random_offset,
             min_seconds=self.min_seconds,
+            max_seconds=self.max_seconds,
             workers=self.workers,
             cache_bytes=self.cache_bytes,
         )
@@ -213,6 +216,7 @@ class FeatureStream:
                 workers=self.workers,
                 cache_bytes=self.cache_bytes,
                 min_seconds=self.min_seconds,
+                max_seconds=self.max_seconds,
             )
         )
 

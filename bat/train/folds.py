@@ -23,26 +23,21 @@ from bat.data.bad_clips import BadClips
 from bat.data.module import AudioData
 from bat.data.order import make_plan
 from bat.probes.base import build_probe
+from bat.redact import redact_tree
 from bat.report.plots import plot_curves
 from bat.shapes import UserError
-from bat.train.callbacks import Checkpoints, Metrics
 from bat.train.encoders import autocast_for, registered_name, weights_digest
 from bat.train.features import FeatureStream
+from bat.train.fitting import Fitting
 from bat.train.heads import save_head
 from bat.train.held_out import HOW, Round
 from bat.train.metrics import evaluate
 from bat.train.prepare import Prepared
 from bat.train.probing import own_randomness, predict
+from bat.train.sharding import full_state, is_sharded
 from bat.train.speed import speed_up
 from bat.train.supervised import Supervised
-from bat.train.trainer import (
-    build_trainer,
-    derive_seed,
-    fit,
-    last_checkpoint,
-    read_jsonl,
-    write_json,
-)
+from bat.train.trainer import derive_seed, is_main, read_jsonl, write_json
 
 log = logging.getLogger("bat")
 
@@ -119,31 +114,23 @@ class Folds:
             log.info("held out %s: done before, read from %s", held.name, done)
             return self._read(done)
         config = self.config
-        folder.mkdir(parents=True, exist_ok=True)
-        newest = last_checkpoint(folder)
+        if is_main():  # another process could be here before the run's folder was looked at
+            folder.mkdir(parents=True, exist_ok=True)
+        module, data = self.module(held), self.data(held)
+        name = f"finetune-{config.recipe}-{held.name}"
+        fitting = Fitting(config, folder, module=module, data=data, name=name)
+        trainer, newest = fitting.trainer, fitting.newest
         start = f"continuing from {newest}" if newest else "starting"
         log.info("held out %s: %s, %d clips to train on", held.name, start, len(held.train))
-        module, data = self.module(held), self.data(held)
-        trainer = build_trainer(
-            hardware=config.hardware,
-            train=config.train,
-            log=config.log,
-            out=folder,
-            clip_norm=config.optim.clip_norm,
-            callbacks=[
-                Metrics(every=config.train.log_every, progress=config.log.progress),
-                Checkpoints(folder, every=config.train.save_every, keep=config.train.keep),
-            ],
-            name=f"finetune-{config.recipe}-{held.name}",
-        )
-        fit(trainer, module, data, newest)
-        data.bad_clips.check(final=True)
-        metrics, held_out_bad = self._judge(module.to(trainer.strategy.root_device), held)
+        fitting.run()
+        module = self._whole(module, held).to(trainer.strategy.root_device)
+        metrics, held_out_bad = self._judge(module, held)
         result = {
             "held_out": held.name,
             "metrics": metrics,
             "how": HOW,
             "steps": trainer.global_step,
+            **fitting.facts(),
             "bad_clips": data.bad_clips.state_dict(),
             "held_out_bad": held_out_bad.state_dict(),
             "bad": f"training: {data.bad_clips.summary()}; judging: {held_out_bad.summary()}",
@@ -168,6 +155,15 @@ class Folds:
                 f"{done.parent} to train it again, or give another out="
             )
         return result
+
+    def _whole(self, module: Supervised, held: Round) -> Supervised:
+        """``module``; where each process holds a part of it, a whole one."""
+        if not is_sharded(module):
+            return module
+        state = full_state(module, everywhere=True)
+        whole = self.module(held)
+        whole.load_state_dict(state)
+        return whole
 
     def _judge(self, module: Supervised, held: Round) -> tuple[dict[str, Any], BadClips]:
         """Metrics on the held-out clips, each process on all of them; what could not be read."""
@@ -204,7 +200,7 @@ class Folds:
             encoder=module.backbone.config(),
             student=module.backbone.state_dict(),
             teacher={},
-            meta={**meta, "training": to_dict(config)},
+            meta={**meta, "training": redact_tree(to_dict(config))},
         )
         save_head(
             folder / "head", module.head, name=config.method, head=asdict(config.head), meta=meta

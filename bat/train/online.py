@@ -10,6 +10,7 @@ run's own random numbers are left alone.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from bat.backbones.base import load_backbone
+from bat.backbones.base import Backbone, load_backbone
 from bat.config.schema import Pretrain
 from bat.config.sections import Optim
 from bat.data.bad_clips import BadClips
@@ -34,6 +35,8 @@ from bat.train.held_out import TITLES, Round, make_rounds, summary
 from bat.train.losses import loss_for
 from bat.train.probing import cross_validate
 from bat.train.run_folder import open_data
+from bat.train.sharding import whole_encoder
+from bat.train.stopping import Stopping
 from bat.train.trainer import JsonLines, derive_seed, read_jsonl
 
 log = logging.getLogger("bat")
@@ -42,15 +45,28 @@ HELD_OUT = 0.2
 """Fraction held out of a set that has neither folds nor splits."""
 
 
+class _CutOff(Exception):  # noqa: N818
+    """The run was asked to end: the probing is made up for when it goes on."""
+
+
 class OnlineProbe(StepCallback):
     """Trains and judges short probes on the teacher; ``rows`` is the curve so far."""
 
     def __init__(
-        self, config: Pretrain, *, task: Task, index: Index | None, out: Path, metrics: Metrics
+        self,
+        config: Pretrain,
+        *,
+        task: Task,
+        index: Index | None,
+        out: Path,
+        metrics: Metrics,
+        stopping: Stopping | None = None,
     ) -> None:
         """``task`` and ``index``: the training set's, probed where ``online`` names no other."""
         super().__init__()
         self.config, self.out, self.metrics = config, out, metrics
+        self.stopping = stopping
+        self._may_be_cut = False  # after a step: it is saved, the probing can be made up for
         online = config.online
         if online.root or online.shards:
             source = replace(
@@ -75,43 +91,62 @@ class OnlineProbe(StepCallback):
         super().on_train_start(trainer, pl_module)
         done = trainer.global_step
         self.rows = [r for r in self.rows if done and r["step"] <= done]
-        if not done:
-            self._probe(trainer, pl_module, 0)
+        if not done or (self._due(trainer, done) and all(r["step"] != done for r in self.rows)):
+            self._probe(trainer, pl_module, done)  # the control, or one that an end cut off
 
     def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
-        if step % self.config.online.every == 0 or step == trainer.max_steps:
+        if self._due(trainer, step):
+            self._may_be_cut = True
             self._probe(trainer, module, step)
+            self._may_be_cut = False
+
+    def _due(self, trainer: pl.Trainer, step: int) -> bool:
+        return step % self.config.online.every == 0 or step == trainer.max_steps
+
+    def _cut_off(self) -> None:
+        """Called after each step of the probes."""
+        if self._may_be_cut and self.stopping is not None and self.stopping.wanted:
+            raise _CutOff
 
     def _probe(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
+        teacher = whole_encoder(module.teacher)  # type: ignore[arg-type]  # all ranks together
         if trainer.is_global_zero:
-            results = self.probe(module)
-            row: dict[str, Any] = {}
-            for method, entry in results.items():
-                own = {"step": step, "method": method}
-                for name in entry["mean"]:
-                    row[f"online/{method}/{name}"] = entry["mean"][name]
-                    row[f"online/{method}/{name}_std"] = entry["std"][name]
-                    own |= {name: entry["mean"][name], f"{name}_std": entry["std"][name]}
-                self.rows.append(own)
-                if entry["gate"]:
-                    self.gates[method] = np.array(list(entry["gate"].values()))  # (folds, L)
-            for logger in trainer.loggers:
-                gates = {f"online/{m}/gate": g.mean(0).tolist() for m, g in self.gates.items()}
-                only_ours = gates if isinstance(logger, JsonLines) else {}
-                logger.log_metrics(row | only_ours, step=step)
-            self.draw()
-            name = self.task.metric
-            scores = ", ".join(f"{m} {100 * e['mean'][name]:.1f} %" for m, e in results.items())
-            self.metrics.say(f"step {step}: held-out {TITLES[name]} {scores}")
+            assert teacher is not None
+            try:
+                self._tell(trainer, self.probe(teacher, module.device, self._cut_off), step)
+            except _CutOff:
+                self.metrics.say(f"step {step}: probing cut off, to be made up for")
         trainer.strategy.barrier("online probe")
         self.metrics.pause()
 
-    def probe(self, module: pl.LightningModule) -> dict[str, dict[str, Any]]:
+    def _tell(self, trainer: pl.Trainer, results: dict[str, dict[str, Any]], step: int) -> None:
+        """Results to the metrics, the pictures and the log."""
+        row: dict[str, Any] = {}
+        for method, entry in results.items():
+            own = {"step": step, "method": method}
+            for name in entry["mean"]:
+                row[f"online/{method}/{name}"] = entry["mean"][name]
+                row[f"online/{method}/{name}_std"] = entry["std"][name]
+                own |= {name: entry["mean"][name], f"{name}_std": entry["std"][name]}
+            self.rows.append(own)
+            if entry["gate"]:
+                self.gates[method] = np.array(list(entry["gate"].values()))  # (folds, L)
+        for logger in trainer.loggers:
+            gates = {f"online/{m}/gate": g.mean(0).tolist() for m, g in self.gates.items()}
+            only_ours = gates if isinstance(logger, JsonLines) else {}
+            logger.log_metrics(row | only_ours, step=step)
+        self.draw()
+        name = self.task.metric
+        scores = ", ".join(f"{m} {100 * e['mean'][name]:.1f} %" for m, e in results.items())
+        self.metrics.say(f"step {step}: held-out {TITLES[name]} {scores}")
+
+    def probe(
+        self, teacher: Backbone, device: torch.device, on_step: Callable[[], None] = lambda: None
+    ) -> dict[str, dict[str, Any]]:
         """Train and judge once; ``{method: {"mean", "std", "folds", "gate"}}``."""
         online, frames = self.config.online, self.config.frontend.frames
         bf16 = self.config.hardware.precision == "bf16-mixed"
         autocast = torch.bfloat16 if bf16 else None
-        teacher: Any = module.teacher
         bad = BadClips(max_bad=self.config.data.max_bad)
         batches = eval_loader(
             self.index,
@@ -127,7 +162,7 @@ class OnlineProbe(StepCallback):
             ids=self.ids,
             frames=frames,
             autocast=autocast,
-            device=module.device,
+            device=device,
             bad_clips=bad,
         )
         if bad.bad:
@@ -151,7 +186,8 @@ class OnlineProbe(StepCallback):
             multi_label=self.task.multi_label,
             seed=derive_seed(self.config.seed, "online"),
             autocast=autocast,
-            device=module.device,
+            device=device,
+            on_step=on_step,
         )
         return summary(outcomes)
 

@@ -3,15 +3,15 @@
     wave -> front end, once a clip -> masks on the device -> student, teacher, losses
          -> AdamW at the scheduled rate -> EMA of the teacher after each real optimiser step
 
-Everything random hangs on (seed, micro-batch, rank) alone, never on what came before: an
-interrupted and resumed run ends with the same weights as one that was left alone.
+Everything random hangs on (seed, micro-batch, rank) alone, masks on (seed, place in the stream),
+never on what came before: an interrupted and resumed run ends with the same weights as one that was
+left alone, and masks do not change with the number of devices or of micro-batches.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
@@ -22,11 +22,14 @@ from bat.config.compose import to_dict
 from bat.config.schema import Pretrain
 from bat.nn.decoder import CNNDecoder, ViTDecoder
 from bat.nn.ema import ema_decay
-from bat.nn.masking import inverse_block_mask
+from bat.nn.masking import inverse_block_mask, row_seeds
 from bat.objectives.masked_latent import MaskedLatent
+from bat.redact import redact_tree
 from bat.shapes import Grid, Views, WaveBatch
+from bat.train.guard import Guard, poison
 from bat.train.optim import adamw, param_groups, set_lr
-from bat.train.speed import speed_up_pretraining
+from bat.train.sharding import Shardable
+from bat.train.speed import blocks_of, speed_up_pretraining
 from bat.train.trainer import derive_seed
 
 DECODERS = {"vit12h": {"heads": 12, "mlp_ratio": 4.0}, "vit6h": {"heads": 6, "mlp_ratio": 2.0}}
@@ -76,7 +79,7 @@ def build_objective(config: Pretrain) -> MaskedLatent:
     )
 
 
-class Pretraining(pl.LightningModule):
+class Pretraining(Shardable):
     """One training step of masked latent regression, and its optimiser."""
 
     def __init__(self, config: Pretrain) -> None:
@@ -85,6 +88,7 @@ class Pretraining(pl.LightningModule):
         self.objective = build_objective(config)
         self.figures: dict[str, Tensor] = {}
         self.clips = 0
+        self.guard = Guard(config.optim.clip_norm)
         speed_up_pretraining(self.objective, config.hardware)
 
     @property
@@ -97,13 +101,17 @@ class Pretraining(pl.LightningModule):
         """The EMA teacher's encoder."""
         return self.objective.teacher.encoder  # type: ignore[return-value]
 
+    def units(self) -> list[torch.nn.Module]:
+        """The teacher's blocks, the student's, the decoder."""
+        return [*blocks_of(self.teacher), *blocks_of(self.encoder), self.objective.student.decoder]
+
     def training_step(self, batch: WaveBatch, batch_idx: int) -> Tensor:
         seed = derive_seed(self.config.seed, "step", batch_idx, self.global_rank)
         torch.manual_seed(seed)  # drop path
         if self.config.hardware.compile == "cudagraphs":
             torch.compiler.cudagraph_mark_step_begin()
         spectrogram = self.spectrogram(batch)  # (B, 1, frames, mels)
-        views = self.draw_views(spectrogram.shape[0], seed)
+        views = self.draw_views(batch.positions)
         losses = self.objective(spectrogram, views)
         self.clips = spectrogram.shape[0]
         self.figures = {
@@ -112,8 +120,10 @@ class Pretraining(pl.LightningModule):
             "loss_global": losses.global_.detach(),
             "loss_position_only": losses.position_only,
             "target_std": losses.target_std,
+            "grad_norm": torch.full_like(losses.total, torch.nan),  # known before the step
         }
-        return losses.total
+        self.guard.note(batch, losses.total)
+        return poison(losses.total)
 
     def spectrogram(self, batch: WaveBatch) -> Tensor:
         """(B, S) waves -> (B, 1, frames, mels), float32, no gradient."""
@@ -122,17 +132,20 @@ class Pretraining(pl.LightningModule):
                 batch.waves, frames=self.config.frontend.frames, lengths=batch.lengths
             )
 
-    def draw_views(self, clips: int, seed: int) -> Views:
-        """Masks for ``clips`` times ``mask.views`` views, on the device."""
+    def draw_views(self, positions: Tensor) -> Views:
+        """``mask.views`` masks of each clip at ``positions`` (B,) of the stream, on the device.
+
+        A clip's masks hang on (seed, position) alone: not on the batch, the rank, or who reads it.
+        """
         mask = self.config.mask
-        generator = torch.Generator(self.device).manual_seed(seed)
+        seeds = row_seeds(derive_seed(self.config.seed, "masks"), positions, mask.views)
         return inverse_block_mask(
-            clips * mask.views,
+            len(seeds),
             self.encoder.grid,
             keep_ratio=1 - mask.ratio,
             block=mask.block,
             adjust=mask.adjust,
-            generator=generator,
+            seeds=seeds.to(self.device, non_blocking=True),
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -155,9 +168,14 @@ class Pretraining(pl.LightningModule):
             min_lr=optim.min_lr,
         )
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        assert self.guard.skip is not None
         decay = ema_decay(done, start=ema.start, end=ema.end, steps=ema.steps)
-        self.objective.update_teacher(decay)
+        self.objective.update_teacher(decay, skip=self.guard.skip)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradients are complete: their norm, clipping, and whether there will be a step."""
+        self.figures["grad_norm"] = self.guard.inspect(optimizer, self.parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in every checkpoint how it came to be."""
-        checkpoint["bat"] = {"version": __version__, "config": to_dict(self.config)}
+        checkpoint["bat"] = {"version": __version__, "config": redact_tree(to_dict(self.config))}

@@ -117,11 +117,13 @@ def cross_validate(
     log_every: int = 0,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     on_probe: Callable[[Probe, Outcome], None] | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
     """Train and judge each of ``methods`` in each of ``rounds``.
 
     ``build(method)`` makes a probe. ``on_log`` gets ``{"fold", "step", "method", "loss"}`` every
-    ``log_every`` steps; ``on_probe`` each trained probe with its outcome.
+    ``log_every`` steps; ``on_probe`` each trained probe with its outcome; ``on_step`` is called
+    after each step and may end it all by raising.
     """
     outcomes = []
     for held in rounds:
@@ -136,6 +138,7 @@ def cross_validate(
 
             def after_step(step: int, losses: dict[str, Tensor], held: Round = held) -> None:
                 bar.update(1)
+                on_step()
                 if on_log and log_every and (step % log_every == 0 or step in (1, steps)):
                     for method, value in losses.items():
                         row = {"fold": held.name, "method": method, "loss": float(value)}

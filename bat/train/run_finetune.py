@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bat.train.batching import with_batch
 
 from bat import __version__
 from bat.config import schema
@@ -22,15 +23,21 @@ from bat.train.encoders import autocast_for, checkpoint_name
 from bat.train.folds import Folds
 from bat.train.held_out import HOW, TITLES, Outcome, summary, table
 from bat.train.prepare import prepare
-from bat.train.run_folder import open_run
+from bat.train.run_folder import run_folder
 from bat.train.trainer import is_main, start_logging, write_json
 
 log = logging.getLogger("bat")
 
 
-def finetune(config: schema.Finetune, *, dry_run: bool = False) -> Path:
-    """Fine-tune as ``config`` says; returns the run folder. Continues what is already there."""
+def finetune(config: schema.Finetune, *, dry_run: bool = False, force: bool = False) -> Path:
+    """Fine-tune as ``config`` says; returns the run folder. Continues what is already there.
+
+    Raises ``Interrupted`` where the run was asked to end: it is saved, and can go on.
+    ``force``: continue with other settings all the same.
+    """
     find_probe(config.method)
+    batch = config.data.batch, config.train.accumulate
+    config = with_batch(config)
     ready = prepare(config)
     config = ready.config
     out = Path(config.out or f"runs/finetune-{config.recipe}-{checkpoint_name(config)}")
@@ -39,13 +46,24 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False) -> Path:
         _dry_run(run)
         return out
 
-    open_run(config, out)
-    start_logging(out)
+    asked = replace(
+        config,
+        data=replace(config.data, batch=batch[0]),
+        train=replace(config.train, accumulate=batch[1]),
+    )
+    with run_folder(asked, out, force=force):
+        start_logging(out)
+        _run(run, out)
+    return out
+
+
+def _run(run: Folds, out: Path) -> None:
+    config, ready = run.config, run.ready
     log.info("%s", _headline(run))
     began = time.perf_counter()
     results = [run.fold(held) for held in ready.rounds]
     if not is_main():  # the others only trained along
-        return out
+        return
     outcomes = [Outcome(config.method, r["held_out"], r["metrics"]) for r in results]
     found = summary(outcomes)
     metric = ready.task.metric
@@ -73,7 +91,6 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False) -> Path:
     for result in results:
         log.info("held out %s: %s", result["held_out"], result["bad"])
     print(_report(config, found, out))
-    return out
 
 
 def _dry_run(run: Folds) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from bat.data.index import Index, open_index
 from bat.data.pool import cores
 from bat.data.shards import ensure_shards
 from bat.data.toy import make_toy
+from bat.redact import redact
 from bat.shapes import UserError
 from bat.tasks.base import Task, load_task
+from bat.train.lock import LOCK, hold
 from bat.train.trainer import is_main
 
 log = logging.getLogger("bat")
@@ -41,43 +45,65 @@ SAFE = (
     "data.root:",
     "data.shards:",
     "data.max_bad:",
+    "data.batch:",
+    "data.global_batch:",
+    "train.accumulate:",
     "train.log_every:",
     "train.save_every:",
+    "train.save_minutes:",
     "train.keep:",
+    "train.keep_every:",
+    "health.",
 )
 """Settings that may change when a run is continued: what is computed stays the same. (That the data
 and the global batch are the same is checked against the checkpoint: by hash, not by path.)"""
 
 
-def open_run(config: Pretrain | Supervised, out: Path) -> bool:
-    """Make or re-open the run folder ``out`` and write ``config.yaml``; True where it existed.
+@contextmanager
+def run_folder(config: Pretrain | Supervised, out: Path, *, force: bool = False) -> Iterator[None]:
+    """The run folder ``out``, made or re-opened, held by this run alone, ``config.yaml`` written.
 
-    Raises ``UserError`` where ``out`` is something else, or holds a run with other settings:
-    the message shows the difference. Only the first of several processes looks and writes.
+    Raises ``UserError`` where ``out`` is something else, is in use, or holds a run with other
+    settings: the message shows the difference. ``force`` takes other settings all the same. Only
+    the first of several processes looks and writes.
     """
-    file = out / "config.yaml"
     if not is_main():
-        return True
-    text = to_yaml(config)
+        yield
+        return
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out} is a file: name a folder")
-    if not file.is_file():
-        if out.is_dir() and any(p.name != "train.log" for p in out.iterdir()):
-            raise UserError(f"out={out} holds other things than a run: choose another folder")
-        _write(file, text)
-        return False
-    changes = changed_settings(file.read_text(encoding="utf-8"), text)
-    risky = [c for c in changes if not c[2:].startswith(SAFE)]
-    if risky:
-        raise UserError(
-            f"out={out} holds a run with other settings (- then, + now):\n  "
-            + "\n  ".join(risky)
-            + "\nGive it the same settings to continue it, or another out="
-        )
-    if changes:
-        log.info("continuing with changed settings:\n  %s", "\n  ".join(changes))
+    new = not (out / "config.yaml").is_file()
+    if new and out.is_dir() and any(p.name not in ("train.log", LOCK) for p in out.iterdir()):
+        raise UserError(f"out={out} holds other things than a run: choose another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to out={out}: {error}; choose another out=") from error
+    with hold(out):
+        _settle(config, out / "config.yaml", force)
+        yield
+
+
+def _settle(config: Pretrain | Supervised, file: Path, force: bool) -> None:
+    """Write the settings, unless those of the run there forbid it."""
+    text = redact(to_yaml(config))
+    if file.is_file():
+        changes = changed_settings(file.read_text(encoding="utf-8"), text)
+        risky = [c for c in changes if not c[2:].startswith(SAFE)]
+        if risky and not force:
+            raise UserError(
+                f"out={file.parent} holds a run with other settings (- then, + now):\n  "
+                + "\n  ".join(risky)
+                + "\nGive it the same settings to continue it, or another out=; --force continues "
+                "it with these all the same"
+            )
+        if changes:
+            log.warning(
+                "continuing with changed settings%s:\n  %s",
+                ", by --force" if risky else "",
+                "\n  ".join(changes),
+            )
     _write(file, text)
-    return True
 
 
 def _write(file: Path, text: str) -> None:

@@ -9,65 +9,74 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 from tqdm import tqdm
 
 from bat import __version__, checkpoint
 from bat.config.compose import to_dict
 from bat.config.schema import Pretrain
 from bat.data.base import StreamData
+from bat.redact import redact_tree
 from bat.report.plots import plot_curves, plot_masks
-from bat.train.callbacks import Checkpoints, Metrics
+from bat.train.batching import with_batch
+from bat.train.callbacks import Metrics
+from bat.train.fitting import Fitting
 from bat.train.online import OnlineProbe
 from bat.train.pretrain import Pretraining
 from bat.train.pretrain_data import PretrainData, open_stream
-from bat.train.run_folder import open_run
+from bat.train.run_folder import run_folder
+from bat.train.sharding import full_state
 from bat.train.speed import attention_in_words
-from bat.train.trainer import (
-    build_trainer,
-    derive_seed,
-    fit,
-    last_checkpoint,
-    read_jsonl,
-    start_logging,
-    write_json,
-)
+from bat.train.stopping import Stopping
+from bat.train.trainer import derive_seed, read_jsonl, start_logging, write_json
 
 log = logging.getLogger("bat")
 
 
-def pretrain(config: Pretrain, *, dry_run: bool = False) -> Path:
-    """Pre-train as ``config`` says; returns the run folder. Continues what is already there."""
+def pretrain(config: Pretrain, *, dry_run: bool = False, force: bool = False) -> Path:
+    """Pre-train as ``config`` says; returns the run folder. Continues what is already there.
+
+    Raises ``Interrupted`` where the run was asked to end: it is saved, and can go on.
+    ``force``: continue with other settings all the same.
+    """
     out = Path(config.out or f"runs/pretrain-{config.recipe}")
     start_logging()
+    asked, config = config, with_batch(config)
     source = open_stream(config, out)
-    data = source.data
     torch.manual_seed(derive_seed(config.seed, "init"))
     module = Pretraining(config)
     if dry_run:
         _dry_run(config, module, source)
-        return out
+    else:
+        with run_folder(asked, out, force=force):
+            start_logging(out)
+            _run(config, out, module, source)
+    return out
 
-    existed = open_run(config, out)
-    start_logging(out)
-    newest = last_checkpoint(out) if existed else None
-    log.info("%s", _headline(config, source, out, newest))
-    metrics = Metrics(every=config.train.log_every, progress=config.log.progress)
-    online = None
-    if config.online.every:
-        online = OnlineProbe(config, task=source.task, index=source.index, out=out, metrics=metrics)
-    trainer = build_trainer(
-        hardware=config.hardware,
-        train=config.train,
-        log=config.log,
-        out=out,
-        clip_norm=config.optim.clip_norm,
-        callbacks=[
-            metrics,
-            *([online] if online else []),
-            Checkpoints(out, every=config.train.save_every, keep=config.train.keep),
-        ],
-        name=f"pretrain-{config.recipe}",
-    )
+
+def _run(config: Pretrain, out: Path, module: Pretraining, source: PretrainData) -> None:
+    data = source.data
+    probes: list[OnlineProbe] = []
+
+    def more(metrics: Metrics, stopping: Stopping) -> list[Callback]:
+        if config.online.every:
+            probes.append(
+                OnlineProbe(
+                    config,
+                    task=source.task,
+                    index=source.index,
+                    out=out,
+                    metrics=metrics,
+                    stopping=stopping,
+                )
+            )
+        return [*probes]
+
+    name = f"pretrain-{config.recipe}"
+    fitting = Fitting(config, out, module=module, data=data, name=name, more=more)
+    trainer, metrics = fitting.trainer, fitting.metrics
+    log.info("%s", _headline(config, source, out, fitting.newest))
     clips = config.data.batch * config.train.accumulate
     log.info(
         "  %d clips a step: %d a micro-batch x %d accumulated x %d device(s)",
@@ -82,29 +91,30 @@ def pretrain(config: Pretrain, *, dry_run: bool = False) -> Path:
     if kernel:
         log.info("  attention %s: %s", config.model.attention, kernel)
     began = time.perf_counter()
-    fit(trainer, module, data, newest)
-    data.bad_clips.check(final=True)
+    fitting.run()
     everybodys = data.bad_clips_all_ranks()
-    if trainer.is_global_zero:
-        export(module, out, step=trainer.global_step, data=data)
-        draw(module, data, out)
-        summary = {
-            "steps": trainer.global_step,
-            "seconds": round(time.perf_counter() - began, 1),
-            "data": data.facts(),
-            "clips_per_second": _median(metrics.clips_per_second),
-            "bad_clips": data.bad_clips.state_dict(),
-            "bad_clips_all_ranks": everybodys,
-            "last": _last_loss(out),
-            "online": online.rows if online else [],
-            "version": __version__,
-            "device": device_name(trainer.strategy.root_device),
-        }
-        if metrics.steps or not (out / "summary.json").is_file():  # else nothing was done
-            write_json(out / "summary.json", summary)
-        log.info("%s", data.bad_clips.summary())
-        _say_where(config, out, online)
-    return out
+    state = full_state(module)
+    if not trainer.is_global_zero:
+        return
+    export(module, out, step=trainer.global_step, data=data, state=state)
+    draw(module, data, out)
+    summary = {
+        "steps": trainer.global_step,
+        "seconds": round(time.perf_counter() - began, 1),
+        "data": redact_tree(data.facts()),
+        "clips_per_second": _median(metrics.clips_per_second),
+        "bad_clips": data.bad_clips.state_dict(),
+        "bad_clips_all_ranks": everybodys,
+        **fitting.facts(),
+        "last": _last_loss(out),
+        "online": probes[0].rows if probes else [],
+        "version": __version__,
+        "device": device_name(trainer.strategy.root_device),
+    }
+    if metrics.steps or not (out / "summary.json").is_file():  # else nothing was done
+        write_json(out / "summary.json", summary)
+    log.info("%s", data.bad_clips.summary())
+    _say_where(config, out, probes[0] if probes else None)
 
 
 def device_name(device: torch.device) -> str:
@@ -112,19 +122,27 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def export(module: Pretraining, out: Path, *, step: int, data: StreamData) -> Path:
-    """Write ``out/export``: student and teacher encoder and how they came to be."""
+def export(
+    module: Pretraining, out: Path, *, step: int, data: StreamData, state: dict[str, Tensor]
+) -> Path:
+    """Write ``out/export``: student and teacher encoder, of the ``full_state`` of ``module``, and
+    how they came to be."""
+
+    def encoder(of: str) -> dict[str, Tensor]:
+        prefix = f"objective.{of}.encoder."
+        return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+
     return checkpoint.export(
         out / "export",
         backbone=module.config.model.backbone,
         encoder=module.encoder.config(),
-        student=module.encoder.state_dict(),
-        teacher=module.teacher.state_dict(),
+        student=encoder("student"),
+        teacher=encoder("teacher"),
         meta={
             "bat_version": __version__,
             "steps": step,
-            "training": to_dict(module.config),
-            "data": data.facts(),
+            "training": redact_tree(to_dict(module.config)),
+            "data": redact_tree(data.facts()),
         },
     )
 
@@ -138,7 +156,7 @@ def draw(module: Pretraining, data: StreamData, out: Path) -> None:
     # the trainer has moved the module to the CPU: nothing is to be compiled for it there
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         spectrogram = module.spectrogram(batch.to(module.device))[:count]
-        views = module.draw_views(count, derive_seed(module.config.seed, "picture"))
+        views = module.draw_views(torch.arange(count))
     per_clip = module.config.mask.views
     plot_masks(
         spectrogram.cpu(),
@@ -167,7 +185,7 @@ def _dry_run(config: Pretrain, module: Pretraining, source: PretrainData) -> Non
         torch.set_grad_enabled(device.type == "cuda"),
     ):
         spectrogram = module.spectrogram(batch.to(device))[:clips]
-        losses = module.objective(spectrogram, module.draw_views(clips, 0))
+        losses = module.objective(spectrogram, module.draw_views(torch.arange(clips)))
     if device.type == "cuda":
         losses.total.backward()
     student = sum(p.numel() for p in module.objective.student.parameters())

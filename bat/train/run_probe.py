@@ -37,19 +37,22 @@ from bat.train.held_out import (
 )
 from bat.train.prepare import Prepared, prepare
 from bat.train.probing import cross_validate, predict
-from bat.train.run_folder import open_run
+from bat.train.run_folder import run_folder
 from bat.train.speed import speed_up
 from bat.train.trainer import start_logging, write_json
 
 log = logging.getLogger("bat")
 
 
-def probe(config: schema.Probe, *, dry_run: bool = False) -> Path:
-    """Probe a frozen encoder as ``config`` says; returns the run folder."""
+def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -> Path:
+    """Probe a frozen encoder as ``config`` says; returns the run folder.
+
+    ``force``: in a folder of other settings all the same.
+    """
     for method in config.methods:
         find_probe(method)
     ready = prepare(config)
-    config, task, index, backbone = ready.config, ready.task, ready.index, ready.backbone
+    config, index, backbone = ready.config, ready.index, ready.backbone
     out = Path(
         config.out
         or f"runs/probe-{config.recipe}-{checkpoint_name(config)}-{'+'.join(config.methods)}"
@@ -73,8 +76,16 @@ def probe(config: schema.Probe, *, dry_run: bool = False) -> Path:
         _dry_run(ready, build)
         return out
 
-    open_run(config, out)
-    start_logging(out)
+    with run_folder(config, out, force=force):
+        start_logging(out)
+        _run(ready, build, out, device)
+    return out
+
+
+def _run(
+    ready: Prepared[schema.Probe], build: Callable[[str], Probe], out: Path, device: torch.device
+) -> None:
+    config, task, index = ready.config, ready.task, ready.index
     log.info("%s", _headline(ready, out))
     metrics = out / "metrics.jsonl"
     metrics.write_text("", encoding="utf-8")
@@ -143,7 +154,6 @@ def probe(config: schema.Probe, *, dry_run: bool = False) -> Path:
     )
     log.info("%s", bad.summary())
     print(_report(config, results, out))
-    return out
 
 
 def _source(ready: Prepared[schema.Probe], bad: BadClips) -> Source:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
@@ -22,13 +21,17 @@ from bat.backbones.base import Backbone
 from bat.config.compose import to_dict
 from bat.config.schema import Finetune
 from bat.probes.base import Probe
+from bat.redact import redact_tree
 from bat.shapes import UserError, WaveBatch
+from bat.train.guard import Guard, poison
 from bat.train.losses import Loss, against
 from bat.train.optim import adamw, param_groups, set_lr
+from bat.train.sharding import Shardable
+from bat.train.speed import blocks_of
 from bat.train.trainer import derive_seed
 
 
-class Supervised(pl.LightningModule):
+class Supervised(Shardable):
     """Backbone and head, one training step, and their optimiser."""
 
     def __init__(
@@ -54,6 +57,11 @@ class Supervised(pl.LightningModule):
             raise UserError(f"{type(backbone).__name__} has no drop path: drop_path=0")
         self.figures: dict[str, Tensor] = {}
         self.clips = 0
+        self.guard = Guard(config.optim.clip_norm)
+
+    def units(self) -> list[torch.nn.Module]:
+        """The blocks; the head is small and stays with the rest."""
+        return list(blocks_of(self.backbone))
 
     def training_step(self, batch: WaveBatch, batch_idx: int) -> Tensor:
         seed = derive_seed(self.config.seed, self.fold, "step", batch_idx, self.global_rank)
@@ -62,8 +70,12 @@ class Supervised(pl.LightningModule):
         spectrogram, targets = self.augmented(batch, generator)  # (B, 1, frames, mels), (B, C)
         loss = against(self.loss, self.head(self.backbone.features(spectrogram)), targets)
         self.clips = spectrogram.shape[0]
-        self.figures = {"loss": loss.detach()}
-        return loss
+        self.figures = {
+            "loss": loss.detach(),
+            "grad_norm": torch.full_like(loss, torch.nan),  # known before the step
+        }
+        self.guard.note(batch, loss)
+        return poison(loss)
 
     @torch.no_grad()
     def augmented(self, batch: WaveBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -122,11 +134,15 @@ class Supervised(pl.LightningModule):
         )
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradients are complete: their norm, clipping, and whether there will be a step."""
+        self.figures["grad_norm"] = self.guard.inspect(optimizer, self.parameters())
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in every checkpoint how it came to be."""
         checkpoint["bat"] = {
             "version": __version__,
-            "config": to_dict(self.config),
+            "config": redact_tree(to_dict(self.config)),
             "start": self.start,
         }
 

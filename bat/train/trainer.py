@@ -1,34 +1,36 @@
 """Lightning's Trainer as every command of ours wants it, and the run folder it writes to.
 
 A run leaves ``out/``: config.yaml, metrics.jsonl, train.log, checkpoints/, export/, plots/,
-summary.json. Lightning owns the loop; what is ours is small: checkpoints that are written beside
-their final name, flushed and renamed (Lightning stages in ``$TMPDIR`` and moves: not atomic
-across file systems), loading without unrestricted pickles, and metrics as JSON lines.
+summary.json. Lightning owns the loop; what is ours is small: checkpoints (``checkpointing.py``), an
+end that can be resumed (``stopping.py``), gradients looked at before a step (``guard.py``), and
+metrics as JSON lines.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
-import re
+import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from bat.checkpoint import replace_durably
 from bat.config.schema import Hardware, Log, Train
+from bat.redact import Redacting
 from bat.shapes import UserError
+from bat.train.sharding import check_strategy, devices, nodes, strategy
 
 log = logging.getLogger("bat")
 
@@ -53,35 +55,6 @@ def is_main() -> bool:
     return not getattr(rank_zero_only, "rank", 0)
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that exist whole or not at all."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        """Write beside ``path``, flush, rename."""
-        del storage_options
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            torch.save(checkpoint, temporary)
-            replace_durably(temporary, target)
-        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError on a full disk
-            temporary.unlink(missing_ok=True)
-            raise UserError(
-                f"cannot write checkpoint {target}: {error}. Earlier checkpoints are untouched; "
-                "free some space, then run the same command again to continue"
-            ) from error
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Tensors and plain containers only, whatever the caller says."""
-        del weights_only
-        return torch.load(path, map_location=map_location, weights_only=True)
-
-
 class JsonLines(Logger):
     """One JSON object a line: ``{"step": ..., name: value, ...}``. Survives a resume by appending.
 
@@ -92,6 +65,8 @@ class JsonLines(Logger):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
+        self._lock = threading.Lock()  # events come from other threads
+        self._unwritten, self._told = b"", False
 
     @property
     def name(self) -> str:
@@ -106,18 +81,40 @@ class JsonLines(Logger):
         """The run folder has config.yaml."""
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         row: dict[str, Any] = {"step": step}
         for name, value in metrics.items():
             finite = not isinstance(value, float) or math.isfinite(value)
             row[name] = value if finite else None  # JSON knows no NaN
         row.pop("epoch", None)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with self._lock:
+            self._unwritten += (json.dumps(row) + "\n").encode()
+            self._write()
+
+    def _write(self) -> None:
+        """Append what waits, whole or not at all; on a full disk it goes on waiting."""
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(file).st_size
+            try:
+                written = os.write(file, self._unwritten)
+                if written < len(self._unwritten):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._unwritten = b""
+            except OSError as error:
+                os.ftruncate(file, size)
+                if not self._told:
+                    log.warning("cannot write %s (%s): its lines wait in memory", self.path, error)
+                    self._told = True
+        finally:
+            os.close(file)
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Drop the lines of steps after ``step``; all of them at step 0, which begins anew."""
+        """Drop the lines of steps after ``step``; all of them at step 0, which begins anew.
+
+        A half-written last line goes too.
+        """
         rows = [r for r in read_jsonl(self.path) if step and (r.get("step") or 0) <= step]
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
@@ -136,33 +133,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """Numbered checkpoints of a run, newest first."""
-    found = (out / "checkpoints").glob("step-*.ckpt")
-    return sorted((p for p in found if re.fullmatch(r"step-\d+\.ckpt", p.name)), reverse=True)
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint that loads; damaged ones are passed over with a line in the log."""
-    for path in checkpoints(out):
-        try:
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # whatever is wrong with it, an older one may do
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            log.warning("checkpoint %s does not load (%s); trying an older one", path, reason)
-            continue
-        return path
-    return None
-
-
 def build_trainer(
     *,
     hardware: Hardware,
     train: Train,
     log: Log,
     out: Path,
-    clip_norm: float | None,
     callbacks: list[pl.Callback],
+    checkpoint_io: CheckpointIO,
     name: str,
 ) -> pl.Trainer:
     """A Trainer for ``train.steps`` optimiser steps.
@@ -170,30 +148,29 @@ def build_trainer(
     Metrics go to ``out/metrics.jsonl`` and, when ``log.wandb`` says so, to Weights & Biases.
     Raises ``UserError`` where the hardware asked for is not there.
     """
+    check_strategy(hardware)
     loggers: list[Logger] = [JsonLines(out / "metrics.jsonl")]
+    plugins: list[Any] = [checkpoint_io]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # ours: ``stopping.py``
     if log.wandb != "off":
         loggers.append(_wandb(log, out, name))
-    devices: Any = hardware.devices
-    if devices.isdigit():
-        devices = int(devices)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
         try:
             return pl.Trainer(
                 accelerator=hardware.accelerator,
-                devices=devices,
-                num_nodes=hardware.num_nodes,
-                strategy=hardware.strategy,
+                devices=devices(hardware),
+                num_nodes=nodes(hardware),
+                strategy=strategy(hardware),
                 precision=hardware.precision,
                 max_steps=train.steps,
                 max_epochs=-1,
                 accumulate_grad_batches=train.accumulate,
-                gradient_clip_val=clip_norm,
                 logger=loggers,
                 callbacks=callbacks,
-                plugins=[AtomicCheckpointIO()],
+                plugins=plugins,
                 use_distributed_sampler=False,
-                enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
                 enable_progress_bar=False,
                 enable_model_summary=False,
                 log_every_n_steps=train.log_every,
@@ -221,19 +198,11 @@ def _wandb(log: Log, out: Path, name: str) -> Logger:
         raise UserError("log.wandb needs the package: pip install 'bat-audio[wandb]'") from error
 
 
-def fit(trainer: pl.Trainer, module: Any, data: Any, newest: Path | None) -> None:
-    """``trainer.fit`` from checkpoint ``newest`` on; an interrupted one is never a success.
+class _LogFile(logging.FileHandler):
+    """A log on a full disk is silent: it ends no run, and fills no screen with tracebacks."""
 
-    Lightning 2.6.6 ends a Ctrl-C by ``exit(1)`` and a SIGTERM by ``exit(0)`` within ``fit``.
-    """
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=str(newest) if newest else None)
-    except SystemExit as error:
-        log.warning(
-            "interrupted after step %d; the same command continues from the last checkpoint",
-            trainer.global_step,
-        )
-        raise KeyboardInterrupt from error
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
+        """Leave the line out."""
 
 
 def start_logging(out: Path | None = None) -> None:
@@ -245,11 +214,13 @@ def start_logging(out: Path | None = None) -> None:
         logger.removeHandler(handler)
         handler.close()
     screen = logging.StreamHandler()
+    screen.addFilter(Redacting())
     screen.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(screen)
     if out is not None and is_main():
         out.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(out / "train.log", encoding="utf-8")
+        file = _LogFile(out / "train.log", encoding="utf-8")
+        file.addFilter(Redacting())
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
     if not is_main():
@@ -265,15 +236,3 @@ def write_json(path: Path, data: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     replace_durably(temporary, path)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source``, atomically, without writing it twice if
-    the file system allows."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        temporary.write_bytes(source.read_bytes())
-    os.replace(temporary, target)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import math
 import pickle
 import tracemalloc
 from pathlib import Path
@@ -175,11 +177,12 @@ def test_forged_flac_length_allocates_nothing_and_is_short(total: int) -> None:
     data = with_flac_total(sample("flac", channels=1), total)
     tracemalloc.start()
     try:
-        assert kind_of(data) == "short"
+        assert kind_of(data, max_file_seconds=math.inf) == "short"
         assert tracemalloc.get_traced_memory()[1] < 64 * 2**20  # bytes; the header says 256 GiB
     finally:
         tracemalloc.stop()
-    assert len(decode(data, sample_rate=44100, max_seconds=0.5)) == 22050
+    part = decode(data, sample_rate=44100, max_seconds=0.5, max_file_seconds=math.inf)
+    assert len(part) == 22050
 
 
 def test_flac_without_length_is_read_to_its_end() -> None:
@@ -354,3 +357,68 @@ def test_open_files_share_no_callbacks_and_closed_ones_lend_theirs() -> None:
     second.close()
     with module.open_reader(two) as third:
         assert third._lent in lent
+
+
+def flac_bomb(frames: int) -> bytes:
+    """So many frames of silence: 12 bytes each 4,096."""
+    return file_bytes(np.zeros(frames, np.float32), 8_000, "FLAC", "PCM_16")
+
+
+@pytest.mark.parametrize("where", ["decode", "into", "channels", "at a path"])
+def test_a_file_of_a_day_is_long_before_anything_is_decoded(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "day.wav"
+    with path.open("wb") as file:  # sparse: 24 h of 8 kHz in 16 bits
+        head = bytearray(file_bytes(np.zeros(0, np.float32), 8_000, subtype="PCM_16"))
+        head[4:8] = (len(head) - 8 + 86_400 * 16_000).to_bytes(4, "little")
+        head[-4:] = (86_400 * 16_000).to_bytes(4, "little")
+        file.write(head)
+        file.truncate(len(head) + 86_400 * 16_000)
+    assert probe(path).frames == 86_400 * 8_000
+    row = np.zeros(8_000, np.float32)
+    part = {"sample_rate": 8_000, "start_seconds": 5.0, "max_seconds": 1.0}
+    assert len(decode(path, **part, max_file_seconds=86_400.0)) == 8_000  # type: ignore[arg-type]
+    monkeypatch.setattr(module.Reader, "read", None)  # whoever reads fails
+    data = path if where == "at a path" else flac_bomb(3_601 * 8_000)
+    into = functools.partial(decode_into, row, place=lambda n: (0, 0))
+    read = {"into": into, "channels": decode_channels}.get(where, decode)
+    with pytest.raises(DecodeError, match="longer than max_file_seconds=3600") as caught:
+        read(data, **part)
+    assert caught.value.kind == "long"
+
+
+def test_a_file_of_the_greatest_length_is_read() -> None:
+    data = flac_bomb(16_000)
+    assert len(decode(data, sample_rate=8_000, max_file_seconds=2.0)) == 16_000
+    assert kind_of(data, sample_rate=8_000, max_file_seconds=2.0 - 1 / 8_000) == "long"
+    with pytest.raises(UserError, match="max_file_seconds=0"):
+        decode(data, sample_rate=8_000, max_file_seconds=0)
+
+
+def test_a_streamed_file_is_read_no_further_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = with_flac_total(flac_bomb(80_000), 0)  # 10 s, and the header does not say so
+    read: list[int] = []
+    plain = module.Reader.read
+
+    def counting(self: module.Reader, frames: int, **arguments: object) -> np.ndarray:
+        read.append(frames)
+        return plain(self, frames, **arguments)
+
+    monkeypatch.setattr(module.Reader, "read", counting)
+    assert kind_of(data, sample_rate=8_000, max_file_seconds=4.0) == "long"
+    assert read == [32_001]
+    assert kind_of(data, sample_rate=8_000, start_seconds=5.0, max_file_seconds=4.0) == "long"
+    with pytest.raises(DecodeError, match=r"max_file_seconds=4") as caught:
+        probe(data, max_file_seconds=4.0)
+    assert caught.value.kind == "long"
+    assert sum(read) == 2 * 32_001
+    assert probe(data, max_file_seconds=10.0).frames == 80_000
+    assert len(decode(data, sample_rate=8_000, max_seconds=1.0, max_file_seconds=4.0)) == 8_000
+    assert len(decode(data, sample_rate=8_000, max_file_seconds=10.0)) == 80_000
+
+
+@pytest.mark.parametrize(("total", "kind"), [(40_000_000, "long"), (20_000_000, "short")])
+def test_a_forged_length_is_refused(total: int, kind: str) -> None:
+    data = with_flac_total(flac_bomb(80_000), total)
+    assert kind_of(data, sample_rate=8_000) == kind

@@ -197,3 +197,18 @@ def test_as2m_fine_tuning_is_balanced_as_in_the_paper() -> None:
     assert (c.train.steps, c.optim.warmup_steps, c.optim.lr) == (200_000, 20_000, 5e-5)
     assert (c.optim.layer_decay, c.augment.mixup_p, c.drop_path) == (0.75, 0.9, 0.1)
     assert (c.data.clip_seconds, c.frames, c.pad_offset) == (10.23, 1024, "random")
+
+
+def test_environment_variables_cannot_get_into_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    words = ["task=${oc.env:SECRET}", "data.shards=[a,'${oc.env:SECRET}']"]
+    with pytest.raises(UserError) as caught:
+        compose(Pretrain, "pretrain", ["recipe=toy", *words])
+    assert str(caught.value).count("outside the configuration") == 2
+    assert "hunter2" not in str(caught.value)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("use: [model/tiny]\ndata: {root: '/data/${oc.env:SECRET}'}\n")
+    with pytest.raises(UserError, match=r"'data.root=.*outside the configuration"):
+        compose(Pretrain, "pretrain", [f"recipe={recipe}"])

@@ -15,11 +15,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from bat.data.base import worker_init
 from bat.data.index import Index, open_index
 from bat.data.module import AudioData, eval_loader
 from bat.data.order import make_plan
 from bat.data.plan import Plan
+from bat.data.workers import worker_init
 from bat.shapes import UserError, WaveBatch
 
 Seen = list[tuple[list[int], list[str], float]]

@@ -1,22 +1,38 @@
-"""Inverse block masks: exact counts, the golden distribution, the slow version, seeds."""
+"""Inverse block masks: exact counts, the golden distribution, the slow version, seeds.
+
+What holds of masks holds however their bits are drawn: from a generator, or from a seed a row.
+"""
 
 import json
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from bat.nn.masking import blocks_around, inverse_block_mask
-from bat.shapes import Grid
+from bat.nn.masking import blocks_around, inverse_block_mask, row_seeds, splitmix64
+from bat.shapes import Grid, Views
 from tests.reference import masks as slow
 
 PAPER = Grid(64, 8)
 
 
-def draw(rows: int, seed: int = 0, grid: Grid = PAPER, keep_ratio: float = 1 - 0.8):
-    g = torch.Generator().manual_seed(seed)
-    return inverse_block_mask(rows, grid, keep_ratio=keep_ratio, generator=g)
+Draw = Callable[..., Views]
+
+
+@pytest.fixture(params=["generator", "seeds"])
+def draw(request: pytest.FixtureRequest) -> Draw:
+    """``draw(rows, seed=, grid=, keep_ratio=)``."""
+
+    def masks(rows: int, seed: int = 0, grid: Grid = PAPER, keep_ratio: float = 1 - 0.8) -> Views:
+        if request.param == "generator":
+            g = torch.Generator().manual_seed(seed)
+            return inverse_block_mask(rows, grid, keep_ratio=keep_ratio, generator=g)
+        seeds = row_seeds(seed, torch.arange(-(-rows // 4)), 4)[:rows]
+        return inverse_block_mask(rows, grid, keep_ratio=keep_ratio, seeds=seeds)
+
+    return masks
 
 
 def map_of(views, grid: Grid) -> np.ndarray:
@@ -38,7 +54,7 @@ def agreement(mask: torch.Tensor, grid: Grid) -> float:
     return float(share.mean())
 
 
-def test_every_row_keeps_exactly_102_of_512_ascending() -> None:
+def test_every_row_keeps_exactly_102_of_512_ascending(draw: Draw) -> None:
     views = draw(500)
     assert views.keep_ids.shape == (500, 102)
     assert views.keep_ids.dtype == torch.int64
@@ -47,12 +63,12 @@ def test_every_row_keeps_exactly_102_of_512_ascending() -> None:
     assert not views.mask.gather(1, views.keep_ids).any()
 
 
-def test_same_seed_same_masks_other_seed_other_masks() -> None:
+def test_same_seed_same_masks_other_seed_other_masks(draw: Draw) -> None:
     assert torch.equal(draw(8, seed=3).keep_ids, draw(8, seed=3).keep_ids)
     assert not torch.equal(draw(8, seed=3).keep_ids, draw(8, seed=4).keep_ids)
 
 
-def test_rows_differ_from_each_other() -> None:
+def test_rows_differ_from_each_other(draw: Draw) -> None:
     ids = draw(64).keep_ids
     assert len({tuple(r.tolist()) for r in ids}) == 64
 
@@ -66,7 +82,7 @@ def test_blocks_equal_the_slow_version_for_random_centres() -> None:
             assert set(fast.nonzero()[:, 0].tolist()) == slow.blocks_around(centres, time, freq, 5)
 
 
-def test_distribution_equals_the_slow_version() -> None:
+def test_distribution_equals_the_slow_version(draw: Draw) -> None:
     grid, rows = Grid(12, 8), 3000
     rng = random.Random(1)
     counts = np.zeros(grid.tokens)
@@ -77,7 +93,7 @@ def test_distribution_equals_the_slow_version() -> None:
     assert np.abs(fast - counts / rows).max() < 5 * 0.0103
 
 
-def test_too_small_a_grid_is_an_error_that_says_so() -> None:
+def test_too_small_a_grid_is_an_error_that_says_so(draw: Draw) -> None:
     with pytest.raises(ValueError, match="keeps 0 of 2 patches"):
         draw(1, grid=Grid(2, 1))
 
@@ -94,7 +110,7 @@ def test_golden_centres_to_blocks(golden) -> None:
         assert kept == sorted(expected)
 
 
-def test_golden_distribution(golden) -> None:
+def test_golden_distribution(draw: Draw, golden) -> None:
     stats = json.loads((golden / "masks.json").read_text())["inverse_block_mask"]["stats"]
     rows = 20_000
     views = draw(rows, seed=11)
@@ -118,7 +134,7 @@ def test_golden_distribution(golden) -> None:
         assert float((first * second).mean()) == pytest.approx(expected_joint, abs=0.003), pair
 
 
-def test_golden_counts_on_other_grids(golden) -> None:
+def test_golden_counts_on_other_grids(draw: Draw, golden) -> None:
     for case in json.loads((golden / "masks.json").read_text())["inverse_block_mask_other"]:
         grid, ratio = Grid(case["grid_time"], case["grid_freq"]), case["mask_ratio"]
         views = draw(2000, grid=grid, keep_ratio=1 - ratio)
@@ -130,3 +146,55 @@ def test_golden_counts_on_other_grids(golden) -> None:
             expected = np.array(case["stats"]["keep_freq_map"])
             sigma = np.sqrt(2 * 0.25 / 2000)
             assert np.abs(map_of(views, grid) - expected).max() < 5 * sigma
+
+
+def test_numbers_of_a_seed_are_splitmix64s() -> None:
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    published += [4593380528125082431, 16408922859458223821]  # of seed 1234567
+    got = splitmix64(torch.tensor([1234567, -1]), 5)
+    assert [v % 2**64 for v in got[0].tolist()] == published
+    state, expected = 2**64 - 1, []  # the other seed, by Python's integers
+    for _ in range(5):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        expected.append(z ^ (z >> 31))
+    assert [v % 2**64 for v in got[1].tolist()] == expected
+
+
+def test_a_clips_masks_hang_on_its_place_not_on_its_neighbours() -> None:
+    def masks(positions: list[int], seed: int = 5) -> torch.Tensor:
+        seeds = row_seeds(seed, torch.tensor(positions), 3)
+        views = inverse_block_mask(len(seeds), PAPER, keep_ratio=1 - 0.8, seeds=seeds)
+        return views.keep_ids.view(len(positions), 3, -1)
+
+    together = masks([10, 11, 2**40])
+    assert torch.equal(together[1:2], masks([11]))
+    assert torch.equal(together.flip(0), masks([2**40, 11, 10]))
+    assert not torch.equal(together, masks([10, 11, 2**40], seed=6))
+
+
+def test_seeds_of_many_clips_and_views_are_all_different() -> None:
+    seeds = row_seeds(3, torch.arange(100_000), 16)
+    assert len(seeds.unique()) == 1_600_000
+
+
+def test_masks_of_neighbouring_places_and_views_are_independent() -> None:
+    views, clips = 4, 4000
+    seeds = row_seeds(0, torch.arange(clips), views)
+    kept = ~inverse_block_mask(len(seeds), PAPER, keep_ratio=1 - 0.8, seeds=seeds).mask
+    kept = kept.float().view(clips, views, -1)
+    expected = float(kept.mean((0, 1)).square().sum())  # patches that two strangers share
+    for a, b in (
+        (kept[:-1, 0], kept[1:, 0]),
+        (kept[:, 0], kept[:, 1]),
+        (kept[1:, 0], kept[:-1, 1]),
+    ):
+        shared = (a * b).sum(1)
+        assert float(shared.mean()) == pytest.approx(expected, abs=5 * float(shared.std()) / 60)
+
+
+def test_bits_of_seeds_are_even() -> None:
+    bits = splitmix64(row_seeds(1, torch.arange(2000), 4), 16).flatten()
+    ones = torch.stack([((bits >> k) & 1).double().mean() for k in range(64)])
+    assert float((ones - 0.5).abs().max()) < 5 * 0.5 / len(bits) ** 0.5

@@ -12,9 +12,10 @@ from bat.config.compose import compose
 from bat.config.schema import Pretrain
 from bat.data.toy import make_toy
 from bat.shapes import UserError
+from bat.train.checkpointing import AtomicCheckpointIO, last_checkpoint
 from bat.train.pretrain import Pretraining, build_objective
 from bat.train.run_pretrain import pretrain
-from bat.train.trainer import AtomicCheckpointIO, derive_seed, last_checkpoint, read_jsonl
+from bat.train.trainer import derive_seed, read_jsonl
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -24,7 +25,8 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def metrics(out: Path) -> list[dict]:
     """Rows without what the clock decides."""
     rows = read_jsonl(out / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k != "clips_per_second"} for r in rows]
+    clock = ("clips_per_second", "loader_wait")
+    return [{k: v for k, v in r.items() if k not in clock} for r in rows]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -116,14 +118,18 @@ def test_a_run_cut_before_its_first_checkpoint_begins_anew(
 def test_weights_that_are_not_finite_are_never_saved(
     small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Pretraining.training_step
+    original = Pretraining.optimizer_step
 
-    def step(self, batch, batch_idx):
-        return original(self, batch, batch_idx) * (float("nan") if batch_idx == 2 else 1)
+    def step(self, epoch, batch_idx, *args):
+        original(self, epoch, batch_idx, *args)
+        if batch_idx == 2:
+            with torch.no_grad():
+                self.encoder.cls_token[0, 0, 3] = torch.nan
 
-    monkeypatch.setattr(Pretraining, "training_step", step)
-    with pytest.raises(UserError, match="weights are not finite after step 4"):
-        pretrain(small(out=tmp_path / "run"))
+    monkeypatch.setattr(Pretraining, "optimizer_step", step)
+    words = "health.max_skipped=9"  # the losses that follow are skipped
+    with pytest.raises(UserError, match=r"not finite after step 4 .*encoder.cls_token and 1 more"):
+        pretrain(small(words, out=tmp_path / "run"))
     found = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert found == ["last.ckpt", "step-00000002.ckpt"]
     assert not (tmp_path / "run" / "export").exists()
@@ -278,7 +284,9 @@ def test_every_ablation_switch_is_one_setting_and_acts(small, tmp_path: Path, wo
         common.append(words.pop())  # both runs need it
     pretrain(small(*common, out=tmp_path / "base"))
     pretrain(small(*common, *words, out=tmp_path / "other"))
-    base, other = metrics(tmp_path / "base"), metrics(tmp_path / "other")
+    base, other = (
+        [r for r in metrics(tmp_path / name) if "loss" in r] for name in ("base", "other")
+    )
     assert all(torch.isfinite(torch.tensor(r["loss"])) for r in other)
     if words == ["optim.decay=matrices"]:  # the loss feels it a step later
         assert any(not torch.equal(t, weights(tmp_path / "base")[n])
@@ -315,22 +323,26 @@ def test_as2m_starts_on_any_shard_set(tmp_path: Path) -> None:
     shards = make_toy(tmp_path / "toy")
     words = ["recipe=as2m", f"data.shards={shards}", f"out={tmp_path / 'run'}", "hardware=cpu"]
     words += ["model.width=48", "model.depth=1", "model.heads=2", "objective.decoder_depth=1"]
-    words += ["data.batch=2", "data.workers=0", "mask.views=2", "train.steps=2"]
+    words += ["data.batch=2", "data.global_batch=4", "data.workers=0", "mask.views=2"]
+    words += ["train.steps=2"]
     pretrain(compose(Pretrain, "pretrain", words))
     assert bat.load_encoder(tmp_path / "run").grid.tokens == 512
 
 
-def test_masks_differ_between_ranks_and_steps_and_repeat_with_the_seed(small, tmp_path) -> None:
-    module = Pretraining(small(out=tmp_path / "run"))
+def test_masks_hang_on_seed_and_position_alone(small, tmp_path: Path) -> None:
+    def ids(positions: list[int], *words: str) -> torch.Tensor:
+        module = Pretraining(small(*words, out=tmp_path / "run"))
+        views = module.draw_views(torch.tensor(positions)).keep_ids
+        return views.view(len(positions), -1)  # (B, V n)
 
-    def ids(seed: int, step: int, rank: int) -> list[int]:
-        views = module.draw_views(2, derive_seed(seed, "step", step, rank))
-        return views.keep_ids.flatten().tolist()
-
-    assert ids(0, 0, 0) == ids(0, 0, 0)
-    assert ids(0, 0, 0) != ids(0, 0, 1)
-    assert ids(0, 0, 0) != ids(0, 1, 0)
-    assert ids(0, 0, 0) != ids(1, 0, 0)
+    both = ids([7, 8])
+    assert torch.equal(both, ids([7, 8]))
+    assert torch.equal(both.flip(0), ids([8, 7]))
+    assert torch.equal(both[:1], ids([7]))
+    assert not torch.equal(both[0], both[1])
+    assert not torch.equal(both, ids([7, 8], "seed=1"))
+    first, second = both[0].view(2, -1)  # two views of a clip
+    assert not torch.equal(first, second)
 
 
 def test_no_data_given_says_what_to_give() -> None:

@@ -1,0 +1,80 @@
+"""Where each reader stands, for whoever wonders why no batch comes.
+
+One row for the training process and one for each loader worker, in shared memory and without a
+lock: (what it reads, since when), written by the reader before it reads, read by anyone. A row read
+while it is written may mix two clips; nobody steers by it. What is read is a clip's id, or a
+shard's number where shards are read from front to end. Times are ``time.monotonic_ns``, one clock
+for all processes of a machine.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+
+IDLE = -1
+
+
+class Reading(NamedTuple):
+    """What one reader is at."""
+
+    reader: str
+    """``worker 1``, or ``the training process`` where that decodes."""
+    what: int
+    """Clip id or number of the shard."""
+    seconds: float
+    """For how long."""
+
+
+class Board:
+    """Rows of the training process and of ``workers`` loader processes, idle at first."""
+
+    def __init__(self, workers: int) -> None:
+        assert workers >= 0
+        self._shared = torch.full((workers + 1, 2), IDLE).share_memory_()  # (R, 2) int64
+        self._rows: np.ndarray = self._shared.numpy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_shared": self._shared}  # by handle: an array would be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._shared = state["_shared"]
+        self._rows = self._shared.numpy()
+
+    def reads(self, what: int) -> None:
+        """This process begins to read ``what``."""
+        row = _row()
+        self._rows[row, 1] = time.monotonic_ns()
+        self._rows[row, 0] = what
+
+    def rests(self) -> None:
+        """This process has made its batch."""
+        self._rows[_row(), 0] = IDLE
+
+    def clear(self) -> None:
+        """All rows idle: the readers are gone."""
+        self._rows[:, 0] = IDLE
+
+    def worker(self, number: int) -> int | None:
+        """What worker ``number`` is at; None: nothing, or it has no row."""
+        row = number + 1
+        what = int(self._rows[row, 0]) if row < len(self._rows) else IDLE
+        return None if what == IDLE else what
+
+    def readings(self) -> list[Reading]:
+        """Those that read, longest first."""
+        now, found = time.monotonic_ns(), []
+        for row, (what, since) in enumerate(self._rows.tolist()):
+            if what != IDLE:
+                reader = f"worker {row - 1}" if row else "the training process"
+                found.append(Reading(reader, what, max(0.0, (now - since) / 1e9)))
+        return sorted(found, key=lambda reading: -reading.seconds)
+
+
+def _row() -> int:
+    worker = get_worker_info()
+    return 0 if worker is None else worker.id + 1

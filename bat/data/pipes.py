@@ -1,0 +1,99 @@
+"""``pipe:COMMAND``: a shard that a command of the user's writes to its standard output.
+
+A command is run only after ``allow_pipes(True)``, which the flag ``--allow-pipe`` says and nothing
+else: no recipe, manifest or URL can ask for one. ``bat.data.sources.find`` is the gate; the
+``Shard`` that it makes carries the permission to loader workers, however they are started. The
+output is read as any other stream, front to end, anew for each reader and epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Generator
+
+from bat.data.ending import POLL_SECONDS, go_on
+from bat.redact import redact
+
+PREFIX = "pipe:"
+PIECE_BYTES = 1 << 20
+LAST_WORDS_BYTES = 4096
+LEAVE_SECONDS = 30.0
+"""How long a command may go on after the end of its output."""
+
+_allowed = False
+
+
+def allow_pipes(allow: bool) -> None:
+    """Whether this process may run the commands of ``pipe:`` sources. It may not until told so."""
+    global _allowed
+    _allowed = allow
+
+
+def pipes_allowed() -> bool:
+    return _allowed
+
+
+def output_of(command: str) -> Generator[bytes, None, None]:
+    """What ``command`` writes, in pieces. It is killed where the taker stops, or the run ends.
+
+    Raises:
+        OSError: at the end, where its exit code is not 0: the code and its last line of errors;
+            the run is ending.
+    """
+    process = subprocess.Popen(
+        command,
+        shell=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # a group of its own, to be killed as one
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    out, errors = process.stdout.fileno(), process.stderr.fileno()
+    words = b""
+    try:
+        with selectors.DefaultSelector() as selector:
+            for descriptor in (out, errors):
+                selector.register(descriptor, selectors.EVENT_READ)
+            until: float | None = None
+            while until is None or process.poll() is None:
+                ready = selector.select(POLL_SECONDS if until is None else 0.02)
+                go_on()
+                for key, _ in ready:
+                    data = os.read(key.fd, PIECE_BYTES)
+                    if key.fd == errors:
+                        words = (words + data)[-LAST_WORDS_BYTES:]
+                    if not data:
+                        selector.unregister(key.fd)
+                        until = time.monotonic() + LEAVE_SECONDS if key.fd == out else until
+                    elif key.fd == out:
+                        yield data
+                if until is not None and time.monotonic() > until:
+                    raise OSError(errno.EIO, "its command does not end after its output")
+            while any(key.fd == errors for key, _ in selector.select(0)):
+                data = os.read(errors, PIECE_BYTES)
+                words = (words + data)[-LAST_WORDS_BYTES:]
+                if not data:
+                    break
+        if process.returncode:
+            raise OSError(errno.EIO, f"its command ended {_how(process.returncode, words)}")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def _how(code: int, words: bytes) -> str:
+    text = "".join(c if c.isprintable() else "\n" for c in words.decode("utf-8", "replace"))
+    said = ([line.strip() for line in redact(text).splitlines() if line.strip()] or [""])[-1][-300:]
+    how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+    return f"{how}: {said or 'it said nothing'}"

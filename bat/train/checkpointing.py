@@ -1,0 +1,292 @@
+"""Checkpoints that exist whole or not at all, written beside the training.
+
+A checkpoint is copied to host memory (the only time training waits for), then a thread of its own
+writes it beside its final name, reads it back (the CRC-32 of every record), flushes, renames it,
+points ``last.ckpt`` at it and only then removes older ones. Whatever ends the process at whatever
+moment, the newest file under a final name is whole. A failed write (a full disk) ends the run
+with an error that names the checkpoint that is still good.
+
+Lightning 2.6.6 stages in ``$TMPDIR`` and moves, which across file systems is neither atomic nor
+flushed; its ``AsyncCheckpointIO`` tells an error only at the next save.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import re
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
+
+from bat.checkpoint import replace_durably
+from bat.shapes import UserError
+from bat.train.callbacks import StepCallback
+from bat.train.ranks import ranks_of
+from bat.train.stopping import Stopping
+
+log = logging.getLogger("bat")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes, verifies and renames; in a thread of its own unless ``background`` is False."""
+
+    def __init__(
+        self,
+        *,
+        background: bool = False,
+        written: Callable[[Path, float], None] | None = None,
+        failed: Callable[[UserError], None] | None = None,
+    ) -> None:
+        """``written(path, seconds)`` and ``failed(error)`` are called from the thread."""
+        super().__init__()
+        self.background, self.written, self.failed = background, written, failed
+        self._thread: threading.Thread | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Have ``checkpoint`` at ``path``: now, or once ``wait`` returns."""
+        del storage_options
+        self.wait()
+        if not self.background:
+            self._write(checkpoint, Path(path))
+            return
+        held = snapshot(checkpoint)
+        self._thread = threading.Thread(
+            target=self._write_or_tell, args=(held, Path(path)), name="checkpoint"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is written (or has failed)."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def teardown(self) -> None:
+        """Lightning's name for the end of a run."""
+        self.wait()
+
+    def _write_or_tell(self, checkpoint: dict[str, Any], path: Path) -> None:
+        try:
+            self._write(checkpoint, path)
+        except UserError as error:
+            if self.failed is not None:
+                self.failed(error)
+
+    def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
+        began = time.perf_counter()
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(checkpoint, temporary)
+            damage = damaged(temporary)
+            if damage:
+                raise OSError(f"what was written does not read back ({damage})")
+            replace_durably(temporary, target)
+            if self.written is not None:
+                self.written(target, time.perf_counter() - began)
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError on a full disk
+            temporary.unlink(missing_ok=True)
+            before = [p for p in checkpoints(target.parent.parent) if p != target]
+            good = f"{before[0]} is untouched" if before else "there is none before it"
+            raise UserError(
+                f"cannot write checkpoint {target}: {error}. {good}; free some space, then run "
+                "the same command again to continue"
+            ) from error
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Tensors and plain containers only, whatever the caller says."""
+        del weights_only
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def snapshot(tree: Any) -> Any:
+    """A copy of nested containers with all tensors copied to host memory."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {k: snapshot(v) for k, v in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(snapshot(v) for v in tree)
+    return copy.deepcopy(tree)
+
+
+def damaged(path: Path) -> str:
+    """What is wrong with the file of a checkpoint (all of it is read); empty: nothing."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()
+        return f"its record {bad} is damaged" if bad else ""
+    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
+        return str(error) or type(error).__name__
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Numbered checkpoints of a run, newest first."""
+    found = (out / "checkpoints").glob("step-*.ckpt")
+    return sorted((p for p in found if re.fullmatch(r"step-\d+\.ckpt", p.name)), reverse=True)
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint that is whole and loads; others are passed over with a warning."""
+    for path in checkpoints(out):
+        reason = damaged(path)
+        try:
+            if not reason:
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                return path
+        except Exception as error:  # whatever is wrong with it, an older one may do
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        log.warning("checkpoint %s does not load (%s); trying an older one", path, reason)
+    return None
+
+
+def step_of(path: Path) -> int:
+    """N of ``step-N.ckpt``."""
+    return int(path.stem.partition("-")[2])
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``, atomically, without writing it twice if
+    the file system allows."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        temporary.write_bytes(source.read_bytes())
+    os.replace(temporary, target)
+
+
+class Checkpoints(StepCallback, CheckpointBase):
+    """``step-N.ckpt`` by steps, by minutes, at the end and when the run is asked to stop.
+
+    ``last.ckpt`` is the newest. Saved on accumulation boundaries only. Kept are the latest
+    ``keep`` and those of every ``keep_every``-th step. A ``CheckpointBase``, so Lightning runs it
+    after every other callback of the step.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        every: int,
+        keep: int,
+        stopping: Stopping,
+        minutes: float = 0.0,
+        keep_every: int = 0,
+        newest: Path | None = None,
+    ) -> None:
+        """``newest``: what the run resumes from, None where it begins."""
+        super().__init__()
+        self.newest = newest
+        self.out, self.every, self.keep = out, every, keep
+        self.minutes, self.keep_every, self.stopping = minutes, keep_every, stopping
+        self.io = AtomicCheckpointIO(
+            background=True,
+            written=self._written,
+            failed=lambda error: stopping.ask("a checkpoint", error),
+        )
+        """The plugin for the Trainer."""
+        self.stalls: list[float] = []
+        """Seconds that training waited for each checkpoint."""
+        self.seconds: list[float] = []
+        """Seconds until each was safe."""
+        self.bytes = 0
+        """Of the latest."""
+        self._since = time.monotonic()
+        self._saved = -1
+        stopping.clocks.append(self.overdue)
+
+    def overdue(self) -> bool:
+        """Whether this process' clock says that it is time for a checkpoint."""
+        return self.minutes > 0 and time.monotonic() - self._since > 60 * self.minutes
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        names = [path.name if path else "none" for path in ranks_of(trainer).gather(self.newest)]
+        if len(set(names)) > 1:
+            raise UserError(
+                f"the processes found different newest checkpoints in {self.out}: "
+                f"{', '.join(names)} (by rank): out= must be one folder that all of them see"
+            )
+        if trainer.is_global_zero:  # leftovers of a write that was cut off
+            for stale in (self.out / "checkpoints").glob(".*.tmp"):
+                stale.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._since, self._saved = time.monotonic(), trainer.global_step
+        if trainer.is_global_zero:
+            self._put_aside(trainer.global_step)
+
+    def _put_aside(self, step: int) -> None:
+        """Checkpoints that this run did not resume from, though they are later, are damaged: out
+        of the way with them, lest they push whole ones out."""
+        folder = self.out / "checkpoints"
+        for path in checkpoints(self.out):
+            if step_of(path) > step:
+                path.replace(path.with_name(f"damaged-{path.name}"))
+        newest = folder / f"step-{step:08d}.ckpt"
+        if newest.is_file():
+            link_or_copy(newest, folder / "last.ckpt")
+
+    def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
+        stopping = self.stopping
+        last = step == trainer.max_steps or stopping.ending
+        if step % self.every and not last and not stopping.due:
+            return
+        began = time.perf_counter()
+        self._check(trainer, module, step)
+        trainer.save_checkpoint(self.out / "checkpoints" / f"step-{step:08d}.ckpt")
+        self.stalls.append(time.perf_counter() - began)
+        self._since, self._saved = time.monotonic(), step
+        if last:
+            self.io.wait()
+            stopping.check_errors(trainer)
+
+    def _check(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
+        """Raise ``UserError`` on every rank where the weights of any are not finite."""
+        parts = {n: getattr(p, "_local_tensor", p) for n, p in module.named_parameters()}
+        fine = torch.stack([torch.isfinite(p).all() for p in parts.values()]).tolist()
+        broken = [name for name, good in zip(parts, fine, strict=True) if not good]
+        names = [n for theirs in ranks_of(trainer).gather(broken) for n in theirs]
+        if names:
+            raise UserError(
+                f"the weights are not finite after step {step} ({names[0]} and "
+                f"{len(set(names)) - 1} more): nothing was saved, earlier checkpoints are "
+                "untouched. Lower optim.lr, set optim.clip_norm, or try "
+                "hardware.precision=32-true"
+            )
+
+    def _written(self, path: Path, seconds: float) -> None:
+        """``path`` is safe (called from the writing thread)."""
+        self.bytes = path.stat().st_size
+        self.seconds.append(seconds)
+        link_or_copy(path, path.with_name("last.ckpt"))
+        for old in checkpoints(self.out)[self.keep :]:
+            if not self.keep_every or step_of(old) % self.keep_every:
+                old.unlink(missing_ok=True)
+        log.info("%s: %.1f MB, safe after %.2f s", path.name, self.bytes / 1e6, seconds)
+
+    def facts(self) -> dict[str, Any]:
+        """For a summary: how many, how large, what they cost."""
+        return {
+            "written": len(self.seconds),
+            "mb": round(self.bytes / 1e6, 1),
+            "stall_seconds": round(sum(self.stalls), 3),
+            "longest_stall_seconds": round(max(self.stalls, default=0.0), 3),
+            "longest_write_seconds": round(max(self.seconds, default=0.0), 3),
+        }

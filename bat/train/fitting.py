@@ -1,0 +1,128 @@
+"""One training with all that watches over it: what pre-training and each fold of fine-tuning do.
+
+    HealthMonitor  collapse, a stalled loader, throughput, memory; its figures join the next line
+    Metrics        means, events, the bar
+    GuardReport    steps skipped for numbers that are not finite
+    ...            what the caller adds (online probes)
+    Stopping       agrees on an end that can be resumed, whoever asked for it
+    Checkpoints    last: Lightning runs it after the rest
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from bat.config.schema import Finetune, Pretrain
+from bat.data.base import StreamData
+from bat.shapes import UserError
+from bat.train.callbacks import Metrics
+from bat.train.checkpointing import Checkpoints, last_checkpoint
+from bat.train.guard import GuardReport
+from bat.train.health import HealthMonitor
+from bat.train.pretrain import Pretraining
+from bat.train.stopping import Stopping
+from bat.train.supervised import Supervised
+from bat.train.trainer import build_trainer
+
+log = logging.getLogger("bat")
+
+
+class Fitting:
+    """A training in ``out``, resumed from the newest checkpoint there.
+
+    Args:
+        name: of the run, for Weights & Biases.
+        more: given ``Metrics`` and ``Stopping``, further callbacks.
+    """
+
+    def __init__(
+        self,
+        config: Pretrain | Finetune,
+        out: Path,
+        *,
+        module: Pretraining | Supervised,
+        data: StreamData,
+        name: str,
+        more: Callable[[Metrics, Stopping], list[Callback]] = lambda metrics, stopping: [],
+    ) -> None:
+        train, health = config.train, config.health
+        self.module, self.data = module, data
+        self.newest = last_checkpoint(out)
+        self.stopping = Stopping()
+        self.metrics = Metrics(every=train.log_every, progress=config.log.progress)
+        self.checkpoints = Checkpoints(
+            out,
+            every=train.save_every,
+            minutes=train.save_minutes,
+            keep=train.keep,
+            keep_every=train.keep_every,
+            stopping=self.stopping,
+            newest=self.newest,
+        )
+        self.guard = GuardReport(
+            module.guard, out, most=health.max_skipped, metrics=self.metrics, stopping=self.stopping
+        )
+        self.health = HealthMonitor(
+            health,
+            metrics=self.metrics,
+            stopping=self.stopping,
+            data=data,
+            objective=module.objective if isinstance(module, Pretraining) else None,
+        )
+        self.trainer: pl.Trainer = build_trainer(
+            hardware=config.hardware,
+            train=train,
+            log=config.log,
+            out=out,
+            callbacks=[
+                self.health,
+                self.metrics,
+                self.guard,
+                *more(self.metrics, self.stopping),
+                self.stopping,
+                self.checkpoints,
+            ],
+            checkpoint_io=self.checkpoints.io,
+            name=name,
+        )
+
+    def run(self) -> None:
+        """Train to the last step.
+
+        Raises ``Interrupted`` where the run was asked to end (it is saved), ``KeyboardInterrupt``
+        at a second Ctrl-C, ``UserError`` for what a user can mend.
+        """
+        self.stopping.listen()
+        try:
+            path = str(self.newest) if self.newest else None
+            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=path)
+        except SystemExit as error:
+            if error.code != 1:
+                raise
+            # Lightning 2.6.6 makes this of a KeyboardInterrupt
+            raise KeyboardInterrupt from error
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise UserError(
+                f"{self.newest} does not fit this model: {error}. Give the run its old settings, "
+                "or another out="
+            ) from error
+        finally:
+            self.stopping.restore()
+            self.checkpoints.io.wait()
+        self.stopping.finish(self.trainer)
+        self.data.bad_clips.check(final=True)
+
+    def facts(self) -> dict[str, Any]:
+        """For a summary: checkpoints and what went wrong on the way."""
+        return {
+            "checkpoints": self.checkpoints.facts(),
+            "skipped_steps": self.guard.total,
+        }

@@ -1,0 +1,160 @@
+"""Numbers that go wrong: a step of non-finite loss or gradient is skipped, not taken.
+
+    norm = |all gradients|, over all ranks      (logged as ``grad_norm``; ``optim.clip_norm`` clips)
+    skip = norm is not finite                   -> weights, moments and teacher stay as they are
+
+A loss that is not finite makes its gradient NaN (``poison``), and reduced gradients carry a NaN
+to every rank, so that all skip the same step. The decision stays on the device: PyTorch's fused
+AdamW takes a flag (``found_inf``, the protocol of its GradScaler), so no step waits for the host,
+which reads the flag one step later. It then writes the keys of the batch down
+(``bad_batches.jsonl``), and ends the run where too many of the latest steps were skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from bat.train.sharding import total_norm
+from torch import Tensor, nn
+
+from bat.shapes import UserError, WaveBatch
+from bat.train.callbacks import Metrics, StepCallback
+from bat.train.stopping import Stopping
+
+log = logging.getLogger("bat")
+
+LATEST = 100
+"""Steps among which skipped ones are counted."""
+
+
+def poison(loss: Tensor) -> Tensor:
+    """``loss``; where it is not finite, with a gradient that is NaN. Exact otherwise."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+
+
+class Guard:
+    """What a module asks before its optimiser's step; ``GuardReport`` reads the answers."""
+
+    def __init__(self, clip_norm: float | None) -> None:
+        self.clip_norm = clip_norm
+        self.skip: Tensor | None = None
+        """0-dim, 1.0 where the step under way is skipped."""
+        self.batches: list[tuple[list[str], Tensor]] = []
+        """Keys and loss of this step's micro-batches."""
+
+    def note(self, batch: WaveBatch, loss: Tensor) -> None:
+        """A micro-batch of the step under way."""
+        self.batches.append((batch.keys, loss.detach()))
+
+    def inspect(
+        self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]
+    ) -> Tensor:
+        """Before the step, gradients complete: the norm of all of them, 0-dim on the device."""
+        trained = [p for p in parameters if p.grad is not None]
+        norm = total_norm(trained)
+        skip = (~torch.isfinite(norm)).float()
+        if self.clip_norm is not None:
+            factor = torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
+            grads = [getattr(p.grad, "_local_tensor", p.grad) for p in trained]
+            torch._foreach_mul_(grads, factor)  # type: ignore[arg-type]
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf, optimizer.grad_scale = skip, None  # type: ignore[attr-defined]
+        elif skip.item():  # no such flag there: no gradient, no step
+            for p in trained:
+                p.grad = None
+        self.skip = skip
+        return norm
+
+
+class GuardReport(StepCallback):
+    """Reads what the guard decided, one step later on a GPU; writes, warns, and ends the run.
+
+    Args:
+        out: folder of the run, for ``bad_batches.jsonl``: ``{step, rank, keys, loss}``.
+        most: steps among the latest 100 that may be skipped.
+    """
+
+    def __init__(
+        self, guard: Guard, out: Path, *, most: int, metrics: Metrics, stopping: Stopping
+    ) -> None:
+        super().__init__()
+        self.guard, self.out, self.most = guard, out, most
+        self.metrics, self.stopping = metrics, stopping
+        self.total = 0
+        """Steps skipped so far."""
+        self._latest: deque[int] = deque()
+        self._waiting: deque[tuple[int, Tensor, Any, list[tuple[list[str], Tensor]]]] = deque()
+        self._rank = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._rank = trainer.global_rank
+
+    def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
+        skip, batches, self.guard.batches = self.guard.skip, self.guard.batches, []
+        assert skip is not None
+        event = None
+        if skip.is_cuda:
+            skip = torch.empty_like(skip, device="cpu", pin_memory=True).copy_(skip, True)
+            event = torch.cuda.Event()
+            event.record()
+        self._waiting.append((step, skip, event, batches))
+        self._read(behind=1 if event else 0)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._read(behind=0)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._read(behind=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many were skipped, and which of the latest."""
+        return {"total": self.total, "latest": list(self._latest)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.total, self._latest = state_dict["total"], deque(state_dict["latest"])
+
+    def _read(self, *, behind: int) -> None:
+        while len(self._waiting) > behind:
+            step, skip, event, batches = self._waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            if float(skip):
+                self._skipped(step, batches)
+
+    def _skipped(self, step: int, batches: list[tuple[list[str], Tensor]]) -> None:
+        losses = [float(loss) for _, loss in batches]
+        own = [i for i, loss in enumerate(losses) if not _finite(loss)]
+        name = "bad_batches.jsonl" if self._rank == 0 else f"bad_batches-rank{self._rank}.jsonl"
+        with open(self.out / name, "a", encoding="utf-8") as file:
+            for i in own or range(len(batches)):
+                loss = losses[i] if _finite(losses[i]) else None  # JSON knows no NaN
+                row = {"step": step, "rank": self._rank, "keys": batches[i][0], "loss": loss}
+                file.write(json.dumps(row) + "\n")
+        self.total += 1
+        self._latest.append(step)
+        while self._latest and self._latest[0] <= step - LATEST:
+            self._latest.popleft()
+        what = "loss" if own else "gradient"
+        line = f"step {step} skipped: its {what} is not finite; the keys are in {self.out / name}"
+        self.metrics.event("skipped", line, skipped=self.total)
+        if len(self._latest) > self.most:
+            error = UserError(
+                f"{len(self._latest)} of the latest {LATEST} steps were not finite (health."
+                f"max_skipped={self.most}); the keys of their clips are in {self.out / name}, "
+                "earlier checkpoints are untouched. Lower optim.lr, set optim.clip_norm, or try "
+                "hardware.precision=32-true; a clip that is always there: remove it"
+            )
+            self.stopping.ask("skipped steps", error)
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0

@@ -1,0 +1,213 @@
+"""What is watched while a run runs, for at most a hundredth of a step's time.
+
+- Collapse: every so many steps, what teacher and student make of a few clips (``collapse.py``).
+- A loader that stalls: ``watchdog.py``.
+- The clips of a line of metrics a second, against the run's own median.
+- The share of time spent waiting for batches (on a GPU the host runs ahead of the device, so part
+  of it may have cost nothing), and the most memory of the GPU in use, a line.
+- Loader workers that died and were replaced (``bat/data/loader.py``).
+
+What is wrong goes to the log, to ``metrics.jsonl`` and to the progress bar (``Metrics.event``).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from bat.config.running import Health
+from bat.data.base import StreamData
+from bat.objectives.masked_latent import MaskedLatent
+from bat.shapes import UserError, WaveBatch
+from bat.train.callbacks import Metrics, StepCallback
+from bat.train.collapse import representation
+from bat.train.stopping import Stopping
+from bat.train.watchdog import FetchClock, Watchdog, leave
+
+CLIPS = 8
+"""Clips of one look at a representation."""
+
+LINES = 5
+"""Lines of metrics before a slow one means something."""
+
+
+class HealthMonitor(StepCallback):
+    """Watches a run; belongs before ``Metrics`` in the list of callbacks.
+
+    Args:
+        config: section ``health`` of the settings.
+        metrics: takes the events and the figures.
+        stopping: is asked to end a collapsed run.
+        data: its readers are named when it stalls.
+        objective: whose teacher and student are looked at; None: fine-tuning, no such looks.
+    """
+
+    def __init__(
+        self,
+        config: Health,
+        *,
+        metrics: Metrics,
+        stopping: Stopping,
+        data: StreamData,
+        objective: MaskedLatent | None,
+    ) -> None:
+        super().__init__()
+        self.config, self.metrics, self.stopping = config, metrics, stopping
+        self.data, self.objective = data, objective
+        self.clock = FetchClock()
+        self.watchdog: Watchdog | None = None
+        self.leave = leave
+        self._batch: WaveBatch | None = None
+        self._waited = 0.0  # of the clock's total, when the line under way began
+        self._lines = 0  # of metrics, judged so far
+        self._usual: list[float] = []  # clips a second of lines that were not slow
+        self._slow = False
+        self._low = 0  # looks in a row that found a collapse
+        self._rank = ""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        order: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        assert order.index(self) < order.index(self.metrics), "HealthMonitor goes before Metrics"
+        trainer.profiler = self.clock  # type: ignore[attr-defined]
+        self._rank = f"rank {trainer.global_rank}: " if trainer.world_size > 1 else ""
+        self.data.on_restart = lambda line: self._say("worker", line)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._waited = self.clock.total
+        self._lines = len(self.metrics.clips_per_second)
+        if self.config.stall_seconds or self.config.stall_stop_seconds:
+            self.watchdog = Watchdog(
+                self.clock,
+                warn_seconds=self.config.stall_seconds,
+                stop_seconds=self.config.stall_stop_seconds,
+                say=self._say,
+                sitting_on=self.data.sitting_on,
+                wanted=lambda: self.stopping.wanted,
+                leave=self.leave,
+            )
+            self.watchdog.start()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        lines = self.metrics.clips_per_second
+        for i in range(self._lines, len(lines)):
+            self._judge(lines[i], trainer)
+        self._lines = len(lines)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        _outputs, self._batch, *_ = args
+        super().on_train_batch_end(trainer, pl_module, *args)
+        self._batch = None
+
+    def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
+        every = self.config.collapse_every
+        last = step == trainer.max_steps
+        looks = self.objective is not None and self.config.collapse != "off"
+        if looks and (step % every == 0 or step == 1 or last):
+            self._look(trainer, module, step)
+        if step % self.metrics.every == 0 or step == 1 or last:  # Metrics is about to write a line
+            self._measure(trainer)
+
+    def _measure(self, trainer: pl.Trainer) -> None:
+        seconds = time.perf_counter() - self.metrics.since
+        waited, self._waited = self.clock.total - self._waited, self.clock.total
+        self.metrics.extra["loader_wait"] = min(1.0, waited / seconds)
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+            self.metrics.extra["gpu_memory_gb"] = peak / 2**30
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def _judge(self, speed: float, trainer: pl.Trainer) -> None:
+        """One line's clips a second against the median of those that were not slow."""
+        usual = statistics.median(self._usual) if len(self._usual) >= LINES else None
+        slow = usual is not None and speed < self.config.slowdown * usual
+        if not slow:
+            self._usual.append(speed)
+        if slow != self._slow and trainer.is_global_zero:
+            assert usual is not None
+            kind, again = ("slow", "only") if slow else ("recovered", "again")
+            line = f"{again} {speed:.3g} clips a second; the run's median is {usual:.3g}"
+            self._say(kind, line, what="speed", clips_per_second=speed, usual=usual)
+        self._slow = slow
+
+    def _look(self, trainer: pl.Trainer, module: Any, step: int) -> None:
+        """Rank and deviation of teacher and student; warn, or end the run the second time."""
+        assert self.objective is not None
+        assert self._batch is not None
+        batch = self._batch
+        few = replace(batch, waves=batch.waves[:CLIPS], lengths=batch.lengths[:CLIPS])
+        encoders = {
+            "teacher": self.objective.teacher.encoder,
+            "student": self.objective.student.encoder,
+        }
+        with torch.compiler.set_stance("force_eager"):
+            spectrogram = module.spectrogram(few)  # (B, 1, frames, mels)
+        found = module.within(
+            lambda: {name: representation(e, spectrogram) for name, e in encoders.items()}
+        )
+        if not trainer.is_global_zero:  # they only took part in gathering sharded weights
+            return
+        row = {f"health/{n}_{what}": v for n, own in found.items() for what, v in own.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=step)
+        low = [n for n, own in found.items() if self._collapsed(own)]
+        self._low = self._low + 1 if low else 0
+        if not low:
+            return
+        figures = ", ".join(
+            f"{n} effective rank {own['rank']:.1f}, deviation between clips {own['std']:.3f}"
+            for n, own in found.items()
+        )
+        line = f"step {step}: clips look alike to the {' and the '.join(low)} ({figures})"
+        if self._low == 1:
+            self._say("collapse", line, step=step)
+        elif self.config.collapse == "stop":
+            error = UserError(
+                f"{line}, as {self.config.collapse_every} steps before: the run collapsed. Begin "
+                "anew, or from an older checkpoint, with a lower optim.lr, more "
+                "optim.warmup_steps, ema.start nearer to 1, optim.clip_norm=1, or "
+                "objective.target_centering=batch; health.collapse=warn goes on all the same "
+                f"(limits: health.min_rank={self.config.min_rank}, "
+                f"health.min_std={self.config.min_std})"
+            )
+            self.stopping.ask("collapse", error)
+
+    def _collapsed(self, found: dict[str, float]) -> bool:
+        """NaN, where nothing can be said, is no collapse."""
+        return found["rank"] < self.config.min_rank or found["std"] < self.config.min_std
+
+    def _say(self, kind: str, line: str, **facts: Any) -> None:
+        self.metrics.event(kind, self._rank + line, **facts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A resumed run has seen the same collapse as one that went on."""
+        return {"low": self._low}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._low = state_dict["low"]
+
+    def _end(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.stop()
+            self.watchdog = None
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._end()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._end()

@@ -1,0 +1,246 @@
+"""How many processes a run has, and what each of them holds.
+
+DDP keeps everything on every device. FSDP2 (``fully_shard``, through Lightning's
+``ModelParallelStrategy``) splits weights, gradients, the optimiser's moments and the EMA teacher
+along their first axis. A unit is gathered when its forward begins and dropped when it ends: every
+encoder block of student and teacher, the decoder as a whole (it projects with its first block
+before calling it), and the rest, the root, with ``training_step``. Sums are taken in float32 and
+weights travel as they are kept, so FSDP2's numbers are DDP's but for the order of additions.
+
+Checkpoints are one plain file with DDP's keys, written and read by the ``CheckpointIO`` of the run
+(Lightning 2.6.6 reads them past it): any number of processes goes on from any other's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from bat.backbones.base import Backbone
+from bat.config.schema import Hardware
+from bat.nn.ema import local
+from bat.shapes import UserError
+
+T = TypeVar("T")
+
+
+def _launched(slurm: str, torchrun: str) -> int | None:
+    """A number that the launcher of this process gives; None where nobody launched it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # first: torchrun may run within a Slurm job
+        return int(os.environ[torchrun])
+    if "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in (
+        "bash",  # Lightning's rule for a shell within a job
+        "interactive",
+    ):
+        return int(os.environ.get(slurm, "1"))
+    return None
+
+
+def devices(hardware: Hardware) -> int | str:
+    """``hardware.devices`` for the Trainer; ``auto`` is what torchrun or Slurm started here."""
+    if hardware.devices == "auto":
+        return _launched("SLURM_NTASKS_PER_NODE", "LOCAL_WORLD_SIZE") or "auto"
+    return int(hardware.devices) if hardware.devices.isdigit() else hardware.devices
+
+
+def nodes(hardware: Hardware) -> int:
+    """Machines of the run; ``num_nodes=0`` is what torchrun or Slurm gave, else 1."""
+    if hardware.num_nodes:
+        return hardware.num_nodes
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+    return _launched("SLURM_NNODES", "WORLD_SIZE") or 1
+
+
+def world_size(hardware: Hardware) -> int:
+    """Processes of the run, as the Trainer will count them."""
+    wanted, gpus = devices(hardware), 0
+    if hardware.accelerator in ("auto", "gpu", "cuda"):
+        gpus = torch.cuda.device_count()
+    if isinstance(wanted, str):
+        if wanted in ("auto", "-1"):
+            wanted = max(1, gpus)
+        else:  # "0,1"
+            wanted = len([word for word in wanted.strip("[]").split(",") if word.strip()])
+    return wanted * nodes(hardware)
+
+
+def check_strategy(hardware: Hardware) -> None:
+    """Raise ``UserError`` for a strategy that the accelerator does not have."""
+    if hardware.strategy == "fsdp" and hardware.accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        raise UserError(
+            f"hardware.strategy=fsdp splits a model among GPUs or CPU processes, not on "
+            f"accelerator={hardware.accelerator}: say hardware.strategy=auto"
+        )
+
+
+def strategy(hardware: Hardware) -> str | Strategy:
+    """What the Trainer is to spread the run with; ``auto`` on a single device."""
+    if hardware.strategy == "fsdp":
+        if world_size(hardware) == 1:
+            return "auto"  # nothing to split
+        return Sharded(save_distributed_checkpoint=False)
+    if hardware.strategy == "ddp" or world_size(hardware) > 1:
+        # all buffers are constants, alike everywhere: nothing to send around before each step
+        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return "auto"
+
+
+class Sharded(ModelParallelStrategy):
+    """FSDP2 over all processes, with checkpoints that are DDP's."""
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning hands us the optimiser's state; its own way reads the file itself."""
+        return True
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None]:
+        """Gradients stay here, added up, but for the last micro-batch of a step."""
+        root = self.lightning_module
+        assert isinstance(root, FSDPModule)
+        root.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            root.set_requires_gradient_sync(True)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return full_state(self.lightning_module)
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        state = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        whole: dict[str, Any] = _whole(state, keep=dist.get_rank() == 0)
+        return whole if dist.get_rank() == 0 else {}
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Each process takes its part of the file's weights."""
+        assert self.lightning_module is not None
+        own = dict(self.lightning_module.named_parameters())
+        state = {name: _part(t, own.get(name)) for name, t in checkpoint["state_dict"].items()}
+        self.lightning_module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, whole in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            own = [p for group in optimizer.param_groups for p in group["params"]]
+            state = {
+                i: {name: _part(t, own[i]) for name, t in moments.items()}
+                for i, moments in whole["state"].items()
+            }
+            optimizer.load_state_dict({**whole, "state": state})
+
+
+def _part(whole: Any, like: Tensor | None) -> Any:
+    """``whole`` split as ``like`` is, where both have one shape; nothing is sent."""
+    if not (isinstance(like, DTensor) and isinstance(whole, Tensor) and whole.shape == like.shape):
+        return whole
+    whole = whole.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _whole(tree: Any, *, keep: bool) -> Any:
+    """``tree`` with plain tensors on the CPU for DTensors; without ``keep`` only take part."""
+    if isinstance(tree, dict):
+        return {name: _whole(value, keep=keep) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_whole(value, keep=keep) for value in tree)
+    if isinstance(tree, DTensor):
+        tree = tree.full_tensor()
+    return tree.detach().cpu() if keep and isinstance(tree, Tensor) else tree if keep else None
+
+
+def full_state(module: nn.Module, *, everywhere: bool = False) -> dict[str, Any]:
+    """The state dict of ``module`` in plain tensors. **Every rank must call it.**
+
+    Where it is sharded, tensors are gathered one by one to the CPU of rank 0 (the others get an
+    empty dict), or of all with ``everywhere``. Else it is ``module.state_dict()``.
+    """
+    if not is_sharded(module):
+        return dict(module.state_dict())
+    keep = everywhere or dist.get_rank() == 0
+    whole: dict[str, Any] = _whole(dict(module.state_dict()), keep=keep)
+    return whole if keep else {}
+
+
+def whole_encoder(encoder: Backbone) -> Backbone | None:
+    """``encoder`` itself; where it is sharded, a whole copy on its device for rank 0 and None for
+    the others. **Every rank must call it.** The global random state is left alone."""
+    if not is_sharded(encoder):
+        return encoder
+    state = full_state(encoder)
+    if dist.get_rank():
+        return None
+    with torch.random.fork_rng(devices=[]):
+        copy = encoder.from_weights(state, config=encoder.config(), heads=None)
+    return copy.to(next(encoder.parameters()).device).train(encoder.training)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether each process holds a part of ``module`` only."""
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
+@torch.no_grad()
+def total_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients: a plain 0-dim float32 tensor on their device, alike on all
+    ranks. Parameters without a gradient are left out. The host waits for nothing."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    total = torch.stack(torch._foreach_norm([local(g) for g in gradients]))
+    if not isinstance(gradients[0], DTensor):
+        return torch.linalg.vector_norm(total)
+    assert all(isinstance(g, DTensor) for g in gradients), "a part of the model is not sharded"
+    squares = total.double().square().sum()
+    dist.all_reduce(squares, group=gradients[0].device_mesh.get_group())
+    return squares.sqrt().float()
+
+
+class Shardable(pl.LightningModule):
+    """A module that ``hardware=fsdp`` splits."""
+
+    def units(self) -> list[nn.Module]:
+        """What is gathered at a time, in the order of use: modules called by their forward."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Lightning calls it in each process, once all are there."""
+        mesh = self.device_mesh
+        if mesh is None or isinstance(self, FSDPModule):
+            return
+        # dropped after the forward in any case: a forward without backward (teacher, probes)
+        # would leave the weights whole, and the EMA would average nothing
+        how: dict[str, Any] = {"mesh": mesh["data_parallel"], "reshard_after_forward": True}
+        for unit in self.units():
+            fully_shard(unit, **how)
+        fully_shard(self, **how)
+        for method in ("training_step", "within"):
+            register_fsdp_forward_method(self, method)
+        whole = [name for name, p in self.named_parameters() if not isinstance(p, DTensor)]
+        assert not whole, f"not sharded: {whole}"
+
+    def within(self, what: Callable[[], T]) -> T:
+        """``what()``, weights gathered as in a training step. **Every rank must call it.**"""
+        return what()

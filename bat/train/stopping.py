@@ -1,0 +1,147 @@
+"""Ending a run so that it can go on: signals, and whatever else asks for an end (``Stopping.ask``).
+
+A signal handler only sets a flag. At the end of each micro-batch the ranks agree on the host
+(``ranks.py``) whether anybody asked; then, once the optimiser's step is complete, all save and
+stop, and the process exits with 75 (``RESUME_ME``): the same command continues. An error asked
+for on one rank ends all of them, so that none waits in a collective for one that is gone.
+
+Lightning 2.6.6 ends a SIGTERM with exit code 0 and, under DDP, calls a collective within the signal
+handler: a deadlock unless the right ranks are signalled. Its handlers are replaced while training,
+as is its broadcast before every batch, which would wait for the device
+(``_TrainingEpochLoop._broadcast_sigterm_tensor``, private; a test holds the name).
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from bat.shapes import Interrupted, UserError
+from bat.train.ranks import Ranks, ranks_of
+
+log = logging.getLogger("bat")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""SIGUSR1: Slurm's ``--signal=USR1@120``."""
+
+_NOTHING, _SAVE, _FAIL = 0, 1, 2
+
+
+class Stopping(Callback):
+    """Ends the run at the next batch end when asked to; ``finish`` then says how it ended.
+
+    Belongs after all callbacks that may ask, so that a step asked at is a step saved at.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked, self._why = _NOTHING, ""
+        self._error: Exception | None = None
+        self._before: dict[int, Any] = {}
+        self._ended: str | None = None
+        self._ranks = Ranks()
+        self.clocks: list[Callable[[], bool]] = []
+        """Asked on every rank at each batch end; one that says yes makes ``due`` true on all."""
+        self.due = False
+        """Whether a checkpoint is due by somebody's clock."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this process was asked to end: long work between two steps may cut itself off."""
+        return self._asked != _NOTHING
+
+    @property
+    def ending(self) -> bool:
+        """Whether all ranks agreed to save and end after this step."""
+        return self._ended is not None
+
+    def ask(self, why: str, error: Exception | None = None) -> None:
+        """End at the next batch end; from any thread, on any rank.
+
+        Without ``error`` the run is saved and ends by ``Interrupted``; with it nothing is saved
+        and ``error`` is raised (other ranks raise a ``UserError`` that names it).
+        """
+        with self._lock:
+            if (_FAIL if error else _SAVE) > self._asked:
+                self._asked, self._why, self._error = (_FAIL if error else _SAVE), why, error
+
+    def finish(self, trainer: pl.Trainer) -> None:
+        """Call after ``fit``: raises ``Interrupted`` where the run ended before its last step."""
+        if self._ended is not None:
+            self._leave_quietly(trainer)
+            raise Interrupted(self._ended)
+
+    @staticmethod
+    def _leave_quietly(trainer: pl.Trainer) -> None:
+        """In a child of Lightning's launcher: exit with 0. The first process tells how the run
+        ended; its observer would kill it at once for a child's other code."""
+        if trainer.world_size > 1 and trainer.local_rank:
+            strategy: Any = trainer.strategy
+            if not strategy.cluster_environment.creates_processes_externally:
+                raise SystemExit(0)
+
+    def listen(self) -> None:
+        """Call before ``fit``, and ``restore`` after it. From now on Slurm's signal is noted: it
+        would kill a process that is still starting. The others may: nothing is lost then."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in SIGNALS}
+            signal.signal(signal.SIGUSR1, self._on_signal)
+
+    def restore(self) -> None:
+        """Signals mean again what they meant before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._ranks = ranks_of(trainer)
+        loop: Any = trainer.fit_loop.epoch_loop
+        assert hasattr(loop, "_broadcast_sigterm_tensor"), "Lightning has changed"
+        loop._broadcast_sigterm_tensor = lambda: None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for number in self._before:  # Lightning's own handlers are in place by now
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Only a flag; a second Ctrl-C is meant."""
+        name = signal.Signals(number).name
+        if number == signal.SIGINT and self._asked:
+            raise KeyboardInterrupt
+        if not self._asked:
+            self._asked, self._why = _SAVE, name
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        overdue = any(clock() for clock in self.clocks)
+        asked, due = self._ranks.maximum([self._asked, overdue])
+        self.due = bool(due)
+        if asked == _FAIL:
+            self._raise(trainer)
+        loop = trainer.fit_loop.epoch_loop
+        complete = loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
+        if asked == _SAVE and complete and trainer.global_step < trainer.max_steps:
+            reasons = [why for why in self._ranks.gather(self._why) if why]
+            self._ended = f"{reasons[0]} after step {trainer.global_step}"
+            log.info("%s: saving and ending", reasons[0])
+            trainer.should_stop = True
+
+    def _raise(self, trainer: pl.Trainer) -> None:
+        errors = [str(e) for e in self._ranks.gather(self._error and str(self._error)) if e]
+        if self._error is not None:
+            raise self._error
+        self._leave_quietly(trainer)
+        raise UserError(f"another process of the run failed: {errors[0]}")
+
+    def check_errors(self, trainer: pl.Trainer) -> None:
+        """Raise on all ranks what any of them was asked to fail with: after the last step."""
+        if self._ranks.maximum([self._asked])[0] == _FAIL:
+            self._raise(trainer)

@@ -1,0 +1,143 @@
+"""A loader that stalls: noticed, named, and at last ended so that the run can be resumed.
+
+Waiting is measured where it happens, around Lightning's call of the loader, by way of its profiler
+(``[_TrainingEpochLoop].train_dataloader_next``, 2.6.6; a test holds the name): probing, saving and
+whatever else is done between two steps is not waiting. A thread watches, for the training process
+may hang in a read; it cannot be asked to end then, so the thread ends it.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from lightning.pytorch.profilers import PassThroughProfiler
+
+from bat.shapes import RESUME_ME
+
+log = logging.getLogger("bat")
+
+GRACE_SECONDS = 60.0
+"""How long a run that was asked to end still waits for a batch before it ends without one."""
+
+
+class FetchClock(PassThroughProfiler):
+    """Since when the training process waits for a batch, and for how long it has in all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.since: float | None = None
+        """``time.perf_counter()`` when the wait began; None: a batch is being worked on."""
+        self.total = 0.0
+
+    def start(self, action_name: str) -> None:
+        if action_name.endswith("train_dataloader_next"):
+            self.since = time.perf_counter()
+
+    def stop(self, action_name: str) -> None:
+        if action_name.endswith("train_dataloader_next") and self.since is not None:
+            self.total += time.perf_counter() - self.since
+            self.since = None
+
+
+class Watchdog(threading.Thread):
+    """Says that the loader stalls, says so again, and at last ends the process.
+
+    Time during which the whole process was stopped (SIGSTOP, a suspended machine) does not count.
+
+    Args:
+        clock: of the training process.
+        warn_seconds: of waiting between two warnings; 0: none.
+        stop_seconds: of waiting after which ``leave`` is called; 0: never.
+        say: called with (kind, line, facts) where something is wrong, from this thread.
+        sitting_on: what each reader is at, see ``StreamData.sitting_on``.
+        wanted: whether the run was asked to end: then it waits no longer than ``GRACE_SECONDS``.
+        leave: called with the last word.
+    """
+
+    def __init__(
+        self,
+        clock: FetchClock,
+        *,
+        warn_seconds: float,
+        stop_seconds: float,
+        say: Callable[..., None],
+        sitting_on: Callable[[], list[str]],
+        wanted: Callable[[], bool],
+        leave: Callable[[str], None],
+    ) -> None:
+        super().__init__(name="loader watchdog", daemon=True)
+        self.clock, self.say, self.sitting_on = clock, say, sitting_on
+        self.warn_seconds, self.stop_seconds = warn_seconds, stop_seconds
+        self.wanted, self.leave = wanted, leave
+        limits = [s for s in (warn_seconds, stop_seconds) if s > 0]
+        self.tick = min(1.0, min(limits, default=10.0) / 10)
+        self._end = threading.Event()
+        self._wait: float | None = None  # the wait under way: the clock's ``since``
+        self._waited = self._asked = 0.0  # of it, in all and since the run was asked to end
+        self._warned = 0
+        self._before = 0.0
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._end.set()
+        if self is not threading.current_thread() and self.is_alive():
+            self.join(timeout=10)
+
+    def run(self) -> None:
+        """A look a tick until stopped, or until there is nothing left to wait for."""
+        self._before = time.perf_counter()
+        while not self._end.wait(self.tick):
+            try:
+                if self.look(time.perf_counter()):
+                    return
+            except Exception:  # a full disk under the metrics must not end the watch
+                log.exception("the watch over the loader goes on after")
+
+    def look(self, now: float) -> bool:
+        """Judge the wait under way at ``now``; True: the process was told to leave."""
+        passed, self._before = min(now - self._before, 2 * self.tick), now
+        since = self.clock.since
+        if since != self._wait:
+            if self._warned:
+                line = f"the loader goes on after {self._waited:.0f} s"
+                self.say("recovered", line, what="loader", seconds=round(self._waited, 1))
+            self._wait, self._waited, self._asked, self._warned = since, 0.0, 0.0, 0
+        if since is None:
+            return False
+        self._waited += passed
+        self._asked = self._asked + passed if self.wanted() else 0.0
+        waited = f"no batch for {self._waited:.0f} s"
+        if self.warn_seconds and self._waited >= (self._warned + 1) * self.warn_seconds:
+            self._warned += 1
+            self.say("stall", f"{waited}: {self._where()}", seconds=round(self._waited, 1))
+        if self.stop_seconds and self._waited >= self.stop_seconds:
+            self.leave(f"{waited} (health.stall_stop_seconds={self.stop_seconds:g})")
+            return True
+        if self._asked >= GRACE_SECONDS:
+            self.leave(f"asked to end, and {waited}")
+            return True
+        return False
+
+    def _where(self) -> str:
+        return "; ".join(self.sitting_on()) or "no reader is at a clip (starting, gone, or idle)"
+
+
+def leave(why: str) -> None:
+    """End this process at once with the code that says "resume me", its loader workers with it.
+
+    Nothing is saved: the training process may hang in a read for ever.
+    """
+    try:
+        log.error("%s: ending; the same command continues from the last checkpoint", why)
+        for worker in multiprocessing.active_children():  # they ignore SIGTERM
+            worker.kill()
+        for stream in (*log.handlers, sys.stdout, sys.stderr):
+            stream.flush()
+    finally:  # whatever is wrong with a disk or a pipe
+        os._exit(RESUME_ME)

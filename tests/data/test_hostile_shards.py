@@ -1,0 +1,239 @@
+"""Shards made to harm: bounds on what they may hold, and names that lead nowhere."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bat.audio.decode import encode
+from bat.data import listing as listing_module
+from bat.data import sequential, table, tar_stream, vocabulary
+from bat.data.bad_clips import BadClips
+from bat.data.index import open_index
+from bat.data.listing import listing
+from bat.data.manifest import Manifest
+from bat.data.remote import why
+from bat.data.sequential import SequentialClips
+from bat.data.sources import Patience
+from bat.data.table import read_contents
+from bat.shapes import Skipped, UserError, WaveBatch
+from tests.data.http_server import FaultyServer
+
+WAV = encode(np.ones(160, np.float32) * 0.1, sample_rate=16_000, codec="wav")
+
+
+def tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+NAMES = ["../../up.wav", "/etc/abs.wav", "a/../../b.wav", "c\nd\x1b[2J.wav", "~/e.wav", "...x.wav"]
+
+
+def test_member_names_never_become_paths(tmp_path: Path) -> None:
+    path = tar(tmp_path / "in/s.tar", [(name, WAV) for name in NAMES])
+    with tarfile.open(path, "a") as file:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            info = tarfile.TarInfo(f"link-{kind.decode()}.wav")
+            info.type, info.linkname = kind, "/etc/passwd"
+            file.addfile(info)
+    before = sorted(tmp_path.rglob("*"))
+    index = open_index(path, cache=tmp_path / "cache")
+    keys = [index.key(i) for i in range(len(index))]
+    assert len(set(keys)) == len(NAMES)
+    assert all(key.replace("-", "").replace("_", "").isalnum() for key in keys)
+    assert [index.read(i).data for i in range(len(index))] == [WAV] * len(NAMES)
+    clips = iter(SequentialClips([path], shuffle_clips=1))
+    assert [next(clips).key for _ in NAMES] == keys
+    assert sorted(read_contents(path).left_out.values()) == ["not a regular file"] * 4
+    made = set(tmp_path.rglob("*")) - set(before)
+    assert {p.name for p in made} <= {"s.idx.npz", "cache"}
+
+
+def test_a_shard_of_too_many_members_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "MAX_MEMBERS", 4)
+    good = tar(tmp_path / "good.tar", [(f"{i}.wav", WAV) for i in range(5)])
+    assert len(read_contents(good).audio) == 5
+    for name, data in (("a", WAV), ("b", b"")):
+        path = tar(tmp_path / f"{name}.tar", [(f"{i}.wav", data) for i in range(6)])
+        with pytest.raises(UserError, match=r"\.tar has more than 4 members: split it"):
+            read_contents(path)
+
+
+def test_a_shard_of_too_much_json_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "MAX_ALL_JSON_BYTES", 100)
+    path = tar(
+        tmp_path / "a.tar", [(f"{i}.json", b'{"x": "' + b"y" * 41 + b'"}') for i in range(2)]
+    )
+    assert len(read_contents(path).metas) == 2
+    path = tar(
+        tmp_path / "b.tar", [(f"{i}.json", b'{"x": "' + b"y" * 42 + b'"}') for i in range(2)]
+    )
+    with pytest.raises(UserError, match="more than 100 bytes of JSON"):
+        read_contents(path)
+
+
+def test_json_out_of_bounds_is_left_out_and_the_clip_stays(tmp_path: Path) -> None:
+    bad = [
+        b"[" * 100_000,
+        b'{"num_samples": 1' + b"0" * 5000 + b"}",
+        b"{" + b" " * table.MAX_JSON_BYTES + b"}",
+        b'{"label": [1e999, {}, null], "num_samples": -5, "sample_rate": NaN, "fold": true}',
+    ]
+    members = [x for i, text in enumerate(bad) for x in ((f"{i}.wav", WAV), (f"{i}.json", text))]
+    path = tar(tmp_path / "a.tar", members)
+    index = open_index(path)
+    assert len(index) == 4
+    assert index.frames.tolist() == [-1] * 4
+    assert sorted(index.left_out) == ["a.tar/0.json", "a.tar/1.json", "a.tar/2.json"]
+    clips = iter(sequential_clips := SequentialClips([path], shuffle_clips=1))
+    assert [next(clips).key for _ in range(4)] == ["0", "1", "2", "3"]
+    assert len(sequential_clips.take_skipped()) == 3
+
+
+def test_more_class_names_than_a_row_of_targets_can_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary, "MAX_CLASSES", 3)
+    labels = json.dumps({"label": ["a", "b", "c", "d"]}).encode()
+    path = tar(tmp_path / "a.tar", [("x.wav", WAV), ("x.json", labels)])
+    with pytest.raises(UserError, match=r"have 4 class names, more than 3.*data\.labels=drop"):
+        open_index(path)
+    assert open_index(path, labels="drop").classes == 0
+
+
+def test_a_compressed_shard_that_expands_out_of_proportion_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tar_stream, "RATIO_FROM_BYTES", 1 << 20)
+    plain = tar(tmp_path / "plain.tar", [("x.wav", WAV), ("junk.bin", bytes(32 << 20))])
+    bomb = tmp_path / "bomb.tar.gz"
+    bomb.write_bytes(gzip.compress(plain.read_bytes()))
+    clips = SequentialClips([bomb], shuffle_clips=1)
+    found = iter(clips)
+    assert [next(found).key for _ in range(3)] == ["x"] * 3
+    assert {skip.why for skip in clips.take_skipped()} == {
+        "it unpacks to more than 100 times its size"
+    }
+    noise = np.random.default_rng(0).bytes(4 << 20)
+    honest = tmp_path / "honest.tar.gz"
+    data = tar(tmp_path / "p.tar", [("x.wav", WAV), ("junk.bin", noise), ("y.wav", WAV)])
+    honest.write_bytes(gzip.compress(data.read_bytes(), 1))
+    found = iter(SequentialClips([honest], shuffle_clips=1))
+    assert [next(found).key for _ in range(3)] == ["x", "y", "x"]
+
+
+def test_members_that_are_no_clips_do_not_pile_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequential, "MAX_UNFIT", 5)
+    empty = [(f"{i}.wav", b"") for i in range(5)]
+    path = tar(tmp_path / "a.tar", [("x.wav", WAV), *empty, ("y.wav", WAV)])
+    clips = SequentialClips([path], shuffle_clips=1)
+    found = iter(clips)
+    assert [next(found).key for _ in range(3)] == ["x"] * 3
+    assert "5 members in a row are no clips" in {skip.why for skip in clips.take_skipped()}
+    path = tar(tmp_path / "b.tar", [("x.wav", WAV), *empty[:4], ("y.wav", WAV), *empty[:4]])
+    found = iter(SequentialClips([path], shuffle_clips=1))
+    assert [next(found).key for _ in range(4)] == ["x", "y", "x", "y"]
+    path = tar(tmp_path / "c.tar", [*empty[:4], ("x.wav", WAV), *empty[:4], ("y.wav", WAV)])
+    found = iter(SequentialClips([path], shuffle_clips=1))
+    assert [next(found).key for _ in range(4)] == ["x", "y", "x", "y"]
+
+
+GOOD: dict[str, Any] = {
+    "shards": [{"name": "a.tar", "clips": 1, "bytes": 9, "sha256": "", "seconds": 0.5}],
+    "clips": 1,
+    "seconds": 0.5,
+    "bytes": 9,
+    "vocabulary": ["dog"],
+    "label_counts": [1],
+    "splits": {"train": 1},
+    "folds": {"1": 1},
+    "rates": {"16000": 1},
+    "left_out": [{"key": "k", "file": "f", "reason": "r"}],
+    "source": "0",
+    "version": 2,
+}
+
+
+def test_a_manifest_is_held_to_its_types(tmp_path: Path) -> None:
+    def load(**changed: Any) -> Manifest | None:
+        (tmp_path / "manifest.json").write_text(json.dumps({**GOOD, **changed}))
+        return Manifest.load(tmp_path)
+
+    assert load() is not None
+    shard = GOOD["shards"][0]
+    names = [{**shard, "name": name} for name in ("../a.tar", "a/b.tar", "..", "", 5, None, "a\0")]
+    sizes = [{**shard, "bytes": size} for size in (-1, "9", 1.5, True, 1 << 63)]
+    others = [{**shard, "clips": -1}, {**shard, "seconds": "x"}, {**shard, "sha256": "../x"}, []]
+    wrong: list[dict[str, Any]] = [{"shards": [entry]} for entry in names + sizes + others]
+    wrong += [{"vocabulary": [1]}, {"vocabulary": "dog"}, {"label_counts": ["1"]}, {"clips": "1"}]
+    wrong += [{"splits": {"train": "1"}}, {"splits": []}, {"left_out": [5]}, {"left_out": [[{}]]}]
+    for changed in wrong:
+        with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+            load(**changed)
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="damaged"):
+        Manifest.load(tmp_path)
+
+
+def test_lists_and_messages_show_no_credentials(tmp_path: Path) -> None:
+    import torch
+
+    skipped = Skipped(
+        "k", "a.tar", "unreadable", "https://u:pa55@h/a.tar?X-Amz-Signature=5ecret", 3
+    )
+    batch = WaveBatch(
+        waves=torch.zeros(0, 1),
+        lengths=torch.zeros(0, dtype=torch.int64),
+        targets=torch.zeros(0, 0),
+        keys=[],
+        positions=torch.zeros(0, dtype=torch.int64),
+        skipped=[skipped],
+    )
+    BadClips(file=tmp_path / "bad_clips.jsonl").add(batch)
+    line = json.loads((tmp_path / "bad_clips.jsonl").read_text())
+    assert line["why"] == "https://***@h/a.tar?***"
+    error = RuntimeError(
+        "at https://u:pa55@h/ with Authorization: Bearer abc.def and hf_" + "a1" * 12
+    )
+    text = why(error, "https://h/a.tar", Patience())
+    assert "pa55" not in text
+    assert "abc.def" not in text
+    assert "a1a1" not in text
+
+
+def test_a_remote_listing_is_bounded_and_leads_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "s"
+    for name in ("b&amp;.tar", "a.tar", ".hidden.tar", "x.txt"):
+        tar(folder / name.replace("&amp;", "&"), [("x.wav", WAV)])
+    links = ["../up.tar", "http://elsewhere/c.tar", "/s/d.tar", "e/f.tar", "g.tar?x=1", "file:///h"]
+    with FaultyServer(tmp_path) as server:
+        page = "".join(f"<A class='x'\nHREF = '{link}'>{link}</a>" for link in links)
+        base = f"{server.url}/s"
+        assert listing(base, Patience()) == ["a.tar", "b&.tar", "x.txt"]
+        monkeypatch.setattr(listing_module, "fetch", lambda url, **_: (page + "<a ").encode())
+        assert listing(base, Patience()) == ["d.tar", "g.tar"]
+        monkeypatch.undo()
+        monkeypatch.setattr(listing_module, "MAX_LISTING_BYTES", 20)
+        with pytest.raises(UserError, match=r"/s/ is larger than 20 bytes"):
+            listing(base, Patience())

@@ -1,0 +1,120 @@
+"""What counts as a credential, and what must stay readable."""
+
+from __future__ import annotations
+
+import io
+import logging
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import pytest
+
+from bat.redact import Redacting, redact, redact_tree
+
+SIGNATURE = "X-Amz-Credential=AKIAIOSFODNN7EXAMPLE%2F2026&X-Amz-Signature=0badc0ffee"
+TOKEN = "hf_" + "aB3" * 11
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://me:pa55@host.org/a.tar", "https://***@host.org/a.tar"),
+        ("https://me:p@ss@host/a and s3://b/c", "https://***@host/a and s3://b/c"),
+        (f"https://h/a.tar?{TOKEN}@", "https://h/a.tar?***@"),
+        (f"https://b.s3.org/a.tar?{SIGNATURE}", "https://b.s3.org/a.tar?***"),
+        ("https://h/a.tar?sv=2020&sig=abc%3D", "https://h/a.tar?***"),
+        ("https://h/a.tar?part=1&token=abc.", "https://h/a.tar?***"),
+        ("https://h/a#access_token=abc", "https://h/a#***"),
+        ("('https://h/a?Signature=abc')", "('https://h/a?***')"),
+        ("Authorization: Bearer abc.def", "Authorization: Bearer ***"),
+        ("{'Authorization': 'Basic dTpw'}", "{'Authorization': 'Basic ***'}"),
+        ("curl -H 'Authorization: token abc'", "curl -H 'Authorization: token ***'"),
+        ("sent bearer abcdef0123456789", "sent bearer ***"),
+        (f"login with {TOKEN}", "login with ***"),
+        ("key AKIAIOSFODNN7EXAMPLE here", "key *** here"),
+        ("pipe:curl -u me:pa55 ftp://h/a", "pipe:curl -u *** ftp://h/a"),
+        ("WANDB_API_KEY=0123456789abcdef x", "WANDB_API_KEY=*** x"),
+        ("password: hunter2, lr 0.1", "password: ***, lr 0.1"),
+        ("aws_secret_access_key = 'a b'", "aws_secret_access_key = ***"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMII\n-----END RSA PRIVATE KEY-----", "***"),
+    ],
+)
+def test_a_credential_is_hidden_and_the_rest_stays(text: str, expected: str) -> None:
+    assert redact(text) == expected
+    assert redact(expected) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://host.org/set/shard-{00000..00041}.tar",
+        "https://host.org/a.tar?download=true&part=2",
+        "s3://bucket/a@b/shard.tar",
+        "hf://datasets/confit/audioset-16khz-wds",
+        "512 tokens: 64 x 8, keep_ratio=0.2",
+        "mask.keep_ratio=0.2, key dog-17 of shard-000003.tar",
+        "basic probes on 400 clips",
+        "loss 0.123456789012345 at step 400000",
+        "sha256 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        "runs/2026-11-22/checkpoints/last.ckpt",
+        "task=esc50: one label a clip",
+        "label 'Secret, whisper: quiet' is not in the vocabulary",
+    ],
+)
+def test_what_is_no_credential_stays(text: str) -> None:
+    assert redact(text) == text
+
+
+class Pair(NamedTuple):
+    url: str
+    size: int
+
+
+@dataclass
+class Section:
+    shards: list[str] = field(default_factory=lambda: ["https://u:p@h/a.tar"])
+    steps: int = 3
+    api_key: str = "abc"
+
+
+def test_a_tree_is_copied_with_its_strings_redacted() -> None:
+    section = Section()
+    tree = {
+        "data": section,
+        "pair": Pair("https://h/a?sig=x", 5),
+        "token": "abc",
+        "hub_token": "",
+        "tokens": 512,
+        "deep": [{"why": ("https://u:p@h/", None)}],
+    }
+    assert redact_tree(tree) == {
+        "data": Section(["https://***@h/a.tar"], 3, "***"),
+        "pair": Pair("https://h/a?***", 5),
+        "token": "***",
+        "hub_token": "",
+        "tokens": 512,
+        "deep": [{"why": ("https://***@h/", None)}],
+    }
+    assert section == Section()
+
+
+def test_a_log_shows_no_credential_in_lines_and_tracebacks() -> None:
+    out = io.StringIO()
+    handler = logging.StreamHandler(out)
+    handler.addFilter(Redacting())
+    log = logging.getLogger("test_redact")
+    log.propagate = False
+    log.addHandler(handler)
+    try:
+        log.warning("reading %s, %d left", "https://u:pa55@h/a", 3)
+        try:
+            raise OSError("no answer from https://h/a?sig=5ecret")
+        except OSError:
+            log.exception("failed")
+    finally:
+        log.removeHandler(handler)
+    text = out.getvalue()
+    assert text.startswith("reading https://***@h/a, 3 left\nfailed\nTraceback")
+    assert "OSError: no answer from https://h/a?***" in text
+    assert "pa55" not in text
+    assert text.count("Traceback") == 1

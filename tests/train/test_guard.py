@@ -1,0 +1,178 @@
+"""Steps that are not taken: the norm, clipping, what a skipped step leaves, and when it ends."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bat.nn.ema import ema_update
+from bat.shapes import UserError
+from bat.train.guard import Guard, poison
+from bat.train.optim import adamw, param_groups
+from bat.train.pretrain import Pretraining
+from bat.train.run_pretrain import pretrain
+from bat.train.trainer import read_jsonl
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 3))
+
+
+def optimiser(module: torch.nn.Module, *, fused: bool = True) -> torch.optim.Optimizer:
+    if not fused:
+        return torch.optim.AdamW(module.parameters(), lr=0.1)
+    return adamw(param_groups(module, weight_decay=0.05), lr=0.1)
+
+
+def backward(module: torch.nn.Module, scale: float = 1.0) -> None:
+    module.zero_grad()
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+    (module(x).square().mean() * scale).backward()
+
+
+@pytest.mark.parametrize("clip", [None, 0.01, 100.0])
+def test_norm_and_clipping_are_pytorchs(clip: float | None) -> None:
+    ours, theirs = model(), model()
+    backward(ours)
+    backward(theirs)
+    norm = Guard(clip).inspect(optimiser(ours), ours.parameters())
+    wanted = torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip or 1e9)
+    torch.testing.assert_close(norm, wanted)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_step_of_a_gradient_that_is_not_finite_moves_nothing(value: float, fused: bool) -> None:
+    module, guard = model(), Guard(1.0)
+    optimizer = optimiser(module, fused=fused)
+
+    def step() -> None:
+        guard.inspect(optimizer, module.parameters())
+        optimizer.step()
+
+    backward(module)
+    step()
+    weights = [p.detach().clone() for p in module.parameters()]
+    before = {k: v.clone() for k, v in optimizer.state[next(module.parameters())].items()}
+    backward(module)
+    next(module.parameters()).grad[0, 0] = value
+    step()
+    assert guard.skip is not None
+    assert guard.skip.item() == 1
+    assert all(torch.equal(a, b) for a, b in zip(weights, module.parameters(), strict=True))
+    after = optimizer.state[next(module.parameters())]
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    backward(module)
+    step()
+    assert guard.skip.item() == 0
+    assert not torch.equal(weights[0], next(module.parameters()))
+
+
+def test_the_teacher_stays_where_a_step_is_skipped_and_else_moves_as_ever() -> None:
+    student, skipped, moved, plain = model(), model(), model(), model()
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(1)
+    ema_update(skipped, student, 0.9, skip=torch.tensor(1.0))
+    ema_update(moved, student, 0.9, skip=torch.tensor(0.0))
+    ema_update(plain, student, 0.9)
+    for a, b, c, d in zip(*(m.parameters() for m in (skipped, moved, plain, model())), strict=True):
+        assert torch.equal(a, d)
+        assert torch.equal(b, c)
+        assert not torch.equal(b, d)
+
+
+def test_poison_is_exact_for_finite_losses_and_spoils_the_gradient_of_others() -> None:
+    x = torch.tensor([2.0, 3.0], requires_grad=True)
+    loss = x.square().sum()
+    assert torch.equal(poison(loss), loss)
+    poison(loss).backward()
+    assert torch.equal(x.grad, 2 * x.detach())
+    y = torch.tensor([3e38, 3e38], requires_grad=True)  # the sum is infinite, its gradient is 1
+    poison(y.sum()).backward()
+    assert y.grad.isnan().all()
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, at) -> None:
+    """Make the loss of the micro-batches that ``at`` says NaN."""
+    original = Pretraining.spectrogram
+
+    def spectrogram(self, batch):
+        x = original(self, batch)
+        return x * torch.nan if at(self._micro) else x
+
+    step = Pretraining.training_step
+
+    def training_step(self, batch, batch_idx):
+        self._micro = batch_idx
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Pretraining, "spectrogram", spectrogram)
+    monkeypatch.setattr(Pretraining, "training_step", training_step)
+
+
+def test_a_run_goes_on_without_the_spoiled_step_and_writes_its_keys_down(
+    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    spoil(monkeypatch, lambda k: k == 5)  # the second micro-batch of the third step
+    words = ["train.accumulate=2", "data.batch=2", "train.log_every=1"]
+    monkeypatch.setattr(Pretraining, "on_train_batch_end", lambda *a: None, raising=False)
+    states = []
+    original = Pretraining.optimizer_step
+
+    def optimizer_step(self, *args):
+        original(self, *args)
+        states.append({k: v.clone() for k, v in self.objective.state_dict().items()})
+
+    monkeypatch.setattr(Pretraining, "optimizer_step", optimizer_step)
+    pretrain(small(*words, out=out))
+    assert len(states) == 6
+    same = [
+        all(torch.equal(a[k], b[k]) for k in a) for a, b in pairwise(states)
+    ]
+    assert same == [False, True, False, False, False]  # neither student nor teacher moved
+    rows = read_jsonl(out / "bad_batches.jsonl")
+    assert [(r["step"], r["rank"], len(r["keys"]), r["loss"]) for r in rows] == [(3, 0, 2, None)]
+    lines = read_jsonl(out / "metrics.jsonl")
+    (event,) = [r for r in lines if r.get("event")]
+    assert event["event"] == "skipped"
+    assert event["step"] == 3
+    assert "step 3 skipped: its loss is not finite" in event["message"]
+    losses = [r["loss"] for r in lines if "loss" in r]
+    assert len(losses) == 6
+    assert all(losses)  # the other micro-batch's, where one was spoiled
+    assert json.loads((out / "summary.json").read_text())["skipped_steps"] == 1
+
+
+def test_too_many_skipped_steps_end_the_run_and_name_the_keys(
+    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    spoil(monkeypatch, lambda k: k >= 2)
+    with pytest.raises(UserError, match=r"2 of the latest 100 steps were not finite .*bad_batches"):
+        pretrain(small("health.max_skipped=1", "train.steps=20", out=out))
+    assert len(read_jsonl(out / "bad_batches.jsonl")) == 2
+    assert not (out / "export").exists()
+
+
+def test_skips_far_apart_do_not_end_a_run(tmp_path: Path) -> None:
+    from bat.train.callbacks import Metrics
+    from bat.train.guard import GuardReport
+    from bat.train.stopping import Stopping
+
+    stopping = Stopping()
+    metrics = Metrics(every=1, progress=False)
+    report = GuardReport(Guard(None), tmp_path, most=1, metrics=metrics, stopping=stopping)
+    for step in (10, 110, 210):
+        report._skipped(step, [(["a"], torch.tensor(1.0))])
+    assert not stopping.wanted
+    again = GuardReport(Guard(None), tmp_path, most=1, metrics=metrics, stopping=stopping)
+    again.load_state_dict(report.state_dict())
+    assert again.total == 3
+    again._skipped(309, [(["a"], torch.tensor(1.0))])
+    assert stopping.wanted

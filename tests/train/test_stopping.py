@@ -1,0 +1,166 @@
+"""Ends that can be resumed: signals, requests from anywhere, errors of another thread."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bat.cli import args
+from bat.config.schema import Pretrain
+from bat.shapes import Interrupted, UserError
+from bat.train.checkpointing import checkpoints
+from bat.train.pretrain import Pretraining
+from bat.train.run_pretrain import pretrain
+from bat.train.stopping import Stopping
+from bat.train.trainer import read_jsonl
+
+
+def at_batch(monkeypatch: pytest.MonkeyPatch, at: int, do) -> pytest.MonkeyPatch:
+    """Run ``do()`` within the training step of micro-batch ``at``."""
+    original = Pretraining.training_step
+
+    def step(self, batch, batch_idx):
+        if batch_idx == at:
+            do()
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(Pretraining, "training_step", step)
+    return monkeypatch
+
+
+def end_and_resume(config: Pretrain, do, at: int) -> Interrupted:
+    with pytest.MonkeyPatch.context() as patch:
+        at_batch(patch, at, do)
+        with pytest.raises(Interrupted) as caught:
+            pretrain(config)
+    return caught.value
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(
+    small, tmp_path: Path, name: str
+) -> None:
+    number, out = getattr(signal, name), tmp_path / "run"
+    before = signal.getsignal(number)
+    # within the first half of step 3: both halves are done before it ends
+    config = small("train.accumulate=2", "data.batch=2", "train.save_every=100", out=out)
+    why = end_and_resume(config, lambda: os.kill(os.getpid(), number), at=4)
+    assert str(why) == f"{name} after step 3"
+    assert signal.getsignal(number) is before
+    assert [p.name for p in checkpoints(out)] == ["step-00000003.ckpt"]
+    assert not (out / "export").exists()
+    assert not (out / ".lock").exists()
+    pretrain(config)
+    if name == "SIGTERM":
+        whole = tmp_path / "whole"
+        pretrain(small("train.accumulate=2", "data.batch=2", out=whole))
+        ours, theirs = (load_file(o / "export/model.safetensors") for o in (out, whole))
+        assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+    assert [r["step"] for r in read_jsonl(out / "metrics.jsonl") if "loss" in r] == [1, 2, 4, 6]
+
+
+def test_a_second_ctrl_c_ends_at_once(small, tmp_path: Path) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        at_batch(patch, 3, twice)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(small(out=tmp_path / "run"))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000002.ckpt"]
+
+
+def test_a_signal_within_a_probing_cuts_it_off_and_it_is_made_up_for(
+    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["online.every=2", "online.steps=4", "train.save_every=100"]
+    from bat.train import probing
+
+    original, calls = probing.set_lr, []
+
+    def set_lr(*a, **k):
+        calls.append(1)
+        if len(calls) == 2 * 4 + 6:  # the second fold of the probing at step 2
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*a, **k)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(probing, "set_lr", set_lr)
+        with pytest.raises(Interrupted, match="SIGTERM after step 2"):
+            pretrain(small(*words, out=tmp_path / "parts"))
+    assert len(calls) == 2 * 4 + 6
+    pretrain(small(*words, out=tmp_path / "parts"))
+    pretrain(small(*words, out=tmp_path / "whole"))
+    ours, theirs = (
+        [r for r in read_jsonl(tmp_path / name / "metrics.jsonl") if "online/cgp/accuracy" in r]
+        for name in ("parts", "whole")
+    )
+    assert [r["step"] for r in theirs] == [0, 2, 4, 6]
+    assert ours == theirs
+
+
+def test_a_time_is_a_reason_to_save(small, tmp_path: Path, monkeypatch) -> None:
+    from bat.train import checkpointing
+
+    now = [0.0]
+    monkeypatch.setattr(checkpointing.time, "monotonic", lambda: now[0])
+    original = Pretraining.training_step
+
+    def step(self, batch, batch_idx):
+        now[0] += 25.0
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(Pretraining, "training_step", step)
+    words = ["train.save_every=100", "train.save_minutes=1", "train.steps=10", "train.keep=9"]
+    pretrain(small(*words, out=tmp_path / "run"))
+    names = [p.name for p in checkpoints(tmp_path / "run")]
+    assert names == [f"step-{n:08d}.ckpt" for n in (10, 9, 6, 3)]
+
+
+def test_an_error_of_another_thread_ends_the_run_and_saves_nothing(small, tmp_path: Path) -> None:
+    asked: list[Stopping] = []
+    original = Stopping.setup
+
+    def setup(self, *args, **keywords):
+        asked.append(self)
+        original(self, *args, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stopping, "setup", setup)
+        at_batch(patch, 2, lambda: asked[0].ask("a test", UserError("the disk is on fire")))
+        with pytest.raises(UserError, match="the disk is on fire"):
+            pretrain(small("train.save_every=100", out=tmp_path / "run"))
+    assert not checkpoints(tmp_path / "run")
+
+
+def test_errors_outweigh_requests_and_the_first_of_each_counts() -> None:
+    stopping = Stopping()
+    assert not stopping.wanted
+    stopping.ask("one")
+    stopping.ask("two")
+    assert stopping._why == "one"
+    error = UserError("no")
+    stopping.ask("three", error)
+    stopping.ask("four", UserError("other"))
+    assert stopping._error is error
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    def body(what: BaseException):
+        def raises(options) -> None:
+            raise what
+
+        return raises
+
+    p = args.parser("x", "about", "")
+    assert args.run(body(Interrupted("SIGTERM after step 3")), p, []) == 75
+    assert "the same command continues" in capsys.readouterr().err
+    assert args.run(body(UserError("see https://me:secret@host/x")), p, []) == 2
+    assert "secret" not in capsys.readouterr().err
+    assert args.run(body(KeyboardInterrupt()), p, []) == 130
