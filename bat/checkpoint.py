@@ -160,7 +160,7 @@ def replace_durably(temporary: Path, target: Path) -> None:
 def _read_folder(folder: Path, weights: Which) -> EncoderFile:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG} is missing or not JSON: {error}") from error
     state = read_tensors(folder / WEIGHTS)
     if not isinstance(config, dict):

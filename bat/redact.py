@@ -21,14 +21,14 @@ SECRET_NAME = (
 SECRET_NAME += r"|(?:access|auth|session|refresh|id|bearer|security|private)[_-]?(?:token|key))"
 _SIGNED = re.compile(
     rf"[?&#;](?:x-(?:amz|goog|oss|ms)-[\w-]+|sig|signature|token|key-pair-id|policy|key|auth|pwd"
-    rf"|awsaccesskeyid|googleaccessid|[\w-]*{SECRET_NAME})=",
+    rf"|awsaccesskeyid|googleaccessid|[\w-]{{0,60}}{SECRET_NAME})=",
     re.IGNORECASE,
 )
 _URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]{0,20}://)([^\s'\"<>]*)")
 _TOKENS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}"
     r"|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{20,}|xox[a-z]-[\w-]{10,}|AIza[\w-]{30,}"
-    r"|ya29\.[\w-]{10,}|eyJ[\w-]{8,}\.[\w-]{4,}\.[\w-]*)"
+    r"|ya29\.[\w-]{10,}|eyJ[\w-]{8,2000}\.[\w-]{4,4000}\.[\w-]*)"
 )
 _HEADER = re.compile(
     r"((?:authorization|x-api-key|x-auth-token|(?:set-)?cookie)['\"]?\s*[:=]\s*['\"]?)"
@@ -37,12 +37,14 @@ _HEADER = re.compile(
 )
 _BEARER = re.compile(r"\b(bearer|basic)\s+(?=[^\s]*[\d=])[\w.~+/=-]{8,}", re.IGNORECASE)
 _NAMED = re.compile(
-    rf"(\b[\w.-]*{SECRET_NAME}['\"]?\s*(?:=|:(?!//)|\s(?=\S*\d))\s*)"
+    rf"(\b[\w.-]{{0,60}}{SECRET_NAME}['\"]?\s*(?:=|:(?!//)|\s(?=\S*\d))\s*)"
     r"(?:'[^']*'|\"[^\"]*\"|[^\s'\",;&}\]]+)",
     re.IGNORECASE,
 )
 _USER = re.compile(r"((?:^|\s)(?:-u|--user|--proxy-user)[\s=]+['\"]?)[^\s:'\"]+:[^\s'\"]+")
-_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|\Z)", re.DOTALL)
+_KEY = re.compile(
+    r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|\Z)", re.DOTALL
+)
 _SECRET = re.compile(rf"(?:.*[._-])?(?:{SECRET_NAME}|token)", re.IGNORECASE)
 
 

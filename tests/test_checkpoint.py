@@ -172,3 +172,11 @@ def test_a_file_that_is_no_encoder_says_what_it_holds(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "w.pt")
     with pytest.raises(UserError, match=r"no student encoder.*fc\.weight"):
         bat.load_encoder(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", '{"version": 1' + "0" * 5_000 + "}"])
+def test_a_config_that_is_no_json_is_named(tmp_path: Path, text: str) -> None:
+    write_export(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json is missing or not JSON"):
+        bat.load_encoder(tmp_path)

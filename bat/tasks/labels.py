@@ -13,6 +13,7 @@ import csv
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -164,7 +165,9 @@ def labels_of(path: Path) -> Labels:
         else:
             names = [line.strip() for line in text.splitlines() if line.strip()]
             labels = Labels(path, tuple(names), numbers=tuple(range(len(names))))
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError) as error:
+    except UserError:
+        raise
+    except (ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"{path} is not a label file in UTF-8 ({error})") from error
     if not labels.names:
         raise UserError(f"{path} names no classes")
@@ -183,7 +186,7 @@ def _ontology(path: Path, entries: object) -> Labels:
     ):
         raise UserError(f'{path} is not an ontology: a list of {{"id": "/m/...", "name": "..."}}')
     names = [e["name"] for e in entries]
-    many = {name for name in names if names.count(name) > 1}
+    many = {name for name, count in Counter(names).items() if count > 1}
     clear = (f"{e['name']} ({e['id']})" if e["name"] in many else e["name"] for e in entries)
     return Labels(path, tuple(clear), mids=tuple(e["id"] for e in entries))
 

@@ -122,3 +122,10 @@ def test_orders_of_names() -> None:
 )
 def test_mids_by_their_look(text: str, known: bool) -> None:
     assert is_mid(text) == known
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '[{"id": 1' + "0" * 5_000 + "}]", '["a'])
+def test_a_label_file_that_is_no_json_is_a_mistake(tmp_path: Path, text: str) -> None:
+    (tmp_path / "ontology.json").write_text(text)
+    with pytest.raises(UserError, match="not a label file"):
+        labels_of(tmp_path / "ontology.json")

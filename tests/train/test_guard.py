@@ -1,6 +1,7 @@
 """Steps that are not taken: the norm, clipping, what a skipped step leaves, and when it ends."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -132,9 +133,7 @@ def test_a_run_goes_on_without_the_spoiled_step_and_writes_its_keys_down(
     monkeypatch.setattr(Pretraining, "optimizer_step", optimizer_step)
     pretrain(small(*words, out=out))
     assert len(states) == 6
-    same = [
-        all(torch.equal(a[k], b[k]) for k in a) for a, b in pairwise(states)
-    ]
+    same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in pairwise(states)]
     assert same == [False, True, False, False, False]  # neither student nor teacher moved
     rows = read_jsonl(out / "bad_batches.jsonl")
     assert [(r["step"], r["rank"], len(r["keys"]), r["loss"]) for r in rows] == [(3, 0, 2, None)]

@@ -45,5 +45,7 @@ def test_two_ranks_leave_one_run(tmp_path: Path) -> None:
     assert done.stderr.count("done. Where everything is:") + done.stdout.count("done. Where") == 1
     weights = load_file(tmp_path / "run" / "export" / "model.safetensors")
     assert all(torch.isfinite(t).all() for t in weights.values())
-    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(r)["step"] for r in rows] == [0, 1, 2, 2]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [r["step"] for r in rows if "loss" in r] == [1, 2]
+    assert [r["step"] for r in rows if "online/cgp/accuracy" in r] == [0, 2]
