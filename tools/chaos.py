@@ -87,7 +87,9 @@ class Chaos:
         for i, kind in enumerate(kinds):  # one in each stretch of the run
             first, last = 1 + i * (steps - 4) // faults, (i + 1) * (steps - 4) // faults
             self.faults.append(Fault(kind, self.random.randint(first, max(first, last - 1))))
-        self.words = [*WORDS, f"train.steps={steps}", f"data.cache={folder / 'shards'}", *words]
+        own = [*WORDS, f"train.steps={steps}", f"data.cache={folder / 'shards'}", *words]
+        merged = dict(word.split("=", 1) for word in own)  # the last of a key counts
+        self.words = [f"{key}={value}" for key, value in merged.items()]
         self.out = folder / "out" / "run"
         self.tmpfs = False
 
