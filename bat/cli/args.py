@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bat import __version__
-from bat.redact import redact
+from bat.redact import redact, redact_tree
 from bat.shapes import RESUME_ME, Interrupted, UserError
 
 
@@ -87,6 +87,6 @@ def configure(args: argparse.Namespace, schema: Any, command: str, extra: list[s
 
     config = compose(schema, command, [*args.settings, *extra])
     if args.print_config:
-        print(to_yaml(config), end="")
+        print(to_yaml(redact_tree(config)), end="")
         return None
     return config

@@ -57,7 +57,7 @@ def load_head(folder: str | Path, *, trust: bool = False) -> tuple[Probe, dict[s
     folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG} is missing or not JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG} is not a JSON object")

@@ -17,7 +17,7 @@ from bat.data.index import Index, open_index
 from bat.data.pool import cores
 from bat.data.shards import ensure_shards
 from bat.data.toy import make_toy
-from bat.redact import redact
+from bat.redact import redact_tree
 from bat.shapes import UserError
 from bat.tasks.base import Task, load_task
 from bat.train.lock import LOCK, hold
@@ -86,7 +86,7 @@ def run_folder(config: Pretrain | Supervised, out: Path, *, force: bool = False)
 
 def _settle(config: Pretrain | Supervised, file: Path, force: bool) -> None:
     """Write the settings, unless those of the run there forbid it."""
-    text = redact(to_yaml(config))
+    text = to_yaml(redact_tree(config))
     if file.is_file():
         changes = changed_settings(file.read_text(encoding="utf-8"), text)
         risky = [c for c in changes if not c[2:].startswith(SAFE)]

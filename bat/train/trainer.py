@@ -191,8 +191,15 @@ def _wandb(log: Log, out: Path, name: str) -> Logger:
     from lightning.pytorch.loggers import WandbLogger
 
     try:
+        import wandb
+
         return WandbLogger(
-            name=name, project=log.project, save_dir=out, offline=log.wandb == "offline"
+            name=name,
+            project=log.project,
+            save_dir=out,
+            offline=log.wandb == "offline",
+            # it would store the command line, which may hold a signed URL
+            settings=wandb.Settings(x_disable_meta=True, console="off"),
         )
     except ModuleNotFoundError as error:
         raise UserError("log.wandb needs the package: pip install 'bat-audio[wandb]'") from error

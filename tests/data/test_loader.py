@@ -162,7 +162,8 @@ def writes(pid: int) -> bool:
     return False
 
 
-def test_a_lock_held_by_the_dead_keeps_nobody_waiting() -> None:
+@pytest.mark.parametrize("last", [False, True])
+def test_a_lock_held_by_the_dead_keeps_nobody_waiting(last: bool) -> None:
     """The event by which torch ends its workers: one may be killed while it looks at it."""
     batches: Any = iter(echo())
     assert numbers(itertools.islice(batches, 2)) == [0, 1]
@@ -177,8 +178,12 @@ def test_a_lock_held_by_the_dead_keeps_nobody_waiting() -> None:
     thread = threading.Thread(target=hold, args=(lock,), daemon=True)
     thread.start()
     held.wait()
-    os.kill(processes(batches)[0].pid, signal.SIGKILL)
-    assert numbers(batches) == list(range(2, 12))
+    if last:  # nobody asks for another batch: the loader is to end
+        kill(batches)
+        batches.batches._shutdown_workers()
+    else:
+        os.kill(processes(batches)[0].pid, signal.SIGKILL)
+        assert numbers(batches) == list(range(2, 12))
     done.set()
     thread.join()
 

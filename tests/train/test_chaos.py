@@ -1,4 +1,4 @@
-"""Ten faults on a toy run in child processes; it ends as one that was left alone (tools/chaos.py)."""
+"""Ten faults on a toy run; it ends as one that was left alone (tools/chaos.py)."""
 
 import importlib
 from pathlib import Path

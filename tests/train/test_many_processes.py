@@ -1,10 +1,10 @@
 """Two gloo processes (and four, and one) on the CPU: DDP, FSDP2 and one process are one training.
 
 All runs are made once, by a few groups of processes that do several in a row. Float32 on the CPU;
-what differs is the order of additions. Losses agree to 1e-5 of themselves (seen: 5e-7). Weights
-agree to 1e-4 after 6 steps of at most 6e-4 (seen: 2e-5): where a gradient is zero but for rounding
-(the keys' bias), Adam makes a step of it. DDP and FSDP2 on two processes add the same numbers in
-the same order: they agree to the last bit.
+what differs is the order of additions. Losses agree to 1e-6 of themselves (seen: 1.4e-7), weights
+to 1e-6 after 6 steps of at most 5e-4 (seen: 1.2e-7), but for the keys' bias: softmax does not see
+it, its gradient is rounding, of which Adam makes whole steps (seen: 6e-5). DDP and FSDP2 on two
+processes add the same numbers in the same order: they agree to the last bit.
 """
 
 import json
@@ -36,7 +36,7 @@ TUNE = (
     "augment.spec_time=0 train.steps=3 train.log_every=1 log.progress=false"
 )
 STEPS, GLOBAL = 6, 8
-LOSS, WEIGHT = 1e-5, 1e-4
+LOSS, WEIGHT = 1e-6, 1e-6
 EPOCH = 11  # clips of three unequal shards
 
 
@@ -108,6 +108,17 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[n].float() - b[n].float()).abs().max()) for n in a)
 
 
+def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """``furthest``, the keys' bias left out."""
+
+    def seen_by_softmax(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        biases = {n: t.chunk(3) for n, t in state.items() if n.endswith("attn.qkv.bias")}
+        assert biases
+        return {**state, **{n: torch.cat([q, v]) for n, (q, _, v) in biases.items()}}
+
+    return furthest(seen_by_softmax(a), seen_by_softmax(b))
+
+
 def step_losses(root: Path, name: str, world: int, micro: int = 1) -> list[float]:
     """Mean loss of each step over ranks and micro-batches."""
     rows = [[r["loss"] for r in seen(root, name, rank)] for rank in range(world)]
@@ -123,9 +134,9 @@ def test_two_processes_give_the_losses_and_weights_of_one(runs: Path, name: str,
     alone = step_losses(runs, "one", 1)
     assert len(alone) == STEPS
     assert step_losses(runs, name, 2, micro) == pytest.approx(alone, rel=LOSS)
-    assert furthest(state(runs / name), state(runs / "one")) < WEIGHT
-    moved = furthest(state(runs / name), state(runs / name, 3))
-    assert moved > 2 * WEIGHT, "hardly anything was learned: the comparison says nothing"
+    assert apart(state(runs / name), state(runs / "one")) < WEIGHT
+    moved = apart(state(runs / name), state(runs / name, 3))
+    assert moved > 100 * WEIGHT, "hardly anything was learned: the comparison says nothing"
 
 
 def test_fsdp_gives_the_weights_of_ddp_to_the_last_bit(runs: Path):
@@ -142,7 +153,7 @@ def test_logged_loss_and_gradient_norm_are_those_of_one_process(runs: Path, name
     assert [r["step"] for r in rows(name)] == [1, 2, 3, 4, 5, 6]
     for ours, alone in zip(rows(name), rows("one"), strict=True):
         assert ours["loss"] == pytest.approx(alone["loss"], rel=LOSS)
-        assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-5)
 
 
 @pytest.mark.parametrize(("name", "micro"), CASES)
@@ -191,7 +202,7 @@ def test_a_checkpoint_of_two_goes_on_with_one_and_with_four(runs: Path, name: st
     assert step_losses(runs, name, world, len(seen(runs, name, 0)) // 3) == pytest.approx(
         step_losses(runs, "one", 1)[3:], rel=LOSS
     )
-    assert furthest(state(runs / name), state(runs / "one")) < WEIGHT
+    assert apart(state(runs / name), state(runs / "one")) < WEIGHT
     places = [p for rank in range(world) for r in seen(runs, name, rank) for p in r["positions"]]
     assert sorted(places) == list(range(3 * GLOBAL, STEPS * GLOBAL))  # nothing twice, nothing left
 
@@ -240,8 +251,8 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(runs: Path):
 def test_fine_tuning_under_fsdp_gives_the_head_and_encoder_of_one_process(runs: Path):
     alone, ours = runs / "tune-one" / "fold-1", runs / "tune-fsdp" / "fold-1"
     for file in ("export/model.safetensors", "head/model.safetensors"):
-        a, b = load_file(alone / file), load_file(ours / file)
-        assert furthest(dict(sorted(a.items())), dict(sorted(b.items()))) < WEIGHT
+        a, b = (dict(sorted(load_file(folder / file).items())) for folder in (alone, ours))
+        assert (furthest if "head" in file else apart)(a, b) < WEIGHT
     results = [json.loads((r / "result.json").read_text()) for r in (alone, ours)]
     assert results[0]["metrics"].keys() == results[1]["metrics"].keys()
     assert step_losses(runs, "tune-fsdp", 2) == pytest.approx(
