@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
-from bat.train.ranks import ranks_of
+from bat.train.ranks import Ranks, ranks_of
 from bat.train.trainer import JsonLines
 
 log = logging.getLogger("bat")
@@ -57,6 +57,8 @@ class Metrics(StepCallback):
         self.extra: dict[str, float] = {}
         """Merged into the next line (of rank 0), then emptied."""
         self._loggers: list[Any] = []
+        self._ranks = Ranks()
+        self._resumed: dict[str, Any] = {}
         self._step = 0
         self._reset()
 
@@ -66,6 +68,18 @@ class Metrics(StepCallback):
         self.clips = 0
         self._wrong = ""
         self.since = self.stepped = time.perf_counter()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._ranks = ranks_of(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The line under way, over all ranks (Lightning asks each of them)."""
+        if self.sums is None:
+            return {}
+        return {"names": self.names, "sums": self._ranks.total(self.sums.flatten().tolist())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict if self._ranks.rank == 0 else {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -84,6 +98,11 @@ class Metrics(StepCallback):
                 mininterval=0.5 if sys.stderr.isatty() else 15,
             )
         self._reset()
+        if self._resumed:
+            self.names = list(self._resumed["names"])
+            held = torch.tensor(self._resumed["sums"], dtype=torch.float32)
+            self.sums = held.view(2, -1).to(pl_module.device)
+            self._resumed = {}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
@@ -108,7 +127,7 @@ class Metrics(StepCallback):
         if step % self.every and step != trainer.max_steps and step != 1:
             return
         assert self.sums is not None
-        both = ranks_of(trainer).total(self.sums.flatten().tolist())
+        both = self._ranks.total(self.sums.flatten().tolist())
         n = len(self.names)
         row = {k: both[i] / both[n + i] if both[n + i] else nan for i, k in enumerate(self.names)}
         seconds = time.perf_counter() - self.since

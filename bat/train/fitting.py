@@ -1,11 +1,11 @@
 """One training with all that watches over it: what pre-training and each fold of fine-tuning do.
 
-    HealthMonitor  collapse, a stalled loader, throughput, memory; its figures join the next line
-    Metrics        means, events, the bar
-    GuardReport    steps skipped for numbers that are not finite
-    ...            what the caller adds (online probes)
-    Stopping       agrees on an end that can be resumed, whoever asked for it
-    Checkpoints    last: Lightning runs it after the rest
+HealthMonitor  collapse, a stalled loader, throughput, memory; its figures join the next line
+Metrics        means, events, the bar
+GuardReport    steps skipped for numbers that are not finite
+...            what the caller adds (online probes)
+Stopping       agrees on an end that can be resumed, whoever asked for it
+Checkpoints    last: Lightning runs it after the rest
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from bat.train.checkpointing import Checkpoints, last_checkpoint
 from bat.train.guard import GuardReport
 from bat.train.health import HealthMonitor
 from bat.train.pretrain import Pretraining
+from bat.train.ranks import ranks_of
 from bat.train.stopping import Stopping
 from bat.train.supervised import Supervised
 from bat.train.trainer import build_trainer
@@ -114,9 +115,13 @@ class Fitting:
                 f"{self.newest} does not fit this model: {error}. Give the run its old settings, "
                 "or another out="
             ) from error
-        finally:
-            self.stopping.restore()
+        else:
+            # a launcher ends the others once one has ended: not before all is written
             self.checkpoints.io.wait()
+            ranks_of(self.trainer).gather(None)
+        finally:
+            self.checkpoints.io.wait()
+            self.stopping.restore()
         self.stopping.finish(self.trainer)
         self.data.bad_clips.check(final=True)
 

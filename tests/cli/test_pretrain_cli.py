@@ -124,7 +124,8 @@ def test_killed_and_run_again_ends_with_the_same_weights(folder: Path) -> None:
     words = ["recipe=toy", *TINY, "train.steps=40", "train.save_every=2"]
     command = [sys.executable, "-m", "bat.cli.pretrain", *words]
     assert main([*words, "out=whole"]) == 0
-    child = subprocess.Popen([*command, "out=cut"], stderr=subprocess.DEVNULL)
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as this process
+    child = subprocess.Popen([*command, "out=cut"], stderr=subprocess.DEVNULL, env=threads)
     saved = folder / "cut" / "checkpoints"  # any will do: the first is soon pruned
     deadline = time.monotonic() + 120
     while not any(saved.glob("step-*.ckpt")) and child.poll() is None:

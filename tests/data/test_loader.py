@@ -57,8 +57,11 @@ class Numbers(torch.utils.data.Sampler[Any]):
         return ([(k, 0)] for k in range(self.count))
 
 
-def echo(count: int = 12, *, workers: int = 2, limit: int = 10, **more: Any) -> LastingLoader:
-    return LastingLoader(Echo(**more), Numbers(count), workers=workers, restarts=Restarts(limit))
+def echo(
+    count: int = 12, *, workers: int = 2, limit: int = 10, pin: bool = False, **more: Any
+) -> LastingLoader:
+    how: dict[str, Any] = {"workers": workers, "restarts": Restarts(limit), "pin_memory": pin}
+    return LastingLoader(Echo(**more), Numbers(count), **how)
 
 
 def numbers(batches: Any) -> list[int]:
@@ -151,6 +154,24 @@ def test_a_worker_killed_inside_a_message_leaves_nobody_waiting() -> None:
     os.kill(until(lambda: [w.pid for w in workers if writes(w.pid)])[0], signal.SIGKILL)
     assert numbers(batches) == list(range(8))
     assert batches.loader.restarts.count == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_with_the_thread_that_pins_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch has it where there is a GPU; here it is lent one in name."""
+    accelerator = "torch.accelerator."
+    monkeypatch.setattr(accelerator + "is_available", lambda: True)
+    monkeypatch.setattr(accelerator + "current_accelerator", lambda: torch.device("cpu"))
+    monkeypatch.setattr(accelerator + "current_device_index", lambda: 0)
+    monkeypatch.setattr(accelerator + "set_device_index", lambda index: None)
+    batches: Any = iter(echo(30, pin=True))
+    assert numbers(itertools.islice(batches, 3)) == [0, 1, 2]
+    thread = batches.batches._pin_memory_thread
+    kill(batches)
+    assert numbers(batches) == list(range(3, 30))
+    assert batches.loader.restarts.count == 1
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def writes(pid: int) -> bool:

@@ -33,7 +33,7 @@ def step(model: Pretraining, *, clips: int = 2) -> tuple[float, dict[str, torch.
         positions=torch.arange(clips),
         skipped=[],
     )
-    loss = model.objective(model.spectrogram(batch), model.draw_views(clips, 3)).total
+    loss = model.objective(model.spectrogram(batch), model.draw_views(torch.arange(clips))).total
     loss.backward()
     return loss.item(), {n: p.grad for n, p in model.objective.student.named_parameters()}
 

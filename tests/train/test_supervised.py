@@ -17,7 +17,7 @@ from bat.data.index import open_index
 from bat.data.toy import make_toy
 from bat.probes.base import build_probe
 from bat.shapes import Grid, UserError, WaveBatch
-from bat.train import folds
+from bat.train import fitting, folds
 from bat.train.heads import load_head
 from bat.train.losses import LOSSES
 from bat.train.prepare import prepare
@@ -135,7 +135,7 @@ def _weights(out, fold: int) -> dict[str, torch.Tensor]:
 
 def test_killed_and_continued_equals_uninterrupted(config, tmp_path, monkeypatch):
     whole = finetune(config(f"out={tmp_path}/whole"))
-    build, kills = folds.build_trainer, []
+    build, kills = fitting.build_trainer, []
 
     def dying(**words):
         trainer = build(**words)
@@ -144,7 +144,7 @@ def test_killed_and_continued_equals_uninterrupted(config, tmp_path, monkeypatch
             trainer.callbacks.append(_Kill(at=3))
         return trainer
 
-    monkeypatch.setattr(folds, "build_trainer", dying)
+    monkeypatch.setattr(fitting, "build_trainer", dying)
     with pytest.raises(_KilledError):
         finetune(config(f"out={tmp_path}/parts"))
     done = (tmp_path / "parts/fold-1/result.json").stat().st_mtime_ns

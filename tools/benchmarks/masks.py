@@ -14,20 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bat.nn.masking import inverse_block_mask
+from bat.nn.masking import inverse_block_mask, row_seeds
 from bat.shapes import Grid, Views
 from benchmarks.memory import peak_mb
 from benchmarks.plain_step import plain_ids, plain_masks
 from benchmarks.timing import attempted, here, medians
 
 ABOUT = "masks of one step (24 clips x 16 views), without and with ids; ratio = plain / ours"
-GRID, KEEP_RATIO = Grid(64, 8), 1 - 0.8
+GRID, KEEP_RATIO, VIEWS = Grid(64, 8), 1 - 0.8, 16
 
 
 def ours(rows: int, device: torch.device, seed: int) -> Views:
-    """Mask and kept ids."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return inverse_block_mask(rows, GRID, keep_ratio=KEEP_RATIO, generator=generator)
+    """Mask and kept ids, drawn as a step does: by clip."""
+    clips = torch.arange(-(-rows // VIEWS), device=device)
+    seeds = row_seeds(seed, clips, VIEWS)[:rows]
+    return inverse_block_mask(rows, GRID, keep_ratio=KEEP_RATIO, seeds=seeds)
 
 
 def ours_ids(rows: int, device: torch.device, seed: int) -> tuple[Views, Tensor]:

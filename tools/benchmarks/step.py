@@ -107,7 +107,8 @@ class OursStep:
             return self.module.spectrogram(self.batch)
 
     def views(self, seed: int) -> Views:
-        return self.module.draw_views(self.config.data.batch, seed)
+        clips = self.config.data.batch
+        return self.module.draw_views(seed * clips + torch.arange(clips))
 
     def loss(self, views: Views | None = None) -> Tensor:
         """Forward only, with a gradient; ``views`` given: with these masks."""
