@@ -3,13 +3,14 @@
     uv run python tools/bench.py masks cgp --json out.json
 
 Parts (``tools/benchmarks/``): ``step``, ``changes`` (our step with one thing done the plain way),
-``masks``, ``cgp``, ``frontend``, ``stream``. Each case is timed alternately, *ours* and *plain*,
-after a warm-up; figures are medians over the repeats. *Plain* is an honest rendition of how the
-paper's implementation organises the work, held by tests to the same numbers. Absolute times hang on
-the machine; the ratios are the result. Memory is that of tensors, in MB of 1e6 bytes, above what
-lay there before (``stream``: resident, MiB). ``--json`` writes ``{device, versions, results:
-[{part, case, ours_ms, plain_ms, ratio, ours_peak_mb, plain_peak_mb, ...}]}``, after every row. A
-case that fails becomes ``{part, case, error}``; the others go on, and the exit status is 1.
+``masks``, ``cgp``, ``frontend``, ``stream``, ``reliability`` (checkpoints, and what is watched).
+Each case is timed alternately, *ours* and *plain*, after a warm-up; figures are medians over the
+repeats. *Plain* is an honest rendition of how the paper's implementation organises the work, held
+by tests to the same numbers. Absolute times hang on the machine; the ratios are the result. Memory
+is that of tensors, in MB of 1e6 bytes, above what lay there before (``stream``: resident, MiB).
+``--json`` writes ``{device, versions, results: [{part, case, ours_ms, plain_ms, ratio,
+ours_peak_mb, plain_peak_mb, ...}]}``, after every row. A case that fails becomes ``{part, case,
+error}``; the others go on, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where bat is only checked out
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
-PARTS = ("step", "changes", "masks", "cgp", "frontend", "stream")
+PARTS = ("step", "changes", "masks", "cgp", "frontend", "stream", "reliability")
 PACKAGES = (
     "torch",
     "torchaudio",

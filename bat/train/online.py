@@ -155,6 +155,7 @@ class OnlineProbe(StepCallback):
             sample_rate=teacher.sample_rate,
             clip_seconds=self.config.data.clip_seconds,
             min_seconds=self.config.data.min_seconds,
+            max_seconds=self.config.data.max_seconds,
         )
         bank = FeatureBank.extract(
             teacher,

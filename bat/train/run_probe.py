@@ -178,6 +178,7 @@ def _source(ready: Prepared[schema.Probe], bad: BadClips) -> Source:
             roll=config.data.roll,
             random_offset=random_offset,
             min_seconds=config.data.min_seconds,
+            max_seconds=config.data.max_seconds,
             workers=config.data.workers,
             cache_bytes=cache,
             autocast=autocast,
@@ -196,6 +197,7 @@ def _source(ready: Prepared[schema.Probe], bad: BadClips) -> Source:
         workers=config.data.workers,
         cache_bytes=cache,
         min_seconds=config.data.min_seconds,
+        max_seconds=config.data.max_seconds,
     )
     return FeatureBank.extract(
         backbone,

@@ -97,7 +97,9 @@ def test_a_part_that_fails_outside_its_cases_leaves_the_next(
     assert rows[0]["error"] == "OSError: no device"
 
 
-@pytest.mark.parametrize("part", ["step", "changes", "masks", "cgp", "frontend", "stream"])
+@pytest.mark.parametrize(
+    "part", ["step", "changes", "masks", "cgp", "frontend", "stream", "reliability"]
+)
 def test_every_part_gives_its_rows_one_by_one(bench: ModuleType, part: str) -> None:
     assert part in bench.PARTS
     rows = importlib.import_module(f"benchmarks.{part}").run(repeats=1, quick=True)

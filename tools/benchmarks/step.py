@@ -122,9 +122,11 @@ class OursStep:
             torch.compiler.cudagraph_mark_step_begin()  # only CUDA-graph mode looks at it
         loss = self.loss()
         loss.backward()
+        guard = self.module.guard
+        guard.inspect(self.optimizer, self.module.parameters())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.module.objective.update_teacher(self.config.ema.start)
+        self.module.objective.update_teacher(self.config.ema.start, skip=guard.skip)
         self.done += 1
         return loss.detach()
 
