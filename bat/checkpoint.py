@@ -141,8 +141,15 @@ def export(
     }
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{WEIGHTS}.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    replace_durably(temporary, folder / WEIGHTS)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        replace_durably(temporary, folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {folder / WEIGHTS}: {error}. Checkpoints are untouched; make room, "
+            "then run the same command again"
+        ) from error
     config = {"format": FORMAT, "version": VERSION, "backbone": backbone, "encoder": encoder}
     temporary = folder / f".{CONFIG}.tmp"
     temporary.write_text(json.dumps({**config, **meta}, indent=2) + "\n", encoding="utf-8")

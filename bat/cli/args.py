@@ -8,6 +8,7 @@ shows the traceback.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -78,6 +79,15 @@ def run(
     except BrokenPipeError:  # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if args.debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(
+            f"{p.prog}: error: the disk is full ({redact(str(error))}). What was written before is "
+            "whole; free some space, then run the same command again",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 

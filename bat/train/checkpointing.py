@@ -80,9 +80,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def _write_or_tell(self, checkpoint: dict[str, Any], path: Path) -> None:
         try:
             self._write(checkpoint, path)
-        except UserError as error:
+        except Exception as error:  # nobody else hears of what this thread meets
+            told = error if isinstance(error, UserError) else UserError(f"{path}: {error!r}")
             if self.failed is not None:
-                self.failed(error)
+                self.failed(told)
 
     def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
         began = time.perf_counter()

@@ -64,9 +64,9 @@ class Guard:
             factor = torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
             grads = [getattr(p.grad, "_local_tensor", p.grad) for p in trained]
             torch._foreach_mul_(grads, factor)  # type: ignore[arg-type]
-        if optimizer.defaults.get("fused"):
-            optimizer.found_inf, optimizer.grad_scale = skip, None  # type: ignore[attr-defined]
-        elif skip.item():  # no such flag there: no gradient, no step
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        optimizer.found_inf = skip if fused else None  # type: ignore[attr-defined]
+        if not fused and skip.item():  # no such flag there: no gradient, no step
             for p in trained:
                 p.grad = None
         self.skip = skip

@@ -1,5 +1,6 @@
 """Ends that can be resumed: signals, requests from anywhere, errors of another thread."""
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -164,3 +165,7 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert args.run(body(UserError("see https://me:secret@host/x")), p, []) == 2
     assert "secret" not in capsys.readouterr().err
     assert args.run(body(KeyboardInterrupt()), p, []) == 130
+    assert args.run(body(OSError(errno.ENOSPC, "No space left")), p, []) == 2
+    assert "the disk is full" in capsys.readouterr().err
+    with pytest.raises(OSError, match="not ours"):
+        args.run(body(OSError(errno.EIO, "not ours")), p, [])

@@ -87,7 +87,10 @@ def convolved(embed: PatchEmbed, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def one_by_one(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+def one_by_one(
+    teacher: nn.Module, student: nn.Module, decay: float, *, skip: Tensor | None = None
+) -> None:
+    del skip  # no step of the benchmark is skipped
     for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
         slow.mul_(decay).add_(fast, alpha=1 - decay)
     for slow, fast in zip(teacher.buffers(), student.buffers(), strict=True):
