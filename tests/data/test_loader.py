@@ -275,8 +275,7 @@ def test_too_many_deaths_are_an_error_with_the_likely_causes() -> None:
     batches: Any = iter(echo(act=deadly, workers=1, limit=2))
     got: list[int] = []
     with pytest.raises(UserError) as error:  # it reads ahead: some batches may not be out by then
-        for batch in batches:
-            got += numbers([batch])
+        got.extend(numbers([batch])[0] for batch in batches)
     assert got == list(range(len(got)))
     assert len(got) <= 5
     said = str(error.value)
