@@ -1,6 +1,6 @@
 """The only reader and writer of weights: strict, versioned, never an unrestricted pickle.
 
-Pickles are read with ``weights_only=True``, then by ``bat.restricted``; nothing in them runs.
+Pickles are read by ``bat.restricted``, within bounds; nothing in them runs.
 
 An export is a folder with ``config.json`` (what the encoder is, how it was trained) and
 ``model.safetensors`` holding ``student.encoder.*`` and ``teacher.encoder.*``: the names of the
@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import json
 import os
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -98,27 +96,15 @@ def read_tensors(path: Path) -> dict[str, Any]:
     if path.suffix not in _PICKLES:
         known = " ".join((".safetensors", *_PICKLES))
         raise UserError(f"{path}: unknown kind of weight file; known: {known}")
-    held = _read_pickle(path)
-    if not isinstance(held, dict):
-        raise UserError(f"{path} holds a {type(held).__name__}, not a mapping of weights")
-    return held
-
-
-def _read_pickle(path: Path) -> Any:
-    """Torch's own reader of plain tensors first; what it refuses, ``bat.restricted`` may read."""
     try:
-        if tarfile.is_tarfile(path):  # torch would unpack it
-            raise restricted.Refused("it is a tar, as torch wrote before 0.2")
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception:  # a damaged file can raise anything from within the unpickler
-            return restricted.read(path)
+        held = restricted.read(path)
     except (restricted.Refused, OSError) as error:
         raise UserError(
             f"{path} cannot be read without running code from it, or is damaged: {error}"
         ) from error
+    if not isinstance(held, dict):
+        raise UserError(f"{path} holds a {type(held).__name__}, not a mapping of weights")
+    return held
 
 
 def export(

@@ -1,25 +1,23 @@
-"""Weight files that ``torch.load(weights_only=True)`` refuses, read without running anything.
+"""Weight files of PyTorch, read without running anything and within bounds.
 
-Paper-era and fairseq files hold ``argparse.Namespace``, omegaconf, fairseq or numpy objects beside
-the tensors (SPEC section 7). Three things make such a pickle harmless here:
+``torch.load(weights_only=True)`` refuses the field's older files, which hold ``argparse.Namespace``,
+omegaconf, fairseq or numpy objects beside the tensors (SPEC section 7), and has no bounds: a file
+of a few bytes can take all time and memory. So every file is read here. What makes it harmless:
 
-1. Nothing is imported because a file says so: ``find_class`` knows a short list of names, and the
-   packages ``FIELD``, whose objects become placeholders. Any other name ends the reading.
+1. Nothing is imported because a file says so: a short list of names is known, and the packages
+   ``FIELD``, whose objects become placeholders. Any other name ends the reading.
 2. Unpickling makes records that do nothing (``bat.inert``), neither tensors nor arrays. Those are
    made afterwards, from numbers that were held to the bytes that are there.
-3. The opcodes are looked through first: those that reach past ``find_class``, or that would
-   allocate memory out of proportion, are refused.
+3. Opcodes, bytes, depth and what is copied are bounded, and only text and short numbers are hashed.
 
-Departure: torch's own reader is not lent an unpickler (``pickle_module``): it would keep
-TorchScript, tar files, ``set_`` and hooks within a file's reach. Read here are torch's zip format
-and the older one; what either holds in bytes is what is allocated.
+Departure: TorchScript, tar files, compressed zips, hooks and views by conjugation are refused. Read
+are torch's zip format and the older one; what either holds in bytes is what is allocated.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
-import pickletools
+import struct
 import sys
 import zipfile
 from collections.abc import Callable
@@ -32,27 +30,36 @@ from torch import Tensor
 
 from bat.inert import (
     STORAGES,
+    Name,
     Record,
     Refused,
     array_of,
     dtype_of,
-    record_class,
+    said,
     scalar_of,
     storage_of,
     tensor_of,
+    unpickle,
     whole,
 )
 
-MAX_PICKLE_BYTES = 1 << 28
 MAX_DEPTH = 100
+MAX_COPIED = 1 << 28
+"""Bytes of text, arrays and lists that a file may have copied; an entry of a list counts 64."""
+MAX_KEY = 1 << 60
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 FIELD = ("argparse", "omegaconf", "fairseq")
 """Packages whose objects lie in the field's files. None of them is imported."""
 TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
 PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 TYPED = "torch._tensor._rebuild_from_type_v2"
-DICTS = ("collections.OrderedDict", "collections.defaultdict", "builtins.dict")
+DICTS = tuple(f"collections.{name}" for name in ("OrderedDict", "defaultdict", "Counter"))
+DICTS += ("builtins.dict",)
 LISTS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+CONTAINERS = ("builtins.", "collections.")
+SIMPLE = {str, bytes, bytearray, bool, int, float, complex}
+TEXTS, SIZED = (str, bytes, bytearray), (str, bytes, bytearray, list, tuple, dict, set, frozenset)
+ENCODED = {"_codecs.encode": bytes, "builtins.bytes": bytes, "builtins.bytearray": bytearray}
 SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 BUFFERS = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
@@ -60,7 +67,14 @@ KNOWN = {
     *(*TENSORS, *PARAMETERS, TYPED, *DICTS, *SCALARS, *ARRAYS, *BUFFERS),
     *("numpy.dtype", "numpy.ndarray"),
     *(f"builtins.{name}" for name in (*LISTS, "object", "int", "float", "bool", "str", "bytes")),
-    *("builtins.complex", "_codecs.encode", "copyreg._reconstructor", "typing.Any", "torch.Size"),
+    *(
+        "builtins.bytearray",
+        "builtins.complex",
+        "_codecs.encode",
+        "copyreg._reconstructor",
+        "typing.Any",
+        "torch.Size",
+    ),
     *("torch.device", "torch.Tensor", "torch.nn.parameter.Parameter", "torch._utils._get_layout"),
     *("pathlib.Path", "pathlib.PosixPath"),
     *(f"{module}.{name}" for module in ("torch", "torch.cuda") for name in STORAGES),
@@ -84,135 +98,139 @@ class Placeholder:
 def read(path: Path) -> Any:
     """What a PyTorch file holds: tensors, arrays, plain containers and values, placeholders.
 
+    A key of a dictionary that is neither text nor a short number becomes a placeholder.
+
     Raises:
         Refused: a name that is not on the list, or a file that is damaged or of another kind.
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
         try:
-            start = file.read(4)
+            start = file.read(512)
             file.seek(0)
-            return _read_zip(file) if start == b"PK\x03\x04" else _read_legacy(file)
+            if start[257:262] == b"ustar":
+                raise Refused("it is a tar, as torch wrote before 0.2")
+            return _read_zip(file) if start[:4] == b"PK\x03\x04" else _read_legacy(file)
         except (Refused, OSError):
             raise
-        except Exception as error:  # a damaged pickle can raise anything
+        except Exception as error:  # a damaged file can lead to any
             raise Refused(f"it is damaged ({type(error).__name__}: {error!s:.200})") from error
 
 
 def _read_zip(file: BinaryIO) -> Any:
     with zipfile.ZipFile(file) as packed:
         held = {entry.filename: entry for entry in packed.infolist()}
-        found = [name for name in held if name.endswith("/data.pkl") and name.count("/") == 1]
-        root = found[0].removesuffix("data.pkl") if len(found) == 1 else None
-        if root is None or f"{root}constants.pkl" in held:
-            raise Refused("it is a zip of something else than torch.save makes")
+    if sum(entry.file_size for entry in held.values()) > file.seek(0, io.SEEK_END):
+        raise Refused("its parts are compressed or overlap")
+    found = [name for name in held if name.endswith("/data.pkl") and name.count("/") == 1]
+    root = found[0].removesuffix("data.pkl") if len(found) == 1 else None
+    if root is None or f"{root}constants.pkl" in held:
+        raise Refused("it is a zip of something else than torch.save makes")
 
-        def content(name: str) -> bytes:
-            entry = held.get(f"{root}{name}")
-            if entry is None or entry.compress_type != zipfile.ZIP_STORED:
-                raise Refused(f"its {name} is missing or compressed")
-            return packed.read(entry)
+    def content(name: str) -> bytearray:
+        entry = held.get(f"{root}{name}")
+        if entry is None or entry.compress_type != zipfile.ZIP_STORED:
+            raise Refused(f"its {name[:40]} is missing or compressed")
+        file.seek(entry.header_offset)
+        signature, *_, name_size, extra_size = struct.unpack("<4s22xHH", file.read(30))
+        if signature != b"PK\x03\x04" or entry.flag_bits & 1:
+            raise Refused("it is damaged or encrypted")
+        file.seek(name_size + extra_size, io.SEEK_CUR)
+        return _exactly(file, entry.file_size)
 
-        if f"{root}byteorder" in held:
-            _check_order(content("byteorder").decode("ascii", "replace"))
-        if held[found[0]].file_size > MAX_PICKLE_BYTES:
-            raise Refused(f"its pickle is larger than {MAX_PICKLE_BYTES} bytes")
-        records = _unpickle(content("data.pkl"))[0]
-        return _Settling(lambda key: content(f"data/{key}")).settle(records)
+    if f"{root}byteorder" in held:
+        _check_order(content("byteorder").decode("ascii", "replace"))
+    records, _ = _unpickle(io.BytesIO(content("data.pkl")))
+    return _Settling(lambda key: content(f"data/{key}")).settle(records)
 
 
 def _read_legacy(file: BinaryIO) -> Any:
-    if [_unpickle(_one_pickle(file))[0] for _ in range(2)] != [MAGIC, PROTOCOL]:
+    if [_plain(file), _plain(file)] != [MAGIC, PROTOCOL]:
         raise Refused("it is not a file that torch.save made")
-    about = _unpickle(_one_pickle(file))[0]
-    _check_order("little" if about.get("little_endian", True) is True else "big")
-    records, storages = _unpickle(_one_pickle(file))
-    held: dict[str, bytes] = {}
-    for key in _unpickle(_one_pickle(file))[0]:
-        kind, count = storages[str(key)]
+    _check_order("little" if _plain(file).get("little_endian", True) is True else "big")
+    records, storages = _unpickle(file)
+    held: dict[str, bytearray] = {}
+    for key in _plain(file):
+        kind, count = storages[_key_of(key)]
         if int.from_bytes(file.read(8), "little") != count:
             raise Refused("it is damaged: a tensor has another size than it says")
         held[str(key)] = _exactly(file, count * STORAGES[kind].itemsize)
     return _Settling(held.__getitem__).settle(records)
 
 
-def _exactly(file: BinaryIO, size: int) -> bytes:
+def _exactly(file: BinaryIO, size: int) -> bytearray:
     at = file.tell()
     if file.seek(0, io.SEEK_END) - at < size:
         raise Refused("it is damaged: it breaks off")
     file.seek(at)
-    return file.read(size)
+    data = bytearray(size)
+    if file.readinto(data) != size:  # type: ignore[attr-defined]
+        raise Refused("it is damaged: it breaks off")
+    return data
 
 
 def _check_order(order: str) -> None:
     if order != sys.byteorder or order != "little":
-        raise Refused(f"it was written on a machine of {order} byte order")
+        raise Refused(f"it was written on a machine of {order[:40]} byte order")
 
 
-def _one_pickle(file: BinaryIO) -> bytes:
-    """The bytes of the pickle that begins here."""
-    start = file.tell()
-    for _, _, at in pickletools.genops(file):
-        if (at or 0) - start > MAX_PICKLE_BYTES:
-            raise Refused(f"its pickle is larger than {MAX_PICKLE_BYTES} bytes")
-    size = file.tell() - start
-    file.seek(start)
-    return file.read(size)
+def _plain(file: BinaryIO) -> Any:
+    """The pickle that begins here, which needs no storages."""
+    return _Settling({}.__getitem__).settle(_unpickle(file)[0])
 
 
-def _unpickle(data: bytes) -> tuple[Any, dict[str, tuple[str, int]]]:
+def _unpickle(file: BinaryIO) -> tuple[Any, dict[str, tuple[str, int]]]:
     """Records, plain containers and values; and (kind, elements) of each storage, by its key."""
-    for count, (op, argument, _) in enumerate(pickletools.genops(data)):
-        if op.name in ("EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"):
-            raise Refused(f"its pickle has the opcode {op.name}")
-        if op.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count + 256:
-            raise Refused("it is damaged: its pickle counts beyond its length")
-    unpickler = _Unpickler(io.BytesIO(data), encoding="latin1")
-    return unpickler.load(), unpickler.storages
+    storages: dict[str, tuple[str, int]] = {}
 
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: BinaryIO, *, encoding: str) -> None:
-        super().__init__(file, encoding=encoding)
-        self.storages: dict[str, tuple[str, int]] = {}
-
-    def find_class(self, module: str, name: str) -> type[Record]:
-        module = PYTHON_2.get(module, module)
-        path = PYTHON_2_TYPES.get(f"{module}.{name}", f"{module}.{name}")
-        in_field = module.split(".")[0] in FIELD
-        if "." in name or not (path in KNOWN or in_field):
-            raise Refused(f"it asks for {path[:200]!r}, which is not among the harmless names")
-        return record_class(path)
-
-    def persistent_load(self, said: Any) -> Record:
-        if not isinstance(said, tuple) or len(said) not in (5, 6) or said[0] != "storage":
+    def stored(told: Any) -> Record:
+        if not isinstance(told, tuple) or len(told) not in (5, 6) or told[0] != "storage":
             raise Refused("it refers to something else than the storage of a tensor")
-        if said[5:] not in ((), (None,)):
+        if told[5:] not in ((), (None,)):
             raise Refused("it holds views of storages, as torch wrote before 1.0")
-        kind, key, count = said[1], str(said[2]), whole(said[4], "a storage")
-        name = kind.path.rpartition(".")[2] if isinstance(kind, type(Record)) else ""
-        if name not in STORAGES or self.storages.setdefault(key, (name, count)) != (name, count):
-            raise Refused(f"it is damaged: a storage that is a {name or said[1]!r:.40}")
-        return record_class(_STORAGE)(name, key, count)
+        kind, key, count = told[1], _key_of(told[2]), whole(told[4], "a storage")
+        name = kind.path.rpartition(".")[2] if isinstance(kind, Name) else said(kind)
+        if name not in STORAGES or storages.setdefault(key, (name, count)) != (name, count):
+            raise Refused(f"it is damaged: a storage that is a {name}")
+        return Record(_STORAGE, (name, key, count))
+
+    return unpickle(file, known=_known, stored=stored), storages
+
+
+def _known(module: str, name: str) -> Name:
+    module = PYTHON_2.get(module, module)
+    path = PYTHON_2_TYPES.get(f"{module}.{name}", f"{module}.{name}")
+    if "." in name or not (path in KNOWN or module.split(".")[0] in FIELD):
+        raise Refused(f"it asks for {path!r}, which is not among the harmless names")
+    return Name(path)
+
+
+def _key_of(told: Any) -> str:
+    if type(told) not in (str, int):
+        raise Refused(f"it is damaged: a storage called {said(told)}")
+    return str(told)[:MAX_DEPTH]
 
 
 class _Settling:
     """From records to tensors, arrays and plain values; each object once."""
 
-    def __init__(self, storage: Callable[[str], bytes]) -> None:
+    def __init__(self, storage: Callable[[str], bytearray]) -> None:
         self._storage = storage
         self._storages: dict[str, Tensor] = {}
         self._done: dict[int, Any] = {}
         self._open: set[int] = set()
         self._kept: list[Any] = []  # alive, so that no other object gets its id
+        self._copied = 0
 
     def settle(self, found: Any, depth: int = 0) -> Any:
+        if found is None or type(found) in SIMPLE:
+            return found
         if depth > MAX_DEPTH:
             raise Refused(f"it is nested more than {MAX_DEPTH} deep")
         if id(found) in self._done:
             return self._done[id(found)]
         if id(found) in self._open:  # a node of omegaconf names its parent
-            if isinstance(found, Record):
+            if isinstance(found, Record) and not found.path.startswith(CONTAINERS):
                 return Placeholder(found.path)
             raise Refused("it holds a container that contains itself")
         self._kept.append(found)
@@ -225,15 +243,10 @@ class _Settling:
     def _made(self, found: Any, depth: int) -> Any:
         if isinstance(found, Record):
             return self._of_record(found, depth)
-        if isinstance(found, type) and issubclass(found, Record):
+        if isinstance(found, Name):
             return Placeholder(found.path)
-        if type(found) is dict:
-            return {self.settle(k, depth): self.settle(v, depth) for k, v in found.items()}
-        if type(found) in (list, tuple, set, frozenset):
-            return type(found)([self.settle(x, depth) for x in found])
-        if found is None or type(found) in (str, bytes, bytearray, bool, int, float, complex):
-            return found
-        raise Refused(f"it holds a {type(found).__name__}")
+        assert isinstance(found, (list, tuple)), type(found)
+        return type(found)([self.settle(x, depth) for x in found])
 
     def _of_record(self, found: Record, depth: int) -> Any:
         path, name = found.path, found.path.rpartition(".")[2]
@@ -244,32 +257,61 @@ class _Settling:
             return self._storages[key]
         if path == TYPED:  # (function, type, its arguments, attributes)
             function, _, args, _ = found.args
-            if not isinstance(function, type(Record)) or function.path not in TENSORS + PARAMETERS:
+            if not isinstance(function, Name) or function.path not in TENSORS + PARAMETERS:
                 raise Refused("it holds a kind of tensor that is not known")
-            return self.settle(function(*args), depth)
+            return self.settle(Record(function.path, tuple(args[:8])), depth)
         args = [self.settle(x, depth) for x in found.args]
+        items = [(self.settle(k, depth), self.settle(v, depth)) for k, v in found.items]
+        state = self.settle(found.state, depth)
+        self._copy(*args, *(state if path in ARRAYS else ()))
         if path == "copyreg._reconstructor" and args and isinstance(args[0], Placeholder):
-            return Placeholder(args[0].name, self.settle(found.state, depth))
+            return Placeholder(args[0].name, state)
         if path in DICTS:
             pairs = args[-1] if args and isinstance(args[-1], (dict, list, tuple)) else ()
-            items = {self.settle(k, depth): self.settle(v, depth) for k, v in found.items}
-            return dict(pairs) | items
+            pairs = pairs.items() if isinstance(pairs, dict) else pairs
+            return {_hashed(k): v for k, v in (*pairs, *items)}
         if path.startswith("builtins.") and name in LISTS:
-            return LISTS[name](args[0] if args else ())
+            values = [*(args[0] if args else ()), *(x for _, x in items)]
+            return LISTS[name](map(_hashed, values) if "set" in name else values)
         if path in TENSORS:
             return tensor_of(args)
         if path in PARAMETERS and args and isinstance(args[0], Tensor):
             return args[0]
         if path == "numpy.dtype":
-            return dtype_of(args, self.settle(found.state, depth))
+            return dtype_of(args, state)
         if path in SCALARS and len(args) == 2 and isinstance(args[0], np.dtype):
             return scalar_of(args[0], args[1])
         if path in ARRAYS:
-            return array_of(self.settle(found.state, depth))
+            return array_of(state)
         if path in BUFFERS and len(args) == 4:  # (bytes, type, shape, order)
             return array_of((1, args[2], args[1], args[3] == "F", args[0]))
-        if path == "_codecs.encode" and args[1:] == ["latin1"] and isinstance(args[0], str):
-            return args[0].encode("latin1")
+        if path in ENCODED:  # Python 2 and protocol 2 write bytes as text
+            return ENCODED[path](_bytes_of(args))
         if path == "torch.Size":
             return tuple(args[0]) if args else ()
-        return Placeholder(path, self.settle(found.state, depth))
+        return Placeholder(path, state)
+
+    def _copy(self, *values: Any) -> None:
+        for x in values:
+            self._copied += (
+                len(x) * (1 if isinstance(x, TEXTS) else 64) if isinstance(x, SIZED) else 0
+            )
+        if self._copied > MAX_COPIED:
+            raise Refused(f"it would be copied beyond {MAX_COPIED} bytes")
+
+
+def _bytes_of(args: list[Any]) -> bytes:
+    if args and isinstance(args[0], str) and args[1:] in (["latin1"], ["latin-1"]):
+        return args[0].encode("latin1")
+    if not args or (len(args) == 1 and isinstance(args[0], (bytes, bytearray))):
+        return bytes(args[0]) if args else b""
+    raise Refused("it is damaged: bytes made of something else")
+
+
+def _hashed(value: Any) -> Any:
+    """``value`` as a key whose hash takes no time and that others cannot be made to share."""
+    if isinstance(value, (str, bytes, float, Placeholder)) or value is None:
+        return value
+    if isinstance(value, int) and abs(value) < MAX_KEY:
+        return value
+    return Placeholder(type(value).__name__, value)

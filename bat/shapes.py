@@ -34,8 +34,9 @@ RESUME_ME = 75
 """Exit code (``EX_TEMPFAIL``) of a run that was ended and saved: the same command continues it."""
 
 
-class Interrupted(Exception):  # noqa: N818  (no error: it was asked for)
-    """The run was ended on request, its state is saved; ``str()`` says why."""
+class Interrupted(BaseException):
+    """The run was ended on request, and can go on; ``str()`` says why. Like ``KeyboardInterrupt``
+    it is no ``Exception``, so that nothing on the way takes it for one."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from bat.audio.reader import (
     read_segment,
     reason,
     samples_of,
+    untold_seconds,
 )
 from bat.audio.reader import (
     DecodeError as DecodeError,
@@ -207,9 +208,10 @@ def probe(data: bytes | Path, *, max_file_seconds: float = MAX_FILE_SECONDS) -> 
     with open_reader(data) as file:
         frames = file.frames
         if frames >= UNKNOWN_FRAMES:
+            max_file_seconds, note = untold_seconds(file, max_file_seconds)
             most = frames_within(max_file_seconds, file.samplerate)
             frames = sum(len(block) for block in blocks(file, 0, most + 1))
-            check_length(frames, file.samplerate, max_file_seconds)
+            check_length(frames, file.samplerate, max_file_seconds, note)
         codec = {"WAVEX": "wav", "RF64": "wav"}.get(file.format, file.format.lower())
         if file.subtype == "OPUS":
             codec = "opus"

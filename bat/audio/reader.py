@@ -3,7 +3,8 @@
 soundfile (libsndfile) reads WAV, FLAC, OGG Vorbis, Opus, MP3 and AIFF, from memory or from a path
 (a day-long recording is read by seeking, never whole). Only the asked segment is read, in blocks,
 so what a clip costs in memory is what it holds and never what its header claims. A file that is
-longer than ``max_file_seconds`` is refused by its header; one without a length is not read further.
+longer than ``max_file_seconds`` is refused by its header; one without a length is not read further,
+nor further than as many samples of ``UNTOLD_HZ``: its seconds may be of 8 x 655,350 Hz.
 
 Damaged files (STACK section 3). A cut FLAC raises in libsndfile. A cut OGG, MP3, Opus or WAV is
 read short **without a word**, and for all but MP3 the reported length shrinks with the file. So the
@@ -34,6 +35,7 @@ BLOCK_SAMPLES = 2**22  # samples (all channels) read at once: 16 MiB
 UNKNOWN_FRAMES = 2**62  # libsndfile answers 2^63 - 1 where a header gives no length
 MP3_SLACK_FRAMES = 3 * 1152  # encoder delay and padding: decoders count them differently
 MAX_FILE_SECONDS = 3600.0  # a longer file is not what a clip is: see docs/security.md
+UNTOLD_HZ = 2 * 192_000  # samples a second (all channels) read of a file without a length
 RATES_HZ = (1_000, 768_000)
 PEAK = 1e6  # samples beyond this are no audio, and their power would overflow float32
 
@@ -132,7 +134,7 @@ def read_segment(
     if expected[1] is not None and rate != expected[1]:
         raise DecodeError("rate", f"{rate} Hz, but {expected[1]} Hz when it was indexed")
     slack = MP3_SLACK_FRAMES if file.format == "MP3" else 0
-    total = file.frames if file.frames < UNKNOWN_FRAMES else None
+    total, note = file.frames if file.frames < UNKNOWN_FRAMES else None, ""
     if total is not None:
         check_length(total, rate, max_file_seconds)
         _check_total(total, frames, slack)
@@ -140,7 +142,8 @@ def read_segment(
     if total == 0 or (total is not None and start >= total):
         raise DecodeError("empty", f"no samples at {start_seconds} s of {total} frames")
     if total is None:
-        check_length(start, rate, max_file_seconds)
+        max_file_seconds, note = untold_seconds(file, max_file_seconds)
+        check_length(start, rate, max_file_seconds, note)
         wanted = frames_within(max_file_seconds, rate) + 1 - start  # one more tells it is longer
     else:
         _check_brief(total, rate, min_seconds)
@@ -149,7 +152,7 @@ def read_segment(
         wanted = min(wanted, samples_of(max_seconds, rate))
     cap = samples_of(max_decode_seconds, rate)
     wave = read(file, start, min(wanted, cap))
-    check_length(start + len(wave), rate, max_file_seconds)
+    check_length(start + len(wave), rate, max_file_seconds, note)
     if wanted > cap and len(wave) == cap:
         raise DecodeError(
             "long",
@@ -234,13 +237,23 @@ def frames_within(seconds: float, rate: int) -> int:
     return samples_of(seconds, rate) if seconds < UNKNOWN_FRAMES / rate else UNKNOWN_FRAMES
 
 
-def check_length(frames: int, rate: int, max_file_seconds: float) -> None:
+def untold_seconds(file: Reader, max_file_seconds: float) -> tuple[float, str]:
+    """``max_file_seconds`` of a file whose header gives no length, and a note if these are fewer:
+    ``UNTOLD_HZ`` samples for each second asked."""
+    samples = file.samplerate * file.channels
+    if samples <= UNTOLD_HZ:
+        return max_file_seconds, ""
+    note = f", less for {samples} samples a second and no length in its header"
+    return max_file_seconds * UNTOLD_HZ / samples, note
+
+
+def check_length(frames: int, rate: int, max_file_seconds: float, note: str = "") -> None:
     """Raise ``DecodeError`` ("long") for so many frames of a file."""
     if frames > frames_within(max_file_seconds, rate):
         raise DecodeError(
             "long",
             f"a file of {frames / rate:.6g} s or more: longer than max_file_seconds="
-            f"{max_file_seconds:g}",
+            f"{max_file_seconds:g}{note}",
         )
 
 

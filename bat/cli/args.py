@@ -59,6 +59,15 @@ def run(
     resumed by the same command; 130 for a Ctrl-C that nothing was saved at.
     """
     args = p.parse_intermixed_args(argv)
+    code = _code(body, p, args)
+    if "bat.train.ranks" in sys.modules:
+        sys.modules["bat.train.ranks"].part()
+    return code
+
+
+def _code(
+    body: Callable[[argparse.Namespace], None], p: argparse.ArgumentParser, args: argparse.Namespace
+) -> int:
     try:
         body(args)
         sys.stdout.flush()

@@ -228,6 +228,8 @@ class Probe(Supervised):
             )
         if self.log.wandb != "off":
             found.append("log.wandb is for bat-pretrain and bat-finetune")
+        if self.data.global_batch is not None:
+            found.append("data.global_batch is for bat-pretrain and bat-finetune: say data.batch")
         if hardware.activation_checkpointing:
             found.append("hardware.activation_checkpointing: a frozen encoder has no backward pass")
         for name in ("shuffle", "window", "balance", "epoch_clips"):
@@ -256,6 +258,9 @@ class Finetune(Supervised):
 
     def problems(self) -> list[str]:
         found = [] if 0 <= self.drop_path < 1 else [f"drop_path={self.drop_path}: in [0, 1)"]
+        for name in ("collapse", "collapse_every", "min_rank", "min_std"):
+            if getattr(self.health, name) != getattr(Health(collapse="off"), name):
+                found.append(f"health.{name} is for bat-pretrain: labels keep an encoder awake")
         return found + _labelled(self.data)
 
 

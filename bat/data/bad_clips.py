@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter, deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bat.redact import redact_tree
 from bat.shapes import Skipped, UserError, WaveBatch
+
+log = logging.getLogger("bat")
 
 SHARDS_NAMED = 3
 RECENT_CLIPS = 10_000
@@ -87,9 +91,12 @@ class BadClips:
                 said = redact_tree(clip._asdict())
                 lines.append(json.dumps(said, ensure_ascii=False) + "\n")
         if lines:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a", encoding="utf-8") as out:
-                out.write("".join(lines))
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("a", encoding="utf-8") as out:
+                    out.write("".join(lines))
+            except OSError as error:  # a full disk ends no run here; the counts are kept
+                log.warning("cannot write %s (%s): %s", file, error, "".join(lines).strip())
 
     def check(self, *, final: bool = False) -> None:
         """Raise UserError where more than ``max_bad`` of the clips seen were unreadable.
@@ -130,3 +137,15 @@ class BadClips:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seen, self.kinds = state["seen"], Counter(state["kinds"])
         self.shards, self.keys = Counter(state["shards"]), dict(state["keys"])
+
+
+def merged_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The ``BadClips.state_dict`` of all ranks together."""
+    merged: dict[str, Any] = {"seen": sum(state["seen"] for state in states)}
+    for name in ("kinds", "shards"):
+        counts: Counter[str] = Counter()
+        for state in states:
+            counts.update(state[name])
+        merged[name] = dict(counts)
+    merged["keys"] = {key: why for state in states for key, why in state["keys"].items()}
+    return merged

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 
-from bat.data.bad_clips import BadClips
+from bat.data.bad_clips import BadClips, merged_states
 from bat.data.board import Board
 from bat.data.loader import Restarts
 from bat.shapes import UserError, WaveBatch
@@ -32,7 +32,8 @@ class StreamData(LightningDataModule):
         batch: clips of a micro-batch on one device.
         max_bad: fraction of unreadable clips above which the run stops.
         workers: loader processes; 0 decodes in the training process.
-        worker_restarts: loader workers that died and are replaced within 1,000 micro-batches.
+        worker_restarts: loader workers that died and are replaced within 1,000 micro-batches; None:
+            as many as ``Restarts`` has it.
         out: run folder in which ``bad_clips.jsonl`` lists unreadable clips; None: no list.
     """
 
@@ -42,13 +43,23 @@ class StreamData(LightningDataModule):
     """What a loader's replacement means for the stream."""
 
     def __init__(
-        self, *, batch: int, max_bad: float, workers: int, worker_restarts: int, out: Path | None
+        self,
+        *,
+        batch: int,
+        max_bad: float,
+        workers: int,
+        worker_restarts: int | None,
+        out: Path | None,
     ) -> None:
         super().__init__()
         self.batch, self.workers, self.out = batch, workers, out
         self.bad_clips = BadClips(max_bad=max_bad)
         self.board = Board(workers)
         self._restarts = Restarts(worker_restarts, where=self._where, note=self.after_a_death)
+        self.on_error: Callable[[Exception], None] | None = None
+        """Told of too many unreadable clips, to end the run on all ranks; None: it is raised."""
+        self.gather: Callable[[Any], list[Any]] = lambda thing: [thing]
+        """``thing`` of every rank; every rank asks."""
         self._size_then: int | None = None  # clips a micro-batch, where a checkpoint was loaded
 
     def first_batch(self) -> WaveBatch:
@@ -167,7 +178,12 @@ class StreamData(LightningDataModule):
         """Count unreadable clips, in the main process, as batches are used."""
         trainer = self.trainer
         self.bad_clips.add(batch)
-        self.bad_clips.check()
+        try:
+            self.bad_clips.check()
+        except UserError as error:
+            if self.on_error is None or not batch.keys:
+                raise
+            self.on_error(error)  # not here, where other ranks would wait for this one
         if trainer is not None and trainer.training and len(batch.keys) < self.batch:
             self.bad_clips.check(final=True)
             raise UserError(f"{self.bad_clips.summary()}, too many in a row: check the shards")
@@ -183,7 +199,7 @@ class StreamData(LightningDataModule):
         return {
             "clips_a_micro_batch": self._size,
             "stream": self._stream(),
-            "bad_clips": self.bad_clips.state_dict(),
+            "bad_clips": merged_states(self.gather(self.bad_clips.state_dict())),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -197,4 +213,5 @@ class StreamData(LightningDataModule):
                     f"with the same, or start a new run with another out="
                 )
         self._size_then = state_dict["clips_a_micro_batch"]
-        self.bad_clips.load_state_dict(state_dict["bad_clips"])
+        if self._ranks()[0] == 0:  # the others count on from nothing: it is the sum that counts
+            self.bad_clips.load_state_dict(state_dict["bad_clips"])

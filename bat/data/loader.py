@@ -30,27 +30,32 @@ log = logging.getLogger("bat")
 
 SPAN = 1000
 """Micro-batches within which deaths are counted together."""
+RESTARTS = 10
+"""Deaths replaced within ``SPAN``, where no setting says how many."""
 
 
 class Restarts:
     """Counts deaths, tells of them, and says when there are too many.
 
     Args:
-        limit: deaths replaced within ``SPAN`` micro-batches; one more raises.
+        limit: deaths replaced within ``SPAN`` micro-batches, as ``health.worker_restarts`` says; one
+            more raises. None: ``RESTARTS``, which no setting changes.
         where: what a worker was reading when it died, or None.
         note: what the replacement means for the stream, after a semicolon.
     """
 
     def __init__(
         self,
-        limit: int = 10,
+        limit: int | None = None,
         *,
         where: Callable[[int], str | None] = lambda worker: None,
         note: str = "no batch is lost or repeated",
     ) -> None:
-        if limit < 0:
+        if limit is not None and limit < 0:
             raise UserError(f"worker_restarts={limit} must not be negative")
-        self.limit, self.where, self.note = limit, where, note
+        self.limit = RESTARTS if limit is None else limit
+        self.bound = str(RESTARTS) if limit is None else f"health.worker_restarts={limit}"
+        self.where, self.note = where, note
         self.tell: Callable[[str], None] | None = None
         """Called with each replacement's line, in place of a warning in the log."""
         self.count = 0
@@ -72,7 +77,7 @@ class Restarts:
         if len(self._recent) > self.limit:
             raise UserError(
                 f"loader workers died {len(self._recent)} times within {SPAN} micro-batches, the "
-                f"last time {who}: more than health.worker_restarts={self.limit}. Most likely "
+                f"last time {who}: more than {self.bound}. Most likely "
                 "memory ran out: lower data.workers or data.cache_waves_gb, or give more shared "
                 "memory (/dev/shm; docker run --shm-size). If it was the same clip each time, "
                 "that file is to blame: look at it with bat-shard verify"

@@ -81,7 +81,8 @@ class AudioData(StreamData):
         cache_bytes: decoded waves kept in memory by each loader process (small data sets).
         look_ahead: positions for which remote shards are fetched before their turn.
         max_bad: fraction of unreadable clips above which the run stops.
-        worker_restarts: loader workers that died and are replaced within 1,000 micro-batches.
+        worker_restarts: loader workers that died and are replaced within 1,000 micro-batches; None:
+            as many as ``Restarts`` has it.
         out: run folder in which ``bad_clips.jsonl`` lists unreadable clips; None: no list.
 
     Raises:
@@ -106,7 +107,7 @@ class AudioData(StreamData):
         cache_bytes: int = 0,
         look_ahead: int = 8192,
         max_bad: float = 0.05,
-        worker_restarts: int = 10,
+        worker_restarts: int | None = None,
         out: Path | None = None,
     ) -> None:
         super().__init__(

@@ -3,7 +3,8 @@
 A command is run only after ``allow_pipes(True)``, which the flag ``--allow-pipe`` says and nothing
 else: no recipe, manifest or URL can ask for one. ``bat.data.sources.find`` is the gate; the
 ``Shard`` that it makes carries the permission to loader workers, however they are started. The
-output is read as any other stream, front to end, anew for each reader and epoch.
+output is read as any other stream, front to end, anew for each reader and epoch. A command ends
+with its reader, however that ends: see ``pipe_guard``.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import os
 import selectors
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Generator
 
+from bat.data import pipe_guard
 from bat.data.ending import POLL_SECONDS, go_on
 from bat.redact import redact
 
@@ -47,13 +50,13 @@ def output_of(command: str) -> Generator[bytes, None, None]:
             the run is ending.
     """
     process = subprocess.Popen(
-        command,
-        shell=True,
-        stdin=subprocess.DEVNULL,
+        [sys.executable, "-I", "-S", pipe_guard.__file__, command],
+        stdin=subprocess.PIPE,  # ends with this process
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,  # a group of its own, to be killed as one
     )
+    assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
     out, errors = process.stdout.fileno(), process.stderr.fileno()
@@ -88,6 +91,7 @@ def output_of(command: str) -> Generator[bytes, None, None]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        process.stdin.close()
         process.stdout.close()
         process.stderr.close()
 

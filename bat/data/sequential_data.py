@@ -155,7 +155,7 @@ class SequentialData(StreamData):
         max_seconds: float = MAX_FILE_SECONDS,
         workers: int = 0,
         max_bad: float = 0.05,
-        worker_restarts: int = 10,
+        worker_restarts: int | None = None,
         out: Path | None = None,
         retries: int = 5,
         timeout_seconds: float = 30.0,

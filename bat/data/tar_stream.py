@@ -21,7 +21,7 @@ from bat.data.tar import BLOCK, MAX_EXTENDED_BYTES, Member, parse_header, pax_re
 MAX_SHARD_BYTES = 1 << 38
 """A shard that unpacks to more is left there."""
 SKIP_BYTES = 1 << 20
-RATIO, RATIO_FROM_BYTES = 100, 1 << 30
+RATIO, RATIO_FROM_BYTES = 100, 1 << 26
 """Beyond so many bytes, a shard that unpacks to ``RATIO`` times its size is left there: audio is no
 such thing, and a file of a megabyte that keeps a loader worker busy for an hour is."""
 DRAIN_BYTES = 1 << 20
@@ -53,19 +53,23 @@ class _Pieces(io.RawIOBase):
         super().close()
 
 
-class _Unpacked(gzip.GzipFile):
-    """gzip that gives up where it unpacks to far more than it was."""
+class _Unpacked(io.RawIOBase):
+    """gzip that gives up where it unpacks to far more than it was, within a member too."""
 
     def __init__(self, packed: io.BufferedReader) -> None:
-        super().__init__(fileobj=packed)
-        self._raw, self._got = packed.raw, 0
+        self._packed, self._file, self._got = packed.raw, gzip.GzipFile(fileobj=packed), 0
 
-    def read(self, size: int | None = -1) -> bytes:
-        data = super().read(size)
-        self._got += len(data)
-        if self._got > RATIO_FROM_BYTES and self._got > RATIO * self._raw.tell():
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        data = self._file.read1(min(len(target), SKIP_BYTES))
+        n = len(data)
+        target[:n] = data
+        self._got += n
+        if self._got > RATIO_FROM_BYTES and self._got > RATIO * self._packed.tell():
             raise OSError(27, f"it unpacks to more than {RATIO} times its size")
-        return data
+        return n
 
 
 @contextlib.contextmanager
@@ -85,7 +89,9 @@ def open_stream(shard: Shard, patience: Patience) -> Iterator[io.BufferedIOBase]
             pieces = stream(shard.place, size=size, patience=patience)
             file = stack.enter_context(io.BufferedReader(_Pieces(pieces), 1 << 17))
         packed = file.peek(2)[:2] == b"\x1f\x8b"
-        yield stack.enter_context(_Unpacked(file)) if packed else file
+        if packed:
+            file = stack.enter_context(io.BufferedReader(_Unpacked(file), 1 << 17))
+        yield file
         if shard.command:  # to the end of what it writes: there it tells how it went
             left = DRAIN_BYTES
             while left > 0 and (data := file.read(min(left, SKIP_BYTES))):

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from bat.shapes import WaveBatch
+from bat.shapes import UserError, WaveBatch
 
 LOOK_SECONDS = 0.5
 """Between two looks at what needs no waking."""
@@ -42,11 +42,14 @@ OUTLIVED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 def worker_init(worker: int) -> None:
     """A loader process outlives the signals meant for the run, which still has to save, and ends
-    with its parent, whatever it is waiting for."""
+    with its parent, whatever it is waiting for. It lets go of the queues of older loaders, whose
+    readers would else never learn that all who write there are dead."""
     for number in OUTLIVED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTLIVED)  # see ``Workers``
     torch.set_num_threads(1)
+    for older in list(_living):  # as they were when this process was forked
+        older._worker_result_queue._writer.close()
     parent = parent_process()
     pid = os.getppid() if parent is None or parent.pid is None else parent.pid
     threading.Thread(target=_end_with, args=(pid,), daemon=True).start()
@@ -68,11 +71,11 @@ def _unlink_shared(pid: int) -> None:
 
 
 class _Watch(threading.Thread):
-    """Waits for the end of any of ``workers``."""
+    """Waits for the end of any of ``workers``; those ``told`` to may."""
 
-    def __init__(self, workers: list[Any], results: Any) -> None:
+    def __init__(self, workers: list[Any], results: Any, told: set[int]) -> None:
         super().__init__(daemon=True, name="bat-loader-watch")
-        self.workers, self.results = workers, results
+        self.workers, self.results, self.told = workers, results, told
         self.deaths: Deaths = []
         self.stopped, self.found = threading.Event(), threading.Event()
 
@@ -82,7 +85,8 @@ class _Watch(threading.Thread):
             for sentinel in connection.wait(list(alive), timeout=LOOK_SECONDS):
                 number = alive.pop(sentinel)
                 code = _exit_code(self.workers[number])
-                if code and not self.stopped.is_set():  # 0: it was told to end
+                ended = code is None or (code == 0 and number in self.told)
+                if not ended and not self.stopped.is_set():
                     self.deaths.append((number, code))
             if self.deaths:
                 self.results._writer.close()
@@ -114,7 +118,7 @@ class Workers(_MultiProcessingDataLoaderIter):
 
     def __init__(self, loader: DataLoader[WaveBatch]) -> None:
         signal_handling._SIGCHLD_handler_set = True  # so torch does not set it
-        self.owner, self.raised = os.getpid(), False
+        self.owner, self.raised, self.told = os.getpid(), False, set[int]()
         # a worker is born deaf to these: one may come before ``worker_init``
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, OUTLIVED)
         try:
@@ -123,7 +127,7 @@ class Workers(_MultiProcessingDataLoaderIter):
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal_handling._remove_worker_pids(id(self))  # where it was set before
         self._worker_pids_set = False
-        self.watch = _Watch(self._workers, self._worker_result_queue)
+        self.watch = _Watch(self._workers, self._worker_result_queue, self.told)
         self.watch.start()
         _living.add(self)
 
@@ -135,9 +139,14 @@ class Workers(_MultiProcessingDataLoaderIter):
 
     def _process_data(self, data: Any, worker_idx: int) -> Any:
         self.raised = isinstance(data, ExceptionWrapper)
-        return super()._process_data(data, worker_idx)
+        try:
+            return super()._process_data(data, worker_idx)
+        except UserError:  # torch puts the worker's traceback before its words
+            kind = f"\n{data.exc_type.__module__}.{data.exc_type.__qualname__}: "
+            raise UserError(data.exc_msg.rpartition(kind)[2].rstrip("\n")) from None
 
     def _mark_worker_as_unavailable(self, worker_id: int, shutdown: bool = False) -> None:
+        self.told.add(worker_id)
         if not shutdown and self._workers[worker_id].exitcode is not None:
             self._workers_status[worker_id] = False  # torch would take a lock that it might hold
         else:

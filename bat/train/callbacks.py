@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from math import nan
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -48,9 +49,10 @@ class Metrics(StepCallback):
     over all ranks and over what is finite (a skipped step spoils no line).
     """
 
-    def __init__(self, *, every: int, progress: bool) -> None:
+    def __init__(self, *, every: int, progress: bool, out: Path | None = None) -> None:
+        """``out``: folder of the run, where other ranks write their events."""
         super().__init__()
-        self.every, self.progress = every, progress
+        self.every, self.progress, self.out = every, progress, out
         self.bar: tqdm | None = None
         self.clips_per_second: list[float] = []
         self.steps = 0
@@ -83,7 +85,10 @@ class Metrics(StepCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._loggers = trainer.loggers if trainer.is_global_zero else []
+        self._loggers = trainer.loggers
+        if not trainer.is_global_zero and self.out is not None:
+            own = JsonLines(self.out / f"events-rank{trainer.global_rank}.jsonl")
+            self._loggers = [own]
         self._step = trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, JsonLines):
@@ -147,16 +152,17 @@ class Metrics(StepCallback):
     def event(self, kind: str, line: str, **facts: Any) -> None:
         """Something is wrong: a warning, a line of metrics, a mark on the bar till the next line.
 
-        From any thread; only rank 0 writes.
+        From any thread; ranks other than 0 write to ``events-rankN.jsonl``.
         """
         self._wrong = f" ! {kind}"
         if self.bar is not None:
             self.bar.set_postfix_str(self._wrong.strip())
             self.bar.clear()
         log.warning("%s", line)
+        row = {"step": self._step, "event": kind, "message": line, **facts}
         for logger in self._loggers:
             if isinstance(logger, JsonLines):
-                logger.log_metrics({"event": kind, "message": line, **facts}, step=self._step)
+                logger.append(row)
 
     def say(self, line: str) -> None:
         """Log ``line`` without breaking the bar."""

@@ -98,13 +98,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if self.written is not None:
                 self.written(target, time.perf_counter() - began)
         except (OSError, RuntimeError) as error:  # torch.save says RuntimeError on a full disk
-            temporary.unlink(missing_ok=True)
             before = [p for p in checkpoints(target.parent.parent) if p != target]
             good = f"{before[0]} is untouched" if before else "there is none before it"
             raise UserError(
                 f"cannot write checkpoint {target}: {error}. {good}; free some space, then run "
                 "the same command again to continue"
             ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
@@ -131,6 +132,8 @@ def damaged(path: Path) -> str:
         with zipfile.ZipFile(path) as file:
             bad = file.testzip()
         return f"its record {bad} is damaged" if bad else ""
+    except PermissionError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error}") from error
     except (OSError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
         return str(error) or type(error).__name__
 
@@ -141,9 +144,14 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((p for p in found if re.fullmatch(r"step-\d+\.ckpt", p.name)), reverse=True)
 
 
-def last_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint that is whole and loads; others are passed over with a warning."""
-    for path in checkpoints(out):
+def last_checkpoint(out: Path, *, force: bool = False) -> Path | None:
+    """The newest checkpoint that is whole and loads; others are passed over with a warning.
+
+    None where there is none. Raises ``UserError`` where there are some and none loads, unless
+    ``force`` says that the run is to begin anew.
+    """
+    found = checkpoints(out)
+    for path in found:
         reason = damaged(path)
         try:
             if not reason:
@@ -152,6 +160,11 @@ def last_checkpoint(out: Path) -> Path | None:
         except Exception as error:  # whatever is wrong with it, an older one may do
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         log.warning("checkpoint %s does not load (%s); trying an older one", path, reason)
+    if found and not force:
+        raise UserError(
+            f"none of the checkpoints in {found[0].parent} loads (the newest: {reason}). Put them "
+            "back from a copy, give another out=, or begin anew in this one with --force"
+        )
     return None
 
 
@@ -209,7 +222,6 @@ class Checkpoints(StepCallback, CheckpointBase):
         self.bytes = 0
         """Of the latest."""
         self._since = time.monotonic()
-        self._saved = -1
         stopping.clocks.append(self.overdue)
 
     def overdue(self) -> bool:
@@ -229,7 +241,7 @@ class Checkpoints(StepCallback, CheckpointBase):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._since, self._saved = time.monotonic(), trainer.global_step
+        self._since = time.monotonic()
         if trainer.is_global_zero:
             self._put_aside(trainer.global_step)
 
@@ -253,7 +265,7 @@ class Checkpoints(StepCallback, CheckpointBase):
         self._check(trainer, module, step)
         trainer.save_checkpoint(self.out / "checkpoints" / f"step-{step:08d}.ckpt")
         self.stalls.append(time.perf_counter() - began)
-        self._since, self._saved = time.monotonic(), step
+        self._since = time.monotonic()
         if last:
             self.io.wait()
             stopping.check_errors(trainer)

@@ -128,10 +128,10 @@ def data_of_run(config: Supervised) -> tuple[Data, str]:
         return data, ""
     for file in _config_files(_given(config)):
         for task, root, shards in _sources(file):
-            if task == config.task and any(HIDDEN in s for s in shards):
+            if task == config.task and any(HIDDEN in s for s in (root or "", *shards)):
                 raise UserError(
-                    f"the shards of {file} were given with credentials, which are not written "
-                    "down: say data.shards= again"
+                    f"the data of {file} was given with credentials, or what looks like some, "
+                    "which are not written down: say data.shards= or data.root= again"
                 )
             if task == config.task and (root or shards):
                 note = f"data {root or ', '.join(shards)}, as {file} says"

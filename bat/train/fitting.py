@@ -26,7 +26,8 @@ from bat.train.checkpointing import Checkpoints, last_checkpoint
 from bat.train.guard import GuardReport
 from bat.train.health import HealthMonitor
 from bat.train.pretrain import Pretraining
-from bat.train.ranks import ranks_of
+from bat.train.ranks import Ranks, ranks_of
+from bat.train.signals import listening
 from bat.train.stopping import Stopping
 from bat.train.supervised import Supervised
 from bat.train.trainer import build_trainer
@@ -39,6 +40,7 @@ class Fitting:
 
     Args:
         name: of the run, for Weights & Biases.
+        force: begin anew where there are checkpoints and none loads.
         more: given ``Metrics`` and ``Stopping``, further callbacks.
     """
 
@@ -50,13 +52,16 @@ class Fitting:
         module: Pretraining | Supervised,
         data: StreamData,
         name: str,
+        force: bool = False,
         more: Callable[[Metrics, Stopping], list[Callback]] = lambda metrics, stopping: [],
     ) -> None:
         train, health = config.train, config.health
         self.module, self.data = module, data
-        self.newest = last_checkpoint(out)
+        self.newest = last_checkpoint(out, force=force)
         self.stopping = Stopping()
-        self.metrics = Metrics(every=train.log_every, progress=config.log.progress)
+        self.metrics = Metrics(every=train.log_every, progress=config.log.progress, out=out)
+        data.on_error = lambda error: self.stopping.ask("the data", error)
+        data.gather = lambda thing: self.ranks.gather(thing)
         self.checkpoints = Checkpoints(
             out,
             every=train.save_every,
@@ -99,10 +104,18 @@ class Fitting:
         Raises ``Interrupted`` where the run was asked to end (it is saved), ``KeyboardInterrupt``
         at a second Ctrl-C, ``UserError`` for what a user can mend.
         """
-        self.stopping.listen()
+        with listening(self.stopping.note):
+            self._fit()
+        self.stopping.finish(self.trainer)
+        self._check_clips()
+
+    def _fit(self) -> None:
         try:
             path = str(self.newest) if self.newest else None
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=path)
+            # a launcher ends the others once one has ended: not before all is written
+            self.checkpoints.io.wait()
+            self.ranks.gather(None)
         except SystemExit as error:
             if error.code != 1:
                 raise
@@ -115,15 +128,23 @@ class Fitting:
                 f"{self.newest} does not fit this model: {error}. Give the run its old settings, "
                 "or another out="
             ) from error
-        else:
-            # a launcher ends the others once one has ended: not before all is written
-            self.checkpoints.io.wait()
-            ranks_of(self.trainer).gather(None)
         finally:
             self.checkpoints.io.wait()
-            self.stopping.restore()
-        self.stopping.finish(self.trainer)
-        self.data.bad_clips.check(final=True)
+
+    def _check_clips(self) -> None:
+        """Raise on every rank where any of them met too many unreadable clips."""
+        try:
+            self.data.bad_clips.check(final=True)
+        except UserError as error:
+            self.ranks.gather(str(error))
+            raise
+        others = [said for said in self.ranks.gather(None) if said]
+        if others:
+            raise UserError(others[0])
+
+    @property
+    def ranks(self) -> Ranks:
+        return ranks_of(self.trainer)
 
     def facts(self) -> dict[str, Any]:
         """For a summary: checkpoints and what went wrong on the way."""

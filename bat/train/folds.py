@@ -45,8 +45,9 @@ log = logging.getLogger("bat")
 class Folds:
     """What the folds of a fine-tuning share."""
 
-    def __init__(self, ready: Prepared[schema.Finetune], out: Path) -> None:
-        self.ready, self.out = ready, out
+    def __init__(self, ready: Prepared[schema.Finetune], out: Path, *, force: bool = False) -> None:
+        """``force``: begin a fold anew where it has checkpoints and none loads."""
+        self.ready, self.out, self.force = ready, out, force
         self.config, self.task, self.index = ready.config, ready.task, ready.index
         self.backbone, self.frames = ready.backbone, ready.frames
         self.made_from = {"data": ready.index.hash, "encoder": weights_digest(ready.backbone)}
@@ -120,7 +121,7 @@ class Folds:
             folder.mkdir(parents=True, exist_ok=True)
         module, data = self.module(held), self.data(held)
         name = f"finetune-{config.recipe}-{held.name}"
-        fitting = Fitting(config, folder, module=module, data=data, name=name)
+        fitting = Fitting(config, folder, module=module, data=data, name=name, force=self.force)
         trainer, newest = fitting.trainer, fitting.newest
         start = f"continuing from {newest}" if newest else "starting"
         log.info("held out %s: %s, %d clips to train on", held.name, start, len(held.train))

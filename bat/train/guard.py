@@ -21,12 +21,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from bat.train.sharding import total_norm
 from torch import Tensor, nn
 
 from bat.shapes import UserError, WaveBatch
 from bat.train.callbacks import Metrics, StepCallback
+from bat.train.sharding import total_norm
 from bat.train.stopping import Stopping
+from bat.train.trainer import read_jsonl
 
 log = logging.getLogger("bat")
 
@@ -51,7 +52,8 @@ class Guard:
 
     def note(self, batch: WaveBatch, loss: Tensor) -> None:
         """A micro-batch of the step under way."""
-        self.batches.append((batch.keys, loss.detach()))
+        # a copy: the loss may be an output of a CUDA graph, which the next step overwrites
+        self.batches.append((batch.keys, loss.detach().clone()))
 
     def inspect(
         self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]
@@ -96,6 +98,18 @@ class GuardReport(StepCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._rank = trainer.global_rank
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Steps that are done again are written down again."""
+        super().on_train_start(trainer, pl_module)
+        if self._file.is_file():
+            rows = [r for r in read_jsonl(self._file) if r.get("step", 0) <= trainer.global_step]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            self._file.write_text(text, encoding="utf-8")
+
+    @property
+    def _file(self) -> Path:
+        return self.out / f"bad_batches{f'-rank{self._rank}' if self._rank else ''}.jsonl"
+
     def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         skip, batches, self.guard.batches = self.guard.skip, self.guard.batches, []
         assert skip is not None
@@ -107,16 +121,12 @@ class GuardReport(StepCallback):
         self._waiting.append((step, skip, event, batches))
         self._read(behind=1 if event else 0)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self._read(behind=0)
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._read(behind=0)
 
     def state_dict(self) -> dict[str, Any]:
         """How many were skipped, and which of the latest."""
+        self._read(behind=0)
         return {"total": self.total, "latest": list(self._latest)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -133,23 +143,27 @@ class GuardReport(StepCallback):
     def _skipped(self, step: int, batches: list[tuple[list[str], Tensor]]) -> None:
         losses = [float(loss) for _, loss in batches]
         own = [i for i, loss in enumerate(losses) if not _finite(loss)]
-        name = "bad_batches.jsonl" if self._rank == 0 else f"bad_batches-rank{self._rank}.jsonl"
-        with open(self.out / name, "a", encoding="utf-8") as file:
-            for i in own or range(len(batches)):
-                loss = losses[i] if _finite(losses[i]) else None  # JSON knows no NaN
-                row = {"step": step, "rank": self._rank, "keys": batches[i][0], "loss": loss}
-                file.write(json.dumps(row) + "\n")
+        lines = ""
+        for i in own or range(len(batches)):
+            loss = losses[i] if _finite(losses[i]) else None  # JSON knows no NaN
+            row = {"step": step, "rank": self._rank, "keys": batches[i][0], "loss": loss}
+            lines += json.dumps(row) + "\n"
+        try:
+            with open(self._file, "a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as full:  # the log has them at least
+            log.warning("cannot write %s (%s): %s", self._file, full, lines)
         self.total += 1
         self._latest.append(step)
         while self._latest and self._latest[0] <= step - LATEST:
             self._latest.popleft()
         what = "loss" if own else "gradient"
-        line = f"step {step} skipped: its {what} is not finite; the keys are in {self.out / name}"
+        line = f"step {step} skipped: its {what} is not finite; the keys are in {self._file}"
         self.metrics.event("skipped", line, skipped=self.total)
         if len(self._latest) > self.most:
             error = UserError(
                 f"{len(self._latest)} of the latest {LATEST} steps were not finite (health."
-                f"max_skipped={self.most}); the keys of their clips are in {self.out / name}, "
+                f"max_skipped={self.most}); the keys of their clips are in {self._file}, "
                 "earlier checkpoints are untouched. Lower optim.lr, set optim.clip_norm, or try "
                 "hardware.precision=32-true; a clip that is always there: remove it"
             )

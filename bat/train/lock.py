@@ -7,6 +7,7 @@ and is removed at the end; one that a killed run left behind is no obstacle.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -36,15 +37,16 @@ def hold(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     name = str(folder.resolve())
-    if name in _held:
-        raise UserError(_in_use(folder, path))
+    if name in _held:  # not even read: closing the file would give up this process' lock
+        raise UserError(f"out={folder} is in use by this very process: give another out=")
     file = _lock(folder, path)
     _held.add(name)
     try:
         if file is not None:
             who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
-            os.ftruncate(file, 0)
-            os.pwrite(file, json.dumps(who).encode() + b"\n", 0)
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+                os.ftruncate(file, 0)
+                os.pwrite(file, json.dumps(who).encode() + b"\n", 0)
         yield
     finally:
         _held.discard(name)

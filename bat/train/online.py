@@ -66,7 +66,7 @@ class OnlineProbe(StepCallback):
         super().__init__()
         self.config, self.out, self.metrics = config, out, metrics
         self.stopping = stopping
-        self._may_be_cut = False  # after a step: it is saved, the probing can be made up for
+        self._last = False
         online = config.online
         if online.root or online.shards:
             source = replace(
@@ -96,19 +96,19 @@ class OnlineProbe(StepCallback):
 
     def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         if self._due(trainer, step):
-            self._may_be_cut = True
             self._probe(trainer, module, step)
-            self._may_be_cut = False
 
     def _due(self, trainer: pl.Trainer, step: int) -> bool:
         return step % self.config.online.every == 0 or step == trainer.max_steps
 
     def _cut_off(self) -> None:
-        """Called after each step of the probes."""
-        if self._may_be_cut and self.stopping is not None and self.stopping.wanted:
+        """Called after each step of the probes. After the last step of the run it does not cut
+        off: nothing would make up for that."""
+        if not self._last and self.stopping is not None and self.stopping.wanted:
             raise _CutOff
 
     def _probe(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
+        self._last = step == trainer.max_steps
         teacher = whole_encoder(module.teacher)  # type: ignore[arg-type]  # all ranks together
         if trainer.is_global_zero:
             assert teacher is not None

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-_groups: dict[int, dist.ProcessGroup] = {}  # by the default group: a new one means a new world
+_made: tuple[Any, dist.ProcessGroup] | None = None  # for which world, and the group
 
 
 class Ranks:
@@ -24,12 +24,12 @@ class Ranks:
 
     def _group(self) -> dist.ProcessGroup:
         assert dist.is_initialized(), "several processes, but no process group"
-        key = id(dist.group.WORLD)
-        if key not in _groups:
+        global _made
+        if _made is None or _made[0] is not dist.group.WORLD:
             group = dist.new_group(backend="gloo")
             assert isinstance(group, dist.ProcessGroup)
-            _groups[key] = group
-        return _groups[key]
+            _made = dist.group.WORLD, group
+        return _made[1]
 
     def maximum(self, values: Sequence[int]) -> list[int]:
         """The greatest of each value over the ranks."""
@@ -50,6 +50,15 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(values, op=how, group=self._group())
         return list(values.tolist())
+
+
+def part() -> None:
+    """Undo what connects this process with the others, at the end of a command: threads of theirs
+    that live on abort some processes as they end (torch 2.11, gloo)."""
+    global _made
+    _made = None
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def ranks_of(trainer: pl.Trainer) -> Ranks:

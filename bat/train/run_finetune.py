@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bat.train.batching import with_batch
 
 from bat import __version__
 from bat.config import schema
 from bat.probes.base import find_probe
 from bat.report.plots import plot_folds
+from bat.train.batching import with_batch
 from bat.train.encoders import autocast_for, checkpoint_name
 from bat.train.folds import Folds
 from bat.train.held_out import HOW, TITLES, Outcome, summary, table
 from bat.train.prepare import prepare
 from bat.train.run_folder import run_folder
+from bat.train.signals import minding_signals
 from bat.train.trainer import is_main, start_logging, write_json
 
 log = logging.getLogger("bat")
@@ -41,7 +42,7 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False, force: bool = Fa
     ready = prepare(config)
     config = ready.config
     out = Path(config.out or f"runs/finetune-{config.recipe}-{checkpoint_name(config)}")
-    run = Folds(ready, out)
+    run = Folds(ready, out, force=force)
     if dry_run:
         _dry_run(run)
         return out
@@ -51,7 +52,7 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False, force: bool = Fa
         data=replace(config.data, batch=batch[0]),
         train=replace(config.train, accumulate=batch[1]),
     )
-    with run_folder(asked, out, force=force):
+    with minding_signals(), run_folder(asked, out, force=force):
         start_logging(out)
         _run(run, out)
     return out

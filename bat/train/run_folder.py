@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,7 +74,8 @@ def run_folder(config: Pretrain | Supervised, out: Path, *, force: bool = False)
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out} is a file: name a folder")
     new = not (out / "config.yaml").is_file()
-    if new and out.is_dir() and any(p.name not in ("train.log", LOCK) for p in out.iterdir()):
+    left = ("train.log", LOCK, ".config.yaml.tmp")  # of a start that was cut off
+    if new and out.is_dir() and any(p.name not in left for p in out.iterdir()):
         raise UserError(f"out={out} holds other things than a run: choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -113,9 +115,11 @@ def _write(file: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         replace_durably(temporary, file)
     except OSError as error:
-        raise UserError(
-            f"cannot write to out={file.parent}: {error}; choose another out="
-        ) from error
+        temporary.unlink(missing_ok=True)
+        remedy = "choose another out="
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "free some space, then run the same command again"
+        raise UserError(f"cannot write to out={file.parent}: {error}; {remedy}") from error
 
 
 def changed_settings(before: str, after: str) -> list[str]:

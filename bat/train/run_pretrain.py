@@ -27,6 +27,7 @@ from bat.train.pretrain import Pretraining
 from bat.train.pretrain_data import PretrainData, open_stream
 from bat.train.run_folder import run_folder
 from bat.train.sharding import full_state
+from bat.train.signals import minding_signals
 from bat.train.speed import attention_in_words
 from bat.train.stopping import Stopping
 from bat.train.trainer import derive_seed, read_jsonl, start_logging, write_json
@@ -49,13 +50,15 @@ def pretrain(config: Pretrain, *, dry_run: bool = False, force: bool = False) ->
     if dry_run:
         _dry_run(config, module, source)
     else:
-        with run_folder(asked, out, force=force):
+        with minding_signals(), run_folder(asked, out, force=force):
             start_logging(out)
-            _run(config, out, module, source)
+            _run(config, out, module, source, force)
     return out
 
 
-def _run(config: Pretrain, out: Path, module: Pretraining, source: PretrainData) -> None:
+def _run(
+    config: Pretrain, out: Path, module: Pretraining, source: PretrainData, force: bool
+) -> None:
     data = source.data
     probes: list[OnlineProbe] = []
 
@@ -74,7 +77,7 @@ def _run(config: Pretrain, out: Path, module: Pretraining, source: PretrainData)
         return [*probes]
 
     name = f"pretrain-{config.recipe}"
-    fitting = Fitting(config, out, module=module, data=data, name=name, more=more)
+    fitting = Fitting(config, out, module=module, data=data, name=name, force=force, more=more)
     trainer, metrics = fitting.trainer, fitting.metrics
     log.info("%s", _headline(config, source, out, fitting.newest))
     clips = config.data.batch * config.train.accumulate

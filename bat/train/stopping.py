@@ -1,23 +1,22 @@
 """Ending a run so that it can go on: signals, and whatever else asks for an end (``Stopping.ask``).
 
-A signal handler only sets a flag. At the end of each micro-batch the ranks agree on the host
-(``ranks.py``) whether anybody asked; then, once the optimiser's step is complete, all save and
+A signal (``signals.py``) only sets a flag. At the end of each micro-batch the ranks agree on the
+host (``ranks.py``) whether anybody asked; then, once the optimiser's step is complete, all save and
 stop, and the process exits with 75 (``RESUME_ME``): the same command continues. An error asked
 for on one rank ends all of them, so that none waits in a collective for one that is gone.
 
 Lightning 2.6.6 ends a SIGTERM with exit code 0 and, under DDP, calls a collective within the signal
-handler: a deadlock unless the right ranks are signalled. Its handlers are replaced while training,
-as is its broadcast before every batch, which would wait for the device
-(``_TrainingEpochLoop._broadcast_sigterm_tensor``, private; a test holds the name).
+handler: a deadlock unless the right ranks are signalled. Its handlers are not installed, and its
+broadcast before every batch, which would wait for the device, is not made (private names:
+``_SignalConnector.register_signal_handlers``, ``_TrainingEpochLoop._broadcast_sigterm_tensor``;
+asserted).
 """
 
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,9 +26,6 @@ from bat.shapes import Interrupted, UserError
 from bat.train.ranks import Ranks, ranks_of
 
 log = logging.getLogger("bat")
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""SIGUSR1: Slurm's ``--signal=USR1@120``."""
 
 _NOTHING, _SAVE, _FAIL = 0, 1, 2
 
@@ -44,7 +40,6 @@ class Stopping(Callback):
         self._lock = threading.Lock()
         self._asked, self._why = _NOTHING, ""
         self._error: Exception | None = None
-        self._before: dict[int, Any] = {}
         self._ended: str | None = None
         self._ranks = Ranks()
         self.clocks: list[Callable[[], bool]] = []
@@ -87,34 +82,25 @@ class Stopping(Callback):
             if not strategy.cluster_environment.creates_processes_externally:
                 raise SystemExit(0)
 
-    def listen(self) -> None:
-        """Call before ``fit``, and ``restore`` after it. From now on Slurm's signal is noted: it
-        would kill a process that is still starting. The others may: nothing is lost then."""
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in SIGNALS}
-            signal.signal(signal.SIGUSR1, self._on_signal)
-
-    def restore(self) -> None:
-        """Signals mean again what they meant before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._ranks = ranks_of(trainer)
         loop: Any = trainer.fit_loop.epoch_loop
         assert hasattr(loop, "_broadcast_sigterm_tensor"), "Lightning has changed"
         loop._broadcast_sigterm_tensor = lambda: None
+        signals: Any = trainer._signal_connector
+        assert hasattr(signals, "register_signal_handlers"), "Lightning has changed"
+        signals.register_signal_handlers = lambda: None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for number in self._before:  # Lightning's own handlers are in place by now
-            signal.signal(number, self._on_signal)
+        """Asked to end while starting (a long probing): no step is begun."""
+        (asked,) = self._ranks.maximum([self._asked])
+        if asked == _FAIL:
+            self._raise(trainer)
+        if asked == _SAVE:
+            self._end(trainer, "before the first step of this start")
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Only a flag; a second Ctrl-C is meant."""
-        name = signal.Signals(number).name
-        if number == signal.SIGINT and self._asked:
-            raise KeyboardInterrupt
+    def note(self, name: str) -> None:
+        """A signal came: called within its handler, so without the lock."""
         if not self._asked:
             self._asked, self._why = _SAVE, name
 
@@ -129,10 +115,13 @@ class Stopping(Callback):
         loop = trainer.fit_loop.epoch_loop
         complete = loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
         if asked == _SAVE and complete and trainer.global_step < trainer.max_steps:
-            reasons = [why for why in self._ranks.gather(self._why) if why]
-            self._ended = f"{reasons[0]} after step {trainer.global_step}"
-            log.info("%s: saving and ending", reasons[0])
-            trainer.should_stop = True
+            self._end(trainer, f"after step {trainer.global_step}")
+
+    def _end(self, trainer: pl.Trainer, when: str) -> None:
+        reasons = [why for why in self._ranks.gather(self._why) if why]
+        self._ended = f"{reasons[0]} {when}"
+        log.info("%s: ending", self._ended)
+        trainer.should_stop = True
 
     def _raise(self, trainer: pl.Trainer) -> None:
         errors = [str(e) for e in self._ranks.gather(self._error and str(self._error)) if e]

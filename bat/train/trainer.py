@@ -87,6 +87,10 @@ class JsonLines(Logger):
             finite = not isinstance(value, float) or math.isfinite(value)
             row[name] = value if finite else None  # JSON knows no NaN
         row.pop("epoch", None)
+        self.append(row)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a line, from any thread and any rank."""
         with self._lock:
             self._unwritten += (json.dumps(row) + "\n").encode()
             self._write()

@@ -418,6 +418,28 @@ def test_a_streamed_file_is_read_no_further_than_the_bound(monkeypatch: pytest.M
     assert len(decode(data, sample_rate=8_000, max_file_seconds=10.0)) == 80_000
 
 
+def test_a_streamed_file_of_many_samples_a_second_is_read_less_far() -> None:
+    """Seconds of 8 x 655,350 Hz hold 300 times as many samples as those of audio."""
+    rate, frames = 655_350, 100_000
+    data = file_bytes(np.zeros((frames, 8), np.float32), rate, "FLAC", "PCM_16")
+    streamed = with_flac_total(data, 0)
+    just = frames * 8 / module.UNTOLD_HZ  # 2.08 s of the most that audio has; it lasts 0.15 s
+    assert probe(streamed, max_file_seconds=just + 1e-3).frames == frames
+    whole = decode(streamed, sample_rate=48_000, max_file_seconds=just + 1e-3)
+    assert whole.size == frames * 48_000 // rate
+    asking: tuple[functools.partial[object], ...] = (
+        functools.partial(probe, streamed),
+        functools.partial(decode, streamed, sample_rate=48_000),
+        functools.partial(decode, streamed, sample_rate=48_000, start_seconds=0.152),
+    )
+    for ask in asking:
+        with pytest.raises(DecodeError, match="less for 5242800 samples a second") as caught:
+            ask(max_file_seconds=just - 1e-2)
+        assert caught.value.kind == "long"
+    assert probe(data, max_file_seconds=0.16).frames == frames  # its header tells: nothing is read
+    assert decode(data, sample_rate=48_000, max_file_seconds=0.16).size == whole.size
+
+
 @pytest.mark.parametrize(("total", "kind"), [(40_000_000, "long"), (20_000_000, "short")])
 def test_a_forged_length_is_refused(total: int, kind: str) -> None:
     data = with_flac_total(flac_bomb(80_000), total)

@@ -21,8 +21,9 @@ from bat.data.listing import listing
 from bat.data.manifest import Manifest
 from bat.data.remote import why
 from bat.data.sequential import SequentialClips
-from bat.data.sources import Patience
+from bat.data.sources import Patience, Shard
 from bat.data.table import read_contents
+from bat.data.tar_stream import open_stream, stream_members
 from bat.shapes import Skipped, UserError, WaveBatch
 from tests.data.http_server import FaultyServer
 
@@ -137,6 +138,18 @@ def test_a_compressed_shard_that_expands_out_of_proportion_is_left(
     honest.write_bytes(gzip.compress(data.read_bytes(), 1))
     found = iter(SequentialClips([honest], shuffle_clips=1))
     assert [next(found).key for _ in range(3)] == ["x", "y", "x"]
+
+
+def test_a_bomb_is_left_within_its_member(tmp_path: Path) -> None:
+    """Not when a gigabyte of it has been unpacked into memory."""
+    plain = tar(tmp_path / "plain.tar", [("x.wav", bytes(96 << 20))])
+    bomb = tmp_path / "bomb.tar.gz"
+    bomb.write_bytes(gzip.compress(plain.read_bytes(), 1))
+    with open_stream(Shard(bomb), Patience()) as file:
+        _, read = next(stream_members(file))
+        with pytest.raises(OSError, match="100 times its size"):
+            read()
+        assert file.raw._got <= (64 << 20) + tar_stream.SKIP_BYTES  # type: ignore[attr-defined]
 
 
 def test_members_that_are_no_clips_do_not_pile_up(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import os
 import shlex
+import signal
 import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,10 @@ from bat.data.sequential_data import SequentialData
 from bat.data.sources import NotIndexable, Patience, Shard, find
 from bat.data.splits import choose_split
 from bat.data.tar_stream import open_stream, stream_members
+from bat.data.workers import OUTLIVED
 from bat.shapes import UserError
+from tests.data.test_board import until
+from tests.data.test_loader import gone, processes
 
 WAV = encode(np.ones(1_600, np.float32) * 0.1, sample_rate=16_000, codec="wav")
 
@@ -199,3 +204,67 @@ def test_the_flag_of_the_command_line_is_what_allows_it(
     finally:
         allow_pipes(False)
     assert not (tmp_path / "owned").exists()
+
+
+# ---- a command ends with whoever reads it
+
+
+def stuck(folder: Path) -> SequentialData:
+    """A stream whose one worker waits for a command that sleeps, as does a child of it."""
+    command = f"echo $$ > {folder}/shell; (sleep 300 & echo $! > {folder}/child; wait); true"
+    return SequentialData(
+        [f"pipe:{command}"], batch=1, sample_rate=16_000, clip_seconds=0.1, workers=1, split="all"
+    )
+
+
+def pids_of(folder: Path) -> list[int]:
+    def read() -> list[int]:
+        files = [folder / "shell", folder / "child"]
+        return [int(f.read_text()) for f in files if f.exists() and f.read_text().strip()]
+
+    return until(lambda: len(read()) == 2 and read())
+
+
+def test_a_command_ends_with_a_killed_worker(tmp_path: Path, allowed: None) -> None:
+    batches: Any = iter(stuck(tmp_path).train_dataloader())
+    pids = pids_of(tmp_path)
+    os.kill(processes(batches)[0].pid, signal.SIGKILL)
+    assert gone(pids, 5)
+
+
+def test_a_command_ends_with_a_killed_run(tmp_path: Path, allowed: None) -> None:
+    run = os.fork()
+    if run == 0:
+        batches: Any = iter(stuck(tmp_path).train_dataloader())
+        time.sleep(60)
+        del batches
+        os._exit(0)
+    pids = pids_of(tmp_path)
+    os.kill(run, signal.SIGKILL)
+    os.waitpid(run, 0)
+    assert gone(pids, 10)
+
+
+def test_a_command_ends_with_a_loader_that_is_dropped(
+    tmp_path: Path, allowed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    batches: Any = iter(stuck(tmp_path).train_dataloader())
+    pids = pids_of(tmp_path)
+    del batches
+    assert gone(pids, 5)
+
+
+def test_a_command_has_its_signals_as_a_shell_finds_them(tmp_path: Path) -> None:
+    """A loader worker ignores those of the run; its command must not."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in OUTLIVED}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    try:
+        said = b"".join(output_of("grep -E '^Sig(Blk|Ign)' /proc/self/status"))
+        with pytest.raises(OSError, match="by signal 15"):
+            list(output_of("kill -TERM $$"))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert said.split() == [b"SigBlk:", b"0" * 16, b"SigIgn:", b"0" * 16]

@@ -174,3 +174,32 @@ def test_the_summary_says_what_checkpoints_cost(small, tmp_path: Path) -> None:
     assert facts["mb"] > 1
     assert 0 < facts["stall_seconds"] < 60
     assert facts["longest_stall_seconds"] <= facts["stall_seconds"]
+
+
+def test_where_no_checkpoint_loads_the_run_does_not_begin_anew_by_itself(
+    small, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    pretrain(small(out=out))
+    for path in checkpoints(out):
+        content = path.read_bytes()[:1000]
+        path.unlink()
+        path.write_bytes(content)
+    metrics = (out / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match=r"none of the checkpoints .* loads .*--force"):
+        pretrain(small(out=out))
+    assert (out / "metrics.jsonl").read_text() == metrics
+    pretrain(small(out=out), force=True)
+    assert last_checkpoint(out) == checkpoints(out)[0]
+
+
+def test_what_the_writing_thread_meets_is_told(tmp_path: Path, monkeypatch) -> None:
+    def save(*args):
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(checkpointing.torch, "save", save)
+    told: list[UserError] = []
+    io = AtomicCheckpointIO(background=True, failed=told.append)
+    io.save_checkpoint({}, tmp_path / "checkpoints" / "step-00000001.ckpt")
+    io.wait()
+    assert "none left" in str(told[0])

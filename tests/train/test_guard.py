@@ -175,3 +175,42 @@ def test_skips_far_apart_do_not_end_a_run(tmp_path: Path) -> None:
     assert again.total == 3
     again._skipped(309, [(["a"], torch.tensor(1.0))])
     assert stopping.wanted
+
+
+def test_a_checkpoint_knows_of_the_step_just_skipped_though_it_was_not_read_yet(
+    tmp_path: Path,
+) -> None:
+    """As on a GPU, where the flag is read one step later."""
+    from bat.train.callbacks import Metrics
+    from bat.train.guard import GuardReport
+    from bat.train.stopping import Stopping
+
+    metrics = Metrics(every=1, progress=False)
+    report = GuardReport(Guard(None), tmp_path, most=1, metrics=metrics, stopping=Stopping())
+    report._waiting.append((4, torch.tensor(1.0), None, [(["a"], torch.tensor(float("nan")))]))
+    assert report.state_dict() == {"total": 1, "latest": [4]}
+
+
+def test_skipped_steps_that_are_done_again_are_listed_once(
+    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    spoil(monkeypatch, lambda k: k in (0, 2))
+
+    class Cut(Exception):  # noqa: N818
+        pass
+
+    original = Pretraining.optimizer_step
+
+    def optimizer_step(self, epoch, batch_idx, *args):
+        if batch_idx == 3:
+            raise Cut
+        original(self, epoch, batch_idx, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretraining, "optimizer_step", optimizer_step)
+        with pytest.raises(Cut):
+            pretrain(small(out=out))
+    assert [r["step"] for r in read_jsonl(out / "bad_batches.jsonl")] == [1, 3]
+    pretrain(small(out=out))
+    assert [r["step"] for r in read_jsonl(out / "bad_batches.jsonl")] == [1, 3]

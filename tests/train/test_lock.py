@@ -70,8 +70,13 @@ def test_a_killed_holders_lock_is_no_obstacle_though_its_child_lives_on(tmp_path
 
 
 def test_the_same_process_cannot_hold_a_folder_twice_but_again(tmp_path: Path) -> None:
-    with hold(tmp_path), pytest.raises(UserError, match="in use by process"), hold(tmp_path):
-        pass
+    with hold(tmp_path):
+        with pytest.raises(UserError, match="in use by this very process"), hold(tmp_path):
+            pass
+        other = subprocess.run(
+            [sys.executable, "-c", HOLDER, str(tmp_path)], capture_output=True, text=True
+        )
+        assert "is in use by process" in other.stderr  # the refusal did not give the lock up
     with pytest.raises(RuntimeError, match="on the way"), hold(tmp_path):
         raise RuntimeError("on the way")
     with hold(tmp_path):

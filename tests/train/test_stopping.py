@@ -169,3 +169,63 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "the disk is full" in capsys.readouterr().err
     with pytest.raises(OSError, match="not ours"):
         args.run(body(OSError(errno.EIO, "not ours")), p, [])
+
+
+def probing_signal(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """SIGTERM within the ``at``-th step of the probes."""
+    from bat.train import probing
+
+    original, calls = probing.set_lr, []
+
+    def set_lr(*a, **k):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*a, **k)
+
+    monkeypatch.setattr(probing, "set_lr", set_lr)
+
+
+def accuracies(out: Path) -> list[tuple[int, float]]:
+    rows = read_jsonl(out / "metrics.jsonl")
+    return [(r["step"], r["online/cgp/accuracy"]) for r in rows if "online/cgp/accuracy" in r]
+
+
+def test_a_signal_before_the_first_step_ends_the_run_with_nothing_to_save(
+    small, tmp_path: Path
+) -> None:
+    config = small("online.every=3", "online.steps=4", out=tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        probing_signal(patch, at=3)
+        with pytest.raises(Interrupted, match="SIGTERM before the first step"):
+            pretrain(config)
+    assert not checkpoints(tmp_path / "run")
+    pretrain(config)
+    assert [step for step, _ in accuracies(tmp_path / "run")] == [0, 3, 6]
+
+
+def test_the_probing_after_the_last_step_is_not_cut_off(small, tmp_path: Path) -> None:
+    config = small("online.every=6", "online.steps=4", out=tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        probing_signal(patch, at=2 * 4 + 3)
+        pretrain(config)
+    assert [step for step, _ in accuracies(tmp_path / "run")] == [0, 6]
+    assert (tmp_path / "run" / "export").is_dir()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_while_exporting_says_resume_me_too(small, tmp_path: Path, name: str) -> None:
+    from bat.train import run_pretrain
+
+    config = small("train.steps=2", out=tmp_path / "run")
+
+    def export(*args, **keywords):
+        os.kill(os.getpid(), getattr(signal, name))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_pretrain, "export", export)
+        with pytest.raises(Interrupted, match=f"{name}, with nothing to save"):
+            pretrain(config)
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    pretrain(config)
+    assert (tmp_path / "run" / "export").is_dir()
