@@ -202,4 +202,5 @@ def _tensors(mapping: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _training_meta(held: dict[str, Any]) -> dict[str, Any]:
-    return {"steps": held["optimized_steps"]} if "optimized_steps" in held else {}
+    steps = held.get("optimized_steps")
+    return {"steps": steps} if isinstance(steps, int) else {}

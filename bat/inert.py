@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 MAX_PICKLE_BYTES = 1 << 26
-MAX_OPCODES = 1 << 21
+MAX_OPCODES = 1 << 20
 MAX_ARGS = 64
 """Of one call. Arguments are copied, and many calls can share them."""
 MAX_NAME = 200
@@ -98,12 +98,12 @@ def unpickle(
 ) -> Any:
     """The pickle that begins here, as values, lists, tuples, ``Name`` and ``Record``.
 
-    ``known(module, name)`` gives the name or refuses it; ``stored`` a storage by what is said of it.
+    ``known(module, name)`` gives the name or refuses it; ``stored(what is said)`` a storage.
     Raises ``Refused``, or whatever a damaged pickle leads to (``ValueError``, ``IndexError``, ...).
     """
     stack: list[Any] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
 
     def taken(at: int) -> list[Any]:
         items = stack[at:]
@@ -170,10 +170,9 @@ def unpickle(
                 add([])
                 stack[-1].state = state
             case "GLOBAL":
-                module, _, name = value.partition(" ")
-                stack.append(_name(module, name, known))
+                stack.append(_name(str(value).split(" ", 1), known))
             case "STACK_GLOBAL":
-                stack.append(_name(*taken(len(stack) - 2), known))
+                stack.append(_name(taken(len(stack) - 2), known))
             case "BINPERSID":
                 stack.append(stored(stack.pop()))
             case "MEMOIZE":
@@ -193,11 +192,12 @@ def unpickle(
     return stack.pop()
 
 
-def _name(module: Any, name: Any, known: Callable[[str, str], Name]) -> Name:
+def _name(told: list[Any], known: Callable[[str, str], Name]) -> Name:
+    module, name = told
     if not (isinstance(module, str) and isinstance(name, str)):
         raise Refused("it is damaged: it names something by what is no text")
     if len(module) + len(name) > MAX_NAME:
-        raise Refused(f"it is damaged: a name longer than {MAX_NAME}")
+        raise Refused(f"it asks for {module[:40]!r}..., a name of more than {MAX_NAME} characters")
     return known(module, name)
 
 
@@ -261,11 +261,12 @@ def dtype_of(args: list[Any], state: Any) -> np.dtype[Any]:
     return np.dtype(code if order in ("=", "|") else f"{order}{code}")
 
 
-def _bytes_of(data: Any) -> bytes:
-    if isinstance(data, str):  # written by Python 2
+def bytes_of(data: Any) -> bytes:
+    """The bytes that were written as bytes, or as text by Python 2 and by protocols up to 2."""
+    if isinstance(data, str):
         data = data.encode("latin1")
     if not isinstance(data, (bytes, bytearray)):
-        raise Refused(f"it is damaged: numpy values in a {type(data).__name__}")
+        raise Refused(f"it is damaged: bytes in a {type(data).__name__}")
     return bytes(data)
 
 
@@ -278,7 +279,7 @@ def array_of(state: Any) -> np.ndarray:
     """The array of ``(version, shape, dtype, column-major, bytes)``."""
     if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], np.dtype):
         raise Refused("it is damaged: a numpy array without content")
-    shape, dtype, data = counts(state[1], "a shape"), state[2], _bytes_of(state[4])
+    shape, dtype, data = counts(state[1], "a shape"), state[2], bytes_of(state[4])
     if len(data) != math.prod(shape) * dtype.itemsize:
         raise Refused(f"it is damaged: {len(data)} bytes for a numpy array of {shape}")
     flat = np.frombuffer(data, dtype) if data else np.empty(0, dtype)

@@ -1,17 +1,16 @@
 """Weight files of PyTorch, read without running anything and within bounds.
 
-``torch.load(weights_only=True)`` refuses the field's older files, which hold ``argparse.Namespace``,
-omegaconf, fairseq or numpy objects beside the tensors (SPEC section 7), and has no bounds: a file
-of a few bytes can take all time and memory. So every file is read here. What makes it harmless:
+``torch.load(weights_only=True)`` is not used: it has no bounds (a file of a few bytes can take all
+time and memory), and it refuses the field's older files, which hold ``argparse.Namespace``,
+omegaconf, fairseq or numpy objects beside the tensors (SPEC section 7). Harmless here, since:
 
 1. Nothing is imported because a file says so: a short list of names is known, and the packages
    ``FIELD``, whose objects become placeholders. Any other name ends the reading.
 2. Unpickling makes records that do nothing (``bat.inert``), neither tensors nor arrays. Those are
    made afterwards, from numbers that were held to the bytes that are there.
-3. Opcodes, bytes, depth and what is copied are bounded, and only text and short numbers are hashed.
+3. Opcodes, bytes, depth and what is copied are bounded; only text and short numbers are hashed.
 
-Departure: TorchScript, tar files, compressed zips, hooks and views by conjugation are refused. Read
-are torch's zip format and the older one; what either holds in bytes is what is allocated.
+Read are torch's zip format and the older one. TorchScript, tars and compressed zips are refused.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +33,7 @@ from bat.inert import (
     Record,
     Refused,
     array_of,
+    bytes_of,
     dtype_of,
     said,
     scalar_of,
@@ -56,27 +56,18 @@ TYPED = "torch._tensor._rebuild_from_type_v2"
 DICTS = tuple(f"collections.{name}" for name in ("OrderedDict", "defaultdict", "Counter"))
 DICTS += ("builtins.dict",)
 LISTS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-CONTAINERS = ("builtins.", "collections.")
 SIMPLE = {str, bytes, bytearray, bool, int, float, complex}
-TEXTS, SIZED = (str, bytes, bytearray), (str, bytes, bytearray, list, tuple, dict, set, frozenset)
+TEXTS, CONTENTS = (str, bytes, bytearray), (list, tuple, dict, set, frozenset)
 ENCODED = {"_codecs.encode": bytes, "builtins.bytes": bytes, "builtins.bytearray": bytearray}
 SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 BUFFERS = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
 KNOWN = {
     *(*TENSORS, *PARAMETERS, TYPED, *DICTS, *SCALARS, *ARRAYS, *BUFFERS),
-    *("numpy.dtype", "numpy.ndarray"),
-    *(f"builtins.{name}" for name in (*LISTS, "object", "int", "float", "bool", "str", "bytes")),
-    *(
-        "builtins.bytearray",
-        "builtins.complex",
-        "_codecs.encode",
-        "copyreg._reconstructor",
-        "typing.Any",
-        "torch.Size",
-    ),
+    *("numpy.dtype", "numpy.ndarray", "pathlib.Path", "pathlib.PosixPath"),
+    *(f"builtins.{name}" for name in (*LISTS, "object", "int", "float", "bool", "str", "complex")),
+    *(*ENCODED, "copyreg._reconstructor", "typing.Any", "torch.Size"),
     *("torch.device", "torch.Tensor", "torch.nn.parameter.Parameter", "torch._utils._get_layout"),
-    *("pathlib.Path", "pathlib.PosixPath"),
     *(f"{module}.{name}" for module in ("torch", "torch.cuda") for name in STORAGES),
     *(str(dtype) for dtype in STORAGES.values()),
 }
@@ -91,14 +82,14 @@ class Placeholder:
 
     name: str
     """``argparse.Namespace``, ..."""
-    state: Any = None
+    state: Any = field(default=None, repr=False)
     """Its attributes, where the file gives them: plain values and placeholders."""
 
 
 def read(path: Path) -> Any:
     """What a PyTorch file holds: tensors, arrays, plain containers and values, placeholders.
 
-    A key of a dictionary that is neither text nor a short number becomes a placeholder.
+    Keys other than text and short numbers become placeholders.
 
     Raises:
         Refused: a name that is not on the list, or a file that is damaged or of another kind.
@@ -132,7 +123,7 @@ def _read_zip(file: BinaryIO) -> Any:
         if entry is None or entry.compress_type != zipfile.ZIP_STORED:
             raise Refused(f"its {name[:40]} is missing or compressed")
         file.seek(entry.header_offset)
-        signature, *_, name_size, extra_size = struct.unpack("<4s22xHH", file.read(30))
+        signature, name_size, extra_size = struct.unpack("<4s22xHH", file.read(30))
         if signature != b"PK\x03\x04" or entry.flag_bits & 1:
             raise Refused("it is damaged or encrypted")
         file.seek(name_size + extra_size, io.SEEK_CUR)
@@ -154,16 +145,15 @@ def _read_legacy(file: BinaryIO) -> Any:
         kind, count = storages[_key_of(key)]
         if int.from_bytes(file.read(8), "little") != count:
             raise Refused("it is damaged: a tensor has another size than it says")
-        held[str(key)] = _exactly(file, count * STORAGES[kind].itemsize)
+        held[_key_of(key)] = _exactly(file, count * STORAGES[kind].itemsize)
     return _Settling(held.__getitem__).settle(records)
 
 
 def _exactly(file: BinaryIO, size: int) -> bytearray:
     at = file.tell()
-    if file.seek(0, io.SEEK_END) - at < size:
-        raise Refused("it is damaged: it breaks off")
+    left = file.seek(0, io.SEEK_END) - at
     file.seek(at)
-    data = bytearray(size)
+    data = bytearray(min(size, left))
     if file.readinto(data) != size:  # type: ignore[attr-defined]
         raise Refused("it is damaged: it breaks off")
     return data
@@ -175,8 +165,8 @@ def _check_order(order: str) -> None:
 
 
 def _plain(file: BinaryIO) -> Any:
-    """The pickle that begins here, which needs no storages."""
-    return _Settling({}.__getitem__).settle(_unpickle(file)[0])
+    """The pickle that begins here, without storages."""
+    return _Settling(dict[str, bytearray]().__getitem__).settle(_unpickle(file)[0])
 
 
 def _unpickle(file: BinaryIO) -> tuple[Any, dict[str, tuple[str, int]]]:
@@ -208,7 +198,7 @@ def _known(module: str, name: str) -> Name:
 def _key_of(told: Any) -> str:
     if type(told) not in (str, int):
         raise Refused(f"it is damaged: a storage called {said(told)}")
-    return str(told)[:MAX_DEPTH]
+    return str(told)
 
 
 class _Settling:
@@ -230,15 +220,16 @@ class _Settling:
         if id(found) in self._done:
             return self._done[id(found)]
         if id(found) in self._open:  # a node of omegaconf names its parent
-            if isinstance(found, Record) and not found.path.startswith(CONTAINERS):
+            if isinstance(found, Record) and not found.path.startswith(
+                ("builtins.", "collections.")
+            ):
                 return Placeholder(found.path)
             raise Refused("it holds a container that contains itself")
         self._kept.append(found)
         self._open.add(id(found))
-        made = self._made(found, depth + 1)
+        self._done[id(found)] = self._made(found, depth + 1)
         self._open.discard(id(found))
-        self._done[id(found)] = made
-        return made
+        return self._done[id(found)]
 
     def _made(self, found: Any, depth: int) -> Any:
         if isinstance(found, Record):
@@ -263,55 +254,47 @@ class _Settling:
         args = [self.settle(x, depth) for x in found.args]
         items = [(self.settle(k, depth), self.settle(v, depth)) for k, v in found.items]
         state = self.settle(found.state, depth)
-        self._copy(*args, *(state if path in ARRAYS else ()))
-        if path == "copyreg._reconstructor" and args and isinstance(args[0], Placeholder):
-            return Placeholder(args[0].name, state)
+        self._copy(*args)
+        first = args[0] if args else ()
+        if path == "copyreg._reconstructor" and isinstance(first, Placeholder):
+            return Placeholder(first.name, state)
         if path in DICTS:
-            pairs = args[-1] if args and isinstance(args[-1], (dict, list, tuple)) else ()
-            pairs = pairs.items() if isinstance(pairs, dict) else pairs
+            given = args[-1] if args and isinstance(args[-1], CONTENTS) else ()
+            pairs = given.items() if isinstance(given, dict) else given
             return {_hashed(k): v for k, v in (*pairs, *items)}
-        if path.startswith("builtins.") and name in LISTS:
-            values = [*(args[0] if args else ()), *(x for _, x in items)]
+        if path.startswith("builtins.") and name in LISTS and isinstance(first, CONTENTS):
+            values = [*first, *(x for _, x in items)]
             return LISTS[name](map(_hashed, values) if "set" in name else values)
         if path in TENSORS:
             return tensor_of(args)
-        if path in PARAMETERS and args and isinstance(args[0], Tensor):
-            return args[0]
+        if path in PARAMETERS and isinstance(first, Tensor):
+            return first
         if path == "numpy.dtype":
             return dtype_of(args, state)
-        if path in SCALARS and len(args) == 2 and isinstance(args[0], np.dtype):
-            return scalar_of(args[0], args[1])
+        if path in SCALARS and len(args) == 2 and isinstance(first, np.dtype):
+            return scalar_of(first, args[1])
         if path in ARRAYS:
+            self._copy(*(state if isinstance(state, tuple) and len(state) == 5 else ()))
             return array_of(state)
         if path in BUFFERS and len(args) == 4:  # (bytes, type, shape, order)
-            return array_of((1, args[2], args[1], args[3] == "F", args[0]))
-        if path in ENCODED:  # Python 2 and protocol 2 write bytes as text
-            return ENCODED[path](_bytes_of(args))
-        if path == "torch.Size":
-            return tuple(args[0]) if args else ()
+            return array_of((1, args[2], args[1], args[3] == "F", first))
+        if path in ENCODED and args[1:] in ([], ["latin1"], ["latin-1"]):
+            return ENCODED[path](bytes_of(first or b""))
+        if path == "torch.Size" and isinstance(first, CONTENTS):
+            return tuple(first)
         return Placeholder(path, state)
 
     def _copy(self, *values: Any) -> None:
         for x in values:
-            self._copied += (
-                len(x) * (1 if isinstance(x, TEXTS) else 64) if isinstance(x, SIZED) else 0
-            )
+            if isinstance(x, (*TEXTS, *CONTENTS)):
+                self._copied += len(x) * (1 if isinstance(x, TEXTS) else 64)
         if self._copied > MAX_COPIED:
             raise Refused(f"it would be copied beyond {MAX_COPIED} bytes")
 
 
-def _bytes_of(args: list[Any]) -> bytes:
-    if args and isinstance(args[0], str) and args[1:] in (["latin1"], ["latin-1"]):
-        return args[0].encode("latin1")
-    if not args or (len(args) == 1 and isinstance(args[0], (bytes, bytearray))):
-        return bytes(args[0]) if args else b""
-    raise Refused("it is damaged: bytes made of something else")
-
-
 def _hashed(value: Any) -> Any:
-    """``value`` as a key whose hash takes no time and that others cannot be made to share."""
-    if isinstance(value, (str, bytes, float, Placeholder)) or value is None:
-        return value
-    if isinstance(value, int) and abs(value) < MAX_KEY:
+    """``value`` as a key whose hash takes no time and is not chosen by the file."""
+    short = not isinstance(value, int) or abs(value) < MAX_KEY
+    if value is None or (short and isinstance(value, (str, bytes, int, float, Placeholder))):
         return value
     return Placeholder(type(value).__name__, value)

@@ -78,7 +78,7 @@ def _code(
         return 2
     except Interrupted as why:
         print(
-            f"{p.prog}: ended by {why}; saved: the same command continues (exit code {RESUME_ME})",
+            f"{p.prog}: ended by {why}: the same command continues (exit code {RESUME_ME})",
             file=sys.stderr,
         )
         return RESUME_ME

@@ -38,8 +38,8 @@ class Restarts:
     """Counts deaths, tells of them, and says when there are too many.
 
     Args:
-        limit: deaths replaced within ``SPAN`` micro-batches, as ``health.worker_restarts`` says; one
-            more raises. None: ``RESTARTS``, which no setting changes.
+        limit: deaths replaced within ``SPAN`` micro-batches (``health.worker_restarts``); one more
+            raises. None: ``RESTARTS``, which no setting changes.
         where: what a worker was reading when it died, or None.
         note: what the replacement means for the stream, after a semicolon.
     """

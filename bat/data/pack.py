@@ -6,6 +6,7 @@ costs the memory of a minute and is shared by all processes. Chunks are resample
 depend on who works on them, so the bytes are the same for any number of processes. Where a chunk
 does not decode, its pieces are tried one by one: damage costs the piece it is in. Where nothing
 of the rest decodes (cut short; a header that claims too much), the rest is left out as one entry.
+A recording whose bytes are kept is of any length, one that is encoded whole of an hour at most.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from bat.audio.decode import (
-    RATES_HZ,
     AudioInfo,
     DecodeError,
     decode,
@@ -30,12 +30,12 @@ from bat.audio.decode import (
     probe,
 )
 from bat.audio.encode import OPUS_RATES_HZ
+from bat.data.recipe import Channels as Channels
+from bat.data.recipe import Codec as Codec
+from bat.data.recipe import Recipe as Recipe
 from bat.data.rows import read_row
 from bat.shapes import UserError
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, LeftOut, Row, no_decoder
-
-Codec = Literal["keep", "flac", "opus", "wav", "ogg"]
-Channels = Literal["mono", "keep"]
 
 CHUNK_SECONDS = 60.0  # 23 MB of 48 kHz stereo float32
 SLACK = 0.02  # a recording longer than clip_seconds by this share at most stays whole
@@ -43,44 +43,6 @@ MAX_DECODE_SECONDS = 3600.0
 MAX_RECORDING_SECONDS = 14 * 86_400.0  # counted by decoding, where a header gives no length
 MAX_FRAMES_PER_BYTE = 8192  # silence in FLAC: 65,535 samples in 13 bytes; in Vorbis, Opus: less
 LOOKS = 16  # places of the rest that are tried before it is given up
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is done to each row; the arguments of ``write_shards`` of these names."""
-
-    codec: Codec = "keep"
-    sample_rate: int | None = None
-    channels: Channels | None = None
-    clip_seconds: float | None = None
-    min_seconds: float | None = None
-
-    def check(self) -> None:
-        """Raise a UserError for what no clip could satisfy."""
-        if self.codec not in get_args(Codec):
-            raise UserError(f"codec {self.codec!r}: one of {', '.join(get_args(Codec))}")
-        if self.channels not in (None, *get_args(Channels)):
-            raise UserError(f"channels {self.channels!r}: mono or keep")
-        rate, low, high = self.sample_rate, *RATES_HZ
-        if rate is not None and not low <= rate <= high:
-            raise UserError(f"sample_rate={rate}: in Hz, {low} to {high}")
-        if self.codec == "opus" and rate is not None and rate not in OPUS_RATES_HZ:
-            raise UserError(f"Opus has no {rate} Hz: one of {', '.join(map(str, OPUS_RATES_HZ))}")
-        clip, least = self.clip_seconds, self.min_seconds
-        if clip is not None and not 0.01 <= clip < math.inf:
-            raise UserError(f"clip_seconds={clip}: 0.01 or more")
-        if least is not None and not 0 <= least < math.inf:
-            raise UserError(f"min_seconds={least}: zero or more")
-        if clip is not None and least is not None and least > clip:
-            raise UserError(
-                f"min_seconds={least} is more than clip_seconds={clip}: nothing is left"
-            )
-
-    @property
-    def shortest_rest(self) -> float:
-        """Seconds that the last piece of a recording must have."""
-        assert self.clip_seconds is not None
-        return self.clip_seconds / 2 if self.min_seconds is None else self.min_seconds
 
 
 @dataclass(frozen=True)
@@ -173,23 +135,36 @@ def _check_claim(info: AudioInfo, size: int) -> None:
 
 def _whole(row: Row, recipe: Recipe) -> Packed | LeftOut:
     data = read_row(row)
-    info = probe(data)
+    info = probe(data, max_file_seconds=MAX_RECORDING_SECONDS)
     _check_claim(info, len(data))
     rate = recipe.sample_rate or info.sample_rate
-    read = decode_channels if recipe.channels == "keep" else decode
-    wave = read(
-        data,
-        sample_rate=rate,
-        expected_frames=info.frames,
-        min_seconds=recipe.min_seconds or 0.0,
-        max_decode_seconds=_bound(recipe),
-        max_file_seconds=math.inf,
-    )
     suffix = info.codec if info.codec in AUDIO_SUFFIXES else row.suffix
     same_codec = recipe.codec in ("keep", info.codec) and suffix in AUDIO_SUFFIXES
     stays = (None, "keep") if recipe.codec == "keep" else ("keep",)
     same_channels = info.channels == 1 or recipe.channels in stays
-    if rate == info.sample_rate and same_codec and same_channels:
+    stays_whole = rate == info.sample_rate and same_codec and same_channels
+    seconds, bound = info.frames / info.sample_rate, _bound(recipe)
+    if seconds > bound and not stays_whole:
+        why = f"{seconds:.6g} s, and {bound:g} are encoded in one piece: give --clip-seconds"
+        raise DecodeError("long", why)
+    read = decode_channels if recipe.channels == "keep" else decode
+    parts = max(1, math.ceil(seconds / bound))
+    for part in range(parts):
+        try:
+            wave = read(
+                data,
+                sample_rate=rate,
+                start_seconds=part * bound,
+                max_seconds=bound if parts > 1 else None,
+                expected_frames=info.frames,
+                min_seconds=recipe.min_seconds or 0.0,
+                max_decode_seconds=bound,
+                max_file_seconds=math.inf,
+            )
+        except DecodeError as error:
+            if error.kind != "empty" or not part:  # an MP3 ends within the slack of its header
+                raise
+    if stays_whole:
         return Packed(row.key, suffix, data, info.frames, rate, row.start_seconds)
     return _encoded(wave, row, row.key, rate, row.start_seconds, recipe)
 

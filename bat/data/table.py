@@ -25,6 +25,7 @@ from bat.data.clip_fields import CLIP as CLIP
 from bat.data.clip_fields import MAX_AUDIO_BYTES as MAX_AUDIO_BYTES
 from bat.data.clip_fields import UNREADABLE as UNREADABLE
 from bat.data.clip_fields import sound
+from bat.data.meta import parse
 from bat.data.tar import BLOCK, Member, members, parse_header, sample_key, write_atomic
 from bat.shapes import UserError
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, no_decoder
@@ -35,7 +36,9 @@ MAX_TABLE_BYTES = 1 << 28
 MAX_MEMBERS = 1 << 21
 """Clips, JSON members and those left out of one shard."""
 MAX_ALL_JSON_BYTES = 1 << 29
-"""Of one shard; parsed they take ten times as much memory."""
+"""Of one shard, as it is read."""
+MAX_KEPT_BYTES = 1 << 28
+"""In memory, of what a shard's JSON says."""
 MAX_NAME = 512
 """Characters of a member's name that a reason is listed under."""
 
@@ -146,7 +149,8 @@ def _whole(value: Any, default: int, limit: int) -> int:
 
 @dataclass
 class Contents:
-    """What lies in a shard: its clips and their JSON, by key, in the order of the clips."""
+    """What lies in a shard: its clips and what is read of their JSON, by key, in the order of the
+    clips."""
 
     tar_bytes: int
     audio: dict[str, tuple[Member, str]]
@@ -160,11 +164,12 @@ def read_contents(path: Path) -> Contents:
     """Read the headers and JSON members of a shard; the audio stays where it is.
 
     Raises:
-        UserError: missing file, not a tar, more in it than ``MAX_MEMBERS``, ``MAX_ALL_JSON_BYTES``.
+        UserError: missing file, not a tar, more in it than ``MAX_MEMBERS``, ``MAX_ALL_JSON_BYTES``
+            or ``MAX_KEPT_BYTES``.
     """
     found = Contents(0, {}, {}, {})
     audio, metas, left_out = found.audio, found.metas, found.left_out
-    text_bytes = 0
+    text_bytes = kept_bytes = 0
     try:
         with path.open("rb") as file:
             end = found.tar_bytes = os.fstat(file.fileno()).st_size
@@ -197,9 +202,14 @@ def read_contents(path: Path) -> Contents:
                         raise UserError(f"shard {path} has {what}: split it")
                     try:
                         text = os.pread(file.fileno(), member.size, member.offset)
-                        metas[key] = dict(json.loads(text))
+                        metas[key], size = parse(text)
                     except (ValueError, TypeError, RecursionError):
                         left_out[name] = "not a JSON object"
+                        continue
+                    kept_bytes += size
+                    if kept_bytes > MAX_KEPT_BYTES:
+                        what = f"labels and other fields of more than {MAX_KEPT_BYTES} bytes"
+                        raise UserError(f"shard {path} has {what} in its JSON: split it")
             if end >= BLOCK and os.pread(file.fileno(), BLOCK, end - BLOCK).strip(b"\0"):
                 left_out["(end)"] = "no end marker: the tar may be cut short"
     except OSError as error:

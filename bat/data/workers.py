@@ -49,7 +49,8 @@ def worker_init(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTLIVED)  # see ``Workers``
     torch.set_num_threads(1)
     for older in list(_living):  # as they were when this process was forked
-        older._worker_result_queue._writer.close()
+        results: Any = older._worker_result_queue
+        results._writer.close()
     parent = parent_process()
     pid = os.getppid() if parent is None or parent.pid is None else parent.pid
     threading.Thread(target=_end_with, args=(pid,), daemon=True).start()
@@ -85,9 +86,9 @@ class _Watch(threading.Thread):
             for sentinel in connection.wait(list(alive), timeout=LOOK_SECONDS):
                 number = alive.pop(sentinel)
                 code = _exit_code(self.workers[number])
-                ended = code is None or (code == 0 and number in self.told)
-                if not ended and not self.stopped.is_set():
-                    self.deaths.append((number, code))
+                well = code is None or (code == 0 and number in self.told)
+                if not well and not self.stopped.is_set():
+                    self.deaths.append((number, code or 0))
             if self.deaths:
                 self.results._writer.close()
                 self.found.set()

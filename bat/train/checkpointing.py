@@ -268,7 +268,7 @@ class Checkpoints(StepCallback, CheckpointBase):
         self._since = time.monotonic()
         if last:
             self.io.wait()
-            stopping.check_errors(trainer)
+            stopping.check_errors()
 
     def _check(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         """Raise ``UserError`` on every rank where the weights of any are not finite."""

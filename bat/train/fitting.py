@@ -26,7 +26,7 @@ from bat.train.checkpointing import Checkpoints, last_checkpoint
 from bat.train.guard import GuardReport
 from bat.train.health import HealthMonitor
 from bat.train.pretrain import Pretraining
-from bat.train.ranks import Ranks, ranks_of
+from bat.train.ranks import Ranks, leave_quietly, ranks_of
 from bat.train.signals import listening
 from bat.train.stopping import Stopping
 from bat.train.supervised import Supervised
@@ -106,7 +106,7 @@ class Fitting:
         """
         with listening(self.stopping.note):
             self._fit()
-        self.stopping.finish(self.trainer)
+        self.stopping.finish()
         self._check_clips()
 
     def _fit(self) -> None:
@@ -140,6 +140,7 @@ class Fitting:
             raise
         others = [said for said in self.ranks.gather(None) if said]
         if others:
+            leave_quietly()
             raise UserError(others[0])
 
     @property

@@ -23,7 +23,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from bat.shapes import Interrupted, UserError
-from bat.train.ranks import Ranks, ranks_of
+from bat.train.ranks import Ranks, leave_quietly, ranks_of
 
 log = logging.getLogger("bat")
 
@@ -67,20 +67,11 @@ class Stopping(Callback):
             if (_FAIL if error else _SAVE) > self._asked:
                 self._asked, self._why, self._error = (_FAIL if error else _SAVE), why, error
 
-    def finish(self, trainer: pl.Trainer) -> None:
+    def finish(self) -> None:
         """Call after ``fit``: raises ``Interrupted`` where the run ended before its last step."""
         if self._ended is not None:
-            self._leave_quietly(trainer)
+            leave_quietly()
             raise Interrupted(self._ended)
-
-    @staticmethod
-    def _leave_quietly(trainer: pl.Trainer) -> None:
-        """In a child of Lightning's launcher: exit with 0. The first process tells how the run
-        ended; its observer would kill it at once for a child's other code."""
-        if trainer.world_size > 1 and trainer.local_rank:
-            strategy: Any = trainer.strategy
-            if not strategy.cluster_environment.creates_processes_externally:
-                raise SystemExit(0)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._ranks = ranks_of(trainer)
@@ -95,7 +86,7 @@ class Stopping(Callback):
         """Asked to end while starting (a long probing): no step is begun."""
         (asked,) = self._ranks.maximum([self._asked])
         if asked == _FAIL:
-            self._raise(trainer)
+            self._raise()
         if asked == _SAVE:
             self._end(trainer, "before the first step of this start")
 
@@ -111,7 +102,7 @@ class Stopping(Callback):
         asked, due = self._ranks.maximum([self._asked, overdue])
         self.due = bool(due)
         if asked == _FAIL:
-            self._raise(trainer)
+            self._raise()
         loop = trainer.fit_loop.epoch_loop
         complete = loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
         if asked == _SAVE and complete and trainer.global_step < trainer.max_steps:
@@ -123,14 +114,14 @@ class Stopping(Callback):
         log.info("%s: ending", self._ended)
         trainer.should_stop = True
 
-    def _raise(self, trainer: pl.Trainer) -> None:
+    def _raise(self) -> None:
         errors = [str(e) for e in self._ranks.gather(self._error and str(self._error)) if e]
         if self._error is not None:
             raise self._error
-        self._leave_quietly(trainer)
+        leave_quietly()
         raise UserError(f"another process of the run failed: {errors[0]}")
 
-    def check_errors(self, trainer: pl.Trainer) -> None:
+    def check_errors(self) -> None:
         """Raise on all ranks what any of them was asked to fail with: after the last step."""
         if self._ranks.maximum([self._asked])[0] == _FAIL:
-            self._raise(trainer)
+            self._raise()

@@ -30,6 +30,7 @@ from bat.checkpoint import replace_durably
 from bat.config.schema import Hardware, Log, Train
 from bat.redact import Redacting
 from bat.shapes import UserError
+from bat.train.ranks import LAUNCHER
 from bat.train.sharding import check_strategy, devices, nodes, strategy
 
 log = logging.getLogger("bat")
@@ -162,7 +163,7 @@ def build_trainer(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
         try:
-            return pl.Trainer(
+            trainer = pl.Trainer(
                 accelerator=hardware.accelerator,
                 devices=devices(hardware),
                 num_nodes=nodes(hardware),
@@ -189,6 +190,10 @@ def build_trainer(
                 f"devices={hardware.devices} strategy={hardware.strategy}: {e}. "
                 "Try hardware=cpu or hardware=auto"
             ) from e
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is not None and not environment.creates_processes_externally:
+        os.environ[LAUNCHER] = str(os.getpid())  # Lightning will start the others
+    return trainer
 
 
 def _wandb(log: Log, out: Path, name: str) -> Logger:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,31 @@ def test_a_shard_of_too_much_json_is_refused(
     )
     with pytest.raises(UserError, match="more than 100 bytes of JSON"):
         read_contents(path)
+
+
+def test_of_json_the_fields_that_are_read_are_kept_within_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"label": ["a", {"b": 1}], "fold": 2, "split": ["x"], "original_data": {"y": [1]}}
+    told = {"num_samples": {"z": 0}, "id": "k", "original_data": {"class_labels": ["d"], "e": 0}}
+    junk = {f"field {i}": [[]] * 1000 for i in range(100)}
+    path = tar(
+        tmp_path / "a.tar",
+        [(f"{i}.json", json.dumps(junk | more).encode()) for i, more in enumerate((said, told))],
+    )
+    assert read_contents(path).metas == {
+        "0": {"label": ["a", {}], "fold": 2, "split": []},
+        "1": {"num_samples": {}, "id": "k", "original_data": {"class_labels": ["d"]}},
+    }
+    many = json.dumps({"label": [f"{i:x}" for i in range(100_000)]}).encode()
+    path = tar(tmp_path / "b.tar", [(f"{i}.json", many) for i in range(8)])
+    tracemalloc.start()
+    monkeypatch.setattr(table, "MAX_KEPT_BYTES", 20 << 20)
+    with pytest.raises(UserError, match=r"b\.tar has labels and other fields .*20971520 bytes"):
+        read_contents(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 40 << 20
 
 
 def test_json_out_of_bounds_is_left_out_and_the_clip_stays(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bat.data.index import Index
-from bat.data.loader import RESTARTS, Restarts
+from bat.data.loader import RESTARTS, LastingLoader, Restarts
 from bat.data.module import eval_loader
 from bat.shapes import UserError
 from tests.data.test_loader import echo, kill, numbers
@@ -48,8 +48,8 @@ def test_one_that_dies_inside_a_message_while_younger_loaders_live() -> None:
     younger: Any = iter(echo(12, workers=1))
     assert numbers(itertools.islice(younger, 1)) == [0]
     go.fill_(1)
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.alarm(20)  # it would wait for ever
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits for ever"))
+    signal.alarm(20)
     try:
         assert numbers(older) == list(range(2, 12))
     finally:
@@ -81,9 +81,7 @@ class Few(torch.utils.data.IterableDataset[Any]):
         return iter([([0], b""), ([1], b"")])
 
 
-def test_one_that_has_no_more_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bat.data.loader import LastingLoader
-
+def test_one_that_has_no_more_is_not() -> None:
     batches: Any = iter(LastingLoader(Few(), workers=2, restarts=Restarts(0)))
     got = numbers(itertools.islice(batches, 3))
     time.sleep(0.3)
@@ -91,21 +89,9 @@ def test_one_that_has_no_more_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert batches.loader.restarts.count == 0
 
 
-class Refusal(UserError):
-    """With what its constructor takes, nobody else can make one."""
-
-    def __init__(self, number: int, why: str) -> None:
-        super().__init__(f"clip {number}: {why}")
-
-
 def refusing(items: list[Any]) -> None:
     if items[0][0] == 3:
         raise UserError("label 'dog' is not in the vocabulary:\ngive one") from KeyError("dog")
-
-
-def refusing_its_own_way(items: list[Any]) -> None:
-    if items[0][0] == 3:
-        raise Refusal(3, "no")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
