@@ -1,7 +1,8 @@
 """Credentials out of what is written or shown: logs, ``config.yaml``, exports, lists, messages.
 
 Told by their form: user and password in a URL, the query of a signed one, ``Authorization`` headers
-and the tokens of well-known services, values whose name says what they are (``password=``).
+and the tokens of well-known services, values whose name says what they are (``password=``,
+``--password x``). A name within a path (``/data/secret=1``) says nothing.
 A secret of another form is not recognised: give it by the environment or a credentials file, which
 bat never writes down.
 """
@@ -10,38 +11,55 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import re
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 T = TypeVar("T")
 HIDDEN = "***"
 SECRET_NAME = (
     r"(?:pass(?:word|wd|phrase)|secret|credentials?|api[_-]?key|access[_-]?key(?:[_-]?id)?"
+    r"|shared[_-]?access[_-]?signature|(?:access|account|api|auth|bearer|git(?:hub|lab)|hf|hub|id"
+    r"|oauth2?|private|refresh|security|session|wandb)[_-]?(?:token|key))"
 )
-SECRET_NAME += r"|(?:access|auth|session|refresh|id|bearer|security|private)[_-]?(?:token|key))"
-_SIGNED = re.compile(
-    rf"[?&#;](?:x-(?:amz|goog|oss|ms)-[\w-]+|sig|signature|token|key-pair-id|policy|key|auth|pwd"
-    rf"|awsaccesskeyid|googleaccessid|[\w-]{{0,60}}{SECRET_NAME})=",
-    re.IGNORECASE,
+_VALUE = r"(?:'[^']*'|\"[^\"]*\"|[^\s'\",;&}\]]+)"
+_PARAMETER = (
+    r"[?&#;](?:x-(?:amz|goog|oss|ms)-[\w-]+|sig|signature|sas|hmac|hdne[as]|hdnts|jwt|auth|pass|pwd?"
+    r"|key-pair-id|awsaccesskeyid|googleaccessid|key(?==[^&#\s]{16})"
+    rf"|[\w-]{{0,60}}(?:{SECRET_NAME}|token))="
 )
+_SIGNED = re.compile(_PARAMETER, re.IGNORECASE)
+_LOOSE = re.compile(rf"({_PARAMETER})[^\s&'\"<>]+", re.IGNORECASE)
 _URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]{0,20}://)([^\s'\"<>]*)")
 _TOKENS = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}"
-    r"|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{20,}|xox[a-z]-[\w-]{10,}|AIza[\w-]{30,}"
-    r"|ya29\.[\w-]{10,}|eyJ[\w-]{8,2000}\.[\w-]{4,4000}\.[\w-]*)"
+    r"(?<![\w-])(?:hf_[A-Za-z0-9]{30,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}"
+    r"|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-(?:(?:proj|ant|svcacct)-[\w-]{20,}|\w{20,})"
+    r"|xox[abeprs]-\d[\w-]{9,}|AIza[\w-]{30,}|ya29\.[\w-]{10,}"
+    r"|eyJ[\w-]{8,2000}\.[\w-]{4,4000}\.[\w-]*)"
 )
 _HEADER = re.compile(
-    r"((?:authorization|x-api-key|x-auth-token|(?:set-)?cookie)['\"]?\s*[:=]\s*['\"]?)"
-    r"((?:bearer|basic|token|digest)\s+)?[^\s'\",}]+",
+    r"((?<![/\\])(?:authorization|x-api-key|x-auth-token|(?:set-)?cookie)['\"]?\s*[:=]\s*['\"]?)"
+    r"((?:bearer|basic|token|digest|apikey|aws4-hmac-sha256)\s+)?[^'\"}\n]+",
     re.IGNORECASE,
 )
-_BEARER = re.compile(r"\b(bearer|basic)\s+(?=[^\s]*[\d=])[\w.~+/=-]{8,}", re.IGNORECASE)
+_BEARER = re.compile(
+    r"(?<![\w/\\-])(bearer\s+(?=\S*\d)(?=\S{16})|basic\s+(?=[A-Za-z0-9+/]{6,2000}=))[\w.~+/=-]+",
+    re.IGNORECASE,
+)
 _NAMED = re.compile(
-    rf"(\b[\w.-]{{0,60}}{SECRET_NAME}['\"]?\s*(?:=|:(?!//)|\s(?=\S*\d))\s*)"
-    r"(?:'[^']*'|\"[^\"]*\"|[^\s'\",;&}\]]+)",
+    rf"((?<![\w./\\-])(?:[\w.-]{{0,60}}{SECRET_NAME}|token|(?-i:[A-Z][A-Z0-9_]{{0,60}}_TOKEN))"
+    rf"['\"]?\s*(?:=|:(?!//))\s*){_VALUE}",
     re.IGNORECASE,
 )
-_USER = re.compile(r"((?:^|\s)(?:-u|--user|--proxy-user)[\s=]+['\"]?)[^\s:'\"]+:[^\s'\"]+")
+_FLAG = re.compile(
+    rf"((?:^|\s)--?(?:[\w-]{{0,60}}(?:{SECRET_NAME}|token|oauth2-bearer)|pass)[\s=]+)(?!-){_VALUE}",
+    re.IGNORECASE,
+)
+_USER = re.compile(
+    r"((?:^|\s)(?:-u[\s=]*|--(?:proxy-)?user[\s=]+))(?!\d+:\d+(?:\s|$))"
+    r"(?:'[^':]+:[^']*'|\"[^\":]+:[^\"]*\"|[^\s:'\"]+:[^\s'\"]+)"
+)
 _KEY = re.compile(
     r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|\Z)", re.DOTALL
 )
@@ -53,9 +71,9 @@ def redact(text: str) -> str:
     text = _KEY.sub(HIDDEN, text)
     text = _URL.sub(_without_secrets, text)
     text = _HEADER.sub(rf"\1\2{HIDDEN}", text)
-    text = _BEARER.sub(rf"\1 {HIDDEN}", text)
-    text = _USER.sub(rf"\1{HIDDEN}", text)
-    text = _NAMED.sub(rf"\1{HIDDEN}", text)
+    text = _BEARER.sub(rf"\1{HIDDEN}", text)
+    for pattern in (_USER, _NAMED, _FLAG, _LOOSE):
+        text = pattern.sub(rf"\1{HIDDEN}", text)
     return _TOKENS.sub(HIDDEN, text)
 
 
@@ -63,12 +81,12 @@ def _without_secrets(found: re.Match[str]) -> str:
     scheme, rest = found.groups()
     host, slash, path = rest.partition("/")
     if "@" in host:
-        host = f"{HIDDEN}@{host.rpartition('@')[2]}"
-    rest = host + slash + path
-    signed = _SIGNED.search(rest)
-    if signed:
-        begin = min(at for at in (rest.find("?"), rest.find("#"), signed.start()) if at >= 0)
-        rest = f"{rest[: begin + 1]}{HIDDEN}"
+        rest = f"{HIDDEN}@{host.rpartition('@')[2]}{slash}{path}"
+    elif re.match(r"[^/@:?\[]*:(?!\d*(?:/|$))[^@]*@", rest):  # a password with a slash, no port
+        rest = f"{HIDDEN}@{rest.partition('@')[2]}"
+    if _SIGNED.search(unquote(rest)):
+        ends = [at.start() for at in (re.search("[?#]", rest), _SIGNED.search(rest)) if at]
+        rest = f"{rest[: min(ends, default=rest.find('%')) + 1]}{HIDDEN}"
     return scheme + rest
 
 
@@ -76,11 +94,13 @@ def redact_tree(tree: T) -> T:
     """A copy of mappings, lists, tuples and dataclasses with ``redact`` on every string in them.
 
     A string whose key is the name of a secret (``password``, ``token``, ``api_key``) is hidden
-    whole. Other values are those of ``tree``.
+    whole; one that is the path of something on this disk stays. Other values are those of ``tree``.
     """
     made: Any = tree
     if isinstance(tree, str):
         made = redact(tree)
+        if made != tree and os.path.exists(os.path.expanduser(tree)):
+            made = tree
     elif isinstance(tree, dict):
         made = {key: _under(key, value) for key, value in tree.items()}
     elif isinstance(tree, tuple) and hasattr(tree, "_fields"):

@@ -127,6 +127,14 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
         bat.load_encoder(tmp_path)
 
 
+def test_steps_of_a_training_file_are_a_number_or_not_told(tmp_path: Path) -> None:
+    state = tiny(0).state_dict()
+    for steps, told in ((7, {"steps": 7}), ([[7]], {}), (None, {})):
+        held = {"encoder": state, "ema_encoder": state, "optimized_steps": steps}
+        torch.save(held, tmp_path / "w.pt")
+        assert checkpoint.read_encoder(tmp_path / "w.pt").meta == told
+
+
 class Malicious:
     def __init__(self, target: Path) -> None:
         self.target = target

@@ -70,6 +70,9 @@ def test_pickles_out_of_proportion_are_refused_before_they_are_read(
         with pytest.raises(Refused, match="more than 1000 opcodes"):
             restricted.read(with_pickle(tmp_path / "w.pt", many))
     monkeypatch.undo()
+    long = opcodes(called(f"fairseq.{'x' * 200}"))
+    with pytest.raises(Refused, match="a name of more than 200"):
+        restricted.read(with_pickle(tmp_path / "w.pt", long))
     deep = opcodes(b"]" * 5000 + b"a" * 4999)
     with pytest.raises(Refused, match="nested more than"):
         restricted.read(with_pickle(tmp_path / "w.pt", deep))
@@ -206,6 +209,13 @@ def test_a_file_gives_no_more_bytes_than_it_has(tmp_path: Path) -> None:
         assert torch.load(tmp_path / "bomb.pt", weights_only=True)["y"].sum() == 0
         with pytest.raises(UserError, match="compressed"):
             checkpoint.read_tensors(tmp_path / "bomb.pt")
+    noise = saved(tmp_path / "w.pt", {"x": torch.randint(256, (99,), dtype=torch.uint8)})
+    with zipfile.ZipFile(noise) as whole, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as file:
+        for name in whole.namelist():  # packing makes this part longer: no size tells
+            kind = zipfile.ZIP_DEFLATED if name.endswith("data/0") else zipfile.ZIP_STORED
+            file.writestr(zipfile.ZipInfo(name), whole.read(name), kind)
+    with pytest.raises(UserError, match="data/0 is missing or compressed"):
+        checkpoint.read_tensors(tmp_path / "bomb.pt")
     with zipfile.ZipFile(tmp_path / "lap.pt", "w") as file:
         file.writestr("archive/data.pkl", pickle.dumps({}))
         file.writestr("archive/data/0", bytes(1 << 16))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -36,6 +37,32 @@ TOKEN = "hf_" + "aB3" * 11
         ("WANDB_API_KEY=0123456789abcdef x", "WANDB_API_KEY=*** x"),
         ("password: hunter2, lr 0.1", "password: ***, lr 0.1"),
         ("aws_secret_access_key = 'a b'", "aws_secret_access_key = ***"),
+        ("pipe:HF_TOKEN=abc123 python a.py", "pipe:HF_TOKEN=*** python a.py"),
+        ("GITHUB_TOKEN=abc make", "GITHUB_TOKEN=*** make"),
+        ("token: x", "token: ***"),
+        ("get --token abc123 -v", "get --token *** -v"),
+        ("get --token=x -v", "get --token=*** -v"),
+        ("get --password hunter --verbose", "get --password *** --verbose"),
+        ("curl --oauth2-bearer x h", "curl --oauth2-bearer *** h"),
+        ("curl -uuser:hunter2 h", "curl -u*** h"),
+        ("curl -u 'user:pass word' h", "curl -u *** h"),
+        ("AccountName=a;AccountKey=abc==", "AccountName=a;AccountKey=***"),
+        ("https://h/a?jwt=abc", "https://h/a?***"),
+        ("https://h/a?api-token=abc", "https://h/a?***"),
+        ("https://h/a?x=1&pass=abc", "https://h/a?***"),
+        ("https://h/a?%73ig=abc", "https://h/a?***"),
+        ("https://h/a%3Fsig%3Dabc", "https://h/a%***"),
+        ("https://h/a b.tar?sig=abc", "https://h/a b.tar?sig=***"),
+        ("https://h/a?key=0123456789abcdef", "https://h/a?***"),
+        ("https://user:pa/ss@h/a@b", "https://***@h/a@b"),
+        ("curl -H 'Authorization: ApiKey deadbeef' h", "curl -H 'Authorization: ApiKey ***' h"),
+        (
+            "-H 'Authorization: AWS4-HMAC-SHA256 Credential=AKIA/2, Signature=deadbeef' h",
+            "-H 'Authorization: AWS4-HMAC-SHA256 ***' h",
+        ),
+        ('-H "Cookie: a=b; session=SECRET" h', '-H "Cookie: ***" h'),
+        ("sk-proj-abcdefghijkl-mnopqrstuvwx", "***"),
+        ("sk-abcdefghijkl0123456789AB", "***"),
         ("-----BEGIN RSA PRIVATE KEY-----\nMII\n-----END RSA PRIVATE KEY-----", "***"),
     ],
 )
@@ -58,6 +85,21 @@ def test_a_credential_is_hidden_and_the_rest_stays(text: str, expected: str) -> 
         "sha256 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
         "runs/2026-11-22/checkpoints/last.ckpt",
         "task=esc50: one label a clip",
+        "/…/My Secret 2/audio",
+        "/data/secret=1/x",
+        "s3://bucket/secret=1/shard-{000..010}.tar",
+        "C:\\api_key: 3\\x",
+        "/data/password 1/x and the session key 3",
+        "runs/basic ablation-2024",
+        "runs/bearer run-2024-10-12-long",
+        "runs/sk-esc10-base-seed0-lr3e-4-2024",
+        "task-sk-abcdefghijklmnopqrstuvwxyz",
+        "/data/xoxo-collection-1/",
+        "https://h/x?version=2&key=3",
+        "https://h/data;policy=open/shard-0.tar",
+        "https://h:8080/a@b/c",
+        "pipe:docker run -u 1000:1000 image cat x.tar",
+        "missing: cls_token (1, 1, 768); mask_token: (768,)",
         "label 'Secret, whisper: quiet' is not in the vocabulary",
     ],
 )
@@ -66,7 +108,11 @@ def test_what_is_no_credential_stays(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["a.", "a-", "eyJ-", "?a", "bearer ", "api-", "://", "-----BEGIN "]
+    "part",
+    [
+        *("a.", "a-", "eyJ-", "?a", "bearer ", "basic A", "api-", "://", "a://b:", "-----BEGIN "),
+        *(" --a-", " -u", " -ua", "?%", "cookie ", "A_", "'"),
+    ],
 )
 def test_text_made_to_hold_it_up_does_not(part: str) -> None:
     """What takes squared time in its length would not end here."""
@@ -105,6 +151,17 @@ def test_a_tree_is_copied_with_its_strings_redacted() -> None:
         "deep": [{"why": ("https://***@h/", None)}],
     }
     assert section == Section()
+
+
+def test_a_path_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+    """A run whose ``data.root`` was altered in its ``config.yaml`` could not be judged."""
+    there = tmp_path / "set token=abc" / "audio"
+    there.mkdir(parents=True)
+    absent = there.parent / "video"
+    assert redact(str(there)) != str(there)
+    assert redact_tree({"root": str(there)}) == {"root": str(there)}
+    assert redact_tree({"root": str(absent)}) == {"root": redact(str(absent))}
+    assert redact_tree({"password": str(there)}) == {"password": "***"}
 
 
 def test_a_log_shows_no_credential_in_lines_and_tracebacks() -> None:

@@ -148,7 +148,15 @@ def test_every_pickle_protocol_is_read(tmp_path: Path, protocol: int) -> None:
     np.testing.assert_array_equal(found["a"], np.ones(3))
     for name in ("ba", "n", "l", "f", "c", "t"):
         assert found[name] == held[name], name
+        assert type(found[name]) in (type(held[name]), dict), name
     assert found["again"] is found["n"]
+
+
+def test_a_pickle_may_take_back_what_it_put(tmp_path: Path) -> None:
+    """As pickles of tuples that contain themselves do."""
+    data = opcodes(b"K\x07", b"(0", b"NN0", b"(NN1", b"2\x860N", b"0")
+    assert pickle.loads(data) == 7
+    assert restricted.read(with_pickle(tmp_path / "w.pt", data)) == 7
 
 
 def test_an_encoder_of_a_fairseq_file_loads(golden: Path, tmp_path: Path) -> None:

@@ -167,6 +167,11 @@ def _local(path: Path, text: str) -> list[Shard]:
     if not path.exists():
         found = [Path(p) for p in sorted(glob.glob(text))] if glob.has_magic(text) else []
         if not found:
+            if text.startswith(("{'", '{"')):  # a mapping, where a recipe or a shell wrote it
+                raise UserError(
+                    f"no shard at {text}: YAML reads `: ` as a mapping, so put the whole into "
+                    f"quotes of its own: data.shards=\"'pipe:COMMAND'\""
+                )
             raise UserError(f"no shard at {text}: give a folder of .tar files, a glob or a list")
         return [Shard(p) for p in found]
     if not path.name.endswith(SUFFIXES):

@@ -314,6 +314,7 @@ def test_an_exception_in_a_worker_comes_through(workers: int) -> None:
     with pytest.raises(KeyError, match="a bug"):
         next(batches)
     assert loader.restarts.count == 0
+    kill_workers()  # torch would wait 10 s for them
 
 
 # ---- how workers end

@@ -17,6 +17,7 @@ import torch
 from bat.data.index import Index
 from bat.data.loader import RESTARTS, LastingLoader, Restarts
 from bat.data.module import eval_loader
+from bat.data.workers import kill_workers
 from bat.shapes import UserError
 from tests.data.test_loader import echo, kill, numbers
 
@@ -102,6 +103,7 @@ def test_a_users_mistake_comes_through_in_its_own_words(workers: int) -> None:
         next(batches)
     assert str(caught.value) == "label 'dog' is not in the vocabulary:\ngive one"
     assert batches.loader.restarts.count == 0
+    kill_workers()  # torch would wait 10 s for them
 
 
 def test_loaders_of_evaluation_name_no_setting_that_is_not_theirs(toy_index: Index) -> None:

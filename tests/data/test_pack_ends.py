@@ -12,6 +12,7 @@ from bat.audio.decode import probe
 from bat.data import pack as pack_module
 from bat.data.pack import Packed, Recipe, works_of
 from bat.data.shards import write_shards
+from bat.shapes import UserError
 from bat.tasks.base import Row
 from tests.data.test_pack import RATE, clips, noise, recording
 
@@ -100,3 +101,31 @@ def test_hours_of_silence_are_no_forgery(tmp_path: Path) -> None:
     (last,) = pack_module.pack(works[-1], recipe=recipe).clips
     assert isinstance(last, Packed)
     assert last.frames == 480_000
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_recording_of_more_than_an_hour_is_kept_whole(tmp_path: Path, told: bool) -> None:
+    """As ``bat-shard recordings/ shards/`` takes it; its header may not tell how long it is."""
+    row = recording(tmp_path / "in/long.flac", np.zeros(4_000_000, np.float32), 1_000)
+    data = row.path.read_bytes()
+    if not told:
+        data = data[:21] + bytes([data[21] & 0xF0]) + bytes(4) + data[26:]
+        row.path.write_bytes(data)
+    manifest = write_shards([row], tmp_path / "s")
+    assert manifest.left_out == []
+    audio, meta = clips(tmp_path / "s")["long"]
+    assert (audio, meta["num_samples"]) == (data, 4_000_000)
+    with pytest.raises(UserError, match=r"4000 s, and 3600 are .* one piece: give --clip-seconds"):
+        write_shards([row], tmp_path / "other", codec="wav")
+    manifest = write_shards([row], tmp_path / "cut", codec="wav", clip_seconds=1000)
+    assert manifest.clips == 4
+
+
+def test_damage_behind_the_first_hour_is_seen(tmp_path: Path) -> None:
+    row = recording(tmp_path / "in/long.flac", noise(4_000, rate=1_000), 1_000)
+    data = bytearray(row.path.read_bytes())
+    at = len(data) * 39 // 40
+    data[at : at + 2000] = bytes(2000)
+    row.path.write_bytes(data)
+    with pytest.raises(UserError, match="corrupt: damaged audio"):
+        write_shards([row], tmp_path / "s")

@@ -206,6 +206,23 @@ def test_the_flag_of_the_command_line_is_what_allows_it(
     assert not (tmp_path / "owned").exists()
 
 
+def test_a_command_with_a_colon_needs_quotes_of_its_own() -> None:
+    from bat.config.compose import compose
+    from bat.config.schema import Pretrain
+
+    command = """pipe:curl -H "Accept: a/b" u"""
+
+    def source(word: str) -> str:
+        (said,) = compose(Pretrain, "pretrain", ["recipe=toy", word]).data.shards
+        return said
+
+    with pytest.raises(
+        UserError, match=r"reads `: ` as a mapping, .* data.shards=\"'pipe:COMMAND'"
+    ):
+        find(source(f"data.shards={command}"))
+    assert source(f"data.shards='{command}'") == command
+
+
 # ---- a command ends with whoever reads it
 
 
