@@ -80,7 +80,7 @@ class Health:
     """Steps of non-finite loss or gradient that are skipped; one more among 100 stops the run."""
     collapse: Literal["off", "warn", "stop"] = "warn"
     """Pre-training: what to do when teacher or student gives all clips the same representation."""
-    collapse_every: int = 100
+    collapse_every: int = 200
     """Steps between two looks at that."""
     min_rank: float = 2.0
     """Effective rank below which a representation counts as collapsed."""

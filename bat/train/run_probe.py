@@ -216,7 +216,13 @@ def _dry_run(ready: Prepared[schema.Probe], build: Callable[[str], Probe]) -> No
     config, index, backbone, frames = ready.config, ready.index, ready.backbone, ready.frames
     autocast = autocast_for(config.hardware)
     stream = FeatureStream(
-        backbone, index, frames=frames, clip_seconds=config.data.clip_seconds, autocast=autocast
+        backbone,
+        index,
+        frames=frames,
+        clip_seconds=config.data.clip_seconds,
+        min_seconds=config.data.min_seconds,
+        max_seconds=config.data.max_seconds,
+        autocast=autocast,
     )
     device = next(backbone.parameters()).device
     clips = config.data.batch if device.type == "cuda" else 1
