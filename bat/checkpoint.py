@@ -144,10 +144,18 @@ def export(
 
 
 def replace_durably(temporary: Path, target: Path) -> None:
-    """Flush ``temporary`` to disk, then rename it over ``target`` (same folder): all or nothing."""
+    """Flush ``temporary`` to disk, then rename it over ``target`` (same folder): all or nothing,
+    after a power cut too."""
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError:  # a file system without: the file itself is whole in any case
+        pass
+    finally:
+        os.close(folder)
 
 
 def _read_folder(folder: Path, weights: Which) -> EncoderFile:

@@ -137,6 +137,7 @@ class Fitting:
             self.data.bad_clips.check(final=True)
         except UserError as error:
             self.ranks.gather(str(error))
+            leave_quietly()
             raise
         others = [said for said in self.ranks.gather(None) if said]
         if others:
