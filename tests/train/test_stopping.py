@@ -60,6 +60,15 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(
         pretrain(small("train.accumulate=2", "data.batch=2", out=whole))
         ours, theirs = (load_file(o / "export/model.safetensors") for o in (out, whole))
         assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+        lines = [
+            [
+                (r["step"], r["loss"], r["grad_norm"])
+                for r in read_jsonl(o / "metrics.jsonl")
+                if "loss" in r
+            ]
+            for o in (out, whole)
+        ]
+        assert lines[0] == lines[1]  # that of step 4 spans the end after step 3
     assert [r["step"] for r in read_jsonl(out / "metrics.jsonl") if "loss" in r] == [1, 2, 4, 6]
 
 
