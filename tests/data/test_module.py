@@ -289,6 +289,24 @@ def test_too_many_bad_clips_stop_the_run(spoilt: Index, workers: int) -> None:
     assert 100 <= module.bad_clips.seen < 110
 
 
+def test_who_is_told_of_too_many_bad_clips_ends_the_run_himself(spoilt: Index) -> None:
+    """So that several processes end together: nothing is raised within one's batch."""
+    module, told = data(spoilt, batches=100), list[Exception]()
+    module.on_error = told.append
+    fit(Recorder(), module, steps=60)
+    assert "more than max_bad=0.05" in str(told[0])
+
+
+def test_a_checkpoint_holds_the_counts_of_all_processes(spoilt: Index) -> None:
+    module = data(spoilt, max_bad=1.0)
+    fit(Recorder(), module, steps=5)
+    own = module.bad_clips.state_dict()
+    module.gather = lambda thing: [thing, thing]
+    both = module.state_dict()["bad_clips"]
+    assert both["seen"] == 2 * own["seen"] > 0
+    assert both["kinds"] == {kind: 2 * n for kind, n in own["kinds"].items()}
+
+
 def test_few_clips_are_judged_at_the_end(spoilt: Index) -> None:
     module = data(spoilt)
     fit(Recorder(), module, steps=5)

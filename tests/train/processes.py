@@ -70,6 +70,7 @@ def _child(rank: int, world: int, port: int, jobs: list[Job], folder: Path) -> N
     from lightning.fabric.utilities.rank_zero import rank_zero_only as fabrics
     from lightning.pytorch.utilities import rank_zero_only
 
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a command
     rank_zero_only.rank = fabrics.rank = rank  # read from the environment when imported
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -35,6 +35,7 @@ TUNE = (
     "folds=[1] drop_path=0 head.dropout=0 augment.noise_p=0 augment.mixup_p=0 augment.spec_freq=0 "
     "augment.spec_time=0 train.steps=3 train.log_every=1 log.progress=false"
 )
+DROPPING = ("model.drop_path=0.3", "data.workers=1", "data.batch=2")
 STEPS, GLOBAL = 6, 8
 LOSS, WEIGHT = 1e-6, 1e-6
 EPOCH = 11  # clips of three unequal shards
@@ -86,13 +87,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         job("unequal", ddp, f"data.shards=[{shards}]", "data.global_batch=4", "online.every=0"),
         job("poisoned", fsdp, "train.steps=3", "train.save_every=1", poisoned=(1, 1)),
         job("tune-fsdp", encoder, fsdp, command="finetune"),
+        job("dropping", ddp, *DROPPING),
     ]
     run(alone, world=1, folder=root)
     run(pair, world=2, folder=root)
     half_done("fsdp", "fsdp-on-1")
     half_done("fsdp", "fsdp-on-4")
     half_done("ddp", "ddp-on-4")
+    half_done("dropping", "dropping-on-2")
     run([job("fsdp-on-1")], world=1, folder=root)
+    run([job("dropping-on-2", ddp, *DROPPING)], world=2, folder=root)
     run([job("fsdp-on-4", ddp), job("ddp-on-4", fsdp, "data.batch=1")], world=4, folder=root)
     return root
 
@@ -258,3 +262,26 @@ def test_fine_tuning_under_fsdp_gives_the_head_and_encoder_of_one_process(runs: 
     assert step_losses(runs, "tune-fsdp", 2) == pytest.approx(
         step_losses(runs, "tune-one", 1), rel=LOSS
     )
+
+
+def test_resumed_by_as_many_processes_it_is_the_same_run_bit_for_bit(runs: Path) -> None:
+    """Random numbers of each rank and worker, accumulation, moments, the teacher."""
+    whole, parts = (
+        torch.load(runs / name / "checkpoints" / "step-00000006.ckpt", weights_only=True)
+        for name in ("dropping", "dropping-on-2")
+    )
+    assert furthest(whole["state_dict"], parts["state_dict"]) == 0
+    moments = [run["optimizer_states"][0]["state"] for run in (whole, parts)]
+    for number, own in moments[0].items():
+        assert all(torch.equal(t, moments[1][number][name]) for name, t in own.items())
+    for rank in (0, 1):
+        before, after = (seen(runs, name, rank) for name in ("dropping", "dropping-on-2"))
+        assert len(after) == len(before) // 2  # three steps of six
+        again = [(row["loss"], row["keys"], row["masks"]) for row in after]
+        assert again == [(r["loss"], r["keys"], r["masks"]) for r in before[len(after) :]]
+    lines = [
+        [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("dropping", "dropping-on-2")
+    ]
+    losses = [[(r["step"], r["loss"]) for r in rows if "loss" in r] for rows in lines]
+    assert losses[0] == losses[1]
