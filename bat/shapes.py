@@ -137,6 +137,31 @@ class Features(NamedTuple):
     """What a frozen backbone hands to every probe: all blocks, never only the last."""
 
     patches: Tensor
-    """(L, B, T, F, D) patch tokens after each block."""
+    """(L, B, T, F, D) patch tokens after each block. Where only some are needed, the last ones:
+    (1, B, T, F, D) or (0, B, T, F, D), see ``Needs``."""
     cls: Tensor | None
     """(L, B, D) class tokens after each block; None for a backbone without one."""
+    entry: Tensor | None = None
+    """(B, T, F, D) patch tokens as they enter the first block; None unless asked for."""
+    pieces: Tensor | None = None
+    """(L, B, P, D) class token of each of the P chunks that a long clip was cut into, where
+    ``entry`` was asked for and P > 1; their mean is ``cls``."""
+
+
+class Needs(NamedTuple):
+    """Which features a reader wants, so that no others are stored. Class tokens always are."""
+
+    patches: str = "all"
+    """``all`` blocks' patch tokens, the ``last`` block's, or ``none``."""
+    entry: bool = False
+    """Also what enters the first block."""
+
+    def __or__(self, other: Needs) -> Needs:
+        """What satisfies both."""
+        order = ("none", "last", "all")
+        most = max(self.patches, other.patches, key=order.index)
+        return Needs(most, self.entry or other.entry)
+
+    def blocks(self, depth: int) -> int:
+        """How many of the last blocks' patch tokens are kept."""
+        return {"none": 0, "last": 1, "all": depth}[self.patches]

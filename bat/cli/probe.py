@@ -23,6 +23,7 @@ key=value sets a value (see --print-config).
 def main(argv: list[str] | None = None) -> int:
     p = args.recipe_parser("probe", ABOUT, EPILOG)
     p.add_argument("--method", metavar="NAME[,NAME]", help="probes to train, as methods=[...]")
+    p.add_argument("--seeds", type=int, metavar="N", help="trainings of each probe, as seeds=N")
     return args.run(_body, p, argv)
 
 
@@ -30,6 +31,10 @@ def _body(options: argparse.Namespace) -> None:
     from bat.config.schema import Probe
 
     extra = [] if options.method is None else [f"methods=[{options.method}]"]
+    extra += [] if options.seeds is None else [f"seeds={options.seeds}"]
+    words = {word.partition("=")[0] for word in options.settings}
+    if "data.csv" in words and "recipe" not in words:
+        extra.append("recipe=own")
     config = args.configure(options, Probe, "probe", extra)
     if config is None:
         return

@@ -2,7 +2,8 @@
 
 A recipe is a YAML mapping: ``use:`` lists fragments (``model/B``), everything else are values of
 the schema. On the command line ``key=value`` sets a value (dots reach into sections) and
-``model=S``, ``hardware=ddp`` pick a fragment of that group.
+``model=S``, ``hardware=ddp`` pick a fragment of that group, in the place of the recipe's. One of
+``LATE`` is the last word but for single values: ``protocol=unmute`` overrides the recipe.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from bat.config import locate
 from bat.shapes import UserError
 
 T = TypeVar("T")
+
+LATE = ("protocol",)
+"""Groups whose fragment, picked on the command line, comes after the recipe's own values."""
 
 
 def compose(schema: type[T], command: str, overrides: list[str]) -> T:
@@ -45,7 +49,8 @@ def compose(schema: type[T], command: str, overrides: list[str]) -> T:
     for group in picked:
         del words[group]
     uses = [u for u in uses if str(u).partition("/")[0] not in picked]
-    uses += [f"{group}/{leaf}" for group, leaf in picked.items()]
+    uses += [f"{group}/{leaf}" for group, leaf in picked.items() if group not in LATE]
+    late = [f"{group}/{leaf}" for group, leaf in picked.items() if group in LATE]
 
     config = OmegaConf.structured(schema)
     problems: list[str] = []
@@ -53,6 +58,9 @@ def compose(schema: type[T], command: str, overrides: list[str]) -> T:
         file = locate.find_fragment(str(name), beside=path.parent)
         _apply(config, _read(file), f"fragment {name}", problems)
     _apply(config, body, f"recipe {path.name}", problems)
+    for name in late:
+        file = locate.find_fragment(name, beside=path.parent)
+        _apply(config, _read(file), f"fragment {name}", problems)
     for key, value in words.items():
         _set(config, key, value, "command line", problems)
     _set(config, "recipe", path.stem, "command line", problems)

@@ -11,29 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bat.config.probing import FeatureStore, Head, Insight, Protocol
 from bat.config.running import Hardware, Health, Log, Train
 from bat.config.sections import Augment, Data, Ema, Frontend, Mask, Model, Objective, Optim
-
-
-@dataclass
-class Head:
-    """What the probes of SPEC section 4 share; a probe ignores none of those it is listed for."""
-
-    prototypes: int = 10_000
-    """K of ``cgp`` and ``protobin``."""
-    kernel: Literal["portable", "triton"] = "portable"
-    """How ``cgp`` and ``protobin`` pool: ``triton`` (GPUs only) waits for its first measurement."""
-    dropout: float = 0.2
-    norm: bool = True
-    """LayerNorm before the output layer of ``linear`` and ``lcgp``, and of a fine-tuned head."""
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.prototypes < 1:
-            found.append(f"head.prototypes={self.prototypes} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            found.append(f"head.dropout={self.dropout} must lie in [0, 1)")
-        return found
 
 
 @dataclass
@@ -150,7 +130,8 @@ class Supervised:
 
     recipe: str = ""
     out: str | None = None
-    """Run folder; null: ``runs/COMMAND-RECIPE-CHECKPOINT`` (probes: and the methods)."""
+    """Run folder; null: ``runs/COMMAND-RECIPE-CHECKPOINT`` (probes: without the recipe's name
+    for ``data.csv``). An existing run there is continued."""
     checkpoint: str | None = None
     """A run folder, an export folder or a weight file; ``random``: the untrained control
     (``random:RUN`` takes its shape from a run or export, ``random:S`` from a model fragment)."""
@@ -180,28 +161,53 @@ class Supervised:
 @dataclass
 class ProbeTrain:
     steps: int = 4_000
-    """Optimiser steps of each fold."""
+    """Optimiser steps of each round (a fold held out)."""
+    epochs: float = 0.0
+    """Passes over the training clips instead of ``steps``; the warm-up is then at most a tenth of
+    them. 0: ``steps``."""
     log_every: int = 50
     """Steps between two lines of metrics."""
+    memory_gb: float = 8.0
+    """Candidates trained side by side may need so much (weights, gradients, moments); more of them
+    are trained in several passes over the same features, with the same results."""
 
     def problems(self) -> list[str]:
-        return [
+        found = [
             f"train.{name}={getattr(self, name)} must be at least 1"
             for name in ("steps", "log_every")
             if getattr(self, name) < 1
         ]
+        if self.epochs < 0:
+            found.append(f"train.epochs={self.epochs} must not be negative (0: train.steps)")
+        if self.memory_gb <= 0:
+            found.append(f"train.memory_gb={self.memory_gb} must be positive")
+        return found
 
 
 @dataclass
 class Probe(Supervised):
-    """``bat-probe``"""
+    """``bat-probe``. ``checkpoint`` may name several, as ``A,B,random``."""
 
     methods: list[str] = field(default_factory=lambda: ["cgp"])
-    """Probes trained side by side on the same features; ``--method cgp,linear``."""
+    """Probes trained side by side on the same features; ``--method cgp,linear``, ``all``."""
     level: Literal["clip", "frame"] = "clip"
     """``frame``: one output a time patch, averaged over time for labels of whole clips."""
-    feature_gb: float = 4.0
-    """Frozen features are kept in memory when they need at most this many GB."""
+    seeds: int = 1
+    """Trainings of each probe, ``seed`` and the numbers after it: initialisation and dropout. The
+    order of the clips is that of ``seed``, so that all share each batch of features."""
+    control: Literal["none", "permuted"] = "none"
+    """``permuted``: every clip gets another clip's labels: what is left is chance."""
+    bootstrap: int = 1_000
+    """Resamples of the held-out clips for confidence intervals; 0: none."""
+    confidence: float = 0.95
+    finetuned: list[str] = field(default_factory=list)
+    """What fine-tuning reaches, for each of ``checkpoint`` in order: a run of bat-finetune, a
+    number in percent, or ``none``; shows the gap."""
+    heads_of: Literal["first", "all", "none"] = "first"
+    """Trained heads written down: those of the first seed, of all, or of none."""
+    protocol: Protocol = field(default_factory=Protocol)
+    features: FeatureStore = field(default_factory=FeatureStore)
+    insight: Insight = field(default_factory=Insight)
     optim: Optim = field(
         default_factory=lambda: Optim(
             lr=1e-3, betas=[0.9, 0.999], decay="matrices", warmup_steps=400
@@ -215,8 +221,17 @@ class Probe(Supervised):
             found.append("methods is empty: name a probe, e.g. --method cgp")
         if len(set(self.methods)) < len(self.methods):
             found.append(f"methods={list(self.methods)} names a probe twice")
-        if self.feature_gb < 0:
-            found.append(f"feature_gb={self.feature_gb} must not be negative (0: never kept)")
+        if self.seeds < 1:
+            found.append(f"seeds={self.seeds} must be at least 1")
+        if self.bootstrap < 0 or 0 < self.bootstrap < 100:
+            found.append(f"bootstrap={self.bootstrap} must be at least 100, or 0 for none")
+        if not 0 < self.confidence < 1:
+            found.append(f"confidence={self.confidence} must lie strictly between 0 and 1")
+        if self.features.cache in ("memory", "disk") and self.data.roll:
+            found.append(
+                f"features.cache={self.features.cache} with data.roll=true: rolled clips differ "
+                "each time; say data.roll=false, or features.cache=off"
+            )
         if self.optim.layer_decay != 1:
             found.append("optim.layer_decay is for bat-finetune; a probe has one rate")
         hardware = self.hardware

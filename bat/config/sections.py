@@ -85,6 +85,9 @@ class Data:
 
     root: str | None = None
     """Folder of audio as the task reads it; written to shards in ``cache`` once."""
+    csv: str | None = None
+    """Own labelled audio: a CSV with the columns path, label or labels, and at will split or fold,
+    onset and offset (see ``bat/tasks/own.py``); probing and fine-tuning."""
     shards: list[str] = field(default_factory=list)
     """Folders of shards, globs, ``shard-{00000..00041}.tar``, or URLs of such; one or several."""
     mix: list[float] = field(default_factory=list)
@@ -131,8 +134,9 @@ class Data:
 
     def problems(self) -> list[str]:
         found = []
-        if self.root and self.shards:
-            found.append("data.root and data.shards are both given: give one of them")
+        given = [n for n in ("root", "csv", "shards") if getattr(self, n)]
+        if len(given) > 1:
+            found.append(f"{' and '.join(f'data.{n}' for n in given)} are given: give one of them")
         if self.batch < 1:
             found.append(f"data.batch={self.batch} must be at least 1")
         if self.global_batch is not None and self.global_batch < 1:

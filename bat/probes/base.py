@@ -12,12 +12,13 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from bat.shapes import Features, UserError
+from bat.shapes import Features, Needs, UserError
 
 Level = Literal["clip", "frame"]
 
@@ -27,8 +28,13 @@ class Probe(nn.Module):
 
     ``classes`` C; ``width`` D and ``depth`` L of the encoder; ``has_cls``: whether it has a class
     token. Subclasses add the head settings they use (``prototypes``, ``dropout``, ``norm``) as
-    keyword-only arguments.
+    keyword-only arguments; one that takes ``encoder`` is handed the frozen backbone itself.
     """
+
+    levels: ClassVar[tuple[Level, ...]] = ("clip", "frame")
+    """Where the probe is defined."""
+    has_prototypes: ClassVar[bool] = False
+    """Prototypes want a higher learning rate: they have a grid of their own."""
 
     def __init__(
         self, *, classes: int, width: int, depth: int, has_cls: bool, level: Level = "clip"
@@ -36,6 +42,11 @@ class Probe(nn.Module):
         super().__init__()
         if level not in ("clip", "frame"):
             raise UserError(f"level={level} is not known: clip or frame")
+        if level not in self.levels:
+            raise UserError(
+                f"probe {_name_of(type(self))} is not defined at {level} level. Those that are: "
+                + ", ".join(name for name, p in known_probes().items() if level in p.levels)
+            )
         self.classes = classes
         self.width = width
         self.depth = depth
@@ -46,6 +57,21 @@ class Probe(nn.Module):
         """Logits (B, C) at clip level, (B, T, C) at frame level."""
         raise NotImplementedError
 
+    @classmethod
+    def needs(cls, *, has_cls: bool, level: Level) -> Needs:
+        """Which features the probe reads of an encoder of this kind."""
+        return Needs("all")
+
+    def training_loss(
+        self, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor
+    ) -> Tensor:
+        """What is minimised: ``loss(logits, targets)``, and what the probe adds to it."""
+        return loss(logits, targets)
+
+    def answers(self, logits: Tensor) -> dict[str, Tensor]:
+        """What is judged, by the end of its name: a probe of several readers has several."""
+        return {"": logits}
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters with two or more axes that must not decay all the same."""
         return set()
@@ -53,6 +79,10 @@ class Probe(nn.Module):
     def layer_gate(self) -> Tensor | None:
         """Weights of the blocks (L,), summing to 1, detached; None where blocks are not mixed."""
         return None
+
+
+def _name_of(probe: type[Probe]) -> str:
+    return next((name for name, p in known_probes().items() if p is probe), probe.__name__)
 
 
 def mix_blocks(layers: Tensor, gate: Tensor) -> Tensor:

@@ -30,10 +30,11 @@ from bat.train.encoders import autocast_for, registered_name, weights_digest
 from bat.train.features import FeatureStream
 from bat.train.fitting import Fitting
 from bat.train.heads import save_head
-from bat.train.held_out import HOW, Round
+from bat.train.held_out import Round
 from bat.train.metrics import evaluate
 from bat.train.prepare import Prepared
 from bat.train.probing import own_randomness, predict
+from bat.train.results import HOW
 from bat.train.sharding import full_state, is_sharded
 from bat.train.speed import speed_up
 from bat.train.supervised import Supervised

@@ -1,26 +1,19 @@
-"""What is trained on and what is held out: rounds, and the table their results make.
+"""What is trained on, what is chosen on and what is held out: rounds.
 
 A data set with folds is cross-validated, each fold held out in turn; one with ``train`` and
-``test`` splits has a single round. There is no validation split and nothing is selected: the
-weights after the last step are judged on the held-out clips, and every result says so (``HOW``).
+``test`` splits has a single round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from bat.data.index import Index
 from bat.shapes import UserError
 from bat.tasks.base import Task
-from bat.train.metrics import summarise
-
-HOW = "weights after the last step, judged on the held-out clips; nothing was selected on them"
-METRICS = ("accuracy", "map", "f1")
-TITLES = {"accuracy": "accuracy", "map": "mAP", "f1": "F1"}
 
 
 @dataclass(frozen=True)
@@ -31,17 +24,8 @@ class Round:
     """The held-out fold's number, or ``test``."""
     train: np.ndarray
     test: np.ndarray
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One method in one round."""
-
-    method: str
-    fold: str
-    metrics: dict[str, Any]
-    """As ``metrics.evaluate`` returns them, fractions."""
-    gate: list[float] | None = None
+    valid: np.ndarray | None = None
+    """Clips that values are chosen on: none of ``train``, none of ``test``. None: nothing is."""
 
 
 def make_rounds(index: Index, folds: Sequence[int] | None = None) -> list[Round]:
@@ -92,48 +76,3 @@ def check_labels(task: Task, index: Index) -> None:
         raise UserError(
             f"{unlabelled} of {len(index)} clips have no label, task '{task.name}' wants one each"
         )
-
-
-def summary(outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:
-    """``{method: {"folds": {fold: metrics}, "mean": {}, "std": {}, "gate": {fold: [L]}}}``."""
-    found: dict[str, dict[str, Any]] = {}
-    for outcome in outcomes:
-        entry = found.setdefault(outcome.method, {"folds": {}, "gate": {}})
-        entry["folds"][outcome.fold] = outcome.metrics
-        if outcome.gate is not None:
-            entry["gate"][outcome.fold] = outcome.gate
-    for entry in found.values():
-        rows = list(entry["folds"].values())
-        pairs = {m: summarise([r[m] for r in rows]) for m in METRICS if m in rows[0]}
-        entry["mean"] = {m: mean for m, (mean, _) in pairs.items()}
-        entry["std"] = {m: std for m, (_, std) in pairs.items()}
-    return found
-
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Per-fold results and their mean and standard deviation, in percent, as text."""
-    lines = []
-    for method, entry in results.items():
-        names = list(entry["mean"])
-        lines.append("".join([f"{method:<12}", *(f"{TITLES[m]:>16}" for m in names)]))
-        for fold, row in entry["folds"].items():
-            label = f"fold {fold}" if fold.isdigit() else fold
-            lines.append("".join([f"  {label:<10}", *(f"{100 * row[m]:>16.2f}" for m in names)]))
-        if len(entry["folds"]) > 1:
-            pairs = (f"{100 * entry['mean'][m]:.2f} ± {100 * entry['std'][m]:.2f}" for m in names)
-            lines.append("".join([f"  {'mean ± std':<10}", *(f"{p:>16}" for p in pairs)]))
-        absent = sorted({c for row in entry["folds"].values() for c in row["absent"]})
-        if absent:
-            lines.append(
-                f"  {len(absent)} class(es) without a held-out clip are left out of the means"
-            )
-    return "\n".join(lines)
-
-
-def gate_bars(gate: Sequence[float], *, width: int = 40) -> str:
-    """A layer gate (L,) as text bars, one block a line."""
-    longest = max(gate)
-    return "\n".join(
-        f"  block {i:>2}  {value:.3f}  {'█' * max(1, round(width * value / longest))}"
-        for i, value in enumerate(gate, 1)
-    )

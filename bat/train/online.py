@@ -31,9 +31,10 @@ from bat.shapes import UserError
 from bat.tasks.base import Task
 from bat.train.callbacks import Metrics, StepCallback
 from bat.train.features import FeatureBank
-from bat.train.held_out import TITLES, Round, make_rounds, summary
+from bat.train.held_out import Round, make_rounds
 from bat.train.losses import loss_for
 from bat.train.probing import cross_validate
+from bat.train.results import TITLES, summary
 from bat.train.run_folder import open_data
 from bat.train.sharding import whole_encoder
 from bat.train.stopping import Stopping

@@ -18,10 +18,11 @@ from bat.config.sections import Optim
 from bat.probes.base import Probe
 from bat.shapes import UserError
 from bat.train.features import Batches, Source, device_of, progress_bar, to_device
-from bat.train.held_out import Outcome, Round
+from bat.train.held_out import Round
 from bat.train.losses import Loss, against, to_clip
 from bat.train.metrics import evaluate
 from bat.train.optim import adamw, param_groups, set_lr
+from bat.train.results import Outcome
 from bat.train.trainer import derive_seed
 
 

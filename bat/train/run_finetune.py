@@ -21,8 +21,8 @@ from bat.report.plots import plot_folds
 from bat.train.batching import with_batch
 from bat.train.encoders import autocast_for, checkpoint_name
 from bat.train.folds import Folds
-from bat.train.held_out import HOW, TITLES, Outcome, summary, table
 from bat.train.prepare import prepare
+from bat.train.results import HOW, TITLES, Outcome, summary, table
 from bat.train.run_folder import run_folder
 from bat.train.signals import minding_signals
 from bat.train.trainer import is_main, start_logging, write_json

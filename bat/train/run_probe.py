@@ -27,16 +27,9 @@ from bat.train.encoders import (
 )
 from bat.train.features import FeatureBank, FeatureStream, Source, bank_bytes
 from bat.train.heads import save_head
-from bat.train.held_out import (
-    HOW,
-    TITLES,
-    Outcome,
-    gate_bars,
-    summary,
-    table,
-)
 from bat.train.prepare import Prepared, prepare
 from bat.train.probing import cross_validate, predict
+from bat.train.results import HOW, TITLES, Outcome, gate_bars, summary, table
 from bat.train.run_folder import run_folder
 from bat.train.speed import speed_up
 from bat.train.trainer import start_logging, write_json

@@ -9,7 +9,8 @@ from bat.data.index import open_index
 from bat.data.toy import make_toy
 from bat.shapes import UserError
 from bat.tasks.base import load_task
-from bat.train.held_out import Outcome, check_labels, gate_bars, make_rounds, summary, table
+from bat.train.held_out import check_labels, make_rounds
+from bat.train.results import Outcome, gate_bars, summary, table
 
 
 @pytest.fixture(scope="module")

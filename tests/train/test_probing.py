@@ -8,9 +8,10 @@ from bat.config.sections import Optim
 from bat.probes.base import Probe, build_probe, known_probes
 from bat.shapes import UserError
 from bat.train.features import FeatureBank
-from bat.train.held_out import Round, summary
+from bat.train.held_out import Round
 from bat.train.losses import LOSSES
 from bat.train.probing import cross_validate, fit_probes, predict
+from bat.train.results import summary
 
 n, L, T, FREQ, D, C = 60, 4, 3, 2, 16, 3
 PLANTED = 2
