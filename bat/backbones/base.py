@@ -19,7 +19,8 @@ class Backbone(nn.Module, abc.ABC):
     """An encoder with its own front end.
 
     Attributes: ``sample_rate`` (Hz), ``width`` D, ``depth`` L, ``heads``, ``patch`` (frames and mel
-    bins a side), ``grid`` (patches of one chunk), ``patch_hop_ms``, ``has_cls``, ``frontend``.
+    bins a side), ``grid`` (patches of one chunk), ``patch_hop_ms``, ``has_cls``, ``frontend``,
+    ``has_queries`` (whether ``query_blocks`` is there).
     """
 
     sample_rate: int
@@ -29,6 +30,7 @@ class Backbone(nn.Module, abc.ABC):
     patch: int
     grid: Grid
     has_cls: ClassVar[bool]
+    has_queries: ClassVar[bool] = False
     frontend: nn.Module
 
     @classmethod
@@ -43,8 +45,22 @@ class Backbone(nn.Module, abc.ABC):
         """Keywords that build this backbone again (JSON values)."""
 
     @abc.abstractmethod
-    def features(self, spectrogram: Tensor) -> Features:
-        """(B, 1, frames, mels), already through the front end -> all layers."""
+    def features(self, spectrogram: Tensor, *, entry: bool = False) -> Features:
+        """(B, 1, frames, mels), already through the front end -> all layers.
+
+        ``entry``: also what enters the first block, and each chunk's class tokens.
+        """
+
+    def query_blocks(self, queries: Tensor, features: Features) -> Tensor:
+        """What ``queries`` (L, q, D) become, (L, B, q, D): those of block l read the tokens that
+        enter it, and no token reads them. Gradients reach the queries alone.
+
+        ``features``: of ``features(..., entry=True)``. Raises ``UserError`` where it is not
+        defined.
+        """
+        raise UserError(
+            f"{type(self).__name__} has no query_blocks: vqt is not defined for this encoder"
+        )
 
     @abc.abstractmethod
     def layer_of(self, name: str) -> int:

@@ -6,6 +6,13 @@ Clips longer than the position table are cut into chunks of its length, each run
 position 0; patch tokens are concatenated along time, class tokens averaged (unweighted).
 
 Patches are embedded once a clip and gathered per view: V views cost one embedding, not V.
+
+``query_blocks`` runs a few learned tokens through the frozen blocks. They read the tokens and no
+token reads them, so the tokens are not computed again. Nor are their keys and values made:
+``q . (W_k z) = (W_k^T q) . z`` and ``sum_i w_i W_v z_i = W_v sum_i w_i z_i``, which is
+2 n q H D multiplications a block instead of 2 n D^2 (a sixth at q = 10, H = 12, D = 768) and leaves
+nothing of the tokens' size to keep for the backward pass. The key bias shifts all scores of a query
+alike and drops out.
 """
 
 from __future__ import annotations
@@ -14,7 +21,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from bat.backbones.base import Backbone, load_strictly, make_frontend
 from bat.nn.attention import Backend, take
@@ -31,6 +40,7 @@ class BAT(Backbone):
     """Encoder of the Better Audio Transformer; the defaults are Base."""
 
     has_cls = True
+    has_queries = True
 
     def __init__(
         self,
@@ -87,14 +97,18 @@ class BAT(Backbone):
         x = self.patch_embed(spectrogram)  # (B, N, D), time-major
         return x + self.pos_embed[:, : time * freq]  # type: ignore[index]
 
+    def enter(self, tokens: Tensor) -> Tensor:
+        """(B, n, D) embedded tokens -> what enters the first block, (B, 1 + n, D)."""
+        cls = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+        return self.pre_norm(torch.cat([cls, tokens], dim=1))
+
     def layers(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Run the blocks over (B, n, D) embedded tokens, the class token put in front.
 
         Yields, block after block, the end-of-block tokens and the MLP outputs, both
         (B, 1 + n, D), so that a caller keeps only what it needs.
         """
-        cls = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
-        x = self.pre_norm(torch.cat([cls, tokens], dim=1))
+        x = self.enter(tokens)
         for block in self.blocks:
             x, mlp = block(x)
             yield x, mlp
@@ -110,17 +124,45 @@ class BAT(Backbone):
             x = out  # only the last block's is wanted
         return x[:, 0], x[:, 1:]
 
-    def features(self, spectrogram: Tensor) -> Features:
+    def features(self, spectrogram: Tensor, *, entry: bool = False) -> Features:
         """(B, 1, frames, mels) of any length -> ``Features`` of all blocks."""
         _, freq = self._patches(spectrogram)
         step = self.grid.time * self.patch
-        patches, classes = [], []
+        patches, classes, entries = [], [], []
         for chunk in spectrogram.split(step, dim=2):
-            out = self._all_layers(self.embed(chunk))  # (L, B, 1 + n, D)
+            tokens = self.embed(chunk)  # (B, n, D)
+            out = self._all_layers(tokens)  # (L, B, 1 + n, D)
             classes.append(out[:, :, 0])
             patches.append(out[:, :, 1:].unflatten(2, (-1, freq)))  # (L, B, t, F, D)
-        cls = torch.stack(classes).mean(0) if len(classes) > 1 else classes[0]
-        return Features(torch.cat(patches, dim=2) if len(patches) > 1 else patches[0], cls)
+            if entry:
+                entries.append(self.enter(tokens)[:, 1:].unflatten(1, (-1, freq)))
+        if len(patches) == 1:
+            return Features(patches[0], classes[0], entries[0] if entry else None)
+        pieces = torch.stack(classes, dim=2)  # (L, B, P, D)
+        return Features(
+            torch.cat(patches, dim=2),
+            pieces.mean(2),
+            torch.cat(entries, dim=1) if entry else None,
+            pieces if entry else None,
+        )
+
+    def query_blocks(self, queries: Tensor, features: Features) -> Tensor:
+        """See ``Backbone.query_blocks``; of a long clip the mean over its chunks."""
+        patches, cls, entry, pieces = features
+        assert entry is not None, "features(..., entry=True)"
+        assert cls is not None
+        pieces = cls.unsqueeze(2) if pieces is None else pieces  # (L, B, P, D)
+        first = _frozen(self.pre_norm, self.cls_token.detach()).expand(len(entry), -1, -1)
+        step, blocks = self.grid.time, []
+        assert pieces.shape[2] == -(-patches.shape[2] // step)
+        for b, block in enumerate(self.blocks):
+            before = entry if b == 0 else patches[b - 1]  # (B, T, F, D)
+            chunks = []
+            for p, chunk in enumerate(before.split(step, dim=1)):
+                at = first if b == 0 else pieces[b - 1, :, p : p + 1]  # (B, 1, D)
+                chunks.append(_query(block, queries[b], at, chunk.flatten(1, 2)))  # type: ignore[arg-type]
+            blocks.append(torch.stack(chunks).mean(0) if len(chunks) > 1 else chunks[0])
+        return torch.stack(blocks)
 
     def _all_layers(self, tokens: Tensor) -> Tensor:
         """(B, n, D) embedded tokens -> (L, B, 1 + n, D)."""
@@ -211,6 +253,43 @@ def _usual_heads(width: int) -> int:
             f"of {HEAD_WIDTH}: give it, load_encoder(path, heads=4) or heads=4"
         )
     return width // HEAD_WIDTH
+
+
+def _frozen(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)`` without gradients to its parameters."""
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    return functional_call(module, weights, (x,))
+
+
+def _query(block: Block, queries: Tensor, cls: Tensor, patches: Tensor) -> Tensor:
+    """``queries`` (q, D) through ``block``, which read cls (B, 1, D) and patches (B, n, D): (B, q,
+    D). Without drop path: the encoder is frozen, in eval mode."""
+    attn, post, D = block.attn, block.norm_order == "post", queries.shape[-1]
+    if not torch.is_autocast_enabled(queries.device.type):  # autocast does it itself
+        cls, patches = cls.to(queries.dtype), patches.to(queries.dtype)
+    x = queries if post else _frozen(block.norm1, queries)
+    if not post:
+        cls, patches = _frozen(block.norm1, cls), _frozen(block.norm1, patches)
+    weight, bias = attn.qkv.weight.detach(), attn.qkv.bias.detach()
+    heads = (attn.heads, -1)
+    with torch.autocast(x.device.type, enabled=False):  # costs nothing: once for all clips
+        q = F.linear(x, weight[:D], bias[:D]).unflatten(-1, heads)  # (q, H, d)
+        keys = weight[D : 2 * D].unflatten(0, heads)  # (H, d, D)
+        directions = torch.einsum("qhd,hdc->hqc", q, keys).flatten(0, 1)  # (H q, D)
+        directions = directions * q.shape[-1] ** -0.5
+    scores = [directions @ z.transpose(1, 2) for z in (cls, patches)]  # (B, H q, 1), (B, H q, n)
+    share = torch.cat(scores, dim=-1).softmax(-1)
+    read = share[..., :1] * cls + share[..., 1:] @ patches  # (B, H q, D)
+    values = weight[2 * D :].unflatten(0, heads)  # (H, d, D)
+    out = torch.einsum("bhqc,hdc->bqhd", read.unflatten(1, heads), values).flatten(2)
+    out = out + bias[2 * D :]  # (B, q, D): shares sum to 1
+    if attn.gate is not None:
+        out = out * torch.sigmoid(_frozen(attn.gate, x))
+    x = queries + _frozen(block.ls1, _frozen(attn.proj, out))
+    if post:
+        x = _frozen(block.norm1, x)
+        return _frozen(block.norm2, x + _frozen(block.ls2, _frozen(block.mlp, x)))
+    return x + _frozen(block.ls2, _frozen(block.mlp, _frozen(block.norm2, x)))
 
 
 BACKBONE = BAT

@@ -1,4 +1,7 @@
-"""bat-probe: train probes on a frozen encoder and say what they find, and where."""
+"""bat-probe: train probes on frozen encoders and say what they find, and where.
+
+``bat-probe report`` is another command (``probe_report.py``) behind the same door.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,39 @@ import sys
 
 from bat.cli import args
 
-ABOUT = "Probe a frozen encoder: linear, lcgp, cgp, protobin, cross-validated where data has folds."
+ABOUT = """\
+Probe frozen encoders: many probes, seeds and encoders under one protocol, cross-validated where
+the data has folds. Probes: linear, mlp, lcgp, h2t, mhca, ep, simpool, abmilp, vqt, proto,
+protofloat, protobin, cgp; or all."""
 EPILOG = """\
 examples:
   bat-probe recipe=toy checkpoint=runs/pretrain-toy --method cgp,linear
   bat-probe recipe=esc10 checkpoint=RUN --method cgp,linear      data as RUN's config.yaml says
-  bat-probe recipe=esc10 checkpoint=random:RUN data.root=DIR     the untrained control
+  bat-probe recipe=esc10 checkpoint=A,B,random --method all --seeds 5     one comparison; random:
+                                                     the same architecture untrained: the control
+  bat-probe data.csv=labels.csv checkpoint=RUN --method cgp      audio of your own: columns path,
+                            label or labels; split or fold; onset, offset (with level=frame)
+  bat-probe recipe=esc10 checkpoint=RUN protocol=bat             the paper's constants (or =unmute)
   bat-probe recipe=as20k checkpoint=RUN data.shards=DIR hardware=gpu weights=teacher
 
-checkpoint= a run, an export, a weight file (ours or the field's), or random[:RUN | :S].
+  bat-probe report RUN [RUN ...]                         one page and a table of finished probings
+
+checkpoint= a run, an export, a weight file (ours or the field's), or random[:RUN | :S]; several
+with commas. The same command continues a probing; more methods, seeds or encoders are added to it.
 key=value sets a value (see --print-config).
 """
 
 
 def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["report"]:
+        from bat.cli.probe_report import main as report
+
+        return report(given[1:])
     p = args.recipe_parser("probe", ABOUT, EPILOG)
-    p.add_argument("--method", metavar="NAME[,NAME]", help="probes to train, as methods=[...]")
+    p.add_argument(
+        "--method", metavar="NAME[,NAME]", help="probes to train, or all; as methods=[...]"
+    )
     p.add_argument("--seeds", type=int, metavar="N", help="trainings of each probe, as seeds=N")
     return args.run(_body, p, argv)
 

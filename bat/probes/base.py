@@ -12,7 +12,8 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +22,12 @@ from torch import Tensor, nn
 from bat.shapes import Features, Needs, UserError
 
 Level = Literal["clip", "frame"]
+
+ORDER = (
+    *("linear", "mlp", "lcgp", "h2t", "mhca", "ep", "simpool", "abmilp", "vqt"),
+    *("proto", "protofloat", "protobin", "cgp"),
+)
+"""How ``all`` lists the probes: class tokens, attention over patches, prototypes."""
 
 
 class Probe(nn.Module):
@@ -124,6 +131,29 @@ def find_probe(name: str) -> type[Probe]:
     )
 
 
+def expand(methods: Sequence[str], *, level: Level, encoder: bool = True) -> list[str]:
+    """``methods`` with ``all`` spelt out: every probe of this folder that is defined at ``level``.
+
+    ``encoder``: whether a frozen encoder is at hand; without one ``all`` leaves out the probes that
+    are made of it (``vqt``). Raises ``UserError`` for one named twice.
+    """
+    known = known_probes()
+    ordered = [n for n in ORDER if n in known] + [n for n in known if n not in ORDER]
+    everything = [
+        n for n in ordered if level in known[n].levels and (encoder or not takes_encoder(known[n]))
+    ]
+    named = [n for method in methods for n in (everything if method == "all" else [method])]
+    twice = [n for n, count in Counter(named).items() if count > 1]
+    if twice:
+        raise UserError(f"methods={','.join(methods)} names {', '.join(twice)} more than once")
+    return named
+
+
+def takes_encoder(probe: type[Probe]) -> bool:
+    """Whether the probe is made of the frozen encoder itself, not of its features alone."""
+    return "encoder" in inspect.signature(probe).parameters
+
+
 def build_probe(
     name: str,
     *,
@@ -132,14 +162,18 @@ def build_probe(
     depth: int,
     has_cls: bool,
     level: Level = "clip",
+    encoder: nn.Module | None = None,
     **head: Any,
 ) -> Probe:
     """Probe ``name`` for an encoder of ``width`` D, ``depth`` L; ``head``: see ``config.Head``.
 
-    Each probe takes the head settings it has an argument for. Raises ``UserError`` for an unknown
-    name or level.
+    Each probe takes the head settings it has an argument for, and the frozen ``encoder`` where it
+    is made of it. Raises ``UserError`` for an unknown name or level, settings that do not fit the
+    encoder, and an encoder that is needed and not given.
     """
     cls = find_probe(name)
     takes = inspect.signature(cls).parameters
     own = {key: value for key, value in head.items() if key in takes}
+    if takes_encoder(cls):
+        own["encoder"] = encoder
     return cls(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level, **own)

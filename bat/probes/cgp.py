@@ -12,7 +12,7 @@ run over frequency at each time patch. K = 10,000 prototypes start at 0.02 N(0, 
 The (B, K, N) similarities are never stored (``extremes.py``), nor the normalised stack of all
 blocks (``mixing.py``).
 
-Parameters at D = 768, C = 527, L = 12, K = 10,000: 23,490,539.
+Parameters at D = 768, C = 527, L = 12 (K = 10,000): 23,490,539.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bat.probes.base import Level, Probe
 from bat.probes.extremes import pool_prototypes
 from bat.probes.mixing import Kernel, few_rows, mix_normalised
-from bat.shapes import Features
+from bat.shapes import Features, Needs
 
 
 class CGP(Probe):
@@ -31,6 +31,8 @@ class CGP(Probe):
 
     ``kernel``: of mixing and pooling, ``portable`` or ``triton`` (GPUs).
     """
+
+    has_prototypes = True
 
     def __init__(
         self,
@@ -67,6 +69,10 @@ class CGP(Probe):
         if not frame:
             return few_rows(self.fc, x)  # (B, C)
         return self.fc(x).unflatten(0, features.patches.shape[1:3])  # (B, T, C)
+
+    @classmethod
+    def needs(cls, *, has_cls: bool, level: Level) -> Needs:
+        return Needs("all")
 
     def no_weight_decay(self) -> set[str]:
         return {"prototypes"}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bat.probes.base import Level, Probe, mix_blocks
-from bat.shapes import Features
+from bat.shapes import Features, Needs
 
 
 class Linear(Probe):
@@ -42,21 +42,18 @@ class Linear(Probe):
         self.fc = nn.Linear(width, classes)
 
     def forward(self, features: Features) -> Tensor:
+        vectors = one_vector(
+            features, has_cls=self.has_cls, level=self.level, all_blocks=self.gated
+        )
         if self.layer_logits is None:
-            cls = None if features.cls is None else features.cls[-1:]
-            x = self.pool(Features(patches=features.patches[-1:], cls=cls)).squeeze(0)
+            x = vectors[-1]
         else:
-            x = mix_blocks(self.pool(features), self.layer_logits.softmax(0))
+            x = mix_blocks(vectors, self.layer_logits.softmax(0))
         return self.fc(self.dropout(self.norm(x)))  # (B, C) or (B, T, C)
 
-    def pool(self, features: Features) -> Tensor:
-        """One vector a block: (L, B, D) at clip level, (L, B, T, D) at frame level; float32."""
-        if self.level == "frame":
-            return features.patches.mean(3, dtype=torch.float32)
-        if self.has_cls:
-            assert features.cls is not None
-            return features.cls.float()
-        return features.patches.mean((2, 3), dtype=torch.float32)
+    @classmethod
+    def needs(cls, *, has_cls: bool, level: Level) -> Needs:
+        return one_vector_needs(has_cls=has_cls, level=level, all_blocks=cls.gated)
 
     def layer_gate(self) -> Tensor | None:
         return None if self.layer_logits is None else self.layer_logits.detach().softmax(0)
@@ -66,6 +63,29 @@ class LCGP(Linear):
     """Linear probe on the convex sum of all blocks."""
 
     gated = True
+
+
+def one_vector(features: Features, *, has_cls: bool, level: Level, all_blocks: bool) -> Tensor:
+    """A vector a clip or time patch, of each block or of the last one (l = 1): (l, B, D) at clip
+    level, (l, B, T, D) at frame level; float32.
+
+    The class token, or the mean patch of an encoder without one; at frame level the mean over
+    frequency.
+    """
+    blocks = slice(None) if all_blocks else slice(-1, None)
+    if level == "frame":
+        return features.patches[blocks].mean(3, dtype=torch.float32)
+    if has_cls:
+        assert features.cls is not None
+        return features.cls[blocks].float()
+    return features.patches[blocks].mean((2, 3), dtype=torch.float32)
+
+
+def one_vector_needs(*, has_cls: bool, level: Level, all_blocks: bool) -> Needs:
+    """What ``one_vector`` reads."""
+    if has_cls and level == "clip":
+        return Needs("none")
+    return Needs("all" if all_blocks else "last")
 
 
 PROBES: dict[str, type[Probe]] = {"linear": Linear, "lcgp": LCGP}

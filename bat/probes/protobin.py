@@ -1,15 +1,20 @@
-"""``protobin`` (PB): binary prototypes against the last block's patches (SPEC section 4).
+"""``protobin`` (PB) and ``protofloat``: prototypes against the last block's patches (SPEC 4).
 
-Features are ``max over patches of n(z) . n(sign(p_k))`` with ``sign(0) = +1`` and ``n`` the
-division by the L2 norm, at frame level the maximum over frequency; then dropout and a linear layer
-K -> C. The gradient is computed for the +-1 matrix, through its normalisation, and handed to the
-real-valued prototypes unchanged (straight through; golden README section 6). Prototypes do not
-decay and start at 0.02 N(0, 1).
+Features of ``protobin`` are ``max over patches of n(z) . n(sign(p_k))`` with ``sign(0) = +1`` and
+``n`` the division by the L2 norm, at frame level the maximum over frequency; then dropout and a
+linear layer K -> C. The gradient is computed for the +-1 matrix, through its normalisation, and
+handed to the real-valued prototypes unchanged (straight through; golden README section 6).
+``protofloat`` is the same without the sign: ``n(z) . n(p_k)``. Prototypes do not decay and start at
+0.02 N(0, 1). K is given in total (BAT: 10,000), or as J a class (*Unmute*: 20): then K = J C; the
+linear layer is dense either way.
 
-Parameters at D = 768, C = 527, K = 10,000: 12,950,527.
+Parameters at D = 768, C = 527, L = 12 (K = 10,000): ``protobin`` 12,950,527; ``protofloat``
+12,950,527.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +22,18 @@ from torch import Tensor, nn
 from bat.probes.base import Level, Probe
 from bat.probes.extremes import pool_prototypes
 from bat.probes.mixing import Kernel, few_rows, mix_normalised
-from bat.shapes import Features
+from bat.shapes import Features, Needs
 
 
 class ProtoBin(Probe):
-    """Binary prototypes. ``prototypes``: K; ``dropout``: rate before the linear layer.
+    """Binary prototypes. ``per_class``: J, K = J C; None: K = ``prototypes``. ``dropout``: rate
+    before the linear layer.
 
     ``kernel``: of normalising and pooling, ``portable`` or ``triton`` (GPUs).
     """
+
+    has_prototypes = True
+    signs: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -35,28 +44,48 @@ class ProtoBin(Probe):
         has_cls: bool,
         level: Level = "clip",
         prototypes: int = 10_000,
+        per_class: int | None = None,
         dropout: float = 0.2,
         kernel: Kernel = "portable",
     ) -> None:
         super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
-        self.prototypes = nn.Parameter(0.02 * torch.randn(prototypes, width))  # (K, D)
+        K = prototypes if per_class is None else per_class * classes
+        self.prototypes = nn.Parameter(0.02 * torch.randn(K, width))  # (K, D)
         self.dropout = nn.Dropout(dropout)
         self.kernel = kernel
-        self.fc = nn.Linear(prototypes, classes)
+        self.fc = nn.Linear(K, classes)
 
     def forward(self, features: Features) -> Tensor:
-        last = features.patches[-1:]  # (1, B, T, F, D)
-        tokens = mix_normalised(last, last.new_ones(1), kernel=self.kernel)  # (B, T, F, D)
-        frame = self.level == "frame"
-        tokens = tokens.flatten(0, 1) if frame else tokens.flatten(1, 2)  # (G, M, D)
-        x = pool_prototypes(tokens, self.prototypes, low=False, signs=True, kernel=self.kernel)
-        x = self.dropout(x.flatten(1))  # (G, K)
-        if not frame:
-            return few_rows(self.fc, x)  # (B, C)
-        return self.fc(x).unflatten(0, features.patches.shape[1:3])  # (B, T, C)
+        x = best_match(
+            features, self.prototypes, level=self.level, signs=self.signs, kernel=self.kernel
+        )
+        x = self.dropout(x)  # (B, K) or (B, T, K)
+        return few_rows(self.fc, x) if self.level == "clip" else self.fc(x)
+
+    @classmethod
+    def needs(cls, *, has_cls: bool, level: Level) -> Needs:
+        return Needs("last")
 
     def no_weight_decay(self) -> set[str]:
         return {"prototypes"}
 
 
-PROBES: dict[str, type[Probe]] = {"protobin": ProtoBin}
+class ProtoFloat(ProtoBin):
+    """Real-valued prototypes."""
+
+    signs = False
+
+
+def best_match(
+    features: Features, prototypes: Tensor, *, level: Level, signs: bool, kernel: Kernel
+) -> Tensor:
+    """Highest cosine of the last block's patches to each prototype (K, D), or to its signs: (B, K)
+    at clip level, over frequency (B, T, K) at frame level; float32."""
+    last = features.patches[-1:]  # (1, B, T, F, D)
+    tokens = mix_normalised(last, last.new_ones(1), kernel=kernel)  # (B, T, F, D)
+    groups = tokens.flatten(1, 2) if level == "clip" else tokens.flatten(0, 1)  # (G, M, D)
+    x = pool_prototypes(groups, prototypes, low=False, signs=signs, kernel=kernel).flatten(1)
+    return x if level == "clip" else x.unflatten(0, tokens.shape[:2])
+
+
+PROBES: dict[str, type[Probe]] = {"protobin": ProtoBin, "protofloat": ProtoFloat}

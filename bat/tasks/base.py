@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -147,7 +148,7 @@ def known_tasks() -> list[str]:
     import bat.tasks
 
     names = (m.name for m in pkgutil.iter_modules(bat.tasks.__path__))
-    return sorted(name for name in names if name not in ("base", "labels"))
+    return sorted(name for name in names if name not in ("base", "events", "labels"))
 
 
 def load_task(name: str) -> Task:
@@ -167,6 +168,44 @@ def load_task(name: str) -> Task:
     if not isinstance(task, Task):
         raise UserError(f"{module} has no TASK of type bat.tasks.base.Task; known are {known}")
     return task
+
+
+def numbered_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Columns of a CSV, and its lines with their numbers (a header is line 1), values stripped.
+
+    Empty lines are passed over; missing cells at the end of a line are empty.
+
+    Raises:
+        UserError: no such file, not UTF-8 text, a line with more cells than the header.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: name a CSV")
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path} line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): save the file as "
+            "'CSV UTF-8'"
+        ) from error
+    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+    lines = []
+    try:
+        columns = [column.strip() for column in next(reader, [])]
+        for cells in reader:
+            number = reader.line_num
+            if len(cells) > len(columns):
+                raise UserError(
+                    f"{path} line {number} has {len(cells)} cells, the header has {len(columns)}: "
+                    'put a value that holds a comma between quotes ("a, b")'
+                )
+            if any(cell.strip() for cell in cells):
+                filled = [*(c.strip() for c in cells), *[""] * (len(columns) - len(cells))]
+                lines.append((number, dict(zip(columns, filled, strict=True))))
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num} is not CSV ({error})") from error
+    return columns, lines
 
 
 def read_csv(path: Path, required: Iterable[str]) -> list[dict[str, str]]:

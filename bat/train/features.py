@@ -1,34 +1,63 @@
-"""Features of a frozen encoder, all blocks of each clip, as the probes take them.
+"""Features of a frozen encoder as the probes take them: of each clip what ``Needs`` says.
 
-``FeatureBank`` runs the encoder once a clip and keeps the features in memory; ``FeatureStream``
-runs it for each batch, for sets that no memory holds and for augmented clips. Both give batches in
-the order of the same plan, so that a probe trained on one equals a probe trained on the other (up
-to the rounding of stored features).
+``FeatureBank`` runs the encoder once a clip and keeps the features (in memory, or mapped from disk,
+see ``feature_cache.py``); ``FeatureStream`` runs it for each batch, for sets that nothing holds and
+for augmented clips. Both give the same batches in the order of the same plan, in the same type
+(autocast's, else float32), so that a probe trained on one equals a probe trained on the other, up
+to the rounding of an encoder that meets the clips in other company.
 """
 
 from __future__ import annotations
 
-import sys
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from bat.audio.decode import MAX_FILE_SECONDS
 from bat.backbones.base import Backbone
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index
+from bat.data.loader import LastingLoader
 from bat.data.module import AudioData, eval_loader
 from bat.data.order import make_plan
-from bat.data.plan import Plan
-from bat.shapes import Features, UserError, WaveBatch
+from bat.data.plan import MixedPlan, Plan
+from bat.data.stream import STAND_INS
+from bat.shapes import Features, Needs, UserError, WaveBatch
+from bat.train.encoding import (
+    CLIP_AXIS,
+    TargetsOf,
+    clips_first,
+    counted,
+    device_of,
+    encode,
+    encoded,
+    evaluating,
+    progress_bar,
+)
+
+__all__ = [
+    "Batches",
+    "FeatureBank",
+    "FeatureStream",
+    "Source",
+    "bank_bytes",
+    "device_of",
+    "encode",
+    "evaluating",
+    "progress_bar",
+    "to_device",
+]
 
 Batches = Iterator[tuple[Features, Tensor]]
-"""Features of B clips and their targets (B, C), on the encoder's device or the CPU."""
+"""Features of B clips, on the encoder's device or the CPU, and their targets: (B, C), or (B, T, C)
+for labels in time."""
+
+Crop = Literal["start", "centre"]
+"""Where the segment of a clip longer than ``clip_seconds`` lies."""
 
 
 class Source(Protocol):
@@ -41,29 +70,13 @@ class Source(Protocol):
         """Every readable clip of ``ids`` once, in order."""
 
 
-@torch.no_grad()
-def encode(
-    backbone: Backbone, batch: WaveBatch, *, frames: int, autocast: torch.dtype | None = None
-) -> Features:
-    """Features of all blocks, without gradient, on the backbone's device."""
-    device = device_of(backbone)
-    waves, lengths = batch.waves.to(device), batch.lengths.to(device)
-    spectrogram = backbone.spectrogram(waves, lengths, frames=frames)  # float32
-    with torch.autocast(device.type, autocast, enabled=autocast is not None):
-        features = backbone.features(spectrogram)
-    if not features.patches[-1].isfinite().all():
-        raise UserError(
-            f"the encoder's features are not finite (batch of {batch.keys[0]}): its weights are "
-            "damaged, or hardware.precision=32-true is needed"
-        )
-    return features
-
-
 class FeatureBank:
-    """Features of a set of clips, all blocks, in memory.
+    """Features of a set of n clips, each computed once; clips first, as many blocks as are needed.
 
-    ``patches`` (n, L, T, F, D) and ``cls`` (n, L, D) or None, clips first; ``targets`` (n, C);
-    ``ids`` (n,) clip ids of the index; ``keys`` (n); ``skipped`` ``{key: reason}``.
+    ``patches`` (n, L', T, F, D); ``cls`` (n, L, D), ``entry`` (n, T, F, D) and ``pieces``
+    (n, L, P, D), each None where there is none; ``targets`` (n, C) or (n, T, C); ``ids`` (n,) clip
+    ids of the index; ``keys`` (n); ``skipped`` ``{key: reason}``. ``index``: its plan is the order
+    of training (remote shards are read in windows); None: an even one.
     """
 
     def __init__(
@@ -75,9 +88,14 @@ class FeatureBank:
         ids: np.ndarray,
         keys: Sequence[str],
         skipped: Mapping[str, str],
+        entry: Tensor | None = None,
+        pieces: Tensor | None = None,
+        index: Index | None = None,
     ) -> None:
-        self.patches, self.cls, self.targets = patches, cls, targets
+        self.patches, self.cls, self.entry, self.pieces = patches, cls, entry, pieces
+        self.targets, self.index = targets, index
         self.ids, self.keys, self.skipped = np.asarray(ids, np.int64), list(keys), dict(skipped)
+        self._row_of = {int(clip): row for row, clip in enumerate(self.ids)}
 
     @classmethod
     def extract(
@@ -91,6 +109,9 @@ class FeatureBank:
         device: torch.device | str = "cpu",
         bad_clips: BadClips | None = None,
         progress: bool = False,
+        needs: Needs = Needs(),  # noqa: B008  (immutable)
+        targets_of: TargetsOf | None = None,
+        index: Index | None = None,
     ) -> FeatureBank:
         """Run ``backbone`` (in eval mode meanwhile) over ``batches`` (of ``eval_loader(ids=ids)``).
 
@@ -98,71 +119,82 @@ class FeatureBank:
         no clip is readable, too many are not, or features are not finite.
         """
         bad = bad_clips or BadClips(max_bad=1.0)
-        patches, classes, targets = torch.empty(0), None, []
+        stored: dict[str, Tensor] = {}
+        targets: list[Tensor] = []
         rows: list[int] = []
         keys: list[str] = []
-        with (
-            evaluating(backbone),
-            progress_bar(len(ids), "features", unit="clip", show=progress) as bar,
+        for features, wanted, batch in encoded(
+            backbone,
+            counted(batches, bad, clips=len(ids), progress=progress),
+            frames=frames,
+            autocast=autocast,
+            needs=needs,
+            targets_of=targets_of,
         ):
-            for batch in batches:
-                bad.add(batch)
-                bar.update(len(batch.keys) + len(batch.skipped))
-                if not batch.keys:
-                    continue
-                found = encode(backbone, batch, frames=frames, autocast=autocast)
-                start, end = len(rows), len(rows) + len(batch.keys)
-                if not rows:
-                    dtype = autocast or torch.float32
-                    L, _, *rest = found.patches.shape
-                    patches = torch.empty(len(ids), L, *rest, dtype=dtype, device=device)
-                    if found.cls is not None:
-                        classes = torch.empty(len(ids), L, rest[-1], dtype=dtype, device=device)
-                patches[start:end] = found.patches.transpose(0, 1)
-                if classes is not None and found.cls is not None:
-                    classes[start:end] = found.cls.transpose(0, 1)
-                targets.append(batch.targets)
-                rows += batch.positions.tolist()
-                keys += batch.keys
-        bad.check(final=True)
-        if not rows:
-            raise UserError(f"none of the {len(ids)} clips can be read: {bad.summary()}")
+            start, end = len(rows), len(rows) + len(batch.keys)
+            for name, found in clips_first(features).items():
+                if name not in stored:
+                    shape = (len(ids), *found.shape[1:])
+                    stored[name] = torch.empty(shape, dtype=found.dtype, device=device)
+                stored[name][start:end] = found
+            targets.append(wanted)
+            rows += batch.positions.tolist()
+            keys += batch.keys
+        kept = {name: stored[name][: len(rows)] if name in stored else None for name in CLIP_AXIS}
         return cls(
-            patches=patches[: len(rows)],
-            cls=None if classes is None else classes[: len(rows)],
+            **kept,  # type: ignore[arg-type]
             targets=torch.cat(targets),
             ids=np.asarray(ids)[rows],
             keys=keys,
             skipped=bad.keys,
+            index=index,
         )
 
     def training(self, ids: np.ndarray, *, batch: int, steps: int, seed: int) -> Batches:
-        plan = Plan(self._rows(ids), seed=seed)
+        if not any(int(clip) in self._row_of for clip in ids):
+            raise UserError(f"none of the {len(ids)} clips to train on can be read")
+        plan: Plan | MixedPlan = Plan(ids, seed=seed)
+        if self.index is not None:
+            plan = make_plan(self.index, ids, seed=seed)
         for k in range(steps):
-            yield self._pick(plan.clips(np.arange(k * batch, (k + 1) * batch)))
+            positions = np.arange(k * batch, (k + 1) * batch)
+            rows = [
+                self._row_at(plan, position, clip)
+                for position, clip in zip(
+                    positions.tolist(), plan.clips(positions).tolist(), strict=True
+                )
+            ]
+            if found := [row for row in rows if row is not None]:
+                yield self._pick(np.array(found))
 
     def once(self, ids: np.ndarray, *, batch: int) -> Batches:
-        rows = self._rows(ids)
+        rows = np.array([self._row_of[int(i)] for i in ids if int(i) in self._row_of], np.int64)
         for start in range(0, len(rows), batch):
             yield self._pick(rows[start : start + batch])
 
-    def _rows(self, ids: np.ndarray) -> np.ndarray:
-        """Rows of the clips ``ids`` that could be read."""
-        row_of = {int(clip): row for row, clip in enumerate(self.ids)}
-        return np.array([row_of[int(i)] for i in ids if int(i) in row_of], np.int64)
+    def _row_at(self, plan: Plan | MixedPlan, position: int, clip: int) -> int | None:
+        """Row of ``clip``, or of what stands in for an unreadable one, as in the stream."""
+        row = self._row_of.get(clip)
+        if row is not None:
+            return row
+        others = itertools.islice(plan.stand_ins(position), STAND_INS)
+        return next((self._row_of[other] for other in others if other in self._row_of), None)
 
     def _pick(self, rows: np.ndarray) -> tuple[Features, Tensor]:
         at = torch.from_numpy(rows)
-        where = at.to(self.patches.device)
-        cls = None if self.cls is None else self.cls[where].transpose(0, 1)
-        return Features(patches=self.patches[where].transpose(0, 1), cls=cls), self.targets[at]
+        picked = []
+        for name, axis in CLIP_AXIS.items():
+            tensor: Tensor | None = getattr(self, name)
+            picked.append(None if tensor is None else tensor[at.to(tensor.device)].movedim(0, axis))
+        return Features(*picked), self.targets[at]  # type: ignore[arg-type]
 
 
 class FeatureStream:
-    """The same features made anew for each batch: for sets that no memory holds, and for training
-    clips that differ from time to time (``roll``, ``random_offset``).
+    """The same features made anew for each batch: for sets that nothing holds, and for training
+    clips that differ from time to time (``roll``, ``random_offset``; long clips are then cropped at
+    random too). Without these two it yields what the bank does.
 
-    Without these and with clips no longer than ``clip_seconds`` it yields what the bank does.
+    ``crop``: which segment of a long clip is read, else and for held-out clips.
     """
 
     def __init__(
@@ -174,17 +206,21 @@ class FeatureStream:
         clip_seconds: float,
         roll: bool = False,
         random_offset: bool = False,
+        crop: Crop = "centre",
         min_seconds: float = 0.0,
         max_seconds: float = MAX_FILE_SECONDS,
         workers: int = 0,
         cache_bytes: int = 0,
         autocast: torch.dtype | None = None,
+        needs: Needs = Needs(),  # noqa: B008  (immutable)
+        targets_of: TargetsOf | None = None,
         bad_clips: BadClips | None = None,
     ) -> None:
         self.backbone, self.index, self.frames, self.autocast = backbone, index, frames, autocast
         self.clip_seconds, self.roll, self.random_offset = clip_seconds, roll, random_offset
-        self.min_seconds, self.max_seconds = min_seconds, max_seconds
+        self.min_seconds, self.max_seconds, self.crop = min_seconds, max_seconds, crop
         self.workers, self.cache_bytes = workers, cache_bytes
+        self.needs, self.targets_of = needs, targets_of
         self.bad_clips = bad_clips or BadClips(max_bad=1.0)
 
     def training(self, ids: np.ndarray, *, batch: int, steps: int, seed: int) -> Batches:
@@ -203,33 +239,45 @@ class FeatureStream:
             workers=self.workers,
             cache_bytes=self.cache_bytes,
         )
+        if not (self.roll or self.random_offset):
+            data.dataset.crop = self.crop  # AudioData's own is random
         return self._encoded(data.train_dataloader())
 
     def once(self, ids: np.ndarray, *, batch: int) -> Batches:
-        return self._encoded(
-            eval_loader(
-                self.index,
-                ids,
-                batch=batch,
-                sample_rate=self.backbone.sample_rate,
-                clip_seconds=self.clip_seconds,
-                workers=self.workers,
-                cache_bytes=self.cache_bytes,
-                min_seconds=self.min_seconds,
-                max_seconds=self.max_seconds,
-            )
-        )
+        return self._encoded(self.loader(ids, batch=batch))
 
-    def _encoded(self, batches: Iterable[Any]) -> Batches:
+    def loader(self, ids: np.ndarray, *, batch: int, workers: int | None = None) -> LastingLoader:
+        """The waves of ``ids`` once, in order."""
+        loader = eval_loader(
+            self.index,
+            ids,
+            batch=batch,
+            sample_rate=self.backbone.sample_rate,
+            clip_seconds=self.clip_seconds,
+            workers=self.workers if workers is None else workers,
+            cache_bytes=self.cache_bytes,
+            min_seconds=self.min_seconds,
+            max_seconds=self.max_seconds,
+        )
+        loader.dataset.crop = self.crop  # type: ignore[attr-defined]
+        return loader
+
+    def _encoded(self, batches: Iterable[WaveBatch]) -> Batches:
+        for features, targets, _ in encoded(
+            self.backbone,
+            self._judged(batches),
+            frames=self.frames,
+            autocast=self.autocast,
+            needs=self.needs,
+            targets_of=self.targets_of,
+        ):
+            yield features, targets
+
+    def _judged(self, batches: Iterable[WaveBatch]) -> Iterator[WaveBatch]:
         for batch in batches:
             self.bad_clips.add(batch)
             self.bad_clips.check()
-            if batch.keys:
-                with evaluating(self.backbone):
-                    features = encode(
-                        self.backbone, batch, frames=self.frames, autocast=self.autocast
-                    )
-                yield features, batch.targets
+            yield batch
 
 
 def bank_bytes(backbone: Backbone, clips: int, *, frames: int, dtype: torch.dtype) -> int:
@@ -238,37 +286,7 @@ def bank_bytes(backbone: Backbone, clips: int, *, frames: int, dtype: torch.dtyp
     return clips * backbone.depth * tokens * backbone.width * dtype.itemsize
 
 
-def device_of(module: torch.nn.Module) -> torch.device:
-    """Where the module's parameters lie."""
-    return next(module.parameters()).device
-
-
 def to_device(features: Features, device: torch.device) -> Features:
     """The same features on ``device``."""
-    cls = None if features.cls is None else features.cls.to(device, non_blocking=True)
-    return Features(patches=features.patches.to(device, non_blocking=True), cls=cls)
-
-
-@contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each submodule as it was."""
-    was = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in was.items():
-            m.training = training
-
-
-def progress_bar(total: int, what: str, *, unit: str, show: bool) -> tqdm[Any]:
-    """A bar on stderr that leaves no trace; quiet where stderr is a file."""
-    return tqdm(
-        total=total,
-        desc=what,
-        unit=unit,
-        leave=False,
-        disable=not show,
-        dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 15,
-    )
+    moved = (None if t is None else t.to(device, non_blocking=True) for t in features)
+    return Features(*moved)  # type: ignore[arg-type]

@@ -12,9 +12,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from bat.backbones.base import Backbone
 from bat.checkpoint import CONFIG, WEIGHTS, read_tensors, replace_durably
 from bat.probes.base import Probe, build_probe, known_probes
 from bat.shapes import UserError
+from bat.train.encoders import weights_digest
 
 FORMAT, VERSION = "bat-head", 1
 HOW = {"kernel"}
@@ -47,12 +49,15 @@ def save_head(
     return folder
 
 
-def load_head(folder: str | Path, *, trust: bool = False) -> tuple[Probe, dict[str, Any]]:
+def load_head(
+    folder: str | Path, *, trust: bool = False, encoder: Backbone | None = None
+) -> tuple[Probe, dict[str, Any]]:
     """The probe in ``folder``, in eval mode, and its ``config.json``.
 
+    ``encoder``: the frozen encoder it was trained on; ``vqt``, which is made of it, wants it.
     ``trust``: import a probe from outside ``bat.probes`` where the file names one: that runs code
     of the file's choosing. Raises ``UserError`` for a missing, foreign or damaged file, a probe
-    from outside without ``trust``, and weights that do not fit.
+    from outside without ``trust``, weights that do not fit, and another encoder than that.
     """
     folder = Path(folder)
     try:
@@ -71,8 +76,15 @@ def load_head(folder: str | Path, *, trust: bool = False) -> tuple[Probe, dict[s
             f"{folder / CONFIG} names probe {name!r}, which is not one of bat's own "
             f"({', '.join(known_probes())}): load_head(folder, trust=True) imports and runs it"
         )
+    trained_on = config.get("encoder") or {}
+    digest = trained_on.get("digest") if isinstance(trained_on, dict) else None
+    if encoder is not None and digest is not None and digest != weights_digest(encoder):
+        raise UserError(
+            f"{folder} was trained on another encoder ({trained_on.get('checkpoint')}) than the "
+            "one given: load that one"
+        )
     try:
-        probe = build_probe(name, **settings)
+        probe = build_probe(name, **settings, encoder=encoder)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder / CONFIG}: no {name} can be built from it: {error}") from error
     try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,18 @@ from bat.config.sections import Optim
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index
 from bat.data.module import eval_loader
-from bat.probes.base import Probe, build_probe
+from bat.probes.base import Probe, build_probe, expand, find_probe
 from bat.report.plots import plot_layer_gates, plot_probe_curve
-from bat.shapes import UserError
+from bat.shapes import Needs, UserError
 from bat.tasks.base import Task
 from bat.train.callbacks import Metrics, StepCallback
+from bat.train.candidates import Plan
 from bat.train.features import FeatureBank
 from bat.train.held_out import Round, make_rounds
 from bat.train.losses import loss_for
-from bat.train.probing import cross_validate
 from bat.train.results import TITLES, summary
 from bat.train.run_folder import open_data
+from bat.train.selection import cross_validate
 from bat.train.sharding import whole_encoder
 from bat.train.stopping import Stopping
 from bat.train.trainer import JsonLines, derive_seed, read_jsonl
@@ -158,6 +160,10 @@ class OnlineProbe(StepCallback):
             min_seconds=self.config.data.min_seconds,
             max_seconds=self.config.data.max_seconds,
         )
+        methods = expand(online.methods, level="clip", encoder=teacher.has_queries)
+        needs = Needs("none")
+        for method in methods:
+            needs |= find_probe(method).needs(has_cls=teacher.has_cls, level="clip")
         bank = FeatureBank.extract(
             teacher,
             batches,
@@ -166,15 +172,13 @@ class OnlineProbe(StepCallback):
             autocast=autocast,
             device=device,
             bad_clips=bad,
+            needs=needs,
         )
         if bad.bad:
             log.warning("online probe: %s", bad.summary())
         warmup = min(online.steps // 10, 50)
-        outcomes = cross_validate(
-            bank,
-            self.rounds,
-            methods=online.methods,
-            build=self.build,
+        plan = Plan(
+            build=partial(self.build, teacher=teacher),
             loss=loss_for(self.task),
             optim=Optim(
                 lr=online.lr,
@@ -186,15 +190,16 @@ class OnlineProbe(StepCallback):
             steps=online.steps,
             batch=online.batch,
             multi_label=self.task.multi_label,
+            metric=self.task.metric,
             seed=derive_seed(self.config.seed, "online"),
             autocast=autocast,
             device=device,
             on_step=on_step,
         )
-        return summary(outcomes)
+        return summary(cross_validate(bank, self.rounds, methods, plan))
 
-    def build(self, method: str) -> Probe:
-        """A fresh probe of the encoder's shape."""
+    def build(self, method: str, *, teacher: Backbone | None = None) -> Probe:
+        """A fresh probe of the encoder's shape; ``teacher``: for those that are made of it."""
         model, head = self.config.model, self.config.online.head
         return build_probe(
             method,
@@ -202,6 +207,7 @@ class OnlineProbe(StepCallback):
             width=model.width,
             depth=model.depth,
             has_cls=load_backbone(model.backbone).has_cls,
+            encoder=teacher,
             **asdict(head),
         )
 

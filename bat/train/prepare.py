@@ -5,20 +5,59 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
+from torch import nn
+
 from bat.audio.frontend import KaldiFbank
-from bat.backbones.base import Backbone
-from bat.config.schema import Supervised
+from bat.backbones.base import Backbone, make_frontend
+from bat.config.schema import Probe, Supervised
+from bat.config.sections import Data
 from bat.data.index import Index
 from bat.data.stream import clip_samples
 from bat.shapes import UserError
 from bat.tasks.base import Task, load_task
+from bat.tasks.events import Events
+from bat.tasks.own import TASK as OWN
+from bat.tasks.own import Own
 from bat.train.encoders import data_of_run, device_for, load_for
-from bat.train.held_out import Round, check_labels, make_rounds
+from bat.train.frame_targets import FrameTargets
+from bat.train.held_out import (
+    DRAWN_FOLDS,
+    Round,
+    check_labels,
+    check_rounds,
+    how,
+    make_rounds,
+)
 from bat.train.losses import Loss, loss_for
-from bat.train.run_folder import open_data
+from bat.train.own_data import check_events, check_in_place, window
+from bat.train.run_folder import open_data, open_own
 from bat.train.speed import attention_in_words
 
+PATCH = 16
+"""Side of a patch of the encoders in the model fragments, in frames."""
+
 C = TypeVar("C", bound=Supervised)
+
+
+@dataclass(frozen=True)
+class PreparedData(Generic[C]):
+    """What is probed on, whatever the encoder: opened and checked; ``open_probing`` makes it."""
+
+    config: C
+    """``data`` says where the clips came from, be it a checkpoint's run, and how long the window
+    is; ``task`` is that of the data."""
+    task: Task
+    index: Index
+    rounds: list[Round]
+    loss: Loss
+    note: str
+    """A line to print where the data were taken from the checkpoint's run, or nothing."""
+    notices: tuple[str, ...] = ()
+    """Lines that every user of the results should see."""
+    how: str = ""
+    """How results come about: ``held_out.how``."""
+    events: Events | None = None
+    """Of recordings by their keys, where labels of time patches are made of them."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +76,12 @@ class Prepared(Generic[C]):
     loss: Loss
     note: str
     """A line to print where the data were taken from the checkpoint's run, or nothing."""
+    notices: tuple[str, ...] = ()
+    """Lines that every user of the results should see."""
+    how: str = ""
+    """How results come about: ``held_out.how``."""
+    targets_of: FrameTargets | None = None
+    """``(batch, patches) -> (B, T, C)``, labels of time patches; None: those of whole clips."""
 
     def headline(self, first: str, *more: str) -> str:
         """What a run says when it starts."""
@@ -51,6 +96,7 @@ class Prepared(Generic[C]):
             *([f"attention: {kernel}"] if kernel else []),
             *more,
             *([self.note] if self.note else []),
+            *self.notices,
         ]
         return "\n  ".join(lines)
 
@@ -76,19 +122,139 @@ def check_frames(backbone: Backbone, *, frames: int, clip_seconds: float) -> Non
 
 def prepare(config: C) -> Prepared[C]:
     """Load and check everything that ``config`` names; ``UserError`` for what does not fit."""
-    task = load_task(config.task)
-    backbone, frames = load_for(config, task)
-    check_frames(backbone, frames=frames, clip_seconds=config.data.clip_seconds)
-    data, note = data_of_run(config)
+    if config.data.csv:  # the clips decide how many frames the encoder is to have
+        return with_encoder(open_probing(config), config)
+    # what is wrong with the encoder is said before any shard is written
+    backbone, frames = _load(config, load_task(config.task))
+    return _together(open_probing(config), config, backbone, frames)
+
+
+def open_probing(config: C) -> PreparedData[C]:
+    """Data, labels and rounds that ``config`` names, for any number of encoders.
+
+    ``config.checkpoint`` may name several, separated by commas: where no data are given, they are
+    those of the first one's run that has some. ``UserError`` for what does not fit.
+    """
+    if config.data.csv:
+        task, index, listed = open_own(config.data, progress=config.log.progress)
+        return _checked(replace(config, task=task.name), task, index, own=listed)
+    data, note = _data_of_runs(config)
     task, index = open_data(config.task, data, progress=config.log.progress)
-    check_labels(task, index)
+    return _checked(replace(config, data=data), task, index, note=note)
+
+
+def with_encoder(data: PreparedData[C], config: C, checkpoint: str | None = None) -> Prepared[C]:
+    """``data`` with the encoder ``checkpoint`` (None: that of ``config``), loaded and checked.
+
+    What ``config`` says of the encoder counts, and of the data what ``data`` holds. ``UserError``
+    for what does not fit.
+    """
+    config = replace(config, checkpoint=checkpoint or config.checkpoint)
+    backbone, frames = _load(config, data.task, data.config.data.clip_seconds)
+    return _together(data, config, backbone, frames)
+
+
+def _load(config: C, task: Task, clip_seconds: float | None = None) -> tuple[Backbone, int]:
+    """The encoder and the frames of a clip; of one's own data, as many as the window has."""
+    if clip_seconds is None:
+        clip_seconds = config.data.clip_seconds
+    if config.frames is not None or task.name != OWN.name:
+        backbone, frames = load_for(config, task)
+        check_frames(backbone, frames=frames, clip_seconds=clip_seconds)
+        return backbone, frames
+    # untrained encoders are made for a grid of the usual front end's frames; others have their own
+    usual = whole_frames(make_frontend(), clip_seconds, patch=PATCH)
+    backbone, _ = load_for(replace(config, frames=usual), task)
+    return backbone, whole_frames(backbone.frontend, clip_seconds, patch=backbone.patch)
+
+
+def whole_frames(frontend: nn.Module, clip_seconds: float, *, patch: int) -> int:
+    """Frames of ``clip_seconds``, rounded up to whole patches."""
+    samples = clip_samples(clip_seconds, frontend.sample_rate)  # type: ignore[arg-type]
+    return int(-(-frontend.valid_frames(samples) // patch) * patch)  # type: ignore[operator]
+
+
+def _together(data: PreparedData[C], config: C, backbone: Backbone, frames: int) -> Prepared[C]:
+    targets_of, notices = None, list(data.notices)
+    if data.events is not None:
+        targets_of = FrameTargets(
+            data.events,
+            labels=data.index.vocabulary,
+            patch_hop_ms=backbone.patch_hop_ms,
+            sample_rate=backbone.sample_rate,
+        )
+        if targets_of.missed:
+            notices.append(
+                f"{targets_of.missed} event(s) begin and end between the starts of two patches "
+                f"({backbone.patch_hop_ms:g} ms): no patch is labelled with them"
+            )
     return Prepared(
-        config=replace(config, data=data),
-        task=task,
-        index=index,
-        rounds=make_rounds(index, config.folds),
+        config=replace(config, task=data.config.task, data=data.config.data),
+        task=data.task,
+        index=data.index,
+        rounds=data.rounds,
         backbone=backbone,
         frames=frames,
+        loss=data.loss,
+        note=data.note,
+        notices=tuple(notices),
+        how=data.how,
+        targets_of=targets_of,
+    )
+
+
+def _checked(
+    config: C, task: Task, index: Index, *, note: str = "", own: Own | None = None
+) -> PreparedData[C]:
+    """Labels, window, events and rounds."""
+    notices: list[str] = list(own.notes) if own is not None else []
+    events = None
+    if own is not None:
+        clip_seconds, said = window(index, config.data.clip_seconds)
+        config = replace(config, data=replace(config.data, clip_seconds=clip_seconds))
+        notices += said
+        if own.events is not None:
+            check_events(own.events, index)
+            frame_level = isinstance(config, Probe) and config.level == "frame"
+            if frame_level:
+                check_in_place(index, config)
+                events = own.events
+            if frame_level or not index.labels_per_clip.all():  # none at a time, or in a clip
+                task = replace(task, multi_label=True, loss="bce", metric="map")
+    check_labels(task, index)
+    protocol = config.protocol if isinstance(config, Probe) else None
+    rounds = make_rounds(
+        index,
+        config.folds,
+        protocol=protocol,
+        seed=config.seed,
+        multi_label=task.multi_label,
+        draw=DRAWN_FOLDS if own is not None else 0,
+    )
+    notices += check_rounds(rounds, index, multi_label=task.multi_label)
+    if rounds[0].drawn:
+        notices.append(
+            "folds drawn: clips cut from one recording may be on both sides; a column fold keeps "
+            "them together"
+        )
+    return PreparedData(
+        config=config,
+        task=task,
+        index=index,
+        rounds=rounds,
         loss=loss_for(task, config.loss),
         note=note,
+        notices=tuple(notices),
+        how=how(rounds, protocol),
+        events=events,
     )
+
+
+def _data_of_runs(config: Supervised) -> tuple[Data, str]:
+    """``data_of_run`` of the first of the checkpoints that has data."""
+    names = (config.checkpoint or "").split(",")
+    for name in [config.checkpoint, *(names if len(names) > 1 else [])]:
+        data, note = data_of_run(replace(config, checkpoint=name))
+        if data.root or data.shards:
+            break
+    return data, note

@@ -16,8 +16,9 @@ import torch
 
 from bat import __version__
 from bat.config import schema
-from bat.probes.base import find_probe
+from bat.probes.base import find_probe, takes_encoder
 from bat.report.plots import plot_folds
+from bat.shapes import UserError
 from bat.train.batching import with_batch
 from bat.train.encoders import autocast_for, checkpoint_name
 from bat.train.folds import Folds
@@ -36,7 +37,11 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False, force: bool = Fa
     Raises ``Interrupted`` where the run was asked to end: it is saved, and can go on.
     ``force``: continue with other settings all the same.
     """
-    find_probe(config.method)
+    if takes_encoder(find_probe(config.method)):
+        raise UserError(
+            f"method={config.method} is made of a frozen encoder, and fine-tuning trains it: use "
+            "it with bat-probe, or another head here"
+        )
     batch = config.data.batch, config.train.accumulate
     config = with_batch(config)
     ready = prepare(config)

@@ -7,6 +7,7 @@ import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from bat.config.compose import to_yaml
 from bat.config.schema import Pretrain, Supervised
 from bat.config.sections import Data
 from bat.data.index import Index, open_index
+from bat.data.manifest import Manifest
 from bat.data.pool import cores
 from bat.data.shards import ensure_shards
 from bat.data.toy import make_toy
 from bat.redact import redact_tree
 from bat.shapes import UserError
+from bat.tasks import own
 from bat.tasks.base import Task, load_task
+from bat.tasks.own import Own
 from bat.train.lock import LOCK, hold
 from bat.train.trainer import is_main
 
@@ -44,6 +48,7 @@ SAFE = (
     "data.timeout_seconds:",
     "data.cache_waves_gb:",
     "data.root:",
+    "data.csv:",
     "data.shards:",
     "data.max_bad:",
     "data.batch:",
@@ -147,10 +152,15 @@ def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Tas
     """The task and the index of the shards that ``data`` points at.
 
     ``data.shards`` is opened as it is; ``data.root`` is written to shards in ``data.cache`` once
-    and found there the next time; the toy task makes its own clips. Raises ``UserError`` where
-    nothing is given, missing or unreadable (``NotIndexable``: readable from front to end only).
+    and found there the next time, and so is what ``data.csv`` lists (the task is then ``own``,
+    whatever ``task_name``); the toy task makes its own clips. Raises ``UserError`` where nothing is
+    given, missing or unreadable (``NotIndexable``: readable from front to end only).
     """
+    if data.csv:
+        return open_own(data, progress=progress)[:2]
     task = load_task(task_name)
+    if task.name == own.TASK.name and data.root:
+        raise UserError(f"data.root={data.root} with task=own: name its CSV, data.csv=FILE")
     if data.shards:
         sources = list(data.shards)
     elif data.root:
@@ -160,9 +170,43 @@ def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Tas
         sources = [str(make_toy(Path(data.cache) / "toy"))]
     else:
         raise UserError(
-            f"no data given for task '{task.name}': say data.shards=DIR (shards, see bat-shard) "
-            "or data.root=DIR (a folder of audio)"
+            f"no data given for task '{task.name}': say data.shards=DIR (shards, see bat-shard), "
+            "data.root=DIR (a folder of audio) or data.csv=FILE (your own audio and labels)"
         )
+    return _opened(task, data, sources)
+
+
+def open_own(data: Data, *, progress: bool = True) -> tuple[Task, Index, Own]:
+    """Task ``own``, the index of what ``data.csv`` lists, and the list itself with its events.
+
+    Raises ``UserError`` as ``own.read``, and where more than ``data.max_bad`` of the files cannot
+    be read; fewer are left out with a warning.
+    """
+    assert data.csv is not None
+    listed = own.read(Path(data.csv))
+    task = replace(  # reads the CSV no second time
+        own.TASK, rows=lambda _: listed.rows, vocabulary=lambda _: listed.vocabulary
+    )
+    made = ensure_shards(task, data.csv, data.cache, jobs=cores(), progress=progress)
+    manifest = Manifest.load(made)
+    left_out = manifest.left_out if manifest is not None else []
+    if left_out:
+        first = left_out[0]
+        said = (
+            f"{len(left_out)} of the {len(listed.rows)} files of {data.csv} cannot be read (the "
+            f"first: {first['file']}, {first['reason']}; all: {made / 'manifest.json'})"
+        )
+        if len(left_out) > data.max_bad * len(listed.rows):
+            raise UserError(
+                f"{said}: more than data.max_bad={data.max_bad:g} of them. Mend or remove them, or "
+                "raise data.max_bad to leave them out"
+            )
+        log.warning("%s: left out", said)
+    task, index = _opened(own.TASK, data, [str(made)])
+    return task, index, listed
+
+
+def _opened(task: Task, data: Data, sources: list[str]) -> tuple[Task, Index]:
     index = open_index(
         sources,
         cache=Path(data.cache),

@@ -10,6 +10,7 @@ random hangs on (seed, fold, micro-batch, rank) alone, so that a resumed run is 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ class Supervised(Shardable):
         torch.manual_seed(seed)  # dropout, drop path
         generator = torch.Generator(self.device).manual_seed(seed)
         spectrogram, targets = self.augmented(batch, generator)  # (B, 1, frames, mels), (B, C)
-        loss = against(self.loss, self.head(self.backbone.features(spectrogram)), targets)
+        logits = self.head(self.backbone.features(spectrogram))
+        loss = self.head.training_loss(partial(against, self.loss), logits, targets)
         self.clips = spectrogram.shape[0]
         self.figures = {
             "loss": loss.detach(),

@@ -38,45 +38,58 @@ def test_probe_prints_a_table_and_leaves_these_files(words, tmp_path, capsys):
     assert probe.main([*words, "--method", "cgp,linear"]) == 0
     printed = capsys.readouterr().out
     for part in ("cgp ", "linear ", "fold 2", "mean ± std", "block  2", "after the last step",
-                 "checkpoint=random:", "bat-finetune recipe=toy"):  # fmt: skip
+                 "pretrain-toy,random", "bat-finetune recipe=toy"):  # fmt: skip
         assert part in printed, part
     out = tmp_path / "runs/probe-toy-pretrain-toy-cgp+linear"
     found = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    heads = {f"heads/{m}-{k}/{f}" for m in ("cgp", "linear") for k in (1, 2)
+    name = "pretrain-toy"
+    heads = {f"heads/{name}/{m}-{k}-0/{f}" for m in ("cgp", "linear") for k in (1, 2)
              for f in ("config.json", "model.safetensors")}  # fmt: skip
-    assert found == heads | {"config.yaml", "metrics.jsonl", "summary.json", "train.log",
-                             "plots/layer-gates.png", "plots/folds.png"}  # fmt: skip
+    plots = {f"plots/{p}.png" for p in ("comparison", "gates", "attention-sinks", "norms-ranks")}
+    own = {f"plots/{name}/{p}.png" for p in ("layer-gates", "folds", "prototype-maps-cgp")}
+    assert found == heads | plots | own | {
+        "config.yaml", "metrics.jsonl", "results.jsonl", "summary.json", "train.log",
+        f"insight/{name}.json"}  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
-    assert set(summary["results"]) == {"cgp", "linear"}
-    assert set(summary["results"]["cgp"]["mean"]) == {"accuracy", "map"}
-    assert sum(summary["results"]["cgp"]["gate"]["1"]) == pytest.approx(1)
-    head, config = load_head(out / "heads/cgp-2")
+    results = summary["encoders"][name]["results"]
+    assert set(results) == {"cgp", "linear"}
+    assert {"accuracy", "map"} <= set(results["cgp"]["mean"])
+    assert sum(results["cgp"]["gate"]["1-0"]) == pytest.approx(1)
+    low, high = results["cgp"]["interval"]
+    assert low <= results["cgp"]["mean"]["accuracy"] <= high
+    assert len(summary["encoders"][name]["insight"]["rank"]["patches"]) == 2
+    head, config = load_head(out / f"heads/{name}/cgp-2-0")
     assert head.prototypes.shape == (64, 16)
     assert len(config["labels"]) == 5
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert sum("accuracy" in r for r in rows) == 4
-    assert "loss" in rows[0]
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [(r["method"], r["fold"]) for r in rows] == [
+        ("cgp", "1"), ("linear", "1"), ("cgp", "2"), ("linear", "2")]  # fmt: skip
+    assert "loss" in json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
 
 
 def test_probe_in_memory_equals_streamed(words, tmp_path):
     results = []
-    for name, budget in (("memory", 1), ("stream", 0)):
-        own = [*words, "methods=[cgp]", f"out={tmp_path / name}", f"feature_gb={budget}"]
+    for name in ("memory", "disk", "off"):
+        own = [*words, "methods=[cgp]", f"out={tmp_path / name}", f"features.cache={name}",
+               f"features.folder={tmp_path}/features"]  # fmt: skip
         assert probe.main(own) == 0
         summary = json.loads((tmp_path / name / "summary.json").read_text())
-        results.append(summary)
-    assert results[0]["features"] == "in memory"
-    assert results[1]["features"] == "streamed"
-    a, b = (r["results"]["cgp"]["gate"]["1"] for r in results)
-    assert a == pytest.approx(b, abs=1e-5)
-    assert results[0]["results"]["cgp"]["mean"] == results[1]["results"]["cgp"]["mean"]
+        (entry,) = summary["encoders"].values()
+        assert entry["features"]["cache"] == name
+        results.append(entry["results"]["cgp"])
+    for other in results[1:]:
+        gate = other["gate"]["1-0"]
+        assert results[0]["gate"]["1-0"] == pytest.approx(gate, abs=1e-5)
+        assert results[0]["mean"] == pytest.approx(other["mean"])
 
 
 def test_clips_at_random_offsets_are_streamed(words, tmp_path):
     own = ["pad=waveform", "pad_offset=random", "data.clip_seconds=2.05", "methods=[linear]"]
     words = [w for w in words if not w.startswith("data.clip_seconds")]
     assert probe.main([*words, *own, f"out={tmp_path}/run", "folds=[1]"]) == 0
-    assert json.loads((tmp_path / "run/summary.json").read_text())["features"] == "streamed"
+    (entry,) = json.loads((tmp_path / "run/summary.json").read_text())["encoders"].values()
+    assert entry["features"]["cache"] == "off"
+    assert "pad_offset=random" in entry["features"]["why"]
 
 
 def test_frame_level_and_the_random_control(words, run, capsys):
@@ -153,7 +166,7 @@ def _shards(words) -> str:
 
 @pytest.mark.parametrize(("schema", "command"), [(Probe, "probe"), (Finetune, "finetune")])
 def test_every_recipe_composes(schema, command):
-    more = ["as2m"] if command == "finetune" else []
+    more = ["as2m"] if command == "finetune" else ["own"]
     assert known_recipes(command) == sorted(["as20k", "esc10", "esc50", "toy", *more])
     for name in known_recipes(command):
         compose(schema, command, [f"recipe={name}"])

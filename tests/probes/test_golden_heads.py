@@ -1,4 +1,4 @@
-"""Linear, LCGP, CGP and ProtoBin against the paper's own heads: logits and every gradient."""
+"""Linear, LCGP, H2T, CGP and ProtoBin against the paper's own heads: logits and every gradient."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ NAMES = {
 }
 CASES = [
     (f"{reference}_{kind}{suffix}", name, kind, bool(suffix))
-    for reference, name in (("linear", "linear"), ("linear_cgp", "lcgp"))
+    for reference, name in (("linear", "linear"), ("linear_cgp", "lcgp"), ("h2t", "h2t"))
     for kind in ("cls", "avg", "frame")
     for suffix in ("", "_norm")
 ]
@@ -31,10 +31,14 @@ def heads(golden):
     return dict(np.load(golden / "heads_tiny.npz", allow_pickle=False))
 
 
+def _arrays(heads, case):
+    return {k.removeprefix(f"{case}/"): torch.from_numpy(np.asarray(v))
+            for k, v in heads.items() if k.startswith(f"{case}/")}  # fmt: skip
+
+
 @pytest.mark.parametrize(("case", "name", "kind", "norm"), CASES, ids=[c[0] for c in CASES])
 def test_head_equals_reference(heads, case, name, kind, norm):
-    array = {k.removeprefix(f"{case}/"): torch.from_numpy(v) for k, v in heads.items()
-             if k.startswith(f"{case}/")}  # fmt: skip
+    array = _arrays(heads, case)
     cls = torch.from_numpy(heads["cls_tokens"]).requires_grad_()  # (L, B, D)
     patches = torch.from_numpy(heads["patch_tokens"]).requires_grad_()  # (L, B, D, T, F)
     probe = build_probe(
@@ -65,6 +69,27 @@ def test_head_equals_reference(heads, case, name, kind, norm):
             torch.testing.assert_close(tensor.grad, wanted, atol=1e-5, rtol=1e-4, msg=key)
         else:
             assert tensor.grad is None or not tensor.grad.any()
+
+
+@pytest.mark.parametrize("case", [c[0] for c in CASES if c[1] == "h2t"])
+def test_group_lasso_equals_reference_and_joins_the_loss(heads, case):
+    array = _arrays(heads, case)
+    probe = build_probe("h2t", classes=5, width=16, depth=3, has_cls=True, lasso=0.5)
+    with torch.no_grad():
+        probe.fc.weight.copy_(array["w/fc.weight"])
+    penalty = probe.penalty()
+    torch.testing.assert_close(penalty, array["lasso_penalty"], atol=1e-5, rtol=1e-6)
+
+    def zero(logits, targets):
+        return (logits - targets).sum()
+
+    nothing = torch.zeros(2, 5)
+    value = probe.training_loss(zero, nothing, nothing)
+    torch.testing.assert_close(value, 0.5 * penalty)
+    value.backward()
+    torch.testing.assert_close(
+        probe.fc.weight.grad, 0.5 * array["lasso_grad"], atol=1e-6, rtol=1e-5
+    )
 
 
 def test_signs_are_the_reference_s_and_never_zero(heads):

@@ -1,13 +1,24 @@
 """Probes against the slow references, their interface, registration and counts."""
 
+import importlib
+import re
+from dataclasses import asdict
+
 import pytest
 import torch
+from torch import nn
 
-from bat.probes.base import Probe, build_probe, known_probes
-from bat.shapes import Features, UserError
+from bat.backbones.bat import BAT
+from bat.config.probing import Head
+from bat.probes.base import ORDER, Probe, build_probe, expand, known_probes
+from bat.shapes import Features, Grid, Needs, UserError
 from tests.reference import probes as slow
 
 L, B, T, FREQ, D, C, K = 3, 2, 4, 2, 16, 5, 7
+
+
+LEVELS = [(name, level) for name, probe in known_probes().items() for level in probe.levels]
+CLS = {"has_cls": True, "level": "clip"}
 
 
 def _features(seed: int = 0, dtype: torch.dtype = torch.float32) -> Features:
@@ -15,13 +26,23 @@ def _features(seed: int = 0, dtype: torch.dtype = torch.float32) -> Features:
     return Features(
         patches=torch.randn(L, B, T, FREQ, D, generator=g).to(dtype),
         cls=torch.randn(L, B, D, generator=g).to(dtype),
+        entry=torch.randn(B, T, FREQ, D, generator=g).to(dtype),
     )
 
 
 def _probe(name: str, *, level: str = "clip", has_cls: bool = True, **head: object) -> Probe:
     torch.manual_seed(0)
-    return build_probe(
-        name, classes=C, width=D, depth=L, has_cls=has_cls, level=level, prototypes=K, **head
+    encoder = BAT(width=D, depth=L, heads=2, grid=Grid(T, FREQ)) if name == "vqt" else None
+    words = {"classes": C, "width": D, "depth": L, "has_cls": has_cls, "level": level}
+    return build_probe(name, **words, encoder=encoder, **{"prototypes": K, **head})
+
+
+def _cut(features: Features, needs: Needs, has_cls: bool) -> Features:
+    """What an encoder with or without class token hands to a probe of these needs."""
+    return Features(
+        patches=features.patches[L - needs.blocks(L) :],
+        cls=features.cls if has_cls else None,
+        entry=features.entry if needs.entry else None,
     )
 
 
@@ -44,18 +65,69 @@ def test_cgp_equals_the_slow_form(level, has_cls):
         torch.testing.assert_close(probe(features), wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["protobin", "protofloat"])
 @pytest.mark.parametrize("level", ["clip", "frame"])
-def test_protobin_equals_the_slow_form(level):
-    features, probe = _features(), _probe("protobin", level=level).eval()
+def test_prototypes_equal_the_slow_form(name, level):
+    features, probe = _features(), _probe(name, level=level).eval()
     with torch.no_grad():
-        wanted = slow.protobin(
-            features.patches, probe.prototypes, probe.fc.weight, probe.fc.bias, level
-        )
+        weights = (probe.prototypes, probe.fc.weight, probe.fc.bias)
+        wanted = slow.protobin(features.patches, *weights, level, signs=name == "protobin")
         torch.testing.assert_close(probe(features), wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["linear", "lcgp", "cgp", "protobin"])
 @pytest.mark.parametrize("level", ["clip", "frame"])
+def test_mlp_is_what_it_says(level):
+    features, probe = _features(), _probe("mlp", level=level, hidden=9).eval()
+    with torch.no_grad():
+        nn.init.normal_(probe.norm.weight)
+        x = features.cls[-1] if level == "clip" else features.patches[-1].mean(2)
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6) ** 0.5
+        x = (x * probe.norm.weight + probe.norm.bias) @ probe.hidden.weight.T + probe.hidden.bias
+        x = 0.5 * x * (1 + torch.erf(x / 2**0.5))
+        wanted = x @ probe.fc.weight.T + probe.fc.bias
+        torch.testing.assert_close(probe(features), wanted, atol=1e-5, rtol=1e-5)
+    assert _probe("mlp").hidden.weight.shape == (D, D)
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "has_cls"),
+    [(*x, cls) for x in LEVELS for cls in (True, False) if cls or x[0] != "vqt"],
+)  # vqt without a class token: BAT's blocks have one; what it reads is tested below
+def test_what_a_probe_asks_for_is_all_it_reads(name, level, has_cls):
+    """Handed that alone, its answer is the one it has from everything."""
+    probe = _probe(name, level=level, has_cls=has_cls).eval()
+    needs = type(probe).needs(has_cls=has_cls, level=level)
+    features = _features()
+    with torch.no_grad():
+        assert torch.equal(probe(_cut(features, needs, has_cls)), probe(features))
+
+
+def test_no_probe_asks_for_more_than_it_needs():
+    """Patches cost most: none where class tokens will do, else the last block's where that will."""
+    table = {
+        (name, level, has_cls): known_probes()[name].needs(has_cls=has_cls, level=level)
+        for name, level in LEVELS
+        for has_cls in (True, False)
+    }
+    for (name, level, has_cls), needs in table.items():
+        wants = "none" if has_cls and level == "clip" else None
+        if name in ("linear", "mlp"):
+            assert needs == Needs(wants or "last"), (name, level, has_cls)
+        elif name in ("lcgp", "h2t"):
+            assert needs == Needs(wants or "all"), (name, level, has_cls)
+        else:
+            blocks = "all" if name in ("cgp", "vqt") else "last"
+            assert needs == Needs(blocks, entry=name == "vqt"), (name, level, has_cls)
+
+
+def test_vqt_takes_the_mean_patch_without_a_class_token():
+    features = _features()
+    summary = _probe("vqt", has_cls=False).read(features)[0]
+    torch.testing.assert_close(summary, features.patches[-1].mean((1, 2)))
+    assert torch.equal(_probe("vqt").read(features)[0], features.cls[-1])
+
+
+@pytest.mark.parametrize(("name", "level"), LEVELS)
 def test_bf16_features_under_autocast_stay_near_float32(name, level):
     exact = _features()
     rough = _features(dtype=torch.bfloat16)
@@ -71,7 +143,7 @@ def test_bf16_features_under_autocast_stay_near_float32(name, level):
         assert parameter.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["cgp", "protobin"])
+@pytest.mark.parametrize("name", ["cgp", "protobin", "protofloat", "h2t"])
 def test_the_last_layer_of_few_rows_is_float32_under_autocast(name):
     """No copy of its wide weight in autocast's type; at frame level, of many rows, there is one."""
     features = _features(dtype=torch.bfloat16)
@@ -131,7 +203,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_kernel_reaches_the_pooling():
-    for name in ("cgp", "protobin"):
+    for name in ("cgp", "protobin", "protofloat", "proto"):
         with pytest.raises(UserError, match="kernel=fast is not known"):
             _probe(name, kernel="fast")(_features())
 
@@ -149,17 +221,52 @@ def test_dotted_path_is_a_probe():
     assert type(_probe("bat.probes.linear.Linear")) is known_probes()["linear"]
 
 
-def test_names_that_do_not_decay_exist():
+def test_matrices_decay_and_nothing_else():
+    """The weights of linear maps, and these only, whatever the number of their axes."""
+    spared = {name: {"prototypes"} for name in ("cgp", "protobin", "protofloat")}
+    spared |= {"proto": {"prototypes", "raw_weights"}, "ep": {"queries"}, "vqt": {"queries"}}
     for name in known_probes():
         probe = _probe(name)
-        assert probe.no_weight_decay() <= set(dict(probe.named_parameters()))
+        own = {n: p for n, p in probe.named_parameters() if p.ndim > 1}
+        linear = {f"{n}.weight" for n, m in probe.named_modules() if isinstance(m, nn.Linear)}
+        assert probe.no_weight_decay() == spared.get(name, set())
+        assert set(own) - probe.no_weight_decay() == linear, name
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [("linear", 406_799), ("lcgp", 406_811), ("cgp", 23_490_539), ("protobin", 12_950_527)],
-)
-def test_parameter_counts_are_those_of_the_file_heads(name, count):
+def test_prototypes_a_class_or_in_total():
+    for name in ("protobin", "protofloat"):
+        assert len(_probe(name).prototypes) == K
+        assert len(_probe(name, per_class=3).prototypes) == 3 * C
+        assert _probe(name, per_class=3).fc.in_features == 3 * C
+    assert len(_probe("proto").prototypes) == 20 * C  # bound to classes: never ``prototypes``
+    with_them = {n for n, probe in known_probes().items() if probe.has_prototypes}
+    assert with_them == {"cgp", "protobin", "protofloat", "proto"}
+
+
+def test_all_is_every_probe_of_the_level_in_a_fixed_order():
+    assert set(ORDER) == set(known_probes())
+    assert expand(["all"], level="clip") == list(ORDER)
+    frame = ["linear", "mlp", "lcgp", "h2t", "proto", "protofloat", "protobin", "cgp"]
+    assert expand(["all"], level="frame") == frame
+    assert "vqt" not in expand(["all"], level="clip", encoder=False)
+    assert len(expand(["all"], level="clip", encoder=False)) == len(ORDER) - 1
+    assert expand(["cgp", "mlp", "x.Y"], level="frame") == ["cgp", "mlp", "x.Y"]
+    for methods in (["cgp", "cgp"], ["all", "cgp"]):
+        with pytest.raises(UserError, match="names cgp more than once"):
+            expand(methods, level="clip")
+
+
+@pytest.mark.parametrize("name", list(known_probes()))
+def test_parameter_counts_are_those_of_the_file_heads(name):
+    """The file's docstring says what the settings' defaults build."""
+    cls = known_probes()[name]
+    text = " ".join((importlib.import_module(cls.__module__).__doc__ or "").split())
+    said = re.search(r"Parameters at D = 768, C = 527, L = 12(?: \([^)]*\))?: (.+)\.$", text)
+    assert said is not None, cls.__module__
+    several = dict(re.findall(r"``(\w+)`` ([\d,]+)", said[1]))
+    count = int((several[name] if several else said[1]).replace(",", ""))
     with torch.device("meta"):
-        probe = build_probe(name, classes=527, width=768, depth=12, has_cls=True)
+        words = {"classes": 527, "width": 768, "depth": 12, "has_cls": True}
+        encoder = BAT(depth=1) if name == "vqt" else None
+        probe = build_probe(name, **words, encoder=encoder, **asdict(Head()))
     assert sum(p.numel() for p in probe.parameters()) == count

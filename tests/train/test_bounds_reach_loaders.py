@@ -15,11 +15,13 @@ import pytest
 import torch
 
 from bat.config import schema
+from bat.config.probing import FeatureStore
+from bat.data.bad_clips import BadClips
 from bat.data.loader import RESTARTS
 from bat.data.module import AudioData
 from bat.data.sequential_data import SequentialData
-from bat.shapes import UserError
-from bat.train import features, folds, online, run_probe
+from bat.shapes import Needs, UserError
+from bat.train import feature_cache, features, folds, online
 from bat.train.pretrain_data import open_stream
 
 LONGEST, RESTARTED = 77.5, 7  # neither is a default
@@ -97,19 +99,45 @@ def test_online_probes(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert given["max_seconds"] == LONGEST
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_probes(monkeypatch: pytest.MonkeyPatch, in_memory: bool) -> None:
-    config = schema.Probe(feature_gb=1.0 if in_memory else 0.0)
+@pytest.mark.parametrize("cache", ["memory", "disk", "off"])
+def test_probes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Any) -> None:
+    config = schema.Probe()
     config.data.max_seconds = LONGEST
-    monkeypatch.setattr(run_probe, "eval_loader" if in_memory else "FeatureStream", stand_in)
-    monkeypatch.setattr(run_probe, "bank_bytes", lambda *_, **__: 1000)
-    backbone = SimpleNamespace(sample_rate=16_000, parameters=lambda: iter([torch.zeros(1)]))
-    rounds = [SimpleNamespace(train=np.arange(2), test=np.arange(2))]
-    ready: Any = SimpleNamespace(
-        config=config, index=None, backbone=backbone, frames=16, rounds=rounds
-    )
-    bad: Any = None
-    assert given_by(lambda: run_probe._source(ready, bad))["max_seconds"] == LONGEST
+    for name in ("eval_loader", "AudioData"):
+        monkeypatch.setattr(features, name, stand_in)
+    monkeypatch.setattr(features, "make_plan", lambda *_, **__: None)
+    backbone: Any = SimpleNamespace(sample_rate=16_000, frontend=None)
+    index: Any = SimpleNamespace(hash="")
+    clips = np.arange(2)
+
+    def source() -> Any:
+        return feature_cache.open_features(
+            backbone,
+            index,
+            ids=clips,
+            frames=16,
+            needs=Needs(),
+            batch=1,
+            store=FeatureStore(cache=cache, folder=str(tmp_path)),
+            data=config.data,
+            random_offset=False,
+            autocast=None,
+            device=torch.device("cpu"),
+            bad_clips=BadClips(),
+            progress=False,
+            digest="",
+        ).source
+
+    assert given_by(source)["max_seconds"] == LONGEST  # a clip is measured
+    monkeypatch.setattr(feature_cache, "measured", lambda *_, **__: 1000)
+    if cache == "off":
+        for call in (
+            lambda: source().training(clips, batch=1, steps=1, seed=0),
+            lambda: source().once(clips, batch=1),
+        ):
+            assert given_by(call)["max_seconds"] == LONGEST
+    else:
+        assert given_by(source)["max_seconds"] == LONGEST
 
 
 def test_streams_of_features(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,28 +6,51 @@ import sys
 import pytest
 import torch
 
+from bat.backbones.bat import BAT
 from bat.probes.base import build_probe, known_probes
-from bat.shapes import Features, UserError
+from bat.shapes import Features, Grid, UserError
+from bat.train.encoders import weights_digest
 from bat.train.heads import load_head, save_head
 
 HEAD = {"prototypes": 6, "dropout": 0.1, "norm": False}
 
 
-def _save(folder, name="cgp", level="frame"):
-    probe = build_probe(name, classes=3, width=8, depth=2, has_cls=True, level=level, **HEAD)
-    save_head(folder, probe, name=name, head=HEAD, meta={"labels": ["a", "b", "c"]})
+def _encoder(seed=0):
+    torch.manual_seed(seed)
+    return BAT(width=8, depth=2, heads=2, grid=Grid(3, 8)).eval()
+
+
+def _save(folder, name="cgp", level="frame", encoder=None):
+    shape = {"classes": 3, "width": 8, "depth": 2, "has_cls": True, "level": level}
+    probe = build_probe(name, **shape, encoder=encoder, **HEAD)
+    of = {"checkpoint": "A", "digest": weights_digest(encoder)} if encoder else {}
+    meta = {"labels": ["a", "b", "c"], "encoder": of}
+    save_head(folder, probe, name=name, head=HEAD, meta=meta)
     return probe.eval()
 
 
 @pytest.mark.parametrize("name", list(known_probes()))
 def test_round_trip(tmp_path, name):
-    probe = _save(tmp_path, name)
-    again, config = load_head(tmp_path)
-    features = Features(patches=torch.randn(2, 4, 3, 2, 8), cls=torch.randn(2, 4, 8))
+    level = "frame" if "frame" in known_probes()[name].levels else "clip"
+    probe = _save(tmp_path, name, level, _encoder())
+    again, config = load_head(tmp_path, encoder=_encoder())
+    features = Features(
+        patches=torch.randn(2, 4, 3, 8, 8),
+        cls=torch.randn(2, 4, 8),
+        entry=torch.randn(4, 3, 8, 8),
+    )
     assert torch.equal(probe(features), again(features))
     assert config["labels"] == ["a", "b", "c"]
     assert not again.training
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_a_head_is_of_its_encoder(tmp_path):
+    _save(tmp_path, "vqt", "clip", _encoder())
+    with pytest.raises(UserError, match="there is none here"):
+        load_head(tmp_path)
+    with pytest.raises(UserError, match=r"trained on another encoder \(A\)"):
+        load_head(tmp_path, encoder=_encoder(seed=1))
 
 
 def test_how_a_head_was_computed_is_not_part_of_it(tmp_path):

@@ -5,13 +5,15 @@ import pytest
 import torch
 
 from bat.config.sections import Optim
-from bat.probes.base import Probe, build_probe, known_probes
+from bat.probes.base import Probe, build_probe, expand
 from bat.shapes import UserError
+from bat.train.candidates import Plan
 from bat.train.features import FeatureBank
 from bat.train.held_out import Round
 from bat.train.losses import LOSSES
-from bat.train.probing import cross_validate, fit_probes, predict
+from bat.train.probing import Training, fit, predict
 from bat.train.results import summary
+from bat.train.selection import cross_validate
 
 n, L, T, FREQ, D, C = 60, 4, 3, 2, 16, 3
 PLANTED = 2
@@ -48,20 +50,10 @@ def _build(method: str, *, level: str = "clip") -> Probe:
     )
 
 
-def _validate(bank, methods, *, seed=0, steps=60, build=_build, **words):
-    return cross_validate(
-        bank,
-        _rounds(bank),
-        methods=methods,
-        build=build,
-        loss=LOSSES["ce"],
-        optim=OPTIM,
-        steps=steps,
-        batch=16,
-        multi_label=False,
-        seed=seed,
-        **words,
-    )
+def _validate(bank, methods, *, steps=60, build=_build, rounds=None, **words):
+    words = {"optim": OPTIM, "batch": 16, "multi_label": False, **words}
+    plan = Plan(build=build, loss=LOSSES["ce"], steps=steps, **words)
+    return cross_validate(bank, rounds or _rounds(bank), methods, plan)
 
 
 def test_gate_finds_the_planted_block(bank):
@@ -106,14 +98,16 @@ def test_global_generator_is_left_as_it_was(bank):
 
 def test_every_probe_trains_at_both_levels_under_autocast(bank):
     for level in ("clip", "frame"):
+        methods = expand(["all"], level=level, encoder=False)
+        assert len(methods) == (12 if level == "clip" else 8)
         outcomes = _validate(
             bank,
-            list(known_probes()),
+            methods,
             steps=2,
             build=lambda m, level=level: _build(m, level=level),
             autocast=torch.bfloat16,
         )
-        assert len(outcomes) == 2 * len(known_probes())
+        assert len(outcomes) == 2 * len(methods)
 
 
 def test_held_out_clips_are_not_trained_on(bank):
@@ -140,10 +134,10 @@ def test_callbacks_get_losses_and_probes(bank):
         steps=5,
         log_every=2,
         on_log=rows.append,
-        on_probe=lambda probe, outcome: trained.append((type(probe).__name__, outcome.fold)),
+        on_probe=lambda probe, own: trained.append((type(probe).__name__, own[0].fold)),
     )
     assert [r["step"] for r in rows if r["fold"] == "0"] == [1, 2, 4, 5]
-    assert set(rows[0]) == {"step", "fold", "method", "loss"}
+    assert set(rows[0]) == {"step", "fold", "method", "seed", "lr", "weight_decay", "loss"}
     assert trained == [("Linear", "0"), ("Linear", "1")]
 
 
@@ -153,7 +147,7 @@ def test_gradient_clipping_and_rate_act(bank):
         probe = _build("linear")
         optim = Optim(**{**vars(OPTIM), **words})
         batches = bank.training(bank.ids, batch=8, steps=3, seed=0)
-        fit_probes({"linear": probe}, batches, loss=LOSSES["ce"], optim=optim, steps=3)
+        fit({"a": Training(probe, optim, "linear", 0)}, batches, loss=LOSSES["ce"], steps=3)
         return probe.fc.weight.detach()
 
     base = trained()
@@ -171,7 +165,4 @@ def test_predict_on_nothing_is_an_error():
 def test_diverged_training_is_named(bank):
     wild = Optim(**{**vars(OPTIM), "lr": 1e30, "warmup_steps": 0})
     with pytest.raises(UserError, match=r"lower optim\.lr"):
-        cross_validate(
-            bank, _rounds(bank), methods=["linear"], build=_build, loss=LOSSES["ce"], optim=wild,
-            steps=4, batch=8, multi_label=False,
-        )  # fmt: skip
+        _validate(bank, ["linear"], steps=4, optim=wild)

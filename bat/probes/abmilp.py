@@ -1,0 +1,47 @@
+"""``abmilp``: multiple-instance attention over the last block's patches (FIELD section 2).
+
+    a = softmax over tokens of w . tanh(W_a z + b_a) + b,   x = sum_i a_i z_i,   logits = W x
+
+W_a is D x D, W has no bias. (b shifts all scores alike and changes nothing; it is part of the
+definition, Linear(D, 1).)
+
+Parameters at D = 768, C = 527, L = 12: 996,097.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bat.probes.attention import Attentive
+from bat.probes.base import Level, Probe
+
+
+class ABMILP(Attentive):
+    """``dropout``: rate before the output layer."""
+
+    biased = False
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        width: int,
+        depth: int,
+        has_cls: bool,
+        level: Level = "clip",
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__(
+            classes=classes, width=width, depth=depth, has_cls=has_cls, level=level, dropout=dropout
+        )
+        self.hidden = nn.Linear(width, width)
+        self.score = nn.Linear(width, 1)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        scores = self.score(torch.tanh(self.hidden(tokens)))  # (B, N, 1)
+        share = scores.softmax(1).transpose(1, 2)  # (B, 1, N)
+        return (share @ tokens).squeeze(1)  # (B, D)
+
+
+PROBES: dict[str, type[Probe]] = {"abmilp": ABMILP}

@@ -1,0 +1,71 @@
+"""What the attentive probes of *Unmute the Patch Tokens* share (FIELD section 2).
+
+``mhca``, ``ep``, ``simpool`` and ``abmilp`` pool the last block's patches into one vector a clip,
+each by its own ``pool``; dropout and a linear layer follow. Dropout is the head setting that all
+probes share (FIELD names none). They are defined at clip level only.
+
+Scores of a learned query need no keys, means of values no values of each token:
+``q . (W_k z) = (W_k^T q) . z`` and ``sum_i w_i W_v z_i = W_v sum_i w_i z_i``. With A queries in all
+heads that is 2 N A D multiplications a clip, where projecting the tokens takes 2 N D^2.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bat.probes.base import Level, Probe
+from bat.shapes import Features, Needs
+
+
+class Attentive(Probe):
+    """Base of probes that pool patches to one vector of ``pooled_width`` values (None: D)."""
+
+    levels: ClassVar[tuple[Level, ...]] = ("clip",)
+    biased: ClassVar[bool] = True
+    """Whether the output layer has a bias."""
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        width: int,
+        depth: int,
+        has_cls: bool,
+        level: Level = "clip",
+        dropout: float = 0.2,
+        pooled_width: int | None = None,
+    ) -> None:
+        super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(pooled_width or width, classes, bias=self.biased)
+
+    def forward(self, features: Features) -> Tensor:
+        tokens = features.patches[-1].flatten(1, 2)  # (B, N, D)
+        if not torch.is_autocast_enabled(tokens.device.type):  # autocast does it itself
+            tokens = tokens.to(self.fc.weight.dtype)
+        return self.fc(self.dropout(self.pool(tokens)))  # (B, C)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> one vector a clip, (B, pooled width)."""
+        raise NotImplementedError
+
+    @classmethod
+    def needs(cls, *, has_cls: bool, level: Level) -> Needs:
+        return Needs("last")
+
+
+def attended(tokens: Tensor, directions: Tensor) -> Tensor:
+    """``softmax over tokens of (directions . tokens)``-weighted means of the tokens: (B, N, D),
+    (A, D) or (B, A, D) -> (B, A, D)."""
+    share = (directions @ tokens.transpose(1, 2)).softmax(-1)  # (B, A, N)
+    return share @ tokens
+
+
+def project_heads(weight: Tensor, read: Tensor) -> Tensor:
+    """Rows of ``weight`` (H d, D) split into H heads, each applied to its own vector: (B, H, D)
+    -> (B, H d)."""
+    heads = weight.unflatten(0, (read.shape[1], -1))  # (H, d, D)
+    return torch.einsum("bhc,hdc->bhd", read, heads).flatten(1)

@@ -1,0 +1,86 @@
+"""The layer curve: what ``linear`` would read in each block, all blocks trained at once.
+
+For block l the probe of ``linear.py``: LN, dropout, linear on o_l, or on the mean patch of an
+encoder without class token; at frame level on the mean over frequency of z_l. The blocks share no
+parameter and the loss is the sum of theirs, so under AdamW each is trained as it would be alone;
+one batched product serves all. They also share the dropout mask, which makes blocks comparable.
+
+It is no probe of the table, so ``PROBES`` leaves it out: it is judged as L of them (``answers``).
+Departure: ``optim.clip_norm`` would bound the norm of all blocks' gradients together.
+
+Parameters at D = 768, C = 527, L = 12: 4,881,588.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bat.probes.base import Level, Probe
+from bat.shapes import Features, Needs
+
+EPS = 1e-6
+"""Of the LayerNorm, as in ``linear.py``."""
+
+
+class LinearCurve(Probe):
+    """L linear probes. ``norm``: LayerNorm first; ``dropout``: rate before the layer."""
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        width: int,
+        depth: int,
+        has_cls: bool,
+        level: Level = "clip",
+        norm: bool = True,
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
+        layers = [nn.Linear(width, classes) for _ in range(depth)]  # for their initialisation
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach() for layer in layers]))
+        self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]))  # (L, C)
+        self.scale = nn.Parameter(torch.ones(depth, width)) if norm else None  # (L, D)
+        self.shift = nn.Parameter(torch.zeros(depth, width)) if norm else None  # (L, D)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: Features) -> Tensor:
+        """Logits of every block: (L, B, C) at clip level, (L, B, T, C) at frame level."""
+        x = self._pool(features)  # (L, B, D) or (L, B, T, D)
+        shape = x.shape[1:-1]
+        x = x.flatten(1, -2)  # (L, R, D)
+        if self.scale is not None and self.shift is not None:
+            x = F.layer_norm(x, x.shape[-1:], eps=EPS)
+            x = x * self.scale[:, None] + self.shift[:, None]
+        x = x * self.dropout(torch.ones_like(x[0]))
+        x = torch.baddbmm(self.bias[:, None], x, self.weight.transpose(1, 2))  # (L, R, C)
+        return x.unflatten(1, shape)
+
+    def _pool(self, features: Features) -> Tensor:
+        if self.level == "frame":
+            return features.patches.mean(3, dtype=torch.float32)
+        if self.has_cls:
+            assert features.cls is not None
+            return features.cls.float()
+        return features.patches.mean((2, 3), dtype=torch.float32)
+
+    def training_loss(
+        self, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor
+    ) -> Tensor:
+        """The sum of the blocks' losses."""
+        return torch.stack([loss(block, targets) for block in logits]).sum()
+
+    def answers(self, logits: Tensor) -> dict[str, Tensor]:
+        """``{"@1": ..., "@L": ...}``, the logits after each block."""
+        return {f"@{number}": block for number, block in enumerate(logits, start=1)}
+
+    @classmethod
+    def needs(cls, *, has_cls: bool, level: Level) -> Needs:
+        return Needs("none" if has_cls and level == "clip" else "all")
+
+    def no_weight_decay(self) -> set[str]:
+        return {"bias", "scale", "shift"}

@@ -1,0 +1,69 @@
+"""``h2t``: a linear layer on the class tokens of all blocks, with a group lasso (SPEC section 4).
+
+    x = [o_1, ..., o_L]  (L D),   logits = W dropout(LN(x)) + b
+    loss = loss(logits) + w sqrt(C) sum_j ||W_:,j||_2,   w = 1e-4
+
+A group is a column of W, all weights of one input feature: the lasso chooses which features of
+which block are used at all. (The paper's text has w = 0 on AudioSet.) Without a class token the
+mean patch of each block, at frame level the mean over frequency, takes its place.
+Dropout before the layer is the head setting that all probes share.
+
+Parameters at D = 768, C = 527, L = 12: 4,875,791.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from bat.probes.base import Level, Probe
+from bat.probes.linear import one_vector, one_vector_needs
+from bat.probes.mixing import few_rows
+from bat.shapes import Features, Needs
+
+
+class Head2Toe(Probe):
+    """``lasso``: w; ``norm``: LayerNorm (eps 1e-6) over all L D features; ``dropout``: rate before
+    the layer."""
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        width: int,
+        depth: int,
+        has_cls: bool,
+        level: Level = "clip",
+        lasso: float = 1e-4,
+        norm: bool = True,
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
+        self.lasso = lasso
+        self.norm = nn.LayerNorm(depth * width, eps=1e-6) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(depth * width, classes)
+
+    def forward(self, features: Features) -> Tensor:
+        x = one_vector(features, has_cls=self.has_cls, level=self.level, all_blocks=True)
+        x = self.dropout(self.norm(x.movedim(0, -2).flatten(-2)))  # (B, L D) or (B, T, L D)
+        return few_rows(self.fc, x) if self.level == "clip" else self.fc(x)
+
+    def penalty(self) -> Tensor:
+        """``sqrt(C) sum_j ||W_:,j||_2``, a scalar."""
+        return self.classes**0.5 * torch.linalg.vector_norm(self.fc.weight, dim=0).sum()
+
+    def training_loss(
+        self, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor
+    ) -> Tensor:
+        value = loss(logits, targets)
+        return value + self.lasso * self.penalty() if self.lasso else value
+
+    @classmethod
+    def needs(cls, *, has_cls: bool, level: Level) -> Needs:
+        return one_vector_needs(has_cls=has_cls, level=level, all_blocks=True)
+
+
+PROBES: dict[str, type[Probe]] = {"h2t": Head2Toe}

@@ -1,0 +1,100 @@
+"""``proto``: prototypes that belong to classes, with an orthogonality loss (FIELD section 2).
+
+J prototypes p_cj a class (20), ``s_cj = max over patches of n(z) . n(p_cj)`` on the last block, at
+frame level the maximum over frequency. A class sees its own similarities only, with weights that
+are not negative, so that a logit is evidence for its class and nothing else:
+
+    logit_c = sum_j softplus(v_cj) s_cj + b_c
+    loss    = loss(logits) + w mean over c of ||P_c P_c^T - I||_F^2,   P_c the (J, D) of n(p_cj)
+
+FIELD names the parts and leaves open how weights are kept from being negative, how the loss is
+summed, and the start. Ours: softplus, which a weight can leave again, where a clamped one stops
+learning at 0 for good; the mean over classes, so that w = 1 means the same for 2 classes as for
+527; weights start at 1, prototypes at 0.02 N(0, 1), biases at -2 (most classes are absent from a
+clip). Neither prototypes nor weights decay: decay would pull the weights to softplus(0) = 0.69.
+Dropout, a head setting, acts on the similarities.
+
+Parameters at D = 768, C = 527, L = 12 (J = 20): 8,105,787.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bat.probes.base import Level, Probe
+from bat.probes.mixing import Kernel
+from bat.probes.protobin import best_match
+from bat.shapes import Features, Needs
+
+PER_CLASS = 20
+"""J where it is not given."""
+BIAS = -2.0
+
+
+class Proto(Probe):
+    """``per_class``: J, None 20; ``orthogonality``: w; ``dropout``: rate before the weights.
+
+    ``kernel``: of normalising and pooling, ``portable`` or ``triton`` (GPUs).
+    """
+
+    has_prototypes = True
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        width: int,
+        depth: int,
+        has_cls: bool,
+        level: Level = "clip",
+        per_class: int | None = None,
+        orthogonality: float = 1.0,
+        dropout: float = 0.2,
+        kernel: Kernel = "portable",
+    ) -> None:
+        super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
+        J = PER_CLASS if per_class is None else per_class
+        self.orthogonality = orthogonality
+        self.prototypes = nn.Parameter(0.02 * torch.randn(classes * J, width))  # class-major
+        self.raw_weights = nn.Parameter(torch.full((classes, J), math.log(math.e - 1)))
+        self.bias = nn.Parameter(torch.full((classes,), BIAS))
+        self.dropout = nn.Dropout(dropout)
+        self.kernel = kernel
+
+    @property
+    def class_weights(self) -> Tensor:
+        """(C, J), positive."""
+        return F.softplus(self.raw_weights)
+
+    def forward(self, features: Features) -> Tensor:
+        x = best_match(features, self.prototypes, level=self.level, signs=False, kernel=self.kernel)
+        own = self.dropout(x).unflatten(-1, self.raw_weights.shape)  # (..., C, J) float32
+        return (own * self.class_weights).sum(-1) + self.bias  # (B, C) or (B, T, C)
+
+    def penalty(self) -> Tensor:
+        """Mean over classes of ``||P_c P_c^T - I||_F^2``, a scalar; float32 also under autocast."""
+        with torch.autocast(self.prototypes.device.type, enabled=False):
+            P = F.normalize(self.prototypes, dim=-1).view(*self.raw_weights.shape, -1)  # (C, J, D)
+            excess = P @ P.transpose(1, 2) - torch.eye(P.shape[1], device=P.device)
+            return excess.square().sum((1, 2)).mean()
+
+    def training_loss(
+        self, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor
+    ) -> Tensor:
+        value = loss(logits, targets)
+        return value + self.orthogonality * self.penalty() if self.orthogonality else value
+
+    @classmethod
+    def needs(cls, *, has_cls: bool, level: Level) -> Needs:
+        return Needs("last")
+
+    def no_weight_decay(self) -> set[str]:
+        return {"prototypes", "raw_weights"}
+
+
+PROBES: dict[str, type[Probe]] = {"proto": Proto}

@@ -1,0 +1,42 @@
+"""``simpool``: patches weighted by their likeness to the mean patch (FIELD section 2).
+
+    X = LN(Z),   q = mean token of X,   x = softmax(q X^T / sqrt(D)) X,   logits = W x + b
+
+The LayerNorm (eps 1e-6, learned scale and shift) is the only part of the pooling that learns.
+
+Parameters at D = 768, C = 527, L = 12: 406,799.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from bat.probes.attention import Attentive, attended
+from bat.probes.base import Level, Probe
+
+
+class SimPool(Attentive):
+    """``dropout``: rate before the output layer."""
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        width: int,
+        depth: int,
+        has_cls: bool,
+        level: Level = "clip",
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__(
+            classes=classes, width=width, depth=depth, has_cls=has_cls, level=level, dropout=dropout
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        x = self.norm(tokens)  # (B, N, D)
+        query = x.mean(1, keepdim=True) * self.width**-0.5  # (B, 1, D)
+        return attended(x, query).squeeze(1)  # (B, D)
+
+
+PROBES: dict[str, type[Probe]] = {"simpool": SimPool}

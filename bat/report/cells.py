@@ -1,0 +1,206 @@
+"""The tables of a probing as header and cells of text, and the sentences that belong below them.
+
+Probes are rows and encoders columns; a single encoder has its metrics as columns instead. Fractions
+are shown in percent. ``tables.py`` sets them for the terminal and in Markdown, ``page.py`` in HTML.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from bat.report.sections import TITLES, Row, Section
+
+NOTHING = "–"  # noqa: RUF001 (a dash where there is no number)
+
+
+def number(value: float | None, metric: str = "map") -> str:
+    """A metric as text: percent, d-prime as it is, a dash for none."""
+    if value is None or math.isnan(value):
+        return NOTHING
+    return f"{value if metric == 'dprime' else 100 * value:.2f}"
+
+
+def mean(row: Row, metric: str) -> float:
+    """A probe's mean of a metric, NaN where it has none."""
+    value = row.entry["mean"].get(metric)
+    return math.nan if value is None else float(value)
+
+
+def spread(row: Row, metric: str) -> str:
+    """``87.25 ± 1.20``, without the deviation where there is none."""
+    middle = number(mean(row, metric), metric)
+    if middle == NOTHING or row.entry["std_over"] == "none":
+        return middle
+    return f"{middle} ± {number(row.entry['std'].get(metric), metric)}"
+
+
+def bounds_of(bounds: Sequence[float] | None, metric: str = "map") -> str:
+    """``[85.10, 89.31]``, or a dash."""
+    if bounds is None:
+        return NOTHING
+    return f"[{number(bounds[0], metric)}, {number(bounds[1], metric)}]"
+
+
+def millions(parameters: int) -> str:
+    """A count of parameters: ``23.52 M``, ``0.4 k``."""
+    return f"{parameters / 1e6:.2f} M" if parameters >= 100_000 else f"{parameters / 1e3:.1f} k"
+
+
+def notes(section: Section) -> list[str]:
+    """What a reader must know to read the numbers, a sentence each."""
+    found = []
+    if section.permuted:
+        found.append("Control: every clip has another clip's labels, so chance is expected.")
+    over = section.deviation()
+    if "seeds" in over:
+        found.append("± is the standard deviation over seeds, each the mean of its rounds.")
+    if "folds" in over:
+        where = " where a probe has a single seed." if "seeds" in over else "; there is one seed."
+        found.append(f"± is the standard deviation over rounds (folds){where}")
+    if over == {"none"}:
+        found.append("One seed and one round: nothing tells how far training varies.")
+    if any(row.entry["interval"] for row in section.rows):
+        share = f"{100 * section.summaries[0]['confidence']:g}%"
+        found.append(
+            f"[ ] is the {share} bootstrap interval of the mean {TITLES[section.metric]}: other "
+            "clips held out, the same trained probes."
+        )
+    if absent := section.absent():
+        found.append(
+            "Classes without a held-out clip in some round, left out of that round's macro means: "
+            f"{few(absent)}."
+        )
+    for name, encoder in section.encoders.items():
+        if encoder["cls_rule"]:
+            found.append(f"{name}: {encoder['cls_rule'].rstrip('.')}.")
+    for how in dict.fromkeys(str(s["how"]) for s in section.summaries):
+        found.append(f"{how[:1].upper()}{how[1:].rstrip('.')}.")
+    if section.differ:
+        found.append(
+            f"These {len(section.summaries)} runs are not of one protocol: they differ in "
+            f"{', '.join(section.differ)}. Compare with care."
+        )
+    return found
+
+
+def few(names: Sequence[str], most: int = 8) -> str:
+    """The first names, and how many more."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def grid(
+    section: Section, metrics: Sequence[str]
+) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
+    """Header, cells, and which (row, column) is the best of its column: the main table.
+
+    ``metrics``: the columns where there is one encoder.
+    """
+    rows = {(row.encoder, row.method): row for row in section.rows}
+    if len(section.encoders) == 1:
+        [name] = section.encoders
+        metrics = [m for m in metrics if m in section.metrics]
+        keys = [[((name, method), metric) for metric in metrics] for method in section.methods]
+        header = ["probe", *(TITLES[metric] for metric in metrics)]
+    else:
+        keys = [
+            [((name, method), section.metric) for name in section.encoders]
+            for method in section.methods
+        ]
+        header = ["probe", *section.encoders]
+    cells, values = [], []
+    for method, line in zip(section.methods, keys, strict=True):
+        found = [(rows.get(key), metric) for key, metric in line]
+        cells.append([method, *(NOTHING if r is None else spread(r, m) for r, m in found)])
+        values.append(
+            [math.nan if r is None else r.entry["mean"].get(m, math.nan) for r, m in found]
+        )
+    best = set()
+    for column in range(len(header) - 1):
+        numbers = [line[column] for line in values if not math.isnan(line[column])]
+        if len(values) > 1 and numbers:
+            best |= {(i, column + 1) for i, v in enumerate(values) if v[column] == max(numbers)}
+    return header, cells, best
+
+
+def intervals(section: Section) -> tuple[list[str], list[list[str]]] | None:
+    """Header and cells of the intervals of the main metric; None where there are none."""
+    rows = {(row.encoder, row.method): row.entry["interval"] for row in section.rows}
+    if not any(rows.values()):
+        return None
+    cells = [
+        [m, *(bounds_of(rows.get((e, m)), section.metric) for e in section.encoders)]
+        for m in section.methods
+    ]
+    return ["probe", *section.encoders], cells
+
+
+def rounds(section: Section, metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of every single result: encoder, probe, round, seed, ``metrics``."""
+    metrics = [m for m in metrics if m in section.metrics]
+    cells = [
+        [row.encoder, row.method, fold, seed, *(number(found.get(m), m) for m in metrics)]
+        for row in section.rows
+        for fold, seeds in row.entry["folds"].items()
+        for seed, found in seeds.items()
+    ]
+    return ["encoder", "probe", "held out", "seed", *(TITLES[m] for m in metrics)], cells
+
+
+def ranking(section: Section) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of all probes, the best first."""
+    metric, behind = section.metric, section.behind
+    header = ["", "probe", "encoder", TITLES[metric], "interval", "parameters"]
+    header += ["best minus this"] if behind else []
+    cells = []
+    for place, row in enumerate(section.ranking, 1):
+        cell = [str(place), row.method, row.encoder, spread(row, metric)]
+        cell += [bounds_of(row.entry["interval"], metric), millions(row.entry["parameters"])]
+        if behind:
+            d = behind.get((row.encoder, row.method))
+            cell.append(
+                f"{number(d['difference'], metric)} {bounds_of(d['interval'], metric)}" if d else ""
+            )
+        cells.append(cell)
+    return header, cells
+
+
+def gaps(section: Section) -> tuple[list[str], list[list[str]]] | None:
+    """Header and cells: best probe, fine-tuning, untrained control; None where neither is there."""
+    found = section.gaps()
+    tuned = any(gap.finetuned is not None for gap in found)
+    control = any(gap.control is not None for gap in found)
+    if not tuned and not control:
+        return None
+    header = ["encoder", "best probe", TITLES[section.metric]]
+    header += ["fine-tuned", "probe minus fine-tuned"] if tuned else []
+    header += ["untrained, same probe", "gain over untrained"] if control else []
+    cells = []
+    for gap in found:
+        cell = [gap.encoder, gap.method, number(gap.mean)]
+        if tuned:
+            cell += [number(gap.finetuned), _minus(gap.mean, gap.finetuned)]
+        if control:
+            cell += [number(gap.control_mean), _minus(gap.mean, gap.control_mean)]
+        cells.append(cell)
+    return header, cells
+
+
+def _minus(a: float, b: float | None) -> str:
+    return NOTHING if b is None or math.isnan(a) or math.isnan(b) else f"{100 * (a - b):+.2f}"
+
+
+def protocols(section: Section) -> list[str]:
+    """The protocol of each run in a sentence."""
+    found = []
+    for summary in section.summaries:
+        length = {k: summary[k] for k in ("steps", "epochs", "batch") if summary.get(k) is not None}
+        given = ", ".join(f"{k}={v}" for k, v in {**summary["protocol"], **length}.items())
+        counts = [f"{r['train']}/{r['valid']}/{r['test']}" for r in summary["rounds"]]
+        sizes = ", ".join(dict.fromkeys(counts))
+        found.append(
+            f"Protocol: {given}. {len(counts)} round(s) of {sizes} clips to train, to choose and "
+            f"held out; seeds {', '.join(map(str, summary['seeds']))}; bat {summary['version']}."
+        )
+    return list(dict.fromkeys(found))

@@ -1,0 +1,229 @@
+"""Summaries of probing runs put side by side: one section a task, all its encoders in it.
+
+A summary is what ``bat-probe`` writes into ``summary.json``: plain numbers, metrics as fractions.
+Runs of the same task, level, metric, labels and control are merged, so that encoders probed one
+after the other stand beside each other. What such runs do not have in common (clips held out,
+protocol, seeds) is said, because their numbers are then not of one protocol. An encoder met twice
+(same weights) gets its methods together; other weights of the same name get another name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+TITLES = {
+    "accuracy": "accuracy",
+    "map": "mAP",
+    "f1": "F1",
+    "f1_micro": "micro F1",
+    "auroc": "AUROC",
+    "dprime": "d-prime",
+}
+"""Metrics in the order of columns; all but d-prime are fractions, shown in percent."""
+
+
+class Row(NamedTuple):
+    """One probe of one encoder."""
+
+    encoder: str
+    method: str
+    entry: dict[str, Any]
+    """Its ``results`` in the summary: ``mean``, ``std``, ``interval``, ``folds``, ..."""
+
+
+class Gap(NamedTuple):
+    """An encoder's best probe beside its fine-tuning and its control, fractions."""
+
+    encoder: str
+    method: str
+    mean: float
+    finetuned: float | None
+    control: str | None
+    """An untrained encoder of the same shape, probed by the same method."""
+    control_mean: float | None
+
+
+@dataclass
+class Section:
+    """One task's runs."""
+
+    summaries: list[dict[str, Any]]
+    encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """As in the summaries, under names that are theirs alone."""
+    differ: list[str] = field(default_factory=list)
+    """What the runs do not have in common, in words."""
+
+    @property
+    def task(self) -> str:
+        return str(self.summaries[0]["task"])
+
+    @property
+    def level(self) -> str:
+        return str(self.summaries[0]["level"])
+
+    @property
+    def metric(self) -> str:
+        return str(self.summaries[0]["metric"])
+
+    @property
+    def labels(self) -> list[str]:
+        return [str(label) for label in self.summaries[0]["labels"]]
+
+    @property
+    def permuted(self) -> bool:
+        return str(self.summaries[0]["control"]) == "permuted"
+
+    @property
+    def title(self) -> str:
+        """For a heading."""
+        level = "" if self.level == "clip" else f", {self.level} level"
+        return f"{self.task}{level}" + (" with permuted labels" if self.permuted else "")
+
+    @property
+    def methods(self) -> list[str]:
+        """Every probe, in the order of the runs; without those of single blocks (``curve@3``)."""
+        return list(dict.fromkeys(row.method for row in self.rows))
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every probe of every encoder, in the order of the runs."""
+        return [
+            Row(name, method, entry)
+            for name, encoder in self.encoders.items()
+            for method, entry in encoder["results"].items()
+            if "@" not in method
+        ]
+
+    @property
+    def ranking(self) -> list[Row]:
+        """The best first; a mean that is not a number comes last."""
+        return sorted(self.rows, key=lambda row: -_finite(row.entry["mean"].get(self.metric)))
+
+    @property
+    def metrics(self) -> list[str]:
+        """Metrics that any probe was judged by, the main one first."""
+        found = [m for m in TITLES if any(m in row.entry["mean"] for row in self.rows)]
+        return sorted(found, key=lambda m: m != self.metric)
+
+    @property
+    def behind(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """``{"difference", "interval"}`` of the best probe minus (encoder, method), paired.
+
+        Only within one run, where all were judged on the same clips.
+        """
+        if len(self.summaries) > 1:
+            return {}
+        given = self.summaries[0].get("differences") or []
+        return {(d["encoder"], d["method"]): d for d in given}
+
+    def best(self, encoder: str) -> Row | None:
+        """The best probe of one encoder."""
+        return next((row for row in self.ranking if row.encoder == encoder), None)
+
+    def gaps(self) -> list[Gap]:
+        """Of every encoder that was probed."""
+        found = []
+        for name, encoder in self.encoders.items():
+            row = self.best(name)
+            if row is None:
+                continue
+            control = None if is_control(encoder) else self._control(encoder, row.method)
+            theirs = None
+            if control is not None:
+                theirs = self.encoders[control]["results"][row.method]["mean"][self.metric]
+            mean = row.entry["mean"][self.metric]
+            found.append(Gap(name, row.method, mean, encoder.get("finetuned"), control, theirs))
+        return found
+
+    def _control(self, encoder: Mapping[str, Any], method: str) -> str | None:
+        shape = ("backbone", "width", "depth")
+        for name, other in self.encoders.items():
+            same = all(other.get(key) == encoder.get(key) for key in shape)
+            if is_control(other) and same and method in other["results"]:
+                return name
+        return None
+
+    def class_precision(self, row: Row) -> list[float | None]:
+        """Average precision of each class, mean over rounds and seeds in which it is defined."""
+        judged = [m["per_class"]["ap"] for m in _each(row) if m.get("per_class")]
+        columns = [[v for v in column if v is not None] for column in zip(*judged, strict=True)]
+        return [sum(c) / len(c) if c else None for c in columns]
+
+    def absent(self) -> list[str]:
+        """Classes that no clip held out has in some round."""
+        found = sorted({c for row in self.rows for m in _each(row) for c in m["absent"]})
+        return [self.labels[c] for c in found]
+
+    def deviation(self) -> set[str]:
+        """What the deviations are over: ``seeds``, ``folds``, ``none``."""
+        return {str(row.entry["std_over"]) for row in self.rows}
+
+
+def is_control(encoder: Mapping[str, Any]) -> bool:
+    """Whether an encoder's weights are untrained."""
+    return str(encoder["checkpoint"]).partition(":")[0] == "random"
+
+
+def sections(summaries: Sequence[dict[str, Any]]) -> list[Section]:
+    """Merge runs of one task; summaries are left as they are. Each may have ``run``, its name."""
+    found: dict[Any, Section] = {}
+    for summary in summaries:
+        same = tuple(str(summary[key]) for key in ("task", "level", "metric", "control"))
+        section = found.setdefault((same, tuple(summary["labels"])), Section([]))
+        section.summaries.append(summary)
+        for name, encoder in summary["encoders"].items():
+            _add(section, str(name), encoder, run=str(summary.get("run", "another run")))
+    for section in found.values():
+        section.differ = _differing(section.summaries)
+    return list(found.values())
+
+
+def _add(section: Section, name: str, encoder: dict[str, Any], *, run: str) -> None:
+    there = section.encoders.get(name)
+    if there is not None:
+        same = there["digest"] == encoder["digest"] and there.get("width") == encoder.get("width")
+        if same and not set(there["results"]) & set(encoder["results"]):
+            section.encoders[name] = there | {"results": there["results"] | encoder["results"]}
+            return
+        name = f"{name} ({run})"
+        while name in section.encoders:
+            name += "'"
+    section.encoders[name] = encoder
+
+
+def _differing(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    if len(summaries) < 2:
+        return []
+    found = []
+    views = {
+        "the clips held out": lambda s: [s["clips"], s["rounds"]],
+        "seeds": lambda s: s["seeds"],
+        "how the number comes about": lambda s: s["how"],
+        "the version of bat": lambda s: s["version"],
+    }
+    for what, view in views.items():
+        if any(view(s) != view(summaries[0]) for s in summaries[1:]):
+            found.append(what)
+    for key in ("steps", "epochs", "batch", "precision"):
+        values = dict.fromkeys(_word(s.get(key)) for s in summaries)
+        found += [f"{key} ({', '.join(values)})"] if len(values) > 1 else []
+    keys = dict.fromkeys(key for s in summaries for key in s["protocol"])
+    for key in keys:
+        values = dict.fromkeys(_word(s["protocol"].get(key)) for s in summaries)
+        found += [f"protocol.{key} ({', '.join(values)})"] if len(values) > 1 else []
+    return found
+
+
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _each(row: Row) -> list[dict[str, Any]]:
+    return [metrics for seeds in row.entry["folds"].values() for metrics in seeds.values()]
+
+
+def _finite(value: float | None) -> float:
+    return -math.inf if value is None or math.isnan(value) else value

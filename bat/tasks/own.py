@@ -1,0 +1,299 @@
+"""Labelled audio of one's own: a CSV with a line a clip, or a line an event.
+
+Columns, and no others (a misspelt one must not pass):
+
+=================  ===============================================================================
+path               of the audio file, relative to the CSV, or absolute
+label, or labels   one, taken as it stands; or several, separated by ``;``, or by ``,`` where the
+                   column has no ``;``. Mids become names where a label file lies beside the CSV
+fold, or split     at will: whole numbers; or train, test and valid (or what else ``SPLITS`` has)
+onset, offset      at will: seconds; then a line is an event, and a clip has as many as it likes.
+                   A line with a path alone is a clip without events. A clip's labels are the
+                   union of those of its events
+=================  ===============================================================================
+
+Every mistake is an error that names its line: a file that is missing would change what is judged
+as silently as a label that is. The labels decide whether the task is multi-label (``Task.settle``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bat.shapes import UserError
+from bat.tasks.base import Row, Task, numbered_lines
+from bat.tasks.events import Event, Events
+from bat.tasks.folder import SPLITS, keys_of, split_of
+from bat.tasks.labels import named
+
+COLUMNS = ("path", "label", "labels", "fold", "split", "onset", "offset")
+ALSO_CALLED = {
+    **dict.fromkeys(("file", "filename", "filepath", "audio", "wav", "clip", "fname"), "path"),
+    **dict.fromkeys(("class", "category", "target", "tag", "eventlabel", "classname"), "label"),
+    **dict.fromkeys(("classes", "categories", "targets", "tags"), "labels"),
+    **dict.fromkeys(("set", "subset", "partition"), "split"),
+    **dict.fromkeys(("start", "begin", "starttime", "onsettime", "startseconds"), "onset"),
+    **dict.fromkeys(("end", "stop", "endtime", "offsettime", "endseconds"), "offset"),
+}
+"""What others call the columns, in lower case without ``_``, ``-`` and blanks."""
+SHOWN = 5
+"""Missing files that a message names."""
+MAX_FOLD = (1 << 15) - 1
+FLAG, BESIDE_IT = "--labels class_labels_indices.csv", "class_labels_indices.csv beside the CSV"
+"""How names are given to mids: to ``bat-shard``, and here."""
+
+Line = tuple[int, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a CSV lists."""
+
+    rows: list[Row]
+    vocabulary: list[str]
+    """Class names in the order of their indices."""
+    events: Events | None
+    """By the rows' keys; None: the CSV has no onsets."""
+    notes: list[str]
+    """What a user should know of how it was read."""
+
+
+def read(path: Path) -> Own:
+    """The clips that the CSV at ``path`` lists, in its order.
+
+    Raises:
+        UserError: for every mistake described above, with its line.
+    """
+    if path.is_dir():
+        raise UserError(
+            f"data.csv={path} is a folder: name the CSV in it, or say task=folder data.root={path}"
+        )
+    columns, lines = numbered_lines(path)
+    _check_columns(columns, path)
+    if not lines:
+        raise UserError(f"{path} lists no clips: below its header, give a line a clip")
+    for number, line in lines:
+        if not line["path"]:
+            raise UserError(f"{path} line {number}: no path")
+    timed = "onset" in columns
+    places = [os.path.abspath(path.parent / line["path"]) for _, line in lines]
+    _check_files(places, lines, path)
+    each = [_row(number, line, timed, path) for number, line in lines]
+    if not timed:
+        _refuse_twice(places, lines, path)
+    reading = named(_split_labels(each, lines), None, path.parent)
+    clips = _joined(reading.rows, places, lines, path)
+    keys = dict(zip(clips, _keys(list(clips)), strict=True))
+    rows = [replace(row, key=keys[place]) for place, row in clips.items()]
+    if len(reading.vocabulary) < 2:
+        only = f"one class, {reading.vocabulary[0]!r}" if reading.vocabulary else "no labels"
+        raise UserError(f"{path} has {only}: a classifier needs two classes or more")
+    notes = [note.replace(FLAG, BESIDE_IT) for note in reading.notes]
+    joined = next((line["label"] for _, line in lines if ";" in line.get("label", "")), None)
+    if joined is not None:
+        notes.append(
+            f"column 'label' has one class a line, so {joined!r} is one; else say 'labels'"
+        )
+    events: dict[str, list[Event]] = {keys[place]: [] for place in clips}
+    for place, row, (number, line) in zip(places, reading.rows, lines, strict=True):
+        if timed and line["onset"]:
+            span = float(line["onset"]), float(line["offset"])
+            events[keys[place]].append(Event(*span, row.labels, number))
+    found = {key: tuple(several) for key, several in events.items()} if timed else None
+    return Own(rows, reading.vocabulary, found, notes)
+
+
+def _check_columns(columns: list[str], path: Path) -> None:
+    head = f"{path} line 1"
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(columns) == 1 and separator in columns[0]:
+            raise UserError(
+                f"{head}: the columns are separated by {name} ({columns[0]!r}): save the file with "
+                "commas (Excel and LibreOffice: 'CSV UTF-8', field separator ',')"
+            )
+    for column in columns:
+        if columns.count(column) > 1 and column:
+            raise UserError(f"{head}: column {column!r} is there twice: keep one of them")
+        if column not in COLUMNS:
+            raise UserError(f"{head}: {_unknown(column)}")
+    if "path" not in columns:
+        raise UserError(
+            f"{head}: no column 'path' (it has: {', '.join(columns) or 'nothing'}): name the audio "
+            "files in one"
+        )
+    if "label" not in columns and "labels" not in columns:
+        raise UserError(f"{head}: no column 'label' (one a line) or 'labels' (several, 'a;b')")
+    for one, other in (("label", "labels"), ("fold", "split")):
+        if one in columns and other in columns:
+            raise UserError(f"{head}: both {one!r} and {other!r}: keep one of them")
+    if ("onset" in columns) != ("offset" in columns):
+        here, lacks = ("onset", "offset") if "onset" in columns else ("offset", "onset")
+        raise UserError(f"{head}: column {here!r} without {lacks!r}: events need both, in seconds")
+
+
+def _unknown(column: str) -> str:
+    if not column or column.startswith("Unnamed:"):
+        return (
+            f"column {column!r} has no name: remove it (pandas: to_csv(..., index=False); a comma "
+            "at the end of the header makes one too)"
+        )
+    plain = column.lower().replace("_", "").replace("-", "").replace(" ", "")
+    close = [plain] if plain in COLUMNS else difflib.get_close_matches(plain, COLUMNS, n=1)
+    meant = ALSO_CALLED.get(plain) or next(iter(close), None)
+    hint = f" (did you mean {meant!r}?)" if meant else ""
+    return f"unknown column {column!r}{hint}; known are {', '.join(COLUMNS)}. Rename or remove it"
+
+
+def _check_files(places: list[str], lines: list[Line], path: Path) -> None:
+    there = {place: os.path.isfile(place) for place in dict.fromkeys(places)}
+    files = sum(not found for found in there.values())
+    if not files:
+        return
+    missing = [
+        (number, line["path"])
+        for place, (number, line) in zip(places, lines, strict=True)
+        if not there[place]
+    ]
+    shown = ", ".join(f"line {number}: {name!r}" for number, name in missing[:SHOWN])
+    more = ", ..." if len(missing) > SHOWN else ""
+    why = f"paths are relative to {path.parent.resolve()}, or absolute"
+    if any("\\" in name for _, name in missing):
+        why += ", and have / for \\"
+    elif os.path.isdir(path.parent / missing[0][1]):
+        why = f"{missing[0][1]!r} is a folder, and a line names a file"
+    raise UserError(
+        f"{path}: {files} of its {len(there)} audio files do not exist ({shown}{more}): {why}. "
+        "Mend the paths, or remove the lines"
+    )
+
+
+def _row(number: int, line: dict[str, str], timed: bool, path: Path) -> Row:
+    """The row of one line, labels and key still to come, all numbers checked."""
+    at = f"{path} line {number}"
+    fold, split = line.get("fold"), line.get("split")
+    for name, value in (("fold", fold), ("split", split)):
+        if value == "":
+            raise UserError(f"{at}: no {name}: give every line one, or remove the column")
+    if fold is not None and not (fold.isascii() and fold.isdigit() and int(fold) <= MAX_FOLD):
+        raise UserError(f"{at}: fold {fold!r} is not a whole number: number the folds from 1 on")
+    if split is not None and split_of(split) not in SPLITS.values():
+        raise UserError(f"{at}: split {split!r} is not known: train, valid or test")
+    label = line.get("label", line.get("labels", ""))
+    if timed and (label or line["onset"] or line["offset"]):
+        _check_times(line["onset"], line["offset"], at)
+    if not label.strip(" ;,") and not (timed and not line["onset"]):
+        bare = "; a clip without events has a path alone" if timed else ""
+        raise UserError(f"{at}: no label: give it one, or remove the line{bare}")
+    return Row(
+        path=path.parent / line["path"],
+        key=line["path"],
+        labels=(),
+        fold=None if fold is None else int(fold),
+        split=None if split is None else split_of(split),
+    )
+
+
+def _check_times(onset: str, offset: str, at: str) -> None:
+    seconds = []
+    for name, text in (("onset", onset), ("offset", offset)):
+        if not text:
+            raise UserError(
+                f"{at}: no {name}: an event needs onset and offset (a clip without events has "
+                "neither, and no label)"
+            )
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < 0:
+            raise UserError(f"{at}: {name} {text!r} is not a time: give seconds from the start")
+        seconds.append(value)
+    if seconds[1] <= seconds[0]:
+        raise UserError(
+            f"{at}: offset {offset} is not after onset {onset}: both are seconds from the clip's "
+            "start (offset is the end, not the duration)"
+        )
+
+
+def _split_labels(rows: list[Row], lines: list[Line]) -> list[Row]:
+    """``rows`` with the labels of their lines."""
+    if "label" in lines[0][1]:
+        texts = [[line["label"]] for _, line in lines]
+    else:
+        several = [line["labels"] for _, line in lines]
+        separator = ";" if any(";" in text for text in several) else ","
+        texts = [text.split(separator) for text in several]
+    return [
+        replace(row, labels=tuple(dict.fromkeys(t.strip() for t in found if t.strip())))
+        for row, found in zip(rows, texts, strict=True)
+    ]
+
+
+def _refuse_twice(places: list[str], lines: list[Line], path: Path) -> None:
+    first: dict[str, int] = {}
+    for place, (number, line) in zip(places, lines, strict=True):
+        if place in first:
+            raise UserError(
+                f"{path} line {number}: {line['path']!r} is there already, in line {first[place]}: "
+                "keep one line a clip (several labels: column 'labels', 'a;b'; events: columns "
+                "'onset' and 'offset')"
+            )
+        first[place] = number
+
+
+def _joined(rows: list[Row], places: list[str], lines: list[Line], path: Path) -> dict[str, Row]:
+    """``{place: row}``, one a clip, with the labels of all its lines."""
+    clips: dict[str, Row] = {}
+    first: dict[str, int] = {}
+    for place, row, (number, line) in zip(places, rows, lines, strict=True):
+        before = clips.setdefault(place, row)
+        at = f"line {first.setdefault(place, number)}"
+        name = line["path"]
+        for what, here, there in (
+            ("fold", row.fold, before.fold),
+            ("split", row.split, before.split),
+        ):
+            if here != there:
+                raise UserError(
+                    f"{path} line {number}: {what} {here} of {name!r}, which has {what} {there} in "
+                    f"{at}: give all lines of a clip the same"
+                )
+        if row is not before and not (row.labels and before.labels):
+            raise UserError(
+                f"{path} line {number}: {name!r} is in {at} too, and one of the two is without an "
+                "event: that is for clips that have none"
+            )
+        if row is not before:
+            labels = tuple(dict.fromkeys(before.labels + row.labels))
+            mids = tuple(dict.fromkeys(before.mids + row.mids))
+            clips[place] = replace(before, labels=labels, mids=mids)
+    return clips
+
+
+def _keys(places: list[str]) -> list[str]:
+    """Keys of absolute paths: what lies below the folder that all have in common."""
+    common = os.path.commonpath([os.path.dirname(place) for place in places])
+    used: set[str] = set()
+    found = []
+    for key in keys_of([os.path.relpath(place, common) for place in places]):
+        several = (key if n == 1 else f"{key}#{n}" for n in itertools.count(1))
+        found.append(next(name for name in several if name not in used))  # a/b.wav and a__b.wav
+        used.add(found[-1])
+    return found
+
+
+TASK = Task(
+    name="own",
+    rows=lambda path: read(path).rows,
+    vocabulary=lambda path: read(path).vocabulary,
+    multi_label=False,
+    loss="ce",
+    metric="accuracy",
+    frames=1024,
+    adapts=True,
+)

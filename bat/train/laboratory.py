@@ -1,0 +1,304 @@
+"""One encoder of a probing: its features once, all probes and seeds on them, what is seen inside.
+
+A run's folder holds, besides what every run has:
+
+    results.jsonl               an outcome a line, as soon as it is there (``results.py``)
+    metrics.jsonl               training losses
+    heads/ENCODER/METHOD-ROUND-SEED/    trained heads
+    insight/ENCODER.json        sinks, norms and ranks of every block
+    plots/ENCODER/              its gates, curve and maps
+    summary.json                all of it together; plots/: the comparison
+
+What is in ``results.jsonl`` is not trained again: the same command goes on where it was killed, and
+one with more methods, seeds or encoders adds them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bat import __version__
+from bat.config import schema
+from bat.data.bad_clips import BadClips
+from bat.data.module import eval_loader
+from bat.probes.base import Probe, build_probe, find_probe
+from bat.probes.curve import LinearCurve
+from bat.shapes import Needs
+from bat.train.candidates import Plan
+from bat.train.encoders import autocast_for, device_for, registered_name, weights_digest
+from bat.train.feature_cache import Opened, open_features
+from bat.train.heads import save_head
+from bat.train.insight import encoder_statistics
+from bat.train.prepare import Prepared
+from bat.train.results import Outcome, ResultsFile, summary
+from bat.train.selection import cross_validate
+from bat.train.speed import speed_up
+from bat.train.trainer import write_json
+
+log = logging.getLogger("bat")
+
+MAPPED = ("cgp", "protobin", "proto", "protofloat")
+"""Probes whose prototypes are drawn, the most wanted first."""
+WHERE = {"memory": "in memory", "disk": "on disk", "off": "made for each batch"}
+CURVE = "curve"
+"""The method that is a linear probe on every block."""
+
+
+class Laboratory:
+    """An encoder on the bench. ``name``: what results call it; ``methods``: probes, ``CURVE``."""
+
+    def __init__(
+        self, ready: Prepared[schema.Probe], out: Path, *, name: str, methods: Sequence[str]
+    ) -> None:
+        self.ready, self.out, self.name, self.methods = ready, out, name, list(methods)
+        self.config, self.index, self.backbone = ready.config, ready.index, ready.backbone
+        self.device = device_for(self.config.hardware)
+        self.autocast = autocast_for(self.config.hardware)
+        self.digest = weights_digest(self.backbone)
+        self.backbone.requires_grad_(False).to(self.device)
+        speed_up(self.backbone, self.config.hardware)
+        self.bad = BadClips(max_bad=self.config.data.max_bad)
+        self.seconds: dict[str, float] = {}
+        self.opened: Opened | None = None
+        self.mapped: tuple[str, Probe] | None = None
+        """Of the first seed in the last round so far, the probe whose prototypes are drawn."""
+
+    def build(self, method: str) -> Probe:
+        """A fresh probe of this encoder's shape."""
+        backbone, head = self.backbone, asdict(self.config.head)
+        shape: dict[str, Any] = {
+            "classes": self.index.classes,
+            "width": backbone.width,
+            "depth": backbone.depth,
+            "has_cls": backbone.has_cls,
+            "level": self.config.level,
+        }
+        if method == CURVE:
+            return LinearCurve(**shape, norm=head["norm"], dropout=head["dropout"])
+        return build_probe(method, **shape, encoder=backbone, **head)
+
+    def needs(self) -> Needs:
+        """The features that the methods want together."""
+        wanted = Needs("none")
+        for method in self.methods:
+            cls = LinearCurve if method == CURVE else find_probe(method)
+            wanted |= cls.needs(has_cls=self.backbone.has_cls, level=self.config.level)
+        return wanted
+
+    def run(self) -> dict[str, Any]:
+        """Train, judge and look inside; this encoder's part of ``summary.json``."""
+        made_from = {"encoder": self.digest, "data": self.index.hash}
+        file = ResultsFile(self.out / "results.jsonl", encoder=self.name, made_from=made_from)
+        plan = self._plan(file)
+        seeds = range(plan.seed, plan.seed + plan.seeds)
+        wanted = {(m, r.name, s) for m in self.methods for r in self.ready.rounds for s in seeds}
+        left = sum(not file.done(*job) for job in wanted)
+        if left < len(wanted):
+            log.info("%s: %d of %d results are there from before",
+                     self.name, len(wanted) - left, len(wanted))  # fmt: skip
+        if left:
+            self._open()
+            began = time.perf_counter()
+            cross_validate(self.source(), self.ready.rounds, self.methods, plan)
+            self.seconds["probes"] = round(time.perf_counter() - began, 1)
+        own = [o for o in file.outcomes if (o.probe, o.fold, o.seed) in wanted]
+        results = summary(own, metric=self.ready.task.metric, confidence=self.config.confidence)
+        entry = self._entry({m: e for m, e in results.items() if "@" not in m})
+        began = time.perf_counter()
+        entry["insight"] = self._insight(made_from)
+        if CURVE in self.methods:
+            entry["insight"]["curve"] = self._curve(results)
+        self.seconds["insight"] = round(time.perf_counter() - began, 1)
+        entry["seconds"] = self.seconds
+        self.bad.check(final=True)
+        entry["bad_clips"] = self.bad.state_dict()
+        log.info("%s: %s", self.name, self.bad.summary())
+        return entry
+
+    def _open(self) -> None:
+        began = time.perf_counter()
+        ready, config = self.ready, self.config
+        parts = [(r.train, r.test, r.test if r.valid is None else r.valid) for r in ready.rounds]
+        ids = np.unique(np.concatenate([ids for part in parts for ids in part]))
+        self.opened = open_features(
+            self.backbone,
+            self.index,
+            ids=ids,
+            frames=ready.frames,
+            needs=self.needs(),
+            batch=config.data.batch,
+            store=config.features,
+            data=config.data,
+            random_offset=config.pad_offset == "random",
+            autocast=self.autocast,
+            device=self.device,
+            bad_clips=self.bad,
+            progress=config.log.progress,
+            digest=self.digest,
+            targets_of=ready.targets_of,
+        )
+        self.seconds["features"] = round(time.perf_counter() - began, 1)
+        log.info(
+            "%s: features %s (%.3f GB; %s)",
+            self.name,
+            {"memory": "in memory", "disk": "on disk"}.get(
+                self.opened.cache, "made for each batch"
+            ),
+            self.opened.gb,
+            self.opened.why,
+        )
+
+    def source(self) -> Any:
+        if self.opened is None:
+            self._open()
+        assert self.opened is not None
+        return self.opened.source
+
+    def _plan(self, file: ResultsFile) -> Plan:
+        config, task = self.config, self.ready.task
+        metrics = self.out / "metrics.jsonl"
+
+        def on_log(row: dict[str, Any]) -> None:
+            with metrics.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"encoder": self.name, **row}) + "\n")
+
+        def on_probe(probe: Probe, own: list[Outcome]) -> None:
+            first = own[0]
+            seldom = first.seed == plan.seed
+            if config.heads_of == "all" or (config.heads_of == "first" and seldom):
+                self._save(probe, first)
+            if seldom and config.insight.maps and first.probe in MAPPED:
+                self._keep(probe, first)
+            file.add(own)
+
+        plan = Plan(
+            build=self.build,
+            loss=self.ready.loss,
+            optim=config.optim,
+            steps=config.train.steps,
+            epochs=config.train.epochs,
+            batch=config.data.batch,
+            multi_label=task.multi_label,
+            metric=task.metric,
+            seed=config.seed,
+            seeds=config.seeds,
+            protocol=config.protocol,
+            bootstrap=config.bootstrap,
+            memory_bytes=config.train.memory_gb * 1e9,
+            autocast=self.autocast,
+            device=self.device,
+            progress=config.log.progress,
+            log_every=config.train.log_every,
+            on_log=on_log,
+            on_probe=on_probe,
+            done=file.done,
+        )
+        return plan
+
+    def _keep(self, probe: Probe, outcome: Outcome) -> None:
+        """Keep the last round's best-liked probe with prototypes, to be drawn."""
+        held, rank = self.ready.rounds[-1].name, MAPPED.index
+        if outcome.fold == held and (
+            self.mapped is None or rank(outcome.probe) < rank(self.mapped[0])
+        ):
+            self.mapped = outcome.probe, probe
+
+    def _save(self, probe: Probe, outcome: Outcome) -> None:
+        if outcome.probe == CURVE:
+            return  # one reader a block, each with values of its own: the curve is the result
+        config = self.config
+        save_head(
+            self.head_folder(outcome.probe, outcome.fold, outcome.seed),
+            probe,
+            name=outcome.probe,
+            head=asdict(config.head),
+            meta={
+                "bat_version": __version__,
+                "task": self.ready.task.name,
+                "labels": self.index.vocabulary,
+                "held_out": outcome.fold,
+                "metrics": {k: v for k, v in outcome.metrics.items() if k != "per_class"},
+                "chosen": outcome.chosen,
+                "encoder": {
+                    "checkpoint": config.checkpoint,
+                    "weights": config.weights,
+                    "digest": self.digest,
+                },
+            },
+        )
+
+    def head_folder(self, method: str, fold: str, seed: int) -> Path:
+        return self.out / "heads" / self.name / f"{method}-{fold}-{seed}"
+
+    def _entry(self, results: dict[str, Any]) -> dict[str, Any]:
+        backbone, opened = self.backbone, self.opened
+        rule = "" if backbone.has_cls else "no class token: the mean patch stands in for it"
+        return {
+            "checkpoint": self.config.checkpoint,
+            "weights": self.config.weights,
+            "digest": self.digest,
+            "backbone": registered_name(backbone),
+            "width": backbone.width,
+            "depth": backbone.depth,
+            "heads": backbone.heads,
+            "has_cls": backbone.has_cls,
+            "patch_hop_ms": backbone.patch_hop_ms,
+            "frames": self.ready.frames,
+            "cls_rule": rule,
+            "features": None
+            if opened is None
+            else {"cache": opened.cache, "why": opened.why, "gb": opened.gb},
+            "results": results,
+        }
+
+    def _curve(self, results: dict[str, Any]) -> dict[str, list[float]]:
+        """The main metric of the linear probe on each block, and its deviation."""
+        metric = self.ready.task.metric
+        blocks = [results[f"{CURVE}@{b}"] for b in range(1, self.backbone.depth + 1)]
+        return {
+            metric: [entry["mean"][metric] for entry in blocks],
+            "std": [entry["std"][metric] for entry in blocks],
+        }
+
+    def _insight(self, made_from: dict[str, str]) -> dict[str, Any]:
+        """The encoder's statistics on the first held-out clips, kept in ``insight/``."""
+        if not self.config.insight.encoder:
+            return {}
+        clips = self.config.insight.clips
+        file = self.out / "insight" / f"{self.name}.json"
+        asked = {**made_from, "clips": clips}
+        if file.is_file():
+            try:
+                kept = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError:
+                kept = {}
+            if kept.get("made_from") == asked:
+                return dict(kept["insight"])
+        held = np.unique(np.concatenate([r.test for r in self.ready.rounds]))
+        chosen = np.random.default_rng(self.config.seed).permutation(held)[:clips]
+        found = encoder_statistics(
+            self.backbone, self.waves(np.sort(chosen)), frames=self.ready.frames
+        )
+        file.parent.mkdir(exist_ok=True)
+        write_json(file, {"made_from": asked, "insight": found})
+        return found
+
+    def waves(self, ids: np.ndarray, *, batch: int = 8) -> Any:
+        data = self.config.data
+        return eval_loader(
+            self.index,
+            ids,
+            batch=batch,
+            sample_rate=self.backbone.sample_rate,
+            clip_seconds=data.clip_seconds,
+            min_seconds=data.min_seconds,
+            max_seconds=data.max_seconds,
+        )

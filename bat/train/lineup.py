@@ -1,0 +1,120 @@
+"""Which encoders a probing compares, by what name, and what fine-tuning made of each.
+
+``checkpoint=A,B,random``: ``random`` beside others is the same architecture untrained, one control
+for each architecture among them. Names are those of ``checkpoint_name``, numbered where two agree.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import bat
+from bat.config.schema import Probe
+from bat.shapes import UserError
+from bat.train.encoders import RANDOM, checkpoint_name
+
+
+def encoders_of(config: Probe) -> dict[str, str]:
+    """``{name: checkpoint}`` in the order given.
+
+    Raises ``UserError`` for none, an empty one, and one named twice.
+    """
+    given = _given(config)
+    trained = [c for c in given if c != RANDOM and not c.startswith(f"{RANDOM}:")]
+    found: dict[str, str] = {}
+    for checkpoint in given:
+        if checkpoint == RANDOM and trained:
+            for source in _architectures(config, trained):
+                _put(found, config, f"{RANDOM}:{source}")
+        else:
+            _put(found, config, checkpoint)
+    return found
+
+
+def _given(config: Probe) -> list[str]:
+    """The checkpoints as the user wrote them."""
+    text = (config.checkpoint or "").strip()
+    if not text:
+        raise UserError(
+            "no checkpoint given: say checkpoint=RUN (a run, an export or a weight file), or "
+            "checkpoint=random for the untrained control; several with commas"
+        )
+    parts = [text] if Path(text).expanduser().exists() else [p.strip() for p in text.split(",")]
+    if not all(parts):
+        raise UserError(f"checkpoint={text} has an empty name between its commas")
+    twice = next((p for i, p in enumerate(parts) if p in parts[:i]), None)
+    if twice:
+        raise UserError(f"checkpoint={text} names {twice} twice")
+    return parts
+
+
+def _put(found: dict[str, str], config: Probe, checkpoint: str) -> None:
+    if checkpoint in found.values():
+        return
+    stem = checkpoint_name(replace(config, checkpoint=checkpoint))
+    name, number = stem, 2
+    while name in found:
+        name, number = f"{stem}-{number}", number + 1
+    found[name] = checkpoint
+
+
+def _architectures(config: Probe, checkpoints: list[str]) -> list[str]:
+    """One of ``checkpoints`` for each architecture among them."""
+    found: dict[str, str] = {}
+    for checkpoint in checkpoints:
+        encoder = bat.load_encoder(checkpoint, weights=config.weights, heads=config.heads)
+        shape = json.dumps({**encoder.config(), "drop_path": 0}, sort_keys=True, default=str)
+        found.setdefault(f"{type(encoder).__name__} {shape}", checkpoint)
+    return list(found.values())
+
+
+def finetuned_of(config: Probe, names: list[str], *, task: str, metric: str) -> dict[str, float]:
+    """What fine-tuning reaches, a fraction, for the encoders that ``config.finetuned`` has it of.
+
+    Raises ``UserError`` for more entries than checkpoints, a number that is no percentage, and a
+    folder that is no finished fine-tuning of this task.
+    """
+    given = _given(config)
+    entries = [part.strip() for entry in config.finetuned for part in entry.split(",")]
+    if len(entries) > len(given):
+        raise UserError(
+            f"finetuned={','.join(entries)} has {len(entries)} entries for {len(given)} "
+            "checkpoint(s): give one each, in order, or none"
+        )
+    by_checkpoint = dict(zip(given, entries, strict=False))
+    found = {}
+    for name, checkpoint in zip(names, encoders_of(config).values(), strict=True):
+        entry = by_checkpoint.get(checkpoint, "none")
+        if entry != "none":
+            found[name] = _finetuned(entry, task=task, metric=metric)
+    return found
+
+
+def _finetuned(entry: str, *, task: str, metric: str) -> float:
+    try:
+        percent = float(entry)
+    except ValueError:
+        return _of_run(Path(entry).expanduser(), task=task, metric=metric)
+    if not 0 <= percent <= 100 or math.isnan(percent):
+        raise UserError(f"finetuned={entry} is no percentage (0 to 100)")
+    return percent / 100
+
+
+def _of_run(folder: Path, *, task: str, metric: str) -> float:
+    file = folder / "summary.json"
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        results, of = run["results"], run["task"]
+        (entry,) = results.values()
+        value = float(entry["mean"][metric])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"finetuned={folder}: no finished run of bat-finetune with its {metric} there "
+            f"({file}: {error}); give such a run, a number in percent, or none"
+        ) from error
+    if of != task:
+        raise UserError(f"finetuned={folder} is of task '{of}', this probing of '{task}'")
+    return value

@@ -1,0 +1,55 @@
+"""Which probe's prototypes are drawn, over which clips: of a finished ``Laboratory``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from bat.probes.base import Probe
+from bat.train.heads import load_head
+from bat.train.insight import choose_clips, prototype_maps
+from bat.train.laboratory import MAPPED, Laboratory
+from bat.train.probing import predictions
+
+log = logging.getLogger("bat")
+
+
+def maps_of(lab: Laboratory) -> tuple[str, list[dict[str, Any]]]:
+    """The probe, and what its prototypes select in held-out clips of the last round.
+
+    As ``report.probe_plots.plot_prototype_maps`` takes it; ("", []) where nothing can be drawn: no
+    trained probe with prototypes, labels of frames, or unreadable clips that are not all known.
+    """
+    count, held = lab.config.insight.maps, lab.ready.rounds[-1]
+    found = (lab.mapped or _trained_before(lab)) if count else None
+    if found is None or lab.ready.targets_of is not None:
+        return "", []
+    name, probe = found
+    batches = lab.source().once(held.test, batch=lab.config.data.batch)
+    judged = predictions({name: probe}, batches, autocast=lab.autocast)
+    readable = [i for i in held.test.tolist() if lab.index.key(i) not in lab.bad.keys]
+    if len(readable) != len(judged.targets):
+        log.warning("no prototype maps: too many clips cannot be read")
+        return "", []
+    pairs = choose_clips(judged.logits[name, ""], judged.targets, count=count)
+    maps = prototype_maps(
+        probe,
+        lab.backbone,
+        lab.waves(np.array([readable[row] for _, row in pairs], np.int64)),
+        classes=[c for c, _ in pairs],
+        labels=lab.index.vocabulary,
+        frames=lab.ready.frames,
+        autocast=lab.autocast,
+    )
+    return name, maps
+
+
+def _trained_before(lab: Laboratory) -> tuple[str, Probe] | None:
+    """The head of a run that went on, or None."""
+    for name in (m for m in MAPPED if m in lab.methods):
+        folder = lab.head_folder(name, lab.ready.rounds[-1].name, lab.config.seed)
+        if folder.is_dir():
+            return name, load_head(folder)[0].to(lab.device)
+    return None

@@ -1,0 +1,254 @@
+"""Train, choose, judge: every probe with every seed in every round (SPEC section 5).
+
+Candidates are trained side by side on the training clips; each is looked at on the validation clips
+at the end, or every so many steps, and of each method and seed the best look is judged on the
+held-out clips, once. Where a protocol chooses nothing there is one candidate, and its last step is
+judged. Better is a higher main metric, of equal ones the lower loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bat.config.probing import Protocol
+from bat.probes.base import Probe
+from bat.shapes import UserError
+from bat.train.bootstrap import replicates
+from bat.train.candidates import EVERY, Candidate, Look, Plan, Score, State, fresh, passes
+from bat.train.features import Source, progress_bar
+from bat.train.held_out import Round
+from bat.train.metrics import evaluate
+from bat.train.probing import Predictions, Training, fit, own_randomness, predictions
+from bat.train.results import Outcome
+from bat.train.trainer import derive_seed
+
+
+def cross_validate(
+    source: Source, rounds: Sequence[Round], methods: Sequence[str], plan: Plan
+) -> list[Outcome]:
+    """Train, choose and judge each of ``methods`` with each seed in each of ``rounds``."""
+    outcomes = []
+    for method in methods:
+        with own_randomness(torch.device(plan.device)):
+            probe = plan.build(method)
+        plan.parameters[method] = sum(p.numel() for p in probe.parameters())
+        plan.prototypes[method] = probe.has_prototypes
+    seeds = range(plan.seed, plan.seed + plan.seeds)
+    for held in rounds:
+        jobs = [(m, s) for m in methods for s in seeds if not plan.done(m, held.name, s)]
+        candidates = [
+            Candidate(method, seed, lr, decay)
+            for method, seed in jobs
+            for lr, decay in plan.grid(method)
+        ]
+        left = {job: sum(c.job == job for c in candidates) for job in jobs}
+        tried = dict(left)
+        best: dict[tuple[str, int], dict[str, Look]] = {job: {} for job in jobs}
+        groups = list(
+            passes(candidates, parameters=plan.parameters, memory_bytes=plan.memory_bytes)
+        )
+        for number, group in enumerate(groups, start=1):
+            name = f"probes, {held.name} held out"
+            name += f", pass {number} of {len(groups)}" if len(groups) > 1 else ""
+            _train(source, held, group, best, plan, name=name)
+            for candidate in group:
+                left[candidate.job] -= 1
+            ready = [job for job in best if not left[job]]
+            looks = {job: best.pop(job) for job in ready}
+            outcomes += _judge(source, held, looks, tried, plan)
+    return outcomes
+
+
+def _train(
+    source: Source,
+    held: Round,
+    group: Sequence[Candidate],
+    best: dict[tuple[str, int], dict[str, Look]],
+    plan: Plan,
+    *,
+    name: str,
+) -> None:
+    """Train ``group`` side by side; keep in ``best`` the best look of each job and answer."""
+    steps, warmup = plan.run_steps(held)
+    trainings = {}
+    for candidate in group:
+        optim = candidate.optim(plan.optim)
+        optim.warmup_steps = warmup
+        seed = derive_seed(candidate.seed, held.name, "dropout")
+        probe = fresh(plan, held, *candidate.job).to(plan.device)
+        trainings[candidate] = Training(probe, optim, candidate.method, seed)
+    protocol = plan.protocol or Protocol(selection="none")
+    waited = dict.fromkeys(trainings, 0)
+    own_best: dict[Candidate, Score] = {}
+
+    def look(step: int, active: Sequence[Candidate]) -> set[Candidate]:
+        """Look at ``active`` on the validation clips; those that have stopped gaining."""
+        probes = {c: trainings[c].probe for c in active}
+        scores = _scores(source, held, probes, plan)
+        stopped = set()
+        for candidate in active:
+            own = {answer: score for (c, answer), score in scores.items() if c == candidate}
+            state: State | None = None
+            for answer, score in own.items():
+                kept = best[candidate.job].get(answer)
+                if score is not None and (kept is None or kept.score is None or score > kept.score):
+                    state = state or _state(trainings[candidate].probe)
+                    best[candidate.job][answer] = Look(candidate, step, score, state)
+            top = max((s for s in own.values() if s is not None), default=(-math.inf, 0.0))
+            if candidate not in own_best or top > own_best[candidate]:
+                own_best[candidate], waited[candidate] = top, 0
+            else:
+                waited[candidate] += 1
+                if protocol.patience and waited[candidate] >= protocol.patience:
+                    stopped.add(candidate)
+        return stopped
+
+    with progress_bar(steps, name, unit="step", show=plan.progress) as bar:
+
+        def after_step(step: int, losses: dict[Candidate, Tensor]) -> set[Candidate]:
+            bar.update(1)
+            plan.on_step()
+            if (
+                plan.on_log
+                and plan.log_every
+                and (step % plan.log_every == 0 or step in (1, steps))
+            ):
+                for c, value in losses.items():
+                    row = {"fold": held.name, "step": step, "method": c.method, "seed": c.seed}
+                    rate = {"lr": c.lr, "weight_decay": c.weight_decay}
+                    plan.on_log({**row, **rate, "loss": float(value)})
+            if held.valid is None:
+                return set()
+            if step == steps or (protocol.look_every and step % protocol.look_every == 0):
+                return look(step, list(losses))
+            return set()
+
+        order = derive_seed(plan.seed, held.name, "order")
+        fit(
+            trainings,
+            source.training(held.train, batch=plan.batch, steps=steps, seed=order),
+            loss=plan.loss,
+            steps=steps,
+            autocast=plan.autocast,
+            after_step=after_step,
+        )
+    if held.valid is None:
+        for candidate, training in trainings.items():
+            assert not best[candidate.job], "nothing chooses among candidates"
+            best[candidate.job][EVERY] = Look(candidate, steps, None, _state(training.probe))
+
+
+def _state(probe: Probe) -> State:
+    return {k: v.detach().to("cpu", copy=True) for k, v in probe.state_dict().items()}
+
+
+def _scores(
+    source: Source, held: Round, probes: dict[Candidate, Probe], plan: Plan
+) -> dict[tuple[Any, str], Score | None]:
+    """Main metric and minus the loss on the validation clips; None for one that diverged."""
+    assert held.valid is not None
+    with own_randomness(torch.device(plan.device)):
+        found = predictions(
+            probes, source.once(held.valid, batch=plan.batch), autocast=plan.autocast
+        )
+    scores: dict[tuple[Any, str], Score | None] = {}
+    for key, logits in found.logits.items():
+        if not logits.isfinite().all():
+            scores[key] = None
+            continue
+        metrics = evaluate(logits, found.targets, multi_label=plan.multi_label)
+        value = metrics[plan.metric]
+        if math.isnan(value):  # no class of the validation clips has a positive
+            value = 0.0
+        scores[key] = value, -float(plan.loss(logits, found.targets.float()))
+    return scores
+
+
+def _judge(
+    source: Source,
+    held: Round,
+    looks: dict[tuple[str, int], dict[str, Look]],
+    tried: dict[tuple[str, int], int],
+    plan: Plan,
+) -> list[Outcome]:
+    """Judge the chosen look of each job on the held-out clips, each once."""
+    probes: dict[tuple[tuple[str, int], int], Probe] = {}  # one of each job and state
+    for job, answers in looks.items():
+        if not answers:
+            rates = ", ".join(f"{lr:g}" for lr in sorted({lr for lr, _ in plan.grid(job[0])}))
+            raise UserError(
+                f"{job[0]} (seed {job[1]}, {held.name} held out) diverged at every rate tried "
+                f"({rates}): lower optim.lr or protocol.lrs"
+            )
+        for look in answers.values():
+            if (job, id(look.state)) not in probes:
+                probe = fresh(plan, held, *job)
+                probe.load_state_dict(look.state)
+                probes[job, id(look.state)] = probe.to(plan.device)
+    if not probes:
+        return []
+    found = predictions(probes, source.once(held.test, batch=plan.batch), autocast=plan.autocast)
+    outcomes: dict[tuple[str, int], list[Outcome]] = {job: [] for job in looks}
+    for (key, answer), logits in found.logits.items():
+        assert isinstance(key, tuple)
+        job, state = key
+        chosen = looks[job].get(answer) or looks[job].get(EVERY)
+        if chosen is not None and id(chosen.state) == state:
+            outcomes[job].append(
+                _outcome(held, job, answer, chosen, probes[key], tried[job], logits, found, plan)
+            )
+    for job, own in outcomes.items():
+        if plan.on_probe is not None:
+            first = next(iter(looks[job].values()))
+            plan.on_probe(probes[job, id(first.state)], own)
+    return [outcome for own in outcomes.values() for outcome in own]
+
+
+def _outcome(
+    held: Round,
+    job: tuple[str, int],
+    answer: str,
+    look: Look,
+    probe: Probe,
+    tried: int,
+    logits: Tensor,
+    found: Predictions,
+    plan: Plan,
+) -> Outcome:
+    gate = probe.layer_gate()
+    method, seed = job
+    resampled = None
+    metrics = evaluate(logits, found.targets, multi_label=plan.multi_label)
+    if plan.bootstrap and "@" not in answer:
+        values = replicates(
+            logits,
+            found.targets,
+            metric=plan.metric,
+            multi_label=plan.multi_label,
+            resamples=plan.bootstrap,
+            seed=derive_seed(plan.seed, held.name, "resamples"),
+            groups=found.clips,
+        )
+        resampled = [round(float(v), 6) for v in values]
+    return Outcome(
+        method=f"{method}{answer}",
+        fold=held.name,
+        metrics=metrics,
+        gate=None if gate is None else gate.cpu().tolist(),
+        seed=seed,
+        probe=method,
+        chosen={
+            "lr": look.candidate.lr,
+            "weight_decay": look.candidate.weight_decay,
+            "step": look.step,
+            "validation": None if look.score is None else look.score[0],
+            "candidates": tried,
+        },
+        parameters=plan.parameters[method],
+        replicates=resampled,
+    )

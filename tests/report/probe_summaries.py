@@ -1,0 +1,143 @@
+"""Summaries of probing runs as ``bat-probe`` writes them, with numbers drawn at random."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+METHODS = ("linear", "lcgp", "cgp")
+
+
+def judged(rng: np.random.Generator, accuracy: float, *, classes: int) -> dict[str, Any]:
+    """As ``metrics.evaluate``: class 2 is without a held-out clip."""
+    ap: list[float | None] = [float(v) for v in rng.uniform(accuracy / 2, 1, classes)]
+    ap[2] = None
+    return {
+        "accuracy": accuracy,
+        "map": statistics.mean(v for v in ap if v is not None),
+        "f1": accuracy - 0.01,
+        "f1_micro": accuracy,
+        "auroc": 0.9,
+        "dprime": 1.8123875,
+        "absent": [2],
+        "per_class": {"ap": ap, "auroc": ap, "positives": [0 if v is None else 8 for v in ap]},
+    }
+
+
+def result(
+    rng: np.random.Generator,
+    level: float,
+    *,
+    classes: int,
+    folds: Sequence[str],
+    seeds: Sequence[int],
+    depth: int,
+    gated: bool,
+) -> dict[str, Any]:
+    """One probe of one encoder, accurate to about ``level``."""
+    rounds = {
+        fold: {
+            str(seed): judged(rng, level + float(rng.uniform(-0.02, 0.02)), classes=classes)
+            for seed in seeds
+        }
+        for fold in folds
+    }
+    names = [m for m in judged(rng, 0.5, classes=classes) if m not in ("absent", "per_class")]
+    over = "seeds" if len(seeds) > 1 else "folds" if len(folds) > 1 else "none"
+    by_seed = {n: [[f[str(s)][n] for f in rounds.values()] for s in seeds] for n in names}
+    values = {n: [statistics.mean(r) for r in rows] for n, rows in by_seed.items()}
+    if over == "folds":
+        values = {n: rows[0] for n, rows in by_seed.items()}
+    places = [f"{fold}-{seed}" for fold in folds for seed in seeds]
+    mean = {n: statistics.mean(v) for n, v in values.items()}
+    return {
+        "parameters": 23_525_900,
+        "mean": mean,
+        "std": {n: statistics.stdev(v) if len(v) > 1 else 0.0 for n, v in values.items()},
+        "std_over": over,
+        "interval": [mean["accuracy"] - 0.03, mean["accuracy"] + 0.03],
+        "folds": rounds,
+        "gate": {p: rng.dirichlet(np.ones(depth)).tolist() for p in places} if gated else {},
+        "chosen": {
+            p: {"lr": 0.001, "weight_decay": 0.05, "step": 400, "validation": 0.8, "candidates": 3}
+            for p in places
+        },
+    }
+
+
+def summary(
+    *,
+    encoders: Sequence[str] = ("A", "B", "random"),
+    methods: Sequence[str] = METHODS,
+    folds: Sequence[str] = ("1", "2", "3", "4", "5"),
+    seeds: Sequence[int] = (0, 1, 2),
+    labels: Sequence[str] = ("dog", "rain", "sea", "baby", "clock"),
+    task: str = "esc10",
+    depth: int = 12,
+    draw: int = 0,
+) -> dict[str, Any]:
+    """A whole ``summary.json``; an encoder called ``random`` is the untrained control."""
+    rng = np.random.default_rng(draw)
+
+    def encoder(place: int, name: str) -> dict[str, Any]:
+        level = 0.4 if name == "random" else 0.7 - 0.1 * place
+        shape = {"classes": len(labels), "folds": folds, "seeds": seeds, "depth": depth}
+        blocks = np.linspace(0.1, 0.5, depth).tolist()
+        return {
+            "checkpoint": "random:runs/a" if name == "random" else f"runs/{name}",
+            "weights": "random" if name == "random" else "teacher",
+            "digest": f"0123abcd{place}",
+            "backbone": "bat",
+            "width": 192,
+            "depth": depth,
+            "heads": 3,
+            "has_cls": True,
+            "patch_hop_ms": 160,
+            "cls_rule": "",
+            "features": {"cache": "memory", "why": "0.42 of 4 GB", "gb": 0.42},
+            "bad_clips": {
+                "seen": 400,
+                "kinds": {"corrupt": 1},
+                "shards": {"shard-0.tar": 1},
+                "keys": {"1-17367-A-10": "the flac stream is cut off"},
+            },
+            "seconds": {"features": 41.5, "probes": 600.0},
+            "finetuned": 0.952 if name == "A" else None,
+            "results": {
+                method: result(rng, level + 0.02 * i, gated=method in ("cgp", "lcgp"), **shape)
+                for i, method in enumerate(methods)
+            },
+            "insight": {
+                "clips": 64,
+                "sinks": {"gate on": blocks, "gate off": None, "uniform": 0.002},
+                "norms": {"patches": [[v, 0.1, 9.0] for v in blocks], "cls": None},
+                "rank": {"patches": blocks, "cls": [None] * depth},
+                "curve": {"accuracy": blocks, "std": blocks},
+            },
+        }
+
+    return {
+        "task": task,
+        "metric": "accuracy",
+        "level": "clip",
+        "protocol": {"name": "validated", "selection": "validation", "lrs": [0.001, 0.003]},
+        "how": "the rate is chosen on validation clips; nothing was selected on held-out clips",
+        "clips": 400,
+        "labels": list(labels),
+        "rounds": [{"name": f, "train": 240, "valid": 80, "test": 80} for f in folds],
+        "seeds": list(seeds),
+        "control": "none",
+        "confidence": 0.95,
+        "encoders": {name: encoder(i, name) for i, name in enumerate(encoders)},
+        "ranking": [],
+        "seconds": 641.5,
+        "steps": 400,
+        "epochs": None,
+        "batch": 48,
+        "precision": "float32",
+        "device": "cpu",
+        "version": "0.6.0",
+    }

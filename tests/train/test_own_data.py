@@ -1,0 +1,294 @@
+"""A CSV of one's own, from its lines to what a probe is trained on."""
+
+import dataclasses
+import logging
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from bat.audio.decode import encode
+from bat.backbones.bat import BAT
+from bat.checkpoint import export
+from bat.config.compose import compose, to_yaml
+from bat.config.schema import Finetune, Pretrain, Probe
+from bat.data.module import eval_loader
+from bat.data.tar import escape_key
+from bat.data.toy import SAMPLE_RATE, toy_wave
+from bat.shapes import Grid, UserError, WaveBatch
+from bat.tasks.events import Event
+from bat.train.frame_targets import FrameTargets
+from bat.train.prepare import open_probing, prepare, with_encoder
+from bat.train.run_folder import open_data
+
+SECONDS = (0.5, 0.7, 1.0)
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """Nine clips, ``0.flac`` ... of 0.5, 0.7 and 1.0 s."""
+    folder = tmp_path_factory.mktemp("sounds")
+    for i in range(9):
+        wave = toy_wave("tone", seed=0, number=i, seconds=SECONDS[i % 3])
+        (folder / f"{i}.flac").write_bytes(encode(wave, sample_rate=SAMPLE_RATE, codec="flac"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    torch.manual_seed(0)
+    model = BAT(width=16, depth=2, heads=2, grid=Grid(8, 8))
+    folder = tmp_path_factory.mktemp("run") / "export"
+    return export(folder, backbone="bat", encoder=model.config(),
+                  student=model.state_dict(), teacher={}, meta={})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("shards")
+
+
+@pytest.fixture
+def own(sounds, encoder, cache, tmp_path):
+    """``own(text, "key=value", ...)``: the configuration for a CSV of ``text``."""
+
+    def build(text, *words, schema=Probe, command="probe"):
+        csv = sounds / f"{tmp_path.name}.csv"
+        csv.write_text(text)
+        recipe = "own" if schema is Probe else "esc10"
+        given = [f"recipe={recipe}", f"data.csv={csv}", f"checkpoint={encoder}",
+                 f"data.cache={cache}", "hardware=cpu", "log.progress=false",
+                 "data.workers=0"]  # fmt: skip
+        merged = dict(word.split("=", 1) for word in [*given, *words])
+        return compose(schema, command, [f"{k}={v}" for k, v in merged.items()])
+
+    return build
+
+
+PLAIN = "path,label\n" + "".join(f"{i}.flac,{'ab'[i % 2]}\n" for i in range(9))
+EVENTS = """path,label,onset,offset,fold
+0.flac,a,0.0,0.1,1
+0.flac,b,0.2,0.4,1
+1.flac,a,0.3,0.9,1
+2.flac,,,,1
+3.flac,b,0,0.5,2
+4.flac,a,0.33,0.47,2
+5.flac,b,0.5,1,2
+"""
+
+
+def test_one_label_a_clip_is_one_label_a_clip(own):
+    ready = prepare(own(PLAIN, "task=esc10"))
+    assert (ready.task.name, ready.config.task, ready.task.loss) == ("own", "own", "ce")
+    assert ready.index.vocabulary == ["a", "b"]
+    assert len(ready.rounds) == 4  # the rarer class has four clips
+    assert [len(r.test) for r in ready.rounds] == [3, 2, 2, 2]
+    assert all(r.drawn and r.valid_is == "fold" for r in ready.rounds)
+    assert "learning rate chosen on the fold after the held-out one" in ready.how
+    assert any(line.startswith("folds drawn: ") for line in ready.notices)
+    assert ready.targets_of is None
+
+
+def test_the_draw_follows_the_seed(own):
+    first, again, other = (
+        [r.test.tolist() for r in open_probing(own(PLAIN, f"seed={seed}")).rounds]
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_the_window_is_the_longest_clip_and_frames_follow(own):
+    ready = prepare(own(PLAIN))
+    assert ready.config.data.clip_seconds == 1.0
+    assert ready.frames == 112  # 101 frames in patches of 16
+    assert ready.notices[0] == "window 1 s, the longest clip (data.clip_seconds=10)"
+    assert "\n  window 1 s, the longest clip" in ready.headline("first")
+    ready = prepare(own(PLAIN, "data.clip_seconds=0.6"))
+    assert (ready.config.data.clip_seconds, ready.frames) == (0.6, 64)
+    assert "6 of 9 clips are longer than the window of 0.6 s: only their start" in ready.notices[0]
+    assert prepare(own(PLAIN, "frames=208")).frames == 208
+    with pytest.raises(UserError, match="makes 101 frames, more than frames=64"):
+        prepare(own(PLAIN, "frames=64"))
+
+
+def test_untrained_encoders_get_the_frames_of_the_window(own):
+    data = open_probing(own(PLAIN))
+    ready = with_encoder(data, data.config, "random")
+    assert (ready.frames, ready.backbone.grid) == (112, Grid(7, 8))
+
+
+def test_data_are_opened_once_for_several_encoders(own, encoder):
+    config = own(PLAIN)
+    data = open_probing(dataclasses.replace(config, checkpoint=f"{encoder},random"))
+    a, b = (with_encoder(data, config, name) for name in (str(encoder), "random:tiny"))
+    assert a.index is b.index is data.index
+    assert a.rounds is b.rounds
+    assert (a.config.checkpoint, b.config.checkpoint) == (str(encoder), "random:tiny")
+    assert a.config.data == b.config.data == data.config.data
+    assert (a.backbone.width, b.backbone.width) == (16, 192)
+
+
+def test_the_data_of_the_first_checkpoint_that_has_some(own, encoder, sounds):
+    run = encoder.parent
+    words = ["recipe=toy", "task=folder", f"data.root={sounds}", "online.every=0"]
+    (run / "config.yaml").write_text(to_yaml(compose(Pretrain, "pretrain", words)))
+    config = own(PLAIN)
+    config = dataclasses.replace(
+        config, task="folder", data=dataclasses.replace(config.data, csv=None),
+        checkpoint=f"random,{encoder}",
+    )  # fmt: skip
+    try:
+        with pytest.raises(UserError, match=r"the data has 0 class\(es\)"):  # found, unlabelled
+            open_probing(config)
+    finally:
+        (run / "config.yaml").unlink()
+
+
+def test_an_edited_csv_makes_new_shards_and_the_same_one_none(own, tmp_path):
+    where = f"data.cache={tmp_path}/shards"
+
+    def shards():
+        return sorted(p.name for p in (tmp_path / "shards").iterdir() if p.is_dir())
+
+    first = open_probing(own(PLAIN, where)).index.hash
+    made = shards()
+    assert len(made) == 1
+    stamp = os.stat(tmp_path / "shards" / made[0] / "manifest.json").st_mtime_ns
+    assert open_probing(own(PLAIN, where)).index.hash == first
+    assert shards() == made
+    assert os.stat(tmp_path / "shards" / made[0] / "manifest.json").st_mtime_ns == stamp
+    edited = open_probing(own(PLAIN.replace("3.flac,b", "3.flac,a"), where)).index
+    assert edited.hash != first
+    assert len(shards()) == 2
+    assert edited.labels_per_clip.sum() == 9
+
+
+def test_files_that_cannot_be_read_are_counted(own, sounds, caplog):
+    (sounds / "bad.flac").write_bytes(b"fLaC, but not really")
+    text = PLAIN + "bad.flac,a\n"
+    with pytest.raises(UserError, match=r"1 of the 10 files .*bad\.flac, corrupt.*data\.max_bad"):
+        open_probing(own(text))
+    with caplog.at_level(logging.WARNING, logger="bat"):
+        data = open_probing(own(text, "data.max_bad=0.1"))
+    assert len(data.index) == 9
+    assert "1 of the 10 files" in caplog.text
+
+
+def test_data_mistakes_name_the_remedy(own, sounds):
+    with pytest.raises(UserError, match=r"does not exist: name a CSV"):
+        open_data("own", dataclasses.replace(own(PLAIN).data, csv=f"{sounds}/none.csv"))
+    with pytest.raises(UserError, match=r"with task=own: name its CSV, data\.csv=FILE"):
+        open_data("own", dataclasses.replace(own(PLAIN).data, csv=None, root=str(sounds)))
+    with pytest.raises(UserError, match="class 'c' has a single clip, so no folds can be drawn"):
+        open_probing(own(PLAIN.replace("8.flac,a", "8.flac,c")))
+    folds = "".join(f"{i}.flac,{'ab'[i > 4]},{1 + (i > 4)}\n" for i in range(9))
+    with pytest.raises(UserError, match="has training clips of 1 class"):
+        open_probing(own(f"path,label,fold\n{folds}"))
+
+
+def test_several_labels_are_judged_by_mean_average_precision(own):
+    text = PLAIN.replace("label", "labels").replace("4.flac,a", "4.flac,a;c")
+    data = open_probing(own(text))
+    assert (data.task.multi_label, data.task.metric, data.task.loss) == (True, "map", "bce")
+    said = [line for line in data.notices if line.startswith("no training clip where")]
+    assert said == [
+        "no training clip where they are held out, so chance at best: 'c' (the round of fold "
+        f"{next(r.name for r in data.rounds if 4 in r.test)})"
+    ]
+
+
+def test_events_at_clip_level_are_the_clip_s_labels(own):
+    data = open_probing(own(EVENTS))
+    targets = np.stack([data.index.targets(i) for i in range(6)])
+    assert targets.tolist() == [[1, 1], [1, 0], [0, 0], [0, 1], [1, 0], [0, 1]]
+    assert data.task.multi_label
+    assert data.events is None
+    assert [r.name for r in data.rounds] == ["1", "2"]
+    one = "path,label,onset,offset\n" + "".join(f"{i}.flac,{'ab'[i % 2]},0,0.4\n" for i in range(6))
+    alone = open_probing(own(one))
+    assert (alone.task.multi_label, alone.task.loss) == (False, "ce")
+    quiet = open_probing(own(one + "8.flac,,,\n"))  # one label at most, but none of one
+    assert (quiet.task.multi_label, quiet.task.loss, quiet.task.metric) == (True, "bce", "map")
+
+
+def test_events_at_frame_level(own):
+    """Patches of 160 ms; clip 1 of 0.7 s has five, the last from 0.64 s on; clip 0 has four."""
+    ready = prepare(own(EVENTS, "level=frame"))
+    assert ready.task.multi_label
+    assert ready.task.loss == "bce"
+    assert ready.targets_of is not None
+    loader = eval_loader(ready.index, np.arange(6), batch=6, sample_rate=SAMPLE_RATE,
+                         clip_seconds=ready.config.data.clip_seconds)  # fmt: skip
+    (batch,) = loader
+    patches = ready.frames // ready.backbone.patch
+    targets = ready.targets_of(batch, patches)
+    assert targets.shape == (6, 7, 2)
+    x = float("nan")
+    torch.testing.assert_close(
+        targets,
+        torch.tensor(
+            [
+                [[1, 0], [0, 0], [0, 1], [0, 0], [x, x], [x, x], [x, x]],
+                [[0, 0], [0, 0], [1, 0], [1, 0], [1, 0], [x, x], [x, x]],
+                [[0, 0]] * 7,
+                [[0, 1], [0, 1], [0, 1], [0, 1], [x, x], [x, x], [x, x]],
+                [[0, 0]] * 5 + [[x, x]] * 2,
+                [[0, 0]] * 4 + [[0, 1]] * 3,
+            ]
+        ),
+        equal_nan=True,
+    )
+    assert ready.notices[-1].startswith("1 event(s) begin and end between the starts of two")
+
+
+def test_the_digest_follows_an_edited_onset_though_the_shards_do_not(own):
+    before = prepare(own(EVENTS, "level=frame"))
+    after = prepare(own(EVENTS.replace("0.3,0.9", "0.2,0.9"), "level=frame"))
+    assert before.index.hash == after.index.hash
+    assert before.targets_of.digest != after.targets_of.digest
+    assert before.targets_of.digest == prepare(own(EVENTS, "level=frame")).targets_of.digest
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["data.roll=true"], "data.roll=true moves clips, but not their events: say data.roll=f"),
+        (["pad_offset=random"], "pad_offset=random moves clips"),
+        (["data.clip_seconds=0.6"], r"4 of 6 clips are longer than .*=0.6: .* data.clip_seconds=1"),
+    ],
+)
+def test_what_would_move_or_cut_events_is_refused(own, words, says):
+    with pytest.raises(UserError, match=says):
+        open_probing(own(EVENTS, "level=frame", *words))
+    open_probing(own(EVENTS, *words))
+
+
+def test_events_after_the_end_are_an_error(own):
+    with pytest.raises(UserError, match=r"1 event.s. begin after .* line 6: onset 300, 3 has 0.5"):
+        open_probing(own(EVENTS.replace("b,0,0.5", "b,300,500")))
+
+
+def test_patch_times_are_their_starts_and_bounds_belong_to_the_event():
+    """As SPEC section 5: index x 160 ms inside [start, end]; 3 x 160 ms is 0.48 s exactly."""
+    events = {"x.y": (Event(0.16, 0.48, ("b",), 2), Event(0.481, 0.639, ("a",), 3))}
+    made = FrameTargets(events, labels=["a", "b"], patch_hop_ms=160.0, sample_rate=1000)
+    batch = WaveBatch(
+        waves=torch.zeros(1, 960), lengths=torch.tensor([800]), targets=torch.zeros(1, 2),
+        keys=[escape_key("x.y")], positions=torch.zeros(1), skipped=[],
+    )  # fmt: skip
+    (targets,) = made(batch, 6)
+    assert targets[:5, 1].tolist() == [0, 1, 1, 1, 0]
+    assert targets[:5, 0].tolist() == [0] * 5
+    assert made.missed == 1
+    assert targets[5].isnan().all()  # 0.8 s is the clip's end
+    batch.lengths = torch.tensor([801])
+    assert made(batch, 6)[0, 5].tolist() == [0, 0]
+
+
+def test_fine_tuning_takes_a_csv_too(own):
+    ready = prepare(own(PLAIN, schema=Finetune, command="finetune"))
+    assert (ready.task.name, ready.frames) == ("own", 112)
+    assert [len(r.train) for r in ready.rounds] == [6, 7, 7, 7]
+    assert all(r.valid is None for r in ready.rounds)
+    assert "nothing was selected" in ready.how
