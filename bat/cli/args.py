@@ -48,6 +48,12 @@ def recipe_parser(command: str, about: str, epilog: str) -> argparse.ArgumentPar
     return p
 
 
+def own_recipe(options: argparse.Namespace) -> list[str]:
+    """``recipe=own`` where ``data.csv`` is given and no recipe is."""
+    words = {word.partition("=")[0] for word in options.settings}
+    return ["recipe=own"] if "data.csv" in words and "recipe" not in words else []
+
+
 def run(
     body: Callable[[argparse.Namespace], None],
     p: argparse.ArgumentParser,

@@ -13,6 +13,7 @@ examples:
   bat-finetune recipe=toy checkpoint=runs/pretrain-toy
   bat-finetune recipe=esc10 checkpoint=RUN                       data as RUN's config.yaml says
   bat-finetune recipe=esc10 checkpoint=random:RUN data.root=DIR  from scratch: the control
+  bat-finetune data.csv=labels.csv checkpoint=RUN                audio and labels of your own
   bat-finetune recipe=as20k checkpoint=RUN data.shards=DIR hardware=ddp
 
 checkpoint= a run, an export, a weight file (ours or the field's), or random[:RUN | :S].
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 def _body(options: argparse.Namespace) -> None:
     from bat.config.schema import Finetune
 
-    config = args.configure(options, Finetune, "finetune", [])
+    config = args.configure(options, Finetune, "finetune", args.own_recipe(options))
     if config is None:
         return
     from bat.train.run_finetune import finetune

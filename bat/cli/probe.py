@@ -52,9 +52,7 @@ def _body(options: argparse.Namespace) -> None:
 
     extra = [] if options.method is None else [f"methods=[{options.method}]"]
     extra += [] if options.seeds is None else [f"seeds={options.seeds}"]
-    words = {word.partition("=")[0] for word in options.settings}
-    if "data.csv" in words and "recipe" not in words:
-        extra.append("recipe=own")
+    extra += args.own_recipe(options)
     config = args.configure(options, Probe, "probe", extra)
     if config is None:
         return

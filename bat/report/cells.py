@@ -50,6 +50,8 @@ def millions(parameters: int) -> str:
 def notes(section: Section) -> list[str]:
     """What a reader must know to read the numbers, a sentence each."""
     found = []
+    if left := [name for s in section.summaries for name in s.get("unfinished", [])]:
+        found.append(f"Not finished: {few(left)} still to come; the same command continues.")
     if section.permuted:
         found.append("Control: every clip has another clip's labels, so chance is expected.")
     over = section.deviation()
@@ -76,6 +78,8 @@ def notes(section: Section) -> list[str]:
             found.append(f"{name}: {encoder['cls_rule'].rstrip('.')}.")
     for how in dict.fromkeys(str(s["how"]) for s in section.summaries):
         found.append(f"{how[:1].upper()}{how[1:].rstrip('.')}.")
+    for notice in dict.fromkeys(str(n) for s in section.summaries for n in s.get("notices", [])):
+        found.append(f"{notice[:1].upper()}{notice[1:].rstrip('.')}.")
     if section.differ:
         found.append(
             f"These {len(section.summaries)} runs are not of one protocol: they differ in "

@@ -31,6 +31,8 @@ from bat.tasks.base import Task
 from bat.train.trainer import derive_seed
 
 RANDOM = "random"
+OWN = "own"
+"""The task of ``data.csv``."""
 STATISTICS_OF = {"esc10": "esc50", "esc50": "esc50"}
 """Task -> data set whose statistics suit it (``bat.audio.frontend``); others: AudioSet's."""
 
@@ -49,8 +51,7 @@ def checkpoint_name(config: Supervised) -> str:
 def load_for(config: Supervised, task: Task) -> tuple[Backbone, int]:
     """The encoder that ``config.checkpoint`` names, in eval mode, and the frames of a clip.
 
-    Raises ``UserError``: nothing given, nothing there, frames that are not whole patches, or
-    settings that its front end does not have.
+    Raises ``UserError``: nothing given, nothing there, or settings that its front end does not have.
     """
     name = _given(config)
     frames = config.frames or task.frames
@@ -61,10 +62,6 @@ def load_for(config: Supervised, task: Task) -> tuple[Backbone, int]:
             backbone = _untrained(shape, config, frames)
     else:
         backbone = bat.load_encoder(name, weights=config.weights, heads=config.heads)
-    if frames % backbone.patch:
-        raise UserError(
-            f"frames={frames} is not a multiple of the encoder's patch {backbone.patch}"
-        )
     backbone = _with_frontend(backbone, config, task)
     if config.pad_offset == "random" and backbone.frontend.pad != "waveform":
         raise UserError(
@@ -118,37 +115,39 @@ def weights_digest(backbone: Backbone) -> str:
 
 
 def data_of_run(config: Supervised) -> tuple[Data, str]:
-    """``config.data``; where it names no data, the root or shards of the checkpoint's own run.
+    """``config.data``; where it names no data, the root, CSV or shards of the checkpoint's own run.
 
     And a line to print where the run's were taken, else nothing. A ``config.yaml`` that is none of
     ours is passed over.
     """
     data = config.data
-    if data.root or data.shards:
+    if data.root or data.shards or data.csv:
         return data, ""
     for file in _config_files(_given(config)):
-        for task, root, shards in _sources(file):
-            if task == config.task and any(HIDDEN in s for s in (root or "", *shards)):
+        for task, root, csv, shards in _sources(file):
+            if task == config.task and any(HIDDEN in s for s in (root or csv or "", *shards)):
                 raise UserError(
                     f"the data of {file} was given with credentials, or what looks like some, "
                     "which are not written down: say data.shards= or data.root= again"
                 )
-            if task == config.task and (root or shards):
-                note = f"data {root or ', '.join(shards)}, as {file} says"
-                return replace(data, root=root, shards=shards), note
+            if task == config.task and (root or csv or shards):
+                note = f"data {root or csv or ', '.join(shards)}, as {file} says"
+                return replace(data, root=root, csv=csv, shards=shards), note
     return data, ""
 
 
-def _sources(file: Path) -> list[tuple[str, str | None, list[str]]]:
-    """Task, root and shards of the data that the run with this configuration used."""
+def _sources(file: Path) -> list[tuple[str, str | None, str | None, list[str]]]:
+    """Task, root, CSV and shards of the data that the run with this configuration used."""
     for schema in (Pretrain, Finetune, Probe):
         try:
             run: Any = from_yaml(schema, file)
         except (ValueError, OmegaConfBaseException):
             continue
-        found = [(run.task, run.data.root, run.data.shards)]
+        task = OWN if run.data.csv else run.task
+        found = [(task, run.data.root, run.data.csv, run.data.shards)]
         if isinstance(run, Pretrain) and (run.online.root or run.online.shards):
-            found.insert(0, (run.online.task or run.task, run.online.root, run.online.shards))
+            other = (run.online.task or run.task, run.online.root, None, run.online.shards)
+            found.insert(0, other)
         return found
     return []
 

@@ -44,7 +44,6 @@ __all__ = [
     "FeatureBank",
     "FeatureStream",
     "Source",
-    "bank_bytes",
     "device_of",
     "encode",
     "evaluating",
@@ -278,12 +277,6 @@ class FeatureStream:
             self.bad_clips.add(batch)
             self.bad_clips.check()
             yield batch
-
-
-def bank_bytes(backbone: Backbone, clips: int, *, frames: int, dtype: torch.dtype) -> int:
-    """What a ``FeatureBank`` of so many clips needs."""
-    tokens = frames // backbone.patch * backbone.grid.freq + int(backbone.has_cls)
-    return clips * backbone.depth * tokens * backbone.width * dtype.itemsize
 
 
 def to_device(features: Features, device: torch.device) -> Features:

@@ -24,8 +24,8 @@ from bat.train.trainer import derive_seed
 
 DRAWN_FOLDS = 5
 """Of data of one's own that has neither folds nor splits."""
-SHOWN = 5
-"""Classes that a message names."""
+SHOWN, MANY = 5, 10
+"""Classes, folds that a message names."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,7 @@ def how(rounds: Sequence[Round], protocol: Protocol | None = None) -> str:
         judged = "judged on the clips of the test split"
     else:
         names = ", ".join(held.name for held in rounds)
+        names = names if len(rounds) <= MANY else f"{len(rounds)} folds"
         whose = "drawn here, evenly over the classes" if first.drawn else "the data's own"
         judged = f"judged on each held-out fold in turn ({names}; folds {whose})"
     if protocol is None or protocol.selection == "none":

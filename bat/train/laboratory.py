@@ -96,6 +96,8 @@ class Laboratory:
     def run(self) -> dict[str, Any]:
         """Train, judge and look inside; this encoder's part of ``summary.json``."""
         made_from = {"encoder": self.digest, "data": self.index.hash}
+        if self.ready.targets_of is not None:  # an edited onset changes no shard
+            made_from["events"] = self.ready.targets_of.digest
         file = ResultsFile(self.out / "results.jsonl", encoder=self.name, made_from=made_from)
         plan = self._plan(file)
         seeds = range(plan.seed, plan.seed + plan.seeds)

@@ -28,6 +28,7 @@ from bat.data.index import Index
 from bat.data.module import eval_loader
 from bat.probes.base import Probe, build_probe, expand, find_probe
 from bat.report.plots import plot_layer_gates, plot_probe_curve
+from bat.report.sections import TITLES
 from bat.shapes import Needs, UserError
 from bat.tasks.base import Task
 from bat.train.callbacks import Metrics, StepCallback
@@ -35,7 +36,7 @@ from bat.train.candidates import Plan
 from bat.train.features import FeatureBank
 from bat.train.held_out import Round, make_rounds
 from bat.train.losses import loss_for
-from bat.train.results import TITLES, summary
+from bat.train.results import summary
 from bat.train.run_folder import open_data
 from bat.train.selection import cross_validate
 from bat.train.sharding import whole_encoder

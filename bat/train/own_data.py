@@ -12,10 +12,13 @@ from bat.shapes import UserError
 from bat.tasks.events import Events
 
 
-def window(index: Index, clip_seconds: float) -> tuple[float, list[str]]:
+def window(
+    index: Index, clip_seconds: float, events: Events | None = None
+) -> tuple[float, list[str]]:
     """Seconds of every clip that an encoder sees, and lines to say so.
 
-    ``clip_seconds``, or the longest clip where that is shorter: encoders would see silence only.
+    ``clip_seconds``, or the longest clip where that is shorter: the rest would be silence. Of a
+    longer clip it is the middle; with ``events``, whose times count from there, the start.
     """
     seconds = _seconds(index)
     known = seconds[seconds > 0]
@@ -26,11 +29,15 @@ def window(index: Index, clip_seconds: float) -> tuple[float, list[str]]:
         said.append(f"window {chosen:.6g} s, the longest clip (data.clip_seconds={clip_seconds:g})")
     longer = _longer(index, chosen)
     if longer:
-        said.append(
+        line = (
             f"{longer} of {len(index)} clips are longer than the window of {chosen:g} s: only "
-            f"their start is judged (the longest: {longest:.6g} s; data.clip_seconds= makes it "
-            "longer)"
+            f"their {'middle' if events is None else 'start'} is judged (the longest: "
+            f"{longest:.6g} s; data.clip_seconds= makes the window longer)"
         )
+        if events is not None:
+            late = sum(e.onset_seconds >= chosen for found in events.values() for e in found)
+            line += f"; {late} event(s) begin after it"
+        said.append(line)
     return chosen, said
 
 
@@ -51,21 +58,14 @@ def check_events(events: Events, index: Index) -> None:
         )
 
 
-def check_in_place(index: Index, config: Supervised) -> None:
-    """Raise ``UserError`` for what would move clips under their events, or cut them."""
-    data = config.data
-    if data.roll or config.pad_offset == "random":
-        what = "data.roll=true" if data.roll else "pad_offset=random"
-        remedy = "data.roll=false" if data.roll else "pad_offset=start"
-        raise UserError(f"{what} moves clips, but not their events: say {remedy}, or level=clip")
-    longer = _longer(index, data.clip_seconds)
-    if longer:
-        longest = float(np.ceil(_seconds(index).max() * 100) / 100)
-        raise UserError(
-            f"{longer} of {len(index)} clips are longer than data.clip_seconds="
-            f"{data.clip_seconds:g}: at frame level all of a clip is judged; say "
-            f"data.clip_seconds={longest:g}, or cut the recordings"
-        )
+def check_in_place(config: Supervised) -> None:
+    """Raise ``UserError`` for what would move clips under their events."""
+    for set_, name, remedy in (
+        (config.data.roll, "data.roll=true", "data.roll=false"),
+        (config.pad_offset == "random", "pad_offset=random", "pad_offset=start"),
+    ):
+        if set_:
+            raise UserError(f"{name} moves clips, not their events: say {remedy}, or level=clip")
 
 
 def _seconds(index: Index) -> np.ndarray:

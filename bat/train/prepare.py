@@ -110,7 +110,11 @@ def kaldi_line(frontend: KaldiFbank) -> str:
 
 
 def check_frames(backbone: Backbone, *, frames: int, clip_seconds: float) -> None:
-    """Raise ``UserError`` where whole clips have more than ``frames`` frames."""
+    """Raise ``UserError`` where ``frames`` are no whole patches, or whole clips have more."""
+    if frames % backbone.patch:
+        raise UserError(
+            f"frames={frames} is not a multiple of the encoder's patch {backbone.patch}"
+        )
     given = backbone.frontend.valid_frames(clip_samples(clip_seconds, backbone.sample_rate))  # type: ignore[operator]
     if given > frames:
         whole = -(-given // backbone.patch) * backbone.patch
@@ -139,6 +143,9 @@ def open_probing(config: C) -> PreparedData[C]:
         task, index, listed = open_own(config.data, progress=config.log.progress)
         return _checked(replace(config, task=task.name), task, index, own=listed)
     data, note = _data_of_runs(config)
+    if data.csv:
+        found = open_probing(replace(config, data=data))
+        return replace(found, note=note)
     task, index = open_data(config.task, data, progress=config.log.progress)
     return _checked(replace(config, data=data), task, index, note=note)
 
@@ -210,17 +217,16 @@ def _checked(
     notices: list[str] = list(own.notes) if own is not None else []
     events = None
     if own is not None:
-        clip_seconds, said = window(index, config.data.clip_seconds)
-        config = replace(config, data=replace(config.data, clip_seconds=clip_seconds))
-        notices += said
         if own.events is not None:
             check_events(own.events, index)
-            frame_level = isinstance(config, Probe) and config.level == "frame"
-            if frame_level:
-                check_in_place(index, config)
+            if isinstance(config, Probe) and config.level == "frame":
+                check_in_place(config)
                 events = own.events
-            if frame_level or not index.labels_per_clip.all():  # none at a time, or in a clip
+            if events is not None or not index.labels_per_clip.all():  # none at a time, in a clip
                 task = replace(task, multi_label=True, loss="bce", metric="map")
+        clip_seconds, said = window(index, config.data.clip_seconds, events)
+        config = replace(config, data=replace(config.data, clip_seconds=clip_seconds))
+        notices += said
     check_labels(task, index)
     protocol = config.protocol if isinstance(config, Probe) else None
     rounds = make_rounds(
@@ -255,6 +261,6 @@ def _data_of_runs(config: Supervised) -> tuple[Data, str]:
     names = (config.checkpoint or "").split(",")
     for name in [config.checkpoint, *(names if len(names) > 1 else [])]:
         data, note = data_of_run(replace(config, checkpoint=name))
-        if data.root or data.shards:
+        if data.root or data.shards or data.csv:
             break
     return data, note

@@ -16,24 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from bat.report.sections import TITLES
 from bat.shapes import UserError
 from bat.train.bootstrap import interval
 from bat.train.metrics import summarise
 
 HOW = "weights after the last step, judged on the held-out clips; nothing was selected on them"
 METRICS = ("accuracy", "map", "f1", "f1_micro", "auroc", "dprime")
-TITLES = {
-    "accuracy": "accuracy",
-    "map": "mAP",
-    "f1": "F1",
-    "f1_micro": "micro F1",
-    "auroc": "AUROC",
-    "dprime": "d-prime",
-}
 SHOWN = ("accuracy", "map", "f1")
 """Columns of the table of one encoder."""
-PERCENT = ("accuracy", "map", "f1", "f1_micro", "auroc")
-"""Metrics that are fractions."""
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from bat import __version__
 from bat.config import schema
 from bat.probes.base import find_probe, takes_encoder
 from bat.report.plots import plot_folds
+from bat.report.sections import TITLES
 from bat.shapes import UserError
 from bat.train.batching import with_batch
 from bat.train.encoders import autocast_for, checkpoint_name
 from bat.train.folds import Folds
 from bat.train.prepare import prepare
-from bat.train.results import HOW, TITLES, Outcome, summary, table
+from bat.train.results import HOW, Outcome, summary, table
 from bat.train.run_folder import run_folder
 from bat.train.signals import minding_signals
 from bat.train.trainer import is_main, start_logging, write_json

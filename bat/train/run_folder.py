@@ -13,7 +13,7 @@ from typing import Any
 
 from bat.checkpoint import replace_durably
 from bat.config.compose import to_yaml
-from bat.config.schema import Pretrain, Supervised
+from bat.config.schema import Pretrain, Probe, Supervised
 from bat.config.sections import Data
 from bat.data.index import Index, open_index
 from bat.data.manifest import Manifest
@@ -63,6 +63,18 @@ SAFE = (
 )
 """Settings that may change when a run is continued: what is computed stays the same. (That the data
 and the global batch are the same is checked against the checkpoint: by hash, not by path.)"""
+ADDED = (
+    "checkpoint:",
+    "methods:",
+    "seeds:",
+    "finetuned:",
+    "confidence:",
+    "heads_of:",
+    "features.",
+    "insight.",
+    "train.memory_gb:",
+)
+"""Of a probing also these: what is there stays as it is, and what is new is added."""
 
 
 @contextmanager
@@ -96,7 +108,8 @@ def _settle(config: Pretrain | Supervised, file: Path, force: bool) -> None:
     text = to_yaml(redact_tree(config))
     if file.is_file():
         changes = changed_settings(file.read_text(encoding="utf-8"), text)
-        risky = [c for c in changes if not c[2:].startswith(SAFE)]
+        safe = SAFE + ADDED if isinstance(config, Probe) else SAFE
+        risky = [c for c in changes if not c[2:].startswith(safe)]
         if risky and not force:
             raise UserError(
                 f"out={file.parent} holds a run with other settings (- then, + now):\n  "

@@ -20,6 +20,7 @@ from bat.config import schema
 from bat.config.compose import to_dict
 from bat.probes.base import expand, find_probe
 from bat.report.tables import as_text
+from bat.train.control import permuted
 from bat.train.encoders import autocast_for, device_for
 from bat.train.feature_cache import measured
 from bat.train.features import FeatureStream
@@ -30,6 +31,7 @@ from bat.train.probe_pictures import draw_comparison, draw_encoder
 from bat.train.probing import predict
 from bat.train.results import gate_bars, ranking, table
 from bat.train.run_folder import run_folder
+from bat.train.run_report import differences
 from bat.train.trainer import start_logging, write_json
 
 log = logging.getLogger("bat")
@@ -49,6 +51,8 @@ def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -
     methods += [CURVE] if config.insight.curve else []
     encoders = encoders_of(config)
     opened = open_probing(config)
+    if config.control == "permuted":
+        opened = permuted(opened, seed=config.seed)
     finetuned = finetuned_of(
         config, list(encoders), task=opened.task.name, metric=opened.task.metric
     )
@@ -88,6 +92,9 @@ def _run(
         found[name] = {**lab.run(), "finetuned": finetuned.get(name)}
         draw_encoder(out / "plots" / name, lab, found[name])
         summary = _summary(config, opened, methods, found, time.perf_counter() - began)
+        summary["unfinished"] = [other for other in encoders if other not in found]
+        if not summary["unfinished"]:
+            summary["differences"] = differences(out, summary)
         write_json(out / "summary.json", summary)
         del lab, ready
     draw_comparison(out / "plots", summary)
@@ -112,6 +119,7 @@ def _summary(
         "protocol": to_dict(config.protocol),
         "control": config.control,
         "how": opened.how,
+        "notices": list(opened.notices),
         "methods": list(methods),
         "clips": len(opened.index),
         "labels": opened.index.vocabulary,
@@ -203,7 +211,7 @@ def _report(config: schema.Probe, summary: dict[str, Any], out: Path) -> str:
     parts = [as_text([summary])]
     if len(encoders) == 1:
         (entry,) = encoders.values()
-        if len(entry["results"]) <= FEW:
+        if 1 < len(entry["results"]) <= FEW:
             parts.insert(0, table(entry["results"]))
         for method, own in entry["results"].items():
             if own["gate"]:

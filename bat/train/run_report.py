@@ -51,7 +51,7 @@ def report(runs: Sequence[str | Path], *, out: str | Path | None = None) -> Repo
     alone = [section.summaries[0]["run"] for section in found if len(section.summaries) == 1]
     for folder, summary in zip(folders, summaries, strict=True):
         if summary["run"] in alone:
-            summary["differences"] = _differences(folder, summary)
+            summary["differences"] = differences(folder, summary)
     pictures = {n: _pictures(folder) for folder, n in zip(folders, names, strict=True)}
     target = Path(out) if out is not None else folders[0] if len(folders) == 1 else Path(OUT)
     tasks = dict.fromkeys(section.title for section in found)
@@ -191,7 +191,7 @@ def _pictures(folder: Path) -> list[Picture]:
     return found
 
 
-def _differences(folder: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
+def differences(folder: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
     """The best probe minus each other, on the same draws of the same held-out clips."""
     path = folder / "results.jsonl"
     ranking = sections([summary])[0].ranking

@@ -166,7 +166,7 @@ def _shards(words) -> str:
 
 @pytest.mark.parametrize(("schema", "command"), [(Probe, "probe"), (Finetune, "finetune")])
 def test_every_recipe_composes(schema, command):
-    more = ["as2m"] if command == "finetune" else ["own"]
+    more = ["as2m", "own"] if command == "finetune" else ["own"]
     assert known_recipes(command) == sorted(["as20k", "esc10", "esc50", "toy", *more])
     for name in known_recipes(command):
         compose(schema, command, [f"recipe={name}"])
@@ -197,3 +197,41 @@ def test_recipes_hold_the_papers_constants():
     assert (esc.augment.noise_p, esc.augment.mixup_p, esc.data.roll) == (0.3, 0, True)
     assert (esc.augment.spec_freq, esc.augment.spec_time, esc.augment.spec_repeats) == (16, 32, 1)
     assert (esc.train.steps, esc.optim.lr, esc.optim.warmup_steps) == (4_000, 5e-5, 400)
+
+
+def test_more_methods_seeds_and_encoders_are_added_to_a_probing(words, tmp_path, monkeypatch):
+    from bat.train import selection
+
+    trained = []
+    fit = selection.fit
+
+    def spy(trainings, *args, **words):
+        trained.append(sorted({(t.method, t.seed) for t in trainings}))
+        return fit(trainings, *args, **words)
+
+    monkeypatch.setattr(selection, "fit", spy)
+    words = [*words, f"out={tmp_path}/run", "folds=[1]"]
+    assert probe.main([*words, "--method", "linear"]) == 0
+    first = json.loads((tmp_path / "run/summary.json").read_text())
+    assert probe.main([*words, "--method", "linear,mlp", "--seeds", "2"]) == 0
+    own = [w + ",random" if w.startswith("checkpoint=") else w for w in words]
+    assert probe.main([*own, "--method", "linear,mlp", "--seeds", "2"]) == 0
+    everything = [("linear", 0), ("linear", 1), ("mlp", 0), ("mlp", 1)]
+    assert trained == [[("linear", 0)], everything[1:], everything]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert list(summary["encoders"]) == ["pretrain-toy", "random-pretrain-toy"]
+    old, new = (s["encoders"]["pretrain-toy"]["results"]["linear"] for s in (first, summary))
+    assert new["folds"]["1"]["0"] == old["folds"]["1"]["0"]
+    assert new["std_over"] == "seeds"
+    assert summary["unfinished"] == []
+    assert len(summary["ranking"]) == 4
+    assert len(summary["differences"]) == 3
+    assert probe.main([*own, "--method", "linear,mlp", "--seeds", "2", "optim.lr=0.5"]) == 2
+
+
+def test_permuted_labels_are_said(words, tmp_path, capsys):
+    words = [*words, f"out={tmp_path}/run", "folds=[1]", "control=permuted", "--method", "linear"]
+    assert probe.main(words) == 0
+    captured = capsys.readouterr()
+    assert "another clip's labels" in captured.err
+    assert "chance is expected" in captured.out

@@ -19,13 +19,16 @@ def test_every_shipped_recipe_resolves(command: str, name: str) -> None:
     assert config.recipe == name
 
 
+GROUPS = ("model", "data", "hardware", "protocol")
+
+
 @pytest.mark.parametrize("command", SCHEMAS)
 @pytest.mark.parametrize(
     "file", sorted(p.name for p in (Path(locate.__file__).parents[2] / "configs").rglob("*.yaml"))
 )
 def test_every_shipped_fragment_is_named_in_a_group(command: str, file: str) -> None:
     stem = file.removesuffix(".yaml")
-    groups = [g for g in ("model", "data", "hardware") if stem in locate.known_fragments(g)]
+    groups = [g for g in GROUPS if stem in locate.known_fragments(g)]
     assert groups, f"{file} lies in no group"
     if command == "pretrain":
         for group in groups:
@@ -212,3 +215,26 @@ def test_environment_variables_cannot_get_into_a_run(
     recipe.write_text("use: [model/tiny]\ndata: {root: '/data/${oc.env:SECRET}'}\n")
     with pytest.raises(UserError, match=r"'data.root=.*outside the configuration"):
         compose(Pretrain, "pretrain", [f"recipe={recipe}"])
+
+
+def test_a_protocol_of_the_command_line_is_the_last_word_but_for_single_values() -> None:
+    given = compose(Probe, "probe", ["recipe=esc50"])
+    assert (given.protocol.name, given.protocol.selection, given.seeds) == ("bat", "none", 1)
+    assert (given.train.steps, given.train.epochs, given.data.batch) == (4_000, 0, 48)
+    unmute = compose(Probe, "probe", ["recipe=esc50", "protocol=unmute", "protocol.sobol=8"])
+    assert (unmute.protocol.name, unmute.protocol.selection, unmute.seeds) == (
+        "unmute", "validation", 5)  # fmt: skip
+    assert (unmute.train.epochs, unmute.data.batch, unmute.protocol.sobol) == (30, 128, 8)
+    assert (unmute.protocol.lrs, unmute.protocol.prototype_lrs, unmute.protocol.weight_decays) == (
+        [1e-4, 7e-3], [2e-3, 8e-2], [1e-5, 5e-4])  # fmt: skip
+    assert unmute.head.per_class == 20
+    assert unmute.optim.warmup_steps == 0
+    back = compose(Probe, "probe", ["recipe=esc10", "protocol=bat"])
+    assert (back.optim.lr, back.head.prototypes, back.protocol.lrs) == (1e-3, 10_000, [])
+    assert (back.optim.warmup_steps, back.optim.betas, back.optim.min_lr) == (
+        40,
+        [0.9, 0.999],
+        1e-6,
+    )
+    with pytest.raises(UserError, match="protocol.selection=none: nothing chooses"):
+        compose(Probe, "probe", ["recipe=esc50", "protocol.lrs=[1e-3,1e-2]"])

@@ -125,6 +125,23 @@ def test_training_is_the_same_from_memory_disk_and_stream(get, autocast):
     torch.testing.assert_close(logits["off"], logits["memory"], atol=near, rtol=near)
 
 
+def test_the_order_over_remote_shards_is_one(get, index, monkeypatch):
+    sources = [get(cache).source for cache in ("memory", "disk", "off")]
+    words = {"batch": 3, "steps": 4, "seed": 1}
+
+    def order(source) -> torch.Tensor:
+        batches = source.training(np.arange(10), **words)
+        return torch.cat([features.cls[-1] for features, _ in batches])
+
+    even = [order(source) for source in sources]
+    monkeypatch.setattr(type(index), "remote", True)
+    windowed = [order(source) for source in sources]
+    for orders in (even, windowed):
+        assert torch.equal(orders[0], orders[1])
+        torch.testing.assert_close(orders[0], orders[2], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(even[0], windowed[0], atol=1e-2)
+
+
 def test_measured_size_is_that_of_the_files(get, index, tmp_path):
     opened = get("disk", needs=Needs("last", entry=True))
     files = {f.name: f.stat().st_size for f in _folder(tmp_path).glob("*.bin")}
@@ -305,6 +322,10 @@ def test_labels_in_time_are_those_of_now_whatever_the_cache(get):
     assert memory.targets.isnan().sum() == 10 * 2 * 5
     assert torch.equal(memory.targets.nan_to_num(-1), first.targets.nan_to_num(-1))
     assert torch.equal(again.source.targets.nan_to_num(0), 2 * first.targets.nan_to_num(0))
+    long = {"clip_seconds": 0.2}  # counted from the start of a clip that is cut
+    begins = get("memory", crop="start", **long).source.cls
+    assert torch.equal(get("memory", targets_of=labels(1.0), **long).source.cls, begins)
+    assert not torch.allclose(get("memory", **long).source.cls, begins, atol=1e-3)
     with pytest.raises(UserError, match=r"data\.roll=true moves the clips"):
         get("auto", targets_of=labels(1.0), roll=True)
 

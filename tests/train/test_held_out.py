@@ -263,6 +263,8 @@ def test_how_says_what_was_chosen_where():
         "step chosen on the clips of the split valid, which took no part in training; judged on "
         "the clips of the test split, once"
     )
+    many = single(12, 12, fold=[*range(1, 13)] * 2)
+    assert "in turn (12 folds; folds the data's own)" in said(many, None)
     assert "folds drawn here" in said(single(4, 4), None, draw=4)
 
 

@@ -106,7 +106,7 @@ def test_the_window_is_the_longest_clip_and_frames_follow(own):
     assert "\n  window 1 s, the longest clip" in ready.headline("first")
     ready = prepare(own(PLAIN, "data.clip_seconds=0.6"))
     assert (ready.config.data.clip_seconds, ready.frames) == (0.6, 64)
-    assert "6 of 9 clips are longer than the window of 0.6 s: only their start" in ready.notices[0]
+    assert "6 of 9 clips are longer than the window of 0.6 s: only their middle" in ready.notices[0]
     assert prepare(own(PLAIN, "frames=208")).frames == 208
     with pytest.raises(UserError, match="makes 101 frames, more than frames=64"):
         prepare(own(PLAIN, "frames=64"))
@@ -253,15 +253,22 @@ def test_the_digest_follows_an_edited_onset_though_the_shards_do_not(own):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["data.roll=true"], "data.roll=true moves clips, but not their events: say data.roll=f"),
-        (["pad_offset=random"], "pad_offset=random moves clips"),
-        (["data.clip_seconds=0.6"], r"4 of 6 clips are longer than .*=0.6: .* data.clip_seconds=1"),
+        (["data.roll=true"], "data.roll=true moves clips, not their events: say data.roll=false"),
+        (["pad_offset=random"], "pad_offset=random moves clips, not .* say pad_offset=start"),
     ],
 )
-def test_what_would_move_or_cut_events_is_refused(own, words, says):
+def test_what_would_move_events_is_refused(own, words, says):
     with pytest.raises(UserError, match=says):
         open_probing(own(EVENTS, "level=frame", *words))
     open_probing(own(EVENTS, *words))
+
+
+def test_recordings_longer_than_the_window_are_judged_at_their_start(own):
+    data = open_probing(own(EVENTS, "level=frame", "data.clip_seconds=0.5"))
+    said = next(line for line in data.notices if "the window of 0.5 s" in line)
+    assert said.startswith("4 of 6 clips are longer")
+    assert "only their start is judged (the longest: 1 s;" in said
+    assert said.endswith("; 1 event(s) begin after it")
 
 
 def test_events_after_the_end_are_an_error(own):
