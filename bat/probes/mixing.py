@@ -60,15 +60,16 @@ def sum_type(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _pieces(rows: Tensor) -> Iterator[tuple[slice | int, slice]]:
+def _pieces(rows: Tensor) -> Iterator[tuple[slice, slice]]:
     """Indices (clips, tokens) of the pieces that are worked on together."""
     _, B, N, _ = rows.shape
     if rows.device.type != "cpu":
         yield slice(None), slice(None)
         return
-    for b in range(B):
+    clips = max(1, CPU_TOKENS // max(1, N))  # short clips: several, or the calls would cost most
+    for b in range(0, B, clips):
         for start in range(0, N, CPU_TOKENS):
-            yield b, slice(start, start + CPU_TOKENS)
+            yield slice(b, b + clips), slice(start, start + CPU_TOKENS)
 
 
 @torch.library.custom_op(

@@ -32,7 +32,9 @@ def test_every_shipped_fragment_is_named_in_a_group(command: str, file: str) -> 
     assert groups, f"{file} lies in no group"
     if command == "pretrain":
         for group in groups:
-            compose(Pretrain, "pretrain", ["recipe=as2m", f"{group}={stem}"])
+            schema, run = (Probe, "probe") if group == "protocol" else (Pretrain, "pretrain")
+            recipe = "as20k" if group == "protocol" else "as2m"
+            compose(schema, run, [f"recipe={recipe}", f"{group}={stem}"])
 
 
 def test_as2m_is_the_paper_s_base_configuration() -> None:

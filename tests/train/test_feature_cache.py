@@ -472,8 +472,11 @@ def test_what_another_process_makes_is_waited_for(
 def test_readers_keep_what_they_mapped_when_it_is_made_anew(get, tmp_path):
     reader = get("disk").source
     wanted = reader.patches.clone()
+    file = _folder(tmp_path) / "patches.bin"
+    mapped = file.stat().st_ino  # still in use: no new file can have it
     _flip(_folder(tmp_path) / "crc.bin", 3)
     get("disk")
+    assert file.stat().st_ino != mapped  # never written over: a shortened mapping kills its reader
     assert torch.equal(reader.patches, wanted)
 
 
