@@ -3,7 +3,8 @@
     uv run python tools/bench.py masks cgp --json out.json
 
 Parts (``tools/benchmarks/``): ``step``, ``changes`` (our step with one thing done the plain way),
-``masks``, ``cgp``, ``frontend``, ``stream``, ``reliability`` (checkpoints, and what is watched).
+``masks``, ``cgp``, ``laboratory`` (all probes at once), ``frontend``, ``stream``, ``reliability``
+(checkpoints, and what is watched).
 Each case is timed alternately, *ours* and *plain*, after a warm-up; figures are medians over the
 repeats. *Plain* is an honest rendition of how the paper's implementation organises the work, held
 by tests to the same numbers. Absolute times hang on the machine; the ratios are the result. Memory
@@ -29,7 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where bat is only checked out
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
-PARTS = ("step", "changes", "masks", "cgp", "frontend", "stream", "reliability")
+PARTS = ("step", "changes", "masks", "cgp", "laboratory", "frontend", "stream", "reliability")
 PACKAGES = (
     "torch",
     "torchaudio",
