@@ -232,6 +232,11 @@ class Probe(Supervised):
             found.append(f"bootstrap={self.bootstrap} must be at least 100, or 0 for none")
         if not 0 < self.confidence < 1:
             found.append(f"confidence={self.confidence} must lie strictly between 0 and 1")
+        if self.protocol.sobol and not (self.protocol.weight_decays or self.optim.weight_decay):
+            found.append(
+                "protocol.sobol with optim.weight_decay=0, which has no logarithm: give a positive "
+                "one, or positive protocol.weight_decays"
+            )
         if self.features.cache in ("memory", "disk") and self.data.roll:
             found.append(
                 f"features.cache={self.features.cache} with data.roll=true: rolled clips differ "

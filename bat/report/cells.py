@@ -74,6 +74,8 @@ def notes(section: Section) -> list[str]:
             f"{few(absent)}."
         )
     for name, encoder in section.encoders.items():
+        if encoder.get("diverged"):
+            found.append(f"{name}: left out, {encoder['diverged']}.")
         if encoder["cls_rule"]:
             found.append(f"{name}: {encoder['cls_rule'].rstrip('.')}.")
     for how in dict.fromkeys(str(s["how"]) for s in section.summaries):

@@ -141,6 +141,8 @@ class Plan:
     """Called after each step; may end it all by raising."""
     done: Callable[[str, str, int], bool] = lambda method, fold, seed: False
     """Whether a method, in a round, with a seed needs no training."""
+    diverged: list[tuple[str, str, int]] = field(default_factory=list)
+    """Method, round and seed of what diverged at every rate; filled in."""
     parameters: dict[str, int] = field(default_factory=dict)
     """Of each method; filled in."""
     prototypes: dict[str, bool] = field(default_factory=dict)
@@ -149,6 +151,16 @@ class Plan:
     def grid(self, method: str) -> list[tuple[float, float]]:
         """Rates and weight decays that are tried."""
         return grid(self.protocol, self.optim, prototypes=self.prototypes[method])
+
+    def diverged_line(self) -> str:
+        """What diverged, and what to do about it."""
+        jobs = ", ".join(f"{m} ({fold} held out, seed {seed})" for m, fold, seed in self.diverged)
+        methods = dict.fromkeys(method for method, _, _ in self.diverged)
+        rates = sorted({lr for method in methods for lr, _ in self.grid(method)})
+        return (
+            f"diverged at every rate tried ({', '.join(f'{lr:g}' for lr in rates)}): {jobs}; lower "
+            "optim.lr or protocol.lrs"
+        )
 
     def run_steps(self, held: Round) -> tuple[int, int]:
         """Optimiser steps and warm-up steps of a round."""

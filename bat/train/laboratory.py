@@ -1,12 +1,12 @@
-"""One encoder of a probing: its features once, all probes and seeds on them, what is seen inside.
+"""One encoder of a probing: its features once, all probes and seeds on them.
 
 A run's folder holds, besides what every run has:
 
     results.jsonl               an outcome a line, as soon as it is there (``results.py``)
     metrics.jsonl               training losses
     heads/ENCODER/METHOD-ROUND-SEED/    trained heads
-    insight/ENCODER.json        sinks, norms and ranks of every block
-    plots/ENCODER/              its gates, curve and maps
+    insight/ENCODER.json        sinks, norms and ranks of every block (``inside.py``)
+    plots/ENCODER/              its gates, folds and maps
     summary.json                all of it together; plots/: the comparison
 
 What is in ``results.jsonl`` is not trained again: the same command goes on where it was killed, and
@@ -31,17 +31,15 @@ from bat.data.bad_clips import BadClips
 from bat.data.module import eval_loader
 from bat.probes.base import Probe, build_probe, find_probe
 from bat.probes.curve import LinearCurve
-from bat.shapes import Needs
+from bat.shapes import Needs, UserError
 from bat.train.candidates import Plan
 from bat.train.encoders import autocast_for, device_for, registered_name, weights_digest
 from bat.train.feature_cache import Opened, open_features
 from bat.train.heads import save_head
-from bat.train.insight import encoder_statistics
 from bat.train.prepare import Prepared
 from bat.train.results import Outcome, ResultsFile, summary
 from bat.train.selection import cross_validate
 from bat.train.speed import speed_up
-from bat.train.trainer import write_json
 
 log = logging.getLogger("bat")
 
@@ -68,6 +66,10 @@ class Laboratory:
         self.bad = BadClips(max_bad=self.config.data.max_bad)
         self.seconds: dict[str, float] = {}
         self.opened: Opened | None = None
+        self.made_from = {"encoder": self.digest, "data": self.index.hash}
+        """What results hang on besides the settings."""
+        if ready.targets_of is not None:  # an edited onset changes no shard
+            self.made_from["events"] = ready.targets_of.digest
         self.mapped: tuple[str, Probe] | None = None
         """Of the first seed in the last round so far, the probe whose prototypes are drawn."""
 
@@ -94,11 +96,8 @@ class Laboratory:
         return wanted
 
     def run(self) -> dict[str, Any]:
-        """Train, judge and look inside; this encoder's part of ``summary.json``."""
-        made_from = {"encoder": self.digest, "data": self.index.hash}
-        if self.ready.targets_of is not None:  # an edited onset changes no shard
-            made_from["events"] = self.ready.targets_of.digest
-        file = ResultsFile(self.out / "results.jsonl", encoder=self.name, made_from=made_from)
+        """Train and judge; this encoder's part of ``summary.json``."""
+        file = ResultsFile(self.out / "results.jsonl", encoder=self.name, made_from=self.made_from)
         plan = self._plan(file)
         seeds = range(plan.seed, plan.seed + plan.seeds)
         wanted = {(m, r.name, s) for m in self.methods for r in self.ready.rounds for s in seeds}
@@ -109,16 +108,21 @@ class Laboratory:
         if left:
             self._open()
             began = time.perf_counter()
-            cross_validate(self.source(), self.ready.rounds, self.methods, plan)
+            found = cross_validate(self.source(), self.ready.rounds, self.methods, plan)
+            if plan.diverged and not found and not file.outcomes:
+                raise UserError(f"{self.name}: {plan.diverged_line()}")
             self.seconds["probes"] = round(time.perf_counter() - began, 1)
         own = [o for o in file.outcomes if (o.probe, o.fold, o.seed) in wanted]
+        broken = {method for method, _, _ in plan.diverged}
+        if broken:
+            log.warning("%s: %s", self.name, plan.diverged_line())
+        own = [o for o in own if o.probe not in broken]
         results = summary(own, metric=self.ready.task.metric, confidence=self.config.confidence)
         entry = self._entry({m: e for m, e in results.items() if "@" not in m})
-        began = time.perf_counter()
-        entry["insight"] = self._insight(made_from)
-        if CURVE in self.methods:
+        entry["insight"] = {}
+        entry["diverged"] = plan.diverged_line() if broken else ""
+        if CURVE in self.methods and CURVE not in broken:
             entry["insight"]["curve"] = self._curve(results)
-        self.seconds["insight"] = round(time.perf_counter() - began, 1)
         entry["seconds"] = self.seconds
         self.bad.check(final=True)
         entry["bad_clips"] = self.bad.state_dict()
@@ -269,29 +273,6 @@ class Laboratory:
             metric: [entry["mean"][metric] for entry in blocks],
             "std": [entry["std"][metric] for entry in blocks],
         }
-
-    def _insight(self, made_from: dict[str, str]) -> dict[str, Any]:
-        """The encoder's statistics on the first held-out clips, kept in ``insight/``."""
-        if not self.config.insight.encoder:
-            return {}
-        clips = self.config.insight.clips
-        file = self.out / "insight" / f"{self.name}.json"
-        asked = {**made_from, "clips": clips}
-        if file.is_file():
-            try:
-                kept = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError:
-                kept = {}
-            if kept.get("made_from") == asked:
-                return dict(kept["insight"])
-        held = np.unique(np.concatenate([r.test for r in self.ready.rounds]))
-        chosen = np.random.default_rng(self.config.seed).permutation(held)[:clips]
-        found = encoder_statistics(
-            self.backbone, self.waves(np.sort(chosen)), frames=self.ready.frames
-        )
-        file.parent.mkdir(exist_ok=True)
-        write_json(file, {"made_from": asked, "insight": found})
-        return found
 
     def waves(self, ids: np.ndarray, *, batch: int = 8) -> Any:
         data = self.config.data

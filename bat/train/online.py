@@ -197,7 +197,11 @@ class OnlineProbe(StepCallback):
             device=device,
             on_step=on_step,
         )
-        return summary(cross_validate(bank, self.rounds, methods, plan))
+        outcomes = cross_validate(bank, self.rounds, methods, plan)
+        if plan.diverged:
+            log.warning("online probe: %s", plan.diverged_line().replace("optim.lr", "online.lr"))
+        broken = {method for method, _, _ in plan.diverged}
+        return summary([o for o in outcomes if o.method not in broken])
 
     def build(self, method: str, *, teacher: Backbone | None = None) -> Probe:
         """A fresh probe of the encoder's shape; ``teacher``: for those that are made of it."""

@@ -11,8 +11,8 @@ from bat.report import insight_plots, probe_plots
 from bat.report.plots import plot_folds, plot_layer_gates
 from bat.report.sections import TITLES
 from bat.train.encoders import RANDOM
+from bat.train.inside import maps_of
 from bat.train.laboratory import Laboratory
-from bat.train.maps_of import maps_of
 
 
 def draw_encoder(folder: Path, lab: Laboratory, entry: dict[str, Any]) -> None:

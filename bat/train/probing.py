@@ -54,6 +54,9 @@ def fit(
     optimizers = {key: _optimizer(training) for key, training in trainings.items()}
 
     def objective(logits: Tensor, targets: Tensor) -> Tensor:
+        if targets.ndim == 3:  # labels of time patches: those beyond a clip's end are nobody's
+            kept = ~targets.isnan().any(-1)  # (B, T)
+            return loss(logits[kept], targets[kept])
         return against(loss, logits, targets)
 
     with own_randomness(device):

@@ -63,10 +63,12 @@ SAFE = (
 )
 """Settings that may change when a run is continued: what is computed stays the same. (That the data
 and the global batch are the same is checked against the checkpoint: by hash, not by path.)"""
-ADDED = (
+PROBING = (
+    *(name for name in SAFE if name not in ("data.batch:", "data.global_batch:")),
     "checkpoint:",
     "methods:",
     "seeds:",
+    "folds:",
     "finetuned:",
     "confidence:",
     "heads_of:",
@@ -74,7 +76,8 @@ ADDED = (
     "insight.",
     "train.memory_gb:",
 )
-"""Of a probing also these: what is there stays as it is, and what is new is added."""
+"""Of a probing: what is there stays as it is, and what is new is added. (A probing's
+batch is no micro-batch: it decides what is computed.)"""
 
 
 @contextmanager
@@ -108,7 +111,7 @@ def _settle(config: Pretrain | Supervised, file: Path, force: bool) -> None:
     text = to_yaml(redact_tree(config))
     if file.is_file():
         changes = changed_settings(file.read_text(encoding="utf-8"), text)
-        safe = SAFE + ADDED if isinstance(config, Probe) else SAFE
+        safe = PROBING if isinstance(config, Probe) else SAFE
         risky = [c for c in changes if not c[2:].startswith(safe)]
         if risky and not force:
             raise UserError(

@@ -24,6 +24,7 @@ from bat.train.control import permuted
 from bat.train.encoders import autocast_for, device_for
 from bat.train.feature_cache import measured
 from bat.train.features import FeatureStream
+from bat.train.inside import statistics_of
 from bat.train.laboratory import CURVE, Laboratory
 from bat.train.lineup import encoders_of, finetuned_of
 from bat.train.prepare import Prepared, PreparedData, open_probing, with_encoder
@@ -90,6 +91,9 @@ def _run(
         log.info("%s", _headline(ready, name, methods, out, of))
         lab = Laboratory(ready, out, name=name, methods=methods)
         found[name] = {**lab.run(), "finetuned": finetuned.get(name)}
+        then = time.perf_counter()
+        found[name]["insight"] |= statistics_of(lab)
+        lab.seconds["insight"] = round(time.perf_counter() - then, 1)
         draw_encoder(out / "plots" / name, lab, found[name])
         summary = _summary(config, opened, methods, found, time.perf_counter() - began)
         summary["unfinished"] = [other for other in encoders if other not in found]

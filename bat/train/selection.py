@@ -17,7 +17,6 @@ from torch import Tensor
 
 from bat.config.probing import Protocol
 from bat.probes.base import Probe
-from bat.shapes import UserError
 from bat.train.bootstrap import replicates
 from bat.train.candidates import EVERY, Candidate, Look, Plan, Score, State, fresh, passes
 from bat.train.features import Source, progress_bar
@@ -31,7 +30,10 @@ from bat.train.trainer import derive_seed
 def cross_validate(
     source: Source, rounds: Sequence[Round], methods: Sequence[str], plan: Plan
 ) -> list[Outcome]:
-    """Train, choose and judge each of ``methods`` with each seed in each of ``rounds``."""
+    """Train, choose and judge each of ``methods`` with each seed in each of ``rounds``.
+
+    What diverges at every rate has no outcome and is listed in ``plan.diverged``.
+    """
     outcomes = []
     for method in methods:
         with own_randomness(torch.device(plan.device)):
@@ -176,37 +178,41 @@ def _judge(
     tried: dict[tuple[str, int], int],
     plan: Plan,
 ) -> list[Outcome]:
-    """Judge the chosen look of each job on the held-out clips, each once."""
+    """Judge the chosen look of each job on the held-out clips, each once.
+
+    A job that diverged, or one of whose answers did, has no outcomes: ``plan.diverged`` has it.
+    """
     probes: dict[tuple[tuple[str, int], int], Probe] = {}  # one of each job and state
     for job, answers in looks.items():
-        if not answers:
-            rates = ", ".join(f"{lr:g}" for lr in sorted({lr for lr, _ in plan.grid(job[0])}))
-            raise UserError(
-                f"{job[0]} (seed {job[1]}, {held.name} held out) diverged at every rate tried "
-                f"({rates}): lower optim.lr or protocol.lrs"
-            )
         for look in answers.values():
             if (job, id(look.state)) not in probes:
                 probe = fresh(plan, held, *job)
                 probe.load_state_dict(look.state)
                 probes[job, id(look.state)] = probe.to(plan.device)
-    if not probes:
-        return []
-    found = predictions(probes, source.once(held.test, batch=plan.batch), autocast=plan.autocast)
     outcomes: dict[tuple[str, int], list[Outcome]] = {job: [] for job in looks}
-    for (key, answer), logits in found.logits.items():
-        assert isinstance(key, tuple)
-        job, state = key
-        chosen = looks[job].get(answer) or looks[job].get(EVERY)
-        if chosen is not None and id(chosen.state) == state:
-            outcomes[job].append(
-                _outcome(held, job, answer, chosen, probes[key], tried[job], logits, found, plan)
-            )
+    sound = {job for job in looks if looks[job]}
+    if probes:
+        held_out = source.once(held.test, batch=plan.batch)
+        found = predictions(probes, held_out, autocast=plan.autocast)
+        for (key, answer), logits in found.logits.items():
+            assert isinstance(key, tuple)
+            job, state = key
+            chosen = looks[job].get(answer) or looks[job].get(EVERY)
+            if chosen is None or (id(chosen.state) == state and not logits.isfinite().all()):
+                sound.discard(job)
+            elif id(chosen.state) == state and job in sound:
+                outcomes[job].append(
+                    _outcome(
+                        held, job, answer, chosen, probes[key], tried[job], logits, found, plan
+                    )
+                )
     for job, own in outcomes.items():
-        if plan.on_probe is not None:
+        if job not in sound:
+            plan.diverged.append((job[0], held.name, job[1]))
+        elif plan.on_probe is not None:
             first = next(iter(looks[job].values()))
             plan.on_probe(probes[job, id(first.state)], own)
-    return [outcome for own in outcomes.values() for outcome in own]
+    return [outcome for job, own in outcomes.items() if job in sound for outcome in own]
 
 
 def _outcome(

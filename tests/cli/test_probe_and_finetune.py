@@ -227,6 +227,7 @@ def test_more_methods_seeds_and_encoders_are_added_to_a_probing(words, tmp_path,
     assert len(summary["ranking"]) == 4
     assert len(summary["differences"]) == 3
     assert probe.main([*own, "--method", "linear,mlp", "--seeds", "2", "optim.lr=0.5"]) == 2
+    assert probe.main([*own, "--method", "linear,mlp", "--seeds", "2", "data.batch=2"]) == 2
 
 
 def test_permuted_labels_are_said(words, tmp_path, capsys):

@@ -6,6 +6,7 @@ import torch
 
 from bat.config.sections import Optim
 from bat.probes.base import Probe, build_probe, expand
+from bat.probes.curve import LinearCurve
 from bat.shapes import UserError
 from bat.train.candidates import Plan
 from bat.train.features import FeatureBank
@@ -162,7 +163,41 @@ def test_predict_on_nothing_is_an_error():
         predict({"linear": _build("linear")}, iter([]))
 
 
-def test_diverged_training_is_named(bank):
+def test_diverged_training_is_named_and_costs_only_itself(bank):
     wild = Optim(**{**vars(OPTIM), "lr": 1e30, "warmup_steps": 0})
-    with pytest.raises(UserError, match=r"lower optim\.lr"):
-        _validate(bank, ["linear"], steps=4, optim=wild)
+    plan = Plan(build=_build, loss=LOSSES["ce"], optim=wild, steps=4, batch=8, multi_label=False)
+    assert cross_validate(bank, _rounds(bank), ["linear"], plan) == []
+    assert plan.diverged == [("linear", "0", 0), ("linear", "1", 0)]
+    assert "linear (1 held out, seed 0); lower optim.lr" in plan.diverged_line()
+
+
+def test_rows_without_labels_train_nothing_and_are_not_judged(bank):
+    """Labels of time patches: what lies beyond a clip's end changes no weight and no metric."""
+    targets = bank.targets[:, None].repeat(1, T, 1)
+    targets[::2, -1] = torch.nan
+    trained, results = [], []
+    for noise in (1.0, 100.0):
+        patches = bank.patches.clone()
+        patches[::2, :, -1] *= noise
+        own = FeatureBank(patches=patches, cls=bank.cls, targets=targets, ids=bank.ids,
+                          keys=bank.keys, skipped={})  # fmt: skip
+        outcomes = _validate(
+            own,
+            ["linear", "cgp", "curve"],
+            steps=5,
+            multi_label=True,
+            metric="map",
+            build=lambda m: (
+                LinearCurve(classes=C, width=D, depth=L, has_cls=True, level="frame")
+                if m == "curve"
+                else _build(m, level="frame")
+            ),
+            on_probe=lambda probe, own: trained.append(next(iter(probe.state_dict().values()))),
+        )
+        assert len(outcomes) == 2 * (2 + L)
+        results.append([o.metrics for o in outcomes])
+    for before, after in zip(trained[: len(trained) // 2], trained[len(trained) // 2 :],
+                             strict=True):  # fmt: skip
+        assert torch.equal(before, after)
+        assert before.isfinite().all()
+    assert results[0] == results[1]

@@ -9,6 +9,7 @@ import torch
 from bat.config.probing import Protocol
 from bat.config.sections import Optim
 from bat.probes.base import Probe, build_probe
+from bat.probes.curve import LinearCurve
 from bat.probes.linear import Linear
 from bat.shapes import UserError
 from bat.train.candidates import Candidate, Plan, grid, passes
@@ -178,8 +179,36 @@ def test_a_diverged_rate_is_passed_over(bank):
     (outcome,) = cross_validate(bank, _rounds()[:1], ["linear"], plan)
     assert outcome.chosen["lr"] == 0.05
     plan.protocol = Protocol(lrs=[1e30, 1e31])
-    with pytest.raises(UserError, match=r"linear .seed 0, 0 held out. diverged at every rate"):
-        cross_validate(bank, _rounds()[:1], ["linear"], plan)
+    assert cross_validate(bank, _rounds()[:1], ["linear"], plan) == []
+    assert "diverged at every rate tried (1e+30, 1e+31): linear (0" in plan.diverged_line()
+
+
+@pytest.mark.parametrize("protocol", [None, Protocol(lrs=[0.05])])
+def test_what_diverges_costs_only_itself(bank, protocol):
+    """A probe, or one block of a curve, whose outputs are not finite: others are handed over."""
+
+    class Broken(Linear):
+        def forward(self, features):
+            return super().forward(features) * torch.nan
+
+    class Curve(LinearCurve):
+        def forward(self, features):
+            out = super().forward(features)
+            return torch.cat([out[:1] * torch.nan, out[1:]])
+
+    kinds = {"broken": Broken, "curve": Curve}
+    kept = []
+    plan = _plan(
+        protocol=protocol,
+        build=lambda m: (
+            kinds[m](classes=C, width=D, depth=L, has_cls=True) if m in kinds else _build(m)
+        ),
+        on_probe=lambda probe, own: kept.extend(o.method for o in own),
+    )
+    outcomes = cross_validate(bank, _rounds(valid=protocol is not None)[:1],
+                              ["linear", "broken", "curve", "cgp"], plan)  # fmt: skip
+    assert kept == [o.method for o in outcomes] == ["linear", "cgp"]
+    assert plan.diverged == [("broken", "0", 0), ("curve", "0", 0)]
 
 
 def test_epochs_count_passes_over_the_training_clips():

@@ -1,7 +1,8 @@
-"""Which probe's prototypes are drawn, over which clips: of a finished ``Laboratory``."""
+"""What is seen inside an encoder on the bench: statistics of its blocks, and what prototypes select."""
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -9,11 +10,34 @@ import numpy as np
 
 from bat.probes.base import Probe
 from bat.train.heads import load_head
-from bat.train.insight import choose_clips, prototype_maps
+from bat.train.insight import choose_clips, encoder_statistics, prototype_maps
 from bat.train.laboratory import MAPPED, Laboratory
 from bat.train.probing import predictions
+from bat.train.trainer import write_json
 
 log = logging.getLogger("bat")
+
+
+def statistics_of(lab: Laboratory) -> dict[str, Any]:
+    """``insight.encoder_statistics`` on held-out clips, kept in ``insight/ENCODER.json``."""
+    if not lab.config.insight.encoder:
+        return {}
+    clips = lab.config.insight.clips
+    file = lab.out / "insight" / f"{lab.name}.json"
+    asked = {**lab.made_from, "clips": clips}
+    if file.is_file():
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            kept = {}
+        if kept.get("made_from") == asked:
+            return dict(kept["insight"])
+    held = np.unique(np.concatenate([r.test for r in lab.ready.rounds]))
+    chosen = np.random.default_rng(lab.config.seed).permutation(held)[:clips]
+    found = encoder_statistics(lab.backbone, lab.waves(np.sort(chosen)), frames=lab.ready.frames)
+    file.parent.mkdir(exist_ok=True)
+    write_json(file, {"made_from": asked, "insight": found})
+    return found
 
 
 def maps_of(lab: Laboratory) -> tuple[str, list[dict[str, Any]]]:
