@@ -51,7 +51,7 @@ def checkpoint_name(config: Supervised) -> str:
 def load_for(config: Supervised, task: Task) -> tuple[Backbone, int]:
     """The encoder that ``config.checkpoint`` names, in eval mode, and the frames of a clip.
 
-    Raises ``UserError``: nothing given, nothing there, or settings that its front end does not have.
+    Raises ``UserError``: nothing given, nothing there, settings that its front end does not have.
     """
     name = _given(config)
     frames = config.frames or task.frames

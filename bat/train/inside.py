@@ -1,4 +1,4 @@
-"""What is seen inside an encoder on the bench: statistics of its blocks, and what prototypes select."""
+"""Inside an encoder on the bench: statistics of its blocks, and what prototypes select."""
 
 from __future__ import annotations
 

@@ -85,30 +85,30 @@ def _train(
         probe = fresh(plan, held, *candidate.job).to(plan.device)
         trainings[candidate] = Training(probe, optim, candidate.method, seed)
     protocol = plan.protocol or Protocol(selection="none")
-    waited = dict.fromkeys(trainings, 0)
-    own_best: dict[Candidate, Score] = {}
+    waited: dict[tuple[Candidate, str], int] = {}
+    tops: dict[tuple[Candidate, str], Score] = {}
 
     def look(step: int, active: Sequence[Candidate]) -> set[Candidate]:
         """Look at ``active`` on the validation clips; those that have stopped gaining."""
-        probes = {c: trainings[c].probe for c in active}
-        scores = _scores(source, held, probes, plan)
-        stopped = set()
-        for candidate in active:
-            own = {answer: score for (c, answer), score in scores.items() if c == candidate}
-            state: State | None = None
-            for answer, score in own.items():
-                kept = best[candidate.job].get(answer)
-                if score is not None and (kept is None or kept.score is None or score > kept.score):
-                    state = state or _state(trainings[candidate].probe)
-                    best[candidate.job][answer] = Look(candidate, step, score, state)
-            top = max((s for s in own.values() if s is not None), default=(-math.inf, 0.0))
-            if candidate not in own_best or top > own_best[candidate]:
-                own_best[candidate], waited[candidate] = top, 0
+        scores = _scores(source, held, {c: trainings[c].probe for c in active}, plan)
+        states: dict[Candidate, State] = {}
+        waiting = set(active)
+        for (candidate, answer), score in scores.items():
+            at = candidate, answer
+            if protocol.patience and waited.get(at, 0) >= protocol.patience:
+                continue  # it has stopped, though others of its probe go on
+            kept = best[candidate.job].get(answer)
+            if score is not None and (kept is None or kept.score is None or score > kept.score):
+                if candidate not in states:
+                    states[candidate] = _state(trainings[candidate].probe)
+                best[candidate.job][answer] = Look(candidate, step, score, states[candidate])
+            if score is not None and (at not in tops or score > tops[at]):
+                tops[at], waited[at] = score, 0
             else:
-                waited[candidate] += 1
-                if protocol.patience and waited[candidate] >= protocol.patience:
-                    stopped.add(candidate)
-        return stopped
+                waited[at] = waited.get(at, 0) + 1
+            if not protocol.patience or waited[at] < protocol.patience:
+                waiting.discard(candidate)
+        return waiting
 
     with progress_bar(steps, name, unit="step", show=plan.progress) as bar:
 

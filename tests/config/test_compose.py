@@ -238,5 +238,5 @@ def test_a_protocol_of_the_command_line_is_the_last_word_but_for_single_values()
         [0.9, 0.999],
         1e-6,
     )
-    with pytest.raises(UserError, match="protocol.selection=none: nothing chooses"):
+    with pytest.raises(UserError, match=r"protocol\.selection=none: nothing chooses"):
         compose(Probe, "probe", ["recipe=esc50", "protocol.lrs=[1e-3,1e-2]"])

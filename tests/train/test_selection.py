@@ -173,6 +173,34 @@ def test_the_best_look_is_kept_and_patience_ends_early(bank):
     assert worse.chosen["step"] == 16
 
 
+def test_a_block_of_the_curve_stops_as_it_would_alone(bank):
+    """Looks and patience of one block do not hang on the others'."""
+
+    def run(blocks):
+        plan = _plan(
+            build=lambda _: First(classes=C, width=D, depth=L, has_cls=True, blocks=blocks),
+            steps=24,
+            protocol=Protocol(lrs=[0.05], look_every=2, patience=1),
+        )
+        found = cross_validate(bank, _rounds()[:1], ["curve"], plan)
+        return {o.method: (o.chosen["step"], o.metrics["map"]) for o in found}
+
+    class First(LinearCurve):
+        """A curve that answers for some of its blocks."""
+
+        def __init__(self, *, blocks, **words):
+            super().__init__(dropout=0.0, **words)
+            self.blocks = blocks
+
+        def answers(self, logits):
+            return {f"@{b}": logits[b - 1] for b in self.blocks}
+
+    every = run([1, 2, 3])
+    assert len({step for step, _ in every.values()}) > 1  # they do stop at different looks
+    for block in (1, 2, 3):
+        assert run([block]) == {f"curve@{block}": every[f"curve@{block}"]}
+
+
 def test_a_diverged_rate_is_passed_over(bank):
     plan = _plan(protocol=Protocol(lrs=[1e30, 0.05]), optim=Optim(**{**vars(OPTIM),
                  "warmup_steps": 0}), steps=30)  # fmt: skip
