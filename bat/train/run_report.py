@@ -201,8 +201,10 @@ def differences(folder: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            if row.get("replicates") and "@" not in row["method"]:
-                place = (str(row["fold"]), str(row["seed"]))
+            place = (str(row["fold"]), str(row["seed"]))
+            of = summary["encoders"].get(row["encoder"], {}).get("results", {})
+            judged = of.get(row["method"], {}).get("folds", {})  # what was asked for this time
+            if row.get("replicates") and place[1] in judged.get(place[0], {}):
                 values = (row["metrics"][summary["metric"]], row["replicates"])
                 draws.setdefault((row["encoder"], row["method"]), {})[place] = values
     except (ValueError, KeyError, TypeError) as error:

@@ -226,6 +226,12 @@ def test_more_methods_seeds_and_encoders_are_added_to_a_probing(words, tmp_path,
     assert summary["unfinished"] == []
     assert len(summary["ranking"]) == 4
     assert len(summary["differences"]) == 3
+    assert probe.main([*words, "--method", "linear,mlp"]) == 0  # what is asked for now, no more
+    less = json.loads((tmp_path / "run/summary.json").read_text())
+    means = {m: e["mean"]["accuracy"] for m, e in
+             less["encoders"]["pretrain-toy"]["results"].items()}  # fmt: skip
+    (apart,) = less["differences"]
+    assert apart["difference"] == pytest.approx(max(means.values()) - min(means.values()))
     assert probe.main([*own, "--method", "linear,mlp", "--seeds", "2", "optim.lr=0.5"]) == 2
     assert probe.main([*own, "--method", "linear,mlp", "--seeds", "2", "data.batch=2"]) == 2
 
