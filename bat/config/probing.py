@@ -116,6 +116,36 @@ class Protocol:
 
 
 @dataclass
+class ProbeTrain:
+    steps: int = 4_000
+    """Optimiser steps of each round (a fold held out)."""
+    epochs: float = 0.0
+    """Passes over the training clips instead of ``steps``; the warm-up is then at most a tenth of
+    them. 0: ``steps``."""
+    min_steps: int = 0
+    """With ``epochs``: no fewer steps than these, however few the clips."""
+    log_every: int = 50
+    """Steps between two lines of metrics."""
+    memory_gb: float = 8.0
+    """Candidates trained side by side may need so much (weights, gradients, moments); more of them
+    are trained in several passes over the same features, with the same results."""
+
+    def problems(self) -> list[str]:
+        found = [
+            f"train.{name}={getattr(self, name)} must be at least 1"
+            for name in ("steps", "log_every")
+            if getattr(self, name) < 1
+        ]
+        if self.epochs < 0:
+            found.append(f"train.epochs={self.epochs} must not be negative (0: train.steps)")
+        if self.min_steps < 0 or (self.min_steps and not self.epochs):
+            found.append(f"train.min_steps={self.min_steps} is the least with train.epochs: >= 0")
+        if self.memory_gb <= 0:
+            found.append(f"train.memory_gb={self.memory_gb} must be positive")
+        return found
+
+
+@dataclass
 class FeatureStore:
     """Where frozen features are kept between steps; see ``bat/train/feature_cache.py``."""
 

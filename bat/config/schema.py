@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bat.config.probing import FeatureStore, Head, Insight, Protocol
+from bat.config.probing import FeatureStore, Head, Insight, ProbeTrain, Protocol
 from bat.config.running import Hardware, Health, Log, Train
 from bat.config.sections import Augment, Data, Ema, Frontend, Mask, Model, Objective, Optim
 
@@ -161,32 +161,6 @@ class Supervised:
     head: Head = field(default_factory=Head)
     hardware: Hardware = field(default_factory=Hardware)
     log: Log = field(default_factory=Log)
-
-
-@dataclass
-class ProbeTrain:
-    steps: int = 4_000
-    """Optimiser steps of each round (a fold held out)."""
-    epochs: float = 0.0
-    """Passes over the training clips instead of ``steps``; the warm-up is then at most a tenth of
-    them. 0: ``steps``."""
-    log_every: int = 50
-    """Steps between two lines of metrics."""
-    memory_gb: float = 8.0
-    """Candidates trained side by side may need so much (weights, gradients, moments); more of them
-    are trained in several passes over the same features, with the same results."""
-
-    def problems(self) -> list[str]:
-        found = [
-            f"train.{name}={getattr(self, name)} must be at least 1"
-            for name in ("steps", "log_every")
-            if getattr(self, name) < 1
-        ]
-        if self.epochs < 0:
-            found.append(f"train.epochs={self.epochs} must not be negative (0: train.steps)")
-        if self.memory_gb <= 0:
-            found.append(f"train.memory_gb={self.memory_gb} must be positive")
-        return found
 
 
 @dataclass

@@ -13,7 +13,8 @@ onset, offset      at will: seconds; then a line is an event, and a clip has as 
 =================  ===============================================================================
 
 Every mistake is an error that names its line: a file that is missing would change what is judged
-as silently as a label that is. The labels decide whether the task is multi-label (``Task.settle``).
+as silently as a label that is. (Files that do not decode are found later, ``run_folder.open_own``.)
+The labels decide whether the task is multi-label (``Task.settle``).
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Own:
     """By the rows' keys; None: the CSV has no onsets."""
     notes: list[str]
     """What a user should know of how it was read."""
+    lines: dict[str, int]
+    """By the rows' keys: where each clip is first listed."""
 
 
 def read(path: Path) -> Own:
@@ -105,7 +108,8 @@ def read(path: Path) -> Own:
             span = float(line["onset"]), float(line["offset"])
             events[keys[place]].append(Event(*span, row.labels, number))
     found = {key: tuple(several) for key, several in events.items()} if timed else None
-    return Own(rows, reading.vocabulary, found, notes)
+    first = dict(zip(reversed(places), (number for number, _ in reversed(lines)), strict=True))
+    return Own(rows, reading.vocabulary, found, notes, {keys[p]: first[p] for p in clips})
 
 
 def _check_columns(columns: list[str], path: Path) -> None:

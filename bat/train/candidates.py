@@ -122,6 +122,8 @@ class Plan:
     multi_label: bool
     metric: str = "accuracy"
     epochs: float = 0.0
+    min_steps: int = 0
+    """The least that ``epochs`` come to."""
     seed: int = 0
     """Of the order of the clips; and with the numbers after it, of initialisation and dropout."""
     seeds: int = 1
@@ -166,7 +168,7 @@ class Plan:
         """Optimiser steps and warm-up steps of a round."""
         if not self.epochs:
             return self.steps, self.optim.warmup_steps
-        steps = max(1, math.ceil(self.epochs * len(held.train) / self.batch))
+        steps = max(1, self.min_steps, math.ceil(self.epochs * len(held.train) / self.batch))
         return steps, min(self.optim.warmup_steps, steps // 10)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -12,8 +11,8 @@ from bat.probes.base import Probe
 from bat.train.heads import load_head
 from bat.train.insight import choose_clips, encoder_statistics, prototype_maps
 from bat.train.laboratory import MAPPED, Laboratory
+from bat.train.notes import read_note, write_note
 from bat.train.probing import predictions
-from bat.train.trainer import write_json
 
 log = logging.getLogger("bat")
 
@@ -25,18 +24,12 @@ def statistics_of(lab: Laboratory) -> dict[str, Any]:
     clips = lab.config.insight.clips
     file = lab.out / "insight" / f"{lab.name}.json"
     asked = {**lab.made_from, "clips": clips}
-    if file.is_file():
-        try:
-            kept = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            kept = {}
-        if kept.get("made_from") == asked:
-            return dict(kept["insight"])
+    if (kept := read_note(file, asked)) is not None:
+        return kept
     held = np.unique(np.concatenate([r.test for r in lab.ready.rounds]))
     chosen = np.random.default_rng(lab.config.seed).permutation(held)[:clips]
     found = encoder_statistics(lab.backbone, lab.waves(np.sort(chosen)), frames=lab.ready.frames)
-    file.parent.mkdir(exist_ok=True)
-    write_json(file, {"made_from": asked, "insight": found})
+    write_note(file, asked, found)
     return found
 
 

@@ -36,6 +36,7 @@ from bat.train.candidates import Plan
 from bat.train.encoders import autocast_for, device_for, registered_name, weights_digest
 from bat.train.feature_cache import Opened, open_features
 from bat.train.heads import save_head
+from bat.train.notes import read_note, write_note
 from bat.train.prepare import Prepared
 from bat.train.results import Outcome, ResultsFile, summary
 from bat.train.selection import cross_validate
@@ -125,8 +126,11 @@ class Laboratory:
             entry["insight"]["curve"] = self._curve(results)
         entry["seconds"] = self.seconds
         self.bad.check(final=True)
-        entry["bad_clips"] = self.bad.state_dict()
-        log.info("%s: %s", self.name, self.bad.summary())
+        entry |= self._opened_with()
+        if self.bad.keys:
+            first, why = next(iter(self.bad.keys.items()))
+            log.warning("%s: %d clip(s) cannot be read, the first: %s (%s)", self.name,
+                        len(self.bad.keys), first, why)  # fmt: skip
         return entry
 
     def _open(self) -> None:
@@ -191,6 +195,7 @@ class Laboratory:
             optim=config.optim,
             steps=config.train.steps,
             epochs=config.train.epochs,
+            min_steps=config.train.min_steps,
             batch=config.data.batch,
             multi_label=task.multi_label,
             metric=task.metric,
@@ -245,7 +250,7 @@ class Laboratory:
         return self.out / "heads" / self.name / f"{method}-{fold}-{seed}"
 
     def _entry(self, results: dict[str, Any]) -> dict[str, Any]:
-        backbone, opened = self.backbone, self.opened
+        backbone = self.backbone
         rule = "" if backbone.has_cls else "no class token: the mean patch stands in for it"
         return {
             "checkpoint": self.config.checkpoint,
@@ -259,11 +264,19 @@ class Laboratory:
             "patch_hop_ms": backbone.patch_hop_ms,
             "frames": self.ready.frames,
             "cls_rule": rule,
-            "features": None
-            if opened is None
-            else {"cache": opened.cache, "why": opened.why, "gb": opened.gb},
             "results": results,
         }
+
+    def _opened_with(self) -> dict[str, Any]:
+        """Where the features were and which clips could not be read; of a run that goes on and has
+        nothing left to do, as it was then."""
+        file = self.out / "insight" / f"{self.name}-features.json"
+        found: dict[str, Any] = {"features": None, "bad_clips": self.bad.state_dict()}
+        if self.opened is None:
+            return read_note(file, self.made_from) or found
+        found["features"] = {k: v for k, v in self.opened._asdict().items() if k != "source"}
+        write_note(file, self.made_from, found)
+        return found
 
     def _curve(self, results: dict[str, Any]) -> dict[str, list[float]]:
         """The main metric of the linear probe on each block, and its deviation."""

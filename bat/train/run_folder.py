@@ -196,7 +196,7 @@ def open_own(data: Data, *, progress: bool = True) -> tuple[Task, Index, Own]:
     """Task ``own``, the index of what ``data.csv`` lists, and the list itself with its events.
 
     Raises ``UserError`` as ``own.read``, and where more than ``data.max_bad`` of the files cannot
-    be read; fewer are left out with a warning.
+    be read; fewer are left out, which is warned of and stands in the list's ``notes``.
     """
     assert data.csv is not None
     listed = own.read(Path(data.csv))
@@ -207,10 +207,14 @@ def open_own(data: Data, *, progress: bool = True) -> tuple[Task, Index, Own]:
     manifest = Manifest.load(made)
     left_out = manifest.left_out if manifest is not None else []
     if left_out:
-        first = left_out[0]
+        shown = "; ".join(
+            f"line {listed.lines.get(entry['key'], '?')}: {entry['file']}, {entry['reason']}"
+            for entry in left_out[: own.SHOWN]
+        )
         said = (
-            f"{len(left_out)} of the {len(listed.rows)} files of {data.csv} cannot be read (the "
-            f"first: {first['file']}, {first['reason']}; all: {made / 'manifest.json'})"
+            f"{len(left_out)} of the {len(listed.rows)} files of {data.csv} cannot be read "
+            f"({shown}{'; ...' if len(left_out) > own.SHOWN else ''}; all: "
+            f"{made / 'manifest.json'})"
         )
         if len(left_out) > data.max_bad * len(listed.rows):
             raise UserError(
@@ -218,6 +222,7 @@ def open_own(data: Data, *, progress: bool = True) -> tuple[Task, Index, Own]:
                 "raise data.max_bad to leave them out"
             )
         log.warning("%s: left out", said)
+        listed = replace(listed, notes=[*listed.notes, f"{said}: left out"])
     task, index = _opened(own.TASK, data, [str(made)])
     return task, index, listed
 

@@ -49,7 +49,7 @@ def test_probe_prints_a_table_and_leaves_these_files(words, tmp_path, capsys):
     own = {f"plots/{name}/{p}.png" for p in ("layer-gates", "folds", "prototype-maps-cgp")}
     assert found == heads | plots | own | {
         "config.yaml", "metrics.jsonl", "results.jsonl", "summary.json", "train.log",
-        f"insight/{name}.json"}  # fmt: skip
+        f"insight/{name}.json", f"insight/{name}-features.json"}  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     results = summary["encoders"][name]["results"]
     assert set(results) == {"cgp", "linear"}
@@ -224,6 +224,9 @@ def test_more_methods_seeds_and_encoders_are_added_to_a_probing(words, tmp_path,
     assert new["folds"]["1"]["0"] == old["folds"]["1"]["0"]
     assert new["std_over"] == "seeds"
     assert summary["unfinished"] == []
+    for entry in summary["encoders"].values():  # also of the one that had nothing left to do
+        assert entry["features"]["cache"] == "memory"
+        assert entry["bad_clips"]["seen"] > 0
     assert len(summary["ranking"]) == 4
     assert len(summary["differences"]) == 3
     assert probe.main([*words, "--method", "linear,mlp"]) == 0  # what is asked for now, no more

@@ -233,10 +233,6 @@ def test_a_protocol_of_the_command_line_is_the_last_word_but_for_single_values()
     assert unmute.optim.warmup_steps == 0
     back = compose(Probe, "probe", ["recipe=esc10", "protocol=bat"])
     assert (back.optim.lr, back.head.prototypes, back.protocol.lrs) == (1e-3, 10_000, [])
-    assert (back.optim.warmup_steps, back.optim.betas, back.optim.min_lr) == (
-        40,
-        [0.9, 0.999],
-        1e-6,
-    )
+    assert (back.optim.betas, back.optim.min_lr) == ([0.9, 0.999], 1e-6)
     with pytest.raises(UserError, match=r"protocol\.selection=none: nothing chooses"):
         compose(Probe, "probe", ["recipe=esc50", "protocol.lrs=[1e-3,1e-2]"])
