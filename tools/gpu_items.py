@@ -8,8 +8,8 @@ largest batch is read off a line through two batch sizes (``largest_batch``). Wi
 ``step`` and ``step-S`` compile four whole models from cold (ours and plain, student and teacher),
 eight where plain does not fit at 24 clips and both run again at 12; ours comes first, so that an
 overrun costs the comparison only. All items are expected to take more than one run has; the last
-five usually need another:
-``gpu_check.py --items checkpointing,eager,cudagraphs,step-S,reliability``.
+six usually need another:
+``gpu_check.py --items checkpointing,eager,cudagraphs,step-S,reliability,laboratory``.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ ITEMS: dict[str, Item] = {
     "cudagraphs": Item(variant("CUDA graphs", "hardware.compile=cudagraphs"), 80, 160),
     "step-S": Item(compared("S"), 150, 300),
     "reliability": Item(part("reliability"), 60, 150),
+    "laboratory": Item(part("laboratory"), 40, 90),
 }
 """In the order of a run. ``memory``'s second row is the blocks-compiled step with attention=auto,
 to which the variants compare."""

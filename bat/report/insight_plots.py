@@ -119,7 +119,8 @@ def plot_norms_ranks(
                 table = np.asarray(found["norms"].get(kind) or np.empty((0, 3)), dtype=float)
                 x = np.arange(1, len(table) + 1)
                 mean, std = table[:, 0], table[:, 1]
-                norm.fill_between(x, mean - std, mean + std, color=look["color"], alpha=0.15, lw=0)
+                ends = np.maximum(0, [mean - std, mean + std])
+                norm.fill_between(x, *ends, color=look["color"], alpha=0.15, lw=0)
                 norm.plot(x, mean, lw=1.7, ms=4.5, label=short(name, 40), **look)
                 for axis, what in ((rank, "rank"), (spread, "spread")):
                     y = np.array(found.get(what, {}).get(kind) or [], dtype=float)  # None: NaN

@@ -37,7 +37,10 @@ SAID = (
     "recipe",
     "steps",
     "epochs",
+    "min_steps",
     "batch",
+    "clip_seconds",
+    "data",
     "bootstrap",
     "control",
     "precision",
@@ -73,6 +76,8 @@ CAPTIONS = {
     "layer-gates": "Layer gates",
     "norms-ranks": "Token norms and effective rank, block by block",
 }
+COMPARISONS = ("attention-sinks", "comparison", "gates", "layer-curve", "norms-ranks")
+"""Of all encoders together, without ``.png``."""
 
 
 def write_page(
@@ -246,7 +251,7 @@ def _positives(section: Section) -> list[str]:
 
 def _encoders(section: Section) -> Html:
     header = ["encoder", "checkpoint", "weights", "kind", "features", "digest"]
-    header += ["width", "blocks", "heads", "class token", "patch, ms", "seconds"]
+    header += ["width", "blocks", "heads", "class token", "patch, ms", "frames", "seconds"]
     cells = []
     for name, e in section.encoders.items():
         kept = NOTHING  # results that were there from before need no features
@@ -257,7 +262,8 @@ def _encoders(section: Section) -> Html:
         cells.append(
             [name, str(e["checkpoint"]), str(e["weights"]), kind, kept, str(e["digest"])[:16]]
             + [str(e[key]) for key in ("width", "depth", "heads")]
-            + ["yes" if e["has_cls"] else "no", f"{e['patch_hop_ms']:g}", spent]
+            + ["yes" if e["has_cls"] else "no", f"{e['patch_hop_ms']:g}"]
+            + [str(e.get("frames", NOTHING)), spent]
         )
     return table(header, cells, words=6, long=(1, 4))
 
@@ -272,9 +278,11 @@ def _protocol(summary: Mapping[str, Any]) -> list[Html]:
     ]
     run = {"seeds": ", ".join(map(str, summary["seeds"]))}
     run |= {key: summary[key] for key in SAID if summary.get(key) is not None}
+    parts = [(part, summary.get(part) or {}) for part in ("head", "optim")]
+    settings = {f"{part}.{key}": value for part, own in parts for key, value in own.items()}
     return [
         tag("p", str(summary["how"])),
-        listed({**summary["protocol"], **run, "bat": summary["version"]}),
+        listed({**summary["protocol"], **run, **settings, "bat": summary["version"]}),
         table(["round", "to train", "to choose", "held out"], lines, caption="Clips."),
     ]
 

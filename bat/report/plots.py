@@ -131,10 +131,13 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     return path
 
 
-def plot_layer_gates(gates: Mapping[str, ArrayLike], path: str | Path) -> Path:
+def plot_layer_gates(
+    gates: Mapping[str, ArrayLike], path: str | Path, *, over: str = "folds"
+) -> Path:
     """Bars of each block's weight: where the task's information sits.
 
-    ``gates``: name -> (L,), or (folds, L): then the mean, with the standard deviation as a line.
+    ``gates``: name -> (L,), or (n, L): then the mean, with the standard deviation as a line.
+    ``over``: what the n are, ``trainings`` where they are not all of different folds.
     """
     path = Path(path)
     tables = {name: np.atleast_2d(np.asarray(gate, dtype=float)) for name, gate in gates.items()}
@@ -146,8 +149,10 @@ def plot_layer_gates(gates: Mapping[str, ArrayLike], path: str | Path) -> Path:
         for i, (name, table) in enumerate(tables.items()):
             x = np.arange(1, table.shape[1] + 1) + (i - (len(tables) - 1) / 2) * width
             spread = table.std(0, ddof=1) if len(table) > 1 else None
-            label = name if spread is None else f"{name}, mean ± std\nof {len(table)} folds"
-            axis.bar(x, table.mean(0), 0.92 * width, yerr=spread, color=COLOURS[i % 7], label=label,
+            label = name if spread is None else f"{name}, mean ± std\nof {len(table)} {over}"
+            mean = table.mean(0)
+            ends = None if spread is None else np.minimum(spread, [mean, 1 - mean])  # within [0, 1]
+            axis.bar(x, mean, 0.92 * width, yerr=ends, color=COLOURS[i % 7], label=label,
                      capsize=2.5, error_kw={"lw": 1.1, "ecolor": "#333333"})  # fmt: skip
         axis.axhline(1 / L, color="#555555", lw=1.1, ls="--", label=f"uniform, 1/{L}")
         axis.set_xticks(range(1, L + 1))
@@ -163,7 +168,11 @@ def plot_layer_gates(gates: Mapping[str, ArrayLike], path: str | Path) -> Path:
 def plot_folds(
     folds: Mapping[str, Mapping[Any, float]], path: str | Path, *, metric: str, title: str = ""
 ) -> Path:
-    """Bars of a metric (a fraction) by held-out fold, one group of bars a method, with the mean."""
+    """Bars of a metric (a fraction) by held-out fold, one group of bars a method, with the mean.
+
+    At most as many methods as there are colours.
+    """
+    assert len(folds) <= len(COLOURS), len(folds)
     path = Path(path)
     names = sorted({fold for scores in folds.values() for fold in scores})
     inches = min(12.0, max(6.5, 4 + 0.4 * len(names) * max(1, len(folds))))
@@ -175,16 +184,17 @@ def plot_folds(
             x = np.array([names.index(fold) for fold in scores]) + offset
             y = 100 * np.array(list(scores.values()))
             spread = f" ± {y.std(ddof=1):.1f}" if len(y) > 1 else ""
-            axis.bar(x, y, 0.92 * width, color=COLOURS[i % 7],
+            axis.bar(x, y, 0.92 * width, color=COLOURS[i],
                      label=f"{method}: {y.mean():.1f}{spread} %")  # fmt: skip
-            axis.axhline(y.mean(), color=COLOURS[i % 7], lw=1.2, ls="--")
+            axis.axhline(y.mean(), color=COLOURS[i], lw=1.2, ls="--")
         axis.set_xticks(range(len(names)), [str(n) for n in names])
         axis.grid(False, axis="x")
         axis.set_xlabel("held-out fold")
         axis.set_ylabel(f"{metric} (%)")
         axis.set_title(title or f"{metric[:1].upper()}{metric[1:]} by held-out fold")
         axis.set_ylim(0, 100)
-        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        said = f"mean ± std over {len(names)} folds" if len(names) > 1 else None
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=said, alignment="left")
     return path
 
 
@@ -215,7 +225,8 @@ def plot_probe_curve(
             if x[0] == 0:
                 axis.axhline(y[0], color=colour, lw=1.2, ls="--",
                              label=f"{method}, random weights ({y[0]:.1f} %)")  # fmt: skip
-            axis.fill_between(x, y - band, y + band, color=colour, alpha=0.16, lw=0)
+            ends = np.clip([y - band, y + band], 0, 100)
+            axis.fill_between(x, *ends, color=colour, alpha=0.16, lw=0)
             axis.plot(x, y, color=colour, lw=2, marker=MARKERS[i % 7], ms=5,
                       label=f"{method} (last {y[-1]:.1f} %)")  # fmt: skip
         if chance is not None:

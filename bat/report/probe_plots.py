@@ -20,6 +20,7 @@ from bat.report.plots import COLOURS, MARKERS, figure
 NAME = 30
 """Letters of a name in a legend or a row."""
 GREY = "#8a8a8a"
+GREYS = (GREY, "#4d4d4d", "#b4b4b4")
 THICK: Any = {"lw": 3.4, "alpha": 0.45, "solid_capstyle": "butt"}
 CONTROLS = ("random",)
 """Encoders that others are compared with."""
@@ -49,10 +50,12 @@ def short(name: str, most: int = NAME) -> str:
 def looks(names: Iterable[str], controls: Collection[str] = CONTROLS) -> dict[str, dict[str, Any]]:
     """Colour and marker of each encoder, the same in all pictures; controls are grey and hollow."""
     found: dict[str, dict[str, Any]] = {}
-    i = 0
+    i = hollow = 0
     for name in names:
         if name in controls:
-            found[name] = {"color": GREY, "marker": "o", "markerfacecolor": "white"}
+            look = {"color": GREYS[hollow % 3], "marker": MARKERS[(hollow + hollow // 21) % 7]}
+            found[name] = {**look, "markerfacecolor": "white"}
+            hollow += 1
         else:
             found[name] = {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7]}
             i += 1
@@ -102,7 +105,8 @@ def plot_layer_curve(
             x = np.arange(1, len(y) + 1)
             if curve.get("std") is not None:
                 band = 100 * np.nan_to_num(np.asarray(curve["std"], dtype=float))
-                axis.fill_between(x, y - band, y + band, color=look["color"], alpha=0.15, lw=0)
+                ends = np.clip([y - band, y + band], 0, 100)
+                axis.fill_between(x, *ends, color=look["color"], alpha=0.15, lw=0)
             best = f"best {y.max():.1f} %, block {y.argmax() + 1}"
             axis.plot(x, y, label=f"{short(name)}\n{best}", lw=1.8, ms=5, **look)
         if chance is not None:
@@ -172,7 +176,7 @@ def plot_comparison(
     best: dict[str, float] = {}
     for name, methods in results.items():
         for method, row in methods.items():
-            if name not in controls or len(results) == 1:
+            if name not in controls or set(results) <= set(controls):
                 best[method] = max(best.get(method, -np.inf), row["mean"])
             best.setdefault(method, -np.inf)
     order = sorted(best, key=lambda method: -best[method])
@@ -191,10 +195,11 @@ def plot_comparison(
                 found = methods[method]
                 if found.get("interval"):
                     interval = True
-                    axis.plot(100 * np.array(found["interval"]), [at, at], color=colour, lw=1)
+                    ends = np.clip(100 * np.array(found["interval"]), 0, 100)
+                    axis.plot(ends, [at, at], color=colour, lw=1)
                 if found.get("std") and std_over != "none":
                     spread = True
-                    ends = np.array([-1, 1]) * 100 * found["std"] + middle
+                    ends = np.clip(np.array([-1, 1]) * 100 * found["std"] + middle, 0, 100)
                     axis.plot(ends, [at, at], color=colour, **THICK)
             label = short(name) + (" (control)" if name in controls else "")
             axis.plot(x, y, ls="", ms=6, label=label, **look)

@@ -2,8 +2,8 @@
 
 A summary is what ``bat-probe`` writes into ``summary.json``: plain numbers, metrics as fractions.
 Runs of the same task, level, metric, labels and control are merged, so that encoders probed one
-after the other stand beside each other. What such runs do not have in common (clips held out,
-protocol, seeds) is said, because their numbers are then not of one protocol. An encoder met twice
+after the other stand beside each other. What such runs do not have in common (data, rounds,
+protocol, heads, rates, seeds) is said: their numbers are then not of one protocol. An encoder met twice
 (same weights) gets its methods together; other weights of the same name get another name.
 """
 
@@ -23,6 +23,9 @@ TITLES = {
     "dprime": "d-prime",
 }
 """Metrics in the order of columns; all but d-prime are fractions, shown in percent."""
+SETTINGS = ("steps", "epochs", "min_steps", "batch", "clip_seconds", "precision", "confidence")
+PARTS = ("protocol", "head", "optim")
+"""Of a summary, what two runs must have in common to be of one protocol."""
 
 
 class Row(NamedTuple):
@@ -200,6 +203,7 @@ def _differing(summaries: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     views = {
         "the clips held out": lambda s: [s["clips"], s["rounds"]],
+        "the data (other clips, labels or folds)": lambda s: s.get("data"),
         "seeds": lambda s: s["seeds"],
         "how the number comes about": lambda s: s["how"],
         "the version of bat": lambda s: s["version"],
@@ -207,18 +211,26 @@ def _differing(summaries: Sequence[dict[str, Any]]) -> list[str]:
     for what, view in views.items():
         if any(view(s) != view(summaries[0]) for s in summaries[1:]):
             found.append(what)
-    for key in ("steps", "epochs", "batch", "precision"):
-        values = dict.fromkeys(_word(s.get(key)) for s in summaries)
-        found += [f"{key} ({', '.join(values)})"] if len(values) > 1 else []
-    keys = dict.fromkeys(key for s in summaries for key in s["protocol"])
-    for key in keys:
-        values = dict.fromkeys(_word(s["protocol"].get(key)) for s in summaries)
-        found += [f"protocol.{key} ({', '.join(values)})"] if len(values) > 1 else []
+    for key in SETTINGS:
+        found += _unlike(key, [s.get(key) for s in summaries])
+    for part in PARTS:
+        given = [s[part] for s in summaries if part in s]
+        if 0 < len(given) < len(summaries):
+            found.append(f"{part} (unknown of {len(summaries) - len(given)})")
+        for key in dict.fromkeys(key for values in given for key in values):
+            found += _unlike(f"{part}.{key}", [values.get(key) for values in given])
+    windows: dict[str, list[Any]] = {}
+    for name, encoder in (item for s in summaries for item in s["encoders"].items()):
+        windows.setdefault(f"{encoder['digest']} {name}", []).append(encoder.get("frames"))
+    for place, frames in windows.items():
+        found += _unlike(f"frames of {place.partition(' ')[2]}", frames)
     return found
 
 
-def _word(value: Any) -> str:
-    return "null" if value is None else str(value)
+def _unlike(name: str, values: Sequence[Any]) -> list[str]:
+    """``name (3, null)`` where values differ, or nothing."""
+    words = dict.fromkeys("null" if value is None else str(value) for value in values)
+    return [f"{name} ({', '.join(words)})"] if len(words) > 1 else []
 
 
 def _each(row: Row) -> list[dict[str, Any]]:

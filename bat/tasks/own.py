@@ -99,9 +99,7 @@ def read(path: Path) -> Own:
     notes = [note.replace(FLAG, BESIDE_IT) for note in reading.notes]
     joined = next((line["label"] for _, line in lines if ";" in line.get("label", "")), None)
     if joined is not None:
-        notes.append(
-            f"column 'label' has one class a line, so {joined!r} is one; else say 'labels'"
-        )
+        notes.append(f"column 'label' has one class a line: {joined!r} is one; else say 'labels'")
     events: dict[str, list[Event]] = {keys[place]: [] for place in clips}
     for place, row, (number, line) in zip(places, reading.rows, lines, strict=True):
         if timed and line["onset"]:
@@ -258,10 +256,8 @@ def _joined(rows: list[Row], places: list[str], lines: list[Line], path: Path) -
         before = clips.setdefault(place, row)
         at = f"line {first.setdefault(place, number)}"
         name = line["path"]
-        for what, here, there in (
-            ("fold", row.fold, before.fold),
-            ("split", row.split, before.split),
-        ):
+        for what in ("fold", "split"):
+            here, there = getattr(row, what), getattr(before, what)
             if here != there:
                 raise UserError(
                     f"{path} line {number}: {what} {here} of {name!r}, which has {what} {there} in "

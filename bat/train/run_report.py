@@ -1,7 +1,7 @@
 """``bat-probe report``: runs of ``bat-probe`` read, checked and put together.
 
 A run is a folder with a ``summary.json``; pictures come from its ``plots`` (``plots/ENCODER`` are
-that encoder's). Where ``results.jsonl`` holds resamples, the differences between the best probe
+that encoder's; those of encoders that the summary does not have are of another run). Where ``results.jsonl`` holds resamples, the differences between the best probe
 and all others are taken on the same draws (paired). Nothing here needs torch, unless resamples do.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bat.redact import redact_tree
-from bat.report.page import Picture, write_page
+from bat.report.page import COMPARISONS, Picture, write_page
 from bat.report.sections import TITLES, sections
 from bat.report.tables import as_markdown, as_text
 from bat.shapes import UserError
@@ -52,7 +52,7 @@ def report(runs: Sequence[str | Path], *, out: str | Path | None = None) -> Repo
     for folder, summary in zip(folders, summaries, strict=True):
         if summary["run"] in alone:
             summary["differences"] = differences(folder, summary)
-    pictures = {n: _pictures(folder) for folder, n in zip(folders, names, strict=True)}
+    pictures = {s["run"]: _pictures(f, s) for f, s in zip(folders, summaries, strict=True)}
     target = Path(out) if out is not None else folders[0] if len(folders) == 1 else Path(OUT)
     tasks = dict.fromkeys(section.title for section in found)
     title = f"Probes of {', '.join(tasks)}"
@@ -139,7 +139,7 @@ ROUND: dict[str, Any] = {"name": str, "train": int, "valid": int, "test": int}
 
 def _wrong(summary: dict[str, Any]) -> str:
     """What a summary lacks or holds in another form, in words; empty where it is whole."""
-    if found := _misfit(summary, FORM):
+    if found := _misfit(summary, FORM | {k: dict for k in ("head", "optim") if k in summary}):
         return found
     if summary["metric"] not in TITLES:
         return f"has the metric {summary['metric']!r}, not one of {', '.join(TITLES)}"
@@ -176,10 +176,15 @@ def _misfit(values: Any, form: dict[str, Any]) -> str:
     return ""
 
 
-def _pictures(folder: Path) -> list[Picture]:
-    """Those of all encoders first; a file that is no PNG is left out and named."""
+def _pictures(folder: Path, summary: dict[str, Any]) -> list[Picture]:
+    """Those of all encoders first; a file that is no PNG is left out and named.
+
+    Of a run that is not finished, comparisons are left out: they are of the run before.
+    """
     plots = folder / "plots"
-    paths = sorted(plots.glob("*.png")) + sorted(plots.glob("*/*.png"))
+    old = COMPARISONS if summary.get("unfinished") else ()
+    paths = [path for path in sorted(plots.glob("*.png")) if path.stem not in old]
+    paths += [p for p in sorted(plots.glob("*/*.png")) if p.parent.name in summary["encoders"]]
     found = []
     for path in paths:
         with path.open("rb") as file:
