@@ -10,8 +10,8 @@ the largest batches for 24 and 80 GB. Each item has a bound of its own time; one
 expected to fit what is left of ``--minutes`` is skipped and listed. Items run in a child process,
 which is replaced when one fails or runs over. The JSON is written after every figure: a timeout
 loses nothing. Nine minutes are not expected to be enough for all: the last items usually need a
-second call, ``--items checkpointing,eager,cudagraphs,step-S,reliability,laboratory``. Exit 0: the tests passed
-and no item, nor a case of one, failed (skipped ones do not count).
+second call, ``--items checkpointing,eager,cudagraphs,step-S,reliability,laboratory``. Exit 0: the
+tests passed and no item, nor a case of one, failed (skipped ones do not count).
 """
 
 from __future__ import annotations

@@ -34,19 +34,9 @@ from bat.report.sections import TITLES, Section, is_control, sections
 LEADING = 10
 """Lines of the ranking that are not folded away."""
 SAID = (
-    "recipe",
-    "steps",
-    "epochs",
-    "min_steps",
-    "batch",
-    "clip_seconds",
-    "data",
-    "bootstrap",
-    "control",
-    "precision",
-    "device",
-    "seconds",
-)
+    "recipe", "steps", "epochs", "min_steps", "batch", "clip_seconds", "data", "bootstrap",
+    "control", "precision", "device", "seconds",
+)  # fmt: skip
 """Of a summary, what is listed with the protocol where it is there."""
 SHOWN_KEYS = 200
 """Unreadable clips that are named."""

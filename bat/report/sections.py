@@ -3,8 +3,8 @@
 A summary is what ``bat-probe`` writes into ``summary.json``: plain numbers, metrics as fractions.
 Runs of the same task, level, metric, labels and control are merged, so that encoders probed one
 after the other stand beside each other. What such runs do not have in common (data, rounds,
-protocol, heads, rates, seeds) is said: their numbers are then not of one protocol. An encoder met twice
-(same weights) gets its methods together; other weights of the same name get another name.
+protocol, heads, rates, seeds) is said: their numbers are then not of one protocol. An encoder met
+twice (same weights) gets its methods together; other weights of the same name get another name.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from bat.train.encoders import RANDOM
 from bat.train.inside import maps_of
 from bat.train.laboratory import Laboratory
 
-
 MAPS = "prototype-maps-"
 OF_ENCODER = ("layer-gates", "folds", f"{MAPS}*")
 

@@ -1,8 +1,9 @@
 """``bat-probe report``: runs of ``bat-probe`` read, checked and put together.
 
 A run is a folder with a ``summary.json``; pictures come from its ``plots`` (``plots/ENCODER`` are
-that encoder's; those of encoders that the summary does not have are of another run). Where ``results.jsonl`` holds resamples, the differences between the best probe
-and all others are taken on the same draws (paired). Nothing here needs torch, unless resamples do.
+that encoder's; of encoders that are not in the summary, none). Where ``results.jsonl`` holds
+resamples, the differences between the best probe and all others are taken on the same draws
+(paired). Nothing here needs torch, unless resamples do.
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ import torch
 from bat.config.sections import Optim
 from bat.probes.base import Probe, build_probe, expand
 from bat.probes.curve import LinearCurve
-from bat.shapes import UserError
+from bat.shapes import Features, UserError
 from bat.train.candidates import Plan
 from bat.train.features import FeatureBank
 from bat.train.held_out import Round
 from bat.train.losses import LOSSES
-from bat.train.probing import Training, fit, predict
+from bat.train.probing import Training, fit, predict, predictions
 from bat.train.results import summary
 from bat.train.selection import cross_validate
 
@@ -201,3 +201,68 @@ def test_rows_without_labels_train_nothing_and_are_not_judged(bank):
         assert torch.equal(before, after)
         assert before.isfinite().all()
     assert results[0] == results[1]
+
+
+def test_rows_of_frames_know_their_clip_across_batches():
+    """Five clips of one, no, three, two and three labelled patches, in batches of two."""
+    lengths = torch.tensor([1, 0, 3, 2, 3])
+    beyond = torch.arange(T) >= lengths[:, None]  # (5, T)
+    targets = torch.rand(5, T, C).masked_fill_(beyond[..., None], torch.nan)
+    patches = torch.rand(L, 5, T, FREQ, D)
+    probe = _build("linear", level="frame")
+    whole = probe.eval()(Features(patches, None)).detach()
+    batches = [
+        (Features(patches[:, i : i + 2], None), targets[i : i + 2]) for i in range(0, 5, 2)
+    ]  # fmt: skip
+    found = predictions({"linear": probe}, iter(batches))
+    assert found.clips.tolist() == [0, 2, 2, 2, 3, 3, 4, 4, 4]
+    assert torch.equal(found.targets, targets[~beyond])
+    torch.testing.assert_close(found.logits["linear", ""], whole[~beyond])
+
+
+def test_clip_labels_meet_the_mean_over_time_and_need_no_clip_numbers():
+    probe, targets = _build("linear", level="frame"), torch.eye(C)
+    features = Features(torch.rand(L, C, T, FREQ, D), None)
+    found = predictions({"linear": probe}, iter([(features, targets)]))
+    assert found.clips is None
+    assert torch.equal(found.targets, targets)
+    torch.testing.assert_close(found.logits["linear", ""], probe.eval()(features).mean(1).detach())
+
+
+class Queried:
+    """Stands in for an encoder whose blocks can be queried: queries pass through unchanged."""
+
+    has_queries = True
+
+    def query_blocks(self, queries, features):
+        return queries[:, None].expand(-1, features.cls.shape[1], -1, -1)
+
+
+@pytest.mark.parametrize(
+    ("method", "shrink"),
+    [
+        ("linear", {"fc.weight"}),
+        ("cgp", {"fc.weight"}),
+        ("protobin", {"fc.weight"}),
+        ("protofloat", {"fc.weight"}),
+        ("proto", set()),
+        ("ep", {"fc.weight", "values.weight"}),
+        ("vqt", {"fc.weight"}),
+        ("curve", {"weight"}),
+    ],
+)
+def test_the_loop_decays_matrices_and_no_prototypes_or_queries(bank, method, shrink):
+    """Without a gradient AdamW's decay is all that moves: by 1 - rate x decay a step."""
+    words = {"classes": C, "width": D, "depth": L, "has_cls": True}
+    head = {"prototypes": 8, "orthogonality": 0.0, "queries": 2, "pool_queries": 4}
+    probe = (LinearCurve(**words) if method == "curve"
+             else build_probe(method, **words, **head, encoder=Queried()))  # fmt: skip
+    before = {name: p.detach().clone() for name, p in probe.named_parameters()}
+    optim = Optim(lr=0.1, weight_decay=2.0, decay="matrices", warmup_steps=3, min_lr=0.1)
+    batches = bank.training(bank.ids, batch=4, steps=2, seed=0)
+    fit({"a": Training(probe, optim, method, 0)}, batches, steps=2,
+        loss=lambda logits, targets: 0 * logits.sum())  # fmt: skip
+    for name, now in probe.named_parameters():
+        wanted = before[name] * (0.8**2 if name in shrink else 1)
+        torch.testing.assert_close(now.detach(), wanted, msg=f"{method}: {name}")
+    assert shrink <= set(before)

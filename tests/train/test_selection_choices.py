@@ -1,0 +1,224 @@
+"""Which look is chosen: ties, blocks of a curve, patience. Every score is written down beforehand.
+
+A scripted probe answers what its script says of the steps it has trained for and of whether its
+rate is the fast one; so the right choice is known without training anything.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bat.config.probing import Protocol
+from bat.config.sections import Optim
+from bat.probes.base import Probe
+from bat.shapes import Features
+from bat.train.candidates import Plan
+from bat.train.features import FeatureBank
+from bat.train.held_out import Round
+from bat.train.losses import LOSSES
+from bat.train.selection import cross_validate
+
+n, C, PARTS = 24, 3, 8
+FAST, SLOW = 1.0, 1e-4
+OPTIM = Optim(lr=SLOW, betas=[0.9, 0.999], weight_decay=0.0, warmup_steps=0, min_lr=0.0)
+HELD = Round("0", np.arange(8), np.arange(16, 24), np.arange(8, 16))
+
+
+@pytest.fixture(scope="module")
+def bank() -> FeatureBank:
+    """The class token is the label, and the clip's place among the eight of its part."""
+    truth = torch.eye(C)[torch.arange(n) % C]
+    place = torch.arange(n)[:, None] % PARTS / PARTS
+    return FeatureBank(
+        patches=torch.zeros(n, 0, 1, 1, C + 1),
+        cls=torch.cat([truth, place], 1)[:, None],
+        targets=truth,
+        ids=np.arange(n),
+        keys=[str(i) for i in range(n)],
+        skipped={},
+    )
+
+
+class Scripted(Probe):
+    """``script(steps, fast)``: of each answer, which share of the clips it has right and how sure
+    it is. ``rate`` climbs by about its learning rate a step, which tells the fast from the slow.
+    """
+
+    def __init__(self, script, names=("",)):
+        super().__init__(classes=C, width=C + 1, depth=1, has_cls=True)
+        self.script, self.names = script, names
+        self.rate = nn.Parameter(torch.zeros(()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, features: Features) -> Tensor:
+        truth, place = features.cls[-1].split([C, 1], 1)
+        if self.training:
+            self.steps += 1
+            return truth * (1 + self.rate)
+        said = self.script(int(self.steps), float(self.rate) > 0.5)
+        said = [said] if self.names == ("",) else said
+        return torch.stack([
+            sure * torch.where(place < share, truth, truth.roll(1, 1)) for share, sure in said
+        ])  # fmt: skip
+
+    def answers(self, logits: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.names, logits, strict=True))
+
+
+def _run(bank, script, *, names=("",), steps=8, held=HELD, memory_bytes=8e9, loss="ce", **protocol):
+    """Outcomes and how many steps were taken."""
+    taken = []
+    plan = Plan(
+        build=lambda _: Scripted(script, names),
+        loss=LOSSES[loss],
+        optim=OPTIM,
+        steps=steps,
+        batch=8,
+        multi_label=loss == "bce",
+        metric="map" if loss == "bce" else "accuracy",
+        protocol=Protocol(**protocol),
+        memory_bytes=memory_bytes,
+        bootstrap=5,
+        on_step=lambda: taken.append(1),
+    )
+    return cross_validate(bank, [held], ["scripted"], plan), len(taken)
+
+
+@pytest.mark.parametrize(
+    ("looks", "chosen"),
+    [
+        ([(1, 1.0), (1, 3.0), (1, 2.0), (1, 3.0)], 4),  # of equal metrics the lower loss
+        ([(1, 2.0), (1, 2.0), (1, 2.0), (1, 2.0)], 2),  # of equal ones the first
+        ([(0.75, 1.0), (1, 0.01), (0.875, 1.0), (0.5, 1.0)], 4),  # the metric above the loss
+        ([(0.5, 1.0), (0.5, 1.0), (0.5, 1.0), (0.625, 9.0)], 8),  # the last step is looked at
+    ],
+)
+def test_of_looks_the_best_then_the_surest_then_the_first(bank, looks, chosen):
+    (outcome,), _ = _run(bank, lambda step, fast: looks[step // 2 - 1], look_every=2)
+    assert outcome.chosen["step"] == chosen
+    share = looks[chosen // 2 - 1][0]
+    assert outcome.metrics["accuracy"] == outcome.chosen["validation"] == share
+
+
+@pytest.mark.parametrize("memory_bytes", [8e9, 1])
+@pytest.mark.parametrize("rates", [[FAST, SLOW], [SLOW, FAST]])
+@pytest.mark.parametrize(
+    ("fast", "slow", "chosen"),
+    [
+        ((1, 3.0), (1, 2.0), FAST),
+        ((1, 2.0), (1, 3.0), SLOW),
+        ((1, 2.0), (1, 2.0), None),
+        ((0.5, 1.0), (0.75, 9.0), SLOW),
+    ],
+)
+def test_of_rates_too(bank, fast, slow, chosen, rates, memory_bytes):
+    """None: all alike, so the rate that is named first; side by side or one after the other."""
+    found, _ = _run(bank, lambda step, is_fast: fast if is_fast else slow, steps=2, lrs=rates,
+                    memory_bytes=memory_bytes)  # fmt: skip
+    assert [o.chosen["lr"] for o in found] == [rates[0] if chosen is None else chosen]
+
+
+CURVE = {  # (fast, step): shares of the blocks
+    (True, 2): [0.25, 0.250, 0.75],
+    (True, 4): [0.875, 0.125, 0.5],
+    (False, 2): [0.5, 0.375, 0.625],
+    (False, 4): [0.625, 0.25, 0.625],
+}
+
+
+@pytest.mark.parametrize("memory_bytes", [8e9, 1])
+@pytest.mark.parametrize("rates", [[FAST, SLOW], [SLOW, FAST]])
+def test_each_block_of_a_curve_has_its_own_rate_and_step(bank, rates, memory_bytes):
+    """And is judged once, as it was at that step with that rate."""
+    found, _ = _run(
+        bank,
+        lambda step, fast: [(share, 1.0) for share in CURVE[fast, step]],
+        names=("@1", "@2", "@3"),
+        steps=4,
+        lrs=rates,
+        look_every=2,
+        memory_bytes=memory_bytes,
+    )
+    rows = {
+        o.method: (o.chosen["lr"], o.chosen["step"], o.chosen["validation"], o.metrics["accuracy"])
+        for o in found
+    }
+    assert rows == {
+        "scripted@1": (FAST, 4, 0.875, 0.875),
+        "scripted@2": (SLOW, 2, 0.375, 0.375),
+        "scripted@3": (FAST, 2, 0.75, 0.75),
+    }
+    assert len(found) == 3
+    assert {o.probe for o in found} == {"scripted"}
+    assert all(o.replicates is None for o in found)  # a curve has a band of its own
+
+
+def _shares(*values):
+    """A script of one answer: its share right at looks every two steps."""
+    return lambda step, fast: (values[step // 2 - 1], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("patience", "shares", "chosen", "taken"),
+    [
+        (2, [0.5, 0.25, 0.625, 0.5, 0.375, 1, 1], 6, 10),  # a gain starts the count anew
+        (1, [0.5, 0.25, 1, 1, 1, 1, 1], 2, 4),
+        (2, [0.5, 0.5, 0.5, 1, 1, 1, 1], 2, 6),  # as good is no gain
+        (3, [0.5, 0.25, 0.25, 0.625, 0.5, 0.5, 0.75], 14, 14),
+        (0, [0.5, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25], 2, 14),  # 0: never
+    ],
+)
+def test_patience_counts_looks_without_gain(bank, patience, shares, chosen, taken):
+    (outcome,), steps = _run(bank, _shares(*shares), steps=14, look_every=2, patience=patience)
+    assert (outcome.chosen["step"], steps) == (chosen, taken)
+
+
+@pytest.mark.parametrize("rates", [[FAST, SLOW], [SLOW, FAST]])
+def test_patience_is_with_each_rate_alone(bank, rates):
+    """A slow rate that still gains is trained on, however far ahead a faster one was."""
+    fast, slow = _shares(0.875, 0.75, 1, 1, 1), _shares(0.25, 0.5, 0.625, 0.75, 0.95)
+    (outcome,), steps = _run(
+        bank,
+        lambda step, is_fast: (fast if is_fast else slow)(step, is_fast),
+        steps=10,
+        lrs=rates,
+        look_every=2,
+        patience=1,
+    )
+    assert (outcome.chosen["lr"], outcome.chosen["step"], steps) == (SLOW, 10, 10)
+    assert outcome.chosen["candidates"] == 2
+
+
+def test_a_block_that_has_stopped_is_looked_at_no_more(bank):
+    """Though the others of its probe go on, and it would have been better later."""
+    one, two = _shares(0.5, 0.25, 1, 1), _shares(0.25, 0.5, 0.625, 0.75)
+    found, steps = _run(bank, lambda *at: [one(*at), two(*at)], names=("@1", "@2"), look_every=2,
+                        patience=1)  # fmt: skip
+    assert steps == 8
+    assert [(o.chosen["step"], o.metrics["accuracy"]) for o in found] == [(2, 0.5), (8, 0.75)]
+
+
+@pytest.mark.parametrize("best", [3, 6, 7])
+def test_looks_are_every_so_many_steps_and_at_the_end(bank, best):
+    seen = []
+
+    def script(step, fast):
+        seen.append(step)
+        return (1 if step == best else 0.5), 1.0
+
+    (outcome,), _ = _run(bank, script, steps=7, look_every=3)
+    assert seen == [3, 6, 7, best]  # the last: judged on the held-out clips
+    assert outcome.chosen["step"] == best
+
+
+def test_without_a_positive_clip_to_validate_on_the_loss_chooses(bank):
+    """No class has an average precision then; a NaN must not win by being first."""
+    empty = bank.targets.clone()
+    empty[HELD.valid] = 0
+    silent = FeatureBank(patches=bank.patches, cls=bank.cls, targets=empty, ids=bank.ids,
+                         keys=bank.keys, skipped={})  # fmt: skip
+    sure = {2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0}
+    (outcome,), _ = _run(silent, lambda step, fast: (1, sure[step]), look_every=2, loss="bce")
+    assert (outcome.chosen["step"], outcome.chosen["validation"]) == (4, 0.0)
+    assert outcome.metrics["map"] == 1
