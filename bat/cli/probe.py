@@ -28,7 +28,8 @@ examples:
   bat-probe report RUN [RUN ...]                         one page and a table of finished probings
 
 checkpoint= a run, an export, a weight file (ours or the field's), or random[:RUN | :S]; several
-with commas. The same command continues a probing; more methods, seeds or encoders are added to it.
+with commas. The same command continues a probing; with out= given, more methods, seeds or encoders
+are added to it.
 key=value sets a value (see --print-config).
 """
 

@@ -174,7 +174,7 @@ def plot_folds(
     """
     assert len(folds) <= len(COLOURS), len(folds)
     path = Path(path)
-    names = sorted({fold for scores in folds.values() for fold in scores})
+    names = sorted({fold for scores in folds.values() for fold in scores}, key=_numbers_first)
     inches = min(12.0, max(6.5, 4 + 0.4 * len(names) * max(1, len(folds))))
     with figure(path, figsize=(inches, 3.8)) as (_, axes):
         axis = axes[0, 0]
@@ -240,6 +240,12 @@ def plot_probe_curve(
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _numbers_first(fold: Any) -> tuple[bool, int, str]:
+    """2 before 10, be they texts."""
+    name = str(fold)
+    return (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)
 
 
 def _is_rate(key: str) -> bool:

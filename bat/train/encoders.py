@@ -41,7 +41,7 @@ def checkpoint_name(config: Supervised) -> str:
     """A short name for run folders: ``pretrain-esc10``, ``random-pretrain-esc10``, ``random-S``."""
     name = _given(config)
     prefix, _, rest = name.partition(":") if name.startswith(f"{RANDOM}:") else ("", "", name)
-    path = Path(rest)
+    path = Path(rest).expanduser().resolve() if Path(rest).name in ("", "..") else Path(rest)
     while path.stem in ("export", "checkpoints", "model", "last") and path.parent.name:
         path = path.parent
     stem = path.stem if path.suffix in (".pt", ".pth", ".ckpt", ".safetensors") else path.name

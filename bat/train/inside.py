@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bat.probes.base import Probe
+from bat.train.features import FeatureStream
 from bat.train.heads import load_head
 from bat.train.insight import choose_clips, encoder_statistics, prototype_maps
 from bat.train.laboratory import MAPPED, Laboratory
@@ -40,11 +41,12 @@ def maps_of(lab: Laboratory) -> tuple[str, list[dict[str, Any]]]:
     trained probe with prototypes, labels of frames, or unreadable clips that are not all known.
     """
     count, held = lab.config.insight.maps, lab.ready.rounds[-1]
-    found = (lab.mapped or _trained_before(lab)) if count else None
+    found = _mapped(lab) if count else None
     if found is None or lab.ready.targets_of is not None:
         return "", []
     name, probe = found
-    batches = lab.source().once(held.test, batch=lab.config.data.batch)
+    source = lab.opened.source if lab.opened is not None else _stream(lab)
+    batches = source.once(held.test, batch=lab.config.data.batch)
     judged = predictions({name: probe}, batches, autocast=lab.autocast)
     readable = [i for i in held.test.tolist() if lab.index.key(i) not in lab.bad.keys]
     if len(readable) != len(judged.targets):
@@ -63,10 +65,29 @@ def maps_of(lab: Laboratory) -> tuple[str, list[dict[str, Any]]]:
     return name, maps
 
 
-def _trained_before(lab: Laboratory) -> tuple[str, Probe] | None:
-    """The head of a run that went on, or None."""
+def _mapped(lab: Laboratory) -> tuple[str, Probe] | None:
+    """The best-liked probe with prototypes, trained now or, in a run that goes on, before."""
     for name in (m for m in MAPPED if m in lab.methods):
+        if lab.mapped is not None and lab.mapped[0] == name:
+            return lab.mapped
         folder = lab.head_folder(name, lab.ready.rounds[-1].name, lab.config.seed)
         if folder.is_dir():
             return name, load_head(folder)[0].to(lab.device)
     return None
+
+
+def _stream(lab: Laboratory) -> FeatureStream:
+    """Features of a run that goes on and had nothing to train: only the drawn clips are encoded."""
+    data = lab.config.data
+    return FeatureStream(
+        lab.backbone,
+        lab.index,
+        frames=lab.ready.frames,
+        clip_seconds=data.clip_seconds,
+        min_seconds=data.min_seconds,
+        max_seconds=data.max_seconds,
+        workers=data.workers,
+        autocast=lab.autocast,
+        needs=lab.needs(),
+        bad_clips=lab.bad,
+    )

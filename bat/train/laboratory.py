@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -177,6 +178,7 @@ class Laboratory:
         metrics = self.out / "metrics.jsonl"
 
         def on_log(row: dict[str, Any]) -> None:
+            row["loss"] = row["loss"] if math.isfinite(row["loss"]) else None  # NaN is no JSON
             with metrics.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"encoder": self.name, **row}) + "\n")
 

@@ -71,11 +71,14 @@ def _architectures(config: Probe, checkpoints: list[str]) -> list[str]:
     return list(found.values())
 
 
-def finetuned_of(config: Probe, names: list[str], *, task: str, metric: str) -> dict[str, float]:
+def finetuned_of(
+    config: Probe, names: list[str], *, task: str, metric: str, data: str
+) -> dict[str, float]:
     """What fine-tuning reaches, a fraction, for the encoders that ``config.finetuned`` has it of.
 
-    Raises ``UserError`` for more entries than checkpoints, a number that is no percentage, and a
-    folder that is no finished fine-tuning of this task.
+    ``data``: hash of the index that is probed on. Raises ``UserError`` for more entries than
+    checkpoints, a number that is no percentage, and a folder that is no finished fine-tuning of
+    this task on these data.
     """
     given = _given(config)
     entries = [part.strip() for entry in config.finetuned for part in entry.split(",")]
@@ -89,21 +92,21 @@ def finetuned_of(config: Probe, names: list[str], *, task: str, metric: str) -> 
     for name, checkpoint in zip(names, encoders_of(config).values(), strict=True):
         entry = by_checkpoint.get(checkpoint, "none")
         if entry != "none":
-            found[name] = _finetuned(entry, task=task, metric=metric)
+            found[name] = _finetuned(entry, task=task, metric=metric, data=data)
     return found
 
 
-def _finetuned(entry: str, *, task: str, metric: str) -> float:
+def _finetuned(entry: str, *, task: str, metric: str, data: str) -> float:
     try:
         percent = float(entry)
     except ValueError:
-        return _of_run(Path(entry).expanduser(), task=task, metric=metric)
+        return _of_run(Path(entry).expanduser(), task=task, metric=metric, data=data)
     if not 0 <= percent <= 100 or math.isnan(percent):
         raise UserError(f"finetuned={entry} is no percentage (0 to 100)")
     return percent / 100
 
 
-def _of_run(folder: Path, *, task: str, metric: str) -> float:
+def _of_run(folder: Path, *, task: str, metric: str, data: str) -> float:
     file = folder / "summary.json"
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
@@ -117,4 +120,9 @@ def _of_run(folder: Path, *, task: str, metric: str) -> float:
         ) from error
     if of != task:
         raise UserError(f"finetuned={folder} is of task '{of}', this probing of '{task}'")
+    if run.get("data", data) != data:
+        raise UserError(
+            f"finetuned={folder} was judged on other clips, labels or folds than this probing: "
+            "give a run on the same data, or its number in percent if you know that they agree"
+        )
     return value

@@ -86,6 +86,7 @@ def _run(run: Folds, out: Path) -> None:
             "checkpoint": config.checkpoint,
             "weights": config.weights,
             "task": ready.task.name,
+            "data": ready.index.hash,
             "how": HOW,
             "clips": len(ready.index),
             "bad_clips": {r["held_out"]: r["bad_clips"] for r in results},
@@ -145,6 +146,7 @@ def _headline(run: Folds) -> str:
 
 
 def _report(config: schema.Finetune, results: dict[str, dict[str, Any]], out: Path) -> str:
+    data = f"data.csv={config.data.csv}" if config.data.csv else f"recipe={config.recipe}"
     return "\n\n".join(
         [
             table(results),
@@ -154,7 +156,7 @@ def _report(config: schema.Finetune, results: dict[str, dict[str, Any]], out: Pa
             f"  encoders  {out}/fold-K/export (bat.load_encoder reads one), heads fold-K/head\n"
             f"  pictures  {out}/plots/, {out}/fold-K/plots/",
             "Next:\n"
-            f"  bat-probe recipe={config.recipe} checkpoint={config.checkpoint} "
-            "--method cgp,linear   (the same encoder frozen)",
+            f"  bat-probe {data} checkpoint={config.checkpoint} --method cgp,linear "
+            f"finetuned={out}   (the same encoder frozen, and the gap)",
         ]
     )

@@ -208,7 +208,7 @@ def open_own(data: Data, *, progress: bool = True) -> tuple[Task, Index, Own]:
     left_out = manifest.left_out if manifest is not None else []
     if left_out:
         shown = "; ".join(
-            f"line {listed.lines.get(entry['key'], '?')}: {entry['file']}, {entry['reason']}"
+            f"line {listed.lines[entry['key']]}: {entry['file']}, {entry['reason'].rstrip('.')}"
             for entry in left_out[: own.SHOWN]
         )
         said = (

@@ -6,6 +6,7 @@ compares them. Data and rounds are the same for all.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ from bat.train.trainer import start_logging, write_json
 
 log = logging.getLogger("bat")
 
+LONG = 80
+"""Letters of the encoders' names in a folder's name."""
 FEW = 3
 """Methods of one encoder whose results are told fold by fold."""
 
@@ -55,7 +58,11 @@ def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -
     if config.control == "permuted":
         opened = permuted(opened, seed=config.seed)
     finetuned = finetuned_of(
-        config, list(encoders), task=opened.task.name, metric=opened.task.metric
+        config,
+        list(encoders),
+        task=opened.task.name,
+        metric=opened.task.metric,
+        data=opened.index.hash,
     )
     out = Path(config.out or _folder(config, list(encoders)))
     if dry_run:
@@ -65,13 +72,22 @@ def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -
         return out
     with run_folder(config, out, force=force):
         start_logging(out)
-        _run(config, opened, out, encoders, methods, finetuned)
+        try:
+            _run(config, opened, out, encoders, methods, finetuned)
+        except KeyboardInterrupt:
+            log.warning(
+                "interrupted: %s/results.jsonl holds what is done, and the same command continues",
+                out,
+            )
+            raise
     return out
 
 
 def _folder(config: schema.Probe, names: Sequence[str]) -> str:
     recipe = Path(config.data.csv).stem if config.data.csv else config.recipe
-    who = "+".join(names) if len(names) <= 2 else f"{names[0]}+{len(names) - 1}-more"
+    who = "+".join(names)
+    if len(who) > LONG:
+        who = f"{who[:LONG]}-{hashlib.sha256(who.encode()).hexdigest()[:8]}"
     return f"runs/probe-{recipe}-{who}-{'+'.join(config.methods)}"
 
 
@@ -198,9 +214,13 @@ def _headline(
             "" if ready.targets_of is not None else ", averaged over time for clip labels"
         )
     seeds = f", {config.seeds} seeds" if config.seeds > 1 else ""
-    length = (
-        f"{config.train.epochs:g} epochs" if config.train.epochs else f"{config.train.steps} steps"
-    )
+    length = f"{config.train.steps} steps"
+    if config.train.epochs:
+        clips = min(len(held.train) for held in ready.rounds)
+        least = max(
+            1, config.train.min_steps, round(config.train.epochs * clips / config.data.batch)
+        )
+        length = f"{config.train.epochs:g} epochs, {least} steps or more"
     more = [
         f"{', '.join(methods)}{level}: {len(ready.rounds)} round(s){seeds}, {length}; the encoder "
         "is frozen"

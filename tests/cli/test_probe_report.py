@@ -94,6 +94,7 @@ JUDGED = ("encoders", "A", "results", "cgp", "folds", "1", "0")
         (_edited("encoders"), "(of bat 0.6.0) lacks 'encoders': it is of another version"),
         (_edited("metric", value="wer"), "has the metric 'wer', not one of accuracy"),
         (_edited("labels", value="dog"), "holds str as 'labels'"),
+        (_edited("head", value=[4]), "holds list as 'head'"),
         (_edited("rounds", value=[3]), "has int where keys with values belong of a round"),
         (_edited("encoders", "A", "digest"), "lacks 'digest' of encoder 'A'"),
         (_edited("encoders", "A", "features", "gb"), "lacks 'gb' of the features of encoder 'A'"),
@@ -140,6 +141,27 @@ def test_a_picture_that_is_none_is_left_out_and_named(
     made = report([run])
     assert "gates.png is no PNG" in caplog.text
     assert made.html.read_text(encoding="utf-8").count("<img") == 2
+
+
+def test_pictures_of_encoders_that_are_not_in_the_run_are_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", summary(encoders=["B"]), pictures=True)  # theirs are A's
+    plot_layer_gates({"cgp": [[0.2, 0.8]]}, run / "plots" / "B" / "folds.png")
+    html = report([run]).html.read_text(encoding="utf-8")
+    assert 'alt="Every probe of every encoder"' in html
+    assert 'alt="Results by held-out round: B"' in html
+    assert html.count("<img") == 2
+
+
+def test_comparisons_of_the_run_before_are_left_out_while_this_one_is_not_finished(
+    tmp_path: Path,
+) -> None:
+    given = summary(encoders=["A"]) | {"unfinished": ["B"]}
+    run = write_run(tmp_path / "run", given, pictures=True)
+    plot_layer_gates({"cgp": [[0.2, 0.8]]}, run / "plots" / "my-own.png")
+    html = report([run]).html.read_text(encoding="utf-8")
+    assert 'alt="Every probe of every encoder"' not in html
+    assert 'alt="Layer gates: A"' in html
+    assert 'alt="My own"' in html
 
 
 def test_credentials_in_checkpoints_are_not_shown(tmp_path: Path) -> None:

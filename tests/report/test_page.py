@@ -173,3 +173,19 @@ def test_text_is_escaped_unless_it_was_made_here() -> None:
     assert tag("a", "x", href='" onclick="y') == '<a href="&quot; onclick=&quot;y">x</a>'
     made = table(["a", "b"], [["x", "1"]], best={(0, 1)}, tints={(0, 1): 2.0})
     assert re.search(r'<td class="best tint" style="--v:1\.000">1</td>', made)
+
+
+def test_settings_of_heads_and_rates_are_listed(tmp_path: Path) -> None:
+    path = write_page(tmp_path / "r.html", title="r", summaries=[summary(encoders=["A"])])
+    rows = Reader(path.read_text(encoding="utf-8")).rows
+    for line in (
+        ["head.prototypes", "10000"],
+        ["head.per_class", "–"],  # noqa: RUF001
+        ["optim.lr", "0.001"],
+        ["clip_seconds", "5.0"],
+        ["data", "89abcdef"],
+    ):
+        assert line in rows
+    [header] = [row for row in rows if row[0] == "encoder" and "digest" in row]
+    [line] = [row for row in rows if row[0] == "A" and len(row) == len(header)]
+    assert dict(zip(header, line, strict=True))["frames"] == "512"

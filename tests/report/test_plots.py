@@ -71,3 +71,50 @@ def test_random_control_is_the_value_at_step_zero(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "axhline", lambda self, y, **k: lines.append((y, k["ls"])))
     plots.plot_probe_curve(ROWS, tmp_path / "curve.png")
     assert lines == [(50.0, "--"), (50.0, "--")]
+
+
+@pytest.fixture
+def axes(monkeypatch):
+    """The axes of the figure that is saved, instead of a file."""
+    from matplotlib.figure import Figure
+
+    found = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, _: found.extend(self.axes))
+    return found
+
+
+def test_gates_say_what_their_deviation_is_over_and_stay_within_0_and_1(tmp_path, axes):
+    from matplotlib.container import ErrorbarContainer
+
+    gates = {"cgp": [[0.0, 1.0], [0.5, 0.5]], "lcgp": [0.25, 0.75]}
+    plots.plot_layer_gates(gates, tmp_path / "g.png")
+    plots.plot_layer_gates(gates, tmp_path / "g.png", over="trainings")
+    for axis, over in zip(axes, ("folds", "trainings"), strict=True):
+        said = [text.get_text() for text in axis.get_legend().get_texts()]
+        assert said == ["uniform, 1/2", f"cgp, mean ± std\nof 2 {over}", "lcgp"]
+    [bars] = [c for c in axes[0].containers if isinstance(c, ErrorbarContainer)]
+    [lines] = bars[2]
+    ends = [segment[:, 1].tolist() for segment in lines.get_segments()]
+    spread = 0.5 / 2**0.5  # more than 0.25
+    np.testing.assert_allclose(ends, [(0, 0.25 + spread), (0.75 - spread, 1)], atol=1e-12)
+
+
+def test_folds_are_in_order_and_say_what_their_deviation_is_over(tmp_path, axes):
+    scores = {str(fold): fold / 100 for fold in (10, 2, 1)}
+    plots.plot_folds({"cgp": scores}, tmp_path / "f.png", metric="accuracy")
+    assert [label.get_text() for label in axes[0].get_xticklabels()] == ["1", "2", "10"]
+    drawn = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in axes[0].patches}
+    assert drawn == {0: 1, 1: 2, 2: 10}
+    legend = axes[0].get_legend()
+    assert legend.get_title().get_text() == "mean ± std over 3 folds"
+    assert [text.get_text() for text in legend.get_texts()] == ["cgp: 4.3 ± 4.9 %"]
+    plots.plot_folds({"cgp": {"test": 0.5}}, tmp_path / "f.png", metric="accuracy")
+    legend = axes[1].get_legend()
+    assert legend.get_title().get_text() == ""
+    assert [text.get_text() for text in legend.get_texts()] == ["cgp: 50.0 %"]
+
+
+def test_the_band_of_a_probe_s_curve_ends_where_the_metric_does(tmp_path, axes):
+    rows = [{"step": s, "method": "cgp", "accuracy": 0.95, "accuracy_std": 0.1} for s in (1, 2)]
+    plots.plot_probe_curve(rows, tmp_path / "c.png")
+    assert axes[0].collections[0].get_paths()[0].vertices[:, 1].max() == 100

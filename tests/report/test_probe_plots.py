@@ -187,3 +187,41 @@ def test_names_are_shortened_in_the_middle() -> None:
     assert short("0123456789", 10) == "0123456789"
     assert short("0123456789A", 10) == "01234…789A"
     assert len(short(LONG)) == probe_plots.NAME
+
+
+def test_controls_are_told_apart(tmp_path: Path, axes: list[Axes]) -> None:
+    names = ["random", "bat", "random-S", "eat", "random-L"]
+    controls = [name for name in names if name.startswith("random")]
+    found = probe_plots.looks(names, controls)
+    assert [found[n]["color"] for n in controls] == list(probe_plots.GREYS)
+    assert len({(look["color"], look["marker"]) for look in found.values()}) == len(names)
+    assert found["bat"]["marker"] == found["random"]["marker"] == "o"  # theirs are counted apart
+    results = {name: {"cgp": row(0.5)} for name in names}
+    probe_plots.plot_comparison(results, tmp_path / "c.png", metric="mAP", controls=controls)
+    drawn = {
+        line.get_label(): (line.get_color(), line.get_marker(), line.get_markerfacecolor())
+        for line in axes[0].lines
+        if str(line.get_label()).endswith("(control)")
+    }
+    assert len(set(drawn.values())) == 3
+    assert all(face == "white" for _, _, face in drawn.values())
+
+
+def test_controls_alone_decide_the_order_among_themselves(tmp_path: Path, axes: list[Axes]) -> None:
+    results = {n: {"linear": row(0.2), "cgp": row(0.4)} for n in ("random", "random-S")}
+    probe_plots.plot_comparison(results, tmp_path / "c.png", metric="mAP", controls=[*results])
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["cgp", "linear"]
+
+
+def test_deviations_end_where_the_metric_does(tmp_path: Path, axes: list[Axes]) -> None:
+    wide = {"mean": 0.9, "std": 0.2, "interval": [0.8, 1.05]}
+    low = {"mean": 0.05, "std": 0.2, "interval": [-0.01, 0.3]}
+    results = {"bat": {"cgp": wide, "linear": low}}
+    probe_plots.plot_comparison(results, tmp_path / "c.png", metric="accuracy")
+    ends = [line.get_xdata() for line in axes[0].lines if len(line.get_xdata()) == 2]
+    drawn = {(round(float(a), 6), round(float(b), 6)) for a, b in ends}
+    assert {(70, 100), (80, 100), (0, 25), (0, 30)} <= drawn
+    curves = {"bat": {"mean": [0.9, 0.05], "std": [0.2, 0.2]}}
+    probe_plots.plot_layer_curve(curves, tmp_path / "l.png", metric="accuracy")
+    band = axes[1].collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (0, 100)

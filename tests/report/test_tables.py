@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 
@@ -139,6 +140,53 @@ def test_runs_of_one_task_stand_side_by_side() -> None:
     assert len(sections([one, summary(task="scv2")])) == 2
     assert len(sections([one, summary(labels=["a", "b", "c"])])) == 2
     assert len(sections([one, {**one, "control": "permuted"}])) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"head": {"prototypes": 4}}, "head.prototypes (10000, 4)"),
+        ({"head": {"per_class": 3}}, "head.per_class (null, 3)"),
+        ({"optim": {"lr": 0.03}}, "optim.lr (0.001, 0.03)"),
+        ({"data": "00ff"}, "the data (other clips, labels or folds)"),
+        ({"clip_seconds": 1.5}, "clip_seconds (5.0, 1.5)"),
+        ({"min_steps": 300}, "min_steps (null, 300)"),
+        ({"confidence": 0.9}, "confidence (0.95, 0.9)"),
+        ({"encoders": {"A": {"frames": 1024}}}, "frames of A (512, 1024)"),
+    ],
+)
+def test_what_runs_do_not_have_in_common_is_said(changes: dict[str, Any], said: str) -> None:
+    one = summary(encoders=["A"], methods=["linear"])
+    two = summary(encoders=["A"], methods=["cgp"])
+    assert sections([one, two])[0].differ == []
+
+    def change(tree: dict[str, Any], by: dict[str, Any]) -> None:
+        for key, value in by.items():
+            if isinstance(value, dict):
+                change(tree[key], value)
+            else:
+                tree[key] = value
+
+    change(two, changes)
+    assert sections([one, two])[0].differ == [said]
+    assert f"they differ in {said}. Compare with care." in as_text([one, two])
+
+
+def test_runs_that_do_not_say_their_settings_are_not_taken_for_alike() -> None:
+    """Of a version before they were written down."""
+    one, two = summary(encoders=["A"]), summary(encoders=["B"])
+    for key in ("head", "optim", "data", "clip_seconds"):
+        del two[key]
+    [section] = sections([one, two])
+    assert section.differ == [
+        "the data (other clips, labels or folds)",
+        "clip_seconds (5.0, null)",
+        "head (unknown of 1)",
+        "optim (unknown of 1)",
+    ]
+    for key in ("head", "optim", "data", "clip_seconds"):
+        del one[key]
+    assert sections([one, two])[0].differ == []
 
 
 def test_the_same_encoder_gets_its_methods_together_another_one_another_name() -> None:

@@ -208,3 +208,9 @@ def test_line_numbers_survive_empty_lines_and_line_breaks_in_quotes(tmp_path: Pa
     columns, lines = numbered_lines(lay(tmp_path, 'a,b\n\n"x\ny",1\n,\nz\n'))
     assert columns == ["a", "b"]
     assert lines == [(4, {"a": "x\ny", "b": "1"}), (6, {"a": "z", "b": ""})]
+
+
+def test_clips_know_the_line_they_are_first_listed_in(tmp_path: Path) -> None:
+    text = "path,label,onset,offset\nb.wav,x,0,1\n\na.wav,y,0,1\nb.wav,y,1,2\n"
+    found = read(lay(tmp_path, text, "a.wav", "b.wav"))
+    assert found.lines == {"b": 2, "a": 4}

@@ -63,10 +63,10 @@ def test_finetuned_numbers_and_runs(runs, tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps(run))
     config = _config(runs / "a", "random", runs / "b", finetuned=["97.5", "none", str(tmp_path)])
     names = list(encoders_of(config))
-    found = finetuned_of(config, names, task="toy", metric="accuracy")
+    found = finetuned_of(config, names, task="toy", metric="accuracy", data="x")
     assert found == {"a": 0.975, "b": 0.75}
     joined = _config(runs / "a", runs / "b", finetuned=[f"none, {tmp_path}"])
-    assert finetuned_of(joined, ["a", "b"], task="toy", metric="accuracy") == {"b": 0.75}
+    assert finetuned_of(joined, ["a", "b"], task="toy", metric="accuracy", data="x") == {"b": 0.75}
     for entries, said in (
         (["1", "2", "3", "4"], "4 entries for 3"),
         (["101"], "no percentage"),
@@ -75,7 +75,11 @@ def test_finetuned_numbers_and_runs(runs, tmp_path):
     ):
         config.finetuned = entries
         with pytest.raises(UserError, match=said):
-            finetuned_of(config, names, task="toy", metric="accuracy")
+            finetuned_of(config, names, task="toy", metric="accuracy", data="x")
+    (tmp_path / "summary.json").write_text(json.dumps({**run, "data": "y"}))
     config.finetuned = [str(tmp_path)]
+    with pytest.raises(UserError, match="judged on other clips"):
+        finetuned_of(config, names, task="toy", metric="accuracy", data="x")
+    assert finetuned_of(config, names, task="toy", metric="accuracy", data="y") == {"a": 0.75}
     with pytest.raises(UserError, match="is of task 'toy', this probing of 'esc10'"):
-        finetuned_of(config, names, task="esc10", metric="accuracy")
+        finetuned_of(config, names, task="esc10", metric="accuracy", data="x")

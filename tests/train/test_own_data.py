@@ -16,11 +16,15 @@ from bat.config.schema import Finetune, Pretrain, Probe
 from bat.data.module import eval_loader
 from bat.data.tar import escape_key
 from bat.data.toy import SAMPLE_RATE, toy_wave
+from bat.probes.base import build_probe
 from bat.shapes import Grid, UserError, WaveBatch
 from bat.tasks.events import Event
+from bat.train.candidates import Plan
+from bat.train.features import FeatureBank
 from bat.train.frame_targets import FrameTargets
 from bat.train.prepare import open_probing, prepare, with_encoder
 from bat.train.run_folder import open_data
+from bat.train.selection import cross_validate
 
 SECONDS = (0.5, 0.7, 1.0)
 
@@ -175,6 +179,22 @@ def test_files_that_cannot_be_read_are_counted(own, sounds, caplog):
     assert "1 of the 10 files" in caplog.text
 
 
+def test_files_that_cannot_be_read_are_told_to_who_reads_the_results(own, sounds):
+    text = PLAIN
+    for i in range(6):
+        (sounds / f"bad{i}.flac").write_bytes(b"fLaC, but not really")
+        text += f"bad{i}.flac,a\n"
+    data = open_probing(own(text, "data.max_bad=0.5"))
+    [said] = [line for line in data.notices if "cannot be read" in line]
+    assert said.startswith("6 of the 15 files of ")
+    for i in range(5):
+        assert f"line {11 + i}: bad{i}.flac, corrupt" in said
+    assert "bad5" not in said
+    assert said.endswith("/manifest.json): left out")
+    assert f"\n  {said}" in prepare(own(text, "data.max_bad=0.5")).headline("first")
+    assert not any("cannot be read" in line for line in open_probing(own(PLAIN)).notices)
+
+
 def test_data_mistakes_name_the_remedy(own, sounds):
     with pytest.raises(UserError, match=r"does not exist: name a CSV"):
         open_data("own", dataclasses.replace(own(PLAIN).data, csv=f"{sounds}/none.csv"))
@@ -240,6 +260,28 @@ def test_events_at_frame_level(own):
         equal_nan=True,
     )
     assert ready.notices[-1].startswith("1 event(s) begin and end between the starts of two")
+
+
+def test_events_are_probed_by_the_patches_that_lie_in_a_clip(own):
+    """Three clips of 4, 5 and 7 patches a fold, in batches of two: 16 rows of three clips."""
+    ready = prepare(own(EVENTS, "level=frame"))
+    ids = np.arange(6)
+    loader = eval_loader(ready.index, ids, batch=4, sample_rate=SAMPLE_RATE,
+                         clip_seconds=ready.config.data.clip_seconds)  # fmt: skip
+    bank = FeatureBank.extract(ready.backbone, loader, ids=ids, frames=ready.frames,
+                               targets_of=ready.targets_of)  # fmt: skip
+    plan = Plan(
+        build=lambda m: build_probe(m, classes=2, width=16, depth=2, has_cls=True, level="frame"),
+        loss=ready.loss, optim=ready.config.optim, steps=2, batch=2, multi_label=True, metric="map",
+        bootstrap=200,
+    )  # fmt: skip
+    rounds = [dataclasses.replace(r, valid=None) for r in ready.rounds]
+    found = cross_validate(bank, rounds, ["linear"], plan)
+    assert [o.metrics["per_class"]["positives"] for o in found] == [[4, 1], [0, 7]]
+    assert plan.diverged == []
+    for outcome in found:
+        drawn = [v for v in outcome.replicates if not np.isnan(v)]
+        assert 0 < len(set(drawn)) <= 10  # of three clips there are ten draws
 
 
 def test_the_digest_follows_an_edited_onset_though_the_shards_do_not(own):
