@@ -63,6 +63,8 @@ class Protocol:
     selection: Literal["validation", "none"] = "validation"
     """``validation``: the learning rate is chosen on clips kept out of the training clips, never
     on the held-out ones; ``none``: nothing is chosen, all of them train, the last step counts."""
+    metric: Literal["task", "map"] = "task"
+    """What is best on the validation clips: the task's metric, or mAP in any case."""
     fraction: float = 0.2
     """Training clips kept out for that where the data has neither a split ``valid`` nor folds to
     spare (three or more: the fold after the held-out one)."""
@@ -83,8 +85,8 @@ class Protocol:
     def problems(self) -> list[str]:
         found = []
         if self.selection == "none":
-            for name in ("lrs", "prototype_lrs", "weight_decays", "sobol", "look_every"):
-                if value := getattr(self, name):
+            for name in ("lrs", "prototype_lrs", "weight_decays", "sobol", "look_every", "metric"):
+                if (value := getattr(self, name)) and value != "task":
                     found.append(
                         f"protocol.{name}={value} with protocol.selection=none: nothing chooses "
                         f"among them; say protocol.selection=validation, or leave {name} away"

@@ -91,7 +91,7 @@ def passes(
 
 State = dict[str, Tensor]
 Score = tuple[float, float]
-"""Main metric and minus the loss."""
+"""The metric that chooses and minus the loss."""
 
 
 EVERY = "*"
@@ -107,6 +107,16 @@ class Look:
     score: Score | None
     """None where nothing chooses."""
     state: State
+    order: int = 0
+    """Of the candidate in its grid."""
+
+    def better(self, other: Look | None) -> bool:
+        """Whether this look is chosen before ``other``: by score, of equal ones the earlier step,
+        then the earlier in the grid, whatever was trained first."""
+        if other is None or self.score is None or other.score is None:
+            return other is None
+        mine, theirs = (-self.step, -self.order), (-other.step, -other.order)
+        return (*self.score, *mine) > (*other.score, *theirs)
 
 
 @dataclass
@@ -149,6 +159,11 @@ class Plan:
     """Of each method; filled in."""
     prototypes: dict[str, bool] = field(default_factory=dict)
     """Whether each method has some; filled in."""
+
+    @property
+    def chooses(self) -> str:
+        """The metric that candidates are chosen by."""
+        return "map" if self.protocol and self.protocol.metric == "map" else self.metric
 
     def grid(self, method: str) -> list[tuple[float, float]]:
         """Rates and weight decays that are tried."""

@@ -129,9 +129,8 @@ class Laboratory:
         self.bad.check(final=True)
         entry |= self._opened_with()
         if self.bad.keys:
-            first, why = next(iter(self.bad.keys.items()))
-            log.warning("%s: %d clip(s) cannot be read, the first: %s (%s)", self.name,
-                        len(self.bad.keys), first, why)  # fmt: skip
+            first = ": ".join(next(iter(self.bad.keys.items())))
+            log.warning("%s: %d unreadable, the first %s", self.name, len(self.bad.keys), first)
         return entry
 
     def _open(self) -> None:

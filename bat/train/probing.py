@@ -115,30 +115,37 @@ class Predictions(NamedTuple):
 
 @torch.no_grad()
 def predictions(
-    probes: Mapping[K, Probe], batches: Batches, *, autocast: torch.dtype | None = None
+    probes: Mapping[K, Probe],
+    batches: Batches,
+    *,
+    autocast: torch.dtype | None = None,
+    wanted: Callable[[K, str], bool] = lambda key, answer: True,
 ) -> Predictions:
     """What ``probes`` say of ``batches``. Clip labels are met by the mean over time of frame-level
-    logits; of frame labels the patches beyond a clip's end (NaN) are left out.
+    logits; of frame labels the patches beyond a clip's end (NaN) are left out. ``wanted``: which
+    answers of which probe are kept.
     """
     device = device_of(next(iter(probes.values())))
     logits: dict[tuple[Hashable, str], list[Tensor]] = {}
     targets, clips, seen = [], [], 0
-    for features, wanted in batches:
+    for features, labels in batches:
         features = to_device(features, device)
-        frames = wanted.ndim == 3
-        kept = ~wanted.isnan().any(-1) if frames else None  # (B, T)
+        frames = labels.ndim == 3
+        kept = ~labels.isnan().any(-1) if frames else None  # (B, T)
         for key, probe in probes.items():
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 out = probe.eval()(features)
             for answer, own in probe.answers(out).items():
+                if not wanted(key, answer):
+                    continue
                 rows = own[kept.to(device)] if kept is not None else to_clip(own)
                 logits.setdefault((key, answer), []).append(rows.float().cpu())
         if kept is not None:
-            number = torch.arange(seen, seen + len(wanted))[:, None].expand_as(kept)
+            number = torch.arange(seen, seen + len(labels))[:, None].expand_as(kept)
             clips.append(number[kept.cpu()])
-            wanted = wanted[kept]
+            labels = labels[kept]
         seen += features.patches.shape[1]
-        targets.append(wanted.cpu())
+        targets.append(labels.cpu())
     if not targets:
         raise UserError("none of the held-out clips can be read")
     joined = {key: torch.cat(parts) for key, parts in logits.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -217,10 +218,8 @@ def _headline(
     length = f"{config.train.steps} steps"
     if config.train.epochs:
         clips = min(len(held.train) for held in ready.rounds)
-        least = max(
-            1, config.train.min_steps, round(config.train.epochs * clips / config.data.batch)
-        )
-        length = f"{config.train.epochs:g} epochs, {least} steps or more"
+        steps = math.ceil(config.train.epochs * clips / config.data.batch)
+        length = f"{config.train.epochs:g} epochs, {max(1, steps, config.train.min_steps)} steps"
     more = [
         f"{', '.join(methods)}{level}: {len(ready.rounds)} round(s){seeds}, {length}; the encoder "
         "is frozen"

@@ -98,10 +98,12 @@ def _train(
             if protocol.patience and waited.get(at, 0) >= protocol.patience:
                 continue  # it has stopped, though others of its probe go on
             kept = best[candidate.job].get(answer)
-            if score is not None and (kept is None or kept.score is None or score > kept.score):
+            order = plan.grid(candidate.method).index((candidate.lr, candidate.weight_decay))
+            if score is not None and Look(candidate, step, score, {}, order).better(kept):
                 if candidate not in states:
                     states[candidate] = _state(trainings[candidate].probe)
-                best[candidate.job][answer] = Look(candidate, step, score, states[candidate])
+                own = Look(candidate, step, score, states[candidate], order)
+                best[candidate.job][answer] = own
             if score is not None and (at not in tops or score > tops[at]):
                 tops[at], waited[at] = score, 0
             else:
@@ -164,7 +166,7 @@ def _scores(
             scores[key] = None
             continue
         metrics = evaluate(logits, found.targets, multi_label=plan.multi_label)
-        value = metrics[plan.metric]
+        value = metrics[plan.chooses]
         if math.isnan(value):  # no class of the validation clips has a positive
             value = 0.0
         scores[key] = value, -float(plan.loss(logits, found.targets.float()))
@@ -193,14 +195,20 @@ def _judge(
     sound = {job for job in looks if looks[job]}
     if probes:
         held_out = source.once(held.test, batch=plan.batch)
-        found = predictions(probes, held_out, autocast=plan.autocast)
+
+        def wanted(key: tuple[tuple[str, int], int], answer: str) -> bool:
+            """Of each state the answers it was chosen for, and those that none was."""
+            look = looks[key[0]].get(answer) or looks[key[0]].get(EVERY)
+            return look is None or id(look.state) == key[1]
+
+        found = predictions(probes, held_out, autocast=plan.autocast, wanted=wanted)
         for (key, answer), logits in found.logits.items():
             assert isinstance(key, tuple)
-            job, state = key
+            job, _ = key
             chosen = looks[job].get(answer) or looks[job].get(EVERY)
-            if chosen is None or (id(chosen.state) == state and not logits.isfinite().all()):
+            if chosen is None or not logits.isfinite().all():
                 sound.discard(job)
-            elif id(chosen.state) == state and job in sound:
+            elif job in sound:
                 outcomes[job].append(
                     _outcome(
                         held, job, answer, chosen, probes[key], tried[job], logits, found, plan
