@@ -67,7 +67,9 @@ def _chosen(section: Section) -> list[Html]:
     if not cells:
         return []
     header = ["encoder", "probe", "held out", "seed", "learning rate", "weight decay", "step"]
-    header += [f"{TITLES[section.metric]} on validation", "candidates"]
+    by = {str(s["protocol"].get("metric", "task")) for s in section.summaries}
+    score = TITLES["map"] if by == {"map"} else TITLES[section.metric]
+    header += [f"{score} on validation", "candidates"]
     return [details("Chosen rates and steps", table(header, cells, words=4))]
 
 

@@ -20,8 +20,9 @@ import torch
 from bat import __version__
 from bat.config import schema
 from bat.config.compose import to_dict
-from bat.probes.base import expand, find_probe
+from bat.probes.base import expand, find_probe, takes_encoder
 from bat.report.tables import as_text
+from bat.tasks.events import digest
 from bat.train.control import permuted
 from bat.train.encoders import autocast_for, device_for
 from bat.train.feature_cache import measured
@@ -106,7 +107,7 @@ def _run(
         ready = with_encoder(opened, config, checkpoint)
         of = f", encoder {number} of {len(encoders)}" if len(encoders) > 1 else ""
         log.info("%s", _headline(ready, name, methods, out, of))
-        lab = Laboratory(ready, out, name=name, methods=methods)
+        lab = Laboratory(ready, out, name=name, methods=_fitting(methods, config, ready))
         found[name] = {**lab.run(), "finetuned": finetuned.get(name)}
         then = time.perf_counter()
         found[name]["insight"] |= statistics_of(lab)
@@ -120,6 +121,19 @@ def _run(
         del lab, ready
     draw_comparison(out / "plots", summary)
     print(_report(config, summary, out))
+
+
+def _fitting(
+    methods: Sequence[str], config: schema.Probe, ready: Prepared[schema.Probe]
+) -> list[str]:
+    """``methods``; of ``all`` those that the encoder lends itself to."""
+    if ready.backbone.has_queries:
+        return list(methods)
+    unfit = {m for m in methods if m != CURVE and takes_encoder(find_probe(m))}
+    unfit -= set(config.methods)  # asked for by name: an error that says why
+    if unfit:
+        log.warning("%s: not defined for this encoder, left out", ", ".join(sorted(unfit)))
+    return [m for m in methods if m not in unfit]
 
 
 def _summary(
@@ -159,7 +173,7 @@ def _summary(
         "min_steps": config.train.min_steps or None,
         "head": to_dict(config.head),
         "optim": to_dict(config.optim),
-        "data": opened.index.hash,
+        "data": opened.index.hash + (digest(opened.events) if opened.events else ""),
         "clip_seconds": opened.config.data.clip_seconds,
         "batch": config.data.batch,
         "confidence": config.confidence,

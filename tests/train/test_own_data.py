@@ -23,6 +23,7 @@ from bat.train.candidates import Plan
 from bat.train.features import FeatureBank
 from bat.train.frame_targets import FrameTargets
 from bat.train.prepare import open_probing, prepare, with_encoder
+from bat.train.probing import predictions
 from bat.train.run_folder import open_data
 from bat.train.selection import cross_validate
 
@@ -263,7 +264,7 @@ def test_events_at_frame_level(own):
 
 
 def test_events_are_probed_by_the_patches_that_lie_in_a_clip(own):
-    """Three clips of 4, 5 and 7 patches a fold, in batches of two: 16 rows of three clips."""
+    """Each fold has clips of 4, 5 and 7 patches; batches are of two clips."""
     ready = prepare(own(EVENTS, "level=frame"))
     ids = np.arange(6)
     loader = eval_loader(ready.index, ids, batch=4, sample_rate=SAMPLE_RATE,
@@ -279,6 +280,10 @@ def test_events_are_probed_by_the_patches_that_lie_in_a_clip(own):
     found = cross_validate(bank, rounds, ["linear"], plan)
     assert [o.metrics["per_class"]["positives"] for o in found] == [[4, 1], [0, 7]]
     assert plan.diverged == []
+    probe = {"linear": plan.build("linear")}
+    rows = predictions(probe, bank.once(ids, batch=2))  # across batches, in order
+    assert rows.clips.bincount().tolist() == [4, 5, 7, 4, 5, 7]
+    assert not rows.targets.isnan().any()
     for outcome in found:
         drawn = [v for v in outcome.replicates if not np.isnan(v)]
         assert 0 < len(set(drawn)) <= 10  # of three clips there are ten draws
