@@ -76,11 +76,11 @@ def test_the_rate_that_learns_is_chosen_and_said(bank):
 
 
 def test_a_candidate_alone_gives_what_it_gives_beside_others(bank):
-    both = cross_validate(bank, _rounds(), ["linear", "cgp"], _plan(seeds=2))
+    both = cross_validate(bank, _rounds(), ["linear", "cgp"], _plan(steps=4, seeds=2))
     for method in ("linear", "cgp"):
-        alone = cross_validate(bank, _rounds(), [method], _plan(seeds=2))
+        alone = cross_validate(bank, _rounds(), [method], _plan(steps=4, seeds=2))
         assert _same(alone, [o for o in both if o.method == method])
-    one = cross_validate(bank, _rounds(), ["linear"], _plan(protocol=Protocol(lrs=[0.05])))
+    one = cross_validate(bank, _rounds(), ["linear"], _plan(steps=4, protocol=Protocol(lrs=[0.05])))
     assert [o.metrics for o in one] == [
         o.metrics for o in both if (o.method, o.seed) == ("linear", 0)
     ]
@@ -96,10 +96,12 @@ def test_passes_change_nothing(bank):
 
     spy = Spy(patches=bank.patches, cls=bank.cls, targets=bank.targets, ids=bank.ids,
               keys=bank.keys, skipped={})  # fmt: skip
-    together = cross_validate(spy, _rounds(), ["linear", "cgp"], _plan(seeds=2))
+    together = cross_validate(spy, _rounds(), ["linear", "cgp"], _plan(steps=4, seeds=2))
     assert len(seen) == 2  # one pass a round for eight candidates
     seen.clear()
-    apart = cross_validate(spy, _rounds(), ["linear", "cgp"], _plan(seeds=2, memory_bytes=1))
+    apart = cross_validate(
+        spy, _rounds(), ["linear", "cgp"], _plan(steps=4, seeds=2, memory_bytes=1)
+    )
     assert len(seen) == 16
     assert {id(o) for o in together}.isdisjoint({id(o) for o in apart})
     order = [(o.fold, o.method, o.seed) for o in together]

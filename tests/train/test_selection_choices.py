@@ -41,8 +41,9 @@ def bank() -> FeatureBank:
 
 
 class Scripted(Probe):
-    """``script(steps, fast)``: of each answer, which share of the clips it has right and how sure
-    it is. ``rate`` climbs by about its learning rate a step, which tells the fast from the slow.
+    """``script(steps, fast)``: of each answer, which share of the clips it has right, how sure it
+    is, and how much surer of class 0 than of the others (if it is). ``rate`` climbs by about its
+    learning rate a step, which tells the fast from the slow.
     """
 
     def __init__(self, script, names=("",)):
@@ -59,7 +60,8 @@ class Scripted(Probe):
         said = self.script(int(self.steps), float(self.rate) > 0.5)
         said = [said] if self.names == ("",) else said
         return torch.stack([
-            sure * torch.where(place < share, truth, truth.roll(1, 1)) for share, sure in said
+            sure * torch.where(place < share, truth, truth.roll(1, 1)) + sum(more) * torch.eye(C)[0]
+            for share, sure, *more in said
         ])  # fmt: skip
 
     def answers(self, logits: Tensor) -> dict[str, Tensor]:
@@ -117,6 +119,31 @@ def test_of_rates_too(bank, fast, slow, chosen, rates, memory_bytes):
     found, _ = _run(bank, lambda step, is_fast: fast if is_fast else slow, steps=2, lrs=rates,
                     memory_bytes=memory_bytes)  # fmt: skip
     assert [o.chosen["lr"] for o in found] == [rates[0] if chosen is None else chosen]
+
+
+@pytest.mark.parametrize("memory_bytes", [8e9, 1])
+@pytest.mark.parametrize("rates", [[FAST, SLOW], [SLOW, FAST]])
+@pytest.mark.parametrize(("fast", "slow"), [((4, 8), (2, 6)), ((2, 6), (4, 8))])
+def test_of_equal_looks_at_several_rates_the_earlier_step(bank, fast, slow, rates, memory_bytes):
+    """Whichever rate is named first, and in as many passes as it takes."""
+
+    def script(step, is_fast):
+        return (1 if step in (fast if is_fast else slow) else 0.5), 1.0
+
+    (outcome,), _ = _run(bank, script, lrs=rates, look_every=2, memory_bytes=memory_bytes)
+    assert outcome.chosen["step"] == 2
+    assert outcome.chosen["lr"] == (FAST if 2 in fast else SLOW)
+
+
+@pytest.mark.parametrize(
+    ("metric", "step", "validation", "accuracy"), [("task", 2, 0.75, 0.75), ("map", 4, 1.0, 0.25)]
+)
+def test_the_protocol_says_what_is_best(bank, metric, step, validation, accuracy):
+    """Leaning to class 0 spoils accuracy and no class's order."""
+    looks = {2: (0.75, 1.0), 4: (1, 1.0, 9.0)}
+    (outcome,), _ = _run(bank, lambda at, fast: looks[at], steps=4, look_every=2, metric=metric)
+    assert (outcome.chosen["step"], outcome.chosen["validation"]) == (step, validation)
+    assert outcome.metrics["accuracy"] == accuracy  # a task is judged by its own metric
 
 
 CURVE = {  # (fast, step): shares of the blocks
