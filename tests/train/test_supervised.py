@@ -246,3 +246,18 @@ def test_short_clips_are_placed_at_random_in_training(config, tmp_path):
     starts = [int(wave.nonzero()[0]) for wave in batch.waves]
     assert len(set(starts)) > 2
     assert max(starts) <= 800
+
+
+def test_what_a_head_adds_to_the_loss_is_in_the_step(config, encoder):
+    """The group lasso of h2t: heavier by its weight times its penalty, nothing else."""
+    losses, penalty = [], 0.0
+    for lasso in (0.0, 0.5):
+        backbone = load_encoder(encoder)
+        torch.manual_seed(0)
+        head = build_probe("h2t", classes=5, width=16, depth=2, has_cls=True, lasso=lasso)
+        module = Supervised(config("method=h2t"), backbone=backbone, head=head,
+                            loss=LOSSES["ce"], frames=208, fold="1")  # fmt: skip
+        losses.append(float(module.training_step(_batch(), 0).detach()))
+        penalty = float(head.penalty().detach())
+    assert losses[1] == pytest.approx(losses[0] + 0.5 * penalty, rel=1e-4)
+    assert penalty > 0.1
