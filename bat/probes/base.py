@@ -49,11 +49,7 @@ class Probe(nn.Module):
         super().__init__()
         if level not in ("clip", "frame"):
             raise UserError(f"level={level} is not known: clip or frame")
-        if level not in self.levels:
-            raise UserError(
-                f"probe {_name_of(type(self))} is not defined at {level} level. Those that are: "
-                + ", ".join(name for name, p in known_probes().items() if level in p.levels)
-            )
+        check_level(type(self), level)
         self.classes = classes
         self.width = width
         self.depth = depth
@@ -86,6 +82,15 @@ class Probe(nn.Module):
     def layer_gate(self) -> Tensor | None:
         """Weights of the blocks (L,), summing to 1, detached; None where blocks are not mixed."""
         return None
+
+
+def check_level(probe: type[Probe], level: Level) -> None:
+    """Raise ``UserError`` where ``probe`` is not defined at ``level``."""
+    if level not in probe.levels:
+        raise UserError(
+            f"probe {_name_of(probe)} is not defined at {level} level. Those that are: "
+            + ", ".join(name for name, p in known_probes().items() if level in p.levels)
+        )
 
 
 def _name_of(probe: type[Probe]) -> str:

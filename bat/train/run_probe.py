@@ -20,7 +20,7 @@ import torch
 from bat import __version__
 from bat.config import schema
 from bat.config.compose import to_dict
-from bat.probes.base import expand, find_probe, takes_encoder
+from bat.probes.base import check_level, expand, find_probe, takes_encoder
 from bat.report.tables import as_text
 from bat.tasks.events import digest
 from bat.train.control import permuted
@@ -53,7 +53,7 @@ def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -
     """
     methods = expand(config.methods, level=config.level)
     for method in methods:
-        find_probe(method)
+        check_level(find_probe(method), config.level)
     methods += [CURVE] if config.insight.curve else []
     encoders = encoders_of(config)
     opened = open_probing(config)

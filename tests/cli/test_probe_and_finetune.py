@@ -131,6 +131,7 @@ def test_finetune_prints_a_table_and_leaves_these_files(words, tmp_path, capsys)
         (probe, ["checkpoint=nowhere"], "checkpoint nowhere does not exist"),
         (probe, ["methods=[cpg]"], "unknown probe 'cpg'. Did you mean 'cgp'?"),
         (probe, ["methods=[]"], "methods is empty"),
+        (probe, ["methods=[mhca]", "level=frame"], "probe mhca is not defined at frame level"),
         (probe, ["methods=[cgp,cgp]"], "names a probe twice"),
         (probe, ["task=esc10", "data.shards=SHARDS"], "'esc10' has 10 classes, the data has 5"),
         (probe, ["folds=[7]"], "no clip has fold 7"),
