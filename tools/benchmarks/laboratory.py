@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
     blocks: int = 12
     heads: int = 12
     time: int = 64
-    clips: int = 4
+    clips: int = 48
     prototypes: int = 10_000
     classes: int = 527
 
