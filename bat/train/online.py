@@ -36,7 +36,7 @@ from bat.train.candidates import Plan
 from bat.train.features import FeatureBank
 from bat.train.held_out import Round, make_rounds
 from bat.train.losses import loss_for
-from bat.train.results import summary
+from bat.train.results import SHOWN, summary
 from bat.train.run_folder import open_data
 from bat.train.selection import cross_validate
 from bat.train.sharding import whole_encoder
@@ -229,7 +229,7 @@ class OnlineProbe(StepCallback):
         methods = list(dict.fromkeys(r["method"] for r in self.rows))
         steps = sorted({r["step"] for r in self.rows})
         cell = {(r["step"], r["method"]): r for r in self.rows}
-        names = [n for n in TITLES if any(n in r for r in self.rows)]
+        names = [n for n in SHOWN if any(n in r for r in self.rows)]
         titles = " / ".join(TITLES[n] for n in names)
         lines = [f"held-out {titles}, % | " + " | ".join(methods)]
         for step in steps:

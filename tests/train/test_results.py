@@ -2,6 +2,7 @@
 
 import pytest
 
+from bat.train.online import OnlineProbe
 from bat.train.results import Outcome, gate_bars, summary, table
 
 
@@ -25,3 +26,12 @@ def test_gate_bars_are_scaled_to_the_largest():
     lines = gate_bars([0.25, 0.75], width=6).splitlines()
     assert [line.count("█") for line in lines] == [2, 6]
     assert "0.750" in lines[1]
+
+
+def test_the_online_table_is_in_percent_and_d_prime_is_none():
+    probe = OnlineProbe.__new__(OnlineProbe)
+    probe.rows = [{"step": 0, "method": "cgp", "accuracy": 0.5, "accuracy_std": 0.1,
+                   "dprime": 2.77, "dprime_std": 0.0}]  # fmt: skip
+    text = probe.table()
+    assert "50.0 ± 10.0" in text
+    assert "277" not in text
