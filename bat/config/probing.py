@@ -117,9 +117,12 @@ class Protocol:
         return found
 
 
+STEPS = 4_000
+
+
 @dataclass
 class ProbeTrain:
-    steps: int = 4_000
+    steps: int = STEPS
     """Optimiser steps of each round (a fold held out)."""
     epochs: float = 0.0
     """Passes over the training clips instead of ``steps``; the warm-up is then at most a tenth of
@@ -140,6 +143,11 @@ class ProbeTrain:
         ]
         if self.epochs < 0:
             found.append(f"train.epochs={self.epochs} must not be negative (0: train.steps)")
+        if self.epochs > 0 and self.steps != STEPS:
+            found.append(
+                f"train.steps={self.steps} with train.epochs={self.epochs:g}: these decide; say "
+                "train.epochs=0 too (and train.min_steps=0), or train.min_steps="
+            )
         if self.min_steps < 0 or (self.min_steps and not self.epochs):
             found.append(f"train.min_steps={self.min_steps} is the least with train.epochs: >= 0")
         if self.memory_gb <= 0:

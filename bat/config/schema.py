@@ -163,6 +163,9 @@ class Supervised:
     log: Log = field(default_factory=Log)
 
 
+PROBE_LR = 1e-3
+
+
 @dataclass
 class Probe(Supervised):
     """``bat-probe``. ``checkpoint`` may name several, as ``A,B,random``."""
@@ -189,7 +192,7 @@ class Probe(Supervised):
     insight: Insight = field(default_factory=Insight)
     optim: Optim = field(
         default_factory=lambda: Optim(
-            lr=1e-3, betas=[0.9, 0.999], decay="matrices", warmup_steps=400
+            lr=PROBE_LR, betas=[0.9, 0.999], decay="matrices", warmup_steps=400
         )
     )
     train: ProbeTrain = field(default_factory=ProbeTrain)
@@ -206,6 +209,12 @@ class Probe(Supervised):
             found.append(f"bootstrap={self.bootstrap} must be at least 100, or 0 for none")
         if not 0 < self.confidence < 1:
             found.append(f"confidence={self.confidence} must lie strictly between 0 and 1")
+        tried = [*self.protocol.lrs, *self.protocol.prototype_lrs]
+        if self.protocol.lrs and self.optim.lr not in (PROBE_LR, *tried):
+            found.append(
+                f"optim.lr={self.optim.lr:g} with protocol.lrs={list(self.protocol.lrs)}: these "
+                "are tried; say protocol.lrs= (and protocol.prototype_lrs=)"
+            )
         if self.protocol.sobol and not (self.protocol.weight_decays or self.optim.weight_decay):
             found.append(
                 "protocol.sobol with optim.weight_decay=0, which has no logarithm: give a positive "

@@ -68,7 +68,7 @@ def representation(encoder: nn.Module, spectrogram: Tensor, clips: int = 8) -> d
     """
     x = spectrogram[:clips].float()
     unknown = {"rank": math.nan, "std": math.nan}
-    with _plain_float32(encoder, x.device.type):
+    with plain_float32(encoder, x.device.type):
         y: Tensor = x
         for out, _mlp in encoder.layers(encoder.embed(x)):  # type: ignore[operator]
             y = out  # only the last block's is wanted
@@ -94,7 +94,7 @@ def _relative(y: Tensor) -> float:
 
 
 @contextmanager
-def _plain_float32(encoder: nn.Module, device: str) -> Iterator[None]:
+def plain_float32(encoder: nn.Module, device: str) -> Iterator[None]:
     """Eval mode, float32, nothing compiled; attention kernels that know only 16 bits set aside."""
     modes = [(part, part.training) for part in encoder.modules()]
     kernels = [(part, part.backend) for part in encoder.modules() if isinstance(part, Attention)]

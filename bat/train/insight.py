@@ -27,8 +27,7 @@ from bat.nn.sinks import sink_share
 from bat.probes.base import Probe
 from bat.probes.maps import evidence
 from bat.shapes import UserError, WaveBatch
-from bat.train.collapse import SAME
-from bat.train.collapse import _plain_float32 as plain_float32
+from bat.train.collapse import SAME, plain_float32
 from bat.train.features import device_of, encode, evaluating, to_device
 from bat.train.losses import to_clip
 from bat.train.token_statistics import TokenStatistics

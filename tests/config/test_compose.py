@@ -236,3 +236,21 @@ def test_a_protocol_of_the_command_line_is_the_last_word_but_for_single_values()
     assert (back.optim.betas, back.optim.min_lr) == ([0.9, 0.999], 1e-6)
     with pytest.raises(UserError, match=r"protocol\.selection=none: nothing chooses"):
         compose(Probe, "probe", ["recipe=esc50", "protocol.lrs=[1e-3,1e-2]"])
+
+
+@pytest.mark.parametrize("protocol", ["bat", "unmute", "validated"])
+@pytest.mark.parametrize("recipe", ["toy", "esc10", "esc50", "as20k", "own"])
+def test_every_probing_recipe_takes_every_protocol(recipe: str, protocol: str) -> None:
+    assert compose(Probe, "probe", [f"recipe={recipe}", f"protocol={protocol}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["recipe=esc10", "optim.lr=1e-4"], "optim.lr=0.0001 with protocol.lrs"),
+        (["recipe=own", "train.steps=500"], "train.steps=500 with train.epochs=30"),
+    ],
+)
+def test_a_value_that_another_overrides_is_refused(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        compose(Probe, "probe", words)
