@@ -246,3 +246,12 @@ def test_permuted_labels_are_said(words, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "another clip's labels" in captured.err
     assert "chance is expected" in captured.out
+
+
+@pytest.mark.parametrize("methods", ["protobin,cgp", "cgp,protobin"])
+def test_without_heads_on_disk_cgp_is_still_the_one_drawn(words, tmp_path, methods):
+    own = [*words, f"out={tmp_path}/run", "folds=[1]", "heads_of=none", "--method", methods]
+    assert probe.main(own) == 0
+    drawn = [p.name for p in (tmp_path / "run/plots/pretrain-toy").glob("prototype-maps-*")]
+    assert drawn == ["prototype-maps-cgp.png"]
+    assert not (tmp_path / "run/heads").exists()
