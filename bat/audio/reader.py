@@ -104,8 +104,11 @@ class Reader(soundfile.SoundFile):
 
 def open_reader(data: bytes | Path) -> Reader:
     try:
-        # the absolute path: libsndfile takes "-" for its standard input
-        file = Reader(os.path.abspath(data) if isinstance(data, Path) else io.BytesIO(data))
+        # the absolute path: libsndfile takes "-" for its standard input; its bytes: any name
+        if isinstance(data, Path):
+            file = Reader(os.fsencode(os.path.abspath(data)))
+        else:
+            file = Reader(io.BytesIO(data))
     except (soundfile.SoundFileError, RuntimeError, TypeError, UnicodeError) as error:
         if isinstance(data, Path):
             data.open("rb").close()  # libsndfile says "System error": let the system say which

@@ -125,7 +125,8 @@ class Manifest:
         if self.left_out:
             lines = ",\n  ".join(json.dumps(e, ensure_ascii=False) for e in self.left_out)
             text = text.replace('"left_out": []', f'"left_out": [\n  {lines}\n ]')
-        write_atomic(folder / "manifest.json", text.encode())
+        data = text.encode("utf-8", "backslashreplace")  # a lone surrogate: as JSON escapes it
+        write_atomic(folder / "manifest.json", data)
 
     def damage(self, folder: Path) -> str | None:
         """What ``folder`` lacks of the shards, by their names and sizes; None: nothing."""

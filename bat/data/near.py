@@ -107,7 +107,7 @@ def table_places(tar: Path, folder: Path | None) -> list[Path]:
     """Where the table of ``tar`` may lie: beside it, then in a folder for read-only shards."""
     places = [tar.with_suffix(".idx.npz")]
     if folder is not None:
-        digest = hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(os.fsencode(tar.resolve())).hexdigest()[:12]
         places.append(folder / f"{tar.stem}-{digest}.idx.npz")
     return places
 

@@ -129,7 +129,7 @@ def detect(source: Path) -> str:
 def _held(root: Path) -> set[str]:
     """Which of ``tar`` and ``parquet`` are in ``root`` (``tar``), below it (``*/tar``, ...)."""
     found = set()
-    for place, names, files in os.walk(root):
+    for place, names, files in os.walk(root, followlinks=True):  # two levels: no loop
         depth = len(Path(place).relative_to(root).parts)
         names[:] = [n for n in names if not n.startswith(".")] if depth < 2 else []
         for suffix in ("tar", "parquet"):

@@ -9,6 +9,7 @@ place.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -249,5 +250,5 @@ def _identity(shards: Sequence[Shard], splits: frozenset[str] | None) -> str:
             size = shard.place.stat().st_size if isinstance(shard.place, Path) else -1
         except OSError:
             size = -1  # counted when it is read
-        digest.update(f"\0{shard.split}/{shard.name}\0{size}".encode())
+        digest.update(os.fsencode(f"\0{shard.split}/{shard.name}\0{size}"))
     return digest.hexdigest()

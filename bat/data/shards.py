@@ -197,7 +197,8 @@ class _Writer:
                 self.left_out.append(_listed(clip))
 
     def _add(self, clip: Packed, row: Row, place: Place) -> None:
-        meta = json.dumps(_meta(clip, row, self.names), ensure_ascii=False).encode()
+        text = json.dumps(_meta(clip, row, self.names), ensure_ascii=False)
+        meta = text.encode("utf-8", "backslashreplace")  # a lone surrogate: as JSON escapes it
         size = sum(-(-len(part) // BLOCK) * BLOCK + BLOCK for part in (clip.data, meta))
         if self.shard is not None and self.shard.bytes + size > self.shard_bytes:
             self._finish(place)

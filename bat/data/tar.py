@@ -31,7 +31,7 @@ def escape_key(name: str) -> str:
     """
     if re.fullmatch(r"[A-Za-z0-9_-]{1,80}", name):
         return name
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:8]
     return f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:71]}-{digest}"
 
 
@@ -64,7 +64,7 @@ def parse_header(block: bytes, offset: int) -> tuple[Member, bytes] | None:
         return None
     name = block[:100].split(b"\0", 1)[0]
     prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
-    full = (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape")
+    full = (prefix + b"/" + name if prefix else name).decode("utf-8", "backslashreplace")
     kind = block[156:157]
     return Member(full, offset + BLOCK, size, kind in (b"0", b"\0")), kind
 
@@ -77,9 +77,14 @@ def pax_records(data: bytes) -> dict[str, str]:
         if not 4 < length <= len(data):
             break
         key, _, value = data[data.index(b" ") + 1 : length - 1].partition(b"=")
-        found[key.decode()] = value.decode("utf-8", "surrogateescape")
+        found[key.decode()] = value.decode("utf-8", "backslashreplace")
         data = data[length:]
     return found
+
+
+def long_name(data: bytes) -> str:
+    """Of GNU tar's member ``././@LongLink``."""
+    return data.rstrip(b"\0").decode("utf-8", "backslashreplace")
 
 
 def members(file: BinaryIO, path: Path) -> Iterator[Member]:
@@ -102,9 +107,7 @@ def members(file: BinaryIO, path: Path) -> Iterator[Member]:
         if kind in (b"x", b"L"):
             data = os.pread(fd, min(member.size, MAX_EXTENDED_BYTES), member.offset)
             try:
-                longer = (
-                    pax_records(data) if kind == b"x" else {"path": data.rstrip(b"\0").decode()}
-                )
+                longer = pax_records(data) if kind == b"x" else {"path": long_name(data)}
                 longer["size"] = str(int(longer.get("size", -1)))
             except (ValueError, IndexError) as error:
                 raise UserError(f"{path} is damaged at byte {at}: {error}") from error

@@ -16,7 +16,7 @@ from typing import Any
 
 from bat.data.pipes import PREFIX, output_of
 from bat.data.sources import Patience, Shard
-from bat.data.tar import BLOCK, MAX_EXTENDED_BYTES, Member, parse_header, pax_records
+from bat.data.tar import BLOCK, MAX_EXTENDED_BYTES, Member, long_name, parse_header, pax_records
 
 MAX_SHARD_BYTES = 1 << 38
 """A shard that unpacks to more is left there."""
@@ -134,9 +134,7 @@ def stream_members(
                 raise OSError(5, f"it is damaged at byte {at}: a name of {member.size} bytes")
             data = take(-(-member.size // BLOCK) * BLOCK)[: member.size]
             try:
-                longer = (
-                    pax_records(data) if kind == b"x" else {"path": data.rstrip(b"\0").decode()}
-                )
+                longer = pax_records(data) if kind == b"x" else {"path": long_name(data)}
                 longer["size"] = str(int(longer.get("size", -1)))
             except (ValueError, IndexError) as error:
                 raise OSError(5, f"it is damaged at byte {at}: {error}") from error

@@ -80,7 +80,7 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
         )
     labels = labels or class_names(root)
     files: dict[str, Path] = {}
-    for path in find_audio(root):
+    for path in find_audio(root)[0]:
         files.setdefault(path.stem, path)
     found: dict[str, Row] = {}
     absent: dict[str, LeftOut] = {}

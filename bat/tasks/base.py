@@ -18,14 +18,29 @@ from typing import Literal, NamedTuple
 
 from bat.shapes import UserError
 
-AUDIO_SUFFIXES = ("flac", "mp3", "ogg", "opus", "wav")
-UNDECODED_SUFFIXES = ("m4a",)
+AUDIO_SUFFIXES = (
+    *("flac", "mp3", "ogg", "opus", "wav"),
+    *("aif", "aifc", "aiff", "au", "avr", "caf", "htk", "iff", "ircam", "mp1", "mp2", "mpga"),
+    *("nist", "oga", "paf", "pvf", "rf64", "sds", "sf", "snd", "sph", "svx", "voc", "w64", "wave"),
+    *("wve", "xi"),
+)
+"""What libsndfile reads. A shard's table holds places in this list: add at its end."""
+UNDECODED_SUFFIXES = (
+    *("3gp", "aac", "ac3", "amr", "ape", "asf", "dff", "dsf", "eac3", "m4a", "m4b", "mka", "mkv"),
+    *("mp4", "mpc", "pcm", "ra", "raw", "sd2", "shn", "spx", "tak", "tta", "weba", "webm", "wma"),
+    *("wv",),
+)
 """Audio that libsndfile cannot read: found, and left out with a reason of its own."""
 
 
 def no_decoder(suffix: str) -> str:
     """Why a clip with one of ``UNDECODED_SUFFIXES`` is left out."""
     return f"no decoder for {suffix}: convert it with ffmpeg"
+
+
+def as_text(name: str) -> str:
+    """A file's name as text: bytes of it that are not UTF-8 become ``\\xNN``."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +76,8 @@ class Row:
     def name(self) -> str:
         """What to call the file in a message."""
         inside = self.span is not None or self.cell is not None
-        return f"{self.path.name}/{self.key}" if inside else self.path.name
+        name = as_text(self.path.name)
+        return f"{name}/{self.key}" if inside else name
 
 
 class LeftOut(NamedTuple):

@@ -15,12 +15,23 @@ The labels decide whether the task is multi-label (``Task.settle``).
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from bat.shapes import UserError
-from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task, read_csv, whole_number
+from bat.tasks.base import (
+    AUDIO_SUFFIXES,
+    UNDECODED_SUFFIXES,
+    LeftOut,
+    Row,
+    Task,
+    as_text,
+    read_csv,
+    whole_number,
+)
 from bat.tasks.labels import Labels, Reading, named
 
 SPLITS = {
@@ -37,23 +48,59 @@ def split_of(folder: str) -> str:
     return SPLITS.get(folder.lower(), folder)
 
 
-def find_audio(root: Path) -> list[Path]:
-    """Every audio file below ``root``, sorted; hidden files and folders are left out.
+def find_audio(root: Path) -> tuple[list[Path], list[LeftOut]]:
+    """Every audio file below ``root``, as ``find_files``."""
+    return find_files(root, tuple(f".{s}" for s in (*AUDIO_SUFFIXES, *UNDECODED_SUFFIXES)))
+
+
+def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], list[LeftOut]]:
+    """Every file below ``root`` with one of ``suffixes`` (lower case, with their dots), sorted, and
+    what is left out, with its reason.
+
+    Links to folders are followed, but not to one that is read anyway (in ``root``, around it, or
+    linked already). Hidden files, and all in hidden folders, are left out.
 
     Raises:
         UserError: a folder that cannot be read.
     """
-    suffixes = tuple(f".{suffix}" for suffix in (*AUDIO_SUFFIXES, *UNDECODED_SUFFIXES))
     found: list[str] = []
-    for folder, names, files in os.walk(root, onerror=_unreadable):
-        names[:] = [n for n in names if not n.startswith(".")]
-        found.extend(
-            os.path.join(folder, n)
-            for n in files
-            if not n.startswith(".") and n.lower().endswith(suffixes)
-        )
+    left_out: list[LeftOut] = []
+    tops: set[str] = set()  # folders that are read, with all below them
+    above: set[str] = set()
+
+    def is_new(folder: str) -> bool:
+        real = os.path.realpath(folder)
+        around = [str(parent) for parent in Path(real).parents]
+        if real in above or tops.intersection([real, *around]):
+            return False
+        tops.add(real)
+        above.update(around)
+        return True
+
+    def leave(path: str, why: str) -> None:
+        name = Path(path).relative_to(root).as_posix()
+        left_out.append(LeftOut(_key(name), as_text(name), why))
+
+    is_new(str(root))
+    for folder, names, files in os.walk(root, onerror=_unreadable, followlinks=True):
+        names.sort()
+        hidden = any(part.startswith(".") for part in Path(folder).relative_to(root).parts)
+        for name in names[:]:
+            path = os.path.join(folder, name)
+            if os.path.islink(path) and not is_new(path):
+                names.remove(name)
+                leave(path, f"link: {as_text(os.path.realpath(path))} is read already")
+        for name in files:
+            path = os.path.join(folder, name)
+            if name.lower().endswith(suffixes):
+                if hidden or name.startswith("."):
+                    leave(path, "hidden: its name, or that of a folder, begins with a dot")
+                else:
+                    found.append(path)
+            elif os.path.islink(path) and not os.path.exists(path):
+                leave(path, f"link: {as_text(os.readlink(path))} does not exist")
     found.sort(key=lambda path: path.split(os.sep))
-    return [Path(path) for path in found]
+    return [Path(path) for path in found], left_out
 
 
 def _unreadable(error: OSError) -> None:
@@ -62,22 +109,35 @@ def _unreadable(error: OSError) -> None:
 
 def _key(path: str) -> str:
     """``dogs/rex.flac`` -> ``dogs__rex``."""
-    return os.path.splitext(path)[0].replace("\\", "/").strip("/").replace("/", "__")
+    stem = os.path.splitext(path)[0].replace("\\", "/")
+    return as_text(stem.strip("/").replace("/", "__"))
 
 
 def keys_of(paths: list[str]) -> list[str]:
-    """Keys of relative paths; where two files differ in suffix only, the suffix is kept."""
-    keys = [_key(p) for p in paths]
-    count = Counter(keys)
-    return [p.replace("/", "__") if count[k] > 1 else k for k, p in zip(keys, paths, strict=True)]
+    """Keys of relative paths, one for each that differs.
+
+    Where two files differ in suffix only, the suffix is kept (``rex.flac``, ``rex.wav``); of what
+    is alike even so (``a/b`` and ``a__b``), the later ones are numbered (``a__b#2``).
+    """
+    plain = {path: _key(path) for path in paths}
+    count = Counter(plain[path] for path in paths)
+    used: set[str] = set()
+    keys: dict[str, str] = {}
+    for path, name in plain.items():
+        key = as_text(path).replace("/", "__") if count[name] > 1 else name
+        several = (key if n == 1 else f"{key}#{n}" for n in itertools.count(1))
+        keys[path] = next(candidate for candidate in several if candidate not in used)
+        used.add(keys[path])
+    return [keys[path] for path in paths]
 
 
-def _rows_of_folder(root: Path) -> list[Row]:
-    files = find_audio(root)
+def _rows_of_folder(root: Path) -> tuple[list[Row], list[LeftOut]]:
+    files, left_out = find_audio(root)
     if not files:
+        first = f"; left out: {left_out[0].file} ({left_out[0].reason})" if left_out else ""
         raise UserError(
             f"{root} has no audio (looked for {', '.join('.' + s for s in AUDIO_SUFFIXES)}, "
-            f"sub-folders included)"
+            f"sub-folders included{first})"
         )
     names = [f.relative_to(root).as_posix() for f in files]
     tops = {name.partition("/")[0] for name in names}
@@ -85,15 +145,16 @@ def _rows_of_folder(root: Path) -> list[Row]:
     inside = [name.partition("/")[2] if splits else name for name in names]
     parents = {name.rpartition("/")[0] for name in inside}
     labelled = "" not in parents and len(parents) > 1
-    return [
+    rows = [
         Row(
             path=f,
             key=key,
-            labels=(f.parent.name,) if labelled else (),
+            labels=(as_text(f.parent.name),) if labelled else (),
             split=split_of(name.partition("/")[0]) if splits else None,
         )
         for f, key, name in zip(files, keys_of(names), names, strict=True)
     ]
+    return rows, left_out
 
 
 def _rows_of_csv(path: Path) -> list[Row]:
@@ -141,7 +202,8 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
         UserError: no audio, no such files, unknown columns, an unknown label.
     """
     if source.is_dir():
-        return named(_rows_of_folder(source), labels, source)
+        rows, left_out = _rows_of_folder(source)
+        return replace(named(rows, labels, source), left_out=left_out)
     if source.suffix.lower() != ".csv":
         raise UserError(f"{source} is neither a folder nor a .csv file")
     return named(_rows_of_csv(source), labels, source.parent)
@@ -151,9 +213,14 @@ def rows(root: Path) -> list[Row]:
     return read(root).rows
 
 
+def left_out(root: Path) -> list[LeftOut]:
+    return read(root).left_out
+
+
 TASK = Task(
     name="folder",
     rows=rows,
+    left_out=left_out,
     multi_label=False,
     loss="ce",
     metric="accuracy",

@@ -20,7 +20,6 @@ The labels decide whether the task is multi-label (``Task.settle``).
 from __future__ import annotations
 
 import difflib
-import itertools
 import math
 import os
 from dataclasses import dataclass, replace
@@ -278,13 +277,7 @@ def _joined(rows: list[Row], places: list[str], lines: list[Line], path: Path) -
 def _keys(places: list[str]) -> list[str]:
     """Keys of absolute paths: what lies below the folder that all have in common."""
     common = os.path.commonpath([os.path.dirname(place) for place in places])
-    used: set[str] = set()
-    found = []
-    for key in keys_of([os.path.relpath(place, common) for place in places]):
-        several = (key if n == 1 else f"{key}#{n}" for n in itertools.count(1))
-        found.append(next(name for name in several if name not in used))  # a/b.wav and a__b.wav
-        used.add(found[-1])
-    return found
+    return keys_of([os.path.relpath(place, common) for place in places])
 
 
 TASK = Task(

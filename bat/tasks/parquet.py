@@ -25,7 +25,7 @@ from typing import Any
 
 from bat.shapes import UserError
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task
-from bat.tasks.folder import split_of
+from bat.tasks.folder import find_files, split_of
 from bat.tasks.labels import Labels, Reading, by_number, is_mid, labels_beside, named
 
 LABELS = ("labels", "label", "label_id")
@@ -45,8 +45,7 @@ def parquet_files(source: Path) -> list[Path]:
     """``source`` itself, or the ``.parquet`` files anywhere below it, sorted."""
     if source.is_file():
         return [source] if source.suffix.lower() == ".parquet" else []
-    found = (p for p in source.rglob("*.parquet") if p.is_file())
-    return sorted(p for p in found if not any(x[0] == "." for x in p.relative_to(source).parts))
+    return find_files(source, (".parquet",))[0]
 
 
 def _audio_column(file: Any, path: Path) -> str:

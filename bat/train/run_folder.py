@@ -182,6 +182,16 @@ def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Tas
     elif data.root:
         made = ensure_shards(task, data.root, data.cache, jobs=cores(), progress=progress)
         sources = [str(made)]
+        manifest = Manifest.load(made)
+        if manifest is not None and manifest.left_out:
+            log.warning(
+                "%d files of %s are left out (the first: %s, %s; all: %s)",
+                len(manifest.left_out),
+                data.root,
+                manifest.left_out[0]["file"],
+                manifest.left_out[0]["reason"],
+                made / "manifest.json",
+            )
     elif task.name == "toy":
         sources = [str(make_toy(Path(data.cache) / "toy"))]
     else:

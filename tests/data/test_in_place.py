@@ -233,3 +233,20 @@ def test_compressed_shards_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.tar.gz").write_bytes(b"")
     with pytest.raises(UserError, match="is compressed: gunzip it first"):
         index_in_place(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_names_of_members_that_are_not_utf8(tmp_path: Path, kind: int) -> None:
+    short, long = b"caf\xe9", b"\xff" * (120 if kind != tarfile.USTAR_FORMAT else 60)
+    with tarfile.open(tmp_path / "x.tar", "w", format=kind, encoding="latin-1") as tar:
+        for number, name in enumerate((short, long)):
+            for suffix, data in (("m4a", b"x"), ("wav", audio(number, frames=100))):
+                info = tarfile.TarInfo(f"{name.decode('latin-1')}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    done = index_in_place(tmp_path)
+    assert (done.clips, len(done.unreadable)) == (2, 0)
+    index = open_index(tmp_path)
+    assert [name.count(".m4a") for name in index.left_out] == [1, 1]
+    assert len(index.read(0).data) == len(index.read(1).data) == 244
+    assert Manifest.load(tmp_path).clips == 2  # type: ignore[union-attr]

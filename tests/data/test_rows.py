@@ -19,6 +19,7 @@ from bat.data.rows import detect, open_rows, read_row
 from bat.data.tar import escape_key
 from bat.shapes import UserError
 from bat.tasks.base import LeftOut, Row, load_task
+from bat.tasks.parquet import parquet_files
 
 
 def lay(root: Path, files: dict[str, str]) -> Path:
@@ -238,6 +239,17 @@ def test_keys_of_several_shards_are_told_apart(tmp_path: Path) -> None:
     lay(tmp_path, {"clips.csv": "path\nx.wav\nx.wav\n", "x.wav": ""})
     with pytest.raises(UserError, match=r"'x\.wav' is listed twice in .*clips\.csv"):
         open_rows(tmp_path / "clips.csv")
+
+
+def test_shards_and_parquet_in_linked_folders_are_seen(tmp_path: Path) -> None:
+    tar(tmp_path / "disk/s.tar", {"0.flac": b"x"})
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train").symlink_to("../disk")
+    found = open_rows(tmp_path / "set")
+    assert (found.kind, [row.split for row in found.rows]) == ("shards", ["train"])
+    (tmp_path / "disk/s.tar").rename(tmp_path / "disk/s.parquet")
+    assert detect(tmp_path / "set") == "parquet"
+    assert parquet_files(tmp_path / "set") == [tmp_path / "set/train/s.parquet"]
 
 
 def test_a_split_that_could_leave_the_folder_is_refused(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from bat.audio.decode import decode, encode, probe
 from bat.data.index import open_index
 from bat.data.manifest import Manifest
+from bat.data.rows import open_rows
 from bat.data.shards import ensure_shards, write_shards
 from bat.data.table import scan
 from bat.data.tar import escape_key
@@ -252,3 +254,103 @@ def test_audio_without_a_decoder_is_left_out_by_that_name(tmp_path: Path) -> Non
             tar.add(path, path.name)
     index = open_index(tmp_path / "foreign.tar")
     assert (len(index), index.left_out) == (1, {"foreign.tar/b.m4a": why})
+
+
+FORMATS = {
+    **dict.fromkeys(("aif", "aiff"), "AIFF"),
+    **dict.fromkeys(("wav", "wave"), "WAV"),
+    **dict.fromkeys(("ogg", "oga"), "OGG"),
+    **dict.fromkeys(("mp3", "mpga"), "MP3"),
+    **dict.fromkeys(("nist", "sph"), "NIST"),
+    **dict.fromkeys(("iff", "svx"), "SVX"),
+    **dict.fromkeys(("sf", "ircam"), "IRCAM"),
+    **{name: name.upper() for name in ("au", "avr", "caf", "flac", "htk", "paf", "pvf", "rf64")},
+    **{name: name.upper() for name in ("sds", "voc", "w64", "wve", "xi")},
+    "snd": "MPC2K",
+}
+"""Suffixes, and libsndfile's name of what such a file holds."""
+
+
+def test_every_format_that_libsndfile_reads_is_packed_and_read_again(tmp_path: Path) -> None:
+    wave = np.sin(np.arange(8000) * 0.05) * 0.5
+    (tmp_path / "in").mkdir()
+    for suffix, kind in FORMATS.items():
+        with (tmp_path / f"in/{suffix}.{suffix.upper()}").open("wb") as file:
+            soundfile.write(file, wave, 8000, format=kind)
+    made = ensure_shards(load_task("folder"), tmp_path / "in", tmp_path / "cache")
+    assert Manifest.load(made).left_out == []  # type: ignore[union-attr]
+    index = open_index(made)
+    assert [index.key(i) for i in range(len(index))] == sorted(FORMATS)
+    for i in range(len(index)):
+        rate = int(index.rate[i])  # AVR, SVX and others store the rate as they can
+        assert len(decode(index.read(i).data, sample_rate=rate)) >= 7990
+
+
+def test_names_that_are_not_utf8_go_through(tmp_path: Path) -> None:
+    for name in (b"caf\xe9/\xff.wav", b"tea/b.wav", b"tea/\xfe.m4a"):
+        path = Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name))
+        wave_file(path)
+    made = ensure_shards(load_task("folder"), tmp_path / "in", tmp_path / "cache")
+    manifest = Manifest.load(made)
+    assert manifest is not None
+    assert manifest.vocabulary == [r"caf\xe9", "tea"]
+    assert [entry["file"] for entry in manifest.left_out] == []  # an .m4a that is a WAV is read
+    assert len(open_index(made)) == 3
+    with tarfile.open(made / "shard-00000.tar") as file:
+        texts = [file.extractfile(m).read() for m in file if m.name.endswith(".json")]  # type: ignore[union-attr]
+    assert [json.loads(text)["id"] for text in texts] == [
+        r"caf\xe9__\xff",
+        "tea__b",
+        r"tea__\xfe",
+    ]
+    long = Row(Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/tea/\xfe.m4a")), "long", ())
+    cut = write_shards([long], tmp_path / "cut", clip_seconds=0.01)  # by seeking in its path
+    assert cut.clips == 5
+
+
+def test_paths_of_the_same_key_are_numbered(tmp_path: Path) -> None:
+    names = ("a/b.wav", "a__b.wav", "a/b/c.wav", "a__b/c.wav", "a/b__c.flac", "x.wav", "x.flac")
+    for name in names:
+        wave_file(tmp_path / "in" / name, codec=name.rpartition(".")[2])
+    made = ensure_shards(load_task("folder"), tmp_path / "in", tmp_path / "cache")
+    index = open_index(made)
+    assert len(index) == len(names)
+    rows, _ = load_task("folder").read(tmp_path / "in")
+    keys = {row.path.relative_to(tmp_path / "in").as_posix(): row.key for row in rows}
+    assert keys == {
+        "a/b.wav": "a__b.wav",
+        "a__b.wav": "a__b.wav#2",
+        "a/b/c.wav": "a__b__c.wav",
+        "a/b__c.flac": "a__b__c.flac",
+        "a__b/c.wav": "a__b__c.wav#2",
+        "x.wav": "x.wav",
+        "x.flac": "x.flac",
+    }
+
+
+def test_linked_folders_are_read_once_and_the_rest_is_listed(tmp_path: Path) -> None:
+    for name in ("in/a/1.wav", "disk/b/2.wav", "disk/c/3.wav", "in/.git/4.wav", "in/._1.wav"):
+        wave_file(tmp_path / name)
+    for link, target in {
+        "in/linked": "../disk",
+        "in/loop": "..",
+        "in/self": "a",
+        "in/twice": "../disk/b",
+        "in/gone": "../unmounted",
+        "disk/back": "../in/a",
+    }.items():
+        (tmp_path / link).symlink_to(target)
+    found = open_rows(tmp_path / "in")
+    assert [row.key for row in found.rows] == ["a__1", "linked__b__2", "linked__c__3"]
+    assert sorted((e.file, e.reason.split(":")[0]) for e in found.left_out) == [
+        ("._1.wav", "hidden"),
+        (".git/4.wav", "hidden"),
+        ("gone", "link"),
+        ("linked/back", "link"),
+        ("loop", "link"),
+        ("self", "link"),
+        ("twice", "link"),
+    ]
+    assert f"link: {tmp_path / 'in/a'} is read already" in {e.reason for e in found.left_out}
+    made = ensure_shards(load_task("folder"), tmp_path / "in", tmp_path / "cache")
+    assert len(Manifest.load(made).left_out) == 7  # type: ignore[union-attr]
