@@ -33,6 +33,7 @@ CLIP = np.dtype(
         ("split", "i1"),  # index into ``splits``; -1 none
         ("labels", "<u2"),  # how many
         ("key", "u1"),  # bytes of the key
+        ("header", "<u4"),  # CRC-32 of its header in the tar
     ]
 )
 
@@ -48,18 +49,24 @@ def sound(
     splits: list[str],
     left_out: dict[str, str],
     sha256: str,
+    mtime_ns: int,
 ) -> bool:
-    """Whether what a ``ShardTable`` says is possible; raises ``UNREADABLE`` on strange types."""
+    """Whether what a ``ShardTable`` says is possible; raises ``UNREADABLE`` on strange types.
+
+    Clips lie one after the other, and each label is that of a clip.
+    """
+    ends = clips["offset"] + clips["size"]
     arrays = (clips, labels, keys)
     texts = [names, splits, list(left_out.values()), [sha256]]
     return (
         [array.dtype for array in arrays] == [CLIP, np.int32, np.uint8]
         and all(array.ndim == 1 for array in arrays)
-        and all(isinstance(x, int) for x in (tar_bytes, *ids))
+        and all(isinstance(x, int) for x in (tar_bytes, mtime_ns, *ids))
         and all(isinstance(x, str) for listed in texts for x in listed)
         and len(names) == len(ids)
         and _within(clips["size"], 1, min(MAX_AUDIO_BYTES, tar_bytes))
         and _within(clips["offset"], BLOCK, tar_bytes - clips["size"])
+        and _within(clips["offset"][1:], ends[:-1] + BLOCK, tar_bytes)
         and _within(clips["frames"], -1, 1 << 62)
         and _within(clips["rate"], 0, 1 << 31)
         and _within(clips["codec"], 0, len(AUDIO_SUFFIXES) - 1)
@@ -67,11 +74,12 @@ def sound(
         and _within(clips["split"], -1, len(splits) - 1)
         and _within(clips["key"], 1, 80)
         and _within(labels, 0, len(names) - 1)
+        and bool(np.bincount(labels, minlength=len(names)).all())
         and int(clips["labels"].sum(dtype=int)) == len(labels)
         and int(clips["key"].sum(dtype=int)) == len(keys)
         and bool(KEY_BYTES[keys].all())
     )
 
 
-def _within(values: np.ndarray, low: int, high: int | np.ndarray) -> bool:
+def _within(values: np.ndarray, low: int | np.ndarray, high: int | np.ndarray) -> bool:
     return bool(((values >= low) & (values <= high)).all())

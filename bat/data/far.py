@@ -21,7 +21,6 @@ from urllib.parse import urlsplit, urlunsplit
 
 from bat.data.ahead import Ahead
 from bat.data.cache import ShardCache
-from bat.data.clip_fields import sound
 from bat.data.listing import manifest_of
 from bat.data.merged import place_of, recall, remember
 from bat.data.remote import fetch, stat, stream
@@ -33,13 +32,6 @@ from bat.shapes import UserError
 ASKERS, FETCHERS = 16, 4
 """Threads for tables and for shards at start-up."""
 log = logging.getLogger(__name__)
-
-
-class FarTable(ShardTable):
-    """A table from elsewhere: checked in itself, as its shard is not at hand (nor trusted)."""
-
-    def _describes(self, tar: Path) -> bool:
-        return sound(**vars(self))
 
 
 @dataclass(frozen=True)
@@ -159,7 +151,8 @@ class FarShards:
         if missing and not self.fits:
             far, need = next(iter(missing.values())), sum(f.size for f in self.shards.values())
             raise NotIndexable(
-                f"{shown(far.url)} has no {Path(far.name).stem}.idx.npz beside it, and the cache "
+                f"{shown(far.url)} has no {Path(far.name).stem}.idx.npz of this bat beside it, and "
+                f"the cache "
                 f"({self.cache.max_bytes / 1e9:.3g} GB) cannot hold the set ({need / 1e9:.3g} GB) "
                 f"to make it: run bat-shard where the shards lie, or raise data.cache_gb"
             )
@@ -264,7 +257,7 @@ class FarShards:
 
 
 def _load(path: Path, far: Far) -> ShardTable | None:
-    table = FarTable.load(path, path)
+    table = ShardTable.load(path, None)  # its shard is not at hand
     if table is None or table.tar_bytes != far.size:
         return None
     return table if not far.sha256 or table.sha256 in ("", far.sha256) else None

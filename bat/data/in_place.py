@@ -105,9 +105,15 @@ def _index(
     table = load_table(tar, index_dir)
     written = table is None or (entry is not None and table.sha256 not in ("", entry.sha256))
     sha256 = entry.sha256 if entry else "" if table is None or written else table.sha256
-    if hashed and not sha256:
+    if (hashed and not sha256) or (sha256 and table is None):
         with tar.open("rb") as file:
-            sha256, written = hashlib.file_digest(file, "sha256").hexdigest(), True
+            now, written = hashlib.file_digest(file, "sha256").hexdigest(), True
+        if sha256 not in ("", now):
+            raise UserError(
+                f"{tar} was changed since its manifest.json was written: copy it again, or remove "
+                f"the manifest"
+            )
+        sha256 = now
     if table is None:
         table = scan(tar, probe=True)
     else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from bat.data.near import Files, near_tables
 from bat.data.sources import NotIndexable, Patience, Shard, find
 from bat.data.table import ShardTable
+from bat.data.tar import BLOCK
 from bat.data.vocabulary import joint_vocabulary
 from bat.shapes import Clip, UserError
 from bat.tasks.base import AUDIO_SUFFIXES
@@ -68,6 +70,7 @@ class Index:
         self.rate = np.ascontiguousarray(clips["rate"])
         self.codec = np.ascontiguousarray(clips["codec"])
         self.fold = np.ascontiguousarray(clips["fold"])
+        self._header = np.ascontiguousarray(clips["header"])
         self.splits, self.split = _splits(shards, tables)
         if vocabulary is None:  # labels dropped
             self.label_ids, self.label_ptr = np.empty(0, np.int32), np.zeros(len(clips) + 1, int)
@@ -157,9 +160,11 @@ class Index:
         """The encoded clip ``i``.
 
         Raises:
-            OSError: its shard cannot be read or reached, or ends before the clip does.
+            OSError: its shard cannot be read or reached, ends before the clip does, or is not the
+                one that was indexed: the clip's header in the tar is compared.
         """
-        number, size, offset = int(self.shard[i]), int(self.size[i]), int(self.offset[i])
+        number, size = int(self.shard[i]), int(self.size[i]) + BLOCK
+        offset = int(self.offset[i]) - BLOCK
         place = self.paths[number]
         if isinstance(place, Path):
             data = self._files.pread(place, size, offset)
@@ -169,9 +174,11 @@ class Index:
         if len(data) != size:
             name = self.shard_name(i)
             raise OSError(5, f"{name} ends inside the clip: it was cut since it was indexed")
-        return Clip(
-            self.key(i), data, AUDIO_SUFFIXES[self.codec[i]], self.labels(i), self.shard_name(i)
-        )
+        if zlib.crc32(data[:BLOCK]) != self._header[i]:
+            name = self.shard_name(i)
+            raise OSError(5, f"{name} has another clip here: it was changed since it was indexed")
+        codec = AUDIO_SUFFIXES[self.codec[i]]
+        return Clip(self.key(i), data[BLOCK:], codec, self.labels(i), self.shard_name(i))
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Fetch remote ``shards`` into the cache in the background, the first ones first.

@@ -113,13 +113,26 @@ def table_places(tar: Path, folder: Path | None) -> list[Path]:
 
 
 def _table(path: Path, entry: ShardInfo | None, cache: Path | None) -> ShardTable:
-    """The table of a local shard, read or made."""
+    """The table of a local shard, read or made.
+
+    Of a tar whose time has changed (a copy) the old table's lengths are kept, if it is the same.
+    """
     places = table_places(path, cache)
     for place in places:
         table = ShardTable.load(place, path)
         if table is not None and (entry is None or table.sha256 in ("", entry.sha256)):
             return table
     table = scan(path, entry.sha256 if entry else "")
+    before = next(filter(None, (ShardTable.load(place, None) for place in places)), None)
+    if before is not None and before.agrees(table):
+        for name in ("frames", "rate"):
+            unknown = table.clips[name] <= 0
+            table.clips[name][unknown] = before.clips[name][unknown]
+    elif before is not None and entry is not None and before.sha256 == entry.sha256:
+        raise UserError(
+            f"{path} was changed since its manifest.json was written: copy it again, or remove the "
+            f"manifest and run bat-shard {path.parent}"
+        )
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)

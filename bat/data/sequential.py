@@ -32,7 +32,7 @@ from bat.data.lost import LEAST_SPAN, SPAN, Losses
 from bat.data.plan import ORDER, below, philox
 from bat.data.sources import Patience, Shard, find, shown
 from bat.data.splits import split_of
-from bat.data.table import MAX_AUDIO_BYTES, MAX_JSON_BYTES, parse_labels
+from bat.data.table import ITS_JSON, MAX_AUDIO_BYTES, MAX_JSON_BYTES, parse_labels
 from bat.data.tar import Member, sample_key
 from bat.data.tar_stream import open_stream, stream_members
 from bat.shapes import Clip, Skipped, UserError
@@ -182,21 +182,25 @@ class SequentialClips(IterableDataset[Clip]):
                     if self._unfit >= MAX_UNFIT:
                         raise OSError(5, f"{MAX_UNFIT} members in a row are no clips")
                     reason = _unfit(member, suffix)
-                    if reason:
-                        self._skip(shard, key, *reason)
-                    elif suffix == "json" or suffix in AUDIO_SUFFIXES:
+                    if suffix == "json" or (suffix in AUDIO_SUFFIXES and not reason):
                         if key != sample.key:
                             if self._wanted(shard, sample):
                                 yield self._clip(shard, sample)
                             sample = _Sample(key, "", b"", {})
-                        content = data()
-                        if suffix == "json":
-                            sample = sample._replace(meta=self._meta(shard, key, content))
+                        meta = None if reason or suffix != "json" else _object(data())
+                        if meta is not None:
+                            sample = sample._replace(meta=meta)
+                        elif suffix == "json":  # a clip without labels, or of an unknown split
+                            reason = reason or ("corrupt", "not a JSON object")
+                            self._skip(shard, key, reason[0], f"{ITS_JSON}: {reason[1]}")
+                            sample = sample._replace(useless=True)
                         elif not sample.data:
-                            sample = sample._replace(codec=suffix, data=content)
+                            sample = sample._replace(codec=suffix, data=data())
                             self._unfit = 0
                         else:
                             self._skip(shard, key, "corrupt", "a second one of this key")
+                    elif reason:
+                        self._skip(shard, key, *reason)
         except (OSError, EOFError, zlib.error) as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             self._skip(shard, "", "unreadable", why)
@@ -207,19 +211,12 @@ class SequentialClips(IterableDataset[Clip]):
             yield self._clip(shard, sample)
 
     def _wanted(self, shard: Shard, sample: _Sample) -> bool:
-        if self.splits is None or not sample.data:
-            return bool(sample.data)
+        if self.splits is None or sample.useless or not sample.data:
+            return bool(sample.data) and not sample.useless
         split = split_of(sample.meta, shard)
         if split not in self.splits:
             self._others.add(split)
         return split in self.splits
-
-    def _meta(self, shard: Shard, key: str, text: bytes) -> dict[str, Any]:
-        try:
-            return dict(json.loads(text))
-        except (ValueError, TypeError, RecursionError):
-            self._skip(shard, key, "corrupt", "not a JSON object")
-            return {}
 
     def _clip(self, shard: Shard, sample: _Sample) -> Clip:
         names = [name for name, _ in parse_labels(sample.meta)] if self.classes else []
@@ -246,6 +243,15 @@ class _Sample(NamedTuple):
     codec: str
     data: bytes
     meta: dict[str, Any]
+    useless: bool = False
+    """Its JSON cannot be read."""
+
+
+def _object(text: bytes) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return None
 
 
 def _unfit(member: Member, suffix: str) -> tuple[str, str] | None:

@@ -10,9 +10,11 @@ A foreign JSON seldom says how long a clip is: ``scan(probe=True)`` asks the cli
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,11 @@ from bat.data.clip_fields import MAX_AUDIO_BYTES as MAX_AUDIO_BYTES
 from bat.data.clip_fields import UNREADABLE as UNREADABLE
 from bat.data.clip_fields import sound
 from bat.data.meta import parse
-from bat.data.tar import BLOCK, Member, members, parse_header, sample_key, write_atomic
+from bat.data.tar import BLOCK, Member, members, sample_key, write_atomic
 from bat.shapes import UserError
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, no_decoder
 
-VERSION = 2
+VERSION = 3
 MAX_JSON_BYTES = 1 << 20
 MAX_TABLE_BYTES = 1 << 28
 MAX_MEMBERS = 1 << 21
@@ -39,6 +41,10 @@ MAX_ALL_JSON_BYTES = 1 << 29
 """Of one shard, as it is read."""
 MAX_KEPT_BYTES = 1 << 28
 """In memory, of what a shard's JSON says."""
+ITS_JSON = "its JSON cannot be read"
+"""Why a clip is left out that would have no labels otherwise."""
+MEMBERS_LOOKED_AT = 8
+"""Around a clip, for its JSON."""
 MAX_NAME = 512
 """Characters of a member's name that a reason is listed under."""
 
@@ -60,6 +66,8 @@ class ShardTable:
     """``{member: reason}``"""
     sha256: str = ""
     """Of the tar, where its writer told it."""
+    mtime_ns: int = 0
+    """Of the tar, when the table was made."""
 
     def key_list(self) -> list[str]:
         """(n) keys."""
@@ -67,9 +75,9 @@ class ShardTable:
         return [text[end - size : end] for end, size in zip(ends, self.clips["key"], strict=True)]
 
     def save(self, path: Path) -> None:
-        """Write atomically (temporary file, fsync, ``os.replace``); the same bytes each time."""
-        head = {k: getattr(self, k) for k in ("tar_bytes", "names", "ids", "splits", "left_out")}
-        text = json.dumps({"version": VERSION, "sha256": self.sha256, **head})
+        """Write atomically (temporary file, fsync, ``os.replace``)."""
+        names = ("tar_bytes", "mtime_ns", "names", "ids", "splits", "left_out", "sha256")
+        text = json.dumps({"version": VERSION, **{name: getattr(self, name) for name in names}})
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -81,10 +89,12 @@ class ShardTable:
         write_atomic(path, buffer.getvalue())
 
     @classmethod
-    def load(cls, path: Path, tar: Path) -> ShardTable | None:
+    def load(cls, path: Path, tar: Path | None) -> ShardTable | None:
         """The table saved at ``path`` if it describes the shard ``tar`` as it is now, else None.
 
-        Checked: all numbers in themselves, size of the tar, headers of the first and last clip.
+        Checked: all numbers in themselves; size and time of change of the tar; the headers of the
+        first, middle and last clip, and their labels where the JSON is beside the clip. With
+        ``tar=None`` the numbers alone.
         """
         try:
             with zipfile.ZipFile(path) as packed:  # before numpy unpacks anything
@@ -96,28 +106,49 @@ class ShardTable:
             if head.pop("version") != VERSION or clips.dtype != CLIP:
                 return None
             table = cls(clips=clips, labels=labels, keys=keys, **head)
-            return table if table._describes(tar) else None
-        except UNREADABLE:
+            fits = sound(**vars(table)) and (tar is None or table._describes(tar))
+            return table if fits else None
+        except (*UNREADABLE, UserError):
             return None
 
     def _describes(self, tar: Path) -> bool:
-        clips = self.clips
-        if os.stat(tar).st_size != self.tar_bytes or not sound(**vars(self)):
-            return False
-        if not len(clips):
-            return True
-        first, last = int(clips["key"][0]), int(clips["key"][-1])
-        ends = [(0, self.keys[:first]), (-1, self.keys[len(self.keys) - last :])]
+        clips, n = self.clips, len(self.clips)
+        keys, last_labels = self.key_list(), np.cumsum(clips["labels"], dtype=int)
         with tar.open("rb") as file:
-            for i, key in ends:
-                at = int(clips["offset"][i]) - BLOCK
-                parsed = parse_header(os.pread(file.fileno(), BLOCK, at), at) if at >= 0 else None
-                if parsed is None or parsed[0].size != clips["size"][i]:
+            now = os.fstat(file.fileno())
+            if (now.st_size, now.st_mtime_ns) != (self.tar_bytes, self.mtime_ns):
+                return False
+            for i in sorted({0, n // 2, n - 1}) if n else ():
+                head = os.pread(file.fileno(), BLOCK, int(clips["offset"][i]) - BLOCK)
+                if zlib.crc32(head) != clips["header"][i]:
                     return False
-                name = parsed[0].name
-                if len(name) < 98 and sample_key(name) != key.tobytes().decode():
-                    return False
+                begin = int(clips["offset"][i - 1] + clips["size"][i - 1]) if i else 0
+                begin = -(-begin // BLOCK) * BLOCK
+                for member in itertools.islice(members(file, tar, begin), MEMBERS_LOOKED_AT):
+                    if member.name.lower().endswith(".json") and sample_key(member.name) == keys[i]:
+                        meta, _ = parse(os.pread(file.fileno(), member.size, member.offset))
+                        ids = self.labels[last_labels[i] - clips["labels"][i] : last_labels[i]]
+                        if [name for name, _ in parse_labels(meta)] != [self.names[k] for k in ids]:
+                            return False
+                        break
         return True
+
+    def agrees(self, now: ShardTable) -> bool:
+        """Whether ``now`` tells the same of the tar; a length may be known to ``self`` alone."""
+        if self.clips.shape != now.clips.shape:
+            return False
+        same = all(
+            np.array_equal(self.clips[name], now.clips[name])
+            for name in ("offset", "size", "codec", "fold", "split", "labels", "key")
+        )
+        known = now.clips["frames"] > 0
+        return (
+            same
+            and np.array_equal(self.clips["frames"][known], now.clips["frames"][known])
+            and np.array_equal(self.labels, now.labels)
+            and np.array_equal(self.keys, now.keys)
+            and (self.names, self.ids, self.splits) == (now.names, now.ids, now.splits)
+        )
 
 
 def parse_labels(meta: dict[str, Any]) -> list[tuple[str, int]]:
@@ -153,6 +184,7 @@ class Contents:
     clips."""
 
     tar_bytes: int
+    mtime_ns: int
     audio: dict[str, tuple[Member, str]]
     """Where the file is, and its suffix."""
     metas: dict[str, dict[str, Any]]
@@ -167,14 +199,17 @@ def read_contents(path: Path) -> Contents:
         UserError: missing file, not a tar, more in it than ``MAX_MEMBERS``, ``MAX_ALL_JSON_BYTES``
             or ``MAX_KEPT_BYTES``.
     """
-    found = Contents(0, {}, {}, {})
+    found = Contents(0, 0, {}, {}, {})
     audio, metas, left_out = found.audio, found.metas, found.left_out
+    useless: dict[str, tuple[str, str]] = {}  # JSON by key: its name, and why it cannot be read
     text_bytes = kept_bytes = 0
     try:
         with path.open("rb") as file:
-            end = found.tar_bytes = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            end = found.tar_bytes = status.st_size
+            found.mtime_ns = status.st_mtime_ns
             for member in members(file, path):
-                if len(audio) + len(metas) + len(left_out) > MAX_MEMBERS:
+                if len(audio) + len(metas) + len(left_out) + len(useless) > MAX_MEMBERS:
                     raise UserError(f"shard {path} has more than {MAX_MEMBERS} members: split it")
                 suffix = os.path.splitext(member.name)[1][1:].lower()
                 if suffix in UNDECODED_SUFFIXES:
@@ -183,16 +218,21 @@ def read_contents(path: Path) -> Contents:
                     continue
                 key, name = sample_key(member.name), member.name[:MAX_NAME]
                 cap = MAX_JSON_BYTES if suffix == "json" else MAX_AUDIO_BYTES
+                why = ""
                 if not member.regular:
-                    left_out[name] = "not a regular file"
+                    why = "not a regular file"
                 elif member.offset + member.size > end:
-                    left_out[name] = "cut short: the tar ends before it"
+                    why = "cut short: the tar ends before it"
                 elif member.size == 0:
-                    left_out[name] = "empty"
+                    why = "empty"
                 elif member.size > cap:
-                    left_out[name] = f"larger than {cap} bytes"
-                elif key in (metas if suffix == "json" else audio):
+                    why = f"larger than {cap} bytes"
+                if key in (metas if suffix == "json" else audio):
                     left_out[name] = "a second one of this key"
+                elif why and suffix == "json":
+                    useless[key] = name, why
+                elif why:
+                    left_out[name] = why
                 elif suffix != "json":
                     audio[key] = (member, suffix)
                 else:
@@ -204,7 +244,7 @@ def read_contents(path: Path) -> Contents:
                         text = os.pread(file.fileno(), member.size, member.offset)
                         metas[key], size = parse(text)
                     except (ValueError, TypeError, RecursionError):
-                        left_out[name] = "not a JSON object"
+                        useless[key] = name, "not a JSON object"
                         continue
                     kept_bytes += size
                     if kept_bytes > MAX_KEPT_BYTES:
@@ -212,8 +252,17 @@ def read_contents(path: Path) -> Contents:
                         raise UserError(f"shard {path} has {what} in its JSON: split it")
             if end >= BLOCK and os.pread(file.fileno(), BLOCK, end - BLOCK).strip(b"\0"):
                 left_out["(end)"] = "no end marker: the tar may be cut short"
+                last = next(reversed(audio), "")
+                if metas and last not in metas:
+                    useless.setdefault(last, ("", "the tar ends before it"))
     except OSError as error:
         raise UserError(f"shard {path} cannot be read: {error.strerror}") from error
+    for key, (name, why) in useless.items():
+        if key in audio and key not in metas:
+            member, _ = audio.pop(key)
+            left_out[member.name[:MAX_NAME]] = f"{ITS_JSON}: {why}"
+        else:
+            left_out[name] = why
     return found
 
 
@@ -262,11 +311,21 @@ def tabulate(found: Contents, sha256: str = "") -> ShardTable:
             splits.setdefault(str(split), len(splits)) if known else -1,
             len(pairs),
             len(key),
+            member.header,
         )
     keys = np.frombuffer("".join(found.audio).encode("ascii"), np.uint8)
     flat = np.array(labels, np.int32)
     return ShardTable(
-        found.tar_bytes, clips, flat, keys, list(names), ids, list(splits), found.left_out, sha256
+        tar_bytes=found.tar_bytes,
+        clips=clips,
+        labels=flat,
+        keys=keys,
+        names=list(names),
+        ids=ids,
+        splits=list(splits),
+        left_out=found.left_out,
+        sha256=sha256,
+        mtime_ns=found.mtime_ns,
     )
 
 

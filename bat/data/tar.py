@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import socket
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -40,6 +41,8 @@ class Member(NamedTuple):
     offset: int
     size: int
     regular: bool
+    header: int = 0
+    """CRC-32 of the header."""
 
 
 def _number(text: bytes) -> int:
@@ -66,7 +69,8 @@ def parse_header(block: bytes, offset: int) -> tuple[Member, bytes] | None:
     prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
     full = (prefix + b"/" + name if prefix else name).decode("utf-8", "backslashreplace")
     kind = block[156:157]
-    return Member(full, offset + BLOCK, size, kind in (b"0", b"\0")), kind
+    regular = kind in (b"0", b"\0")
+    return Member(full, offset + BLOCK, size, regular, zlib.crc32(block)), kind
 
 
 def pax_records(data: bytes) -> dict[str, str]:
@@ -87,14 +91,17 @@ def long_name(data: bytes) -> str:
     return data.rstrip(b"\0").decode("utf-8", "backslashreplace")
 
 
-def members(file: BinaryIO, path: Path) -> Iterator[Member]:
+def members(file: BinaryIO, path: Path, start: int = 0) -> Iterator[Member]:
     """Members of a tar, in order, headers only.
+
+    Args:
+        start: where a header begins.
 
     Raises:
         UserError: ``path`` is not a tar, or is damaged between members.
     """
     end = os.fstat(file.fileno()).st_size
-    fd, at, longer = file.fileno(), 0, {}
+    fd, at, longer = file.fileno(), start, {}
     while at + BLOCK <= end:
         block = os.pread(fd, BLOCK, at)
         if not block.strip(b"\0"):

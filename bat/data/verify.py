@@ -27,8 +27,9 @@ from bat.data.clip_compare import Clips, Comparison
 from bat.data.findings import Report
 from bat.data.info import load_table, local_shards
 from bat.data.manifest import Counts, Manifest, ShardInfo
+from bat.data.near import table_places
 from bat.data.pool import ordered_map
-from bat.data.table import Contents, ShardTable, read_contents, tabulate
+from bat.data.table import ITS_JSON, Contents, ShardTable, read_contents, tabulate
 from bat.shapes import UserError
 
 PART_BYTES = 64 * 2**20
@@ -144,7 +145,8 @@ def _check_clips(part: Part, checked: Checked, vocabulary: Mapping[str, int] | N
     if part.number == 0:
         checked.table = tabulate(found)
         for name, why in found.left_out.items():
-            kind: Kind = "label" if name.endswith(".json") else "corrupt"
+            is_json = name.endswith(".json") or why.startswith(ITS_JSON)
+            kind: Kind = "label" if is_json else "corrupt"
             kind = "shard" if name == "(end)" else "unread" if why.startswith("no dec") else kind
             checked.problems.append((kind, name, why))
         for key in sorted(found.metas.keys() - found.audio.keys()):
@@ -202,8 +204,16 @@ class _Checker:
         """The table beside the tar, and the manifest's number of clips, to the tar itself."""
         if entry is not None and entry.clips != len(table.clips):
             self._shard(tar, f"{len(table.clips)} clips, the manifest says {entry.clips}")
-        saved = load_table(tar, self.index_dir)
-        if saved is not None and not _agree(saved, table):
+        places = table_places(tar, self.index_dir)
+        saved = next(filter(None, (ShardTable.load(place, None) for place in places)), None)
+        if saved is not None and (saved.tar_bytes, saved.mtime_ns) != (
+            table.tar_bytes,
+            table.mtime_ns,
+        ):
+            saved = None  # of another tar, and so not read
+        if saved is not None and not (
+            saved.agrees(table) and np.array_equal(saved.clips["header"], table.clips["header"])
+        ):
             self._shard(tar, "the table beside it (.idx.npz) tells otherwise: remove the table")
         if tar.parent in self.counts:
             self.counts[tar.parent].add(tar.name, table)
@@ -221,24 +231,6 @@ class _Checker:
                     why = f"its {name} are not those of the clips"
                     self.report.add("shard", f"{folder.name}/manifest.json", "", why)
         self.comparison.finish(labels_held=labels_held)
-
-
-def _agree(saved: ShardTable, now: ShardTable) -> bool:
-    """Whether two tables tell the same; a length may be known to ``saved`` alone."""
-    if saved.clips.shape != now.clips.shape:
-        return False
-    same = all(
-        np.array_equal(saved.clips[name], now.clips[name])
-        for name in ("offset", "size", "codec", "fold", "split", "labels", "key")
-    )
-    known = now.clips["frames"] > 0
-    return (
-        same
-        and np.array_equal(saved.clips["frames"][known], now.clips["frames"][known])
-        and np.array_equal(saved.labels, now.labels)
-        and np.array_equal(saved.keys, now.keys)
-        and (saved.names, saved.ids, saved.splits) == (now.names, now.ids, now.splits)
-    )
 
 
 def _short_names(tars: list[Path]) -> dict[Path, str]:

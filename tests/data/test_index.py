@@ -17,8 +17,10 @@ import pytest
 from bat.audio.decode import encode
 from bat.data import near
 from bat.data.index import Index, open_index
+from bat.data.rows import open_rows
 from bat.data.shards import write_shards
 from bat.data.table import MAX_JSON_BYTES, ShardTable, scan
+from bat.data.tar import BLOCK
 from bat.shapes import UserError
 from bat.tasks.base import Row
 
@@ -120,9 +122,9 @@ def test_hostile_members_are_left_out_and_listed(tmp_path: Path) -> None:
         },
     )
     table = scan(path)
-    assert len(table.clips) == 3
+    assert len(table.clips) == 2
     assert table.left_out == {
-        "good.json": "not a JSON object",
+        "good.wav": "its JSON cannot be read: not a JSON object",
         "link.wav": "not a regular file",
         "device.wav": "not a regular file",
         "empty.wav": "empty",
@@ -131,9 +133,9 @@ def test_hostile_members_are_left_out_and_listed(tmp_path: Path) -> None:
         "deep.json": "not a JSON object",
     }
     index = open_index(path)
-    assert [index.key(i) for i in range(3)][1:] == ["good", "odd"]
+    assert [index.key(i) for i in range(2)][1:] == ["odd"]
     assert index.key(0).startswith("______etc_x-")
-    assert (index.frames[2], index.rate[2], index.fold[2]) == (-1, 0, -1)
+    assert (index.frames[1], index.rate[1], index.fold[1]) == (-1, 0, -1)
     assert index.vocabulary == []
     assert index.left_out["a.tar/link.wav"] == "not a regular file"
 
@@ -311,3 +313,19 @@ def test_a_shard_cut_after_it_was_indexed_is_an_error_of_the_clip(tmp_path: Path
     os.truncate(path, 700)
     with pytest.raises(OSError, match="ends inside the clip"):
         index.read(0)
+
+
+def test_a_clip_whose_json_is_cut_off_is_left_out(tmp_path: Path) -> None:
+    """Not kept without labels: it has some."""
+    path = tar_of(tmp_path / "a.tar", confit("a", {"x": 0}) | confit("b", {"x": 0}))
+    whole = path.read_bytes()
+    header = whole.index(b"b.json")
+    for end in (header + BLOCK + 5, header + 100, header):
+        path.write_bytes(whole[:end])
+        index = open_index(path)
+        assert [index.key(i) for i in range(len(index))] == ["a"]
+        assert index.left_out["a.tar/b.wav"].startswith("its JSON cannot be read: ")
+        assert len(open_rows(path).rows) == 1
+    tar_of(path, {"a.wav": WAV, "b.wav": WAV})
+    path.write_bytes(path.read_bytes()[: 2 * (BLOCK + 2048)])
+    assert len(open_index(path)) == 2  # no clip has labels

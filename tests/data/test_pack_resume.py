@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from bat.data.manifest import Manifest
 from bat.data.shards import MARKER, write_shards
 from bat.shapes import UserError
 from bat.tasks.base import Row, load_task
+from tests.data.test_shards import contents
 
 OPTIONS = {"codec": "flac", "clip_seconds": 0.1, "shard_bytes": 20_000}
 RUN = (
@@ -39,10 +39,6 @@ RUN = (
     "    rows, names = load_task('folder').read(sys.argv[1])\n"
     "    shards.write_shards(rows, Path(sys.argv[2]), jobs=int(sys.argv[3]), **{options})\n"
 )
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
 
 @pytest.fixture

@@ -182,10 +182,10 @@ def test_shards_of_the_current_folder(
 def test_names_grow_until_they_differ_and_show_no_query(tmp_path: Path) -> None:
     places = ("x/train/a.tar", "y/train/a.tar", "y/train/b.tar")
     for i, place in enumerate(places):
-        tar_of(tmp_path / place, {f"{i}.wav": WAV, f"{i}.json": b"["})
+        tar_of(tmp_path / place, {f"{i}.wav": WAV, f"{i}b.json": b"["})
     index = open_index([tmp_path / "x/train", tmp_path / "y/train"])
     assert [index.shard_name(i) for i in range(3)] == list(places)
-    assert sorted(index.left_out) == [f"{place}/{i}.json" for i, place in enumerate(places)]
+    assert sorted(index.left_out) == [f"{place}/{i}b.json" for i, place in enumerate(places)]
     secret = "?X-Amz-Credential=a/b/secret&token=c/d"
     urls = [Shard("http://h/p/a%20b.tar" + secret), Shard("http://me:pw@g/p/a%20b.tar" + secret)]
     assert _names(urls) == ["h/p/a b.tar", "g/p/a b.tar"]

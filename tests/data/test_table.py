@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from bat.data import tar as tars
+from bat.data.in_place import index_in_place
 from bat.data.index import open_index
 from bat.data.table import ShardTable, scan
 from bat.data.tar import temporary, write_atomic
+from bat.shapes import UserError
+from bat.tasks.base import AUDIO_SUFFIXES
 from tests.data.test_index import WAV, confit, tar_of
 
 
@@ -39,7 +42,7 @@ def saved(path: Path, **changes: Any) -> Path:
     ("field", "value"),
     [
         ("codec", 200),
-        ("codec", 5),
+        ("codec", len(AUDIO_SUFFIXES)),
         ("split", 5),
         ("split", -2),
         ("size", 1 << 46),
@@ -89,10 +92,80 @@ def test_a_middle_clip_that_is_impossible(path: Path, field: str, value: int) ->
         {"sha256": None},
         {"tar_bytes": 1 << 70},
         {"tar_bytes": "x"},
+        {"mtime_ns": None},
+        {"names": ["x", "y", "never"], "ids": [0, 1, 2]},
     ],
 )
 def test_a_table_that_contradicts_itself(path: Path, changes: dict[str, Any]) -> None:
     assert ShardTable.load(saved(path, **changes), path) is None
+
+
+def test_two_clips_in_one_place(path: Path) -> None:
+    clips = scan(path).clips
+    for field in ("offset", "size", "header"):  # b where a is
+        clips[field][1] = clips[field][0]
+    assert ShardTable.load(saved(path, clips=clips), path) is None
+
+
+def test_labels_that_the_tar_does_not_have(path: Path) -> None:
+    for names in (["x", "z"], ["y", "x"]):
+        assert ShardTable.load(saved(path, names=names), path) is None
+    index = open_index(path)
+    assert (index.vocabulary, index.labels(1)) == (["x", "y"], (0, 1))
+
+
+def swap(path: Path) -> None:
+    """Rewrite the tar: a's and c's audio and labels swapped, at the same size."""
+    members = confit("a", {"y": 1}) | confit("b", {"x": 0, "y": 1}) | confit("c", {"x": 0})
+    members["b.json"] |= {"split": "train", "fold": 2}
+    tar_of(path, members)
+
+
+@pytest.mark.parametrize("clip_time", [False, True])
+def test_a_tar_rewritten_at_the_same_size_is_indexed_anew(path: Path, clip_time: bool) -> None:
+    before, then = open_index(path), path.stat()
+    assert before.labels(0) == (0,)
+    swap(path)
+    assert path.stat().st_size == then.st_size
+    if clip_time:  # as one who copies with times kept
+        os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns))
+    after = open_index(path)
+    assert [after.vocabulary[i] for i in after.labels(0)] == ["y"]
+    assert ShardTable.load(path.with_suffix(".idx.npz"), path) is not None  # made and kept
+
+
+def test_a_tar_that_changes_while_it_is_open_gives_no_other_clip(path: Path) -> None:
+    index = open_index(path)
+    members = confit("c", {"x": 0}) | confit("b", {"x": 0, "y": 1}) | confit("a", {"y": 1})
+    members["b.json"] |= {"split": "train", "fold": 2}
+    tar_of(path, members)
+    for i in (0, 2):
+        with pytest.raises(OSError, match=r"s\.tar .*changed since it was indexed"):
+            index.read(i)
+    assert index.read(1).data == WAV
+
+
+def test_a_copy_with_other_times_keeps_the_lengths_of_its_table(path: Path) -> None:
+    place = path.with_suffix(".idx.npz")
+    scan(path, probe=True).save(place)
+    before = open_index(path)
+    assert before.frames.min() > 0
+    os.utime(path, ns=(1, 1))
+    assert ShardTable.load(place, path) is None
+    assert open_index(path).hash == before.hash
+    assert ShardTable.load(place, path) is not None
+
+
+def test_a_shard_that_is_not_its_manifests_any_more_is_refused(path: Path) -> None:
+    index_in_place(path.parent)
+    swap(path)
+    with pytest.raises(UserError, match=r"s\.tar was changed since its manifest\.json"):
+        open_index(path.parent)
+    with pytest.raises(UserError, match=r"s\.tar was changed since its manifest\.json"):
+        index_in_place(path.parent)
+    (path.parent / "manifest.json").unlink()
+    index_in_place(path.parent)
+    assert open_index(path.parent).labels(0) == (1,)
 
 
 def test_files_that_are_no_tables(path: Path) -> None:
