@@ -19,9 +19,11 @@ callbacks anew for each file, see ``_Callbacks``.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -80,8 +82,63 @@ class _Callbacks:
         self.struct = ffi.new("SF_VIRTUAL_IO*", self._kept)
 
 
+class _Hushed:
+    """While it is entered, what C libraries write to their ``stderr`` is lost.
+
+    libmpg123 has a line for every damaged frame of an MP3, and libsndfile no switch for that. The
+    variable ``stderr`` of C points to ``/dev/null`` then; file descriptor 2, which Python writes
+    to, is not touched. Where C's library has no such variable nothing is hushed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            c = ctypes.CDLL(None)
+            self._stderr = ctypes.c_void_p.in_dll(c, "stderr")
+            c.fopen.restype = ctypes.c_void_p
+            self._null = c.fopen(os.fsencode(os.devnull), b"w")
+        except (OSError, ValueError, AttributeError):
+            self._null = None
+        self._loud = self._stderr.value if self._null else None
+        self._begin()
+        os.register_at_fork(after_in_child=self._begin)  # the threads within stay behind
+
+    def _begin(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._point_to(self._loud)
+
+    def _point_to(self, file: int | None) -> None:
+        if self._null:
+            self._stderr.value = file
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            self._point_to(self._null)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._point_to(self._loud)
+
+
+_hushed = _Hushed()
+
+
 class Reader(soundfile.SoundFile):
     _lent: _Callbacks | None = None
+
+    def __init__(self, file: bytes | io.BytesIO) -> None:
+        with _hushed:
+            super().__init__(file)
+
+    def read(self, *args: Any, **how: Any) -> Any:
+        with _hushed:
+            return super().read(*args, **how)
+
+    def seek(self, *args: Any) -> int:
+        with _hushed:
+            return int(super().seek(*args))
 
     def seekable(self) -> bool:
         return False  # no seek after each read: see the module's departures

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import io
 import math
 import pickle
+import sys
 import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +164,26 @@ def test_damage_in_the_middle_is_found(codec: str) -> None:
     middle = len(data) // 2
     data[middle : middle + 2000] = np.random.default_rng(1).bytes(2000)
     assert kind_of(bytes(data)) in ("short", "corrupt")
+
+
+def test_damaged_mp3_files_are_not_commented_on_stderr(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    whole, rng = sample("mp3", frames=132300), np.random.default_rng(1)
+    for _ in range(10):
+        data = bytearray(whole)
+        for place in rng.integers(500, len(data), 30):
+            data[place] = rng.integers(256)
+        (tmp_path / "x.mp3").write_bytes(data)
+        for source in (bytes(data), tmp_path / "x.mp3"):
+            with suppress(DecodeError):
+                decode(source, sample_rate=16000)
+            with suppress(DecodeError):
+                decode(source, sample_rate=16000, start_seconds=1.0)
+    c = ctypes.CDLL(None)
+    c.fputs(b"another library\n", ctypes.c_void_p.in_dll(c, "stderr"))
+    print("Python", file=sys.__stderr__, flush=True)
+    assert capfd.readouterr().err == "another library\nPython\n"
 
 
 @pytest.mark.parametrize(("codec", "slack"), [("flac", 0), ("mp3", 3 * 1152)])
