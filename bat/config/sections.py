@@ -104,6 +104,8 @@ class Data:
     """Tries without progress before a remote shard counts as unreachable."""
     timeout_seconds: float = 30.0
     """How long a server of remote shards may be silent."""
+    redirects: list[str] = field(default_factory=list)
+    """Hosts that such a server may lead to, besides itself: ``[cdn.org, "*.cdn.org"]``."""
     shuffle: Literal["auto", "exact", "window"] = "auto"
     """``exact``: an even permutation of each epoch; ``window``: shards in a random order, clips
     shuffled within a window (slow disks); ``auto``: ``exact`` unless shards are remote."""

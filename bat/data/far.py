@@ -17,13 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from bat.data.ahead import Ahead
 from bat.data.cache import ShardCache
 from bat.data.listing import manifest_of
 from bat.data.merged import place_of, recall, remember
-from bat.data.remote import fetch, stat, stream
+from bat.data.remote import ChangedError, fetch, stat, stream
 from bat.data.sources import NotIndexable, Patience, Shard, identity, shown
 from bat.data.table import MAX_TABLE_BYTES, ShardTable, scan
 from bat.data.tar import BLOCK, escape_key, parse_header, write_atomic
@@ -41,6 +42,8 @@ class Far:
     url: str
     name: str
     size: int
+    tag: str
+    """Of the version that is read; empty where a hash tells it."""
     sha256: str
     clips: int
     """-1 where no manifest says it."""
@@ -85,7 +88,7 @@ class FarShards:
                 size, tag, sha, clips = found[0], found[1], "", -1
             what = f"{identity(url)}\n{size}\n{sha or tag}"
             digest = hashlib.sha256(what.encode()).hexdigest()[:16]
-            return Far(url, name, size, sha, clips, f"{escape_key(Path(name).stem)}-{digest}")
+            return Far(url, name, size, tag, sha, clips, f"{escape_key(Path(name).stem)}-{digest}")
 
         with ThreadPoolExecutor(ASKERS) as pool:
             self.shards = dict(zip(urls, pool.map(ask, urls.items()), strict=True))
@@ -206,21 +209,33 @@ class FarShards:
     def _fetch(self, far: Far, part: Path, again: bool) -> None:
         """Make ``part`` whole, from where it ends."""
         patience = self.patience._replace(retries=1) if again else self.patience
-        start = part.stat().st_size
-        with part.open("r+b") as file:
-            start = start if start <= far.size else 0
-            file.truncate(start)
-            file.seek(start)
-            for data in stream(far.url, start=start, size=far.size, patience=patience):
-                file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            file.seek(0)
-            good = (
-                hashlib.file_digest(file, "sha256").hexdigest() == far.sha256
-                if far.sha256
-                else parse_header(file.read(BLOCK), 0) is not None
-            )
+        good = False
+        for left in reversed(range(self.patience.retries)):
+            start = part.stat().st_size
+            with part.open("r+b") as file:
+                start = start if start <= far.size else 0
+                file.truncate(start)
+                file.seek(start)
+                how: dict[str, Any] = {"size": far.size, "tag": far.tag, "patience": patience}
+                try:
+                    for data in stream(far.url, start=start, **how):
+                        file.write(data)
+                except ChangedError:  # a hash would tell which one is meant
+                    file.truncate(0)
+                    if far.tag or not left:
+                        raise
+                    continue
+                file.flush()
+                os.fsync(file.fileno())
+                file.seek(0)
+                good = (
+                    hashlib.file_digest(file, "sha256").hexdigest() == far.sha256
+                    if far.sha256
+                    else parse_header(file.read(BLOCK), 0) is not None
+                )
+                if good or not start:
+                    break
+                file.truncate(0)  # its beginning may be of another version
         if not good:
             part.unlink()
             said = "sha256 than its manifest.json says" if far.sha256 else "content than a tar has"

@@ -231,6 +231,7 @@ def open_index(
     labels: Literal["same", "drop"] = "same",
     retries: int = 5,
     timeout_seconds: float = 30.0,
+    redirects: Sequence[str] = (),
 ) -> Index:
     """The index of a set of shards.
 
@@ -245,6 +246,7 @@ def open_index(
         labels: ``same``: all sources have one vocabulary; ``drop``: forget the labels.
         retries: tries without progress before a remote shard counts as unreachable.
         timeout_seconds: how long a server may be silent.
+        redirects: hosts that a server may lead to, besides itself: ``cdn.org``, ``*.cdn.org``.
 
     Raises:
         NotIndexable: compressed shards, those of a command; remote ones without tables that the
@@ -255,7 +257,7 @@ def open_index(
     if retries < 1 or timeout_seconds <= 0 or cache_bytes < 0:
         values = f"{retries=}, {timeout_seconds=:g}, {cache_bytes=}"
         raise UserError(f"{values}: at least 1, more than 0, at least 0")
-    patience = Patience(retries, timeout_seconds)
+    patience = Patience(retries, timeout_seconds, redirects=tuple(redirects))
     sources = [shards] if isinstance(shards, (str, Path)) else list(shards)
     found = [(shard, i) for i, source in enumerate(sources) for shard in find(source, patience)]
     given, numbers = [shard for shard, _ in found], [i for _, i in found]

@@ -2,9 +2,11 @@
 
 One thing is done here: read a file from byte ``start`` on, and when the server stalls, stops
 early, drops the connection or answers 5xx, go on from where it stopped, after a pause that doubles.
-A server that refuses ranges is read from the front again. HTTP goes through fsspec's aiohttp
-session (its ``cat_file`` would hold a whole shard in memory where ranges are refused); other
-stores are read in pieces by ``cat_file``. A server that trickles has stalled. File systems are made
+A server that refuses ranges is read from the front again; a file that another has replaced in
+between is not gone on with (``If-Range``, ETag). Redirects are followed on the same server, and to
+hosts that ``Patience`` names. HTTP goes through fsspec's aiohttp session (its ``cat_file`` would
+hold a whole shard in memory where ranges are refused); other stores are read in pieces by
+``cat_file``. A server that trickles has stalled. File systems are made
 once a process, so a forked loader worker has its own, and all waiting ends with the run
 (``bat.data.ending``). Messages never show user names, passwords or signatures.
 """
@@ -15,6 +17,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import errno
+import fnmatch
 import os
 import re
 import time
@@ -24,6 +27,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import fsspec
+import yarl
 
 from bat.data.ending import POLL_SECONDS, go_on, pause
 from bat.data.sources import Patience, shown
@@ -38,6 +42,7 @@ PROGRESS_BYTES = 1 << 20
 """So much further, not slowly, and the count of tries begins anew."""
 LONGEST_PAUSE_SECONDS = 60.0
 STORE_PIECE_BYTES = 16 << 20
+MAX_REDIRECTS = 10
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
 """Not worth another try."""
 T = TypeVar("T")
@@ -49,6 +54,29 @@ class Stat(NamedTuple):
     """Bytes; None where the server does not tell."""
     tag: str
     """Changes with the content (ETag, time of change); empty where the server tells none."""
+
+
+class ChangedError(OSError):
+    """The file is another one than that whose beginning was read."""
+
+
+class RedirectError(OSError):
+    """The server leads to another host or port, or too often."""
+
+
+class _Version:
+    """Which version of a file is read: ``tag`` of the first answer, or as the caller knows it."""
+
+    def __init__(self, tag: str) -> None:
+        self.tag = tag
+
+    def hold(self, tag: str, url: str) -> None:
+        """Raise ``ChangedError`` for an answer of another version; one that tells none passes."""
+        if self.tag and tag and tag.removeprefix("W/") != self.tag.removeprefix("W/"):
+            raise ChangedError(
+                errno.EIO, f"{shown(url)} was changed on the server: start the run again"
+            )
+        self.tag = self.tag or tag
 
 
 _systems: dict[tuple[int, str], Any] = {}
@@ -111,6 +139,8 @@ class Tries:
 
     def after(self, error: Exception) -> None:
         go_on()
+        if isinstance(error, (ChangedError, RedirectError)):
+            raise error
         if isinstance(error, FINAL):
             if not isinstance(error, OSError):
                 raise error
@@ -140,11 +170,30 @@ def patiently(attempt: Callable[[], T], url: str, patience: Patience) -> T:
             tries.after(error)
 
 
-async def _get(system: Any, url: str, ranged: str, seconds: float) -> aiohttp.ClientResponse:
+async def _get(
+    system: Any, url: str, headers: dict[str, str], patience: Patience
+) -> aiohttp.ClientResponse:
     session = await system.set_session()
-    headers = {"Accept-Encoding": "identity"} | ({"Range": ranged} if ranged else {})
-    async with asyncio.timeout(seconds):
-        answer: aiohttp.ClientResponse = await session.get(system.encode_url(url), headers=headers)
+    headers = {"Accept-Encoding": "identity"} | headers
+    place = first = system.encode_url(url)
+    for _ in range(MAX_REDIRECTS + 1):
+        async with asyncio.timeout(patience.timeout_seconds):
+            answer: aiohttp.ClientResponse = await session.get(
+                place, headers=headers, allow_redirects=False
+            )
+        if answer.status not in (301, 302, 303, 307, 308):
+            break
+        answer.close()
+        there = place.join(yarl.URL(answer.headers.get("Location", ""), encoded=True))
+        if there.scheme not in ("http", "https") or not _may_lead(there, first, patience):
+            raise RedirectError(
+                errno.EIO,
+                f"{shown(url)} leads to another place, {shown(str(there))}: name that one, or "
+                f"allow its host, data.redirects=[{there.host}]",
+            )
+        place = there
+    else:
+        raise RedirectError(errno.EIO, f"{shown(url)} leads on and on ({MAX_REDIRECTS} redirects)")
     if answer.status in (200, 206):
         return answer
     answer.close()
@@ -153,6 +202,18 @@ async def _get(system: Any, url: str, ranged: str, seconds: float) -> aiohttp.Cl
     if answer.status in (401, 403):
         raise PermissionError(errno.EACCES, f"HTTP {answer.status}")
     raise OSError(errno.EIO, f"HTTP {answer.status}")
+
+
+def _may_lead(there: yarl.URL, first: yarl.URL, patience: Patience) -> bool:
+    """Whether a redirect to ``there`` is followed: the same scheme, host and port, or allowed."""
+    names = (f"{there.host}", f"{there.host}:{there.port}")
+    return there.origin() == first.origin() or any(
+        fnmatch.fnmatchcase(name, allowed) for name in names for allowed in patience.redirects
+    )
+
+
+def _tag(answer: aiohttp.ClientResponse) -> str:
+    return answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
 
 
 def _extent(answer: aiohttp.ClientResponse) -> tuple[int, int | None]:
@@ -187,9 +248,9 @@ async def _gather(answer: aiohttp.ClientResponse, seconds: float) -> bytes:
 
 
 @contextlib.contextmanager
-def _answer(url: str, ranged: str, patience: Patience) -> Iterator[tuple[Any, Any]]:
-    system, seconds = system_of(url), patience.timeout_seconds
-    answer = _wait(system, _get, system, url, ranged, seconds)
+def _answer(url: str, headers: dict[str, str], patience: Patience) -> Iterator[tuple[Any, Any]]:
+    system = system_of(url)
+    answer = _wait(system, _get, system, url, headers, patience)
     try:
         yield system, answer
     finally:
@@ -197,12 +258,18 @@ def _answer(url: str, ranged: str, patience: Patience) -> Iterator[tuple[Any, An
             system.loop.call_soon_threadsafe(answer.close)
 
 
-def _pieces(url: str, start: int, size: int | None, patience: Patience) -> Pieces:
+def _pieces(
+    url: str, start: int, size: int | None, version: _Version, patience: Patience
+) -> Pieces:
     """One attempt: the bytes from ``start`` on."""
     if not is_http(url):
-        yield from _store_pieces(url, start, size, patience)
+        yield from _store_pieces(url, start, size, version, patience)
         return
-    with _answer(url, f"bytes={start}-" if start else "", patience) as (system, answer):
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    if start and version.tag and not version.tag.startswith("W/"):
+        headers["If-Range"] = version.tag
+    with _answer(url, headers, patience) as (system, answer):
+        version.hold(_tag(answer), url)
         at, whole = _extent(answer)
         if at > start or (whole is not None and size is not None and whole != size):
             raise OSError(errno.EIO, f"it has {whole} bytes on the server, {size} were expected")
@@ -212,10 +279,14 @@ def _pieces(url: str, start: int, size: int | None, patience: Patience) -> Piece
             at += len(data)
 
 
-def _store_pieces(url: str, start: int, size: int | None, patience: Patience) -> Iterator[bytes]:
+def _store_pieces(
+    url: str, start: int, size: int | None, version: _Version, patience: Patience
+) -> Iterator[bytes]:
     system = system_of(url)
     path = system._strip_protocol(url)
-    end = size if size is not None else int(system.info(path)["size"])
+    info = system.info(path)
+    version.hold(_store_tag(info), url)
+    end = size if size is not None else int(info["size"])
     while start < end:
         go_on()
         last = min(start + STORE_PIECE_BYTES, end)
@@ -228,23 +299,34 @@ def _store_pieces(url: str, start: int, size: int | None, patience: Patience) ->
             return
         start += len(data)
         yield data
+    version.hold(_store_tag(system.info(path)), url)
 
 
-def stream(url: str, *, start: int = 0, size: int | None = None, patience: Patience) -> Pieces:
+def _store_tag(info: dict[str, Any]) -> str:
+    names = ("ETag", "etag", "generation", "blob_id", "LastModified", "last_modified", "mtime")
+    return str(next((info[name] for name in names if info.get(name)), ""))
+
+
+def stream(
+    url: str, *, start: int = 0, size: int | None = None, tag: str = "", patience: Patience
+) -> Pieces:
     """The bytes of ``url`` from ``start`` on, in pieces, through stalls and broken connections.
 
     Args:
         size: bytes of the whole file where they are known; another number is an error.
+        tag: of the version that is wanted (``stat``); empty: whichever there is at first.
 
     Raises:
         OSError: unreachable after ``patience.retries`` tries without progress; shorter than
-            ``size``; the run ends. FileNotFoundError, PermissionError: at once.
+            ``size``; the run ends. At once: FileNotFoundError, PermissionError; ``ChangedError``
+            where the file changes in between (by its ETag, or time of change, if the server tells
+            one): what came so far is of no use; ``RedirectError``.
     """
     at = counted = start
-    tries = Tries(url, patience)
+    tries, version = Tries(url, patience), _Version(tag)
     while size is None or at < size:
         try:
-            with contextlib.closing(_pieces(url, at, size, patience)) as pieces:
+            with contextlib.closing(_pieces(url, at, size, version, patience)) as pieces:
                 base, waited, since = at, 0.0, time.monotonic()  # the taker's time is his own
                 for data in pieces:
                     at += len(data)
@@ -267,13 +349,22 @@ def stream(url: str, *, start: int = 0, size: int | None = None, patience: Patie
 
 
 def fetch(url: str, *, limit: int, patience: Patience) -> bytes:
-    """A small file; ``OSError`` as ``stream``, or over ``limit`` bytes."""
-    parts, got = [], 0
-    for data in stream(url, patience=patience):
-        got += len(data)
-        if got > limit:
-            raise OSError(errno.EFBIG, f"{shown(url)} is larger than {limit} bytes")
-        parts.append(data)
+    """A small file; ``OSError`` as ``stream``, or over ``limit`` bytes.
+
+    One that changes meanwhile is read again, ``patience.retries`` times at most.
+    """
+    for left in reversed(range(patience.retries)):
+        parts, got = [], 0
+        try:
+            for data in stream(url, patience=patience):
+                got += len(data)
+                if got > limit:
+                    raise OSError(errno.EFBIG, f"{shown(url)} is larger than {limit} bytes")
+                parts.append(data)
+            break
+        except ChangedError:
+            if not left:
+                raise
     return b"".join(parts)
 
 
@@ -284,10 +375,8 @@ def stat(url: str, patience: Patience) -> Stat:
         if not is_http(url):
             system = system_of(url)
             info = system.info(system._strip_protocol(url))
-            names = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime")
-            return Stat(info.get("size"), str(next((info[n] for n in names if info.get(n)), "")))
-        with _answer(url, "bytes=0-0", patience) as (_, answer):
-            tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-            return Stat(_extent(answer)[1], tag)
+            return Stat(info.get("size"), _store_tag(info))
+        with _answer(url, {"Range": "bytes=0-0"}, patience) as (_, answer):
+            return Stat(_extent(answer)[1], _tag(answer))
 
     return patiently(ask, url, patience)

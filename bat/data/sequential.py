@@ -76,11 +76,12 @@ class SequentialClips(IterableDataset[Clip]):
         shuffle_clips: int = 256,
         retries: int = 5,
         timeout_seconds: float = 30.0,
+        redirects: Sequence[str] = (),
     ) -> None:
         if shuffle_clips < 1 or epoch < 0:
             raise UserError(f"{shuffle_clips=}, {epoch=}: at least 1, not negative")
         assert 0 <= rank < world
-        self.patience = Patience(retries, timeout_seconds)
+        self.patience = Patience(retries, timeout_seconds, redirects=tuple(redirects))
         sources = [shards] if isinstance(shards, (str, Path)) else list(shards)
         self.shards = [
             shard

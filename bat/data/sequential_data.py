@@ -134,7 +134,7 @@ class SequentialData(StreamData):
         split: as ``choose_split``: a name, ``all``, or ``auto`` (``train`` where there is one).
         batch, sample_rate, clip_seconds, seed, roll, min_seconds, max_seconds, workers, max_bad,
             worker_restarts, out: as ``AudioData``.
-        retries, timeout_seconds: of remote shards, as ``open_index``.
+        retries, timeout_seconds, redirects: of remote shards, as ``open_index``.
 
     Raises:
         UserError: nothing there, a split that is not there, a value out of range.
@@ -160,6 +160,7 @@ class SequentialData(StreamData):
         out: Path | None = None,
         retries: int = 5,
         timeout_seconds: float = 30.0,
+        redirects: Sequence[str] = (),
     ) -> None:
         super().__init__(
             batch=batch,
@@ -179,8 +180,12 @@ class SequentialData(StreamData):
             "min_seconds": min_seconds,
             "max_seconds": max_seconds,
         }
-        self._patience = {"retries": retries, "timeout_seconds": timeout_seconds}
-        patience = Patience(retries, timeout_seconds)
+        self._patience: dict[str, Any] = {
+            "retries": retries,
+            "timeout_seconds": timeout_seconds,
+            "redirects": redirects,
+        }
+        patience = Patience(retries, timeout_seconds, redirects=tuple(redirects))
         found = [shard for source in shards for shard in find(source, patience)]
         self.shards, self.splits = choose_split(found, split, patience)
         self._hash = _identity(self.shards, self.splits)
@@ -194,7 +199,7 @@ class SequentialData(StreamData):
             epoch=epoch,
             rank=rank,
             world=world,
-            **self._patience,  # type: ignore[arg-type]
+            **self._patience,
         )
         clips.board = self.board
         return clips

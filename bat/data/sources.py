@@ -44,7 +44,7 @@ class NotIndexable(UserError):  # noqa: N818
 
 
 class Patience(NamedTuple):
-    """How long a server is waited for."""
+    """How long a server is waited for, and where it may lead."""
 
     retries: int = 5
     """Tries without progress before it counts as unreachable."""
@@ -52,6 +52,8 @@ class Patience(NamedTuple):
     """How long it may be silent."""
     backoff_seconds: float = 0.5
     """Pause after the first failure; doubled after each further one."""
+    redirects: tuple[str, ...] = ()
+    """Hosts (``cdn.org``, ``cdn.org:8443``, ``*.cdn.org``, ``*``) that it may send us on to."""
 
 
 class Shard(NamedTuple):

@@ -85,8 +85,8 @@ def open_stream(shard: Shard, patience: Patience) -> Iterator[io.BufferedIOBase]
         else:
             from bat.data.remote import stat, stream
 
-            size = stat(shard.place, patience).size
-            pieces = stream(shard.place, size=size, patience=patience)
+            size, tag = stat(shard.place, patience)
+            pieces = stream(shard.place, size=size, tag=tag, patience=patience)
             file = stack.enter_context(io.BufferedReader(_Pieces(pieces), 1 << 17))
         packed = file.peek(2)[:2] == b"\x1f\x8b"
         if packed:

@@ -117,6 +117,7 @@ def _sequential(config: Pretrain, out: Path | None, why: NotIndexable) -> Sequen
         out=out,
         retries=data.retries,
         timeout_seconds=data.timeout_seconds,
+        redirects=data.redirects,
     )
 
 

@@ -46,6 +46,7 @@ SAFE = (
     "data.cache_gb:",
     "data.retries:",
     "data.timeout_seconds:",
+    "data.redirects:",
     "data.cache_waves_gb:",
     "data.root:",
     "data.csv:",
@@ -245,6 +246,7 @@ def _opened(task: Task, data: Data, sources: list[str]) -> tuple[Task, Index]:
         labels=data.labels,
         retries=data.retries,
         timeout_seconds=data.timeout_seconds,
+        redirects=data.redirects,
     )
     if index.left_out:
         name, why = next(iter(index.left_out.items()))

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -24,14 +25,20 @@ class FaultyServer:
     status; ``"stall"``: send 10 bytes, then nothing; ``"drop:N"``: promise all, send N and close;
     ``"short:N"``: pretend the rest has N bytes; ``"end:N"``: as drop, without having promised a
     length; ``"crawl"``: a byte each 20 ms; ``""``: behave. The last one stays where it ends in
-    ``*``, e.g. ``"500*"``. ``ranges=False``: ranges are ignored.
+    ``*``, e.g. ``"500*"``. ``ranges=False``: ranges are ignored. Where ``conditions`` is False,
+    ``If-Range`` is.
     """
 
     def __init__(self, folder: Path, *, ranges: bool = True, listing: bool = True) -> None:
         self.folder, self.ranges, self.listing = folder, ranges, listing
+        self.conditions = True
         self.faults: defaultdict[str, list[str]] = defaultdict(list)
         self.requests: list[tuple[str, str]] = []
         """(name, range) of each request."""
+        self.redirects: dict[str, str] = {}
+        """``{name: Location}``"""
+        self.before: dict[int, Callable[[], object]] = {}
+        """What is done before request number n (from 1) is answered."""
         self.done = threading.Event()
 
     def __enter__(self) -> FaultyServer:
@@ -79,6 +86,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         name = unquote(urlsplit(self.path).path).lstrip("/")
         asked = self.headers.get("Range", "")
         server.requests.append((name, asked))
+        server.before.pop(len(server.requests), lambda: None)()
+        if name in server.redirects:
+            self.send_response(302)
+            self.send_header("Location", server.redirects[name])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         kind, _, number = server.fault(name).partition(":")
         path = server.folder / name
         if kind.isdigit() or not path.exists() or (path.is_dir() and not server.listing):
@@ -94,7 +108,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         data = path.read_bytes()
         whole = len(data)
-        ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", asked) if server.ranges else None
+        tag = f'"{path.stat().st_mtime_ns}"'
+        same = self.headers.get("If-Range", tag) == tag or not server.conditions
+        ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", asked) if server.ranges and same else None
         if ranged:
             first = int(ranged[1])
             data = data[first : int(ranged[2]) + 1 if ranged[2] else None]
@@ -102,7 +118,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/{whole}")
         else:
             self.send_response(200)
-        self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+        self.send_header("ETag", tag)
         if kind == "short":
             data = data[: int(number)]
         if kind == "end":

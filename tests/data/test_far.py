@@ -7,6 +7,7 @@ import os
 import pickle
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from bat.data import index
 from bat.data.index import Index, NotIndexable, open_index
 from bat.data.sources import Patience, find
-from bat.data.table import ShardTable
+from bat.data.table import ShardTable, scan
 from bat.shapes import UserError
 from tests.data.http_server import FaultyServer, wave
 from tests.data.test_index import tar_of
@@ -25,7 +26,9 @@ QUICK = Patience(retries=3, timeout_seconds=0.5, backoff_seconds=0.01)
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "Patience", lambda *_: QUICK)
+    monkeypatch.setattr(
+        index, "Patience", lambda *_, redirects: QUICK._replace(redirects=redirects)
+    )
 
 
 def same(here: Index, there: Index) -> bool:
@@ -230,3 +233,65 @@ def test_local_and_remote_sets_mix(server: FaultyServer, shards: Path, tmp_path:
     assert both.source.tolist() == [0] + [1] * 12
     assert both.read(0).data == wave(50)
     assert both.read(12).data == wave(11)
+
+
+def another(tar: Path) -> bytes:
+    """Its bytes with the samples of every clip turned upside down: the same size and headers."""
+    data = bytearray(tar.read_bytes())
+    for clip in scan(tar).clips:
+        samples = slice(int(clip["offset"]) + 44, int(clip["offset"] + clip["size"]))
+        data[samples] = bytes(255 - byte for byte in data[samples])
+    return bytes(data)
+
+
+def test_a_shard_that_changes_between_two_requests_is_fetched_from_the_start(
+    server: FaultyServer, shards: Path, tmp_path: Path
+) -> None:
+    """The manifest tells the hash of the new one."""
+    tar = shards / "shard-00000.tar"
+    right, wrong = tar.read_bytes(), another(tar)
+    tar.write_bytes(wrong)
+    there = open_index(f"{server.url}/set", cache=tmp_path / "cache")
+    server.faults["set/shard-00000.tar"] = ["drop:4000"]
+    server.requests.clear()
+    server.before[2] = lambda: tar.write_bytes(right)
+    assert there.read(0).data == wave(0)
+
+
+def test_the_beginning_of_another_version_from_an_earlier_run_is_thrown_away(
+    server: FaultyServer, shards: Path, tmp_path: Path
+) -> None:
+    tar = shards / "shard-00000.tar"
+    right = tar.read_bytes()
+    tar.write_bytes(another(tar))
+    there = open_index(f"{server.url}/set", cache=tmp_path / "cache")
+    server.faults["set/shard-00000.tar"] = ["drop:4000", "500*"]
+    with pytest.raises(OSError, match="cannot be reached"):
+        there.read(0)
+    server.faults.clear()
+    tar.write_bytes(right)
+    later = open_index(f"{server.url}/set", cache=tmp_path / "cache")
+    assert later.read(0).data == wave(0)
+
+
+def test_a_shard_without_a_hash_that_changes_is_not_read(
+    server: FaultyServer, shards: Path, tmp_path: Path
+) -> None:
+    (shards / "manifest.json").unlink()
+    tar = shards / "shard-00000.tar"
+    there = open_index(f"{server.url}/set/shard-00000.tar", cache=tmp_path / "cache")
+    tar.write_bytes(another(tar))
+    with pytest.raises(OSError, match=r"shard-00000\.tar was changed on the server: start the run"):
+        there.read(0)
+
+
+def test_redirects_are_followed_where_the_index_is_told(
+    server: FaultyServer, shards: Path, tmp_path: Path
+) -> None:
+    with FaultyServer(tmp_path / "www") as second:
+        for path in shards.iterdir():
+            second.redirects[f"set/{path.name}"] = f"{server.url}/set/{path.name}"
+        with pytest.raises(UserError, match=r"data\.redirects=\[127\.0\.0\.1\]"):
+            open_index(f"{second.url}/set", cache=tmp_path / "cache")
+        how: Any = {"cache": tmp_path / "cache", "redirects": ["127.0.0.1"]}
+        assert open_index(f"{second.url}/set", **how).read(0).data == wave(0)

@@ -21,7 +21,7 @@ from tests.data.http_server import FaultyServer, wave
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "Patience", lambda *_: Patience(3, 0.5, 0.01))
+    monkeypatch.setattr(index, "Patience", lambda *_, **__: Patience(3, 0.5, 0.01))
 
 
 def test_prefetch_fetches_in_the_background_what_the_cache_holds(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 import numpy as np
@@ -16,19 +17,19 @@ import pytest
 from bat.data import ending, index
 from bat.data import remote as transport
 from bat.data.index import open_index
-from bat.data.remote import fetch, stat, stream
+from bat.data.remote import ChangedError, RedirectError, fetch, stat, stream
 from bat.data.sources import Patience, identity, shown
 from bat.shapes import UserError
 from tests.data.http_server import FaultyServer
 
 QUICK = Patience(retries=3, timeout_seconds=0.5, backoff_seconds=0.01)
-BIG = np.random.default_rng(0).bytes(3_000_000)
+BIG, OTHER = (np.random.default_rng(seed).bytes(3_000_000) for seed in (0, 1))
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Short pauses, and no cache of this machine's user."""
-    monkeypatch.setattr(index, "Patience", lambda *_: QUICK)
+    monkeypatch.setattr(index, "Patience", lambda *_, **__: QUICK)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
@@ -171,3 +172,67 @@ def test_other_stores_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     assert stat(url, QUICK).size == len(BIG)
     with pytest.raises(FileNotFoundError, match="memory://bucket/none does not exist"):
         fetch("memory://bucket/none", limit=9, patience=QUICK)
+
+
+@pytest.mark.parametrize("conditions", [True, False])
+def test_two_versions_of_a_file_are_not_spliced(server: FaultyServer, conditions: bool) -> None:
+    server.conditions = conditions
+    server.faults["big.bin"] = ["drop:1000000"]
+    server.before[2] = lambda: (server.folder / "big.bin").write_bytes(OTHER)
+    with pytest.raises(ChangedError, match=r"big\.bin was changed on the server"):
+        read(server)
+    assert server.count("big.bin") == 2
+    server.faults["big.bin"] = ["drop:1000000"]
+    assert read(server) == OTHER
+    with pytest.raises(ChangedError):
+        read(server, tag='"an older one"')
+
+
+def test_a_small_file_that_changes_is_read_again(server: FaultyServer) -> None:
+    server.faults["big.bin"] = ["drop:1000000"]
+    server.before[2] = lambda: (server.folder / "big.bin").write_bytes(OTHER)
+    assert fetch(f"{server.url}/big.bin", limit=1 << 22, patience=QUICK) == OTHER
+
+
+def test_a_store_whose_file_changes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fsspec.filesystem("memory")
+    store.pipe("/bat-changed/x.bin", BIG)
+    tags = iter(("1", "1", "1", "2"))
+    real = type(store).info
+    monkeypatch.setattr(type(store), "info", lambda *a, **k: real(*a, **k) | {"ETag": next(tags)})
+    how: Any = {"size": len(BIG), "patience": QUICK}
+    assert b"".join(stream("memory://bat-changed/x.bin", **how)) == BIG
+    with pytest.raises(ChangedError):
+        b"".join(stream("memory://bat-changed/x.bin", **how))
+
+
+def test_redirects_to_another_host_or_port_are_not_followed_unless_allowed(
+    server: FaultyServer, tmp_path: Path
+) -> None:
+    with FaultyServer(tmp_path / "www") as second:
+        place = urlsplit(second.url).netloc
+        server.redirects |= {
+            "here.bin": "/big.bin",
+            "there.bin": f"{second.url}/big.bin?X-Amz-Signature=secret",
+            "file.bin": "file:///etc/passwd",
+            "round.bin": "round.bin",
+            "manifest.json": f"{second.url}/manifest.json",
+        }
+        assert fetch(f"{server.url}/here.bin", limit=1 << 22, patience=QUICK) == BIG
+        for name, says in {
+            "there.bin": rf"there\.bin leads to .*http://{place}/big\.bin: .*data\.redirects=\[127",
+            "file.bin": r"leads to another place, file:///etc/passwd",
+            "round.bin": "leads on and on",
+        }.items():
+            with pytest.raises(RedirectError, match=says) as caught:
+                fetch(f"{server.url}/{name}", limit=1 << 22, patience=QUICK)
+            assert "secret" not in str(caught.value)
+            assert server.count(name) == (1 if name != "round.bin" else 11)
+        with pytest.raises(UserError, match=r"manifest\.json leads to another place"):
+            open_index(server.url)
+        assert second.requests == []
+        for allowed in ("127.0.0.1", place, "127.*", "*"):
+            patience = QUICK._replace(redirects=("elsewhere", allowed))
+            assert fetch(f"{server.url}/there.bin", limit=1 << 22, patience=patience) == BIG
+        with pytest.raises(RedirectError):
+            fetch(f"{server.url}/file.bin", limit=9, patience=QUICK._replace(redirects=("*",)))
