@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bat.cli import args as cli
+from bat.redact import printable
 from bat.shapes import UserError
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def _in_place(args: argparse.Namespace) -> None:
     from bat.data.in_place import index_in_place
     from bat.data.info import summarise
     from bat.data.rows import detect
+    from bat.tasks.labels import doubts
 
     flags = _asked(args) + ["--task"] * (args.task not in (None, "shards"))
     if flags or (args.source.exists() and detect(args.source) != "shards"):
@@ -116,8 +118,9 @@ def _in_place(args: argparse.Namespace) -> None:
         return
     done = index_in_place(args.source, index_dir=args.index_dir, jobs=args.jobs, progress=True)
     for note in done.notes:
-        print(f"bat-shard: note: {note}", file=sys.stderr)
-    for line in summarise(args.source, index_dir=args.index_dir).text():
+        print(f"bat-shard: note: {printable(note)}", file=sys.stderr)
+    summary = summarise(args.source, index_dir=args.index_dir)
+    for line in [*summary.text(), *(f"note      {doubt}" for doubt in doubts(summary.vocabulary))]:
         print(line)
     kept = done.shards - done.written
     print(f"indexed   {done.written} shards" + (f", {kept} were indexed already" if kept else ""))
@@ -145,7 +148,7 @@ def _pack(args: argparse.Namespace) -> None:
             f"to write them anew ask for a codec, rate, channels, cutting, size, folds or splits"
         )
     for note in found.notes:
-        print(f"bat-shard: note: {note}", file=sys.stderr)
+        print(f"bat-shard: note: {printable(note)}", file=sys.stderr)
     folders = _deal(args, found)
     if args.dry_run:
         _describe(folders, found.vocabulary)
@@ -163,7 +166,7 @@ def _deal(args: argparse.Namespace, found: Rows) -> dict[Path, list[Row]]:
     for flag, value in (("folds", args.folds), ("splits", args.splits)):
         if value is not None and any(getattr(row, flag[:-1]) is not None for row in rows):
             note = f"--{flag} deals the clips anew: the {flag} of {args.source} are not kept"
-            print(f"bat-shard: note: {note}", file=sys.stderr)
+            print(f"bat-shard: note: {printable(note)}", file=sys.stderr)
     if args.splits is not None:
         rows = assign_splits(rows, parse_splits(args.splits))
     if args.folds is not None:

@@ -197,7 +197,9 @@ class _Writer:
                 self.left_out.append(_listed(clip))
 
     def _add(self, clip: Packed, row: Row, place: Place) -> None:
-        meta = json.dumps(_meta(clip, row, self.names), ensure_ascii=False).encode()
+        meta = json.dumps(_meta(clip, row, self.names), ensure_ascii=False).encode(
+            errors="backslashreplace"
+        )
         size = sum(-(-len(part) // BLOCK) * BLOCK + BLOCK for part in (clip.data, meta))
         if self.shard is not None and self.shard.bytes + size > self.shard_bytes:
             self._finish(place)

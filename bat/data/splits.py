@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from bat.data.sources import Patience, Shard
 from bat.data.table import MAX_JSON_BYTES
 from bat.data.tar_stream import open_stream, stream_members
+from bat.redact import one_line
 from bat.shapes import UserError
 
 log = logging.getLogger("bat")
@@ -39,7 +40,7 @@ class Choice(NamedTuple):
 def split_of(meta: dict[str, Any], shard: Shard) -> str:
     """Split of a clip: its JSON's, else its shard's; empty where there is none."""
     split = meta.get("split")
-    return split if isinstance(split, str) and split else shard.split
+    return one_line(split) if isinstance(split, str) and split else shard.split
 
 
 def choose_split(shards: Sequence[Shard], split: str, patience: Patience) -> Choice:
@@ -129,4 +130,4 @@ def _named(text: bytes) -> set[str]:
         split = json.loads(text).get("split")
     except (ValueError, AttributeError, RecursionError):
         return set()
-    return {split} if isinstance(split, str) and split else set()
+    return {one_line(split)} if isinstance(split, str) and split else set()

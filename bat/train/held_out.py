@@ -293,5 +293,7 @@ def check_labels(task: Task, index: Index) -> None:
     unlabelled = int((index.labels_per_clip == 0).sum())
     if not task.multi_label and unlabelled:
         raise UserError(
-            f"{unlabelled} of {len(index)} clips have no label, task '{task.name}' wants one each"
+            f"{unlabelled} of {len(index)} clips have no label (the first: "
+            f"{index.key(int(np.argmin(index.labels_per_clip)))}), task '{task.name}' wants one "
+            "each: label them, or leave them out"
         )

@@ -163,8 +163,9 @@ def test_csv_with_several_labels(tmp_path: Path, first: str, labels: tuple[str, 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("file,label\na.wav,x\n", "lacks column 'path'; it has: file, label"),
-        ("path,lable\na.wav,x\n", "unknown column 'lable'; known are path, label"),
+        ("place,label\na.wav,x\n", "unknown column 'place'.*known are path, label"),
+        ("path,lable\na.wav,x\n", "unknown column 'lable' .*'label'.*; known are path, label"),
+        ("path,label\na.wav,x\nb.wav,\"['x', y]\"\n", "line 3: .* is no list of labels"),
         ("path,label,labels\na.wav,x,y\n", "both 'label' and 'labels'"),
         ("path,label\n", "lists no clips"),
         ("path,label\nnowhere.wav,x\n", "none of the 1 files .* relative to the CSV"),

@@ -62,7 +62,7 @@ def test_label_sets_that_do_not_match(index):
     check_labels(load_task("toy"), index)
     with pytest.raises(UserError, match="'esc10' has 10 classes, the data has 5"):
         check_labels(load_task("esc10"), index)
-    with pytest.raises(UserError, match="1 of 3 clips have no label"):
+    with pytest.raises(UserError, match=r"1 of 3 clips have no label \(the first: b\)"):
         check_labels(load_task("toy"), _Unlabelled())
 
 
@@ -86,6 +86,9 @@ class _Unlabelled:
 
     def __len__(self):
         return 3
+
+    def key(self, i):
+        return "abc"[i]
 
 
 class Fake:
