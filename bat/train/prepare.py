@@ -238,7 +238,10 @@ def _checked(
         seed=config.seed,
         multi_label=task.multi_label,
         draw=DRAWN_FOLDS if own is not None else 0,
+        split=config.data.split,
     )
+    if config.data.split != "auto":
+        notices.append(f"trained on split {config.data.split}; {index.counted_splits()}")
     notices += check_rounds(rounds, index, multi_label=task.multi_label)
     notices += doubts(index.vocabulary)
     without = int((index.labels_per_clip == 0).sum())
