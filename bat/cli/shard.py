@@ -133,7 +133,7 @@ def _in_place(args: argparse.Namespace) -> None:
     for path in done.manifests:
         print(f"manifest  {path}")
     cache = f" data.cache={args.index_dir}" if args.index_dir else ""
-    print(f"next      bat-pretrain recipe=as2m data.shards={args.source}{cache}")
+    print(f"next      {_next(args.source, [*summary.splits])}{cache}")
 
 
 def _pack(args: argparse.Namespace) -> None:
@@ -282,7 +282,17 @@ def _report(out: Path, manifests: dict[Path, Manifest]) -> None:
     where = out / "manifest.json" if out in manifests else f"manifest.json of {out}/*"
     print(f"left out  {f'{len(entries)} ({_kinds(entries)}): listed in {where}' if entries else 0}")
     train = next((folder for folder in manifests if folder.name == "train"), out)
-    print(f"next      bat-pretrain recipe=as2m data.shards={train}")
+    splits = [name for m in manifests.values() for name in m.splits]
+    print(f"next      {_next(train, splits)}")
+
+
+def _next(source: Path, splits: list[str]) -> str:
+    """A command that pre-trains on ``source``."""
+    from bat.data.splits import TRAIN
+
+    named = "train-balanced" if "train-balanced" in splits else "all"
+    word = f" data.split={named}" if splits and not {*TRAIN} & {*splits} else ""
+    return f"bat-pretrain recipe=as2m data.shards={source}{word}"
 
 
 def main(argv: list[str] | None = None) -> int:
