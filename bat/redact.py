@@ -1,4 +1,5 @@
-"""Credentials out of what is written or shown: logs, ``config.yaml``, exports, lists, messages.
+"""Credentials out of what is written or shown: logs, ``config.yaml``, exports, lists, messages;
+and control characters out of what reaches a terminal (``printable``).
 
 Told by their form: user and password in a URL, the query of a signed one, ``Authorization`` headers
 and the tokens of well-known services, values whose name says what they are (``password=``,
@@ -66,6 +67,20 @@ _KEY = re.compile(
 _SECRET = re.compile(rf"(?:.*[._-])?(?:{SECRET_NAME}|token)", re.IGNORECASE)
 
 
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Terminal escapes (C0, C1), marks of lines and directions, halves of characters (surrogates)."""
+
+
+def printable(text: str) -> str:
+    """``text`` with ``\\x1b`` and the like for control characters; line breaks and tabs stay."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str) -> str:
+    """As ``printable``, line breaks and tabs too: for names of classes, splits and files."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def redact(text: str) -> str:
     """``text`` with ``***`` for what looks like a credential; the same again for the result."""
     text = _KEY.sub(HIDDEN, text)
@@ -75,6 +90,11 @@ def redact(text: str) -> str:
     for pattern in (_USER, _NAMED, _FLAG, _LOOSE):
         text = pattern.sub(rf"\1{HIDDEN}", text)
     return _TOKENS.sub(HIDDEN, text)
+
+
+def shown(text: str) -> str:
+    """``text`` as a log or an error message has it: ``printable`` and ``redact``."""
+    return redact(printable(text))
 
 
 def _without_secrets(found: re.Match[str]) -> str:
@@ -120,14 +140,14 @@ def _under(key: Any, value: Any) -> Any:
 
 
 class Redacting(logging.Filter):
-    """For a log's handlers: lines and tracebacks go through ``redact``."""
+    """For a log's handlers: lines and tracebacks go through ``redact`` and ``printable``."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact(record.getMessage()), ()
+        record.msg, record.args = shown(record.getMessage()), ()
         if record.exc_info and record.exc_info[0] is not None:
-            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+            record.exc_text = shown(logging.Formatter().formatException(record.exc_info))
         elif record.exc_text:
-            record.exc_text = redact(record.exc_text)
+            record.exc_text = shown(record.exc_text)
         if record.stack_info:
-            record.stack_info = redact(record.stack_info)
+            record.stack_info = shown(record.stack_info)
         return True

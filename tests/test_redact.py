@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from bat.redact import Redacting, redact, redact_tree
+from bat.redact import Redacting, one_line, printable, redact, redact_tree, shown
+from bat.report.tables import plain
 
 SIGNATURE = "X-Amz-Credential=AKIAIOSFODNN7EXAMPLE%2F2026&X-Amz-Signature=0badc0ffee"
 TOKEN = "hf_" + "aB3" * 11
@@ -184,3 +185,12 @@ def test_a_log_shows_no_credential_in_lines_and_tracebacks() -> None:
     assert "OSError: no answer from https://h/a?***" in text
     assert "pa55" not in text
     assert text.count("Traceback") == 1
+
+
+def test_control_characters_are_spelled_out() -> None:
+    text = "a\x1b[2Jb\x9bc\u202ed\ud800\r\té\n"
+    assert printable(text) == "a\\x1b[2Jb\\x9bc\\u202ed\\ud800\\r\té\n"
+    assert one_line("a\n\tb") == "a\\n\\tb"
+    assert shown("token=\x1b[1mabc") == "token=***"
+    assert printable("plain, ünïcode, 日本") == "plain, ünïcode, 日本"
+    assert "\x1b" not in plain("\x1b[31mrun")

@@ -12,10 +12,11 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from contextlib import redirect_stdout
+from typing import Any, TextIO
 
 from bat import __version__
-from bat.redact import redact, redact_tree
+from bat.redact import printable, redact_tree, shown
 from bat.shapes import RESUME_ME, Interrupted, UserError
 
 
@@ -65,10 +66,25 @@ def run(
     resumed by the same command; 130 for a Ctrl-C that nothing was saved at.
     """
     args = p.parse_intermixed_args(argv)
-    code = _code(body, p, args)
+    with redirect_stdout(_Printable(sys.stdout)):
+        code = _code(body, p, args)
     if "bat.train.ranks" in sys.modules:
         sys.modules["bat.train.ranks"].part()
     return code
+
+
+class _Printable:
+    """Standard output without control characters: names of others' files are printed there."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def write(self, text: str) -> int:
+        self._out.write(printable(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._out, name)
 
 
 def _code(
@@ -80,7 +96,7 @@ def _code(
     except UserError as error:
         if args.debug:
             raise
-        print(f"{p.prog}: error: {redact(str(error))}", file=sys.stderr)
+        print(f"{p.prog}: error: {shown(str(error))}", file=sys.stderr)
         return 2
     except Interrupted as why:
         print(
@@ -98,7 +114,7 @@ def _code(
         if args.debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         print(
-            f"{p.prog}: error: the disk is full ({redact(str(error))}). What was written before is "
+            f"{p.prog}: error: the disk is full ({shown(str(error))}). What was written before is "
             "whole; free some space, then run the same command again",
             file=sys.stderr,
         )

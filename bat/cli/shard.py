@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bat.cli import args as cli
+from bat.redact import printable
 from bat.shapes import UserError
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def _in_place(args: argparse.Namespace) -> None:
     from bat.data.in_place import index_in_place
     from bat.data.info import summarise
     from bat.data.rows import detect
+    from bat.tasks.labels import doubts
 
     flags = _asked(args) + ["--task"] * (args.task not in (None, "shards"))
     if flags or (args.source.exists() and detect(args.source) != "shards"):
@@ -116,8 +118,9 @@ def _in_place(args: argparse.Namespace) -> None:
         return
     done = index_in_place(args.source, index_dir=args.index_dir, jobs=args.jobs, progress=True)
     for note in done.notes:
-        print(f"bat-shard: note: {note}", file=sys.stderr)
-    for line in summarise(args.source, index_dir=args.index_dir).text():
+        print(f"bat-shard: note: {printable(note)}", file=sys.stderr)
+    summary = summarise(args.source, index_dir=args.index_dir)
+    for line in [*summary.text(), *(f"note      {doubt}" for doubt in doubts(summary.vocabulary))]:
         print(line)
     kept = done.shards - done.written
     print(f"indexed   {done.written} shards" + (f", {kept} were indexed already" if kept else ""))
@@ -130,7 +133,7 @@ def _in_place(args: argparse.Namespace) -> None:
     for path in done.manifests:
         print(f"manifest  {path}")
     cache = f" data.cache={args.index_dir}" if args.index_dir else ""
-    print(f"next      bat-pretrain recipe=as2m data.shards={args.source}{cache}")
+    print(f"next      {_next(args.source, [*summary.splits])}{cache}")
 
 
 def _pack(args: argparse.Namespace) -> None:
@@ -145,7 +148,7 @@ def _pack(args: argparse.Namespace) -> None:
             f"to write them anew ask for a codec, rate, channels, cutting, size, folds or splits"
         )
     for note in found.notes:
-        print(f"bat-shard: note: {note}", file=sys.stderr)
+        print(f"bat-shard: note: {printable(note)}", file=sys.stderr)
     folders = _deal(args, found)
     if args.dry_run:
         _describe(folders, found.vocabulary)
@@ -163,7 +166,7 @@ def _deal(args: argparse.Namespace, found: Rows) -> dict[Path, list[Row]]:
     for flag, value in (("folds", args.folds), ("splits", args.splits)):
         if value is not None and any(getattr(row, flag[:-1]) is not None for row in rows):
             note = f"--{flag} deals the clips anew: the {flag} of {args.source} are not kept"
-            print(f"bat-shard: note: {note}", file=sys.stderr)
+            print(f"bat-shard: note: {printable(note)}", file=sys.stderr)
     if args.splits is not None:
         rows = assign_splits(rows, parse_splits(args.splits))
     if args.folds is not None:
@@ -279,7 +282,17 @@ def _report(out: Path, manifests: dict[Path, Manifest]) -> None:
     where = out / "manifest.json" if out in manifests else f"manifest.json of {out}/*"
     print(f"left out  {f'{len(entries)} ({_kinds(entries)}): listed in {where}' if entries else 0}")
     train = next((folder for folder in manifests if folder.name == "train"), out)
-    print(f"next      bat-pretrain recipe=as2m data.shards={train}")
+    splits = [name for m in manifests.values() for name in m.splits]
+    print(f"next      {_next(train, splits)}")
+
+
+def _next(source: Path, splits: list[str]) -> str:
+    """A command that pre-trains on ``source``."""
+    from bat.data.splits import TRAIN
+
+    named = "train-balanced" if "train-balanced" in splits else "all"
+    word = f" data.split={named}" if splits and not {*TRAIN} & {*splits} else ""
+    return f"bat-pretrain recipe=as2m data.shards={source}{word}"
 
 
 def main(argv: list[str] | None = None) -> int:

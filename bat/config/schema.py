@@ -276,6 +276,6 @@ def _labelled(data: Data) -> list[str]:
     """Settings of the stream that make no sense where clips are held out by fold or split."""
     return [
         f"data.{name} is for bat-pretrain: leave it away"
-        for name in ("split", "labels", "mix")
+        for name in ("labels", "mix")
         if getattr(data, name) != getattr(Data(), name)
     ]

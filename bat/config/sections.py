@@ -93,9 +93,11 @@ class Data:
     mix: list[float] = field(default_factory=list)
     """Share of each of ``shards`` in the stream; empty: one set, each clip once an epoch."""
     split: str = "auto"
-    """Pre-training: the clips of this split; ``all``; ``auto``: ``train`` where there is one."""
-    labels: Literal["same", "drop"] = "same"
-    """``drop``: read sets with different labels together, without them (pre-training)."""
+    """Train on the clips of this split, or of several: ``a,b``. ``auto``: ``train``; pre-training
+    takes AudioSet's ``train-unbalanced`` where there is no ``train``, and ``all`` for all clips."""
+    labels: Literal["same", "drop", "folders"] = "same"
+    """Pre-training. ``drop``: read sets with different labels together, without them; ``folders``:
+    with task=folder the names of the folders in ``root`` are classes (else they are no labels)."""
     cache: str = "runs/shards"
     """Where shards made from ``root`` and copies of remote shards are kept."""
     cache_gb: float = 100.0

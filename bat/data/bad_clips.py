@@ -93,7 +93,7 @@ class BadClips:
         if lines:
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                with file.open("a", encoding="utf-8") as out:
+                with file.open("a", encoding="utf-8", errors="backslashreplace") as out:
                     out.write("".join(lines))
             except OSError as error:  # a full disk ends no run here; the counts are kept
                 log.warning("cannot write %s (%s): %s", file, error, "".join(lines).strip())

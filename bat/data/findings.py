@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, get_args
 
 from bat.data.clip_check import Kind
 from bat.data.info import duration
+from bat.redact import one_line
 
 KEPT = 10_000
 FATAL: tuple[Kind, ...] = ("shard", "corrupt", "label")
@@ -50,7 +51,7 @@ class Report:
 
     def add(self, kind: Kind, shard: str, key: str, why: str, *, times: int = 1) -> None:
         if self.counts[kind] < KEPT:
-            self.problems.append(Problem(kind, shard, key, why))
+            self.problems.append(Problem(kind, one_line(shard), one_line(key), one_line(why)))
         self.counts[kind] += times
 
     @property

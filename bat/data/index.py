@@ -151,10 +151,24 @@ class Index:
         return np.flatnonzero((self.fold != fold) & (self.fold >= 0))
 
     def clips_in_split(self, name: str) -> np.ndarray:
-        """Ids of the clips of a split such as ``train``; UserError where there are none."""
-        if name not in self.splits:
-            raise UserError(f"no clip has split {name!r}: splits are {self.splits or 'not given'}")
-        return np.flatnonzero(self.split == self.splits.index(name))
+        """Ids of the clips of a split such as ``train``, or of several (``a,b``), ascending;
+        UserError where one has none."""
+        wanted = [part.strip() for part in name.split(",")]
+        absent = next((part for part in wanted if part not in self.splits), None)
+        if absent is not None:
+            raise UserError(
+                f"no clip has split {absent!r}: {self.counted_splits()}. data.split=NAME names one "
+                "of these, or several: A,B"
+            )
+        return np.flatnonzero(np.isin(self.split, [self.splits.index(part) for part in wanted]))
+
+    def counted_splits(self) -> str:
+        """``the data has the splits test 80, train 320``."""
+        counts = [f"{name} {int((self.split == i).sum())}" for i, name in enumerate(self.splits)]
+        bare = int((self.split < 0).sum())
+        counts += [f"{bare} clips without a split"] if bare and counts else []
+        given = ", ".join(counts)
+        return f"the data has the splits {given}" if counts else f"none of its {bare} clips has one"
 
     def read(self, i: int) -> Clip:
         """The encoded clip ``i``.

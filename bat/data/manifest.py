@@ -9,7 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from bat.data.table import ShardTable
 from bat.data.tar import write_atomic
+from bat.redact import one_line
 from bat.shapes import UserError
 from bat.tasks.base import Row
 
@@ -82,7 +83,7 @@ class Manifest:
             fields["shards"] = [ShardInfo(**shard) for shard in fields["shards"]]
             made = cls(**fields)
             made._check()
-            return made
+            return replace(made, vocabulary=[*map(one_line, made.vocabulary)])
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -10,6 +10,8 @@ import json
 import sys
 from typing import Any
 
+from bat.redact import one_line
+
 VALUES = ("id", "fold", "split", "start_seconds", "num_samples", "sample_rate")
 LISTS = ("label", "labels", "label_id", "mid")
 """Each a value or a list of them."""
@@ -18,7 +20,8 @@ LISTS = ("label", "labels", "label_id", "mid")
 def parse(text: bytes) -> tuple[dict[str, Any], int]:
     """The fields of ``text`` that are read, and about how many bytes of memory they take.
 
-    What is nested where a value should be comes as an empty list or object.
+    What is nested where a value should be comes as an empty list or object; control characters
+    in texts are spelled out.
 
     Raises:
         ValueError, TypeError, RecursionError: not a JSON object.
@@ -33,6 +36,8 @@ def parse(text: bytes) -> tuple[dict[str, Any], int]:
 
 
 def _flat(value: Any) -> Any:
+    if isinstance(value, str):
+        return one_line(value)
     return type(value)() if isinstance(value, (list, dict)) else value
 
 

@@ -21,6 +21,7 @@ import glob
 import os
 import re
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ from bat.data.table import MAX_AUDIO_BYTES
 from bat.shapes import UserError
 from bat.tasks import audioset, eat, folder, parquet
 from bat.tasks.base import LeftOut, Row, load_task, read_csv
-from bat.tasks.labels import Labels, Reading, labels_of, named
+from bat.tasks.labels import Labels, Reading, doubts, held_out_alone, labels_of, named
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def open_rows(
         rows, vocabulary = own.read(source)
         found = Reading(rows, vocabulary, []) if names is None else named(rows, names, source)
         found = replace(found, left_out=own.left_out(source) if own.left_out else [])
-    notes = found.notes + _layout_notes(source, kind, task)
+    notes = found.notes + _layout_notes(source, kind, task) + doubts(found.vocabulary)
+    notes += held_out_alone(found.rows) + _twin_names(found.rows)
     rows, left_out = found.rows, found.left_out
     for name in sorted({row.split for row in rows if row.split is not None}):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name, re.ASCII):
@@ -167,6 +169,16 @@ def _layout_notes(source: Path, kind: str, task: str | None) -> list[str]:
             columns = file.readline(1 << 12).decode("utf-8", "replace").strip("\ufeff\r\n ")
         if "path" in [column.strip() for column in columns.split(",")]:
             return [f"{path} lists files: give it as the source to read labels from it"]
+    return []
+
+
+def _twin_names(rows: list[Row]) -> list[str]:
+    """A note where keys differ in Unicode form alone (an accent as a character of its own)."""
+    keys: dict[str, str] = {}
+    for row in rows:
+        other = keys.setdefault(unicodedata.normalize("NFC", row.key), row.key)
+        if other != row.key:
+            return [f"clips {other!a} and {row.key!a} differ in Unicode form alone (NFC, NFD)"]
     return []
 
 

@@ -17,10 +17,14 @@ from typing import Any, NamedTuple
 from bat.data.sources import Patience, Shard
 from bat.data.table import MAX_JSON_BYTES
 from bat.data.tar_stream import open_stream, stream_members
+from bat.redact import one_line
 from bat.shapes import UserError
+from bat.tasks.folder import split_of as folder_split
 
 log = logging.getLogger("bat")
 
+TRAIN = ("train", "train-unbalanced")
+"""What ``auto`` takes, the first that is there; the second is the larger of AudioSet's."""
 LOOKED_AT = 8
 """Shards, evenly spaced."""
 CLIPS_EACH = 16
@@ -39,59 +43,73 @@ class Choice(NamedTuple):
 def split_of(meta: dict[str, Any], shard: Shard) -> str:
     """Split of a clip: its JSON's, else its shard's; empty where there is none."""
     split = meta.get("split")
-    return split if isinstance(split, str) and split else shard.split
+    return one_line(split) if isinstance(split, str) and split else shard.split
 
 
 def choose_split(shards: Sequence[Shard], split: str, patience: Patience) -> Choice:
-    """The shards and clips that ``split`` means: ``all``, a name, or ``auto``: ``train`` where
-    there is one (told in the log), else all (with a warning where there are other splits).
+    """The shards and clips that ``split`` means: ``all``, a name, several (``a,b``), or ``auto``:
+    the first of ``TRAIN`` that is there (told in the log), else all (``check_no_train``).
 
     Where sub-folders have the name, the other sub-folders are not opened. Where ``auto`` sees no
     split in what it looks at, a clip that later says another one than ``train`` is passed over.
 
     Raises:
-        UserError: a split that the data does not have.
+        UserError: a split that the data does not have, or none but such as are held out.
     """
     if split == "all":
         return Choice(list(shards), None)
-    name = "train" if split == "auto" else split
     folders = {shard.split for shard in shards if shard.split}
-    if name in folders:
-        kept = [shard for shard in shards if shard.split in ("", name)]
-        others = sorted(folders - {name})
+    names = {next((n for n in TRAIN if n in folders), TRAIN[0])}
+    if split != "auto":
+        names = {part.strip() for part in split.split(",")}
+    if names <= folders:
+        kept = [shard for shard in shards if shard.split in ("", *names)]
+        others = sorted(folders - names)
         if split == "auto" and others:
             log.info(
-                "pre-training on the %d shards of split train; data.split=all takes those of %s "
-                "too",
+                "pre-training on the %d shards of split %s; data.split=all takes those of %s too",
                 len(kept),
+                *names,
                 ", ".join(others),
             )
-        return Choice(kept, frozenset([name]))
+        return Choice(kept, frozenset(names))
     said = _look(shards, patience)
     known = sorted(folders | said)
     if split == "auto":
-        if name not in said and known:
-            warn_no_train(known)
+        name = next((n for n in TRAIN if n in said), None)
+        if name is None and known:
+            check_no_train(known, f"the data has the splits {', '.join(known)}")
             return Choice(list(shards), None)
-        if name in said:
+        if name is not None:
             log.info(
-                "pre-training on the clips of split train; data.split=all takes those of %s too",
+                "pre-training on the clips of split %s; data.split=all takes those of %s too",
+                name,
                 ", ".join(other for other in known if other != name) or "other splits",
             )
-        return Choice(list(shards), frozenset([name] if name in said else ["", name]))
-    if name not in said:
+        return Choice(list(shards), frozenset(["", *TRAIN] if name is None else [name]))
+    absent = sorted(names - {*known})
+    if absent:
         if not said:
-            raise UserError(f"no clip has split {name!r}: splits are {known or 'not given'}")
+            raise UserError(f"no clip has split {absent[0]!r}: splits are {known or 'not given'}")
         log.warning(
-            "the clips looked at have the splits %s: looking for %r among the others",
+            "the clips looked at have the splits %s: looking for %s among the others",
             ", ".join(known),
-            name,
+            ", ".join(map(repr, absent)),
         )
-    return Choice(list(shards), frozenset([name]))
+    return Choice(list(shards), frozenset(names))
 
 
-def warn_no_train(splits: Sequence[str]) -> None:
-    """``auto`` takes all ``splits``, the test set too where there is one."""
+def check_no_train(splits: Sequence[str], counted: str) -> None:
+    """``auto`` finds none of ``TRAIN`` among ``splits``: it takes all clips, and warns of it.
+
+    Raises ``UserError`` where some are to be held out (``test``, ``valid``); ``counted`` says what
+    there is.
+    """
+    if any(folder_split(name) in ("test", "valid") for name in splits):
+        raise UserError(
+            f"{counted}: none of them is called train. Say which to pre-train on: "
+            "data.split=NAME (several: A,B), or data.split=all, the held-out ones too"
+        )
     log.warning(
         "pre-training on all clips: none of the splits (%s) is called train; data.split=NAME "
         "takes one of them",
@@ -129,4 +147,4 @@ def _named(text: bytes) -> set[str]:
         split = json.loads(text).get("split")
     except (ValueError, AttributeError, RecursionError):
         return set()
-    return {split} if isinstance(split, str) and split else set()
+    return {one_line(split)} if isinstance(split, str) and split else set()

@@ -29,8 +29,10 @@ from bat.data.clip_fields import UNREADABLE as UNREADABLE
 from bat.data.clip_fields import sound
 from bat.data.meta import parse
 from bat.data.tar import BLOCK, Member, members, sample_key, write_atomic
+from bat.redact import one_line
 from bat.shapes import UserError
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, no_decoder
+from bat.tasks.labels import names_of
 
 VERSION = 3
 MAX_JSON_BYTES = 1 << 20
@@ -107,7 +109,10 @@ class ShardTable:
                 return None
             table = cls(clips=clips, labels=labels, keys=keys, **head)
             fits = sound(**vars(table)) and (tar is None or table._describes(tar))
-            return table if fits else None
+            if not fits:
+                return None
+            table.names, table.splits = ([*map(one_line, t)] for t in (table.names, table.splits))
+            return table
         except (*UNREADABLE, UserError):
             return None
 
@@ -155,18 +160,16 @@ def parse_labels(meta: dict[str, Any]) -> list[tuple[str, int]]:
     """``[(name, label_id or -1), ...]`` of a sample's JSON (FIELD section 1).
 
     Read: ``label`` (or ``labels``) and ``label_id``, each a list or a single value;
-    ``original_data.class_labels`` (LAION).
+    ``original_data.class_labels`` (LAION). Names are what ``bat.tasks.labels.names_of`` makes of
+    them; numbers stand for names that are not there.
     """
-
-    def listed(value: Any) -> list[str | int]:
-        values = value if isinstance(value, list) else [value]
-        return [x for x in values if isinstance(x, (str, int))]
-
     original = meta.get("original_data")
     nested = original.get("class_labels") if isinstance(original, dict) else None
-    names = [str(x) for x in listed(meta.get("label", meta.get("labels", nested)))]
-    ids = [x for x in listed(meta.get("label_id")) if isinstance(x, int) and 0 <= x < 1 << 31]
-    if not names:
+    given, numbers = meta.get("label", meta.get("labels", nested)), meta.get("label_id")
+    names = names_of(given)
+    numbers = numbers if isinstance(numbers, list) else [numbers]
+    ids = [x for x in numbers if isinstance(x, int) and 0 <= x < 1 << 31]
+    if not names and not given:
         names = [str(x) for x in ids]
     if len(ids) != len(names):
         ids = [-1] * len(names)

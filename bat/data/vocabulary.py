@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from bat.data.table import ShardTable
 from bat.shapes import UserError
+from bat.tasks.base import in_order
 from bat.tasks.labels import by_number
 
 MAX_CLASSES = 100_000
@@ -16,7 +17,7 @@ def joint_vocabulary(tables: Sequence[ShardTable], given: Sequence[list[str]]) -
     """Class names in the order of their indices.
 
     From the manifests where there are some; else by ``label_id`` (``by_number``); else the names,
-    sorted.
+    sorted, numbers by value.
 
     Args:
         given: the vocabularies of the manifests.
@@ -48,4 +49,4 @@ def joint_vocabulary(tables: Sequence[ShardTable], given: Sequence[list[str]]) -
             )
         return list(given[0])
     pairs = {pair for t in tables for pair in zip(t.names, t.ids, strict=True)}
-    return by_number(pairs) or sorted(names)
+    return by_number(pairs) or in_order(names)

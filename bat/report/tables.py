@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bat.redact import printable
 from bat.report.cells import (
     bounds_of,
     gaps,
@@ -146,5 +147,5 @@ def _escaped(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
 
 def plain(text: str) -> str:
     """Text that Markdown shows as it is: names come from files and tables of users."""
-    kept = "".join(f"\\{c}" if c in "\\`*_<>|#~&" else c for c in " ".join(text.split()))
+    kept = "".join(f"\\{c}" if c in "\\`*_<>|#~&" else c for c in " ".join(printable(text).split()))
     return kept.replace("](", "]\\(").replace("][", "]\\[")

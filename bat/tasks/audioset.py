@@ -9,7 +9,9 @@ left out and listed (much of AudioSet is gone); none at all is an error.
 Names: ``class_labels_indices.csv`` (``index,mid,display_name``), which has the official order; with
 ``ontology.json`` alone the classes are those that the segments name, sorted.
 
-Split: ``test`` for rows of ``eval_segments.csv``, ``train`` for the others.
+Split: ``train-balanced`` for ``balanced_train_segments.csv``, ``train-unbalanced`` for
+``unbalanced_train_segments.csv``, ``test`` for ``eval_segments.csv``, NAME for
+``NAME_segments.csv``. A clip that two tables list has the split of the first by name (said).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pathlib import Path
 
 from bat.shapes import UserError
 from bat.tasks.base import LeftOut, Row, Task
-from bat.tasks.folder import find_audio
+from bat.tasks.folder import find_audio, split_of
 from bat.tasks.labels import Labels, Reading, labels_beside
 
 NO_FILE = "no file"
@@ -65,6 +67,14 @@ def segment_tables(source: Path) -> list[Path]:
     return [source] if source.name.endswith("_segments.csv") and source.is_file() else []
 
 
+def split_of_table(path: Path) -> str:
+    """The split whose clips the segments CSV at ``path`` lists."""
+    name = path.name.removesuffix("_segments.csv")
+    if name in ("balanced_train", "unbalanced_train"):
+        return f"train-{name.removesuffix('_train')}"
+    return "test" if name.startswith("eval") else split_of(name)
+
+
 def read(source: Path, labels: Labels | None = None) -> Reading:
     """The clips of AudioSet's folder, or of one of its segments CSVs.
 
@@ -86,8 +96,9 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
     absent: dict[str, LeftOut] = {}
     met: set[str] = set()
     listed = 0
+    again: set[str] = set()
     for table in tables:
-        split = "test" if table.name.startswith("eval") else "train"
+        split = split_of_table(table)
         for name, start, mids in read_segments(table):
             listed += 1
             met.update(mids)
@@ -105,6 +116,8 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
                     split=split,
                     start_seconds=start,
                 )
+            elif found[key].split != split:
+                again.add(key)
     if not found:
         raise UserError(
             f"none of the {listed} segments of {root} has an audio file below it: clips are "
@@ -114,6 +127,12 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
     notes = []
     if left_out:
         notes.append(f"{len(left_out)} of {listed} segments have no audio file: left out")
+    if again:
+        first = found[min(again)]
+        notes.append(
+            f"{len(again)} clips are in two tables: they have the split of the first "
+            f"({first.key}: {first.split})"
+        )
     translated = labels.translate(found.values())
     every = labels.translate([Row(path=tables[0], key="", labels=tuple(sorted(met)))])
     if not labels.numbers:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import csv
 import importlib
 import io
+import os
 import pkgutil
+import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,7 +134,7 @@ class Task:
             if row.key in seen:
                 raise UserError(f"{row.key!r} is listed twice in {root}: keep one line of it")
             seen.add(row.key)
-        found = sorted({label for row in rows for label in row.labels})
+        found = in_order(label for row in rows for label in row.labels)
         names = self.vocabulary(root) if self.vocabulary else found
         unknown = [label for label in found if label not in set(names)]
         if unknown:
@@ -245,6 +248,25 @@ def read_csv(path: Path, required: Iterable[str]) -> list[dict[str, str]]:
             return [{k: (v or "").strip() for k, v in line.items() if k} for line in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a CSV in UTF-8 ({error})") from error
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """``names``, each once, sorted; by value where all of them are numbers."""
+    known = set(names)
+    if all(re.fullmatch(r"[+-]?\d{1,15}(\.\d{1,15})?", name, re.ASCII) for name in known):
+        return sorted(known, key=lambda name: (float(name), name))
+    return sorted(known)
+
+
+def other_form(path: str | Path) -> str:
+    """A remark for a message that a file is missing: where one of that name exists in the other
+    Unicode form (macOS writes an accent as a character of its own); else nothing."""
+    folder, name = os.path.split(path)
+    for form in ("NFC", "NFD"):
+        other = unicodedata.normalize(form, name)
+        if other != name and os.path.isfile(os.path.join(folder, other)):
+            return f" ({name!r} exists in Unicode form {form}: write it so, or rename the file)"
+    return ""
 
 
 def whole_number(value: str, *, column: str, path: Path) -> int:

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bat.shapes import UserError
-from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task
+from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task, other_form
 from bat.tasks.folder import keys_of
-from bat.tasks.labels import Labels, Reading, named
+from bat.tasks.labels import Labels, Reading, cell_names, named
 
 MAX_LINE = 1 << 16
 
@@ -55,8 +55,10 @@ def _labels_by_id(path: Path) -> dict[str, tuple[str, ...]]:
         name, tab, labels = line.partition("\t")
         if not tab:
             raise UserError(f"{path}: {line!r} is not 'id<TAB>mid,mid'")
-        mids = (mid.strip() for mid in labels.split(","))
-        found[name.strip()] = tuple(dict.fromkeys(mid for mid in mids if mid))
+        try:
+            found[name.strip()] = cell_names(labels.strip(), ",")
+        except ValueError as error:
+            raise UserError(f"{path}: {name.strip()!r}: {error}") from None
     return found
 
 
@@ -79,7 +81,7 @@ def _rows_of_table(table: Path, notes: list[str]) -> list[Row]:
     if not any(row.path.is_file() for row in rows):
         raise UserError(
             f"none of the {len(rows)} files of {table} exists (the first: {rows[0].path}): write "
-            f"the folder of the clips into its first line"
+            f"the folder of the clips into its first line{other_form(rows[0].path)}"
         )
     if unlabelled:
         first = next(row for row in rows if not row.labels)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bat.shapes import UserError
-from bat.tasks.base import Row, Task, read_csv, whole_number
+from bat.tasks.base import Row, Task, other_form, read_csv, whole_number
+from bat.tasks.labels import names_of
 
 CATEGORIES = """
 dog rooster pig cow frog cat hen insects sheep crow
@@ -46,13 +47,16 @@ def read_esc(root: Path, lines: list[dict[str, str]], meta: Path) -> list[Row]:
     if missing:
         raise UserError(
             f"{len(missing)} of {len(lines)} clips of {meta} are not in {audio} (the first: "
-            f"{missing[0]!r}): complete the download"
+            f"{missing[0]!r}): complete the download{other_form(audio / missing[0])}"
         )
+    bare = next((line["filename"] for line in lines if not names_of(line["category"])), None)
+    if bare is not None:
+        raise UserError(f"{meta}: {bare!r} has no category: every clip of this task has one")
     return [
         Row(
             path=audio / line["filename"],
             key=Path(line["filename"]).stem,
-            labels=(line["category"],),
+            labels=tuple(names_of(line["category"])),
             fold=whole_number(line["fold"], column="fold", path=meta),
         )
         for line in lines

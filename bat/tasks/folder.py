@@ -5,10 +5,10 @@ label; otherwise the clips are unlabelled (good for pre-training). Where all of 
 folders called ``train``, ``Testing`` and the like (``SPLITS``), these are the splits ``train``,
 ``valid`` and ``test``, and each is read in that way.
 
-CSV: columns ``path`` (relative to the CSV, or absolute) and at will ``label`` (one, taken as it
-stands), ``labels`` (several, separated by ``;``, or by ``,`` where the column has no ``;``),
-``fold`` (from 1) and ``split``. Other columns are an error: a misspelt one must not pass.
-Labels are names, or mids where a label file lies beside the CSV (``bat.tasks.labels``).
+CSV: columns ``path`` (relative to the CSV, or absolute) and at will ``label`` or ``labels`` (or
+columns of 0 and 1), ``fold`` (from 1) and ``split``, read as ``labels.listed_clips`` says. Other
+columns are an error: a misspelt one must not pass. A clip may be without a label.
+Labels are names, or mids where a label file lies beside the CSV.
 
 The labels decide whether the task is multi-label (``Task.settle``).
 """
@@ -21,6 +21,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from bat.redact import one_line
 from bat.shapes import UserError
 from bat.tasks.base import (
     AUDIO_SUFFIXES,
@@ -29,10 +30,10 @@ from bat.tasks.base import (
     Row,
     Task,
     as_text,
-    read_csv,
+    other_form,
     whole_number,
 )
-from bat.tasks.labels import Labels, Reading, named
+from bat.tasks.labels import Labels, Reading, classes_in_words, listed_clips, named, names_of
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -45,7 +46,7 @@ COLUMNS = ("path", "label", "labels", "fold", "split")
 
 def split_of(folder: str) -> str:
     """The split whose clips lie in ``folder``: ``Training`` -> ``train``; others as they stand."""
-    return SPLITS.get(folder.lower(), folder)
+    return SPLITS.get(folder.lower(), one_line(folder))
 
 
 def find_audio(root: Path) -> tuple[list[Path], list[LeftOut]]:
@@ -149,7 +150,7 @@ def _rows_of_folder(root: Path) -> tuple[list[Row], list[LeftOut]]:
         Row(
             path=f,
             key=key,
-            labels=(as_text(f.parent.name),) if labelled else (),
+            labels=tuple(names_of(as_text(f.parent.name))) if labelled else (),
             split=split_of(name.partition("/")[0]) if splits else None,
         )
         for f, key, name in zip(files, keys_of(names), names, strict=True)
@@ -157,42 +158,32 @@ def _rows_of_folder(root: Path) -> tuple[list[Row], list[LeftOut]]:
     return rows, left_out
 
 
-def _rows_of_csv(path: Path) -> list[Row]:
-    lines = read_csv(path, ("path",))
-    if not lines:
-        raise UserError(f"{path} lists no clips")
-    unknown = [c for c in lines[0] if c not in COLUMNS]
-    if unknown:
-        raise UserError(
-            f"{path}: unknown column {unknown[0]!r}; known are {', '.join(COLUMNS)}. "
-            f"Rename or remove it"
-        )
-    if {"label", "labels"} <= set(lines[0]):
-        raise UserError(f"{path} has both 'label' and 'labels': keep one of them")
-    separator = ";" if any(";" in line.get("labels", "") for line in lines) else ","
-    keys = keys_of([line["path"] for line in lines])
+def _rows_of_csv(path: Path) -> tuple[list[Row], list[str]]:
+    """The clips of a CSV, and notes on how it was read."""
+    _, lines, labels, notes = listed_clips(path, COLUMNS)
+    keys = keys_of([line["path"] for _, line in lines])
     rows = []
-    for line, key in zip(lines, keys, strict=True):
-        if not line["path"]:
-            raise UserError(f"{path}: a line without a path")
-        names = [line["label"]] if "label" in line else line.get("labels", "").split(separator)
+    for (_, line), names, key in zip(lines, labels, keys, strict=True):
         fold = line.get("fold", "")
         rows.append(
             Row(
                 path=path.parent / line["path"],
                 key=key,
-                labels=tuple(dict.fromkeys(n.strip() for n in names if n.strip())),
+                labels=names,
                 fold=whole_number(fold, column="fold", path=path) if fold else None,
                 split=line.get("split") or None,
             )
         )
     missing = [row.path for row in rows if not row.path.is_file()]
+    remark = next(filter(None, map(other_form, missing)), "")
     if len(missing) == len(rows):
         raise UserError(
             f"none of the {len(rows)} files of {path} exists (the first: {missing[0]}): "
-            f"paths are relative to the CSV's folder"
+            f"paths are relative to the CSV's folder{remark}"
         )
-    return rows
+    if remark:
+        notes.append(f"{len(missing)} of {len(rows)} files do not exist{remark}")
+    return rows, notes
 
 
 def read(source: Path, labels: Labels | None = None) -> Reading:
@@ -203,10 +194,14 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
     """
     if source.is_dir():
         rows, left_out = _rows_of_folder(source)
-        return replace(named(rows, labels, source), left_out=left_out)
+        found = replace(named(rows, labels, source), left_out=left_out)
+        called = f"labels are the names of the folders ({classes_in_words(found.vocabulary)})"
+        return replace(found, notes=found.notes + [called] * bool(found.vocabulary))
     if source.suffix.lower() != ".csv":
         raise UserError(f"{source} is neither a folder nor a .csv file")
-    return named(_rows_of_csv(source), labels, source.parent)
+    rows, notes = _rows_of_csv(source)
+    found = named(rows, labels, source.parent)
+    return replace(found, notes=notes + found.notes)
 
 
 def rows(root: Path) -> list[Row]:

@@ -1,29 +1,157 @@
-"""What the labels of a source are called: mids and numbers become the names of the classes.
+"""What the labels of a source are: texts, lists and numbers become names of classes.
 
-Files read (``labels_of``): ``class_labels_indices.csv`` of AudioSet (``index,mid,display_name``),
-``label_descriptors.csv`` of EAT and FSD50K's ``vocabulary.csv`` (no header; a number, a mid, a
-name, in any order), AudioSet's ``ontology.json``, a text file with one name a line. The first, the
-second and the last number the classes, so the vocabulary is theirs; the ontology does not, and the
-vocabulary is what occurs, sorted.
+``names_of`` reads every label, wherever it comes from (a CSV, JSON, parquet, a folder's name);
+``listed_clips`` a user's CSV with its columns; ``doubts`` says what looks unintended in the names.
+
+Files that name classes (``labels_of``): ``class_labels_indices.csv`` of AudioSet
+(``index,mid,display_name``), ``label_descriptors.csv`` of EAT and FSD50K's ``vocabulary.csv`` (no
+header; a number, a mid, a name, in any order), AudioSet's ``ontology.json``, a text file with one
+name a line. The first, the second and the last number the classes, so the vocabulary is theirs; the
+ontology does not, and the vocabulary is what occurs, sorted.
 """
 
 from __future__ import annotations
 
+import ast
 import csv
 import difflib
 import json
+import math
 import re
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from bat.redact import one_line
 from bat.shapes import UserError
-from bat.tasks.base import LeftOut, Row
+from bat.tasks.base import LeftOut, Row, in_order, numbered_lines
 
 BESIDE = ("class_labels_indices.csv", "label_descriptors.csv", "ontology.json")
 """Label files that are found without being named, the first of them first."""
 MAX_FILE_BYTES = 64 << 20
+MISSING = ("", "nan", "<na>")
+"""What pandas and numpy write for a missing value, in lower case: no label."""
+PERHAPS_MISSING = ("none", "null", "na", "n/a", "-")
+_ITEM = r"(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|-?\d+(?:\.\d+)?)"
+_LIST = re.compile(rf"\[\s*(?:{_ITEM}\s*(?:,\s*{_ITEM}\s*)*)?\]", re.DOTALL)
+"""A list as Python or JSON writes it. The commas are asked for: Python would join ``'a' 'b'``."""
+
+
+def names_of(value: Any) -> list[str]:
+    """The labels that ``value`` says: a text, a number, or a list of such.
+
+    A text that is a list as Python or JSON writes it (``"['dog', 'cat']"``) is its items; missing
+    values (``MISSING``, NaN) and what is none of these are no label; ``3.0`` is ``3``. Control
+    characters, and halves of characters that cannot be encoded, are spelled out (``\\x1b``).
+    """
+    values = value if isinstance(value, (list, tuple)) else [value]
+    found = []
+    for item in values:
+        inner = _items(item) if isinstance(item, str) else None
+        found += [_name(x) for x in ([item] if inner is None else inner)]
+    return [name for name in found if name]
+
+
+def _items(text: str) -> list[Any] | None:
+    """The items of a list that is written as text; None: it is no such list."""
+    text = text.strip()
+    if not _LIST.fullmatch(text):
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return list(parse(text))
+        except (ValueError, SyntaxError):
+            continue
+    return None
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, (str, int, float)):
+        return ""
+    name = str(value)
+    return "" if name.strip().lower() in MISSING else one_line(name)
+
+
+def cell_names(text: str, separator: str | None) -> tuple[str, ...]:
+    """The labels of a cell, each once: a list (``names_of``), or what stands between separators.
+
+    Raises:
+        ValueError: it looks like a list and is none (``[dog, cat]``, ``['dog' 'cat']``).
+    """
+    items = _items(text)
+    if items is None and re.fullmatch(r"\[.*[,;'\"].*\]", text, re.DOTALL):
+        raise ValueError(
+            f"{text!r} is no list of labels: write ['a', 'b'], or a;b in a column 'labels'"
+        )
+    several = [text] if separator is None or items is not None else text.split(separator)
+    return tuple(dict.fromkeys(names_of([part.strip() for part in several])))
+
+
+def doubts(names: Sequence[str]) -> list[str]:
+    """A sentence for whatever in class names may not be meant: two spellings of one class, words
+    for a missing value, brackets."""
+    alike = defaultdict(list)
+    for name in names:
+        alike[_alike(name)].append(name)
+    found = []
+    twins = [several for several in alike.values() if len(several) > 1]
+    if twins:
+        shown = "; ".join(" and ".join(map(_spelled, several)) for several in twins[:3])
+        found.append(
+            f"{len(twins)} class(es) in several spellings, taken for different ones: {shown}"
+            f"{'; ...' if len(twins) > 3 else ''}. Write them alike if they are the same"
+        )
+    for words, why in (
+        ([n for n in names if n.lower() in PERHAPS_MISSING],
+         "if that is a missing value, leave the label empty"),
+        ([n for n in names if n[:1] in "[({" and n[-1:] in "])}"],
+         "if that is a list, write ['a', 'b']"),
+    ):  # fmt: skip
+        if words:
+            found.append(f"a class is called {', '.join(map(repr, words[:3]))}: {why}")
+    return found
+
+
+def _alike(name: str) -> str:
+    """The same for names that differ in case, blanks, Unicode form, or as ``1`` and ``01``."""
+    if re.fullmatch(r"[+-]?\d{1,15}(\.\d{1,15})?", name, re.ASCII):
+        return str(float(name))
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", name).casefold()).strip()
+
+
+def _spelled(name: str) -> str:
+    """``'café'``; with escapes where it is not in the usual Unicode form, NFC."""
+    usual = unicodedata.is_normalized("NFC", name)
+    return repr(name) if usual else f"{name!a} (not in Unicode form NFC)"
+
+
+def held_out_alone(rows: Iterable[Row]) -> list[str]:
+    """A sentence for the classes that no clips have but those of ``test`` or ``valid``."""
+    splits = defaultdict(set)
+    for row in rows:
+        for label in row.labels:
+            splits[label].add(row.split)
+    alone = in_order(n for n, where in splits.items() if where <= {"test", "valid"})
+    if not alone or len(alone) == len(splits):
+        return []
+    more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+    return [
+        f"{len(alone)} class(es) have no clip but in the splits test or valid, so nothing to be "
+        f"learned from: {', '.join(map(repr, alone[:3]))}{more}"
+    ]
+
+
+def classes_in_words(names: Sequence[str], *, most: int = 10) -> str:
+    """``3 classes: cat, dog, frog``, of more than ``most`` the first; ``no labels``."""
+    if not names:
+        return "no labels"
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} classes: {', '.join(names[:most])}{more}"
 
 
 def is_mid(text: str) -> bool:
@@ -80,11 +208,8 @@ class Labels:
 
 
 def names_met(rows: Iterable[Row]) -> list[str]:
-    """The labels that occur, sorted; by value where all are whole numbers."""
-    met = {label for row in rows for label in row.labels}
-    if all(re.fullmatch(r"\d{1,9}", label, re.ASCII) for label in met):
-        return sorted(met, key=lambda label: (int(label), label))
-    return sorted(met)
+    """The labels that occur, sorted; by value where all are numbers."""
+    return in_order(label for row in rows for label in row.labels)
 
 
 @dataclass(frozen=True)
@@ -171,6 +296,9 @@ def labels_of(path: Path) -> Labels:
         raise UserError(f"{path} is not a label file in UTF-8 ({error})") from error
     if not labels.names:
         raise UserError(f"{path} names no classes")
+    labels = replace(
+        labels, names=tuple(map(one_line, labels.names)), mids=tuple(map(one_line, labels.mids))
+    )
     for values in (labels.names, labels.mids, labels.numbers):
         twice = _twice(values)
         if twice is not None:
@@ -224,3 +352,150 @@ def _twice(values: Sequence[str] | Sequence[int]) -> str | int | None:
             return value
         seen.add(value)
     return None
+
+
+COLUMNS = ("path", "label", "labels", "fold", "split", "onset", "offset")
+ALSO_CALLED = {
+    **dict.fromkeys(("file", "filename", "filepath", "audio", "wav", "clip", "fname"), "path"),
+    **dict.fromkeys(("class", "category", "target", "tag", "eventlabel", "classname"), "label"),
+    **dict.fromkeys(("classes", "categories", "targets", "tags"), "labels"),
+    **dict.fromkeys(("set", "subset", "partition"), "split"),
+    **dict.fromkeys(("start", "begin", "starttime", "onsettime", "startseconds"), "onset"),
+    **dict.fromkeys(("end", "stop", "endtime", "offsettime", "endseconds"), "offset"),
+}
+"""What others call the columns, in lower case without ``_``, ``-`` and blanks."""
+ZEROS, ONES = ("0", "0.0", "false"), ("1", "1.0", "true")
+"""Cells of a one-hot column, in lower case."""
+
+Line = tuple[int, dict[str, str]]
+
+
+class Listed(NamedTuple):
+    """A user's CSV, its columns called as in ``COLUMNS``."""
+
+    columns: list[str]
+    lines: list[Line]
+    """``(number, cells)``"""
+    labels: list[tuple[str, ...]]
+    """Of each line; empty: none."""
+    notes: list[str]
+    """What a user should know of how it was read."""
+
+
+def listed_clips(path: Path, known: Sequence[str] = COLUMNS) -> Listed:
+    """Read a CSV whose columns are those of ``known``, or are called as in ``ALSO_CALLED``, in any
+    case; or, without a column of labels, two columns or more of 0 and 1, each a class.
+
+    Raises:
+        UserError: no such file or not a CSV, a column that is none of these or there twice, no
+            ``path`` in the header or in a line, a cell that looks like a list and is none.
+    """
+    given, raw = numbered_lines(path)
+    columns, notes = _columns(given, path, known)
+    classes = _one_hot(given, columns, raw)
+    unknown = next((c for c in given if c not in columns and c not in classes), None)
+    if unknown is not None:
+        raise UserError(f"{path} line 1: {_unknown(unknown, known)}")
+    if "path" not in columns.values():
+        raise UserError(
+            f"{path} line 1: no column 'path' (it has: {', '.join(given) or 'nothing'}): name the "
+            "audio files in one"
+        )
+    if {"label", "labels"} <= set(columns.values()):
+        raise UserError(f"{path} line 1: both 'label' and 'labels': keep one of them")
+    if not raw:
+        raise UserError(f"{path} lists no clips: below its header, give a line a clip")
+    lines = [(n, {new: cells[old] for old, new in columns.items()}) for n, cells in raw]
+    for number, line in lines:
+        if not line["path"]:
+            raise UserError(f"{path} line {number}: no path")
+    if classes:
+        notes.append(f"columns of 0 and 1 are classes: {', '.join(classes)}")
+        found = [tuple(c for c in classes if cells[c].lower() in ONES) for _, cells in raw]
+        never = [c for c in classes if not any(c in names for names in found)]
+        if never:
+            notes.append(f"no clip is of {', '.join(never)}: left out of the classes")
+        labels = [tuple(map(one_line, names)) for names in found]
+    else:
+        labels, said = _cells(lines, path)
+        notes += said
+    return Listed(list(columns.values()), lines, labels, notes)
+
+
+def _columns(
+    given: Sequence[str], path: Path, known: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
+    """``{name in the file: name in known}`` of the columns that are known, and notes."""
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(given) == 1 and separator in given[0]:
+            raise UserError(
+                f"{path} line 1: the columns are separated by {name} ({given[0]!r}): save the file "
+                "with commas (Excel and LibreOffice: 'CSV UTF-8', field separator ',')"
+            )
+    found: dict[str, str] = {}
+    for column in given:
+        if given.count(column) > 1 and column:
+            raise UserError(f"{path} line 1: column {column!r} is there twice: keep one of them")
+        plain = _plain(column)
+        name = plain if plain in known else ALSO_CALLED.get(plain, "")
+        if name in known:
+            other = next((old for old, new in found.items() if new == name), None)
+            if other is not None:
+                raise UserError(
+                    f"{path} line 1: columns {other!r} and {column!r} are both read as {name!r}: "
+                    "keep one of them"
+                )
+            found[column] = name
+    renamed = [f"{old!r} as {new!r}" for old, new in found.items() if old != new]
+    return found, [f"columns read: {', '.join(renamed)}"] if renamed else []
+
+
+def _plain(column: str) -> str:
+    return re.sub("[_ -]", "", column.lower())
+
+
+def _one_hot(given: Sequence[str], columns: dict[str, str], lines: Sequence[Line]) -> list[str]:
+    """The columns that are classes: all others, where they hold 0 and 1 alone."""
+    others = [c for c in given if c not in columns]
+    names = (*COLUMNS, *ALSO_CALLED)
+    if {"label", "labels"} & set(columns.values()) or len(others) < 2 or not lines:
+        return []
+    plain = all(c and not difflib.get_close_matches(_plain(c), names, 1, 0.8) for c in others)
+    cells = (line[c].lower() for _, line in lines for c in others)
+    return others if plain and all(cell in (*ZEROS, *ONES) for cell in cells) else []
+
+
+def _unknown(column: str, known: Sequence[str]) -> str:
+    if not column or column.startswith("Unnamed:"):
+        return (
+            f"column {column!r} has no name: remove it (pandas: to_csv(..., index=False); a comma "
+            "at the end of the header makes one too)"
+        )
+    meant = next(iter(difflib.get_close_matches(_plain(column), known, n=1)), None)
+    hint = f" (did you mean {meant!r}?)" if meant else ""
+    return f"unknown column {column!r}{hint}; known are {', '.join(known)}. Rename or remove it"
+
+
+def _cells(lines: Sequence[Line], path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The labels of each line, of column ``label`` or ``labels``, and notes."""
+    column = "label" if "label" in lines[0][1] else "labels"
+    texts = [line.get(column, "") for _, line in lines]
+    separator = None
+    if column == "labels":
+        separator = ";" if any(";" in text and _items(text) is None for text in texts) else ","
+    labels = []
+    for (number, _), text in zip(lines, texts, strict=True):
+        try:
+            labels.append(cell_names(text, separator))
+        except ValueError as error:
+            raise UserError(f"{path} line {number}: {error}") from None
+    notes = []
+    joined = next((text for text in texts if ";" in text and _items(text) is None), None)
+    if joined is not None and column == "label":
+        notes.append(f"column 'label' has one class a line: {joined!r} is one; else say 'labels'")
+    absent = [
+        n for (n, _), text in zip(lines, texts, strict=True) if text and text.lower() in MISSING
+    ]
+    if absent:
+        notes.append(f"{len(absent)} lines say that the label is missing (nan; line {absent[0]})")
+    return labels, notes

@@ -1,11 +1,14 @@
 """Labelled audio of one's own: a CSV with a line a clip, or a line an event.
 
-Columns, and no others (a misspelt one must not pass):
+Columns, and no others (a misspelt one must not pass); ``labels.ALSO_CALLED`` has more names of
+them:
 
 =================  ===============================================================================
 path               of the audio file, relative to the CSV, or absolute
 label, or labels   one, taken as it stands; or several, separated by ``;``, or by ``,`` where the
-                   column has no ``;``. Mids become names where a label file lies beside the CSV
+                   column has no ``;``; either may be a list (``['dog', 'cat']``). Mids become
+                   names where a label file lies beside the CSV. Or, without such a column, columns
+                   of 0 and 1, a class each. Where several are possible a clip may have none
 fold, or split     at will: whole numbers; or train, test and valid (or what else ``SPLITS`` has)
 onset, offset      at will: seconds; then a line is an event, and a clip has as many as it likes.
                    A line with a path alone is a clip without events. A clip's labels are the
@@ -19,35 +22,22 @@ The labels decide whether the task is multi-label (``Task.settle``).
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bat.shapes import UserError
-from bat.tasks.base import Row, Task, numbered_lines
+from bat.tasks.base import Row, Task, other_form
 from bat.tasks.events import Event, Events
 from bat.tasks.folder import SPLITS, keys_of, split_of
-from bat.tasks.labels import named
+from bat.tasks.labels import Line, listed_clips, named
 
-COLUMNS = ("path", "label", "labels", "fold", "split", "onset", "offset")
-ALSO_CALLED = {
-    **dict.fromkeys(("file", "filename", "filepath", "audio", "wav", "clip", "fname"), "path"),
-    **dict.fromkeys(("class", "category", "target", "tag", "eventlabel", "classname"), "label"),
-    **dict.fromkeys(("classes", "categories", "targets", "tags"), "labels"),
-    **dict.fromkeys(("set", "subset", "partition"), "split"),
-    **dict.fromkeys(("start", "begin", "starttime", "onsettime", "startseconds"), "onset"),
-    **dict.fromkeys(("end", "stop", "endtime", "offsettime", "endseconds"), "offset"),
-}
-"""What others call the columns, in lower case without ``_``, ``-`` and blanks."""
 SHOWN = 5
 """Missing files that a message names."""
 MAX_FOLD = (1 << 15) - 1
 FLAG, BESIDE_IT = "--labels class_labels_indices.csv", "class_labels_indices.csv beside the CSV"
 """How names are given to mids: to ``bat-shard``, and here."""
-
-Line = tuple[int, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -75,30 +65,30 @@ def read(path: Path) -> Own:
         raise UserError(
             f"data.csv={path} is a folder: name the CSV in it, or say task=folder data.root={path}"
         )
-    columns, lines = numbered_lines(path)
+    columns, lines, labels, said = listed_clips(path)
     _check_columns(columns, path)
-    if not lines:
-        raise UserError(f"{path} lists no clips: below its header, give a line a clip")
-    for number, line in lines:
-        if not line["path"]:
-            raise UserError(f"{path} line {number}: no path")
+    if not ({"label", "labels"} & set(columns) or any(labels)):
+        raise UserError(
+            f"{path} line 1: no column 'label' (one a line) or 'labels' (several, 'a;b'), nor "
+            "columns of 0 and 1, a class each"
+        )
     timed = "onset" in columns
     places = [os.path.abspath(path.parent / line["path"]) for _, line in lines]
     _check_files(places, lines, path)
-    each = [_row(number, line, timed, path) for number, line in lines]
+    each = [
+        _row(number, line, names, timed, path)
+        for (number, line), names in zip(lines, labels, strict=True)
+    ]
     if not timed:
         _refuse_twice(places, lines, path)
-    reading = named(_split_labels(each, lines), None, path.parent)
+    reading = named(each, None, path.parent)
     clips = _joined(reading.rows, places, lines, path)
     keys = dict(zip(clips, _keys(list(clips)), strict=True))
     rows = [replace(row, key=keys[place]) for place, row in clips.items()]
     if len(reading.vocabulary) < 2:
         only = f"one class, {reading.vocabulary[0]!r}" if reading.vocabulary else "no labels"
         raise UserError(f"{path} has {only}: a classifier needs two classes or more")
-    notes = [note.replace(FLAG, BESIDE_IT) for note in reading.notes]
-    joined = next((line["label"] for _, line in lines if ";" in line.get("label", "")), None)
-    if joined is not None:
-        notes.append(f"column 'label' has one class a line: {joined!r} is one; else say 'labels'")
+    notes = said + [note.replace(FLAG, BESIDE_IT) for note in reading.notes]
     events: dict[str, list[Event]] = {keys[place]: [] for place in clips}
     for place, row, (number, line) in zip(places, reading.rows, lines, strict=True):
         if timed and line["onset"]:
@@ -111,43 +101,11 @@ def read(path: Path) -> Own:
 
 def _check_columns(columns: list[str], path: Path) -> None:
     head = f"{path} line 1"
-    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
-        if len(columns) == 1 and separator in columns[0]:
-            raise UserError(
-                f"{head}: the columns are separated by {name} ({columns[0]!r}): save the file with "
-                "commas (Excel and LibreOffice: 'CSV UTF-8', field separator ',')"
-            )
-    for column in columns:
-        if columns.count(column) > 1 and column:
-            raise UserError(f"{head}: column {column!r} is there twice: keep one of them")
-        if column not in COLUMNS:
-            raise UserError(f"{head}: {_unknown(column)}")
-    if "path" not in columns:
-        raise UserError(
-            f"{head}: no column 'path' (it has: {', '.join(columns) or 'nothing'}): name the audio "
-            "files in one"
-        )
-    if "label" not in columns and "labels" not in columns:
-        raise UserError(f"{head}: no column 'label' (one a line) or 'labels' (several, 'a;b')")
-    for one, other in (("label", "labels"), ("fold", "split")):
-        if one in columns and other in columns:
-            raise UserError(f"{head}: both {one!r} and {other!r}: keep one of them")
+    if {"fold", "split"} <= set(columns):
+        raise UserError(f"{head}: both 'fold' and 'split': keep one of them")
     if ("onset" in columns) != ("offset" in columns):
         here, lacks = ("onset", "offset") if "onset" in columns else ("offset", "onset")
         raise UserError(f"{head}: column {here!r} without {lacks!r}: events need both, in seconds")
-
-
-def _unknown(column: str) -> str:
-    if not column or column.startswith("Unnamed:"):
-        return (
-            f"column {column!r} has no name: remove it (pandas: to_csv(..., index=False); a comma "
-            "at the end of the header makes one too)"
-        )
-    plain = column.lower().replace("_", "").replace("-", "").replace(" ", "")
-    close = [plain] if plain in COLUMNS else difflib.get_close_matches(plain, COLUMNS, n=1)
-    meant = ALSO_CALLED.get(plain) or next(iter(close), None)
-    hint = f" (did you mean {meant!r}?)" if meant else ""
-    return f"unknown column {column!r}{hint}; known are {', '.join(COLUMNS)}. Rename or remove it"
 
 
 def _check_files(places: list[str], lines: list[Line], path: Path) -> None:
@@ -165,6 +123,8 @@ def _check_files(places: list[str], lines: list[Line], path: Path) -> None:
     why = f"paths are relative to {path.parent.resolve()}, or absolute"
     if any("\\" in name for _, name in missing):
         why += ", and have / for \\"
+    elif remark := next(filter(None, (other_form(path.parent / n) for _, n in missing)), ""):
+        why += remark
     elif os.path.isdir(path.parent / missing[0][1]):
         why = f"{missing[0][1]!r} is a folder, and a line names a file"
     raise UserError(
@@ -173,8 +133,10 @@ def _check_files(places: list[str], lines: list[Line], path: Path) -> None:
     )
 
 
-def _row(number: int, line: dict[str, str], timed: bool, path: Path) -> Row:
-    """The row of one line, labels and key still to come, all numbers checked."""
+def _row(
+    number: int, line: dict[str, str], labels: tuple[str, ...], timed: bool, path: Path
+) -> Row:
+    """The row of one line, its key still to come, all numbers checked."""
     at = f"{path} line {number}"
     fold, split = line.get("fold"), line.get("split")
     for name, value in (("fold", fold), ("split", split)):
@@ -184,16 +146,16 @@ def _row(number: int, line: dict[str, str], timed: bool, path: Path) -> Row:
         raise UserError(f"{at}: fold {fold!r} is not a whole number: number the folds from 1 on")
     if split is not None and split_of(split) not in SPLITS.values():
         raise UserError(f"{at}: split {split!r} is not known: train, valid or test")
-    label = line.get("label", line.get("labels", ""))
-    if timed and (label or line["onset"] or line["offset"]):
+    if timed and (labels or line["onset"] or line["offset"]):
         _check_times(line["onset"], line["offset"], at)
-    if not label.strip(" ;,") and not (timed and not line["onset"]):
-        bare = "; a clip without events has a path alone" if timed else ""
+    if not labels and (line["onset"] if timed else "label" in line):
+        bare = "; a clip without events has a path alone" if timed else (
+            " (where clips may have none, call the column 'labels')")  # fmt: skip
         raise UserError(f"{at}: no label: give it one, or remove the line{bare}")
     return Row(
         path=path.parent / line["path"],
         key=line["path"],
-        labels=(),
+        labels=labels,
         fold=None if fold is None else int(fold),
         split=None if split is None else split_of(split),
     )
@@ -219,20 +181,6 @@ def _check_times(onset: str, offset: str, at: str) -> None:
             f"{at}: offset {offset} is not after onset {onset}: both are seconds from the clip's "
             "start (offset is the end, not the duration)"
         )
-
-
-def _split_labels(rows: list[Row], lines: list[Line]) -> list[Row]:
-    """``rows`` with the labels of their lines."""
-    if "label" in lines[0][1]:
-        texts = [[line["label"]] for _, line in lines]
-    else:
-        several = [line["labels"] for _, line in lines]
-        separator = ";" if any(";" in text for text in several) else ","
-        texts = [text.split(separator) for text in several]
-    return [
-        replace(row, labels=tuple(dict.fromkeys(t.strip() for t in found if t.strip())))
-        for row, found in zip(rows, texts, strict=True)
-    ]
 
 
 def _refuse_twice(places: list[str], lines: list[Line], path: Path) -> None:

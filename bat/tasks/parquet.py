@@ -23,10 +23,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bat.redact import one_line
 from bat.shapes import UserError
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task
 from bat.tasks.folder import find_files, split_of
-from bat.tasks.labels import Labels, Reading, by_number, is_mid, labels_beside, named
+from bat.tasks.labels import Labels, Reading, by_number, is_mid, labels_beside, named, names_of
 
 LABELS = ("labels", "label", "label_id")
 KEYS = ("id", "video_id", "key", "filename", "file_name", "name")
@@ -73,7 +74,7 @@ def _class_names(file: Any, column: str) -> list[str] | None:
             return None
         names = feature.get("names")
         if feature.get("_type") == "ClassLabel" and isinstance(names, list):
-            return [str(name) for name in names]
+            return [one_line(str(name)) for name in names]
         return find(feature.get("feature"), depth + 1)
 
     text = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
@@ -88,8 +89,7 @@ def _listed(value: Any) -> list[str]:
     if isinstance(value, str):
         parts = [part.strip() for part in value.split(",")]
         value = parts if all(map(is_mid, parts)) else [value.strip()]
-    values = value if isinstance(value, list) else [value]
-    return [str(x) for x in values if isinstance(x, (str, int)) and str(x) not in ("", "-1")]
+    return [name for name in names_of(value) if name != "-1"]
 
 
 def _sniff(data: bytes | None) -> str:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from bat.backbones.base import Backbone
 from bat.data.bad_clips import BadClips
+from bat.redact import one_line
 from bat.shapes import Features, Needs, UserError, WaveBatch
 
 TargetsOf = Callable[[WaveBatch, int], Tensor]
@@ -162,7 +163,7 @@ def progress_bar(total: int, what: str, *, unit: str, show: bool) -> tqdm[Any]:
     """A bar on stderr that leaves no trace; quiet where stderr is a file."""
     return tqdm(
         total=total,
-        desc=what,
+        desc=one_line(what),
         unit=unit,
         leave=False,
         disable=not show,

@@ -52,6 +52,7 @@ def make_rounds(
     seed: int = 0,
     multi_label: bool = False,
     draw: int = 0,
+    split: str = "auto",
 ) -> list[Round]:
     """The rounds of ``index``, in order.
 
@@ -62,13 +63,19 @@ def make_rounds(
         multi_label: clips may carry several labels, or none.
         draw: folds to draw where the data has neither folds nor splits: at most so many, no more
             than the rarest class has clips (single label); 0: such data is an error.
+        split: to train on where there are splits (several: ``a,b``); ``auto``: ``train``.
 
     Raises:
-        UserError: nothing to hold out, a fold that does not exist, a class with a single clip,
-            nothing to keep for validation.
+        UserError: nothing to hold out, a fold or split that does not exist, a class with a single
+            clip, nothing to keep for validation.
     """
+    if split != "auto" and not index.splits:
+        raise UserError(
+            f"data.split={split}: the data has no splits{' but folds' * bool(index.folds)}: say "
+            "data.split=auto, or give the shards or the folder that have them"
+        )
     keep = protocol is not None and protocol.selection == "validation"
-    if index.folds:
+    if index.folds and split == "auto":
         if len(index.folds) < 2:
             raise UserError(f"all clips are in fold {index.folds[0]}: two folds are needed")
         rounds = _by_fold(index.fold, folds, keep=keep)
@@ -78,7 +85,7 @@ def make_rounds(
     else:
         if folds is not None:
             raise UserError(f"folds={list(folds)}: the data has no folds; leave folds away")
-        rounds = [_by_split(index, keep=keep)]
+        rounds = [_by_split(index, split, keep=keep)]
     if protocol is None or not keep:
         return rounds
     return [
@@ -120,17 +127,26 @@ def _by_fold(
     return rounds
 
 
-def _by_split(index: Index, *, keep: bool) -> Round:
+def _by_split(index: Index, split: str, *, keep: bool) -> Round:
     def called(wanted: str) -> str | None:
         """The split that means ``wanted``, that very name first."""
         return next((s for s in [wanted, *index.splits] if s in index.splits
                      and split_of(s) == wanted), None)  # fmt: skip
 
     train, test, valid = called("train"), called("test"), called("valid")
+    train = train if split == "auto" else split
     if test is None or train is None:
+        given = f" ({index.counted_splits()})" if index.splits else ""
         raise UserError(
-            "the data has neither folds nor a train and a test split, so nothing can be held out: "
-            "give a column fold (from 1) or split (train, test) to bat-shard"
+            f"the data has neither folds nor a train and a test split{given}, so nothing can be "
+            "held out: give a column fold (from 1) or split (train, test) to bat-shard"
+            + (", or say which split to train on: data.split=NAME" if test is not None else "")
+        )
+    held = [part for part in train.split(",") if split_of(part.strip()) in ("test", "valid", "all")]
+    if held:
+        raise UserError(
+            f"data.split={split} would train on {held[0].strip()!r}, which is held out: name the "
+            f"training split ({index.counted_splits()})"
         )
     of = index.clips_in_split
     if keep and valid is not None:
@@ -293,5 +309,7 @@ def check_labels(task: Task, index: Index) -> None:
     unlabelled = int((index.labels_per_clip == 0).sum())
     if not task.multi_label and unlabelled:
         raise UserError(
-            f"{unlabelled} of {len(index)} clips have no label, task '{task.name}' wants one each"
+            f"{unlabelled} of {len(index)} clips have no label (the first: "
+            f"{index.key(int(np.argmin(index.labels_per_clip)))}), task '{task.name}' wants one "
+            "each: label them, or leave them out"
         )

@@ -26,15 +26,18 @@ from bat.config.sections import Optim
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index
 from bat.data.module import eval_loader
+from bat.data.splits import TRAIN
 from bat.probes.base import Probe, build_probe, expand, find_probe
 from bat.report.plots import plot_layer_gates, plot_probe_curve
 from bat.report.sections import TITLES
 from bat.shapes import Needs, UserError
 from bat.tasks.base import Task
+from bat.tasks.folder import TASK as FOLDER
+from bat.tasks.labels import classes_in_words, doubts
 from bat.train.callbacks import Metrics, StepCallback
 from bat.train.candidates import Plan
 from bat.train.features import FeatureBank
-from bat.train.held_out import Round, make_rounds
+from bat.train.held_out import Round, check_rounds, make_rounds
 from bat.train.losses import loss_for
 from bat.train.results import SHOWN, summary
 from bat.train.run_folder import open_data
@@ -72,7 +75,9 @@ class OnlineProbe(StepCallback):
         self.stopping = stopping
         self._last = False
         online = config.online
+        split = config.data.split
         if online.root or online.shards:
+            split = "auto"
             source = replace(
                 config.data, root=online.root, shards=online.shards, mix=[], labels="same"
             )
@@ -82,12 +87,22 @@ class OnlineProbe(StepCallback):
             raise UserError(
                 "online probes need labelled clips, this data has none: give online.shards= or "
                 "online.root=, or set online.every=0"
+                + " (data.labels=folders takes the names of the folders for classes)"
+                * (config.task == FOLDER.name)
             )
         self.task, self.index = task, index
         self.rounds = choose_rounds(
-            index, folds=online.folds, max_clips=online.max_clips, seed=config.seed
+            index,
+            folds=online.folds,
+            max_clips=online.max_clips,
+            seed=config.seed,
+            split=_training_split(index, split),
         )
         self.ids = np.unique(np.concatenate([[*r.train, *r.test] for r in self.rounds]))
+        log.info("online probe: %d clips, %s", len(self.ids), classes_in_words(index.vocabulary))
+        odd = check_rounds(self.rounds, index, multi_label=True) + doubts(index.vocabulary)
+        for line in odd:
+            log.warning("online probe: %s", line)
         self.rows = curve(read_jsonl(out / "metrics.jsonl"))  # of a run that goes on, or is done
         self.gates: dict[str, np.ndarray] = {}
 
@@ -245,7 +260,16 @@ class OnlineProbe(StepCallback):
         return "\n".join(lines)
 
 
-def choose_rounds(index: Index, *, folds: int, max_clips: int, seed: int) -> list[Round]:
+def _training_split(index: Index, split: str) -> str:
+    """The split to train probes on, where pre-training takes ``split`` of the same clips."""
+    if "train" in index.splits or (split in ("auto", "all") and TRAIN[1] not in index.splits):
+        return "auto"
+    return TRAIN[1] if split in ("auto", "all") else split
+
+
+def choose_rounds(
+    index: Index, *, folds: int, max_clips: int, seed: int, split: str = "auto"
+) -> list[Round]:
     """The first ``folds`` held-out rounds of ``index``, of at most ``max_clips`` clips together.
 
     A set with neither folds nor splits has a fifth of its labelled clips held out.
@@ -253,7 +277,7 @@ def choose_rounds(index: Index, *, folds: int, max_clips: int, seed: int) -> lis
     clips = np.random.default_rng(derive_seed(seed, "online clips")).permutation(len(index))
     clips = clips[index.labels_per_clip[clips] > 0][:max_clips]
     if index.folds or index.splits:
-        rounds = make_rounds(index)[:folds]
+        rounds = make_rounds(index, split=split)[:folds]
     else:
         cut = max(1, round(HELD_OUT * len(clips)))
         rounds = [Round("test", clips[cut:], clips[:cut])]

@@ -16,6 +16,7 @@ from bat.data.stream import clip_samples
 from bat.shapes import UserError
 from bat.tasks.base import Task, load_task
 from bat.tasks.events import Events
+from bat.tasks.labels import classes_in_words, doubts
 from bat.tasks.own import TASK as OWN
 from bat.tasks.own import Own
 from bat.train.encoders import data_of_run, device_for, load_for
@@ -90,8 +91,9 @@ class Prepared(Generic[C]):
         kernel = attention_in_words(backbone, hardware, device_for(hardware))
         lines = [
             first,
-            f"data {len(index)} clips (task {self.task.name}, {index.classes} classes), encoder "
-            f"{backbone.width} wide, {backbone.depth} blocks",
+            f"data {len(index)} clips (task {self.task.name}; "
+            f"{classes_in_words(index.vocabulary)}), encoder {backbone.width} wide, "
+            f"{backbone.depth} blocks",
             *([kaldi_line(backbone.frontend)] if isinstance(backbone.frontend, KaldiFbank) else []),
             *([f"attention: {kernel}"] if kernel else []),
             *more,
@@ -222,8 +224,8 @@ def _checked(
             if isinstance(config, Probe) and config.level == "frame":
                 check_in_place(config)
                 events = own.events
-            if events is not None or not index.labels_per_clip.all():  # none at a time, in a clip
-                task = replace(task, multi_label=True, loss="bce", metric="map")
+        if events is not None or not index.labels_per_clip.all():  # none at a time, in a clip
+            task = replace(task, multi_label=True, loss="bce", metric="map")
         clip_seconds, said = window(index, config.data.clip_seconds, events)
         config = replace(config, data=replace(config.data, clip_seconds=clip_seconds))
         notices += said
@@ -236,8 +238,15 @@ def _checked(
         seed=config.seed,
         multi_label=task.multi_label,
         draw=DRAWN_FOLDS if own is not None else 0,
+        split=config.data.split,
     )
+    if config.data.split != "auto":
+        notices.append(f"trained on split {config.data.split}; {index.counted_splits()}")
     notices += check_rounds(rounds, index, multi_label=task.multi_label)
+    notices += doubts(index.vocabulary)
+    without = int((index.labels_per_clip == 0).sum())
+    if without:  # ``check_labels`` refused them where each clip is of one class
+        notices.append(f"{without} of {len(index)} clips have no label: negatives of every class")
     if rounds[0].drawn:
         notices.append(
             "folds drawn: clips cut from one recording may be on both sides; a column fold keeps "

@@ -7,8 +7,9 @@ By index where that can be (``AudioData``: exactly resumable), else from front t
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -20,9 +21,11 @@ from bat.data.module import AudioData
 from bat.data.order import make_plan
 from bat.data.sequential_data import SequentialData
 from bat.data.sources import NotIndexable
-from bat.data.splits import warn_no_train
+from bat.data.splits import TRAIN, check_no_train
 from bat.shapes import UserError
 from bat.tasks.base import Task, load_task
+from bat.tasks.folder import TASK as FOLDER
+from bat.tasks.labels import classes_in_words
 from bat.train.run_folder import open_data
 
 log = logging.getLogger("bat")
@@ -44,7 +47,8 @@ class PretrainData:
         if self.index is None:
             shards = self.data.facts()["shards"]
             return f"{shards} shards, read from front to end (NOT exactly resumable)"
-        return f"{len(self.index)} clips (task {self.task.name}, {self.index.classes} labels)"
+        classes = classes_in_words(self.index.vocabulary)
+        return f"{len(self.index)} clips (task {self.task.name}; {classes})"
 
 
 def open_stream(config: Pretrain, out: Path | None = None) -> PretrainData:
@@ -54,7 +58,7 @@ def open_stream(config: Pretrain, out: Path | None = None) -> PretrainData:
     """
     data = config.data
     try:
-        task, index = open_data(config.task, data)
+        task, index = open_data(config.task, replace(data, labels=_labels(config)))
     except NotIndexable as error:
         return PretrainData(_sequential(config, out, error), load_task(config.task), None)
     stream = AudioData(
@@ -84,6 +88,20 @@ def open_stream(config: Pretrain, out: Path | None = None) -> PretrainData:
         out=out,
     )
     return PretrainData(stream, task, index)
+
+
+def _labels(config: Pretrain) -> Literal["same", "drop"]:
+    """Whether the labels of the data are read: the names of folders are none, unless said so."""
+    data = config.data
+    folders = config.task == FOLDER.name and data.root is not None and Path(data.root).is_dir()
+    if data.labels != "folders":
+        return "drop" if folders else data.labels
+    if not folders or data.shards:
+        raise UserError(
+            "data.labels=folders is for a folder of audio: say task=folder data.root=DIR, or leave "
+            "it away"
+        )
+    return "same"
 
 
 def _sequential(config: Pretrain, out: Path | None, why: NotIndexable) -> SequentialData:
@@ -122,20 +140,23 @@ def _sequential(config: Pretrain, out: Path | None, why: NotIndexable) -> Sequen
 
 
 def training_clips(index: Index, split: str) -> np.ndarray | None:
-    """Ids of the clips to pre-train on (``data.split``); None: all of them.
+    """Ids of the clips to pre-train on (``data.split``, see ``choose_split``); None: all of them.
 
-    Raises ``UserError`` for a split that the data does not have.
+    Raises ``UserError`` for a split that the data does not have, or where ``auto`` finds none but
+    such as are held out.
     """
-    if split == "all" or (split == "auto" and "train" not in index.splits):
-        if split == "auto" and index.splits:
-            warn_no_train(index.splits)
+    name = next((n for n in TRAIN if n in index.splits), None) if split == "auto" else split
+    if name is None or name == "all":
+        if name is None and index.splits:
+            check_no_train(index.splits, index.counted_splits())
         return None
-    ids = index.clips_in_split("train" if split == "auto" else split)
+    ids = index.clips_in_split(name)
     if split == "auto" and len(ids) < len(index):
-        others = [name for name in index.splits if name != "train"]
+        others = [other for other in index.splits if other != name]
         log.info(
-            "pre-training on the %d clips of split train; data.split=all takes those of %s too",
+            "pre-training on the %d clips of split %s; data.split=all takes those of %s too",
             len(ids),
+            name,
             ", ".join(others) or "none",
         )
     return ids

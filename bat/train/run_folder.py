@@ -243,7 +243,7 @@ def _opened(task: Task, data: Data, sources: list[str]) -> tuple[Task, Index]:
         sources,
         cache=Path(data.cache),
         cache_bytes=int(data.cache_gb * 1e9),
-        labels=data.labels,
+        labels="drop" if data.labels == "drop" else "same",
         retries=data.retries,
         timeout_seconds=data.timeout_seconds,
         redirects=data.redirects,

@@ -81,9 +81,10 @@ def test_segments_without_a_file_are_listed_in_the_folder_of_their_split(
         (folder / f"{name}_segments.csv").write_text(text)
     out = tmp_path / "o"
     assert main([str(folder), str(out), "--jobs", "1"]) == 0
-    left_out = f"2 (2 no file): listed in manifest.json of {out}/*"
-    assert _line(capsys, "left out") == left_out
-    for split, key in (("train", "Ygone"), ("test", "Ylost")):
+    printed = capsys.readouterr().out
+    assert f"left out  2 (2 no file): listed in manifest.json of {out}/*\n" in printed
+    assert f"next      bat-pretrain recipe=as2m data.shards={out} data.split=train-bal" in printed
+    for split, key in (("train-balanced", "Ygone"), ("test", "Ylost")):
         manifest = Manifest.load(out / split)
         assert manifest is not None
         assert manifest.left_out == [{"key": key, "file": key, "reason": "no file"}]

@@ -188,7 +188,7 @@ def test_a_probe_refuses_the_order_of_a_stream(word: str) -> None:
         compose(Probe, "probe", ["recipe=toy", word])
 
 
-@pytest.mark.parametrize("word", ["data.split=test", "data.labels=drop"])
+@pytest.mark.parametrize("word", ["data.mix=[1]", "data.labels=drop"])
 @pytest.mark.parametrize("command", ["probe", "finetune"])
 def test_what_is_held_out_is_no_setting_of_the_stream(command: str, word: str) -> None:
     with pytest.raises(UserError, match=r"is for bat-pretrain: leave it away"):

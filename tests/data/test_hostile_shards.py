@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import logging
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -14,18 +15,22 @@ import numpy as np
 import pytest
 
 from bat.audio.decode import encode
+from bat.cli.shard import main as shard_main
 from bat.data import listing as listing_module
 from bat.data import sequential, table, tar_stream, vocabulary
 from bat.data.bad_clips import BadClips
+from bat.data.in_place import index_in_place
 from bat.data.index import open_index
 from bat.data.listing import listing
 from bat.data.manifest import Manifest
 from bat.data.remote import why
+from bat.data.rows import open_rows
 from bat.data.sequential import SequentialClips
 from bat.data.sources import Patience, Shard
 from bat.data.table import read_contents
 from bat.data.tar_stream import open_stream, stream_members
 from bat.shapes import Skipped, UserError, WaveBatch
+from bat.train.trainer import start_logging
 from tests.data.http_server import FaultyServer
 
 WAV = encode(np.ones(160, np.float32) * 0.1, sample_rate=16_000, codec="wav")
@@ -276,3 +281,93 @@ def test_a_remote_listing_is_bounded_and_leads_nowhere_else(
         monkeypatch.setattr(listing_module, "MAX_LISTING_BYTES", 20)
         with pytest.raises(UserError, match=r"/s/ is larger than 20 bytes"):
             listing(base, Patience())
+
+
+def test_labels_in_json_are_read_as_in_every_source(tmp_path: Path) -> None:
+    """Lists in text, missing values, numbers in their order; whatever the path to the index."""
+    labels = ["['10', '9']", "nan", 9.0, ["2", "\ud800"]]
+    members = []
+    for i, label in enumerate(labels):
+        members += [(f"c{i}.wav", WAV), (f"c{i}.json", json.dumps({"label": label}).encode())]
+    path = tar(tmp_path / "s.tar", members)
+    index = open_index(path)
+    found = [{index.vocabulary[c] for c in index.labels(i)} for i in range(4)]
+    assert found == [{"10", "9"}, set(), {"9"}, {"2", "\\ud800"}]
+    assert [row.labels for row in open_rows(path).rows][1:3] == [(), ("9",)]
+    only = tar(tmp_path / "n.tar", [m for m in members if m[0][1] in "012"])
+    assert open_index(only).vocabulary == ["9", "10"]
+
+
+EVIL = "\x1b[31mred\x07"
+
+
+@pytest.fixture
+def evil(tmp_path: Path) -> Path:
+    """Labels, ids, splits and member names hold terminal escapes and halves of characters."""
+    members = []
+    for i in range(4):
+        meta = {"label": [["\ud800", EVIL][i % 2]], "id": f"\ud800{i}", "mid": "\ud800"}
+        data = json.dumps(meta | {"split": "\ud800" if i else EVIL}).encode()
+        members += [(f"{i}\udcff{EVIL}.wav", WAV), (f"{i}\udcff{EVIL}.json", data)]
+    return tar(tmp_path / "evil/s.tar", [*members, (f"x\udcff{EVIL}.m4a", b"x")]).parent
+
+
+def test_hostile_names__index_hash_and_tables_hold_them_spelled_out(evil: Path) -> None:
+    for _ in range(2):  # scanned, then from the saved table
+        index = open_index(evil)
+        assert index.vocabulary == ["\\ud800", "\\x1b[31mred\\x07"]
+        assert sorted(index.splits) == ["\\ud800", "\\x1b[31mred\\x07"]
+        assert len(index.hash) == 64
+
+
+def test_hostile_names__saved_tables_and_manifests_are_not_trusted(tmp_path: Path) -> None:
+    labels = [(f"{i}.json", json.dumps({"label": "ab"[i]}).encode()) for i in range(2)]
+    evil = tar(tmp_path / "s.tar", [("0.wav", WAV), ("1.wav", WAV), *labels]).parent
+    index_in_place(evil)
+    saved = table.ShardTable.load(evil / "s.idx.npz", evil / "s.tar")
+    assert saved is not None
+    saved.names = [EVIL, "\ud800"]
+    saved.save(evil / "s.idx.npz")
+    again = table.ShardTable.load(evil / "s.idx.npz", evil / "s.tar")
+    assert again is not None
+    assert again.names == ["\\x1b[31mred\\x07", "\\ud800"]
+    manifest = json.loads((evil / "manifest.json").read_text())
+    manifest["vocabulary"] = [EVIL, "\ud800"]
+    (evil / "manifest.json").write_text(json.dumps(manifest))
+    loaded = Manifest.load(evil)
+    assert loaded is not None
+    assert loaded.vocabulary == ["\\x1b[31mred\\x07", "\\ud800"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["info DIR", "verify DIR --jobs 1 --json OUT.json", "DIR --jobs 1", "DIR OUT --split train"],
+)
+def test_hostile_names__no_command_crashes_or_lets_an_escape_through(
+    evil: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    words = words.replace("DIR", str(evil)).replace("OUT", str(tmp_path / "out"))
+    assert shard_main(words.split()) in (0, 1, 2)
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out + printed.err
+    (printed.out + printed.err).encode()
+    for file in (*tmp_path.rglob("*.json"), *tmp_path.rglob("*.md")):
+        assert EVIL not in file.read_text()
+
+
+def test_hostile_names__a_folder_of_such_files_is_packed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("dog\udcff", EVIL):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / f"{name}.wav").write_bytes(WAV)
+    assert shard_main([str(tmp_path / "in"), str(tmp_path / "out"), "--jobs", "1"]) == 0
+    assert open_index(tmp_path / "out").vocabulary == ["\\x1b[31mred\\x07", "dog\\udcff"]
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out + printed.err
+
+
+def test_hostile_names__a_log_spells_them_out(evil: Path, tmp_path: Path) -> None:
+    start_logging(tmp_path)
+    logging.getLogger("bat").warning("left out: %s", f"{EVIL}\ud800")
+    assert "left out: \\x1b[31mred\\x07\\ud800" in (tmp_path / "train.log").read_text()

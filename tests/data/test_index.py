@@ -240,7 +240,10 @@ def test_splits_and_selections(written: Path) -> None:
     index = open_index(written)
     assert index.splits == ["x", "y"]
     assert index.clips_in_split("y").tolist() == [2, 3]
-    with pytest.raises(UserError, match=r"no clip has split 'z': splits are \['x', 'y'\]"):
+    both = index.clips_in_split("y, x").tolist()
+    assert both == sorted(both)
+    assert set(both) == {2, 3, *index.clips_in_split("x").tolist()}
+    with pytest.raises(UserError, match=r"no clip has split 'z': the data has the splits x ., y 2"):
         index.clips_in_split("z")
     with pytest.raises(UserError, match="no clip has fold 1: folds are not given"):
         index.clips_in_fold(1)

@@ -324,3 +324,21 @@ def test_no_torch_and_no_pyarrow_until_they_are_needed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_classes_of_the_test_split_alone_and_odd_names_are_said(tmp_path: Path) -> None:
+    text = "path,label,split\na.wav,Dog,train\nb.wav,dog,train\nc.wav,cow,test\n"
+    source = lay(tmp_path, {"x.csv": text, "a.wav": "", "b.wav": "", "c.wav": ""})
+    notes = " ".join(open_rows(source / "x.csv").notes)
+    assert "'Dog' and 'dog'" in notes
+    assert "1 class(es) have no clip but in the splits test or valid" in notes
+    assert "'cow'" in notes
+
+
+def test_folder_names_that_become_labels_are_said(tmp_path: Path) -> None:
+    source = lay(tmp_path, {"2021-05/a.wav": "", "nan/b.wav": "", "site/\u00e9.wav": ""})
+    (source / "site/e\u0301.wav").touch()
+    found = open_rows(source)
+    assert found.vocabulary == ["2021-05", "site"]
+    assert "labels are the names of the folders (2 classes: 2021-05, site)" in found.notes
+    assert any("differ in Unicode form alone" in note for note in found.notes)

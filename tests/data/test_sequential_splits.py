@@ -83,9 +83,14 @@ def test_what_auto_does_is_told(
     opened(tmp_path / "x")
     assert "the clips of split train; data.split=all takes those of test too" in caplog.text
     caplog.clear()
-    put(tmp_path / "y/s-0.tar.gz", {"a": "eval", "b": None})
-    put(tmp_path / "z/dev/s-0.tar.gz", {"c": None})
-    for name, splits, keys in (("y", "eval", "ab"), ("z", "valid", "c")):  # dev is valid
+    put(tmp_path / "v/s-0.tar.gz", {"a": "eval", "b": None})
+    put(tmp_path / "w/dev/s-0.tar.gz", {"c": None})
+    for name, splits in (("v", "eval"), ("w", "valid")):  # dev is valid
+        with pytest.raises(UserError, match=f"the splits {splits}: none of them is called train"):
+            opened(tmp_path / name)
+    put(tmp_path / "y/s-0.tar.gz", {"a": "north", "b": None})
+    put(tmp_path / "z/south/s-0.tar.gz", {"c": None})
+    for name, splits, keys in (("y", "north", "ab"), ("z", "south", "c")):
         assert read(tmp_path / name) == (set(keys), 0)
         (record,) = caplog.records
         assert record.levelname == "WARNING"
@@ -160,3 +165,13 @@ def test_unreadable_clips_in_a_row_are_not_lost_shards(
     (tmp_path / "s-0.tar").write_bytes(tar_bytes(bad))
     with pytest.raises(UserError, match="3 unreadable clips in a row"):
         next(iter(data.train_dataloader()))
+
+
+def test_several_splits_and_audiosets_own(tmp_path: Path) -> None:
+    names = ("train-balanced", "train-unbalanced", "test")
+    for name, key in zip(names, "abc", strict=True):
+        put(tmp_path / f"deep/{name}/s-0.tar.gz", {key: None})
+    put(tmp_path / "flat/s-0.tar.gz", dict(zip("abc", names, strict=True)))
+    for folder in ("deep", "flat"):
+        assert read(tmp_path / folder) == ({"b"}, 0)
+        assert read(tmp_path / folder, "train-balanced,train-unbalanced") == ({"a", "b"}, 0)

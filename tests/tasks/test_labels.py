@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bat.shapes import UserError
 from bat.tasks.base import Row
-from bat.tasks.labels import by_number, is_mid, labels_of, named, names_met
+from bat.tasks.labels import (
+    by_number,
+    cell_names,
+    doubts,
+    held_out_alone,
+    is_mid,
+    labels_of,
+    named,
+    names_met,
+    names_of,
+)
 
 FORMS = {
     "indices.csv": 'index,mid,display_name\n1,/t/dd1,Dog\n0,/m/09x0r,"Speech, male"\n',
@@ -129,3 +141,63 @@ def test_a_label_file_that_is_no_json_is_a_mistake(tmp_path: Path, text: str) ->
     (tmp_path / "ontology.json").write_text(text)
     with pytest.raises(UserError, match="not a label file"):
         labels_of(tmp_path / "ontology.json")
+
+
+LISTS = {
+    "['dog', 'cat']": ["dog", "cat"],
+    '["dog","cat"]': ["dog", "cat"],
+    "['it\\'s', \"b\", 3]": ["it's", "b", "3"],
+    '["caf\\u00e9"]': ["café"],
+    "[]": [],
+    "nan": [],
+    "NaN": [],
+    "<NA>": [],
+    "": [],
+    "dog": ["dog"],
+    "[noise]": ["[noise]"],
+    "Speech, male": ["Speech, male"],
+    "\ud800": ["\\ud800"],
+    "\x1b[31mred\n": ["\\x1b[31mred\\n"],
+}
+
+
+@pytest.mark.parametrize("text", LISTS)
+def test_names_of__text_is_a_list_a_name_or_missing(text: str) -> None:
+    assert names_of(text) == LISTS[text]
+    "".join(names_of(text)).encode()
+
+
+def test_names_of__values_of_json_and_parquet() -> None:
+    assert names_of([3.0, 7, "x", "['a', 'b']", None, float("nan"), {}]) == [
+        "3",
+        "7",
+        "x",
+        "a",
+        "b",
+    ]
+    assert names_of(float("nan")) == names_of(None) == []
+
+
+@pytest.mark.parametrize("text", ["[dog, cat]", "['dog' 'cat']", "['dog', cat]", "[dog; cat]"])
+def test_cell_names__what_looks_like_a_list_and_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no list of labels"):
+        cell_names(text, ";")
+
+
+def test_doubts__spellings_missing_values_and_brackets_are_named() -> None:
+    nfc, nfd = unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é")
+    said = " ".join(doubts(["Dog", "dog", "cat", nfc, nfd, "1", "01", "None", "[x]"]))
+    for part in ("3 class", "'Dog' and 'dog'", r"'e\u0301'", "'1' and '01'", "'None'", "'[x]'"):
+        assert part in said
+    assert doubts(["cat", "dog", "Speech, male", "2", "10"]) == []
+
+
+def test_held_out_alone__names_the_classes_that_training_clips_lack() -> None:
+    rows = [
+        replace(row(*names), split=split)
+        for names, split in ((("a", "b"), "train"), (("b", "c"), "test"), (("d",), "valid"))
+    ]
+    (said,) = held_out_alone(rows)
+    assert "2 class(es)" in said
+    assert said.endswith("'c', 'd'")
+    assert held_out_alone(rows[:1]) == held_out_alone(rows[1:2]) == []

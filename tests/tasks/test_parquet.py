@@ -156,3 +156,15 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"pip install 'bat-audio\[parquet\]'"):
         parquet.read(path)
+
+
+def test_labels_that_are_lists_in_text_floats_or_missing(tmp_path: Path) -> None:
+    texts = ["['dog', 'cat']", "nan", "dog"]
+    rows = [{"id": str(i), "audio": b"fLaC", "label": text} for i, text in enumerate(texts)]
+    found = parquet.read(write(tmp_path / "text.parquet", rows))
+    assert [row.labels for row in found.rows] == [("dog", "cat"), (), ("dog",)]
+    numbers = [10.0, float("nan"), 9.0]
+    rows = [{"id": str(i), "audio": b"fLaC", "label": x} for i, x in enumerate(numbers)]
+    found = parquet.read(write(tmp_path / "float.parquet", rows))
+    assert [row.labels for row in found.rows] == [("10",), (), ("9",)]
+    assert found.vocabulary == ["9", "10"]

@@ -163,8 +163,9 @@ def test_csv_with_several_labels(tmp_path: Path, first: str, labels: tuple[str, 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("file,label\na.wav,x\n", "lacks column 'path'; it has: file, label"),
-        ("path,lable\na.wav,x\n", "unknown column 'lable'; known are path, label"),
+        ("place,label\na.wav,x\n", "unknown column 'place'.*known are path, label"),
+        ("path,lable\na.wav,x\n", "unknown column 'lable' .*'label'.*; known are path, label"),
+        ("path,label\na.wav,x\nb.wav,\"['x', y]\"\n", "line 3: .* is no list of labels"),
         ("path,label,labels\na.wav,x,y\n", "both 'label' and 'labels'"),
         ("path,label\n", "lists no clips"),
         ("path,label\nnowhere.wav,x\n", "none of the 1 files .* relative to the CSV"),
@@ -224,7 +225,7 @@ def test_audioset_reads_its_own_csvs_and_leaves_absent_clips_out(audioset: Path)
     assert len(names) == 527
     assert names[526] == "Sound, 526"  # the official order, not the alphabetical one
     assert [(r.key, r.labels, r.mids, r.split, r.start_seconds) for r in rows] == [
-        ("Y--PJ_abc", ("Sound, 526", "Sound, 3"), ("/m/526", "/m/3"), "train", 30.0),
+        ("Y--PJ_abc", ("Sound, 526", "Sound, 3"), ("/m/526", "/m/3"), "train-balanced", 30.0),
         ("Yxyz-1", ("Sound, 0",), ("/m/0",), "test", 5.0),
     ]
 
@@ -235,7 +236,7 @@ def test_audioset_lists_what_is_absent(audioset: Path) -> None:
     with (audioset / "balanced_train_segments.csv").open("a") as file:
         file.write(again)
     found = audioset_module.read(audioset)
-    assert found.left_out == [LeftOut("YnotThere", "YnotThere", "no file", "train")]
+    assert found.left_out == [LeftOut("YnotThere", "YnotThere", "no file", "train-balanced")]
     assert found.notes[0] == "1 of 5 segments have no audio file: left out"
     task = load_task("audioset")
     assert task.left_out is not None
@@ -329,3 +330,20 @@ def test_esc_label_sets_hold_the_classes_of_the_published_files(esc10: Path) -> 
     assert (len(own), len(in_esc50), len(esc50)) == (10, 10, 50)
     assert in_esc50 < esc50
     assert own == set(load_task("esc10").read(esc10)[1])
+
+
+def test_audioset_has_a_split_for_each_of_its_tables(audioset: Path) -> None:
+    line = ', 0.000, 10.000, "/m/1"\n'
+    text = f"un-1{line}un-2{line}--PJ_abc{line}"
+    lay(audioset, {"unbalanced_train_segments.csv": text, "mine_segments.csv": f"own-1{line}"})
+    lay(audioset, dict.fromkeys(("un-1.wav", "own-1.wav"), ""))
+    found = audioset_module.read(audioset)
+    assert {row.key: row.split for row in found.rows} == {
+        "Y--PJ_abc": "train-balanced",
+        "Yun-1": "train-unbalanced",
+        "Yown-1": "mine",
+        "Yxyz-1": "test",
+    }
+    assert LeftOut("Yun-2", "Yun-2", "no file", "train-unbalanced") in found.left_out
+    said = "1 clips are in two tables: they have the split of the first (Y--PJ_abc: train-balanced)"
+    assert said in found.notes

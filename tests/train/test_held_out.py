@@ -6,11 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from bat.audio.decode import encode
+from bat.config.compose import compose
 from bat.config.probing import Protocol
-from bat.data.index import open_index
-from bat.data.toy import make_toy
+from bat.config.schema import Finetune, Probe
+from bat.data.index import Index, open_index
+from bat.data.shards import write_shards
+from bat.data.toy import make_toy, toy_wave
 from bat.shapes import UserError
-from bat.tasks.base import load_task
+from bat.tasks.base import Row, load_task
 from bat.train.held_out import (
     DRAWN_FOLDS,
     Round,
@@ -19,6 +23,7 @@ from bat.train.held_out import (
     how,
     make_rounds,
 )
+from bat.train.prepare import open_probing
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,7 @@ def test_impossible_folds_are_errors(index):
     with pytest.raises(UserError, match="two folds are needed"):
         make_rounds(one)
     with pytest.raises(UserError, match="neither folds nor a train and a test split"):
-        make_rounds(SimpleNamespace(folds=[], splits=["train"]))
+        make_rounds(Fake([(0,), (1,)], split=["train", "train"]))
 
 
 def test_splits_make_one_round():
@@ -62,7 +67,7 @@ def test_label_sets_that_do_not_match(index):
     check_labels(load_task("toy"), index)
     with pytest.raises(UserError, match="'esc10' has 10 classes, the data has 5"):
         check_labels(load_task("esc10"), index)
-    with pytest.raises(UserError, match="1 of 3 clips have no label"):
+    with pytest.raises(UserError, match=r"1 of 3 clips have no label \(the first: b\)"):
         check_labels(load_task("toy"), _Unlabelled())
 
 
@@ -87,6 +92,9 @@ class _Unlabelled:
     def __len__(self):
         return 3
 
+    def key(self, i):
+        return "abc"[i]
+
 
 class Fake:
     """Of an index, what rounds are made of. ``labels``: those of each clip, as indices."""
@@ -98,14 +106,14 @@ class Fake:
         self.vocabulary = [f"class{c}" for c in range(self.classes)]
         self.fold = np.array(fold if fold is not None else [-1] * len(labels), np.int16)
         self.folds = sorted({int(f) for f in self.fold if f >= 0})
-        self.splits = sorted(set(split or ()))
-        self._split = np.array(split or [""] * len(labels))
+        self.splits = sorted(set(split or ()) - {""})
+        numbers = {name: i for i, name in enumerate(self.splits)}
+        self.split = np.array([numbers.get(name, -1) for name in split or ()])
+
+    clips_in_split, counted_splits = Index.clips_in_split, Index.counted_splits
 
     def __len__(self):
         return len(self.fold)
-
-    def clips_in_split(self, name):
-        return np.flatnonzero(self._split == name)
 
 
 def single(*counts, **words):
@@ -314,3 +322,83 @@ def test_classes_that_cannot_be_learned_or_judged_are_named():
         "'class6' (the round of fold 1) and 3 more"
         in check_rounds(make_rounds(many), many, multi_label=True)[0]
     )
+
+
+def test_the_split_to_train_on_is_the_one_that_is_named():
+    splits = ["train-balanced"] * 2 + ["train-unbalanced"] * 3 + ["test"] * 2 + [""]
+    index = Fake([(i % 2,) for i in range(8)], split=splits)
+    (held,) = make_rounds(index, split="train-balanced")
+    assert (held.train.tolist(), held.test.tolist()) == ([0, 1], [5, 6])
+    (held,) = make_rounds(index, split="train-balanced,train-unbalanced")
+    assert held.train.tolist() == [0, 1, 2, 3, 4]
+    counts = "test 2, train-balanced 2, train-unbalanced 3, 1 clips without a split"
+    for split, says in (
+        ("auto", f"neither folds nor a train and a test split.*{counts}.*data.split=NAME"),
+        ("train", f"no clip has split 'train': .*{counts}"),
+        ("train-balanced,test", f"'test', which is held out.*{counts}"),
+        ("all", f"'all', which is held out.*{counts}"),
+    ):
+        with pytest.raises(UserError, match=says):
+            make_rounds(index, split=split)
+    with pytest.raises(UserError, match=r"data.split=train-balanced: the data has no splits but f"):
+        make_rounds(Fake([(0,), (1,)], fold=[1, 2]), split="train-balanced")
+
+
+@pytest.fixture(scope="module")
+def audioset(tmp_path_factory):
+    """Two clips in each of AudioSet's three tables."""
+    root = tmp_path_factory.mktemp("audioset")
+    names = "".join(f"{i},/m/{i},class {i}\n" for i in range(527))
+    (root / "class_labels_indices.csv").write_text(f"index,mid,display_name\n{names}")
+    for table in ("balanced_train", "unbalanced_train", "eval"):
+        lines = [f'{table}-{i}, 0.000, 10.000, "/m/{i}"\n' for i in range(2)]
+        (root / f"{table}_segments.csv").write_text("".join(lines))
+        for i in range(2):
+            wave = toy_wave("tone", seed=0, number=i, seconds=0.2)
+            data = encode(wave, sample_rate=16_000, codec="flac")
+            (root / f"{table}-{i}.flac").write_bytes(data)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe", "wanted"),
+    [
+        (Probe, "as20k", {"train-balanced": 2}),
+        (Finetune, "as20k", {"train-balanced": 2}),
+        (Finetune, "as2m", {"train-unbalanced": 2}),
+        (
+            Finetune,
+            "as2m data.split=train-balanced,train-unbalanced",
+            {"train-balanced": 2, "train-unbalanced": 2},
+        ),
+    ],
+)
+def test_audioset_recipes_train_on_their_own_split(audioset, tmp_path, command, recipe, wanted):
+    name = "probe" if command is Probe else "finetune"
+    words = [*f"recipe={recipe}".split(), "checkpoint=random", "log.progress=false"]
+    words += [f"data.root={audioset}", f"data.cache={tmp_path}"]
+    config = compose(command, name, words)
+    data = open_probing(config)
+    (held,) = data.rounds
+    of = [data.index.splits[i] for i in data.index.split]
+    assert {split: of.count(split) for split in {of[i] for i in held.train}} == wanted
+    assert {of[i] for i in held.test} == {"test"}
+    assert any(f"trained on split {config.data.split}; " in line for line in data.notices)
+
+
+def test_plain_splits_of_others_are_taken_where_told(tmp_path):
+    """``20k/train/*.tar`` and ``20k/test/*.tar``, as confit publishes them."""
+    files = []
+    for i in range(4):
+        files.append(tmp_path / f"{i}.flac")
+        wave = toy_wave("tone", seed=0, number=i, seconds=0.2)
+        files[i].write_bytes(encode(wave, sample_rate=16_000, codec="flac"))
+    names = [f"class {i}" for i in range(527)]
+    for split, some in (("train", files[:2]), ("test", files[2:])):
+        rows = [Row(path, path.stem, (names[i],)) for i, path in enumerate(some)]
+        write_shards(rows, tmp_path / "20k" / split, vocabulary=names)
+    words = ["recipe=as20k", f"data.shards={tmp_path / '20k'}", "checkpoint=random"]
+    with pytest.raises(UserError, match=r"no clip has split 'train-balanced': .*test 2, train 2"):
+        open_probing(compose(Probe, "probe", words))
+    (held,) = open_probing(compose(Probe, "probe", [*words, "data.split=train"])).rounds
+    assert (len(held.train), len(held.test)) == (2, 2)

@@ -346,3 +346,22 @@ def test_fine_tuning_takes_a_csv_too(own):
     assert [len(r.train) for r in ready.rounds] == [6, 7, 7, 7]
     assert all(r.valid is None for r in ready.rounds)
     assert "nothing was selected" in ready.how
+
+
+def test_clips_without_labels_are_negatives_and_counted(own):
+    text = (
+        PLAIN.replace("label", "labels")
+        .replace("4.flac,a", "4.flac,")
+        .replace("8.flac,a", "8.flac,nan")
+    )
+    data = open_probing(own(text))
+    assert (data.task.multi_label, data.task.loss) == (True, "bce")
+    assert "2 of 9 clips have no label: negatives of every class" in data.notices
+    assert data.index.targets(4).tolist() == [0, 0]
+
+
+def test_spellings_of_a_class_are_told_to_who_reads_the_results(own):
+    notices = open_probing(
+        own(PLAIN.replace("4.flac,a", "4.flac,A").replace("8.flac,a", "8.flac,A"))
+    ).notices
+    assert any("'A' and 'a'" in line for line in notices)

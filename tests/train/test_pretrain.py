@@ -255,7 +255,7 @@ def test_dry_run_writes_and_trains_nothing(
     pretrain(small(out=tmp_path / "run"), dry_run=True)
     assert not (tmp_path / "run").exists()
     shown = capsys.readouterr().out
-    assert "10 clips (task toy, 5 labels), 32000 samples each" in shown
+    assert "10 clips (task toy; 5 classes: " in shown
     assert "dry run: nothing was trained" in shown
 
 

@@ -23,6 +23,11 @@ from bat.train.pretrain_data import open_stream
 from bat.train.run_pretrain import pretrain
 from bat.train.trainer import read_jsonl
 
+PARTS = {
+    "both": ("train", "test"),
+    "three": ("train-balanced", "train-unbalanced", "test"),
+}
+
 
 def make_set(
     folder: Path, *, clips: int, label: str = "noise", split: str | None = None, seed: int = 0
@@ -36,7 +41,9 @@ def make_set(
         path = audio / f"{folder.name}{i}.flac"
         wave = rng.uniform(-0.5, 0.5, 8_000)
         path.write_bytes(encode(wave, sample_rate=16_000, codec="flac"))
-        where = split if split != "both" else ("train", "test")[i % 2]
+        where = split
+        if split in PARTS:
+            where = PARTS[split][i % len(PARTS[split])]
         rows.append(Row(path, path.stem, (label,), split=where))
     write_shards(rows, folder / "shards", shard_bytes=36_000)
     return folder / "shards"
@@ -58,14 +65,22 @@ def test_auto_leaves_the_test_split_out_and_says_so(small, tmp_path: Path, caplo
     for split, wanted in (("test", {1, 3, 5, 7}), ("all", set(range(8)))):
         stream = open_stream(small(*words, f"data.split={split}", out=tmp_path / "run"))
         assert set(keys_of(stream, 2)) == {f"a{i}" for i in wanted}
-    with pytest.raises(UserError, match="no clip has split 'valid': splits are"):
+    with pytest.raises(
+        UserError, match="no clip has split 'valid': the data has the splits test 4, train 4"
+    ):
         open_stream(small(*words, "data.split=valid", out=tmp_path / "run"))
 
 
-def test_auto_warns_where_no_split_is_called_train(small, tmp_path: Path, caplog) -> None:
+def test_auto_refuses_held_out_splits_alone(small, tmp_path: Path) -> None:
     shards = make_set(tmp_path / "a", clips=4, split="test")
+    with pytest.raises(UserError, match="the splits test 4: none of them is called train"):
+        open_stream(small(f"data.shards={shards}", "data.batch=4", out=tmp_path / "run"))
+
+
+def test_auto_warns_where_no_split_is_called_train(small, tmp_path: Path, caplog) -> None:
+    shards = make_set(tmp_path / "a", clips=4, split="north")
     stream = open_stream(small(f"data.shards={shards}", "data.batch=4", out=tmp_path / "run"))
-    assert [r.levelname for r in caplog.records if "(test) is called train" in r.message] == [
+    assert [r.levelname for r in caplog.records if "(north) is called train" in r.message] == [
         "WARNING"
     ]
     assert "data.split=NAME" in caplog.text
@@ -225,3 +240,72 @@ def test_lost_packed_shards_stop_a_run(small, tmp_path: Path, packed: Path) -> N
         pretrain(small(*words, out=out))
     (line,) = read_jsonl(out / "bad_clips.jsonl")
     assert (line["shard"], line["key"], line["kind"]) == (bad.name, "", "unreadable")
+
+
+def test_audiosets_unbalanced_split_is_taken_and_both_where_told(
+    small, tmp_path: Path, caplog
+) -> None:
+    shards = make_set(tmp_path / "a", clips=6, split="three")
+    words = (f"data.shards={shards}", "data.batch=2")
+    both = "data.split=train-balanced,train-unbalanced"
+    for more, wanted in (((), {1, 4}), ((both,), {0, 1, 3, 4})):
+        with caplog.at_level(logging.INFO, logger="bat"):
+            stream = open_stream(small(*words, *more, out=tmp_path / "run"))
+        assert set(keys_of(stream, 2)) == {f"a{i}" for i in wanted}
+    assert "the 2 clips of split train-unbalanced; data.split=all takes those of" in caplog.text
+    with pytest.raises(UserError, match=r"'train': .*test 2, train-balanced 2, train-unbalanced 2"):
+        open_stream(small(*words, "data.split=train", out=tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noises in folders called by dates."""
+    root = tmp_path_factory.mktemp("recordings")
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        path = root / f"2021-05-0{i % 2 + 1}" / f"{i}.flac"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encode(rng.uniform(-0.5, 0.5, 8_000), sample_rate=16_000, codec="flac"))
+    return root
+
+
+def test_names_of_folders_are_no_labels_unless_told(
+    small, tmp_path: Path, recordings: Path, caplog
+) -> None:
+    words = ("task=folder", f"data.root={recordings}", "data.batch=2", f"data.cache={tmp_path}")
+    stream = open_stream(small(*words, out=tmp_path / "run"))
+    assert stream.index is not None
+    assert stream.index.classes == 0
+    assert stream.describe() == "8 clips (task folder; no labels)"
+    with pytest.raises(UserError, match=r"data.labels=folders takes the names of the folders"):
+        pretrain(small(*words, "online.every=1", out=tmp_path / "none"))
+    told = (*words, "data.labels=folders")
+    stream = open_stream(small(*told, out=tmp_path / "run"))
+    classes = "2 classes: 2021-05-01, 2021-05-02"
+    assert stream.describe() == f"8 clips (task folder; {classes})"
+    run = small(*told, "online.every=1", "online.steps=1", "train.steps=1", out=tmp_path / "run")
+    pretrain(run)
+    log = (tmp_path / "run/train.log").read_text()
+    assert f"online probe: 8 clips, {classes}" in log
+
+
+def test_data_labels_folders_is_for_folders(small, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.labels=folders is for a folder of audio"):
+        open_stream(small("data.labels=folders", out=tmp_path / "run"))
+
+
+def test_online_probes_say_which_classes_cannot_be_learned(small, tmp_path: Path, caplog) -> None:
+    folder = tmp_path / "a"
+    make_set(folder, clips=8)
+    rows = [
+        Row(path, path.stem, ("abABaabc"[i],), split=("train", "train", "train", "test")[i // 2])
+        for i, path in enumerate(sorted((folder / "audio").iterdir()))
+    ]
+    shards = tmp_path / "shards"
+    write_shards(rows, shards, shard_bytes=36_000)
+    words = (f"data.shards={shards}", "online.every=1", "online.steps=1", "train.steps=1")
+    pretrain(small(*words, "data.batch=2", out=tmp_path / "run"))
+    log = (tmp_path / "run/train.log").read_text()
+    assert "online probe: no training clip where they are held out" in log
+    assert "'c' (the only round)" in log
+    assert "'A' and 'a'" in log
