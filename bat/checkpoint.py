@@ -284,7 +284,7 @@ def _of_hub(config: dict[str, Any], file: Path) -> dict[str, Any]:
             "are no whole number of square patches"
         )
     chunk = config.get("chunk_time_patches", 64)
-    if type(chunk) is not int or chunk < 1:
+    if type(chunk) is not int or not 1 <= chunk <= 1 << 20:
         raise UserError(f"{file}: chunk_time_patches={_short(chunk)}: a whole number of patches")
     first = config.get("layer_norm_first", False)
     said = {

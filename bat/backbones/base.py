@@ -217,9 +217,9 @@ def keywords_of(cls: Callable[..., Any], given: Any, what: str) -> dict[str, Any
     return dict(given)
 
 
-def check_fits(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Raise ``UserError`` that lists every missing, unexpected and misshapen name, and what is not
-    floating point. ``module`` may lie on the meta device."""
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """``load_state_dict`` that lists every missing, unexpected and misshapen name, and those that
+    are not floating point, or loads all."""
     own = module.state_dict()
     problems = [f"missing: {n} {tuple(own[n].shape)}" for n in own if n not in state]
     problems += [f"unexpected: {n[:200]} {tuple(state[n].shape)}" for n in state if n not in own]
@@ -237,10 +237,4 @@ def check_fits(module: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
         shown = "\n  ".join(problems[:40])
         more = f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else ""
         raise UserError(f"{what} does not fit this model; nothing was loaded:\n  {shown}{more}")
-
-
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """``load_state_dict`` that loads all that ``module`` has and nothing else; see
-    ``check_fits``."""
-    check_fits(module, state, what)
     module.load_state_dict(dict(state))

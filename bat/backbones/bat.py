@@ -29,7 +29,6 @@ from torch.func import functional_call
 from bat.backbones.base import (
     Backbone,
     Range,
-    check_fits,
     check_settings,
     keywords_of,
     load_strictly,
@@ -95,8 +94,7 @@ class BAT(Backbone):
         if layer_scale is None:
             del checked["layer_scale"]
         check_settings("encoder", checked, SETTINGS)
-        sides = {"grid.time": grid.time, "grid.freq": grid.freq}
-        check_settings("encoder", sides, dict.fromkeys(sides, (int, 1, MAX_TOKENS)))
+        _check_grid(grid)
         if width % heads or width % 4:
             raise UserError(f"encoder: width={width}: a multiple of heads={heads} and of 4")
         self.width, self.depth, self.heads = width, depth, heads
@@ -248,10 +246,7 @@ class BAT(Backbone):
             if not isinstance(grid, list | tuple) or len(grid) != 2:
                 raise UserError("encoder: grid must be two numbers, patches in time and frequency")
             keywords["grid"] = Grid(*grid)
-        with torch.device(
-            "meta"
-        ):  # names and shapes first: nothing is made that is not in the file
-            check_fits(cls(**keywords), state, "the weight file")
+        _check_size(keywords, state)
         model = cls(**keywords)
         mels, rows = model.frontend.n_mels, model.grid.freq * model.patch
         if mels != rows:
@@ -310,6 +305,28 @@ def shape_of(state: Mapping[str, Tensor], *, mels: int = 128) -> dict[str, Any]:
         "pre_norm": "pre_norm.weight" in state,
         "layer_scale": 1.0 if "blocks.0.ls1.s" in state else None,
     }
+
+
+def _check_size(keywords: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Raise ``UserError`` where an encoder of these settings would be far larger than ``state``,
+    before it is built. The exact comparison of names and shapes is ``load_strictly``'s."""
+    sizes = {k: v for k, v in keywords.items() if k in ("width", "depth", "mlp_ratio")}
+    check_settings("encoder", sizes, SETTINGS)
+    width, grid = sizes["width"], keywords["grid"]
+    _check_grid(grid)
+    block = (4 + 2 * sizes.get("mlp_ratio", 4.0)) * width**2
+    numbers = int(sizes["depth"] * block + grid.tokens * width)
+    held = sum(t.numel() for t in state.values())
+    if numbers > 4 * held + (1 << 24):
+        raise UserError(
+            f"encoder: depth={sizes['depth']}, width={width}, {grid.tokens} patches: about "
+            f"{numbers} numbers, and the weight file holds {held}: it does not fit"
+        )
+
+
+def _check_grid(grid: Grid) -> None:
+    sides = {"grid.time": grid.time, "grid.freq": grid.freq}
+    check_settings("encoder", sides, dict.fromkeys(sides, (int, 1, MAX_TOKENS)))
 
 
 def _usual_heads(width: int) -> int:

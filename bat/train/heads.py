@@ -10,10 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
-from bat.backbones.base import Backbone, Range, check_fits, check_settings
+from bat.backbones.base import Backbone, Range, check_settings, load_strictly
 from bat.checkpoint import (
     CONFIG,
     WEIGHTS,
@@ -30,7 +29,7 @@ FORMAT, VERSION = "bat-head", 1
 HOW = {"kernel"}
 """Settings that say how a head is computed, not what: not written, so it loads on any machine."""
 SHAPE: dict[str, Range] = {
-    "classes": (int, 1, 1 << 20),
+    "classes": (int, 1, 1 << 17),
     "width": (int, 1, 16_384),
     "depth": (int, 1, 512),
     "has_cls": bool,
@@ -39,8 +38,8 @@ SHAPE: dict[str, Range] = {
 """What every probe is given, and what it may be."""
 SETTINGS: dict[str, Range] = {
     **SHAPE,
-    **dict.fromkeys(("prototypes", "per_class", "hidden"), (int, 1, 1 << 24)),
-    **dict.fromkeys(("attention_heads", "pool_queries", "queries"), (int, 1, 1 << 16)),
+    **dict.fromkeys(("prototypes", "per_class", "hidden"), (int, 1, 1 << 18)),
+    **dict.fromkeys(("attention_heads", "pool_queries", "queries"), (int, 1, 1 << 12)),
     **dict.fromkeys(("lasso", "orthogonality"), (float, 0, 1e9)),
     "dropout": (float, 0, 0.999),
     "norm": bool,
@@ -105,16 +104,11 @@ def load_head(
     given = {k: v for k, v in settings.items() if k in SETTINGS}
     given = {k: v for k, v in given.items() if v is not None or k not in OR_NULL}
     check_settings(str(folder / CONFIG), given, SETTINGS)
-    state = read_tensors(folder / WEIGHTS)
-    check_numbers(state, str(folder / WEIGHTS))
     try:
-        with torch.device(
-            "meta"
-        ):  # names and shapes first: nothing is made that is not in the file
-            planned = build_probe(name, **settings, encoder=encoder)
+        probe = build_probe(name, **settings, encoder=encoder)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder / CONFIG}: no {name} can be built from it: {error}") from error
-    check_fits(planned, state, str(folder / WEIGHTS))
-    probe = build_probe(name, **settings, encoder=encoder)
-    probe.load_state_dict(state)
+    state = read_tensors(folder / WEIGHTS)
+    check_numbers(state, str(folder / WEIGHTS))
+    load_strictly(probe, state, str(folder / WEIGHTS))
     return probe.eval(), config
