@@ -80,6 +80,11 @@ def resolve(path: str | Path) -> Path:
     raise UserError(f"{path} holds no {WEIGHTS}, nor does its export/ folder{hint}")
 
 
+def is_export(path: Path) -> bool:
+    """Whether ``path``, as ``resolve`` gives it, is an export of bat's own."""
+    return path.is_dir() and read_json(path / CONFIG).get("format") == FORMAT
+
+
 def read_encoder(path: str | Path, weights: Which = "student") -> EncoderFile:
     """Read one encoder. ``weights`` picks student or teacher where a file holds both.
 
