@@ -21,17 +21,21 @@ def load_encoder(
 ) -> Backbone:
     """Load an encoder, ours or the field's, strictly, in eval mode on the CPU.
 
-    ``path``: a run or export folder, or a weight file of SPEC section 7 (the paper's files,
-    EAT / SSLAM). ``weights``: ``student`` or ``teacher`` (EMA), where a file holds both.
-    ``heads``: for a file that does not say; default width / 64.
-    Raises ``bat.shapes.UserError`` (a ValueError) naming every missing or unexpected weight.
+    ``path``: a run, export or hub folder, or a weight file (the paper's, EAT's, SSLAM's).
+    ``weights``: ``student`` or ``teacher`` (EMA), where a file holds both. ``heads``: for a file
+    that does not say; default width / 64.
+    Raises ``bat.shapes.UserError`` (a ValueError) naming every missing or unexpected weight, those
+    that are no numbers, and settings out of their range.
 
     >>> encoder = bat.load_encoder("runs/pretrain-toy")     # doctest: +SKIP
     >>> features = encoder(waveform)                        # (B, S) -> Features
     """
     from bat.backbones.base import load_backbone
-    from bat.checkpoint import read_encoder
+    from bat.checkpoint import check_numbers, read_encoder
 
     file = read_encoder(path, weights)  # type: ignore[arg-type]
     cls = load_backbone(file.backbone, trusted=False)
-    return cls.from_weights(file.state, config=file.config, heads=heads).eval()
+    heads = file.heads if heads is None else heads
+    encoder = cls.from_weights(file.state, config=file.config, heads=heads).eval()
+    check_numbers(encoder.state_dict(), str(path))
+    return encoder

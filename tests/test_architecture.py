@@ -21,8 +21,6 @@ TIER = {
     "nn": 2,
     "audio": 2,
     "tasks": 2,
-    "restricted": 2,
-    "inert": 1,
     "redact": 1,
     "shapes": 1,
 }

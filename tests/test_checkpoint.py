@@ -1,16 +1,23 @@
-"""Every weight file of SPEC section 7: read strictly, same features; exports; refusals."""
+"""Every kind of weight file: read strictly, same features; exports; refusals."""
 
+import argparse
+import collections
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from torch import Tensor
 
 import bat
 from bat import checkpoint
 from bat.backbones.bat import BAT
-from bat.backbones.eat import EAT
+from bat.backbones.eat import EAT, NAMES, PREFIX
 from bat.shapes import Grid, UserError
 from tests.golden_files import Golden
 
@@ -178,7 +185,7 @@ def test_a_folder_without_weights_says_what_it_lacks(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_encoder_says_what_it_holds(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "w.pt")
-    with pytest.raises(UserError, match=r"no student encoder.*fc\.weight"):
+    with pytest.raises(UserError, match=r"no encoder that is known.*fc\.weight"):
         bat.load_encoder(tmp_path / "w.pt")
 
 
@@ -187,4 +194,370 @@ def test_a_config_that_is_no_json_is_named(tmp_path: Path, text: str) -> None:
     write_export(tmp_path)
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json is missing or not JSON"):
+        bat.load_encoder(tmp_path)
+
+
+def eat(seed: int = 0) -> EAT:
+    torch.manual_seed(seed)
+    model = EAT(width=64, depth=2, heads=1, grid=Grid(64, 8)).eval()
+    with torch.no_grad():  # a table that no formula gives: it must be the file's
+        model.pos_embed += torch.randn_like(model.pos_embed)
+    return model
+
+
+def fairseq_names(model: EAT, rows: int = 512) -> dict[str, Any]:
+    """The encoder as fairseq names it, its position table ``rows`` long."""
+    theirs = {own: PREFIX + name for name, own in NAMES.items()}
+    state = {theirs.get(n, n): t for n, t in model.state_dict().items()}
+    table = PREFIX + "fixed_positional_encoder.positions"
+    state[table] = torch.cat([state[table], torch.randn(1, rows - 512, 64)], dim=1)
+    return state
+
+
+def pretraining_file(path: Path, rows: int = 512, **others: Any) -> tuple[EAT, EAT]:
+    """A pre-training file of EAT's or SSLAM's as fairseq writes it; its student and its teacher."""
+    student, teacher = eat(0), eat(1)
+    state: dict[str, Any] = collections.OrderedDict(fairseq_names(student, rows))
+    for name in ("decoder.blocks.0.0", "decoder.proj"):
+        state |= {f"{PREFIX}{name}.weight": torch.ones(3, 3), f"{PREFIX}{name}.bias": torch.ones(3)}
+    state |= others
+    state["_ema"] = fairseq_names(teacher, rows)
+    held = {
+        "cfg": {"model": argparse.Namespace(lr=np.float64(1)), "seen": {1, 2}},
+        "args": argparse.Namespace(depth=12, out=Path("x")),
+        "model": state,
+        "criterion": collections.OrderedDict(),
+        "optimizer_history": [{"num_updates": 7, "lr": np.float32(0.1)}],
+        "task_state": collections.defaultdict(list, {"a": [1]}),
+        "extra_state": {"metrics": [(0, np.ones(3))]},
+        "last_optimizer_state": {"state": {0: {"exp_avg": torch.ones(9)}}, "param_groups": []},
+    }
+    torch.save(held, path)
+    return student, teacher
+
+
+def same_weights(found: torch.nn.Module, wanted: torch.nn.Module) -> bool:
+    ours, theirs = found.state_dict(), wanted.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+@pytest.mark.parametrize("rows", [512, 6144])
+def test_a_pretraining_file_of_fairseq_gives_student_and_teacher(tmp_path: Path, rows: int) -> None:
+    others = {name: torch.ones(2) for name in ("center", "recon_proj.weight", "cls_proj.bias")}
+    others["shared_decoder.blocks.0.0.weight"] = torch.ones(2)
+    student, teacher = pretraining_file(tmp_path / "EAT.pt", rows, **others)
+    found = bat.load_encoder(tmp_path / "EAT.pt")
+    assert isinstance(found, EAT)
+    assert same_weights(found, student)
+    assert same_weights(bat.load_encoder(tmp_path / "EAT.pt", weights="teacher"), teacher)
+
+
+def test_an_eat_file_with_parts_that_this_encoder_lacks_is_refused(tmp_path: Path) -> None:
+    for name in ("alibi_scale", "context_encoder.blocks.0.norm1.weight"):
+        pretraining_file(tmp_path / "EAT.pt", **{PREFIX + name: torch.ones(2)})
+        with pytest.raises(UserError, match=f"unexpected: .*{name}"):
+            bat.load_encoder(tmp_path / "EAT.pt")
+
+
+@pytest.mark.parametrize("below", ["", "model."])  # where the classifier lies
+def test_a_fine_tuned_file_of_fairseq(
+    tmp_path: Path, below: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {f"model.{n}": t for n, t in fairseq_names(eat()).items()}
+    for name in ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"):
+        state[below + name] = torch.ones(3)
+    torch.save({"args": argparse.Namespace(), "model": state}, tmp_path / "w.pt")
+    assert same_weights(bat.load_encoder(tmp_path / "w.pt"), eat())
+    assert "took 'model.' off all" in caplog.text
+    assert f"set aside, no part of the encoder: {below}fc_norm.weight" in caplog.text
+    with pytest.raises(UserError, match="no teacher"):
+        bat.load_encoder(tmp_path / "w.pt", weights="teacher")
+
+
+def eat_hub(folder: Path, **config: Any) -> None:
+    names = {own: name.replace("context_encoder.norm", "pre_norm") for name, own in NAMES.items()}
+    state = {f"model.{names.get(n, n)}": t for n, t in eat().state_dict().items()}
+    folder.mkdir(exist_ok=True)
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    config = {"model_type": "eat", "model_variant": "pretrain", "num_heads": 2, **config}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_hub_folder_of_eat(tmp_path: Path) -> None:
+    eat_hub(tmp_path)
+    found = bat.load_encoder(tmp_path)
+    assert isinstance(found, EAT)
+    assert same_weights(found, eat())
+    assert found.heads == 2  # its config's, not width / 64
+    eat_hub(tmp_path, layer_norm_first=True)
+    with pytest.raises(UserError, match=r"another encoder .* layer_norm_first=True \(here False\)"):
+        bat.load_encoder(tmp_path)
+    eat_hub(tmp_path, num_heads="many")
+    with pytest.raises(UserError, match="heads='many': a whole number"):
+        bat.load_encoder(tmp_path)
+
+
+HUB = {
+    **{"model_type": "bat", "input_shape": [64, 128], "patch_size": [16, 16], "hidden_size": 64},
+    **{"num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 4, "qkv_bias": True},
+    **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0},
+    **{"layer_norm_eps": 1e-6, "pre_norm": True, "layer_norm_first": False},
+    **{"init_scale_values": None, "use_gate": True, "pos_trainable": False},
+    **{"chunk_time_patches": 64, "sample_rate": 16000, "n_fft": 1024, "hop_length": 160},
+    **{"n_mels": 128, "f_min": 0, "top_db": 80},
+    "feature_normalization": "per_sample_minmax_after_db",
+}
+
+
+def bat_hub(folder: Path, **config: Any) -> Path:
+    if not (folder / "model.safetensors").exists():
+        safetensors.torch.save_file(tiny(0).state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**HUB, **config}))
+    return folder
+
+
+def test_the_papers_hub_folder(tmp_path: Path) -> None:
+    found = bat.load_encoder(bat_hub(tmp_path))
+    assert same_weights(found, tiny(0))
+    assert (found.heads, found.grid) == (2, Grid(4, 8))
+    x = torch.rand(1, 1, 64, 128)
+    assert torch.equal(found.features(x).patches, tiny(0).features(x).patches)
+    longer = bat.load_encoder(bat_hub(tmp_path, input_shape=[1024, 128], chunk_time_patches=4))
+    assert longer.grid == Grid(4, 8)
+    rated = bat.load_encoder(bat_hub(tmp_path, drop_path_rate=0.1, hop_length=80))
+    assert rated.config()["drop_path"] == 0.1
+    assert rated.frontend.hop_length == 80
+
+
+OTHER = {"model_type": "vit", "qkv_bias": False, "hidden_dropout_prob": 0.1, "layer_norm_eps": 1e-5}
+OTHER |= {"attention_probs_dropout_prob": 0.1, "pos_trainable": True, "f_min": 20, "top_db": 120}
+OTHER |= {"feature_normalization": "none", "input_shape": [64, 100], "patch_size": [16, 8]}
+OTHER |= {"num_hidden_layers": 3, "use_gate": False, "pre_norm": False, "num_attention_heads": 0}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_hub_folder_of_another_encoder_is_refused(tmp_path: Path, name: str) -> None:
+    for value in [OTHER.get(name, "x"), "x", -1, [], {}, float("nan"), 10**300, [1 << 60, 128]]:
+        with pytest.raises(UserError) as caught:
+            bat.load_encoder(bat_hub(tmp_path, **{name: value}))
+        assert len(str(caught.value)) < 4000
+    if name in ("input_shape", "patch_size", "hidden_size"):
+        config = {k: v for k, v in HUB.items() if k != name}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=f"does not say {name}"):
+            bat.load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "model.", "encoder.", "backbone.", "module._orig_mod.model.encoder."],
+)
+def test_a_prefix_of_all_names_is_taken_off_and_said(
+    tmp_path: Path, prefix: str, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {prefix + n: t for n, t in tiny(0).state_dict().items()}
+    path = tmp_path / f"w.{suffix}"
+    if suffix == "pt":  # as Lightning saves it
+        torch.save({"epoch": 1, "state_dict": state, "optimizer_states": [{"state": {}}]}, path)
+    else:
+        safetensors.torch.save_file(state, path)
+    assert same_weights(bat.load_encoder(path), tiny(0))
+    assert f"took '{prefix}' off all {len(state)} names" in caplog.text
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_wrapped_student_and_teacher(tmp_path: Path, wrapper: str) -> None:
+    both = {f"{wrapper}student.encoder.{n}": t for n, t in tiny(0).state_dict().items()}
+    both |= {f"{wrapper}teacher.encoder.{n}": t for n, t in tiny(1).state_dict().items()}
+    torch.save(both, tmp_path / "w.pt")
+    assert same_weights(bat.load_encoder(tmp_path / "w.pt"), tiny(0))
+    assert same_weights(bat.load_encoder(tmp_path / "w.pt", weights="teacher"), tiny(1))
+    inner = {
+        f"student.encoder.{wrapper}{n}": t for n, t in tiny(0).state_dict().items()
+    }  # compiled by itself
+    torch.save(inner, tmp_path / "w.pt")
+    assert same_weights(bat.load_encoder(tmp_path / "w.pt"), tiny(0))
+
+
+def remedy(message: str) -> str:
+    """The line of Python in ``message``."""
+    found = re.search(r"torch\.save\(.*'encoder\.pt'\)", message)
+    assert found, message
+    return found[0]
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_an_encoder_among_other_weights_is_refused_with_a_remedy_that_works(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {f"net.{n}": t for n, t in tiny(0).state_dict().items()}
+    state["projector.weight"] = torch.ones(2)
+    path = tmp_path / f"w.{suffix}"
+    if suffix == "pt":
+        torch.save({"state_dict": state}, path)
+    else:
+        safetensors.torch.save_file(state, path)
+    with pytest.raises(UserError, match=r"under 'net\.', beside projector\.weight") as caught:
+        bat.load_encoder(path)
+    monkeypatch.chdir(tmp_path)
+    exec(remedy(str(caught.value)), {"torch": torch, "safetensors": safetensors})
+    assert same_weights(bat.load_encoder("encoder.pt"), tiny(0))
+
+
+def test_several_encoders_are_refused_with_a_remedy_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(
+        {"model": tiny(0).state_dict(), "model_ema": tiny(1).state_dict()}, tmp_path / "w.pt"
+    )
+    with pytest.raises(UserError, match="several encoders, 'model', 'model_ema'") as caught:
+        bat.load_encoder(tmp_path / "w.pt")
+    monkeypatch.chdir(tmp_path)
+    exec(remedy(str(caught.value)), {"torch": torch})
+    assert same_weights(bat.load_encoder("encoder.pt"), tiny(0))
+    two = {f"a.{n}": t for n, t in tiny(0).state_dict().items()}
+    two |= {f"b.{n}": t for n, t in tiny(1).state_dict().items()}
+    torch.save(two, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"under 'a\.' or 'b\.'\. Save the one you mean"):
+        bat.load_encoder(tmp_path / "w.pt")
+
+
+def test_golden_beats_file_is_named(golden: Path) -> None:
+    with pytest.raises(UserError, match="a BEATs encoder, which this bat does not read"):
+        bat.load_encoder(golden / "checkpoint_beats_tiny.pt")
+
+
+def test_golden_training_file_says_its_heads(golden: Path) -> None:
+    assert bat.load_encoder(golden / "checkpoint_official_tiny.pt").heads == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (lambda t: t.long(), r"type: blocks\.1\.norm1\.weight is torch\.int64, not floating"),
+        (lambda t: t.bool(), r"type: blocks\.1\.norm1\.weight is torch\.bool, not floating"),
+        (lambda t: t * 1j, r"type: blocks\.1\.norm1\.weight is torch\.complex64, not floating"),
+        (lambda t: t * float("nan"), r"NaN or infinity in blocks\.1\.norm1\.weight"),
+        (lambda t: t.double() * 1e300, r"NaN or infinity in blocks\.1\.norm1\.weight"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused_by_name(
+    tmp_path: Path, value: Any, said: str
+) -> None:
+    state = tiny(0).state_dict()
+    state["blocks.1.norm1.weight"] = value(state["blocks.1.norm1.weight"])
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=said):
+        bat.load_encoder(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions_become_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.save({n: t.to(dtype) for n, t in tiny(0).state_dict().items()}, tmp_path / "w.pt")
+    found = bat.load_encoder(tmp_path / "w.pt").cls_token
+    assert found.dtype == torch.float32
+    assert torch.equal(found, tiny(0).cls_token.to(dtype).float())
+
+
+def replaced(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    return {**tiny(0).state_dict(), name: tensor}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        *((f"blocks.{n}.norm1.weight", torch.ones(64)) for n in (99999999999, 10**6, 3, "x", "-1")),
+        *(("cls_token", t) for t in (torch.ones(()), torch.ones(64), torch.ones(1, 1, 0))),
+        ("cls_token", torch.ones(1, 1, 65)),
+        ("pos_embed", torch.ones(512)),
+        ("pos_embed", torch.ones(1, 31, 64)),
+        ("patch_embed.proj.weight", torch.ones(64, 1, 0, 0)),
+        ("patch_embed.proj.weight", torch.ones(64, 1, 129, 129)),
+        ("patch_embed.proj.weight", torch.ones(64)),
+        ("blocks.0.mlp.fc1.weight", torch.ones(())),
+        ("blocks.0.mlp.fc1.weight", torch.ones(64 * 65, 64)),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused_before_anything_is_built(
+    tmp_path: Path, name: str, tensor: Tensor
+) -> None:
+    torch.save(replaced(name, tensor), tmp_path / "w.pt")
+    with pytest.raises(UserError):
+        bat.load_encoder(tmp_path / "w.pt")
+
+
+ENCODER: dict[str, Any] = {
+    **BAT(width=64, depth=2, heads=2, grid=Grid(4, 8)).config(),
+    "frontend": {
+        **{"kind": "bat", "sample_rate": 16000, "n_fft": 1024, "hop_length": 160},
+        **{"n_mels": 128, "pad": "spectrogram", "statistics": "audioset"},
+    },
+}
+WRONG = [None, "x", "", -1, 0, 0.5, 2.0, 10**7, 1 << 30, 1 << 62, 10**300, -(10**300)]
+WRONG += [float("nan"), float("inf"), [], {}, [1, 2], {"a": 1}, True, 5]
+GOOD: dict[str, list[Any]] = {
+    **{"drop_path": [0, 0.5], "layer_scale": [None], "frontend": [None, {}]},
+    **{"gate": [True], "pre_norm": [True], "hop_length": [5], "frontend.n_fft": [2]},
+    **{"frontend.hop_length": [5], "heads": [None]},
+}
+"""Of ``WRONG``, what these settings may be."""
+
+
+@pytest.mark.parametrize("name", [*ENCODER, *(f"frontend.{n}" for n in ENCODER["frontend"])])
+def test_every_setting_of_an_export_has_a_type_and_a_range(tmp_path: Path, name: str) -> None:
+    write_export(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    place, _, last = name.rpartition(".")
+    for value in WRONG:
+        config = json.loads(text)
+        config["encoder"] = json.loads(json.dumps(ENCODER))
+        (config["encoder"]["frontend"] if place else config["encoder"])[last] = value
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if any(type(value) is type(good) and value == good for good in GOOD.get(name, [])):
+            bat.load_encoder(tmp_path)
+            continue
+        with pytest.raises(UserError) as caught:
+            bat.load_encoder(tmp_path)
+        assert len(str(caught.value)) < 4000
+
+
+@pytest.mark.parametrize("name", ["format", "version", "backbone", "encoder"])
+def test_every_field_of_an_export_is_held_to_its_type(tmp_path: Path, name: str) -> None:
+    write_export(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for value in WRONG:
+        (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
+        with pytest.raises(UserError) as caught:
+            bat.load_encoder(tmp_path)
+        assert len(str(caught.value)) < 4000
+
+
+def test_unknown_and_absent_settings_are_named(tmp_path: Path) -> None:
+    write_export(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, said in (
+        ({"dpeth": 2}, "dpeth: not known .*depth"),
+        ({"frontend": {"hop": 2}}, "frontend: hop: not known .*hop_length"),
+        ({"frontend": {"n_mels": 64}}, "n_mels=64 of the front end, 128 mel bins of the patch"),
+        ({"grid": [4]}, "grid must be two numbers"),
+        ({"heads": 3}, "width=64: a multiple of heads=3"),
+        ({"frontend": {"kind": "eat", "n_fft": 512}}, "windows of 25 ms"),
+        ({"frontend": {"statistics": "hsn"}}, "front end 'bat' uses none"),
+    ):
+        encoder = {**config["encoder"], **change}
+        (tmp_path / "config.json").write_text(json.dumps({**config, "encoder": encoder}))
+        with pytest.raises(UserError, match=said):
+            bat.load_encoder(tmp_path)
+    for name in ("width", "depth", "grid", "patch"):
+        encoder = {k: v for k, v in config["encoder"].items() if k != name}
+        (tmp_path / "config.json").write_text(json.dumps({**config, "encoder": encoder}))
+        with pytest.raises(UserError, match=f"{name} not given"):
+            bat.load_encoder(tmp_path)
+
+
+def test_a_huge_config_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_export(tmp_path)
+    monkeypatch.setattr(checkpoint, "MAX_JSON", 100)
+    with pytest.raises(UserError, match="larger than 100 bytes"):
         bat.load_encoder(tmp_path)

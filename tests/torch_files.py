@@ -10,14 +10,7 @@ from typing import Any
 
 import torch
 
-from bat import restricted
-
 FORMATS = [True, False]  # zip, legacy
-STACK_GLOBAL, REDUCE, BUILD, EMPTY_DICT = b"\x93", b"R", b"b", b"}"
-
-
-def text(value: str) -> bytes:
-    return b"\x8c" + bytes([len(value)]) + value.encode()
 
 
 def saved(path: Path, held: Any, zipped: bool = True) -> Path:
@@ -25,17 +18,11 @@ def saved(path: Path, held: Any, zipped: bool = True) -> Path:
     return path
 
 
-def with_pickle(path: Path, data: bytes, *, zipped: bool = True) -> Path:
+def with_pickle(path: Path, data: bytes) -> Path:
     """A torch file around ``data`` as its pickle."""
-    if zipped:
-        with zipfile.ZipFile(path, "w") as file:
-            file.writestr("archive/data.pkl", data)
-            file.writestr("archive/version", "3\n")
-    else:
-        about = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
-        head = [restricted.MAGIC, restricted.PROTOCOL, about]
-        parts = [pickle.dumps(x, protocol=2) for x in head]
-        path.write_bytes(b"".join([*parts, data, pickle.dumps([], protocol=2)]))
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", data)
+        file.writestr("archive/version", "3\n")
     return path
 
 
@@ -49,13 +36,8 @@ class Calls:
         return self.function, self.args
 
 
-def opcodes(*parts: bytes) -> bytes:
-    return b"\x80\x04" + b"".join(parts) + b"."
-
-
 def rebuilt(offset: int, size: tuple[int, ...], stride: tuple[int, ...], count: int = 4) -> bytes:
-    """A pickle of a tensor over a storage of ``count`` floats, with numbers of our choice."""
-
+    """A pickle of ``{"x": tensor}`` over a storage of ``count`` floats."""
     from torch._utils import _rebuild_tensor_v2
 
     class Storage:
@@ -68,7 +50,7 @@ def rebuilt(offset: int, size: tuple[int, ...], stride: tuple[int, ...], count: 
 
     out = io.BytesIO()
     pickler = Pickler(out, protocol=2)
-    pickler.dump(Calls(_rebuild_tensor_v2, Storage(), offset, size, stride, False, {}))
+    pickler.dump({"x": Calls(_rebuild_tensor_v2, Storage(), offset, size, stride, False, {})})
     return out.getvalue()
 
 
@@ -76,18 +58,5 @@ def torch_file(path: Path, data: bytes, storage: bytes) -> Path:
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", data)
         file.writestr("archive/data/0", storage)
+        file.writestr("archive/version", "3\n")
     return path
-
-
-def doubling(times: int = 60) -> bytes:
-    """Tuples of twice the one before: 2^60 places for who hashes, prints or walks them all."""
-    return b")" + b"2\x86" * times
-
-
-def called(name: str, *args: bytes) -> bytes:
-    module, _, name = name.rpartition(".")
-    return text(module) + text(name) + STACK_GLOBAL + b"(" + b"".join(args) + b"t" + REDUCE
-
-
-def storage(key: bytes, kind: bytes = b"ctorch\nFloatStorage\n") -> bytes:
-    return b"(" + text("storage") + kind + key + text("cpu") + b"K\x01tQ"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -107,12 +108,35 @@ def make_frontend(
     pad: Literal["spectrogram", "waveform"] = "spectrogram",
     statistics: str = "audioset",
 ) -> nn.Module:
-    """The front end ``kind``: ``bat`` (LogMel) or a legacy Kaldi one, ``eat`` or ``beats``."""
+    """The front end ``kind``: ``bat`` (LogMel) or a legacy Kaldi one, ``eat`` or ``beats``.
+
+    Raises ``UserError`` for a setting of another type or out of its range.
+    """
+    check_settings(
+        "frontend",
+        {"sample_rate": sample_rate, "n_fft": n_fft, "hop_length": hop_length, "n_mels": n_mels},
+        {
+            "sample_rate": (int, 1000, 768_000),
+            "n_fft": (int, 2, 32_768),
+            "hop_length": (int, 1, 65_536),
+            "n_mels": (int, 1, 1024),
+        },
+    )
+    for name, value in (("kind", kind), ("pad", pad), ("statistics", statistics)):
+        if not isinstance(value, str):
+            raise UserError(f"frontend: {name} must be text, not a {type(value).__name__}")
     if kind == "bat":
+        if statistics != "audioset":
+            raise UserError(f"frontend: statistics={statistics}: the front end 'bat' uses none")
         return LogMel(
             sample_rate=sample_rate, n_fft=n_fft, hop_length=hop_length, n_mels=n_mels, pad=pad
         )
     if kind in ("eat", "beats"):
+        if (n_fft, hop_length) != (1024, 160):
+            raise UserError(
+                f"frontend: n_fft={n_fft}, hop_length={hop_length}: '{kind}' has windows of 25 ms "
+                "every 10 ms; leave both away"
+            )
         return KaldiFbank(
             kind=kind, statistics=statistics, sample_rate=sample_rate, n_mels=n_mels, pad=pad
         )
@@ -146,15 +170,68 @@ def load_backbone(name: str, *, trusted: bool = True) -> type[Backbone]:
     return importlib.import_module(f"bat.backbones.{name}").BACKBONE
 
 
+Range = type[bool] | tuple[str, ...] | tuple[type[int] | type[float], float, float]
+"""What a setting may be: true or false, one of some words, or a number from least to most."""
+
+
+def check_settings(what: str, given: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+    """Raise ``UserError`` for each setting that ``ranges`` does not have, or is out of its range.
+
+    ``what``: whose settings they are, for the message.
+    """
+    problems = []
+    for name, value in given.items():
+        allowed = ranges.get(name)
+        if allowed is None:
+            problems.append(f"{name[:100]} is not known ({', '.join(ranges)})")
+        elif allowed is bool:
+            if not isinstance(value, bool):
+                problems.append(f"{name}={_shown(value)}: true or false")
+        elif isinstance(allowed, tuple) and isinstance(allowed[0], str):
+            if not isinstance(value, str) or value not in allowed:
+                problems.append(f"{name}={_shown(value)}: one of {', '.join(map(str, allowed))}")
+        else:
+            kind, least, most = allowed
+            if type(value) not in (int, kind) or not least <= value <= most:
+                noun = "a whole number" if kind is int else "a number"
+                problems.append(f"{name}={_shown(value)}: {noun} from {least} to {most}")
+    if problems:
+        raise UserError(f"{what}: {'; '.join(problems)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return "a huge number"
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def keywords_of(cls: Callable[..., Any], given: Any, what: str) -> dict[str, Any]:
+    """``given``, if it is a mapping of keywords that ``cls`` takes. Raises ``UserError``."""
+    known = inspect.signature(cls).parameters
+    if not isinstance(given, Mapping):
+        raise UserError(f"{what} is a {type(given).__name__}, not settings by name")
+    unknown = [str(name)[:100] for name in given if name not in known]
+    if unknown:
+        raise UserError(f"{what}: {', '.join(unknown[:10])}: not known ({', '.join(known)})")
+    return dict(given)
+
+
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """``load_state_dict`` that lists every missing, unexpected and misshapen name, or loads all."""
+    """``load_state_dict`` that lists every missing, unexpected and misshapen name, and those that
+    are not floating point, or loads all."""
     own = module.state_dict()
     problems = [f"missing: {n} {tuple(own[n].shape)}" for n in own if n not in state]
-    problems += [f"unexpected: {n} {tuple(state[n].shape)}" for n in state if n not in own]
+    problems += [f"unexpected: {n[:200]} {tuple(state[n].shape)}" for n in state if n not in own]
     problems += [
         f"shape: {n} is {tuple(state[n].shape)} in the file, {tuple(own[n].shape)} here"
         for n in own
         if n in state and own[n].shape != state[n].shape
+    ]
+    problems += [
+        f"type: {n} is {t.dtype}, not floating point"
+        for n, t in state.items()
+        if n in own and not t.is_floating_point()
     ]
     if problems:
         shown = "\n  ".join(problems[:40])

@@ -17,15 +17,23 @@ alike and drops out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bat.backbones.base import Backbone, load_strictly, make_frontend
+from bat.backbones.base import (
+    Backbone,
+    Range,
+    check_settings,
+    keywords_of,
+    load_strictly,
+    make_frontend,
+)
 from bat.nn.attention import Backend, take
 from bat.nn.block import EPS, Block, init_linears
 from bat.nn.decoder import TOKEN_STD
@@ -34,6 +42,22 @@ from bat.shapes import Features, Grid, UserError, Views
 
 HEAD_WIDTH = 64
 """Channels a head where a file does not say its number of heads."""
+MAX_DEPTH, MAX_TOKENS = 512, 1 << 20
+SETTINGS: dict[str, Range] = {
+    "width": (int, 4, 16_384),
+    "depth": (int, 1, MAX_DEPTH),
+    "heads": (int, 1, 1024),
+    "patch": (int, 1, 512),
+    "mlp_ratio": (float, 0.01, 64),
+    "gate": bool,
+    "norm_order": ("post", "pre"),
+    "pre_norm": bool,
+    "layer_scale": (float, -1e6, 1e6),
+    "pos_layout": get_args(PosLayout),
+    "drop_path": (float, 0, 0.999),
+    "attention": get_args(Backend),
+}
+"""What each setting but ``grid`` and ``frontend`` may be; ``layer_scale`` may be None besides."""
 
 
 class BAT(Backbone):
@@ -60,12 +84,23 @@ class BAT(Backbone):
         attention: Backend = "auto",
         frontend: dict[str, Any] | None = None,
     ) -> None:
-        """``grid``: patches of one chunk. ``frontend``: keywords of ``make_frontend``."""
+        """``grid``: patches of one chunk. ``frontend``: keywords of ``make_frontend``.
+
+        Raises ``UserError`` for a setting of another type or out of its range (``SETTINGS``).
+        """
         super().__init__()
         self._config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        checked = {k: v for k, v in self._config.items() if k in SETTINGS}
+        if layer_scale is None:
+            del checked["layer_scale"]
+        check_settings("encoder", checked, SETTINGS)
+        _check_grid(grid)
+        if width % heads or width % 4:
+            raise UserError(f"encoder: width={width}: a multiple of heads={heads} and of 4")
         self.width, self.depth, self.heads = width, depth, heads
         self.patch, self.grid = patch, grid
-        self.frontend = make_frontend(**(frontend or {}))
+        frontend = {} if frontend is None else frontend
+        self.frontend = make_frontend(**keywords_of(make_frontend, frontend, "frontend"))
         self.sample_rate = int(self.frontend.sample_rate)  # type: ignore[arg-type]
         self.patch_embed = PatchEmbed(patch, width)
         self.register_buffer("pos_embed", position_code(width, grid, pos_layout))  # (1, N, D)
@@ -78,7 +113,7 @@ class BAT(Backbone):
                 mlp_ratio=mlp_ratio,
                 gate=gate,
                 norm_order=norm_order,
-                layer_scale=layer_scale,
+                layer_scale=None if layer_scale is None else float(layer_scale),
                 attention=attention,
             )
             for _ in range(depth)
@@ -198,16 +233,26 @@ class BAT(Backbone):
         cls, state: Mapping[str, Tensor], *, config: dict[str, Any] | None, heads: int | None
     ) -> Self:
         """Strictly from a state dict of the paper's names; see ``Backbone.from_weights``."""
-        keywords = dict(config) if config is not None else shape_of(state)
+        keywords = shape_of(state) if config is None else keywords_of(BAT, config, "encoder")
+        absent = [n for n in ("width", "depth", "grid", "patch") if n not in keywords]
+        if absent:
+            raise UserError(f"encoder: {', '.join(absent)} not given: the settings are incomplete")
         if heads is not None:
             keywords["heads"] = heads
-        keywords["heads"] = keywords.get("heads") or _usual_heads(keywords["width"])
-        if keywords["width"] % keywords["heads"]:
-            raise UserError(
-                f"heads={keywords['heads']} does not divide the file's width {keywords['width']}"
-            )
+        if keywords.get("heads") is None:
+            keywords["heads"] = _usual_heads(keywords["width"])
         grid = keywords["grid"]
-        model = cls(**{**keywords, "grid": grid if isinstance(grid, Grid) else Grid(*grid)})
+        if not isinstance(grid, Grid):
+            if not isinstance(grid, list | tuple) or len(grid) != 2:
+                raise UserError("encoder: grid must be two numbers, patches in time and frequency")
+            keywords["grid"] = Grid(*grid)
+        _check_size(keywords, state)
+        model = cls(**keywords)
+        mels, rows = model.frontend.n_mels, model.grid.freq * model.patch
+        if mels != rows:
+            raise UserError(
+                f"encoder: n_mels={mels} of the front end, {rows} mel bins of the patch grid"
+            )
         load_strictly(model, state, "the weight file")
         return model
 
@@ -226,17 +271,33 @@ def shape_of(state: Mapping[str, Tensor], *, mels: int = 128) -> dict[str, Any]:
 
     A position table longer than a whole number of time patches is an error of ``load_strictly``.
     """
-    needed = ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"]
+    needed = {
+        "cls_token": 3,
+        "pos_embed": 3,
+        "patch_embed.proj.weight": 4,
+        "blocks.0.mlp.fc1.weight": 2,
+    }
     absent = [n for n in needed if n not in state]
     if absent:
-        found = ", ".join(list(state)[:8]) or "nothing"
+        found = ", ".join(n[:100] for n in list(state)[:8]) or "nothing"
         raise UserError(f"not a BAT encoder: {', '.join(absent)} missing. The file holds {found}")
+    for name, axes in needed.items():
+        if state[name].dim() != axes or 0 in state[name].shape:
+            raise UserError(f"not a BAT encoder: {name} has the shape {tuple(state[name].shape)}")
     width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
-    blocks = {int(n.split(".")[1]) for n in state if n.startswith("blocks.")}
+    if mels % patch:
+        raise UserError(f"not a BAT encoder: {mels} mel bins in patches of {patch}")
+    numbered = (re.match(r"blocks\.([0-9]{1,9})\.", n, re.ASCII) for n in state)
+    blocks = {int(found[1]) for found in numbered if found}
+    if len(blocks) > MAX_DEPTH or max(blocks) != len(blocks) - 1:
+        raise UserError(
+            f"not a BAT encoder: {len(blocks)} blocks, numbered up to {max(blocks)}: from 0 on and "
+            f"none left out, {MAX_DEPTH} at most"
+        )
     freq = mels // patch
     return {
         "width": width,
-        "depth": max(blocks) + 1,
+        "depth": len(blocks),
         "patch": patch,
         "grid": Grid(state["pos_embed"].shape[1] // freq, freq),
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
@@ -246,8 +307,30 @@ def shape_of(state: Mapping[str, Tensor], *, mels: int = 128) -> dict[str, Any]:
     }
 
 
+def _check_size(keywords: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Raise ``UserError`` where an encoder of these settings would be far larger than ``state``,
+    before it is built. The exact comparison of names and shapes is ``load_strictly``'s."""
+    sizes = {k: v for k, v in keywords.items() if k in ("width", "depth", "mlp_ratio")}
+    check_settings("encoder", sizes, SETTINGS)
+    width, grid = sizes["width"], keywords["grid"]
+    _check_grid(grid)
+    block = (4 + 2 * sizes.get("mlp_ratio", 4.0)) * width**2
+    numbers = int(sizes["depth"] * block + grid.tokens * width)
+    held = sum(t.numel() for t in state.values())
+    if numbers > 4 * held + (1 << 24):
+        raise UserError(
+            f"encoder: depth={sizes['depth']}, width={width}, {grid.tokens} patches: about "
+            f"{numbers} numbers, and the weight file holds {held}: it does not fit"
+        )
+
+
+def _check_grid(grid: Grid) -> None:
+    sides = {"grid.time": grid.time, "grid.freq": grid.freq}
+    check_settings("encoder", sides, dict.fromkeys(sides, (int, 1, MAX_TOKENS)))
+
+
 def _usual_heads(width: int) -> int:
-    if width % HEAD_WIDTH:
+    if type(width) is not int or width % HEAD_WIDTH:
         raise UserError(
             f"the file does not say its number of heads and its width {width} is not a multiple "
             f"of {HEAD_WIDTH}: give it, load_encoder(path, heads=4) or heads=4"

@@ -25,21 +25,16 @@ NAMES = {
     "context_encoder.norm.weight": "pre_norm.weight",
     "context_encoder.norm.bias": "pre_norm.bias",
 }
-"""Names below ``modality_encoders.IMAGE.`` -> the encoder's; ``blocks.*`` keep theirs."""
+"""Names below ``modality_encoders.IMAGE.`` -> the encoder's; ``blocks.*`` keep theirs. The hub
+folders have them without that prefix, and ``pre_norm.*``."""
 
 NOT_THE_ENCODER = (
-    "decoder.",
-    "alibi_scale",
-    "modality_encoders.IMAGE.decoder.",
-    "modality_encoders.IMAGE.alibi_scale",
-    "_ema",
-    "ema",
-    "teacher",
-    "center",
-    "recon_proj",
-    "cls_proj",
+    f"{PREFIX}decoder.",
+    "recon_proj.",
+    "cls_proj.",
+    "shared_decoder.",
 )
-"""What a training file holds besides the encoder."""
+"""What a pre-training file holds besides the encoder; and ``center``."""
 
 
 class EAT(BAT):
@@ -52,27 +47,29 @@ class EAT(BAT):
         """From a file's names or from our own export's; strict either way."""
         if config is None:
             state = rename(state)
-        model = super().from_weights(state, config=config, heads=heads)
-        return model
+        return super().from_weights(state, config=config, heads=heads)
 
     def __init__(self, **keywords: Any) -> None:
         keywords.setdefault("gate", False)
-        super().__init__(**{"frontend": {"kind": "eat"}, **keywords})
+        if keywords.get("frontend") is None:
+            keywords["frontend"] = {"kind": "eat"}
+        super().__init__(**keywords)
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's tensors under the paper's names. An unknown name is an error that lists it."""
     renamed, unknown = {}, []
     for name, tensor in state.items():
-        if name.startswith("blocks."):
-            renamed[name] = tensor
-        elif name.startswith(PREFIX) and name.removeprefix(PREFIX) in NAMES:
-            renamed[NAMES[name.removeprefix(PREFIX)]] = tensor
-        elif not name.startswith(NOT_THE_ENCODER):
-            unknown.append(name)
+        own = NAMES.get(name.removeprefix(PREFIX), name)
+        if own not in renamed and (own in NAMES.values() or name.startswith("blocks.")):
+            renamed[own] = tensor
+        elif name != "center" and not name.startswith(NOT_THE_ENCODER):
+            unknown.append(name[:100])
     if unknown:
-        raise UserError(f"not an EAT / SSLAM file as we know it; unexpected: {', '.join(unknown)}")
-    if "pos_embed" in renamed:
+        raise UserError(
+            f"not an EAT / SSLAM file as we know it; unexpected: {', '.join(unknown[:40])}"
+        )
+    if "pos_embed" in renamed and renamed["pos_embed"].dim() == 3:
         renamed["pos_embed"] = renamed["pos_embed"][:, :POSITIONS]
     return renamed
 

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 import bat
 from bat.audio.frontend import KaldiFbank
 from bat.backbones.base import Backbone, load_backbone
-from bat.checkpoint import resolve
+from bat.checkpoint import is_export, resolve
 from bat.config.compose import from_yaml
 from bat.config.locate import find_fragment, known_fragments
 from bat.config.schema import Finetune, Hardware, Pretrain, Probe, Supervised
@@ -79,9 +79,9 @@ def _with_frontend(backbone: Backbone, config: Supervised, task: Task) -> Backbo
     if config.pad not in ("checkpoint", front.pad):
         changes["pad"] = config.pad
     if isinstance(front, KaldiFbank):
-        # weight files of the field's do not say what they were trained or tuned with
-        foreign = resolve(_given(config).removeprefix(f"{RANDOM}:")).is_file()
-        usual = STATISTICS_OF.get(task.name, "audioset") if foreign else front.statistics
+        # the field's files and folders do not say what they were trained or tuned with
+        own = is_export(resolve(_given(config).removeprefix(f"{RANDOM}:")))
+        usual = front.statistics if own else STATISTICS_OF.get(task.name, "audioset")
         if (config.statistics or usual) != front.statistics:
             changes["statistics"] = config.statistics or usual
     elif config.statistics is not None:

@@ -12,8 +12,15 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from bat.backbones.base import Backbone
-from bat.checkpoint import CONFIG, WEIGHTS, read_tensors, replace_durably
+from bat.backbones.base import Backbone, Range, check_settings, load_strictly
+from bat.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    check_numbers,
+    read_json,
+    read_tensors,
+    replace_durably,
+)
 from bat.probes.base import Probe, build_probe, known_probes
 from bat.shapes import UserError
 from bat.train.encoders import weights_digest
@@ -21,6 +28,23 @@ from bat.train.encoders import weights_digest
 FORMAT, VERSION = "bat-head", 1
 HOW = {"kernel"}
 """Settings that say how a head is computed, not what: not written, so it loads on any machine."""
+SHAPE: dict[str, Range] = {
+    "classes": (int, 1, 1 << 17),
+    "width": (int, 1, 16_384),
+    "depth": (int, 1, 512),
+    "has_cls": bool,
+    "level": ("clip", "frame"),
+}
+"""What every probe is given, and what it may be."""
+SETTINGS: dict[str, Range] = {
+    **SHAPE,
+    **dict.fromkeys(("prototypes", "per_class", "hidden"), (int, 1, 1 << 18)),
+    **dict.fromkeys(("attention_heads", "pool_queries", "queries"), (int, 1, 1 << 12)),
+    **dict.fromkeys(("lasso", "orthogonality"), (float, 0, 1e9)),
+    "dropout": (float, 0, 0.999),
+    "norm": bool,
+}
+OR_NULL = {"per_class", "hidden", "attention_heads"}
 
 
 def save_head(
@@ -32,13 +56,12 @@ def save_head(
     temporary = folder / f".{WEIGHTS}.tmp"
     save_file(state, temporary, metadata={"format": "pt"})
     replace_durably(temporary, folder / WEIGHTS)
-    shape = ("classes", "width", "depth", "has_cls", "level")
     config = {
         "format": FORMAT,
         "version": VERSION,
         "probe": name,
         "settings": {
-            **{k: getattr(probe, k) for k in shape},
+            **{k: getattr(probe, k) for k in SHAPE},
             **{k: v for k, v in head.items() if k not in HOW},
         },
         **meta,
@@ -60,12 +83,7 @@ def load_head(
     from outside without ``trust``, weights that do not fit, and another encoder than that.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / CONFIG} is missing or not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG} is not a JSON object")
+    config = read_json(folder / CONFIG)
     if config.get("format") != FORMAT or config.get("version") != VERSION:
         raise UserError(f"{folder} is not a head of this bat (format {config.get('format')!r})")
     name, settings = config.get("probe"), config.get("settings")
@@ -83,12 +101,14 @@ def load_head(
             f"{folder} was trained on another encoder ({trained_on.get('checkpoint')}) than the "
             "one given: load that one"
         )
+    given = {k: v for k, v in settings.items() if k in SETTINGS}
+    given = {k: v for k, v in given.items() if v is not None or k not in OR_NULL}
+    check_settings(str(folder / CONFIG), given, SETTINGS)
     try:
         probe = build_probe(name, **settings, encoder=encoder)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder / CONFIG}: no {name} can be built from it: {error}") from error
-    try:
-        probe.load_state_dict(read_tensors(folder / WEIGHTS))
-    except RuntimeError as error:
-        raise UserError(f"{folder / WEIGHTS} does not fit its config.json: {error}") from error
+    state = read_tensors(folder / WEIGHTS)
+    check_numbers(state, str(folder / WEIGHTS))
+    load_strictly(probe, state, str(folder / WEIGHTS))
     return probe.eval(), config

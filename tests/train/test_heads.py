@@ -77,7 +77,10 @@ def test_a_head_that_does_not_fit_is_an_error(tmp_path):
         ("probe", None, "damaged"),
         ("settings", [1], "damaged"),
         ("settings", {"classes": 3}, "no cgp can be built"),
-        ("settings", {**config["settings"], "classes": "three"}, "no cgp can be built"),
+        ("settings", {**config["settings"], "classes": "three"}, "classes='three': a whole"),
+        ("settings", {**config["settings"], "depth": 10**7}, "depth=10000000: a whole number"),
+        ("settings", {**config["settings"], "prototypes": 10**7}, "prototypes=10000000: a whole"),
+        ("settings", {**config["settings"], "dropout": float("nan")}, "dropout=nan: a number"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(UserError, match=said):
