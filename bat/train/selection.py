@@ -190,7 +190,7 @@ def _judge(
             if (job, id(look.state)) not in probes:
                 probe = fresh(plan, held, *job)
                 probe.load_state_dict(look.state)
-                probes[job, id(look.state)] = probe.to(plan.device)
+                probes[job, id(look.state)] = probe.to(plan.device).eval()
     outcomes: dict[tuple[str, int], list[Outcome]] = {job: [] for job in looks}
     sound = {job for job in looks if looks[job]}
     if probes:

@@ -59,6 +59,7 @@ class Supervised(Shardable):
         self.figures: dict[str, Tensor] = {}
         self.clips = 0
         self.guard = Guard(config.optim.clip_norm)
+        self.train()  # a loaded encoder is in eval mode, and Lightning leaves modes as they are
 
     def units(self) -> list[torch.nn.Module]:
         """The blocks; the head is small and stays with the rest."""
