@@ -111,7 +111,7 @@ def test_the_window_is_the_longest_clip_and_frames_follow(own):
     assert "\n  window 1 s, the longest clip" in ready.headline("first")
     ready = prepare(own(PLAIN, "data.clip_seconds=0.6"))
     assert (ready.config.data.clip_seconds, ready.frames) == (0.6, 64)
-    assert "6 of 9 clips are longer than the window of 0.6 s: only their middle" in ready.notices[0]
+    assert "6 of 9 clips are longer than the window of 0.6 s: only their start" in ready.notices[0]
     assert prepare(own(PLAIN, "frames=208")).frames == 208
     with pytest.raises(UserError, match="makes 101 frames, more than frames=64"):
         prepare(own(PLAIN, "frames=64"))
