@@ -283,9 +283,12 @@ class Ema:
 
 @dataclass
 class Augment:
-    """Fine-tuning only (SPEC section 5). The time roll is ``data.roll``."""
+    """Fine-tuning only. ``data.roll`` rolls waves, each by its own offset."""
 
+    time_roll: bool = False
+    """One circular shift along time for all spectrograms of a batch."""
     mixup_p: float = 0.0
+    """Probability that a clip is mixed with its counterpart in the reversed batch; 0 is off."""
     mixup_alpha: float = 0.8
     noise_p: float = 0.0
     """Probability of colour noise, 5 to 25 dB."""

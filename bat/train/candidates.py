@@ -111,12 +111,13 @@ class Look:
     """Of the candidate in its grid."""
 
     def better(self, other: Look | None) -> bool:
-        """Whether this look is chosen before ``other``: by score, of equal ones the earlier step,
-        then the earlier in the grid, whatever was trained first."""
+        """Whether this look is chosen before ``other``: by the metric; of equal ones the later
+        step (as the reference does), then the lower loss, then the earlier in the grid, whatever
+        was trained first."""
         if other is None or self.score is None or other.score is None:
             return other is None
-        mine, theirs = (-self.step, -self.order), (-other.step, -other.order)
-        return (*self.score, *mine) > (*other.score, *theirs)
+        (mine, loss), (theirs, other_loss) = self.score, other.score
+        return (mine, self.step, loss, -self.order) > (theirs, other.step, other_loss, -other.order)
 
 
 @dataclass

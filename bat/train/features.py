@@ -55,6 +55,7 @@ Batches = Iterator[tuple[Features, Tensor]]
 """Features of B clips, on the encoder's device or the CPU, and their targets: (B, C), or (B, T, C)
 for labels in time."""
 
+
 class Source(Protocol):
     """Where probes get features of clips from; clips are ids of an index."""
 

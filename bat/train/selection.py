@@ -3,7 +3,7 @@
 Candidates are trained side by side on the training clips; each is looked at on the validation clips
 at the end, or every so many steps, and of each method and seed the best look is judged on the
 held-out clips, once. Where a protocol chooses nothing there is one candidate, and its last step is
-judged. Better is a higher main metric, of equal ones the lower loss.
+judged. Better is a higher main metric, of equal ones the later step, then the lower loss.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
 def test_pretrain__modes_are_right_at_every_step_whatever_was_evaluated_before(
     small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Online probes and the look for collapse after each step; drop path acts, the teacher's not."""
+    """Online probes and the look for collapse after each step. Drop path acts in the student."""
     original, seen = Pretraining.training_step, []
 
     def step(self, batch, batch_idx):

@@ -90,13 +90,13 @@ def _run(bank, script, *, names=("",), steps=8, held=HELD, memory_bytes=8e9, los
 @pytest.mark.parametrize(
     ("looks", "chosen"),
     [
-        ([(1, 1.0), (1, 3.0), (1, 2.0), (1, 3.0)], 4),  # of equal metrics the lower loss
-        ([(1, 2.0), (1, 2.0), (1, 2.0), (1, 2.0)], 2),  # of equal ones the first
+        ([(1, 1.0), (1, 3.0), (1, 2.0), (1, 3.0)], 8),  # of equal metrics the last
+        ([(1, 3.0), (1, 1.0), (1, 1.0), (0.5, 9.0)], 6),  # whatever the loss
         ([(0.75, 1.0), (1, 0.01), (0.875, 1.0), (0.5, 1.0)], 4),  # the metric above the loss
         ([(0.5, 1.0), (0.5, 1.0), (0.5, 1.0), (0.625, 9.0)], 8),  # the last step is looked at
     ],
 )
-def test_of_looks_the_best_then_the_surest_then_the_first(bank, looks, chosen):
+def test_look__best_metric_then_latest_step(bank, looks, chosen):
     (outcome,), _ = _run(bank, lambda step, fast: looks[step // 2 - 1], look_every=2)
     assert outcome.chosen["step"] == chosen
     share = looks[chosen // 2 - 1][0]
@@ -124,15 +124,15 @@ def test_of_rates_too(bank, fast, slow, chosen, rates, memory_bytes):
 @pytest.mark.parametrize("memory_bytes", [8e9, 1])
 @pytest.mark.parametrize("rates", [[FAST, SLOW], [SLOW, FAST]])
 @pytest.mark.parametrize(("fast", "slow"), [((4, 8), (2, 6)), ((2, 6), (4, 8))])
-def test_of_equal_looks_at_several_rates_the_earlier_step(bank, fast, slow, rates, memory_bytes):
+def test_look__of_equal_ones_at_several_rates_the_later_step(bank, fast, slow, rates, memory_bytes):
     """Whichever rate is named first, and in as many passes as it takes."""
 
     def script(step, is_fast):
         return (1 if step in (fast if is_fast else slow) else 0.5), 1.0
 
     (outcome,), _ = _run(bank, script, lrs=rates, look_every=2, memory_bytes=memory_bytes)
-    assert outcome.chosen["step"] == 2
-    assert outcome.chosen["lr"] == (FAST if 2 in fast else SLOW)
+    assert outcome.chosen["step"] == 8
+    assert outcome.chosen["lr"] == (FAST if 8 in fast else SLOW)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def _shares(*values):
     [
         (2, [0.5, 0.25, 0.625, 0.5, 0.375, 1, 1], 6, 10),  # a gain starts the count anew
         (1, [0.5, 0.25, 1, 1, 1, 1, 1], 2, 4),
-        (2, [0.5, 0.5, 0.5, 1, 1, 1, 1], 2, 6),  # as good is no gain
+        (2, [0.5, 0.5, 0.5, 1, 1, 1, 1], 6, 6),  # as good is no gain
         (3, [0.5, 0.25, 0.25, 0.625, 0.5, 0.5, 0.75], 14, 14),
         (0, [0.5, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25], 2, 14),  # 0: never
     ],
@@ -239,7 +239,7 @@ def test_looks_are_every_so_many_steps_and_at_the_end(bank, best):
     assert outcome.chosen["step"] == best
 
 
-def test_without_a_positive_clip_to_validate_on_the_loss_chooses(bank):
+def test_look__without_a_positive_clip_to_validate_on_the_last_step(bank):
     """No class has an average precision then; a NaN must not win by being first."""
     empty = bank.targets.clone()
     empty[HELD.valid] = 0
@@ -247,5 +247,5 @@ def test_without_a_positive_clip_to_validate_on_the_loss_chooses(bank):
                          keys=bank.keys, skipped={})  # fmt: skip
     sure = {2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0}
     (outcome,), _ = _run(silent, lambda step, fast: (1, sure[step]), look_every=2, loss="bce")
-    assert (outcome.chosen["step"], outcome.chosen["validation"]) == (4, 0.0)
+    assert (outcome.chosen["step"], outcome.chosen["validation"]) == (8, 0.0)
     assert outcome.metrics["map"] == 1

@@ -91,8 +91,10 @@ def test_groups_hold_every_parameter_once_scaled_by_layer(config, encoder):
         ["augment.mixup_p=0", "augment.noise_p=1", "augment.spec_freq=0", "augment.spec_time=0"],
         ["augment.mixup_p=0", "augment.noise_p=0", "augment.spec_freq=64", "augment.spec_time=0"],
         ["augment.mixup_p=0", "augment.noise_p=0", "augment.spec_freq=0", "augment.spec_time=99"],
+        ["augment.mixup_p=0", "augment.noise_p=0", "augment.spec_freq=0", "augment.spec_time=0",
+         "augment.time_roll=true"],
     ],
-)
+)  # fmt: skip
 def test_each_augmentation_acts_and_repeats(config, encoder, words):
     def augmented(*own: str, seed: int = 0):
         module = _module(config(*own), encoder)
@@ -107,6 +109,21 @@ def test_each_augmentation_acts_and_repeats(config, encoder, words):
     again = augmented(*words)
     assert torch.equal(acted, again[0])
     assert not torch.equal(acted, augmented(*words, seed=1)[0])
+
+
+@pytest.mark.parametrize(("pad", "own"), [("spectrogram", 201), ("waveform", 208)])
+def test_time_roll__zero_frames_stay_at_the_end(config, encoder, pad, own):
+    """2 s are 201 frames; where the waveform is padded all 208 are the clip's."""
+    module = _module(config("augment.time_roll=true", "augment.noise_p=0", "augment.spec_freq=0",
+                            "augment.spec_time=0"), encoder)  # fmt: skip
+    module.backbone.frontend.pad = pad
+    batch = _batch()
+    whole = module.backbone.spectrogram(batch.waves, batch.lengths, frames=208)
+    rolled, _ = module.augmented(batch, torch.Generator().manual_seed(1))
+    shift = next(s for s in range(own) if rolled[0, :, :own].equal(whole[0, :, :own].roll(s, 1)))
+    assert shift > 0
+    assert rolled[:, :, :own].equal(whole[:, :, :own].roll(shift, 2))
+    assert rolled[:, :, own:].equal(whole[:, :, own:])
 
 
 def test_drop_path_is_set_linearly(config, encoder):
