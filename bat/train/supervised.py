@@ -98,7 +98,7 @@ class Supervised(Shardable):
             x, targets = mixup(
                 x, targets, generator=generator, p=own.mixup_p, alpha=own.mixup_alpha
             )
-        if own.spec_repeats and (own.spec_freq or own.spec_time):
+        if own.spec_freq or own.spec_time:
             x = spec_augment(
                 x,
                 generator=generator,

@@ -249,3 +249,66 @@ def test_look__without_a_positive_clip_to_validate_on_the_last_step(bank):
     (outcome,), _ = _run(silent, lambda step, fast: (1, sure[step]), look_every=2, loss="bce")
     assert (outcome.chosen["step"], outcome.chosen["validation"]) == (8, 0.0)
     assert outcome.metrics["map"] == 1
+
+
+def _searched(bank, script, *, names=("",), seeds=3, **words):
+    """Outcomes, and which seed was trained at which rate."""
+    trained = []
+    plan = Plan(
+        build=lambda _: Scripted(script, names),
+        loss=LOSSES["ce"],
+        optim=OPTIM,
+        steps=4,
+        batch=8,
+        multi_label=False,
+        seed=7,
+        seeds=seeds,
+        protocol=Protocol(lrs=[SLOW, FAST], look_every=2, search="first"),
+        log_every=99,
+        on_log=lambda row: trained.append((row["seed"], row["lr"])) if row["step"] == 1 else None,
+        **words,
+    )
+    return cross_validate(bank, [HELD], ["scripted"], plan), trained, plan
+
+
+def _fast_is_better(step, fast):
+    return (1 if fast else 0.5), 1.0
+
+
+def test_search_first__other_seeds_take_what_the_first_found(bank):
+    found, trained, _ = _searched(bank, _fast_is_better)
+    assert trained == [(7, SLOW), (7, FAST), (8, FAST), (9, FAST)]
+    assert [(o.seed, o.chosen["lr"], o.chosen["candidates"]) for o in found] == [
+        (7, FAST, 2), (8, FAST, 1), (9, FAST, 1)]  # fmt: skip
+
+
+def test_search_first__goes_on_from_an_earlier_run(bank):
+    """Its outcomes are those of the first seed: nothing is searched again."""
+    before, _, _ = _searched(bank, _fast_is_better, seeds=1)
+    found, trained, _ = _searched(bank, _fast_is_better, before=before,
+                                  done=lambda method, fold, seed: seed == 7)  # fmt: skip
+    assert trained == [(8, FAST), (9, FAST)]
+    assert [o.seed for o in found] == [8, 9]
+
+
+def test_search_first__each_answer_keeps_its_own_rate(bank):
+    def script(step, fast):
+        return [(1 if fast else 0.5, 1.0), (0.5 if fast else 1, 1.0)]
+
+    def surprising(step, fast):
+        """For the other seeds it would be better the other way round."""
+        return script(step, not fast)
+
+    before, _, _ = _searched(bank, script, names=("@1", "@2"), seeds=1)
+    found, trained, _ = _searched(bank, surprising, names=("@1", "@2"), seeds=2, before=before,
+                                  done=lambda method, fold, seed: seed == 7)  # fmt: skip
+    assert trained == [(8, FAST), (8, SLOW)]
+    rates = {o.method: o.chosen["lr"] for o in found}
+    assert rates == {"scripted@1": FAST, "scripted@2": SLOW}
+
+
+def test_search_first__that_diverged_leaves_nothing_to_train(bank):
+    found, trained, plan = _searched(bank, lambda step, fast: (1, float("nan")))
+    assert found == []
+    assert trained == [(7, SLOW), (7, FAST)]
+    assert plan.diverged == [("scripted", "0", seed) for seed in (7, 8, 9)]
