@@ -1,11 +1,11 @@
 """Augmentation of whole batches on the device (SPEC section 5): mixup, SpecAugment, colour noise,
-roll.
+time roll, roll of waves.
 
 Every random number comes from the ``torch.Generator`` that is handed in, drawn on the generator's
 own device: give it one on the GPU and nothing leaves it, or a CPU one for draws that are the same
-on every machine. Each clip draws for itself; there is no loop over clips and no host
-synchronisation. What is random and what is computed are kept apart: ``mix`` and ``add_noise`` are
-the deterministic cores that the golden vectors hold.
+on every machine. Each clip draws for itself, but for ``time_roll``; there is no loop over clips and
+no host synchronisation. What is random and what is computed are kept apart: ``mix`` and
+``add_noise`` are the deterministic cores that the golden vectors hold.
 """
 
 from __future__ import annotations
@@ -88,6 +88,32 @@ def spec_augment(
         spectrogram.device, non_blocking=True
     )
     return spectrogram.masked_fill(masked, 0.0)
+
+
+def time_roll(
+    spectrogram: Tensor, *, generator: torch.Generator, frames: Tensor | None = None
+) -> Tensor:
+    """Roll all clips of the batch along time by one shift, circularly within each clip's frames.
+
+    The shift is uniform over 0 .. T inclusive, T the most frames that a clip of the batch has.
+
+    Args:
+        spectrogram: (B, 1, T, F).
+        frames: (B,) each clip's own frames, what lies beyond stays; None: all T.
+
+    Returns:
+        (B, 1, T, F), a new tensor.
+    """
+    batch, _, T, _ = spectrogram.shape
+    if frames is None:
+        frames = torch.full((batch,), T)
+    frames = frames.to(spectrogram.device).clamp(1, T)
+    share = _uniform(1, generator=generator).to(spectrogram.device, non_blocking=True)
+    shift = (share * (frames.amax() + 1)).long()  # (1,)
+    position = torch.arange(T, device=spectrogram.device)
+    source = (position - shift).remainder(frames[:, None])  # (B, T)
+    source = torch.where(_inside(T, frames), source, position)
+    return spectrogram.gather(2, source[:, None, :, None].expand_as(spectrogram))
 
 
 def colour_noise(

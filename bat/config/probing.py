@@ -5,7 +5,7 @@ Rules and precedence are told in ``schema.py``, which puts the sections together
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 
@@ -15,15 +15,18 @@ class Head:
 
     prototypes: int = 10_000
     """K of ``cgp``; of ``protobin`` and ``protofloat`` where ``per_class`` is null."""
-    per_class: int | None = None
-    """Prototypes a class of ``protobin``, ``protofloat`` and ``proto``; null: ``prototypes`` in
-    total (the paper's), and 20 a class for ``proto``, which is bound to classes."""
+    per_class: int | str | None = None
+    """Prototypes a class of ``protobin``, ``protofloat`` and ``proto``; ``task``: as many as
+    *Unmute* has for the task (10 on AudioSet, else 20); null: ``prototypes`` in total (BAT's), and
+    20 a class for ``proto``, which is bound to classes."""
     kernel: Literal["portable", "triton"] = "portable"
     """How prototypes pool: ``triton`` (GPUs only) waits for its first measurement."""
     dropout: float = 0.2
     norm: bool = True
     """LayerNorm before the output layer of ``linear``, ``lcgp``, ``mlp``, ``h2t`` and ``vqt``, and
     of a fine-tuned head."""
+    vqt_norm: bool | None = None
+    """The same for ``vqt`` alone; null: as ``norm``."""
     hidden: int | None = None
     """Hidden width of ``mlp``; null: the encoder's."""
     attention_heads: int | None = None
@@ -37,15 +40,21 @@ class Head:
     orthogonality: float = 1.0
     """Weight of the orthogonality loss of ``proto``."""
 
+    def for_task(self, per_class: int) -> Head:
+        """These settings, with ``per_class`` in the place of ``task``."""
+        return replace(self, per_class=per_class) if self.per_class == "task" else self
+
     def problems(self) -> list[str]:
         found = []
         for name in ("prototypes", "pool_queries", "queries"):
             if getattr(self, name) < 1:
                 found.append(f"head.{name}={getattr(self, name)} must be at least 1")
         for name in ("per_class", "hidden", "attention_heads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                found.append(f"head.{name}={value} must be at least 1, or null")
+            value, more = getattr(self, name), ", task" if name == "per_class" else ""
+            if isinstance(value, str) and value != "task":
+                found.append(f"head.{name}={value} must be a number{more}, or null")
+            elif isinstance(value, int) and value < 1:
+                found.append(f"head.{name}={value} must be at least 1{more}, or null")
         for name in ("lasso", "orthogonality"):
             if getattr(self, name) < 0:
                 found.append(f"head.{name}={getattr(self, name)} must not be negative (0 is off)")
@@ -77,6 +86,9 @@ class Protocol:
     sobol: int = 0
     """So many points of a Sobol sequence (log scale, between the least and the greatest rate and
     decay) instead of all pairs; 0: all pairs."""
+    search: Literal["each", "first"] = "each"
+    """Which seeds choose a rate and a weight decay: ``each`` its own, or the ``first``, whose
+    values the other seeds are trained with."""
     look_every: int = 0
     """Steps between two looks at the validation clips, the best of which is kept; 0: at the end."""
     patience: int = 0
@@ -85,12 +97,14 @@ class Protocol:
     def problems(self) -> list[str]:
         found = []
         if self.selection == "none":
-            for name in ("lrs", "prototype_lrs", "weight_decays", "sobol", "look_every", "metric"):
-                if (value := getattr(self, name)) and value != "task":
-                    found.append(
-                        f"protocol.{name}={value} with protocol.selection=none: nothing chooses "
-                        f"among them; say protocol.selection=validation, or leave {name} away"
-                    )
+            for each in fields(self):
+                value = getattr(self, each.name)
+                if each.name in ("name", "selection") or value == getattr(Protocol(), each.name):
+                    continue
+                found.append(
+                    f"protocol.{each.name}={value} with protocol.selection=none: nothing is "
+                    f"chosen; say protocol.selection=validation, or leave {each.name} away"
+                )
         for name in ("lrs", "prototype_lrs"):
             if any(v <= 0 for v in getattr(self, name)):
                 found.append(f"protocol.{name}={list(getattr(self, name))} must be positive")

@@ -215,6 +215,17 @@ class Probe(Supervised):
                 f"optim.lr={self.optim.lr:g} with protocol.lrs={list(self.protocol.lrs)}: these "
                 "are tried; say protocol.lrs= (and protocol.prototype_lrs=)"
             )
+        if too_low := sorted({lr for lr in tried if 0 < lr < self.optim.min_lr}):
+            found.append(
+                f"optim.min_lr={self.optim.min_lr:g} is above {too_low} of protocol.lrs and "
+                "protocol.prototype_lrs, which would never be used: lower it"
+            )
+        decays, decay = list(self.protocol.weight_decays), self.optim.weight_decay
+        if decays and decay not in (Optim().weight_decay, *decays):
+            found.append(
+                f"optim.weight_decay={decay:g} with protocol.weight_decays={decays}: these are "
+                f"tried; name it among them, or say optim.weight_decay={decays[0]:g}"
+            )
         if self.protocol.sobol and not (self.protocol.weight_decays or self.optim.weight_decay):
             found.append(
                 "protocol.sobol with optim.weight_decay=0, which has no logarithm: give a positive "

@@ -249,6 +249,15 @@ class Optim:
     clip_norm: float | None = None
     """Largest global gradient norm; None is no clipping."""
 
+    def notes(self, steps: int) -> list[str]:
+        """What the user of a run of so many optimiser steps should know."""
+        if self.warmup_steps <= steps:
+            return []
+        return [
+            f"optim.warmup_steps={self.warmup_steps} are more than train.steps={steps}: the full "
+            "learning rate is never reached"
+        ]
+
     def problems(self) -> list[str]:
         found = []
         if self.lr <= 0:
@@ -258,6 +267,11 @@ class Optim:
         for name in ("weight_decay", "min_lr", "eps"):
             if getattr(self, name) < 0:
                 found.append(f"optim.{name}={getattr(self, name)} must not be negative")
+        if 0 < self.lr < self.min_lr:
+            found.append(
+                f"optim.min_lr={self.min_lr:g} is above optim.lr={self.lr:g}, which would never be "
+                "used: lower it"
+            )
         if self.warmup_steps < 0:
             found.append(f"optim.warmup_steps={self.warmup_steps} must not be negative")
         if not 0 < self.layer_decay <= 1:
@@ -287,26 +301,48 @@ class Ema:
 
 @dataclass
 class Augment:
-    """Fine-tuning only (SPEC section 5). The time roll is ``data.roll``."""
+    """Fine-tuning only. ``data.roll`` rolls waves, each by its own offset."""
 
+    time_roll: bool = False
+    """One circular shift along time for all spectrograms of a batch."""
     mixup_p: float = 0.0
+    """Probability that a clip is mixed with its counterpart in the reversed batch; 0 is off."""
     mixup_alpha: float = 0.8
     noise_p: float = 0.0
     """Probability of colour noise, 5 to 25 dB."""
     spec_freq: int = 0
-    """Widest frequency mask of SpecAug, in mel bins; 0 is off."""
+    """Frequency masks of SpecAug are 0 to ``spec_freq - 1`` mel bins wide; 0 is off."""
     spec_time: int = 0
-    """Widest time mask, in frames; 0 is off."""
+    """Time masks are 0 to ``spec_time - 1`` frames wide; 0 is off."""
     spec_repeats: int = 1
+    """Masks of each kind."""
 
     def problems(self) -> list[str]:
         found = []
         for name in ("mixup_p", "noise_p"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"augment.{name}={getattr(self, name)} is a probability")
-        for name in ("spec_freq", "spec_time", "spec_repeats"):
-            if getattr(self, name) < 0:
-                found.append(f"augment.{name}={getattr(self, name)} must not be negative")
+        for name in ("spec_freq", "spec_time"):
+            if getattr(self, name) < 0 or getattr(self, name) == 1:
+                found.append(
+                    f"augment.{name}={getattr(self, name)} masks nothing (widths are below it): "
+                    "say 2 or more, or 0, which is off"
+                )
+        if self.spec_repeats < 1:
+            found.append(
+                f"augment.spec_repeats={self.spec_repeats} must be at least 1; SpecAug is switched "
+                "off by augment.spec_freq=0 augment.spec_time=0"
+            )
+        elif self.spec_repeats > 1 and not (self.spec_freq or self.spec_time):
+            found.append(
+                f"augment.spec_repeats={self.spec_repeats} with augment.spec_freq=0 and "
+                "spec_time=0, which switch SpecAug off: say augment.spec_repeats=1, or give a width"
+            )
         if self.mixup_alpha <= 0:
             found.append(f"augment.mixup_alpha={self.mixup_alpha} must be positive")
+        elif not self.mixup_p and self.mixup_alpha != Augment().mixup_alpha:
+            found.append(
+                f"augment.mixup_alpha={self.mixup_alpha} with augment.mixup_p=0, which switches "
+                "mixup off: give augment.mixup_p too, or leave it away"
+            )
         return found

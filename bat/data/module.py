@@ -38,14 +38,14 @@ def eval_loader(
 ) -> LastingLoader:
     """Batches of the clips ``ids`` (None: all) once, in order; unreadable ones are left out.
 
-    Long clips are cropped at their centre; files of more than ``max_seconds`` are unreadable.
+    Long clips are cut off at their end; files of more than ``max_seconds`` are unreadable.
     """
     board = Board(workers)
     dataset = ClipDataset(
         index,
         sample_rate=sample_rate,
         clip_seconds=clip_seconds,
-        crop="centre",
+        crop="start",
         cache_bytes=cache_bytes,
         min_seconds=min_seconds,
         max_seconds=max_seconds,

@@ -150,7 +150,7 @@ class ClipDataset(Dataset[WaveBatch]):
         sample_rate: int,
         clip_seconds: float,
         seed: int = 0,
-        crop: Literal["random", "start", "centre"] = "random",
+        crop: Literal["random", "start"] = "random",
         roll: bool = False,
         random_offset: bool = False,
         min_seconds: float = 0.0,
@@ -275,8 +275,8 @@ class ClipDataset(Dataset[WaveBatch]):
             info = probe(encoded.data, max_file_seconds=self.max_seconds)
             frames, rate = info.frames, info.sample_rate
         extra = frames_left_out(frames, rate, self.clip_seconds)
-        if self.crop == "centre" or not extra:
-            return extra // 2 / rate, extra
+        if not extra:
+            return 0.0, 0
         return random_start(extra, rate, seed=self.seed, position=position), extra
 
 

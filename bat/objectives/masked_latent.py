@@ -57,7 +57,8 @@ class Teacher(nn.Module):
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
+        self.encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.eval()
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode."""

@@ -38,8 +38,9 @@ class Queried(Protocol):
 
 
 class VQT(Probe):
-    """``encoder``: the frozen encoder that the features are of. ``queries``: q; ``norm``: LayerNorm
-    (eps 1e-6) over all features; ``dropout``: rate before the output layer.
+    """``encoder``: the frozen encoder that the features are of. ``queries``: q; ``vqt_norm``:
+    LayerNorm (eps 1e-6) over all features, None: as ``norm``; ``dropout``: rate before the output
+    layer.
 
     Raises ``UserError`` without an encoder, or with one whose blocks cannot be queried.
     """
@@ -57,6 +58,7 @@ class VQT(Probe):
         encoder: Queried | None,
         queries: int = 10,
         norm: bool = True,
+        vqt_norm: bool | None = None,
         dropout: float = 0.2,
     ) -> None:
         super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
@@ -74,6 +76,7 @@ class VQT(Probe):
         bound = (6 / (3 * 256 + width)) ** 0.5
         self.queries = nn.Parameter(torch.empty(depth, queries, width).uniform_(-bound, bound))
         inputs = width + depth * queries * width
+        norm = norm if vqt_norm is None else vqt_norm
         self.norm = nn.LayerNorm(inputs, eps=1e-6) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(inputs, classes)

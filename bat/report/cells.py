@@ -56,10 +56,12 @@ def notes(section: Section) -> list[str]:
         found.append("Control: every clip has another clip's labels, so chance is expected.")
     over = section.deviation()
     if "seeds" in over:
-        found.append("± is the standard deviation over seeds, each the mean of its rounds.")
+        found.append(
+            "± is the population standard deviation over seeds, each the mean of its rounds."
+        )
     if "folds" in over:
         where = " where a probe has a single seed." if "seeds" in over else "; there is one seed."
-        found.append(f"± is the standard deviation over rounds (folds){where}")
+        found.append(f"± is the population standard deviation over rounds (folds){where}")
     if over == {"none"}:
         found.append("One seed and one round: nothing tells how far training varies.")
     if any(row.entry["interval"] for row in section.rows):

@@ -148,7 +148,7 @@ def plot_layer_gates(
         width = 0.8 / max(1, len(tables))
         for i, (name, table) in enumerate(tables.items()):
             x = np.arange(1, table.shape[1] + 1) + (i - (len(tables) - 1) / 2) * width
-            spread = table.std(0, ddof=1) if len(table) > 1 else None
+            spread = table.std(0) if len(table) > 1 else None
             label = name if spread is None else f"{name}, mean ± std\nof {len(table)} {over}"
             mean = table.mean(0)
             ends = None if spread is None else np.minimum(spread, [mean, 1 - mean])  # within [0, 1]
@@ -183,7 +183,7 @@ def plot_folds(
             offset = (i - (len(folds) - 1) / 2) * width
             x = np.array([names.index(fold) for fold in scores]) + offset
             y = 100 * np.array(list(scores.values()))
-            spread = f" ± {y.std(ddof=1):.1f}" if len(y) > 1 else ""
+            spread = f" ± {y.std():.1f}" if len(y) > 1 else ""
             axis.bar(x, y, 0.92 * width, color=COLOURS[i],
                      label=f"{method}: {y.mean():.1f}{spread} %")  # fmt: skip
             axis.axhline(y.mean(), color=COLOURS[i], lw=1.2, ls="--")

@@ -164,6 +164,7 @@ TASK = Task(
     metric="map",
     frames=1024,
     classes=527,
+    per_class=10,
     vocabulary=vocabulary,
     left_out=left_out,
 )

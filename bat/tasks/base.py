@@ -105,6 +105,8 @@ class Task:
     """The one a run is selected by."""
     frames: int
     """Spectrogram frames of a clip (SPEC section 5)."""
+    per_class: int = 20
+    """Prototypes a class that *Unmute the Patch Tokens* (arXiv 2509.24901) gives the task."""
     classes: int | None = None
     """Number of classes where the task fixes it; ``read`` checks it."""
     vocabulary: Callable[[Path], list[str]] | None = None

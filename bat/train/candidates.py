@@ -37,6 +37,8 @@ class Candidate:
     seed: int
     lr: float
     weight_decay: float
+    order: int = 0
+    """Place in its grid."""
 
     @property
     def job(self) -> tuple[str, int]:
@@ -107,16 +109,16 @@ class Look:
     score: Score | None
     """None where nothing chooses."""
     state: State
-    order: int = 0
-    """Of the candidate in its grid."""
 
     def better(self, other: Look | None) -> bool:
-        """Whether this look is chosen before ``other``: by score, of equal ones the earlier step,
-        then the earlier in the grid, whatever was trained first."""
+        """Whether this look is chosen before ``other``: by the metric; of equal ones the later
+        step (as the reference does), then the lower loss, then the earlier in the grid, whatever
+        was trained first."""
         if other is None or self.score is None or other.score is None:
             return other is None
-        mine, theirs = (-self.step, -self.order), (-other.step, -other.order)
-        return (*self.score, *mine) > (*other.score, *theirs)
+        (mine, loss), (theirs, other_loss) = self.score, other.score
+        places = -self.candidate.order, -other.candidate.order
+        return (mine, self.step, loss, places[0]) > (theirs, other.step, other_loss, places[1])
 
 
 @dataclass
@@ -151,6 +153,8 @@ class Plan:
     """Gets each judged probe with its outcomes."""
     on_step: Callable[[], None] = lambda: None
     """Called after each step; may end it all by raising."""
+    before: Sequence[Outcome] = ()
+    """Outcomes of an earlier run, whose choices the other seeds take (``protocol.search``)."""
     done: Callable[[str, str, int], bool] = lambda method, fold, seed: False
     """Whether a method, in a round, with a seed needs no training."""
     diverged: list[tuple[str, str, int]] = field(default_factory=list)

@@ -31,7 +31,7 @@ from bat.data.stream import clip_samples
 from bat.shapes import Needs, UserError, WaveBatch
 from bat.train import feature_disk as disk
 from bat.train.encoding import CLIP_AXIS, TargetsOf, clips_first, counted, encoded
-from bat.train.features import Crop, FeatureBank, FeatureStream, Source
+from bat.train.features import FeatureBank, FeatureStream, Source
 
 log = logging.getLogger("bat")
 
@@ -64,14 +64,13 @@ def open_features(
     progress: bool,
     digest: str,
     targets_of: TargetsOf | None = None,
-    crop: Crop = "centre",
 ) -> Opened:
     """The features of the clips ``ids`` of ``index``, kept as ``store`` says.
 
     ``device`` is where ``backbone`` lies; ``digest`` of its weights and keywords
     (``encoders.weights_digest``). ``bad_clips`` gets the unreadable ones, also of a cache that an
-    earlier run made. ``crop``: of clips longer than ``data.clip_seconds``; ``start`` with
-    ``targets_of`` (labels in time, counted from there).
+    earlier run made. Of clips longer than ``data.clip_seconds`` the start is read, from which
+    labels in time (``targets_of``) are counted.
 
     Raises ``UserError``: a cache asked for that is above its budget or cannot be, a full disk, no
     readable clip or too many unreadable ones, features that are not finite.
@@ -87,7 +86,6 @@ def open_features(
         clip_seconds=data.clip_seconds,
         roll=data.roll,
         random_offset=random_offset,
-        crop=crop if targets_of is None else "start",
         min_seconds=data.min_seconds,
         max_seconds=data.max_seconds,
         workers=data.workers,
@@ -231,7 +229,7 @@ def _facts(
         "clip_seconds": stream.clip_seconds,
         "min_seconds": stream.min_seconds,
         "max_seconds": stream.max_seconds,
-        "crop": stream.crop,
+        "crop": "start",  # of a long clip: caches of the middle, made before, are others
         "type": str(stream.autocast or torch.float32),
         "needs": list(stream.needs),
         "device": device.type,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -54,9 +54,6 @@ __all__ = [
 Batches = Iterator[tuple[Features, Tensor]]
 """Features of B clips, on the encoder's device or the CPU, and their targets: (B, C), or (B, T, C)
 for labels in time."""
-
-Crop = Literal["start", "centre"]
-"""Where the segment of a clip longer than ``clip_seconds`` lies."""
 
 
 class Source(Protocol):
@@ -191,9 +188,7 @@ class FeatureBank:
 class FeatureStream:
     """The same features made anew for each batch: for sets that nothing holds, and for training
     clips that differ from time to time (``roll``, ``random_offset``; long clips are then cropped at
-    random too). Without these two it yields what the bank does.
-
-    ``crop``: which segment of a long clip is read, else and for held-out clips.
+    random too). Without these two it yields what the bank does: long clips from their start.
     """
 
     def __init__(
@@ -205,7 +200,6 @@ class FeatureStream:
         clip_seconds: float,
         roll: bool = False,
         random_offset: bool = False,
-        crop: Crop = "centre",
         min_seconds: float = 0.0,
         max_seconds: float = MAX_FILE_SECONDS,
         workers: int = 0,
@@ -217,7 +211,7 @@ class FeatureStream:
     ) -> None:
         self.backbone, self.index, self.frames, self.autocast = backbone, index, frames, autocast
         self.clip_seconds, self.roll, self.random_offset = clip_seconds, roll, random_offset
-        self.min_seconds, self.max_seconds, self.crop = min_seconds, max_seconds, crop
+        self.min_seconds, self.max_seconds = min_seconds, max_seconds
         self.workers, self.cache_bytes = workers, cache_bytes
         self.needs, self.targets_of = needs, targets_of
         self.bad_clips = bad_clips or BadClips(max_bad=1.0)
@@ -239,7 +233,7 @@ class FeatureStream:
             cache_bytes=self.cache_bytes,
         )
         if not (self.roll or self.random_offset):
-            data.dataset.crop = self.crop  # AudioData's own is random
+            data.dataset.crop = "start"  # AudioData's own is random
         return self._encoded(data.train_dataloader())
 
     def once(self, ids: np.ndarray, *, batch: int) -> Batches:
@@ -247,7 +241,7 @@ class FeatureStream:
 
     def loader(self, ids: np.ndarray, *, batch: int, workers: int | None = None) -> LastingLoader:
         """The waves of ``ids`` once, in order."""
-        loader = eval_loader(
+        return eval_loader(
             self.index,
             ids,
             batch=batch,
@@ -258,8 +252,6 @@ class FeatureStream:
             min_seconds=self.min_seconds,
             max_seconds=self.max_seconds,
         )
-        loader.dataset.crop = self.crop  # type: ignore[attr-defined]
-        return loader
 
     def _encoded(self, batches: Iterable[WaveBatch]) -> Batches:
         for features, targets, _ in encoded(

@@ -88,6 +88,11 @@ def make_rounds(
         rounds = [_by_split(index, split, keep=keep)]
     if protocol is None or not keep:
         return rounds
+    if protocol.fraction != Protocol().fraction and all(r.valid is not None for r in rounds):
+        raise UserError(
+            f"protocol.fraction={protocol.fraction}: nothing is kept out of the training clips, "
+            f"for values are chosen on a {rounds[0].valid_is} of the data; leave it away"
+        )
     return [
         held
         if held.valid is not None
@@ -189,7 +194,8 @@ def how(rounds: Sequence[Round], protocol: Protocol | None = None) -> str:
             f"weights after the last step, {judged}; {where} took no part in training, and nothing "
             "was selected"
         )
-    return f"{chosen} chosen on {where}, which took no part in training; {judged}, once"
+    by = " by the first seed" if protocol.search == "first" else ""
+    return f"{chosen} chosen{by} on {where}, which took no part in training; {judged}, once"
 
 
 def _chosen(protocol: Protocol) -> list[str]:

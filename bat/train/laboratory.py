@@ -211,6 +211,7 @@ class Laboratory:
             log_every=config.train.log_every,
             on_log=on_log,
             on_probe=on_probe,
+            before=file.outcomes,
             done=file.done,
         )
         return plan

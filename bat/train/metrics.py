@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from statistics import NormalDist, mean, stdev
+from statistics import NormalDist, mean, pstdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,5 +136,5 @@ def _dprime(auroc: float, *, pairs: int) -> float:
 
 
 def summarise(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (n - 1) of a metric over folds; one fold has deviation 0."""
-    return mean(values), stdev(values) if len(values) > 1 else 0.0
+    """Mean and population standard deviation (divided by n) of a metric over folds or seeds."""
+    return mean(values), pstdev(values)

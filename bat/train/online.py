@@ -220,7 +220,7 @@ class OnlineProbe(StepCallback):
 
     def build(self, method: str, *, teacher: Backbone | None = None) -> Probe:
         """A fresh probe of the encoder's shape; ``teacher``: for those that are made of it."""
-        model, head = self.config.model, self.config.online.head
+        model, head = self.config.model, self.config.online.head.for_task(self.task.per_class)
         return build_probe(
             method,
             classes=self.index.classes,

@@ -18,7 +18,7 @@ def window(
     """Seconds of every clip that an encoder sees, and lines to say so.
 
     ``clip_seconds``, or the longest clip where that is shorter: the rest would be silence. Of a
-    longer clip it is the middle; with ``events``, whose times count from there, the start.
+    longer clip it is the start, from which the times of ``events`` count.
     """
     seconds = _seconds(index)
     known = seconds[seconds > 0]
@@ -31,8 +31,8 @@ def window(
     if longer:
         line = (
             f"{longer} of {len(index)} clips are longer than the window of {chosen:g} s: only "
-            f"their {'middle' if events is None else 'start'} is judged (the longest: "
-            f"{longest:.6g} s; data.clip_seconds= makes the window longer)"
+            f"their start is judged (the longest: {longest:.6g} s; data.clip_seconds= makes the "
+            "window longer)"
         )
         if events is not None:
             late = sum(e.onset_seconds >= chosen for found in events.values() for e in found)

@@ -9,7 +9,7 @@ from torch import nn
 
 from bat.audio.frontend import KaldiFbank
 from bat.backbones.base import Backbone, make_frontend
-from bat.config.schema import Probe, Supervised
+from bat.config.schema import Finetune, Probe, Supervised
 from bat.config.sections import Data
 from bat.data.index import Index
 from bat.data.stream import clip_samples
@@ -198,7 +198,7 @@ def _together(data: PreparedData[C], config: C, backbone: Backbone, frames: int)
                 f"({backbone.patch_hop_ms:g} ms): no patch is labelled with them"
             )
     return Prepared(
-        config=replace(config, task=data.config.task, data=data.config.data),
+        config=replace(config, task=data.config.task, data=data.config.data, head=data.config.head),
         task=data.task,
         index=data.index,
         rounds=data.rounds,
@@ -229,6 +229,7 @@ def _checked(
         clip_seconds, said = window(index, config.data.clip_seconds, events)
         config = replace(config, data=replace(config.data, clip_seconds=clip_seconds))
         notices += said
+    config = replace(config, head=config.head.for_task(task.per_class))
     check_labels(task, index)
     protocol = config.protocol if isinstance(config, Probe) else None
     rounds = make_rounds(
@@ -247,6 +248,8 @@ def _checked(
     without = int((index.labels_per_clip == 0).sum())
     if without:  # ``check_labels`` refused them where each clip is of one class
         notices.append(f"{without} of {len(index)} clips have no label: negatives of every class")
+    if isinstance(config, Finetune) or (isinstance(config, Probe) and not config.train.epochs):
+        notices += config.optim.notes(config.train.steps)
     if rounds[0].drawn:
         notices.append(
             "folds drawn: clips cut from one recording may be on both sides; a column fold keeps "

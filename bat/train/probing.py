@@ -18,7 +18,7 @@ from torch import Tensor
 from bat.config.sections import Optim
 from bat.probes.base import Probe
 from bat.shapes import UserError
-from bat.train.features import Batches, device_of, to_device
+from bat.train.features import Batches, device_of, evaluating, to_device
 from bat.train.losses import Loss, against, to_clip
 from bat.train.optim import adamw, param_groups, set_lr
 from bat.train.trainer import derive_seed
@@ -121,9 +121,10 @@ def predictions(
     autocast: torch.dtype | None = None,
     wanted: Callable[[K, str], bool] = lambda key, answer: True,
 ) -> Predictions:
-    """What ``probes`` say of ``batches``. Clip labels are met by the mean over time of frame-level
-    logits; of frame labels the patches beyond a clip's end (NaN) are left out. ``wanted``: which
-    answers of which probe are kept.
+    """What ``probes`` say of ``batches``, in eval mode; afterwards each is in its own mode again.
+
+    Clip labels are met by the mean over time of frame-level logits; of frame labels the patches
+    beyond a clip's end (NaN) are left out. ``wanted``: which answers of which probe are kept.
     """
     device = device_of(next(iter(probes.values())))
     logits: dict[tuple[Hashable, str], list[Tensor]] = {}
@@ -133,8 +134,9 @@ def predictions(
         frames = labels.ndim == 3
         kept = ~labels.isnan().any(-1) if frames else None  # (B, T)
         for key, probe in probes.items():
-            with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                out = probe.eval()(features)
+            auto = torch.autocast(device.type, autocast, enabled=autocast is not None)
+            with evaluating(probe), auto:
+                out = probe(features)
             for answer, own in probe.answers(out).items():
                 if not wanted(key, answer):
                     continue

@@ -1,8 +1,9 @@
 """What probes reached: outcomes, their summary, and the tables it makes.
 
 An outcome is one training that was judged: an encoder's probe with a seed in a round. Deviations
-are over seeds (of the mean over folds) where there are several, else over folds; each summary says
-which. Confidence intervals come from resamples of the held-out clips: the same resamples for every
+are population standard deviations (divided by n, as the reference's over folds): over seeds (of the
+mean over folds) where there are several, else over folds; each summary says which. Confidence
+intervals come from resamples of the held-out clips: the same resamples for every
 method and seed of a round, averaged as the results are.
 """
 
@@ -167,6 +168,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         if entry["std_over"] != "none":
             pairs = (f"{100 * entry['mean'][m]:.2f} ± {100 * entry['std'][m]:.2f}" for m in names)
             lines.append("".join([f"  {'mean ± std':<10}", *(f"{p:>16}" for p in pairs)]))
+            lines.append(f"  (± is the population standard deviation over {entry['std_over']})")
         rows = [row for fold in entry["folds"].values() for row in fold.values()]
         if absent := sorted({c for row in rows for c in row["absent"]}):
             lines.append(

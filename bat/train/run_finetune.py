@@ -107,7 +107,7 @@ def _dry_run(run: Folds) -> None:
     module, data = run.module(rounds[0]), run.data(rounds[0])
     on_gpu = run.config.hardware.accelerator != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    module = module.to(device).train()
+    module = module.to(device)
     autocast = autocast_for(run.config.hardware)
     batch = data.first_batch()
     if not on_gpu:

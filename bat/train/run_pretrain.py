@@ -93,6 +93,8 @@ def _run(
     )
     if kernel:
         log.info("  attention %s: %s", config.model.attention, kernel)
+    for note in config.optim.notes(config.train.steps):
+        log.warning("  %s", note)
     began = time.perf_counter()
     fitting.run()
     everybodys = data.bad_clips_all_ranks()

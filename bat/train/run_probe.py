@@ -171,7 +171,7 @@ def _summary(
         "steps": config.train.steps if not config.train.epochs else None,
         "epochs": config.train.epochs or None,
         "min_steps": config.train.min_steps or None,
-        "head": to_dict(config.head),
+        "head": to_dict(opened.config.head),
         "optim": to_dict(config.optim),
         "data": opened.index.hash + (digest(opened.events) if opened.events else ""),
         "clip_seconds": opened.config.data.clip_seconds,

@@ -3,7 +3,7 @@
 Candidates are trained side by side on the training clips; each is looked at on the validation clips
 at the end, or every so many steps, and of each method and seed the best look is judged on the
 held-out clips, once. Where a protocol chooses nothing there is one candidate, and its last step is
-judged. Better is a higher main metric, of equal ones the lower loss.
+judged. Better is a higher main metric, of equal ones the later step, then the lower loss.
 """
 
 from __future__ import annotations
@@ -41,28 +41,61 @@ def cross_validate(
         plan.parameters[method] = sum(p.numel() for p in probe.parameters())
         plan.prototypes[method] = probe.has_prototypes
     seeds = range(plan.seed, plan.seed + plan.seeds)
+    once = plan.protocol is not None and plan.protocol.search == "first"
     for held in rounds:
         jobs = [(m, s) for m in methods for s in seeds if not plan.done(m, held.name, s)]
-        candidates = [
-            Candidate(method, seed, lr, decay)
-            for method, seed in jobs
-            for lr, decay in plan.grid(method)
-        ]
-        left = {job: sum(c.job == job for c in candidates) for job in jobs}
-        tried = dict(left)
-        best: dict[tuple[str, int], dict[str, Look]] = {job: {} for job in jobs}
-        groups = list(
-            passes(candidates, parameters=plan.parameters, memory_bytes=plan.memory_bytes)
-        )
-        for number, group in enumerate(groups, start=1):
-            name = f"probes, {held.name} held out"
-            name += f", pass {number} of {len(groups)}" if len(groups) > 1 else ""
-            _train(source, held, group, best, plan, name=name)
-            for candidate in group:
-                left[candidate.job] -= 1
-            ready = [job for job in best if not left[job]]
-            looks = {job: best.pop(job) for job in ready}
-            outcomes += _judge(source, held, looks, tried, plan)
+        first = [job for job in jobs if not once or job[1] == plan.seed]
+        outcomes += _round(source, held, first, plan)
+        if others := [job for job in jobs if job not in first]:
+            found = _choices([*plan.before, *outcomes], held, plan.seed)
+            outcomes += _round(source, held, others, plan, found)
+    return outcomes
+
+
+Choices = dict[str, dict[str, tuple[float, float]]]
+"""Learning rate and weight decay by method and answer."""
+
+
+def _choices(outcomes: Sequence[Outcome], held: Round, seed: int) -> Choices:
+    """What the search with ``seed`` chose in ``held``."""
+    found: Choices = {}
+    for o in outcomes:
+        if (o.fold, o.seed) == (held.name, seed):
+            pair = o.chosen["lr"], o.chosen["weight_decay"]
+            found.setdefault(o.probe, {})[o.method.removeprefix(o.probe)] = pair
+    return found
+
+
+def _round(
+    source: Source,
+    held: Round,
+    jobs: Sequence[tuple[str, int]],
+    plan: Plan,
+    given: Choices | None = None,
+) -> list[Outcome]:
+    """Train, choose and judge ``jobs`` in one round: each answer as ``given`` for it, or by a
+    search over the grid of its method."""
+    candidates = []
+    for method, seed in jobs:
+        pairs = plan.grid(method)
+        if given is not None:  # none where the search diverged
+            pairs = list(dict.fromkeys(given.get(method, {}).values()))
+        candidates += [Candidate(method, seed, *pair, order) for order, pair in enumerate(pairs)]
+    left = {job: sum(c.job == job for c in candidates) for job in jobs}
+    tried = dict(left)
+    plan.diverged += [(method, held.name, seed) for method, seed in jobs if not left[method, seed]]
+    best: dict[tuple[str, int], dict[str, Look]] = {job: {} for job in jobs if left[job]}
+    groups = list(passes(candidates, parameters=plan.parameters, memory_bytes=plan.memory_bytes))
+    outcomes = []
+    for number, group in enumerate(groups, start=1):
+        name = f"probes, {held.name} held out"
+        name += f", pass {number} of {len(groups)}" if len(groups) > 1 else ""
+        _train(source, held, group, best, plan, given or {}, name=name)
+        for candidate in group:
+            left[candidate.job] -= 1
+        ready = [job for job in best if not left[job]]
+        looks = {job: best.pop(job) for job in ready}
+        outcomes += _judge(source, held, looks, tried, plan)
     return outcomes
 
 
@@ -72,10 +105,12 @@ def _train(
     group: Sequence[Candidate],
     best: dict[tuple[str, int], dict[str, Look]],
     plan: Plan,
+    given: Choices,
     *,
     name: str,
 ) -> None:
-    """Train ``group`` side by side; keep in ``best`` the best look of each job and answer."""
+    """Train ``group`` side by side; keep in ``best`` the best look of each job and answer, or of
+    those with the rate and weight decay that are ``given`` for it."""
     steps, warmup = plan.run_steps(held)
     trainings = {}
     for candidate in group:
@@ -95,15 +130,16 @@ def _train(
         waiting = set(active)
         for (candidate, answer), score in scores.items():
             at = candidate, answer
+            pair = candidate.lr, candidate.weight_decay
+            if given and given[candidate.method][answer] != pair:
+                continue
             if protocol.patience and waited.get(at, 0) >= protocol.patience:
                 continue  # it has stopped, though others of its probe go on
             kept = best[candidate.job].get(answer)
-            order = plan.grid(candidate.method).index((candidate.lr, candidate.weight_decay))
-            if score is not None and Look(candidate, step, score, {}, order).better(kept):
+            if score is not None and Look(candidate, step, score, {}).better(kept):
                 if candidate not in states:
                     states[candidate] = _state(trainings[candidate].probe)
-                own = Look(candidate, step, score, states[candidate], order)
-                best[candidate.job][answer] = own
+                best[candidate.job][answer] = Look(candidate, step, score, states[candidate])
             if score is not None and (at not in tops or score > tops[at]):
                 tops[at], waited[at] = score, 0
             else:
@@ -190,7 +226,7 @@ def _judge(
             if (job, id(look.state)) not in probes:
                 probe = fresh(plan, held, *job)
                 probe.load_state_dict(look.state)
-                probes[job, id(look.state)] = probe.to(plan.device)
+                probes[job, id(look.state)] = probe.to(plan.device).eval()
     outcomes: dict[tuple[str, int], list[Outcome]] = {job: [] for job in looks}
     sound = {job for job in looks if looks[job]}
     if probes:

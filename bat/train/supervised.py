@@ -1,11 +1,13 @@
 """Fine-tuning: encoder and head trained together on labels (SPEC section 5).
 
-    wave -> colour noise -> front end -> mixup -> SpecAugment -> encoder with drop path -> head
+    wave -> colour noise -> front end -> time roll -> mixup -> SpecAugment
+         -> encoder with drop path -> head
          -> the task's loss -> AdamW with layer-wise decay at the scheduled rate
 
 The head is a probe, ``linear`` by default: LayerNorm, dropout, linear on the last class token, or
-the mean patch of an encoder without one. The time roll is the stream's (``data.roll``). Everything
-random hangs on (seed, fold, micro-batch, rank) alone, so that a resumed run is the same run.
+the mean patch of an encoder without one. Waves are rolled by the stream (``data.roll``).
+Everything random hangs on (seed, fold, micro-batch, rank) alone, so that a resumed run is the same
+run.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bat import __version__
-from bat.audio.augment import colour_noise, mixup, spec_augment
+from bat.audio.augment import colour_noise, mixup, spec_augment, time_roll
 from bat.backbones.base import Backbone
 from bat.config.compose import to_dict
 from bat.config.schema import Finetune
@@ -59,6 +61,7 @@ class Supervised(Shardable):
         self.figures: dict[str, Tensor] = {}
         self.clips = 0
         self.guard = Guard(config.optim.clip_norm)
+        self.train()  # a loaded encoder is in eval mode, and Lightning leaves modes as they are
 
     def units(self) -> list[torch.nn.Module]:
         """The blocks; the head is small and stays with the rest."""
@@ -87,11 +90,15 @@ class Supervised(Shardable):
         if own.noise_p:
             waves = colour_noise(waves, generator=generator, p=own.noise_p, lengths=batch.lengths)
         x = self.backbone.spectrogram(waves, batch.lengths, frames=self.frames)
+        if own.time_roll:
+            front: Any = self.backbone.frontend
+            valid = None if front.pad == "waveform" else front.valid_frames(batch.lengths)
+            x = time_roll(x, generator=generator, frames=valid)
         if own.mixup_p:
             x, targets = mixup(
                 x, targets, generator=generator, p=own.mixup_p, alpha=own.mixup_alpha
             )
-        if own.spec_repeats and (own.spec_freq or own.spec_time):
+        if own.spec_freq or own.spec_time:
             x = spec_augment(
                 x,
                 generator=generator,

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bat.audio.augment import add_noise, colour_noise, mix, mixup, roll, spec_augment
+from bat.audio.augment import (
+    add_noise,
+    colour_noise,
+    mix,
+    mixup,
+    roll,
+    spec_augment,
+    time_roll,
+)
 from bat.shapes import UserError
 
 
@@ -180,6 +188,21 @@ def test_drawn_rolls_are_uniform_and_seeded() -> None:
         assert (counts[:length] - 1 / length).abs().max() < 0.02
         assert not counts[length:].any()
     assert out.equal(roll(waves, generator=seeded(), lengths=lengths))
+
+
+def test_time_roll__one_shift_for_the_batch_within_each_clip_s_frames() -> None:
+    x, frames = noise(3, 1, 9, 4), torch.tensor([9, 7, 4])
+    shifts = set()
+    for seed in range(300):
+        out = time_roll(x, generator=seeded(seed), frames=frames)
+        shifts |= {s for s in range(10) if all(
+            out[row, :, :n].equal(x[row, :, :n].roll(s, 1)) for row, n in enumerate(frames.tolist())
+        )}  # fmt: skip
+        assert all(out[row, :, n:].equal(x[row, :, n:]) for row, n in enumerate(frames.tolist()))
+    assert shifts == set(range(10))  # all 9 frames too: a shift for the shorter clips
+    assert time_roll(x, generator=seeded()).equal(
+        time_roll(x, generator=seeded(), frames=torch.full((3,), 9))
+    )
 
 
 def test_bad_arguments() -> None:

@@ -229,12 +229,13 @@ def test_a_protocol_of_the_command_line_is_the_last_word_but_for_single_values()
     assert (unmute.train.epochs, unmute.data.batch, unmute.protocol.sobol) == (30, 128, 8)
     assert (unmute.protocol.lrs, unmute.protocol.prototype_lrs, unmute.protocol.weight_decays) == (
         [1e-4, 7e-3], [2e-3, 8e-2], [1e-5, 5e-4])  # fmt: skip
-    assert unmute.head.per_class == 20
-    assert unmute.optim.warmup_steps == 0
+    head = unmute.head
+    assert (head.per_class, head.norm, head.dropout) == ("task", False, 0)
+    assert (unmute.protocol.search, unmute.optim.warmup_steps) == ("first", 0)
     back = compose(Probe, "probe", ["recipe=esc10", "protocol=bat"])
     assert (back.optim.lr, back.head.prototypes, back.protocol.lrs) == (1e-3, 10_000, [])
     assert (back.optim.betas, back.optim.min_lr) == ([0.9, 0.999], 1e-6)
-    with pytest.raises(UserError, match=r"protocol\.selection=none: nothing chooses"):
+    with pytest.raises(UserError, match=r"protocol\.selection=none: nothing is chosen"):
         compose(Probe, "probe", ["recipe=esc50", "protocol.lrs=[1e-3,1e-2]"])
 
 
@@ -249,8 +250,64 @@ def test_every_probing_recipe_takes_every_protocol(recipe: str, protocol: str) -
     [
         (["recipe=esc10", "optim.lr=1e-4"], "optim.lr=0.0001 with protocol.lrs"),
         (["recipe=own", "train.steps=500"], "train.steps=500 with train.epochs=30"),
+        (["recipe=esc10", "protocol.weight_decays=[0.1,0.3]"], "optim.weight_decay=0.2 with proto"),
+        (["recipe=esc10", "optim.min_lr=1e-2"], r"optim.min_lr=0.01 is above \[0.004\]"),
+        (["recipe=esc50", "optim.min_lr=1e-2"], "optim.min_lr=0.01 is above optim.lr=0.001"),
+        (
+            ["recipe=esc50", "protocol.fraction=0.3"],
+            "protocol.fraction=0.3 with protocol.selection",
+        ),
+        (
+            ["recipe=esc50", "protocol.search=first"],
+            "protocol.search=first with protocol.selection",
+        ),
+        (["recipe=esc50", "head.per_class=all"], "head.per_class=all must be a number, task"),
     ],
 )
 def test_a_value_that_another_overrides_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         compose(Probe, "probe", words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["spec_repeats=0"],
+            "augment.spec_repeats=0 must be at least 1; SpecAug is switched off by",
+        ),
+        (["spec_freq=1"], "augment.spec_freq=1 masks nothing"),
+        (["spec_time=1"], "augment.spec_time=1 masks nothing"),
+        (["spec_freq=0", "spec_time=0", "spec_repeats=2"], "augment.spec_repeats=2 with"),
+        (["mixup_alpha=0.4"], "augment.mixup_alpha=0.4 with augment.mixup_p=0"),
+    ],
+)
+def test_augment__settings_that_switch_one_another_off_are_refused(words, said) -> None:
+    with pytest.raises(UserError, match=said):
+        compose(Finetune, "finetune", ["recipe=esc50", *(f"augment.{w}" for w in words)])
+    off = ["augment.spec_freq=0", "augment.spec_time=0"]
+    assert compose(Finetune, "finetune", ["recipe=esc50", *off]).augment.spec_repeats == 1
+    one = ["augment.mixup_p=0.5", "augment.mixup_alpha=0.4", "augment.spec_freq=0"]
+    assert compose(Finetune, "finetune", ["recipe=esc50", *one]).augment.mixup_alpha == 0.4
+
+
+def test_protocol_unmute__plain_clips_on_as20k() -> None:
+    """No roll, no random place, no LayerNorm or dropout that is not published."""
+    c = compose(Probe, "probe", ["recipe=as20k", "protocol=unmute"])
+    assert (c.data.roll, c.pad_offset, c.data.batch, c.seeds) == (False, "start", 128, 5)
+    assert (c.head.norm, c.head.vqt_norm, c.head.dropout) == (False, None, 0)
+    assert compose(Probe, "probe", ["recipe=as20k"]).head.vqt_norm is False
+
+
+def test_optim__a_warm_up_longer_than_the_run_is_said() -> None:
+    note = "optim.warmup_steps=400 are more than train.steps=300"
+    optim = compose(Probe, "probe", ["recipe=esc50"]).optim
+    assert [note in said for said in optim.notes(300)] == [True]
+    assert optim.notes(400) == []
+
+
+@pytest.mark.parametrize("command", ["probe", "finetune"])
+@pytest.mark.parametrize("name", sorted(locate.known_recipes("probe")))
+def test_recipe__its_rate_is_reached(command: str, name: str) -> None:
+    c = compose(SCHEMAS[command], command, [f"recipe={name}"])
+    assert c.optim.notes(c.train.steps) == [] or getattr(c.train, "epochs", 0)

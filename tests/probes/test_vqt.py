@@ -59,10 +59,11 @@ def test_golden_features_and_logits(golden, length, gate):
     torch.testing.assert_close(normed, data[f"{case}/vqt_features"], **close)
     torch.testing.assert_close(logits, data[f"{case}/vqt_logits"], **close)
     if (length, gate) == ("short", "gate"):
-        bare = _golden_probe(data, encoder, norm=False)
-        with torch.no_grad():
-            wanted = data[f"{case}/vqt_logits_without_head_norm"]
-            torch.testing.assert_close(bare(features), wanted, **close)
+        wanted = data[f"{case}/vqt_logits_without_head_norm"]
+        for words in ({"norm": False}, {"norm": True, "vqt_norm": False}):
+            bare = _golden_probe(data, encoder, **words)
+            with torch.no_grad():
+                torch.testing.assert_close(bare(features), wanted, **close)
 
 
 @pytest.mark.parametrize("gate", ["gate", "nogate"])

@@ -56,7 +56,7 @@ def result(
     return {
         "parameters": 23_525_900,
         "mean": mean,
-        "std": {n: statistics.stdev(v) if len(v) > 1 else 0.0 for n, v in values.items()},
+        "std": {n: statistics.pstdev(v) for n, v in values.items()},
         "std_over": over,
         "interval": [mean["accuracy"] - 0.03, mean["accuracy"] + 0.03],
         "folds": rounds,

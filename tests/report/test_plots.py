@@ -86,16 +86,16 @@ def axes(monkeypatch):
 def test_gates_say_what_their_deviation_is_over_and_stay_within_0_and_1(tmp_path, axes):
     from matplotlib.container import ErrorbarContainer
 
-    gates = {"cgp": [[0.0, 1.0], [0.5, 0.5]], "lcgp": [0.25, 0.75]}
+    gates = {"cgp": [[0.0, 1.0], [0.0, 1.0], [0.75, 0.25]], "lcgp": [0.25, 0.75]}
     plots.plot_layer_gates(gates, tmp_path / "g.png")
     plots.plot_layer_gates(gates, tmp_path / "g.png", over="trainings")
     for axis, over in zip(axes, ("folds", "trainings"), strict=True):
         said = [text.get_text() for text in axis.get_legend().get_texts()]
-        assert said == ["uniform, 1/2", f"cgp, mean ± std\nof 2 {over}", "lcgp"]
+        assert said == ["uniform, 1/2", f"cgp, mean ± std\nof 3 {over}", "lcgp"]
     [bars] = [c for c in axes[0].containers if isinstance(c, ErrorbarContainer)]
     [lines] = bars[2]
     ends = [segment[:, 1].tolist() for segment in lines.get_segments()]
-    spread = 0.5 / 2**0.5  # more than 0.25
+    spread = 0.125**0.5  # more than 0.25
     np.testing.assert_allclose(ends, [(0, 0.25 + spread), (0.75 - spread, 1)], atol=1e-12)
 
 
@@ -107,7 +107,7 @@ def test_folds_are_in_order_and_say_what_their_deviation_is_over(tmp_path, axes)
     assert drawn == {0: 1, 1: 2, 2: 10}
     legend = axes[0].get_legend()
     assert legend.get_title().get_text() == "mean ± std over 3 folds"
-    assert [text.get_text() for text in legend.get_texts()] == ["cgp: 4.3 ± 4.9 %"]
+    assert [text.get_text() for text in legend.get_texts()] == ["cgp: 4.3 ± 4.0 %"]
     plots.plot_folds({"cgp": {"test": 0.5}}, tmp_path / "f.png", metric="accuracy")
     legend = axes[1].get_legend()
     assert legend.get_title().get_text() == ""

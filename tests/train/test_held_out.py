@@ -63,6 +63,14 @@ def test_splits_make_one_round():
         make_rounds(index, [1])
 
 
+def test_make_rounds__a_fraction_that_nothing_is_drawn_by_is_refused():
+    ids = {"train": np.array([0, 1]), "valid": np.array([3]), "test": np.array([2])}
+    index = SimpleNamespace(folds=[], splits=list(ids), clips_in_split=ids.__getitem__)
+    with pytest.raises(UserError, match=r"protocol\.fraction=0\.3: .* on a split of the data"):
+        make_rounds(index, protocol=Protocol(fraction=0.3))
+    assert make_rounds(index, protocol=Protocol())[0].valid.tolist() == [3]
+
+
 def test_label_sets_that_do_not_match(index):
     check_labels(load_task("toy"), index)
     with pytest.raises(UserError, match="'esc10' has 10 classes, the data has 5"):

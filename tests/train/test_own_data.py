@@ -1,6 +1,7 @@
 """A CSV of one's own, from its lines to what a probe is trained on."""
 
 import dataclasses
+import json
 import logging
 import os
 
@@ -18,13 +19,16 @@ from bat.data.tar import escape_key
 from bat.data.toy import SAMPLE_RATE, toy_wave
 from bat.probes.base import build_probe
 from bat.shapes import Grid, UserError, WaveBatch
+from bat.tasks.base import load_task
 from bat.tasks.events import Event
 from bat.train.candidates import Plan
 from bat.train.features import FeatureBank
 from bat.train.frame_targets import FrameTargets
+from bat.train.heads import load_head
 from bat.train.prepare import open_probing, prepare, with_encoder
 from bat.train.probing import predictions
 from bat.train.run_folder import open_data
+from bat.train.run_probe import probe
 from bat.train.selection import cross_validate
 
 SECONDS = (0.5, 0.7, 1.0)
@@ -95,6 +99,29 @@ def test_one_label_a_clip_is_one_label_a_clip(own):
     assert ready.targets_of is None
 
 
+def test_protocol_unmute__one_search_and_the_task_s_prototypes(own, tmp_path):
+    out = tmp_path / "run"
+    probe(own(PLAIN, "protocol=unmute", "protocol.sobol=2", "train.epochs=1", "seeds=2",
+              "folds=[1]", "methods=[protobin,linear]", "insight.encoder=false", "insight.maps=0",
+              "bootstrap=0", f"out={out}"))  # fmt: skip
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["head"]["per_class"] == 20
+    said = "learning rate and weight decay chosen by the first seed on the fold after the held-out"
+    assert summary["how"].startswith(said)
+    (encoder,) = summary["encoders"].values()
+    for entry in encoder["results"].values():
+        first, second = entry["chosen"]["1-0"], entry["chosen"]["1-1"]
+        assert (first["candidates"], second["candidates"]) == (2, 1)
+        same = ("lr", "weight_decay", "step")
+        assert [first[k] for k in same] == [second[k] for k in same]
+    head, _ = load_head(*out.glob("heads/*/protobin-1-0"))
+    assert head.prototypes.shape == (20 * 2, 16)
+    assert head.dropout.p == 0
+    linear, _ = load_head(*out.glob("heads/*/linear-1-0"))
+    assert isinstance(linear.norm, torch.nn.Identity)
+    assert [load_task(name).per_class for name in ("audioset", "esc50", "own")] == [10, 20, 20]
+
+
 def test_the_draw_follows_the_seed(own):
     first, again, other = (
         [r.test.tolist() for r in open_probing(own(PLAIN, f"seed={seed}")).rounds]
@@ -111,7 +138,7 @@ def test_the_window_is_the_longest_clip_and_frames_follow(own):
     assert "\n  window 1 s, the longest clip" in ready.headline("first")
     ready = prepare(own(PLAIN, "data.clip_seconds=0.6"))
     assert (ready.config.data.clip_seconds, ready.frames) == (0.6, 64)
-    assert "6 of 9 clips are longer than the window of 0.6 s: only their middle" in ready.notices[0]
+    assert "6 of 9 clips are longer than the window of 0.6 s: only their start" in ready.notices[0]
     assert prepare(own(PLAIN, "frames=208")).frames == 208
     with pytest.raises(UserError, match="makes 101 frames, more than frames=64"):
         prepare(own(PLAIN, "frames=64"))

@@ -104,6 +104,27 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     assert_same_run(whole, parts)
 
 
+def test_pretrain__modes_are_right_at_every_step_whatever_was_evaluated_before(
+    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Online probes and the look for collapse after each step. Drop path acts in the student."""
+    original, seen = Pretraining.training_step, []
+
+    def step(self, batch, batch_idx):
+        parts = self.objective
+        seen.append([{m.training for m in p.modules()} for p in (parts.student, parts.teacher)])
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(Pretraining, "training_step", step)
+    words = ["online.every=1", "online.steps=1", "health.collapse_every=1", "train.steps=2"]
+    out = tmp_path / "run"
+    pretrain(small(*words, "model.drop_path=0.5", out=out))
+    assert seen == [[{True}, {False}]] * 2
+    pretrain(small(*words, "model.drop_path=0", out=tmp_path / "other"))
+    first, other = (metrics(o) for o in (out, tmp_path / "other"))
+    assert [r["loss"] for r in first if "loss" in r] != [r["loss"] for r in other if "loss" in r]
+
+
 def test_a_run_cut_before_its_first_checkpoint_begins_anew(
     small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

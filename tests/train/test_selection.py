@@ -301,13 +301,13 @@ def test_summary_says_what_its_deviation_is_over(bank):
                        for row in entry["folds"].values()])  # fmt: skip
     assert entry["std_over"] == "seeds"
     assert entry["mean"]["accuracy"] == pytest.approx(values.mean())
-    assert entry["std"]["accuracy"] == pytest.approx(values.mean(0).std(ddof=1))
+    assert entry["std"]["accuracy"] == pytest.approx(values.mean(0).std())
     low, high = entry["interval"]
     assert low <= entry["mean"]["accuracy"] <= high
     assert high - low < 0.5
     one = summary([o for o in outcomes if o.seed == 0])["linear"]
     assert one["std_over"] == "folds"
-    assert one["std"]["accuracy"] == pytest.approx(values[:, 0].std(ddof=1))
+    assert one["std"]["accuracy"] == pytest.approx(values[:, 0].std())
     alone = summary(outcomes[:1])["linear"]
     assert (alone["std_over"], alone["std"]["accuracy"]) == ("none", 0)
     rows = ranking({"A": {"linear": entry}, "B": {"linear": alone, "curve@1": entry}}, "accuracy")

@@ -90,13 +90,13 @@ def _run(bank, script, *, names=("",), steps=8, held=HELD, memory_bytes=8e9, los
 @pytest.mark.parametrize(
     ("looks", "chosen"),
     [
-        ([(1, 1.0), (1, 3.0), (1, 2.0), (1, 3.0)], 4),  # of equal metrics the lower loss
-        ([(1, 2.0), (1, 2.0), (1, 2.0), (1, 2.0)], 2),  # of equal ones the first
+        ([(1, 1.0), (1, 3.0), (1, 2.0), (1, 3.0)], 8),  # of equal metrics the last
+        ([(1, 3.0), (1, 1.0), (1, 1.0), (0.5, 9.0)], 6),  # whatever the loss
         ([(0.75, 1.0), (1, 0.01), (0.875, 1.0), (0.5, 1.0)], 4),  # the metric above the loss
         ([(0.5, 1.0), (0.5, 1.0), (0.5, 1.0), (0.625, 9.0)], 8),  # the last step is looked at
     ],
 )
-def test_of_looks_the_best_then_the_surest_then_the_first(bank, looks, chosen):
+def test_look__best_metric_then_latest_step(bank, looks, chosen):
     (outcome,), _ = _run(bank, lambda step, fast: looks[step // 2 - 1], look_every=2)
     assert outcome.chosen["step"] == chosen
     share = looks[chosen // 2 - 1][0]
@@ -124,15 +124,15 @@ def test_of_rates_too(bank, fast, slow, chosen, rates, memory_bytes):
 @pytest.mark.parametrize("memory_bytes", [8e9, 1])
 @pytest.mark.parametrize("rates", [[FAST, SLOW], [SLOW, FAST]])
 @pytest.mark.parametrize(("fast", "slow"), [((4, 8), (2, 6)), ((2, 6), (4, 8))])
-def test_of_equal_looks_at_several_rates_the_earlier_step(bank, fast, slow, rates, memory_bytes):
+def test_look__of_equal_ones_at_several_rates_the_later_step(bank, fast, slow, rates, memory_bytes):
     """Whichever rate is named first, and in as many passes as it takes."""
 
     def script(step, is_fast):
         return (1 if step in (fast if is_fast else slow) else 0.5), 1.0
 
     (outcome,), _ = _run(bank, script, lrs=rates, look_every=2, memory_bytes=memory_bytes)
-    assert outcome.chosen["step"] == 2
-    assert outcome.chosen["lr"] == (FAST if 2 in fast else SLOW)
+    assert outcome.chosen["step"] == 8
+    assert outcome.chosen["lr"] == (FAST if 8 in fast else SLOW)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def _shares(*values):
     [
         (2, [0.5, 0.25, 0.625, 0.5, 0.375, 1, 1], 6, 10),  # a gain starts the count anew
         (1, [0.5, 0.25, 1, 1, 1, 1, 1], 2, 4),
-        (2, [0.5, 0.5, 0.5, 1, 1, 1, 1], 2, 6),  # as good is no gain
+        (2, [0.5, 0.5, 0.5, 1, 1, 1, 1], 6, 6),  # as good is no gain
         (3, [0.5, 0.25, 0.25, 0.625, 0.5, 0.5, 0.75], 14, 14),
         (0, [0.5, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25], 2, 14),  # 0: never
     ],
@@ -239,7 +239,7 @@ def test_looks_are_every_so_many_steps_and_at_the_end(bank, best):
     assert outcome.chosen["step"] == best
 
 
-def test_without_a_positive_clip_to_validate_on_the_loss_chooses(bank):
+def test_look__without_a_positive_clip_to_validate_on_the_last_step(bank):
     """No class has an average precision then; a NaN must not win by being first."""
     empty = bank.targets.clone()
     empty[HELD.valid] = 0
@@ -247,5 +247,68 @@ def test_without_a_positive_clip_to_validate_on_the_loss_chooses(bank):
                          keys=bank.keys, skipped={})  # fmt: skip
     sure = {2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0}
     (outcome,), _ = _run(silent, lambda step, fast: (1, sure[step]), look_every=2, loss="bce")
-    assert (outcome.chosen["step"], outcome.chosen["validation"]) == (4, 0.0)
+    assert (outcome.chosen["step"], outcome.chosen["validation"]) == (8, 0.0)
     assert outcome.metrics["map"] == 1
+
+
+def _searched(bank, script, *, names=("",), seeds=3, **words):
+    """Outcomes, and which seed was trained at which rate."""
+    trained = []
+    plan = Plan(
+        build=lambda _: Scripted(script, names),
+        loss=LOSSES["ce"],
+        optim=OPTIM,
+        steps=4,
+        batch=8,
+        multi_label=False,
+        seed=7,
+        seeds=seeds,
+        protocol=Protocol(lrs=[SLOW, FAST], look_every=2, search="first"),
+        log_every=99,
+        on_log=lambda row: trained.append((row["seed"], row["lr"])) if row["step"] == 1 else None,
+        **words,
+    )
+    return cross_validate(bank, [HELD], ["scripted"], plan), trained, plan
+
+
+def _fast_is_better(step, fast):
+    return (1 if fast else 0.5), 1.0
+
+
+def test_search_first__other_seeds_take_what_the_first_found(bank):
+    found, trained, _ = _searched(bank, _fast_is_better)
+    assert trained == [(7, SLOW), (7, FAST), (8, FAST), (9, FAST)]
+    assert [(o.seed, o.chosen["lr"], o.chosen["candidates"]) for o in found] == [
+        (7, FAST, 2), (8, FAST, 1), (9, FAST, 1)]  # fmt: skip
+
+
+def test_search_first__goes_on_from_an_earlier_run(bank):
+    """Its outcomes are those of the first seed: nothing is searched again."""
+    before, _, _ = _searched(bank, _fast_is_better, seeds=1)
+    found, trained, _ = _searched(bank, _fast_is_better, before=before,
+                                  done=lambda method, fold, seed: seed == 7)  # fmt: skip
+    assert trained == [(8, FAST), (9, FAST)]
+    assert [o.seed for o in found] == [8, 9]
+
+
+def test_search_first__each_answer_keeps_its_own_rate(bank):
+    def script(step, fast):
+        return [(1 if fast else 0.5, 1.0), (0.5 if fast else 1, 1.0)]
+
+    def surprising(step, fast):
+        """For the other seeds it would be better the other way round."""
+        return script(step, not fast)
+
+    before, _, _ = _searched(bank, script, names=("@1", "@2"), seeds=1)
+    found, trained, _ = _searched(bank, surprising, names=("@1", "@2"), seeds=2, before=before,
+                                  done=lambda method, fold, seed: seed == 7)  # fmt: skip
+    assert trained == [(8, FAST), (8, SLOW)]
+    rates = {o.method: o.chosen["lr"] for o in found}
+    assert rates == {"scripted@1": FAST, "scripted@2": SLOW}
+
+
+def test_search_first__that_diverged_leaves_nothing_to_train(bank):
+    found, trained, plan = _searched(bank, lambda step, fast: (1, float("nan")))
+    assert found == []
+    assert trained == [(7, SLOW), (7, FAST)]
+    assert plan.diverged == [("scripted", "0", seed) for seed in (7, 8, 9)]

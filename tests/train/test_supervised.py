@@ -21,6 +21,7 @@ from bat.train import fitting, folds
 from bat.train.heads import load_head
 from bat.train.losses import LOSSES
 from bat.train.prepare import prepare
+from bat.train.probing import predict
 from bat.train.run_finetune import finetune
 from bat.train.supervised import Supervised
 
@@ -90,8 +91,10 @@ def test_groups_hold_every_parameter_once_scaled_by_layer(config, encoder):
         ["augment.mixup_p=0", "augment.noise_p=1", "augment.spec_freq=0", "augment.spec_time=0"],
         ["augment.mixup_p=0", "augment.noise_p=0", "augment.spec_freq=64", "augment.spec_time=0"],
         ["augment.mixup_p=0", "augment.noise_p=0", "augment.spec_freq=0", "augment.spec_time=99"],
+        ["augment.mixup_p=0", "augment.noise_p=0", "augment.spec_freq=0", "augment.spec_time=0",
+         "augment.time_roll=true"],
     ],
-)
+)  # fmt: skip
 def test_each_augmentation_acts_and_repeats(config, encoder, words):
     def augmented(*own: str, seed: int = 0):
         module = _module(config(*own), encoder)
@@ -108,10 +111,80 @@ def test_each_augmentation_acts_and_repeats(config, encoder, words):
     assert not torch.equal(acted, augmented(*words, seed=1)[0])
 
 
+@pytest.mark.parametrize(("pad", "own"), [("spectrogram", 201), ("waveform", 208)])
+def test_time_roll__zero_frames_stay_at_the_end(config, encoder, pad, own):
+    """2 s are 201 frames; where the waveform is padded all 208 are the clip's."""
+    module = _module(config("augment.time_roll=true", "augment.noise_p=0", "augment.spec_freq=0",
+                            "augment.spec_time=0"), encoder)  # fmt: skip
+    module.backbone.frontend.pad = pad
+    batch = _batch()
+    whole = module.backbone.spectrogram(batch.waves, batch.lengths, frames=208)
+    rolled, _ = module.augmented(batch, torch.Generator().manual_seed(1))
+    shift = next(s for s in range(own) if rolled[0, :, :own].equal(whole[0, :, :own].roll(s, 1)))
+    assert shift > 0
+    assert rolled[:, :, :own].equal(whole[:, :, :own].roll(shift, 2))
+    assert rolled[:, :, own:].equal(whole[:, :, own:])
+
+
 def test_drop_path_is_set_linearly(config, encoder):
     module = _module(config("drop_path=0.3"), encoder)
     rates = [float(b.drop_path.rate) for b in module.backbone.blocks]
     assert rates == pytest.approx([0, 0.3])
+
+
+def _losses(out) -> list[float]:
+    lines = (out / "fold-1" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_finetune__drop_path_and_dropout_act_in_a_fit(config, tmp_path):
+    """From the same start, with the same clips and no augmentation: only they can differ."""
+    plain = ["folds=[1]", "train.log_every=1", "augment.noise_p=0", "augment.spec_freq=0",
+             "augment.spec_time=0", "drop_path=0", "head.dropout=0"]  # fmt: skip
+
+    def losses(name: str, *words: str) -> list[float]:
+        return _losses(finetune(config(*plain, *words, f"out={tmp_path}/{name}")))
+
+    without = losses("without")
+    assert losses("again") == without
+    assert losses("drop-path", "drop_path=0.9")[0] != without[0]
+    assert losses("dropout", "head.dropout=0.9")[0] != without[0]
+
+
+class _Modes(Callback):
+    """The modes of all modules of the LightningModule at the start of each micro-batch."""
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, *args) -> None:
+        self.seen.append({name: m.training for name, m in pl_module.named_modules()})
+
+
+def test_finetune__everything_trains_until_the_last_step(config, tmp_path, monkeypatch):
+    build, modes = fitting.build_trainer, _Modes()
+
+    def watched(**words):
+        trainer = build(**words)
+        trainer.callbacks.append(modes)
+        return trainer
+
+    monkeypatch.setattr(fitting, "build_trainer", watched)
+    finetune(config())
+    assert len(modes.seen) == 8  # two folds of four steps: the first was judged before the second
+    assert all(all(seen.values()) for seen in modes.seen)
+
+
+def test_predict__leaves_modes_as_they_were(config, encoder):
+    module = _module(config("head.dropout=0.5"), encoder)
+    features = module.backbone.eval().features(torch.rand(2, 1, 208, 128))
+    batches = [(features, torch.eye(5)[:2])]
+    for training in (True, False):
+        module.head.train(training)
+        first, _ = predict({"head": module.head}, iter(batches))
+        second, _ = predict({"head": module.head}, iter(batches))
+        assert torch.equal(first["head"], second["head"])  # no dropout
+        assert all(m.training == training for m in module.head.modules())
 
 
 class _KilledError(Exception):
