@@ -112,17 +112,17 @@ def export(
     *,
     backbone: str,
     encoder: dict[str, Any],
-    student: dict[str, Tensor],
-    teacher: dict[str, Tensor],
+    weights: dict[str, dict[str, Tensor]],
     meta: dict[str, Any],
 ) -> Path:
     """Write an export folder, each file atomically, the weights first. Returns ``folder``.
 
-    ``encoder``: keywords of the backbone (JSON). ``meta``: what else to say (training, labels).
+    ``encoder``: keywords of the backbone (JSON). ``weights``: state dicts of the encoders,
+    ``student`` and maybe ``teacher``, all of these keywords. ``meta``: what else to say (training, labels).
     """
     tensors = {
         f"{who}.encoder.{name}": tensor.detach().cpu().contiguous()
-        for who, state in (("student", student), ("teacher", teacher))
+        for who, state in weights.items()
         for name, tensor in state.items()
     }
     folder.mkdir(parents=True, exist_ok=True)

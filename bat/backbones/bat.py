@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bat.backbones.base import Backbone, load_strictly, make_frontend
+from bat.backbones.base import MaskableEncoder, load_strictly, make_frontend
 from bat.nn.attention import Backend, take
 from bat.nn.block import EPS, Block, init_linears
 from bat.nn.decoder import TOKEN_STD
@@ -36,7 +36,7 @@ HEAD_WIDTH = 64
 """Channels a head where a file does not say its number of heads."""
 
 
-class BAT(Backbone):
+class BAT(MaskableEncoder):
     """Encoder of the Better Audio Transformer; the defaults are Base."""
 
     has_cls = True
@@ -65,6 +65,7 @@ class BAT(Backbone):
         self._config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.width, self.depth, self.heads = width, depth, heads
         self.patch, self.grid = patch, grid
+        self.gate, self.pos_layout, self.attention = gate, pos_layout, attention
         self.frontend = make_frontend(**(frontend or {}))
         self.sample_rate = int(self.frontend.sample_rate)  # type: ignore[arg-type]
         self.patch_embed = PatchEmbed(patch, width)
