@@ -118,7 +118,8 @@ def export(
     """Write an export folder, each file atomically, the weights first. Returns ``folder``.
 
     ``encoder``: keywords of the backbone (JSON). ``weights``: state dicts of the encoders,
-    ``student`` and maybe ``teacher``, all of these keywords. ``meta``: what else to say (training, labels).
+    ``student`` and maybe ``teacher``, all of these keywords. ``meta``: what else to say (training,
+    labels).
     """
     tensors = {
         f"{who}.encoder.{name}": tensor.detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""Seeds derived from names: everything random of a run hangs on its one seed and on what it is for."""
+"""Seeds of everything random in a run, derived from its one seed and from what each is for."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """Probes along a pre-training run: the evidence that the encoder learns.
 
 Every ``online.every`` steps, and at step 0 before any training, short probes are trained from
-scratch on the frozen encoder's features (the objective says whose: the EMA teacher's, where there
-is one) of a labelled set and judged on held-out folds. Step 0 is the control: the same encoder with random weights. The falling loss is no such evidence (the
-position code is the easy part of the target). Same code as ``bat-probe``, with a small budget; the
-run's own random numbers are left alone.
+scratch on the features of a labelled set by the frozen encoder (of the objective's, the last: the
+EMA teacher, where there is one) and judged on held-out folds. Step 0 is the control: the same
+encoder with random weights. The falling loss is no such evidence (the position code is the easy
+part of the target). Same code as ``bat-probe``, with a small budget; the run's own random numbers
+are left alone.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """One training step of pre-training, whatever the objective, and its optimiser.
 
-    batch of waves -> objective: loss and scalars -> AdamW at the scheduled rate -> objective.after_step
+    waves -> objective: loss, scalars -> AdamW at the scheduled rate -> objective.after_step
 
-Everything random hangs on (seed, micro-batch, rank) alone, what the objective draws (masks) on (seed,
-place in the stream), never on what came before: an interrupted and resumed run ends with the same
-weights as one that was left alone, and masks do not change with the number of devices or of
+Everything random hangs on (seed, micro-batch, rank) alone, what the objective draws (masks) on
+(seed, place in the stream), never on what came before: an interrupted and resumed run ends with the
+same weights as one that was left alone, and masks do not change with the number of devices or of
 micro-batches.
 """
 

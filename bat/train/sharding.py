@@ -2,8 +2,8 @@
 
 DDP keeps everything on every device. FSDP2 (``fully_shard``, through Lightning's
 ``ModelParallelStrategy``) splits weights, gradients, the optimiser's moments and the EMA teacher
-along their first axis. A unit is gathered when its forward begins and dropped when it ends: every block
-of an encoder, what else the module names (``units``), and the rest, the root, with
+along their first axis. A unit is gathered when its forward begins and dropped when it ends: every
+block of an encoder, what else the module names (``units``), and the rest, the root, with
 ``training_step``. Sums are taken in float32 and weights travel as they are kept, so FSDP2's numbers
 are DDP's but for the order of additions.
 

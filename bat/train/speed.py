@@ -1,8 +1,8 @@
 """What ``hardware`` changes about a model without changing its numbers.
 
-``torch.compile`` block by block (one small graph for all blocks, and DDP still sends gradients while
-the backward pass runs) and activation checkpointing. State-dict names stay as they are. Objectives
-have further modes (``bat/objectives/base.py``).
+``torch.compile`` block by block (one small graph for all blocks, and DDP still sends gradients
+while the backward pass runs) and activation checkpointing. State-dict names stay as they are.
+Objectives have further modes (``bat/objectives/base.py``).
 """
 
 from __future__ import annotations

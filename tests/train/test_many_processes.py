@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 TINY = (
     "recipe=toy hardware.accelerator=cpu hardware.devices=auto data.global_batch=8 data.batch=8 "
-    "model.width=48 model.depth=2 model.heads=2 objective.decoder_depth=2 mask.views=2 "
+    "model.width=48 model.depth=2 model.heads=2 objective.decoder_depth=2 objective.mask.views=2 "
     "train.steps=6 train.save_every=3 train.log_every=1 online.every=0 log.progress=false"
 )
 TUNE = (
