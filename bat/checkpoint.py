@@ -194,6 +194,8 @@ def _pick(state: dict[str, Tensor], path: Path, weights: Which) -> dict[str, Ten
         found = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         if found:
             return found
+    if weights == "teacher" and any(".encoder." in name for name in state):
+        raise UserError(f"{path} holds no teacher ({prefixes[0]}*): say weights=student")
     names = ", ".join(list(state)[:6]) or "nothing"
     raise UserError(f"{path} holds no {weights} encoder ({prefixes[0]}*). It holds {names}, ...")
 

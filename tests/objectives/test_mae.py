@@ -149,7 +149,7 @@ def test_mae_run__resumes_bit_for_bit_exports_and_is_probed(
     assert looked
     assert "health/teacher_rank" not in looked[0]
 
-    with pytest.raises(UserError, match="teacher.*weights=student"):
+    with pytest.raises(UserError, match=r"no teacher.*weights=student"):
         bat.load_encoder(whole, weights="teacher")
     exported = bat.load_encoder(whole).state_dict()
     saved = bat.load_encoder(whole / "checkpoints" / "last.ckpt", heads=2).state_dict()
