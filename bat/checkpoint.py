@@ -144,17 +144,18 @@ def export(
     *,
     backbone: str,
     encoder: dict[str, Any],
-    student: dict[str, Tensor],
-    teacher: dict[str, Tensor],
+    weights: dict[str, dict[str, Tensor]],
     meta: dict[str, Any],
 ) -> Path:
     """Write an export folder, each file atomically, the weights first. Returns ``folder``.
 
-    ``encoder``: keywords of the backbone (JSON). ``meta``: what else to say (training, labels).
+    ``encoder``: keywords of the backbone (JSON). ``weights``: state dicts of the encoders,
+    ``student`` and maybe ``teacher``, all of these keywords. ``meta``: what else to say (training,
+    labels).
     """
     tensors = {
         f"{who}.encoder.{name}": tensor.detach().cpu().contiguous()
-        for who, state in (("student", student), ("teacher", teacher))
+        for who, state in weights.items()
         for name, tensor in state.items()
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -361,7 +362,8 @@ def _pick(part: dict[Any, Any], path: Path, weights: Which) -> tuple[str, dict[s
             raise UserError(f"{path} holds one encoder, no teacher: say weights=student")
         state = _plain(teacher)[0]
     if not state:
-        raise UserError(f"{path} holds no {weights} encoder ({weights}.encoder.*)")
+        hint = ": say weights=student" if weights == "teacher" else ""
+        raise UserError(f"{path} holds no {weights} encoder ({weights}.encoder.*){hint}")
     return backbone, _tensors(state, path)
 
 

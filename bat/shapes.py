@@ -104,6 +104,17 @@ class WaveBatch:
         self.targets = self.targets.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
         return self
 
+    def first(self, count: int) -> WaveBatch:
+        """Its first clips alone; it stays as it is."""
+        return WaveBatch(
+            self.waves[:count],
+            self.lengths[:count],
+            self.targets[:count],
+            self.keys[:count],
+            self.positions[:count],
+            [],
+        )
+
     def pin_memory(self) -> WaveBatch:
         self.waves = self.waves.pin_memory()
         self.lengths = self.lengths.pin_memory()

@@ -71,8 +71,7 @@ def write_export(folder: Path) -> tuple[BAT, BAT]:
         folder,
         backbone="bat",
         encoder=student.config(),
-        student=student.state_dict(),
-        teacher=teacher.state_dict(),
+        weights={"student": student.state_dict(), "teacher": teacher.state_dict()},
         meta={"steps": 7},
     )
     return student, teacher

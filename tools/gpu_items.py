@@ -82,7 +82,7 @@ def variant(name: str, *words: str, batch: int = 24) -> Callable[..., Iterator[R
         step, device = _load("step"), _load("timing").here()
         gone = ("hardware.compile=", "model.attention=cudnn") if quick else ()
         own = [w for w in words if not w.startswith(gone)]
-        size = [*step.QUICK, "mask.views=2"] if quick else []
+        size = [*step.QUICK, "objective.mask.views=2"] if quick else []
         clips = batch // 6 if quick else batch
         yield step.alone(
             f"{name}, {clips} clips",

@@ -6,14 +6,16 @@ import abc
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from bat.audio.frontend import KaldiFbank, LogMel
-from bat.shapes import Features, Grid, UserError
+from bat.nn.attention import Backend
+from bat.nn.embed import PosLayout
+from bat.shapes import Features, Grid, UserError, Views
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -96,6 +98,33 @@ class Backbone(nn.Module, abc.ABC):
     ) -> Features:
         """(B, S) float32 at ``sample_rate`` -> ``Features`` of all blocks."""
         return self.features(self.spectrogram(waveform, lengths, frames=frames))
+
+
+class MaskableEncoder(Backbone):
+    """An encoder of patches that can be given a part of them: what objectives that hide patches
+    may ask of it besides. ``gate``, ``pos_layout`` and ``attention`` are what a decoder of the same
+    kind is built with (``bat.nn.decoder``)."""
+
+    gate: bool = False
+    pos_layout: PosLayout = "grid"
+    attention: Backend = "auto"
+
+    @abc.abstractmethod
+    def embed(self, spectrogram: Tensor) -> Tensor:
+        """(B, 1, frames, mels) -> (B, N, D) patch tokens with their position code."""
+
+    @abc.abstractmethod
+    def layers(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run the blocks over (B, n, D) embedded tokens, the class token put in front.
+
+        Yields, block after block, the end-of-block tokens and the MLP outputs, both
+        (B, 1 + n, D), so that a caller keeps only what it needs.
+        """
+
+    @abc.abstractmethod
+    def encode_views(self, spectrogram: Tensor, views: Views) -> tuple[Tensor, Tensor]:
+        """Masked views: (B, 1, frames, mels) and ``rows = B * V`` masks, clip-major ->
+        last-block class tokens (rows, D) and visible patch tokens (rows, n, D)."""
 
 
 def make_frontend(

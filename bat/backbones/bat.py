@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bat.backbones.base import (
-    Backbone,
+    MaskableEncoder,
     Range,
     check_settings,
     keywords_of,
@@ -60,7 +60,7 @@ SETTINGS: dict[str, Range] = {
 """What each setting but ``grid`` and ``frontend`` may be; ``layer_scale`` may be None besides."""
 
 
-class BAT(Backbone):
+class BAT(MaskableEncoder):
     """Encoder of the Better Audio Transformer; the defaults are Base."""
 
     has_cls = True
@@ -99,6 +99,7 @@ class BAT(Backbone):
             raise UserError(f"encoder: width={width}: a multiple of heads={heads} and of 4")
         self.width, self.depth, self.heads = width, depth, heads
         self.patch, self.grid = patch, grid
+        self.gate, self.pos_layout, self.attention = gate, pos_layout, attention
         frontend = {} if frontend is None else frontend
         self.frontend = make_frontend(**keywords_of(make_frontend, frontend, "frontend"))
         self.sample_rate = int(self.frontend.sample_rate)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""bat-pretrain: self-supervised pre-training by masked latent regression."""
+"""bat-pretrain: self-supervised pre-training of an encoder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 from bat.cli import args
 
-ABOUT = "Pre-train a BAT encoder: masked latent regression with an EMA teacher."
+ABOUT = "Pre-train an encoder: masked latent regression with an EMA teacher, or another objective."
 EPILOG = """\
 examples:
   bat-pretrain recipe=toy                              ten synthetic clips, a minute on two cores
@@ -15,7 +15,7 @@ examples:
   bat-pretrain recipe=as2m data.shards=DIR hardware=ddp
   bat-pretrain recipe=as2m data.shards=DIR model=S train.steps=100000 out=runs/s
 
-key=value sets a value (see --print-config); model=S, hardware=ddp pick a fragment.
+key=value sets a value (see --print-config); model=S, hardware=ddp, objective=mae pick a fragment.
 out= an existing run continues it.
 """
 

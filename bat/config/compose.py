@@ -4,11 +4,15 @@ A recipe is a YAML mapping: ``use:`` lists fragments (``model/B``), everything e
 the schema. On the command line ``key=value`` sets a value (dots reach into sections) and
 ``model=S``, ``hardware=ddp`` pick a fragment of that group, in the place of the recipe's. One of
 ``LATE`` is the last word but for single values: ``protocol=unmute`` overrides the recipe.
+
+The section ``objective`` is that of the objective that ``objective.name`` names (``objective=mae``
+picks a fragment that does). Where it is not the recipe's, the recipe's whole section is dropped.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -20,12 +24,22 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from bat.config import locate
+from bat.config.schema import OBJECTIVE, objective_settings
 from bat.shapes import UserError
 
 T = TypeVar("T")
 
+log = logging.getLogger("bat")
+
 LATE = ("protocol",)
 """Groups whose fragment, picked on the command line, comes after the recipe's own values."""
+
+
+MOVED = ("mask", "ema")
+"""Sections of earlier versions that belong to an objective now."""
+
+Source = tuple[str, dict[str, Any]]
+"""Where settings come from, for messages, and ``{"section.name": value}``."""
 
 
 def compose(schema: type[T], command: str, overrides: list[str]) -> T:
@@ -48,21 +62,29 @@ def compose(schema: type[T], command: str, overrides: list[str]) -> T:
     picked = {g: w for g, w in words.items() if _is_section(schema, g) and isinstance(w, str)}
     for group in picked:
         del words[group]
-    uses = [u for u in uses if str(u).partition("/")[0] not in picked]
-    uses += [f"{group}/{leaf}" for group, leaf in picked.items() if group not in LATE]
-    late = [f"{group}/{leaf}" for group, leaf in picked.items() if group in LATE]
+
+    def fragments(names: list[Any]) -> list[Source]:
+        files = {str(n): locate.find_fragment(str(n), beside=path.parent) for n in names}
+        return [(f"fragment {n}", dict(_leaves(_read(file)))) for n, file in files.items()]
+
+    kept = [u for u in uses if str(u).partition("/")[0] not in picked]
+    replaced = [u for u in uses if u not in kept and str(u).startswith("objective/")]
+    own = [*fragments(kept), (f"recipe {path.name}", dict(_leaves(body)))]
+    new = fragments([f"{g}/{leaf}" for g, leaf in picked.items() if g not in LATE])
+    late = fragments([f"{g}/{leaf}" for g, leaf in picked.items() if g in LATE])
+    line = [("command line", words)]
 
     config = OmegaConf.structured(schema)
     problems: list[str] = []
-    for name in uses:
-        file = locate.find_fragment(str(name), beside=path.parent)
-        _apply(config, _read(file), f"fragment {name}", problems)
-    _apply(config, body, f"recipe {path.name}", problems)
-    for name in late:
-        file = locate.find_fragment(name, beside=path.parent)
-        _apply(config, _read(file), f"fragment {name}", problems)
-    for key, value in words.items():
-        _set(config, key, value, "command line", problems)
+    if "objective" in config:
+        first = _objective([*fragments(replaced), *own]) or OBJECTIVE
+        chosen = _objective([*new, *line]) or first
+        _put_objective(config, chosen)
+        if chosen != first:
+            own = _without_objective(own, first, chosen)
+    for source, leaves in [*own[:-1], *new, own[-1], *late, *line]:
+        for key, value in leaves.items():
+            _set(config, key, value, source, problems)
     _set(config, "recipe", path.stem, "command line", problems)
     result: Any = None
     if not problems:
@@ -74,6 +96,32 @@ def compose(schema: type[T], command: str, overrides: list[str]) -> T:
     if problems:
         raise UserError("\n  ".join(["the configuration has problems:", *problems]))
     return result
+
+
+def _objective(sources: list[Source]) -> str | None:
+    """The ``objective.name`` that the last of these gives."""
+    names = [leaves["objective.name"] for _, leaves in sources if "objective.name" in leaves]
+    return str(names[-1]) if names else None
+
+
+def _put_objective(config: DictConfig, name: str) -> None:
+    """Make the section ``objective`` that of objective ``name``, with its defaults."""
+    config.objective = OmegaConf.structured(objective_settings(name))
+
+
+def _without_objective(sources: list[Source], old: str, new: str) -> list[Source]:
+    """A recipe without its settings of objective ``old``: ``new`` has others."""
+    kept = [(s, {k: v for k, v in d.items() if not _is_objective(k)}) for s, d in sources]
+    gone = [k for _, leaves in sources for k in leaves if _is_objective(k)]
+    if gone:
+        log.warning(
+            "objective %s in the place of the recipe's %s: not used %s", new, old, ", ".join(gone)
+        )
+    return kept
+
+
+def _is_objective(key: str) -> bool:
+    return key == "objective" or key.startswith("objective.")
 
 
 def to_yaml(config: Any) -> str:
@@ -92,7 +140,11 @@ def from_yaml(schema: type[T], path: Path) -> T:
     """Read a configuration that ``to_yaml`` wrote (a run's ``config.yaml``), as strictly."""
     config = OmegaConf.structured(schema)
     problems: list[str] = []
-    _apply(config, _read(path), str(path), problems)
+    leaves = dict(_leaves(_read(path)))
+    if "objective" in config:
+        _put_objective(config, _objective([("", leaves)]) or OBJECTIVE)
+    for key, value in leaves.items():
+        _set(config, key, value, str(path), problems)
     if problems:
         raise UserError("\n  ".join([f"{path} does not fit this version:", *problems]))
     result: Any = OmegaConf.to_object(config)
@@ -134,11 +186,6 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _apply(config: DictConfig, tree: dict[str, Any], source: str, problems: list[str]) -> None:
-    for key, value in _leaves(tree):
-        _set(config, key, value, source, problems)
-
-
 def _set(config: DictConfig, key: str, value: Any, source: str, problems: list[str]) -> None:
     """Set one leaf, or say what is wrong with it."""
     known = [k for k, _ in _schema_leaves(config)]
@@ -148,6 +195,9 @@ def _set(config: DictConfig, key: str, value: Any, source: str, problems: list[s
             problems.append(
                 f"'{key}' ({source}) is a section: set {key}.NAME=..., or pick a fragment"
             )
+            return
+        if key.partition(".")[0] in MOVED and "objective" in config:
+            problems.append(f"'{key}' ({source}) is now 'objective.{key}'")
             return
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         if not close:

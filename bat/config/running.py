@@ -55,8 +55,9 @@ class Hardware:
     """``fsdp``: FSDP2, weights, gradients, optimiser and teacher split among the devices."""
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
     compile: Literal["off", "blocks", "whole", "cudagraphs"] = "off"
-    """torch.compile: every block; or front end, teacher and student with its losses as one graph
-    each; or these replayed as CUDA graphs. Probing and fine-tuning compile blocks in any case."""
+    """torch.compile: every block; or (``whole``) the front end and what the objective names, the
+    teacher and the student with its losses, as one graph each; or these replayed as CUDA graphs.
+    Probing and fine-tuning compile blocks in any case."""
     activation_checkpointing: bool = False
     """Compute each block again in the backward pass instead of keeping what is inside it."""
 

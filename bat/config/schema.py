@@ -3,22 +3,25 @@
 Precedence: these defaults < fragments (``configs/``) < recipe (``recipes/``) < command line.
 The defaults are the paper's Base pre-training (SPEC section 3); whatever a recipe does not say is
 said here. ``problems()`` of a section returns what is wrong with its values, in words; all of them
-are reported at once (``compose.py``). Plain dataclasses: nothing here imports torch.
+are reported at once (``compose.py``). Plain dataclasses: importing this imports no torch; the
+settings of an objective lie beside it (``bat/objectives``) and are looked up when a ``Pretrain`` is
+made.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from bat.config.probing import FeatureStore, Head, Insight, ProbeTrain, Protocol
 from bat.config.running import Hardware, Health, Log, Train
-from bat.config.sections import Augment, Data, Ema, Frontend, Mask, Model, Objective, Optim
+from bat.config.sections import Augment, Data, Frontend, Model, Optim
 
 
 @dataclass
 class Online:
-    """Probes trained along a pre-training run, on the EMA teacher's features."""
+    """Probes trained along a pre-training run, on the features of the encoder that the objective
+    names: the EMA teacher's, where there is one."""
 
     every: int = 0
     """Optimiser steps between two probings (also at step 0, the random control); 0 is off."""
@@ -56,6 +59,17 @@ class Online:
         return found
 
 
+OBJECTIVE = "masked_latent"
+"""The objective where none is named."""
+
+
+def objective_settings(name: str) -> Any:
+    """The default settings of objective ``name``; imports it, and torch."""
+    from bat.objectives.base import find_objective
+
+    return find_objective(name).Config(name=name)
+
+
 @dataclass
 class Pretrain:
     """``bat-pretrain``"""
@@ -69,10 +83,9 @@ class Pretrain:
     model: Model = field(default_factory=Model)
     frontend: Frontend = field(default_factory=Frontend)
     data: Data = field(default_factory=Data)
-    mask: Mask = field(default_factory=Mask)
-    objective: Objective = field(default_factory=Objective)
+    objective: Any = field(default_factory=lambda: objective_settings(OBJECTIVE))
+    """The ``Config`` of the objective named by ``objective.name``."""
     optim: Optim = field(default_factory=Optim)
-    ema: Ema = field(default_factory=Ema)
     train: Train = field(default_factory=Train)
     online: Online = field(default_factory=Online)
     health: Health = field(default_factory=Health)
@@ -92,27 +105,14 @@ class Pretrain:
                     f"{self.model.patch} ({axis} patches must fit)"
                 )
         tokens = front.frames // self.model.patch * (front.n_mels // self.model.patch)
-        kept = int(tokens * (1 - self.mask.ratio))
-        if not found and 0 < self.mask.ratio < 1 and not 0 < kept < tokens:
-            found.append(
-                f"mask.ratio={self.mask.ratio} keeps {kept} of {tokens} patches: give longer clips "
-                "or another ratio"
-            )
+        if not found:
+            found += self.objective.problems_with(width=self.model.width, tokens=tokens)
         given = 1 + int(self.data.clip_seconds * front.sample_rate) // front.hop_length
         if given > front.frames:
             found.append(
                 f"data.clip_seconds={self.data.clip_seconds} makes {given} frames, more than "
                 f"frontend.frames={front.frames}: the rest would be cut off; shorten the "
                 "clips or raise the frames"
-            )
-        parts = 16 if self.objective.decoder == "cnn" else 12
-        if self.model.width % parts and (
-            self.objective.decoder == "cnn" or not self.objective.decoder_width
-        ):
-            found.append(
-                f"model.width={self.model.width} is not a multiple of {parts}, as the "
-                f"{self.objective.decoder} decoder needs: choose another width"
-                + ("" if parts == 16 else ", or give objective.decoder_width")
             )
         if self.optim.layer_decay != 1:
             found.append("optim.layer_decay is for bat-finetune; pre-training has one rate")

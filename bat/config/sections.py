@@ -1,4 +1,4 @@
-"""The sections of the schema that say what is computed: model, front end, data, mask, objective.
+"""The sections of the schema that say what is computed: model, front end, data, optimiser.
 
 Rules and precedence are told in ``schema.py``, which puts the sections together.
 """
@@ -180,59 +180,6 @@ class Data:
 
 
 @dataclass
-class Mask:
-    """Inverse block mask (SPEC section 3)."""
-
-    views: int = 16
-    """Masked views of each clip."""
-    ratio: float = 0.8
-    """Fraction of patches removed."""
-    block: int = 5
-    """Side of a kept block, in patches."""
-    adjust: float = 0.07
-    """Extra fraction of blocks drawn, to make up for their overlap."""
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.views < 1:
-            found.append(f"mask.views={self.views} must be at least 1")
-        if not 0 < self.ratio < 1:
-            found.append(f"mask.ratio={self.ratio} must lie strictly between 0 and 1")
-        if self.block < 1:
-            found.append(f"mask.block={self.block} must be at least 1")
-        if self.adjust < 0:
-            found.append(f"mask.adjust={self.adjust} must not be negative")
-        return found
-
-
-@dataclass
-class Objective:
-    """Masked latent regression and the paper's ablations of it (SPEC section 3)."""
-
-    target: Literal["eob", "mlp"] = "eob"
-    """``eob``: end of block; ``mlp``: MLP output before its residual (data2vec 2.0, EAT)."""
-    target_centering: Literal["none", "batch"] = "none"
-    """``batch``: take the mean over the batch at each position off the target (not the paper's)."""
-    global_target: Literal["patch_mean", "cls", "none"] = "patch_mean"
-    decoder: Literal["vit12h", "vit6h", "cnn"] = "vit12h"
-    decoder_depth: int = 6
-    decoder_width: int | None = None
-    """None: as wide as the encoder."""
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.decoder_depth < 1:
-            found.append(f"objective.decoder_depth={self.decoder_depth} must be at least 1")
-        width, parts = self.decoder_width, 16 if self.decoder == "cnn" else 12
-        if width is not None and (width < 1 or width % parts):
-            found.append(
-                f"objective.decoder_width={width} must be a multiple of {parts} for the "
-                f"{self.decoder} decoder"
-            )
-        return found
-
-
-@dataclass
 class Optim:
     """AdamW with linear warm-up and cosine decay (SPEC section 3)."""
 
@@ -278,24 +225,6 @@ class Optim:
             found.append(f"optim.layer_decay={self.layer_decay} must lie in (0, 1]")
         if self.clip_norm is not None and self.clip_norm <= 0:
             found.append(f"optim.clip_norm={self.clip_norm} must be positive (or null)")
-        return found
-
-
-@dataclass
-class Ema:
-    """Teacher decay: linear from ``start`` to ``end`` over ``steps`` optimiser steps."""
-
-    start: float = 0.9998
-    end: float = 0.99999
-    steps: int = 100_000
-
-    def problems(self) -> list[str]:
-        found = []
-        for name in ("start", "end"):
-            if not 0 <= getattr(self, name) <= 1:
-                found.append(f"ema.{name}={getattr(self, name)} must lie in [0, 1]")
-        if self.steps < 1:
-            found.append(f"ema.steps={self.steps} must be at least 1")
         return found
 
 

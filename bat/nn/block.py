@@ -136,3 +136,8 @@ def init_linears(module: nn.Module) -> None:
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def blocks_of(module: nn.Module) -> list[Block]:
+    """All blocks below ``module``, in the order of its parts."""
+    return [part for part in module.modules() if isinstance(part, Block)]

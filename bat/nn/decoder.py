@@ -51,7 +51,9 @@ class ViTDecoder(nn.Module):
         gate: bool = True,
         pos_layout: PosLayout = "reference",
         attention: Backend = "auto",
+        out_width: int | None = None,
     ) -> None:
+        """``width`` and ``out_width`` None: as wide as the encoder."""
         super().__init__()
         width = width or encoder_width
         self.in_proj = (
@@ -63,11 +65,12 @@ class ViTDecoder(nn.Module):
             Block(width, heads, mlp_ratio=mlp_ratio, gate=gate, attention=attention)
             for _ in range(depth)
         )
-        self.out_proj = nn.Linear(width, encoder_width, bias=False)
+        self.out_proj = nn.Linear(width, out_width or encoder_width, bias=False)
         init_linears(self)
 
     def forward(self, visible: Tensor, views: Views) -> Tensor:
-        """(rows, n, D) visible tokens -> (rows, N - n, D) predictions for ``views.masked_ids``."""
+        """(rows, n, D) visible tokens -> (rows, N - n, out_width) predictions for
+        ``views.masked_ids``."""
         keep = views.keep_ids  # (rows, n)
         code = self.pos_embed[0]  # (N, D_dec)
         seen = self.in_proj(visible)
@@ -82,7 +85,7 @@ class ViTDecoder(nn.Module):
         for block in others[1:]:
             x, _ = block(x)
         x, _ = last(x, at=views.masked_ids)
-        return self.out_proj(x)  # (rows, N - n, D)
+        return self.out_proj(x)  # (rows, N - n, out_width)
 
 
 class CNNDecoder(nn.Module):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 
 def ema_decay(updates: int, *, start: float, end: float, steps: int) -> float:
@@ -23,7 +22,8 @@ def ema_decay(updates: int, *, start: float, end: float, steps: int) -> float:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor split among several, else the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # importing DTensor to ask for it takes a second, which each command would wait for
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @torch.no_grad()

@@ -18,16 +18,75 @@ easiest part of it to predict. Under several processes that mean is each process
 from __future__ import annotations
 
 import copy
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bat.nn.ema import ema_update
-from bat.shapes import Views
+from bat.backbones.base import Backbone, MaskableEncoder
+from bat.nn.block import blocks_of
+from bat.nn.decoder import CNNDecoder, ViTDecoder
+from bat.nn.ema import ema_decay, ema_update
+from bat.nn.masking import inverse_block_mask, row_seeds
+from bat.objectives.base import Objective, Student, maskable
+from bat.seeding import derive_seed
+from bat.shapes import Views, WaveBatch
 
 EPS = 1e-6
+
+DECODERS: dict[str, dict[str, Any]] = {
+    "vit12h": {"heads": 12, "mlp_ratio": 4.0},
+    "vit6h": {"heads": 6, "mlp_ratio": 2.0},
+}
+"""Heads and MLP ratio of the transformer decoders (SPEC section 3, ablations)."""
+WIDEST = 768
+"""Of a decoder whose width is not given: the paper's Large, 1024 wide, has one of 768."""
+
+
+@dataclass
+class Mask:
+    """Inverse block mask (SPEC section 3)."""
+
+    views: int = 16
+    """Masked views of each clip."""
+    ratio: float = 0.8
+    """Fraction of patches removed."""
+    block: int = 5
+    """Side of a kept block, in patches."""
+    adjust: float = 0.07
+    """Extra fraction of blocks drawn, to make up for their overlap."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.views < 1:
+            found.append(f"objective.mask.views={self.views} must be at least 1")
+        if not 0 < self.ratio < 1:
+            found.append(f"objective.mask.ratio={self.ratio} must lie strictly between 0 and 1")
+        if self.block < 1:
+            found.append(f"objective.mask.block={self.block} must be at least 1")
+        if self.adjust < 0:
+            found.append(f"objective.mask.adjust={self.adjust} must not be negative")
+        return found
+
+
+@dataclass
+class Ema:
+    """Teacher decay: linear from ``start`` to ``end`` over ``steps`` optimiser steps."""
+
+    start: float = 0.9998
+    end: float = 0.99999
+    steps: int = 100_000
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("start", "end"):
+            if not 0 <= getattr(self, name) <= 1:
+                found.append(f"objective.ema.{name}={getattr(self, name)} must lie in [0, 1]")
+        if self.steps < 1:
+            found.append(f"objective.ema.steps={self.steps} must be at least 1")
+        return found
 
 
 class Losses(NamedTuple):
@@ -43,19 +102,10 @@ class Losses(NamedTuple):
     """Mean over channels of the target's deviation over tokens and clips: 0 is collapse."""
 
 
-class Student(nn.Module):
-    """Encoder and decoder under the names of the paper's weight files."""
-
-    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-
-
 class Teacher(nn.Module):
     """The EMA copy of the encoder: never trained, always in eval mode."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: MaskableEncoder) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.eval()
@@ -66,21 +116,82 @@ class Teacher(nn.Module):
         return super().train(False)
 
 
-class MaskedLatent(nn.Module):
-    """Student, teacher, targets and the two losses.
+class MaskedLatent(Objective):
+    """Student, teacher, masks, targets and the two losses.
 
-    ``encoder`` offers ``encode_views``, ``embed`` and ``layers`` (see ``backbones/bat.py``);
     ``decoder`` maps visible tokens and ``Views`` to predictions for the masked patches.
     """
 
+    @dataclass
+    class Config(Objective.Config):
+        """Masked latent regression and the paper's ablations of it (SPEC section 3)."""
+
+        name: str = "masked_latent"
+        target: Literal["eob", "mlp"] = "eob"
+        """``eob``: end of block; ``mlp``: MLP output before its residual (data2vec 2.0, EAT)."""
+        target_centering: Literal["none", "batch"] = "none"
+        """``batch``: take the mean over the batch at each position off the target (not the
+        paper's)."""
+        global_target: Literal["patch_mean", "cls", "none"] = "patch_mean"
+        decoder: Literal["vit12h", "vit6h", "cnn"] = "vit12h"
+        decoder_depth: int = 6
+        decoder_width: int | None = None
+        """None: as wide as the encoder, at most 768."""
+        mask: Mask = field(default_factory=Mask)
+        ema: Ema = field(default_factory=Ema)
+
+        def problems(self) -> list[str]:
+            found = []
+            if self.decoder_depth < 1:
+                found.append(f"objective.decoder_depth={self.decoder_depth} must be at least 1")
+            width, parts = self.decoder_width, self._parts
+            if width is not None and (width < 1 or width % parts):
+                found.append(
+                    f"objective.decoder_width={width} must be a multiple of {parts} for the "
+                    f"{self.decoder} decoder"
+                )
+            return found
+
+        def problems_with(self, *, width: int, tokens: int) -> list[str]:
+            found, ratio = [], self.mask.ratio
+            kept = int(tokens * (1 - ratio))
+            if 0 < ratio < 1 and not 0 < kept < tokens:
+                found.append(
+                    f"objective.mask.ratio={ratio} keeps {kept} of {tokens} patches: give longer "
+                    "clips or another ratio"
+                )
+            cnn = self.decoder == "cnn"
+            given = self.decoder_width is not None and not cnn
+            if not given and (width if cnn else self.width_in(width)) % self._parts:
+                found.append(
+                    f"model.width={width} is not a multiple of {self._parts}, as the "
+                    f"{self.decoder} decoder needs: choose another width"
+                    + ("" if cnn else ", or give objective.decoder_width")
+                )
+            return found
+
+        @property
+        def _parts(self) -> int:
+            return 16 if self.decoder == "cnn" else 12
+
+        def width_in(self, width: int) -> int:
+            """Width of the decoder of an encoder of ``width``."""
+            return self.decoder_width or min(width, WIDEST)
+
+    graphs = ("targets", "compare")
+    collapse_advice = "objective.ema.start nearer to 1, objective.target_centering=batch"
+
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: MaskableEncoder,
         decoder: nn.Module,
         *,
         target: Literal["eob", "mlp"] = "eob",
         target_centering: Literal["none", "batch"] = "none",
         global_target: Literal["patch_mean", "cls", "none"] = "patch_mean",
+        mask: Mask | None = None,
+        ema: Ema | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.student = Student(encoder, decoder)
@@ -88,8 +199,79 @@ class MaskedLatent(nn.Module):
         self.target = target
         self.target_centering = target_centering
         self.global_target = global_target
+        self.mask, self.ema, self.seed = mask or Mask(), ema or Ema(), seed
 
-    def forward(self, spectrogram: Tensor, views: Views) -> Losses:
+    @classmethod
+    def build(cls, config: Config, encoder: Backbone, *, seed: int) -> Self:
+        encoder = maskable(encoder, config.name)
+        width = config.width_in(encoder.width)
+        sizes: dict[str, Any] = {"width": width, "depth": config.decoder_depth}
+        decoder: nn.Module
+        if config.decoder == "cnn":
+            decoder = CNNDecoder(encoder.width, encoder.grid, **sizes)
+        else:
+            decoder = ViTDecoder(
+                encoder.width,
+                encoder.grid,
+                gate=encoder.gate,
+                pos_layout=encoder.pos_layout,
+                attention=encoder.attention,
+                **sizes,
+                **DECODERS[config.decoder],
+            )
+        return cls(
+            encoder,
+            decoder,
+            target=config.target,
+            target_centering=config.target_centering,
+            global_target=config.global_target,
+            mask=config.mask,
+            ema=config.ema,
+            seed=seed,
+        )
+
+    def encoders(self) -> dict[str, Backbone]:
+        return {"student": self.student.encoder, "teacher": self.teacher.encoder}
+
+    def units(self) -> list[nn.Module]:
+        """The decoder as a whole: it projects with its first block before calling it."""
+        encoders = (self.teacher, self.student.encoder)
+        return [*(b for e in encoders for b in blocks_of(e)), self.student.decoder]
+
+    def describe(self) -> str:
+        return f"masked latent regression of {self.mask.views} views a clip"
+
+    def forward(self, batch: WaveBatch) -> dict[str, Tensor]:
+        losses = self.losses(self.spectrogram(batch), self.draw_views(batch.positions))
+        return {
+            "loss": losses.total,
+            "loss_local": losses.local,
+            "loss_global": losses.global_,
+            "loss_position_only": losses.position_only,
+            "target_std": losses.target_std,
+        }
+
+    def draw_views(self, positions: Tensor) -> Views:
+        """``mask.views`` masks of each clip at ``positions`` (B,) of the stream, on the device.
+
+        A clip's masks depend on (seed, position) alone: not on the batch, the rank, or who reads
+        it.
+        """
+        mask = self.mask
+        seeds = row_seeds(derive_seed(self.seed, "masks"), positions, mask.views)
+        return inverse_block_mask(
+            len(seeds),
+            self.student.encoder.grid,
+            keep_ratio=1 - mask.ratio,
+            block=mask.block,
+            adjust=mask.adjust,
+            seeds=seeds.to(next(self.parameters()).device, non_blocking=True),
+        )
+
+    def example_masks(self, batch: WaveBatch) -> Tensor:
+        return self.draw_views(batch.positions).mask[:: self.mask.views]
+
+    def losses(self, spectrogram: Tensor, views: Views) -> Losses:
         """(B, 1, frames, mels) and ``B * V`` masks, clip-major -> ``Losses``."""
         return self.compare(spectrogram, views, *self.targets(spectrogram))
 
@@ -97,7 +279,7 @@ class MaskedLatent(nn.Module):
         self, spectrogram: Tensor, views: Views, targets: Tensor, teacher_cls: Tensor
     ) -> Losses:
         """The student's half of the step, against the teacher's (B, N, D) and (B, D)."""
-        cls, visible = self.student.encoder.encode_views(spectrogram, views)  # type: ignore[operator]
+        cls, visible = self.student.encoder.encode_views(spectrogram, views)
         predictions = self.student.decoder(visible, views)  # (B V, N - n, D)
 
         local = local_loss(predictions, targets, views.masked_ids)
@@ -117,7 +299,7 @@ class MaskedLatent(nn.Module):
         both float32. Layers are added up one at a time, never stacked."""
         encoder = self.teacher.encoder
         total, cls, depth = None, None, 0
-        for out, mlp in encoder.layers(encoder.embed(spectrogram)):  # type: ignore[operator]
+        for out, mlp in encoder.layers(encoder.embed(spectrogram)):
             layer = (out if self.target == "eob" else mlp)[:, 1:].float()
             layer = standardise(layer, dim=1)  # per channel over the patches
             total = layer if total is None else total + layer
@@ -128,6 +310,11 @@ class MaskedLatent(nn.Module):
         if self.target_centering == "batch":
             mean = mean - mean.mean(0, keepdim=True)
         return standardise(mean, dim=2), cls
+
+    def after_step(self, step: int, *, skip: Tensor) -> None:
+        ema = self.ema
+        decay = ema_decay(step, start=ema.start, end=ema.end, steps=ema.steps)
+        self.update_teacher(decay, skip=skip)
 
     def update_teacher(self, decay: float, skip: Tensor | None = None) -> None:
         """One EMA step of the teacher's encoder towards the student's, buffers too.
@@ -157,3 +344,6 @@ def local_loss(predictions: Tensor, targets: Tensor, masked_ids: Tensor) -> Tens
 def global_loss(cls: Tensor, wanted: Tensor) -> Tensor:
     """Mean squared error of every view's class token (B V, D) to its clip's ``wanted`` (B, D)."""
     return (cls.float().unflatten(0, (wanted.shape[0], -1)) - wanted[:, None]).square().mean()
+
+
+OBJECTIVE = MaskedLatent

@@ -64,7 +64,7 @@ def representation(encoder: nn.Module, spectrogram: Tensor, clips: int = 8) -> d
     Both are NaN for fewer than two clips, for clips that all sound the same, and for tokens that
     are not finite; the rank for fewer than five clips. Leaves modes and random state as they were.
     Under FSDP2 every rank must call it, the encoder's own weights being gathered
-    (``Pretraining.within``).
+    (``Shardable.within``).
     """
     x = spectrogram[:clips].float()
     unknown = {"rank": math.nan, "std": math.nan}

@@ -203,8 +203,7 @@ class Folds:
             folder / "export",
             backbone=registered_name(module.backbone),
             encoder=module.backbone.config(),
-            student=module.backbone.state_dict(),
-            teacher={},
+            weights={"student": module.backbone.state_dict()},
             meta={**meta, "training": redact_tree(to_dict(config))},
         )
         save_head(

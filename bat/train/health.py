@@ -1,6 +1,6 @@
 """What is watched while a run runs, for at most a hundredth of a step's time.
 
-- Collapse: every so many steps, what teacher and student make of a few clips (``collapse.py``).
+- Collapse: every so many steps, what the encoders make of a few clips (``collapse.py``).
 - A loader that stalls: ``watchdog.py``.
 - The clips of a line of metrics a second, against the run's own median.
 - The share of time spent waiting for batches (on a GPU the host runs ahead of the device, so part
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,7 +21,7 @@ import torch
 
 from bat.config.running import Health
 from bat.data.base import StreamData
-from bat.objectives.masked_latent import MaskedLatent
+from bat.objectives.base import Objective
 from bat.shapes import UserError, WaveBatch
 from bat.train.callbacks import Metrics, StepCallback
 from bat.train.collapse import representation
@@ -44,7 +43,7 @@ class HealthMonitor(StepCallback):
         metrics: takes the events and the figures.
         stopping: is asked to end a collapsed run.
         data: its readers are named when it stalls.
-        objective: whose teacher and student are looked at; None: fine-tuning, no such looks.
+        objective: whose encoders are looked at; None: fine-tuning, no such looks.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class HealthMonitor(StepCallback):
         metrics: Metrics,
         stopping: Stopping,
         data: StreamData,
-        objective: MaskedLatent | None,
+        objective: Objective | None,
     ) -> None:
         super().__init__()
         self.config, self.metrics, self.stopping = config, metrics, stopping
@@ -141,17 +140,14 @@ class HealthMonitor(StepCallback):
         self._slow = slow
 
     def _look(self, trainer: pl.Trainer, module: Any, step: int) -> None:
-        """Rank and deviation of teacher and student; warn, or end the run the second time."""
+        """Rank and deviation of each encoder; warn, or end the run the second time."""
         assert self.objective is not None
         assert self._batch is not None
-        batch = self._batch
-        few = replace(batch, waves=batch.waves[:CLIPS], lengths=batch.lengths[:CLIPS])
-        encoders = {
-            "teacher": self.objective.teacher.encoder,
-            "student": self.objective.student.encoder,
-        }
+        encoders = self.objective.encoders()
         with torch.compiler.set_stance("force_eager"):
-            spectrogram = module.spectrogram(few)  # (B, 1, frames, mels)
+            spectrogram = self.objective.spectrogram(
+                self._batch.first(CLIPS)
+            )  # (B, 1, frames, mels)
         found = module.within(
             lambda: {name: representation(e, spectrogram) for name, e in encoders.items()}
         )
@@ -172,11 +168,12 @@ class HealthMonitor(StepCallback):
         if self._low == 1:
             self._say("collapse", line, step=step)
         elif self.config.collapse == "stop":
+            advice = self.objective.collapse_advice and f"{self.objective.collapse_advice}, "
             error = UserError(
                 f"{line}, as {self.config.collapse_every} steps before: the run collapsed. Begin "
                 "anew, or from an older checkpoint, with a lower optim.lr, more "
-                "optim.warmup_steps, ema.start nearer to 1, optim.clip_norm=1, or "
-                "objective.target_centering=batch; health.collapse=warn goes on all the same "
+                f"optim.warmup_steps, {advice}or optim.clip_norm=1; health.collapse=warn goes on "
+                "all the same "
                 f"(limits: health.min_rank={self.config.min_rank}, "
                 f"health.min_std={self.config.min_std})"
             )

@@ -1,10 +1,11 @@
 """Probes along a pre-training run: the evidence that the encoder learns.
 
 Every ``online.every`` steps, and at step 0 before any training, short probes are trained from
-scratch on the frozen EMA teacher's features of a labelled set and judged on held-out folds. Step 0
-is the control: the same encoder with random weights. The falling loss is no such evidence (the
-position code is the easy part of the target). Same code as ``bat-probe``, with a small budget; the
-run's own random numbers are left alone.
+scratch on the features of a labelled set by the frozen encoder (of the objective's, the last: the
+EMA teacher, where there is one) and judged on held-out folds. Step 0 is the control: the same
+encoder with random weights. The falling loss is no such evidence (the position code is the easy
+part of the target). Same code as ``bat-probe``, with a small budget; the run's own random numbers
+are left alone.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class _CutOff(Exception):  # noqa: N818
 
 
 class OnlineProbe(StepCallback):
-    """Trains and judges short probes on the teacher; ``rows`` is the curve so far."""
+    """Trains and judges short probes on the encoder; ``rows`` is the curve so far."""
 
     def __init__(
         self,
@@ -128,11 +129,12 @@ class OnlineProbe(StepCallback):
 
     def _probe(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         self._last = step == trainer.max_steps
-        teacher = whole_encoder(module.teacher)  # type: ignore[arg-type]  # all ranks together
+        *_, evaluated = module.objective.encoders().values()  # type: ignore[union-attr, operator]
+        encoder = whole_encoder(evaluated)  # all ranks together
         if trainer.is_global_zero:
-            assert teacher is not None
+            assert encoder is not None
             try:
-                self._tell(trainer, self.probe(teacher, module.device, self._cut_off), step)
+                self._tell(trainer, self.probe(encoder, module.device, self._cut_off), step)
             except _CutOff:
                 self.metrics.say(f"step {step}: probing cut off, to be made up for")
         trainer.strategy.barrier("online probe")
@@ -160,7 +162,7 @@ class OnlineProbe(StepCallback):
         self.metrics.say(f"step {step}: held-out {TITLES[name]} {scores}")
 
     def probe(
-        self, teacher: Backbone, device: torch.device, on_step: Callable[[], None] = lambda: None
+        self, encoder: Backbone, device: torch.device, on_step: Callable[[], None] = lambda: None
     ) -> dict[str, dict[str, Any]]:
         """Train and judge once; ``{method: {"mean", "std", "folds", "gate"}}``."""
         online, frames = self.config.online, self.config.frontend.frames
@@ -171,17 +173,17 @@ class OnlineProbe(StepCallback):
             self.index,
             self.ids,
             batch=online.batch,
-            sample_rate=teacher.sample_rate,
+            sample_rate=encoder.sample_rate,
             clip_seconds=self.config.data.clip_seconds,
             min_seconds=self.config.data.min_seconds,
             max_seconds=self.config.data.max_seconds,
         )
-        methods = expand(online.methods, level="clip", encoder=teacher.has_queries)
+        methods = expand(online.methods, level="clip", encoder=encoder.has_queries)
         needs = Needs("none")
         for method in methods:
-            needs |= find_probe(method).needs(has_cls=teacher.has_cls, level="clip")
+            needs |= find_probe(method).needs(has_cls=encoder.has_cls, level="clip")
         bank = FeatureBank.extract(
-            teacher,
+            encoder,
             batches,
             ids=self.ids,
             frames=frames,
@@ -194,7 +196,7 @@ class OnlineProbe(StepCallback):
             log.warning("online probe: %s", bad.summary())
         warmup = min(online.steps // 10, 50)
         plan = Plan(
-            build=partial(self.build, teacher=teacher),
+            build=partial(self.build, encoder=encoder),
             loss=loss_for(self.task),
             optim=Optim(
                 lr=online.lr,
@@ -218,8 +220,8 @@ class OnlineProbe(StepCallback):
         broken = {method for method, _, _ in plan.diverged}
         return summary([o for o in outcomes if o.method not in broken])
 
-    def build(self, method: str, *, teacher: Backbone | None = None) -> Probe:
-        """A fresh probe of the encoder's shape; ``teacher``: for those that are made of it."""
+    def build(self, method: str, *, encoder: Backbone | None = None) -> Probe:
+        """A fresh probe of the encoder's shape; ``encoder``: for those that are made of it."""
         model, head = self.config.model, self.config.online.head.for_task(self.task.per_class)
         return build_probe(
             method,
@@ -227,7 +229,7 @@ class OnlineProbe(StepCallback):
             width=model.width,
             depth=model.depth,
             has_cls=load_backbone(model.backbone).has_cls,
-            encoder=teacher,
+            encoder=encoder,
             **asdict(head),
         )
 

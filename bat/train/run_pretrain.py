@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bat import __version__, checkpoint
+from bat.backbones.base import Backbone
 from bat.config.compose import to_dict
 from bat.config.schema import Pretrain
 from bat.data.base import StreamData
@@ -79,7 +80,7 @@ def _run(
     name = f"pretrain-{config.recipe}"
     fitting = Fitting(config, out, module=module, data=data, name=name, force=force, more=more)
     trainer, metrics = fitting.trainer, fitting.metrics
-    log.info("%s", _headline(config, source, out, fitting.newest))
+    log.info("%s", _headline(module, source, out, fitting.newest))
     clips = config.data.batch * config.train.accumulate
     log.info(
         "  %d clips a step: %d a micro-batch x %d accumulated x %d device(s)",
@@ -88,9 +89,7 @@ def _run(
         config.train.accumulate,
         trainer.world_size,
     )
-    kernel = attention_in_words(
-        module.objective.student, config.hardware, trainer.strategy.root_device
-    )
+    kernel = attention_in_words(module.objective, config.hardware, trainer.strategy.root_device)
     if kernel:
         log.info("  attention %s: %s", config.model.attention, kernel)
     for note in config.optim.notes(config.train.steps):
@@ -119,7 +118,7 @@ def _run(
     if metrics.steps or not (out / "summary.json").is_file():  # else nothing was done
         write_json(out / "summary.json", summary)
     log.info("%s", data.bad_clips.summary())
-    _say_where(config, out, probes[0] if probes else None)
+    _say_where(module, out, probes[0] if probes else None)
 
 
 def device_name(device: torch.device) -> str:
@@ -130,19 +129,20 @@ def device_name(device: torch.device) -> str:
 def export(
     module: Pretraining, out: Path, *, step: int, data: StreamData, state: dict[str, Tensor]
 ) -> Path:
-    """Write ``out/export``: student and teacher encoder, of the ``full_state`` of ``module``, and
-    how they came to be."""
+    """Write ``out/export``: the objective's encoders, of the ``full_state`` of ``module``, and how
+    they came to be."""
+    encoders = module.objective.encoders()
+    prefixes = {part: f"{name}." for name, part in module.named_modules()}
 
-    def encoder(of: str) -> dict[str, Tensor]:
-        prefix = f"objective.{of}.encoder."
+    def weights(encoder: Backbone) -> dict[str, Tensor]:
+        prefix = prefixes[encoder]
         return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
 
     return checkpoint.export(
         out / "export",
         backbone=module.config.model.backbone,
-        encoder=module.encoder.config(),
-        student=encoder("student"),
-        teacher=encoder("teacher"),
+        encoder=encoders["student"].config(),
+        weights={name: weights(encoder) for name, encoder in encoders.items()},
         meta={
             "bat_version": __version__,
             "steps": step,
@@ -153,24 +153,25 @@ def export(
 
 
 def draw(module: Pretraining, data: StreamData, out: Path) -> None:
-    """``plots/``: a few spectrograms with their masks, the loss and learning-rate curves."""
+    """``plots/``: a few spectrograms with their masks, if there are any, and the curves of losses
+    and learning rate."""
     plots = out / "plots"
     plots.mkdir(exist_ok=True)
-    batch = data.first_batch()
-    count = min(4, batch.waves.shape[0])
+    batch = data.first_batch().first(4).to(module.device)
     # the trainer has moved the module to the CPU: nothing is to be compiled for it there
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        spectrogram = module.spectrogram(batch.to(module.device))[:count]
-        views = module.draw_views(torch.arange(count))
-    per_clip = module.config.mask.views
-    plot_masks(
-        spectrogram.cpu(),
-        views.mask[::per_clip].cpu(),
-        plots / "masks.png",
-        grid=module.encoder.grid,
-        hop_ms=module.encoder.patch_hop_ms / module.encoder.patch,
-        names=batch.keys[:count],
-    )
+        spectrogram = module.objective.spectrogram(batch)
+        masks = module.objective.example_masks(batch)
+    if masks is not None:
+        encoder = module.objective.encoders()["student"]
+        plot_masks(
+            spectrogram.cpu(),
+            masks.cpu(),
+            plots / "masks.png",
+            grid=encoder.grid,
+            hop_ms=encoder.patch_hop_ms / encoder.patch,
+            names=batch.keys,
+        )
     plot_curves(read_jsonl(out / "metrics.jsonl"), plots / "curves.png")
 
 
@@ -180,28 +181,29 @@ def _dry_run(config: Pretrain, module: Pretraining, source: PretrainData) -> Non
     On a GPU the whole micro-batch goes forward and backward, so its memory is known; on the CPU
     one clip goes forward, since Base at full size takes minutes and tens of gigabytes there.
     """
-    batch = source.data.first_batch()
     device = torch.device("cuda" if _wants_cuda(config) else "cpu")
-    module = module.to(device)
-    clips = batch.waves.shape[0] if device.type == "cuda" else 1
+    module, batch = module.to(device), source.data.first_batch()
+    if device.type == "cpu":
+        batch = batch.first(1)
+    clips = batch.waves.shape[0]
     bf16 = config.hardware.precision == "bf16-mixed"
     with (
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         torch.set_grad_enabled(device.type == "cuda"),
     ):
-        spectrogram = module.spectrogram(batch.to(device))[:clips]
-        losses = module.objective(spectrogram, module.draw_views(torch.arange(clips)))
+        spectrogram = module.objective.spectrogram(batch.to(device))
+        loss = module.objective(batch)["loss"]
     if device.type == "cuda":
-        losses.total.backward()
-    student = sum(p.numel() for p in module.objective.student.parameters())
+        loss.backward()
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     print(f"data      {source.describe()}, {source.data.clip_samples} samples each")
-    print(f"input     {tuple(spectrogram.shape)}, {config.mask.views} views a clip")
-    print(f"student   {student / 1e6:.1f} M trainable parameters")
+    print(f"input     {tuple(spectrogram.shape)}")
+    print(f"objective {module.objective.describe()}, {trained / 1e6:.1f} M trainable parameters")
     print(
         f"step      {config.data.batch} clips x {config.train.accumulate} micro-batches a device, "
         f"devices={config.hardware.devices}, {config.train.steps} steps"
     )
-    print(f"loss      {losses.total.item():.4f} on {clips} clip(s), {device}")
+    print(f"loss      {loss.item():.4f} on {clips} clip(s), {device}")
     if device.type == "cuda":
         print(f"memory    {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at its peak")
     print("dry run: nothing was trained, nothing was written but shards and their index")
@@ -211,13 +213,13 @@ def _wants_cuda(config: Pretrain) -> bool:
     return config.hardware.accelerator != "cpu" and torch.cuda.is_available()
 
 
-def _headline(config: Pretrain, source: PretrainData, out: Path, newest: Path | None) -> str:
-    model = config.model
+def _headline(module: Pretraining, source: PretrainData, out: Path, newest: Path | None) -> str:
+    config, model = module.config, module.config.model
     start = f"continuing from {newest}" if newest else "starting"
     return (
         f"bat {__version__}: pre-training recipe {config.recipe} in {out}, {start}\n"
         f"  data {source.describe()}, encoder {model.width} wide, {model.depth} "
-        f"blocks, {config.data.batch} clips x {config.mask.views} views a micro-batch"
+        f"blocks\n  objective {module.objective.describe()}"
     )
 
 
@@ -230,11 +232,12 @@ def _median(values: list[float]) -> float | None:
     return round(statistics.median(values), 2) if values else None
 
 
-def _say_where(config: Pretrain, out: Path, online: OnlineProbe | None) -> None:
+def _say_where(module: Pretraining, out: Path, online: OnlineProbe | None) -> None:
+    config, of = module.config, " and ".join(module.objective.encoders())
     lines = [
         "",
         "done. Where everything is:",
-        f"  encoder   {out}/export      (student and teacher; bat.load_encoder('{out}'))",
+        f"  encoder   {out}/export      ({of}; bat.load_encoder('{out}'))",
         f"  metrics   {out}/metrics.jsonl, {out}/summary.json",
         f"  pictures  {out}/plots/",
         f"  resume    {out}/checkpoints/last.ckpt (had it been interrupted: the same command)",

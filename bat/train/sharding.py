@@ -3,9 +3,9 @@
 DDP keeps everything on every device. FSDP2 (``fully_shard``, through Lightning's
 ``ModelParallelStrategy``) splits weights, gradients, the optimiser's moments and the EMA teacher
 along their first axis. A unit is gathered when its forward begins and dropped when it ends: every
-encoder block of student and teacher, the decoder as a whole (it projects with its first block
-before calling it), and the rest, the root, with ``training_step``. Sums are taken in float32 and
-weights travel as they are kept, so FSDP2's numbers are DDP's but for the order of additions.
+block of an encoder, what else the module names (``units``), and the rest, the root, with
+``training_step``. Sums are taken in float32 and weights travel as they are kept, so FSDP2's numbers
+are DDP's but for the order of additions.
 
 Checkpoints are one plain file with DDP's keys, written and read by the ``CheckpointIO`` of the run
 (Lightning 2.6.6 reads them past it): any number of processes goes on from any other's.

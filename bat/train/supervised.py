@@ -23,6 +23,7 @@ from bat.audio.augment import colour_noise, mixup, spec_augment, time_roll
 from bat.backbones.base import Backbone
 from bat.config.compose import to_dict
 from bat.config.schema import Finetune
+from bat.nn.block import blocks_of
 from bat.probes.base import Probe
 from bat.redact import redact_tree
 from bat.shapes import UserError, WaveBatch
@@ -30,7 +31,6 @@ from bat.train.guard import Guard, poison
 from bat.train.losses import Loss, against
 from bat.train.optim import adamw, param_groups, set_lr
 from bat.train.sharding import Shardable
-from bat.train.speed import blocks_of
 from bat.train.trainer import derive_seed
 
 

@@ -9,7 +9,6 @@ metrics as JSON lines.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import math
@@ -29,6 +28,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from bat.checkpoint import replace_durably
 from bat.config.schema import Hardware, Log, Train
 from bat.redact import Redacting
+from bat.seeding import derive_seed as derive_seed
 from bat.shapes import UserError
 from bat.train.ranks import LAUNCHER
 from bat.train.sharding import check_strategy, devices, nodes, strategy
@@ -43,12 +43,6 @@ NOISE = (
     ".*smaller than the logging interval.*",  # our own metrics log the last step in any case
 )
 """Warnings of Lightning's that tell our users nothing."""
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part, for ``torch.Generator.manual_seed``."""
-    text = "/".join(str(p) for p in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def is_main() -> bool:

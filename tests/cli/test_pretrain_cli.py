@@ -17,7 +17,7 @@ from bat.data.toy import make_toy
 from bat.shapes import UserError
 
 TINY = ["model.width=48", "model.depth=1", "model.heads=2", "objective.decoder_depth=1"]
-TINY += ["mask.views=1", "online.every=0", "log.progress=false"]
+TINY += ["objective.mask.views=1", "online.every=0", "log.progress=false"]
 
 
 @pytest.fixture
@@ -51,12 +51,12 @@ def make_bad_tar(folder: Path) -> str:
         (["recipe=toy", "frontend.frames=100"], "frontend.frames=100 is not a multiple"),
         (["recipe=toy", "objective.decoder=cnn", "model.width=100"], "is not a multiple of 16"),
         (["recipe=toy", "objective.decoder_width=30"], "objective.decoder_width=30"),
-        (["recipe=toy", "mask.adjust=-1"], "mask.adjust=-1"),
+        (["recipe=toy", "objective.mask.adjust=-1"], "objective.mask.adjust=-1"),
         (["recipe=toy", "frontend.kind=eat", "frontend.hop_length=320"], "hop_length=320"),
         (["recipe=toy", "frontend.statistics=esc50"], "is for the legacy front ends"),
         (["recipe=toy", "online.task=esc50"], "online.task is the task of"),
         (["recipe=toy", "data.root=${nowhere}"], "nowhere"),
-        (["recipe=toy", "mask.ratio=0.999"], "keeps 0 of 104 patches"),
+        (["recipe=toy", "objective.mask.ratio=0.999"], "keeps 0 of 104 patches"),
         (["recipe=toy", "data.clip_seconds=3"], "data.clip_seconds=3.0 makes 301 frames"),
         (["recipe=toy", "frontend.kind=eat", "frontend.statistics=mars"], "mars"),
         (["recipe=toy", "out=file"], "file"),

@@ -19,7 +19,7 @@ def test_every_shipped_recipe_resolves(command: str, name: str) -> None:
     assert config.recipe == name
 
 
-GROUPS = ("model", "data", "hardware", "protocol")
+GROUPS = ("model", "data", "objective", "hardware", "protocol")
 
 
 @pytest.mark.parametrize("command", SCHEMAS)
@@ -43,12 +43,14 @@ def test_as2m_is_the_paper_s_base_configuration() -> None:
     assert (c.model.width, c.model.depth, c.model.heads, c.model.gate) == (768, 12, 12, True)
     assert (c.model.norm_order, c.model.pos_layout, c.model.mlp_ratio) == ("post", "reference", 4)
     assert (c.frontend.kind, c.frontend.frames, c.frontend.n_mels) == ("bat", 1024, 128)
-    assert (c.data.batch, c.data.clip_seconds, c.mask.views, c.mask.ratio) == (24, 10, 16, 0.8)
+    assert (c.data.batch, c.data.clip_seconds, c.train.accumulate) == (24, 10, 1)
     o = c.optim
     assert (o.lr, o.betas, o.weight_decay, o.decay) == (5e-4, [0.9, 0.95], 0.05, "all")
     assert (o.warmup_steps, o.min_lr, o.clip_norm) == (53_000, 1e-6, None)
-    assert (c.train.steps, c.train.accumulate) == (400_000, 1)
-    assert (c.ema.start, c.ema.end, c.ema.steps) == (0.9998, 0.99999, 100_000)
+    assert c.train.steps == 400_000
+    mask, ema = c.objective.mask, c.objective.ema
+    assert (mask.views, mask.ratio, mask.block) == (16, 0.8, 5)
+    assert (ema.start, ema.end, ema.steps) == (0.9998, 0.99999, 100_000)
     assert (c.objective.target, c.objective.decoder) == ("eob", "vit12h")
     assert (c.objective.decoder_depth, c.objective.global_target) == (6, "patch_mean")
     assert (c.objective.target_centering, c.hardware.precision) == ("none", "bf16-mixed")
@@ -87,10 +89,16 @@ def test_bad_values_are_named_at_once() -> None:
         compose(
             Pretrain,
             "pretrain",
-            ["recipe=toy", "mask.ratio=1.5", "data.batch=0", "model.width=100", "model.heads=3"],
+            [
+                "recipe=toy",
+                "objective.mask.ratio=1.5",
+                "data.batch=0",
+                "model.width=100",
+                "model.heads=3",
+            ],
         )
     text = str(caught.value)
-    assert "mask.ratio=1.5" in text
+    assert "objective.mask.ratio=1.5" in text
     assert "data.batch=0" in text
     assert "model.width=100 is not a multiple of model.heads=3" in text
 

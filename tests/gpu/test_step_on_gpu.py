@@ -63,11 +63,11 @@ def test_masks_are_drawn_on_the_device_and_exact() -> None:
 def test_bf16_step_is_near_the_float32_step_on_the_cpu() -> None:
     x, g = batch()
     views = inverse_block_mask(8, GRID, generator=g)
-    expected = small()(x, views).total.item()
+    expected = small().losses(x, views).total.item()
     model = small().cuda()
     with torch.autocast("cuda", torch.bfloat16):
         on_gpu = type(views)(*(t.cuda() for t in views))
-        losses = model(x.cuda(), on_gpu)
+        losses = model.losses(x.cuda(), on_gpu)
     losses.total.backward()
     assert losses.total.item() == pytest.approx(expected, rel=0.02)
     assert all(torch.isfinite(p.grad).all() for p in model.student.parameters())
@@ -86,7 +86,7 @@ WORDS = [
     "model.heads=3",
     "objective.decoder_depth=2",
     "data.batch=2",
-    "mask.views=4",
+    "objective.mask.views=4",
 ]
 
 
@@ -110,17 +110,17 @@ def test_the_step_equals_the_plain_one(
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # plain's patch convolution
     words = [f"hardware.precision={precision}", *([step.COMPILE] if compiled else [])]
     mine = ours(step, *words)
-    plain = step.PlainStep(
+    plain_step = importlib.import_module("benchmarks.plain_step")
+    plain = plain_step.PlainStep(
         mine.config,
-        student=mine.module.objective.student.state_dict(),
-        teacher=mine.module.objective.teacher.encoder.state_dict(),
+        **plain_step.plain_weights_of(mine.module.objective),
         device=torch.device("cuda"),
         compiled=compiled,
     )
     assert step.loss_difference(mine, plain) < tolerance
     for seed in range(2):  # the same masks: the same steps
-        views = mine.views(seed)
-        loss = mine.loss(views)
+        loss = mine.loss(seed)
+        views = mine.module.objective.draw_views(mine.batch.positions)
         loss.backward()
         mine.optimizer.step()
         mine.optimizer.zero_grad()

@@ -57,7 +57,7 @@ def test_golden_forward(golden) -> None:
         targets, teacher_cls = model.targets(x)
         torch.testing.assert_close(targets, data["fwd_teacher_targets"], **CLOSE)
         torch.testing.assert_close(teacher_cls, data["fwd_teacher_cls"], **CLOSE)
-        losses = model(x, views)
+        losses = model.losses(x, views)
     assert float(losses.local) == pytest.approx(float(data["fwd_local_loss"]), abs=1e-5)
     assert float(losses.global_) == pytest.approx(float(data["fwd_global_loss"]), abs=1e-5)
     assert float(losses.total) == pytest.approx(float(losses.local + losses.global_), abs=1e-6)
@@ -66,7 +66,7 @@ def test_golden_forward(golden) -> None:
 def test_golden_gradients(golden) -> None:
     data = Golden(golden / "ssl_tiny.npz")
     model = golden_model(data)
-    model(*golden_batch(data, 0)).total.backward()
+    model.losses(*golden_batch(data, 0)).total.backward()
     expected = data.under("grad0/")
     got = {n: p.grad for n, p in model.student.named_parameters()}
     assert set(got) == set(expected)
@@ -97,7 +97,7 @@ def test_golden_three_optimiser_steps(golden) -> None:
         for group in optimiser.param_groups:
             group["lr"] = record["lr"]
         optimiser.zero_grad()
-        losses = model(*golden_batch(data, step))
+        losses = model.losses(*golden_batch(data, step))
         assert losses.local.item() == pytest.approx(record["local_loss"], abs=1e-5)
         assert losses.global_.item() == pytest.approx(record["global_loss"], abs=1e-5)
         losses.total.backward()
@@ -132,7 +132,7 @@ def test_golden_accumulation_and_clipping(golden) -> None:
         model.student.parameters(), lr=record["lr"][0], betas=(0.9, 0.95), weight_decay=0.05
     )
     for step in range(2):
-        (model(*golden_batch(data, step)).total / 2).backward()
+        (model.losses(*golden_batch(data, step)).total / 2).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.student.parameters(), record["clip_norm"])
     assert float(norm) == pytest.approx(record["grad_norm_before_clip"][0], rel=1e-4)
     optimiser.step()
@@ -179,14 +179,14 @@ def test_loss_of_the_target_itself_is_zero() -> None:
 
 def test_every_ablation_switch_changes_the_loss() -> None:
     x, views = random_batch()
-    base = tiny()(x, views).total.item()
+    base = tiny().losses(x, views).total.item()
     for switch in (
         {"target": "mlp"},
         {"target_centering": "batch"},
         {"global_target": "cls"},
         {"global_target": "none"},
     ):
-        assert tiny(**switch)(x, views).total.item() != pytest.approx(base, abs=1e-4), switch
+        assert tiny(**switch).losses(x, views).total.item() != pytest.approx(base, abs=1e-4), switch
 
 
 def test_centred_targets_hold_nothing_that_depends_on_the_position_alone() -> None:
@@ -203,11 +203,13 @@ def test_position_only_is_the_loss_of_the_mean_over_other_clips() -> None:
     model = tiny()
     x, views = random_batch(clips=3)
     targets, _ = model.targets(x)
-    losses = model(x, inverse_block_mask(12, GRID, generator=torch.Generator().manual_seed(0)))
+    losses = model.losses(
+        x, inverse_block_mask(12, GRID, generator=torch.Generator().manual_seed(0))
+    )
     squared = [((targets[b] - targets.mean(0)) ** 2).mean() for b in range(3)]
     expected = float(sum(squared) / 2)  # B - 1
     assert losses.position_only.item() == pytest.approx(expected, rel=1e-5)
-    same = model(x[:1].repeat(2, 1, 1, 1), views)
+    same = model.losses(x[:1].repeat(2, 1, 1, 1), views)
     assert same.position_only.item() == pytest.approx(0, abs=1e-6)
 
 
@@ -232,12 +234,14 @@ def test_teacher_stays_in_eval_mode_and_moves_only_by_ema() -> None:
 def test_cnn_decoder_trains_too() -> None:
     torch.manual_seed(0)
     model = MaskedLatent(BAT(width=32, depth=1, heads=4, grid=GRID), CNNDecoder(32, GRID, depth=2))
-    model(*random_batch()).total.backward()
+    model.losses(*random_batch()).total.backward()
     assert all(p.grad is not None for p in model.student.parameters())
 
 
 def test_step_has_no_graph_breaks() -> None:
     model = tiny()
     x, views = random_batch()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert compiled(x, views).total.item() == pytest.approx(model(x, views).total.item(), abs=1e-6)
+    compiled = torch.compile(model.losses, backend="eager", fullgraph=True)
+    assert compiled(x, views).total.item() == pytest.approx(
+        model.losses(x, views).total.item(), abs=1e-6
+    )

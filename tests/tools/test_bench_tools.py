@@ -189,7 +189,7 @@ def test_what_stops_the_program_is_not_a_failed_case(tools: Path) -> None:
 
 def test_variants_start_from_the_same_weights_and_masks(tools: Path) -> None:
     step = load("step")
-    words = [*step.QUICK, "mask.views=2", "data.batch=2"]
+    words = [*step.QUICK, "objective.mask.views=2", "data.batch=2"]
     sizes = {"device": torch.device("cpu"), "repeats": 1, "matmul": 1.0}
     fused = step.alone("fused", words, **sizes)
     eager = step.alone("eager", [*words, "model.attention=eager"], **sizes)

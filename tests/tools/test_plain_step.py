@@ -28,7 +28,7 @@ WORDS = [
     "frontend.frames=208",
     "data.clip_seconds=2.0",
     "data.batch=3",
-    "mask.views=2",
+    "objective.mask.views=2",
     "objective.decoder_depth=2",
 ]
 
@@ -84,7 +84,7 @@ def batch_of(x: torch.Tensor) -> WaveBatch:
 def test_the_spectrogram_is_ours(plain: ModuleType) -> None:
     _, ours, other = pair(plain)
     x = waves() * torch.tensor([1.0, 1e-3, 0.0])[:, None]  # each clip has its own floor; silence
-    expected = ours.spectrogram(batch_of(x))
+    expected = ours.objective.spectrogram(batch_of(x))
     got = other.frontend(x, 208)
     assert got.shape == expected.shape == (3, 1, 208, 128)
     assert float((got - expected).abs().max()) < 2e-5
@@ -97,8 +97,8 @@ def test_losses_gradients_and_weights_are_ours(plain: ModuleType, decoder: str) 
     optimizer = ours.configure_optimizers()
     batch = batch_of(waves())
     for step in range(2):
-        views = ours.draw_views(3 * step + torch.arange(3))
-        losses = ours.objective(ours.spectrogram(batch), views)
+        views = ours.objective.draw_views(3 * step + torch.arange(3))
+        losses = ours.objective.losses(ours.objective.spectrogram(batch), views)
         total, local, global_ = other.losses(batch.waves, views.mask.float())
         for theirs, mine in zip((total, local, global_), losses[:3], strict=True):
             assert theirs.item() == pytest.approx(mine.item(), rel=1e-5)
@@ -144,8 +144,8 @@ def test_weights_load_back_into_ours(plain: ModuleType) -> None:
     other(waves(), decay=0.5)  # with its own masks
     ours.objective.student.load_state_dict(other.student.state_dict())
     ours.objective.teacher.encoder.load_state_dict(other.teacher.encoder.state_dict())
-    views = ours.draw_views(torch.arange(3))
-    losses = ours.objective(ours.spectrogram(batch_of(waves())), views)
+    views = ours.objective.draw_views(torch.arange(3))
+    losses = ours.objective.losses(ours.objective.spectrogram(batch_of(waves())), views)
     total, _, _ = other.losses(waves(), views.mask.float())
     assert total.item() == pytest.approx(losses.total.item(), rel=1e-5)
 

@@ -111,7 +111,7 @@ def _do(job: Job, rank: int, folder: Path) -> None:
             row["syncs"] = getattr(model, "require_backward_grad_sync", None)
             row["scattered"] = scattered  # until now
             if isinstance(self, Pretraining):
-                views = self.draw_views(batch.positions)
+                views = self.objective.draw_views(batch.positions)
                 row["masks"] = views.keep_ids.view(len(batch.keys), -1).tolist()
             rows.append(row)
             return loss * nan if job.poisoned == (batch_idx, rank) else loss

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bat.nn.ema import ema_update
+from bat.objectives.masked_latent import MaskedLatent
 from bat.shapes import UserError
 from bat.train.guard import Guard, poison
 from bat.train.optim import adamw, param_groups
@@ -100,19 +101,20 @@ def test_poison_is_exact_for_finite_losses_and_spoils_the_gradient_of_others() -
 
 def spoil(monkeypatch: pytest.MonkeyPatch, at) -> None:
     """Make the loss of the micro-batches that ``at`` says NaN."""
-    original = Pretraining.spectrogram
+    micro: list[int] = []
+    original = MaskedLatent.spectrogram
 
     def spectrogram(self, batch):
         x = original(self, batch)
-        return x * torch.nan if at(self._micro) else x
+        return x * torch.nan if at(micro[-1]) else x
 
     step = Pretraining.training_step
 
     def training_step(self, batch, batch_idx):
-        self._micro = batch_idx
+        micro.append(batch_idx)
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(Pretraining, "spectrogram", spectrogram)
+    monkeypatch.setattr(MaskedLatent, "spectrogram", spectrogram)
     monkeypatch.setattr(Pretraining, "training_step", training_step)
 
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 TINY = (
     "recipe=toy hardware.accelerator=cpu hardware.devices=auto data.global_batch=8 data.batch=8 "
-    "model.width=48 model.depth=2 model.heads=2 objective.decoder_depth=2 mask.views=2 "
+    "model.width=48 model.depth=2 model.heads=2 objective.decoder_depth=2 objective.mask.views=2 "
     "train.steps=6 train.save_every=3 train.log_every=1 online.every=0 log.progress=false"
 )
 TUNE = (
@@ -68,6 +68,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         own = [f"out={root / name}", f"data.cache={root / 'shards'}"]
         usual = (TINY if command == "pretrain" else TUNE).split()
         merged = dict(w.split("=", 1) for w in [*usual, *own, *words])
+        if merged.get("objective") == "mae":
+            del merged["objective.mask.views"]
         return Job(name, [f"{k}={v}" for k, v in merged.items()], command=command, **more)
 
     def half_done(name: str, other: str) -> None:
@@ -78,12 +80,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     ddp, fsdp = "hardware.strategy=ddp", "hardware.strategy=fsdp"
     encoder = f"checkpoint={root / 'one'}"
-    alone = [job("one"), job("tune-one", encoder, command="finetune")]
+    alone = [
+        job("one"),
+        job("mae-one", "objective=mae"),
+        job("tune-one", encoder, command="finetune"),
+    ]
     pair = [
         job("ddp", ddp),
         job("ddp-accumulated", ddp, "data.batch=2"),
         job("fsdp", fsdp, "online.every=6", "online.steps=1"),
         job("fsdp-accumulated", fsdp, "data.batch=2"),
+        job("mae-fsdp", fsdp, "objective=mae"),
         job("unequal", ddp, f"data.shards=[{shards}]", "data.global_batch=4", "online.every=0"),
         job("poisoned", fsdp, "train.steps=3", "train.save_every=1", poisoned=(1, 1)),
         job("tune-fsdp", encoder, fsdp, command="finetune"),
@@ -141,6 +148,12 @@ def test_two_processes_give_the_losses_and_weights_of_one(runs: Path, name: str,
     assert apart(state(runs / name), state(runs / "one")) < WEIGHT
     moved = apart(state(runs / name), state(runs / name, 3))
     assert moved > 100 * WEIGHT, "hardly anything was learned: the comparison says nothing"
+
+
+def test_mae__two_sharded_processes_give_the_losses_and_weights_of_one(runs: Path):
+    alone = step_losses(runs, "mae-one", 1)
+    assert step_losses(runs, "mae-fsdp", 2) == pytest.approx(alone, rel=LOSS)
+    assert apart(state(runs / "mae-fsdp"), state(runs / "mae-one")) < WEIGHT
 
 
 def test_fsdp_gives_the_weights_of_ddp_to_the_last_bit(runs: Path):

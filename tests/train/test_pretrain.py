@@ -145,7 +145,7 @@ def test_weights_that_are_not_finite_are_never_saved(
         original(self, epoch, batch_idx, *args)
         if batch_idx == 2:
             with torch.no_grad():
-                self.encoder.cls_token[0, 0, 3] = torch.nan
+                self.objective.student.encoder.cls_token[0, 0, 3] = torch.nan
 
     monkeypatch.setattr(Pretraining, "optimizer_step", step)
     words = "health.max_skipped=9"  # the losses that follow are skipped
@@ -187,7 +187,7 @@ def test_online_probes_judge_several_labels_a_clip_by_map(small, tmp_path: Path)
     "words", [[], ["train.accumulate=2", "data.batch=2"]], ids=["", "accumulate"]
 )
 def test_the_teacher_follows_once_after_each_real_step(small, tmp_path: Path, words) -> None:
-    config = small("train.steps=1", "ema.start=0.75", *words, out=tmp_path / "run")
+    config = small("train.steps=1", "objective.ema.start=0.75", *words, out=tmp_path / "run")
     torch.manual_seed(derive_seed(config.seed, "init"))
     start = build_objective(config).student.encoder.state_dict()
     pretrain(config)
@@ -293,7 +293,7 @@ def test_dry_run_writes_and_trains_nothing(
         ["frontend.kind=eat"],
         ["model.norm_order=pre"],
         ["objective.decoder_width=24"],
-        ["mask.ratio=0.6"],
+        ["objective.mask.ratio=0.6"],
         ["optim.decay=matrices"],
         ["frontend.pad=waveform", "data.clip_seconds=1.5"],
     ],
@@ -344,7 +344,7 @@ def test_as2m_starts_on_any_shard_set(tmp_path: Path) -> None:
     shards = make_toy(tmp_path / "toy")
     words = ["recipe=as2m", f"data.shards={shards}", f"out={tmp_path / 'run'}", "hardware=cpu"]
     words += ["model.width=48", "model.depth=1", "model.heads=2", "objective.decoder_depth=1"]
-    words += ["data.batch=2", "data.global_batch=4", "data.workers=0", "mask.views=2"]
+    words += ["data.batch=2", "data.global_batch=4", "data.workers=0", "objective.mask.views=2"]
     words += ["train.steps=2"]
     pretrain(compose(Pretrain, "pretrain", words))
     assert bat.load_encoder(tmp_path / "run").grid.tokens == 512
@@ -353,7 +353,7 @@ def test_as2m_starts_on_any_shard_set(tmp_path: Path) -> None:
 def test_masks_hang_on_seed_and_position_alone(small, tmp_path: Path) -> None:
     def ids(positions: list[int], *words: str) -> torch.Tensor:
         module = Pretraining(small(*words, out=tmp_path / "run"))
-        views = module.draw_views(torch.tensor(positions)).keep_ids
+        views = module.objective.draw_views(torch.tensor(positions)).keep_ids
         return views.view(len(positions), -1)  # (B, V n)
 
     both = ids([7, 8])

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from bat.nn.attention import Attention, take
+from bat.nn.block import blocks_of
 from bat.nn.decoder import ViTDecoder, place
 from bat.nn.embed import PatchEmbed
 from bat.objectives import masked_latent
 from bat.shapes import Views
-from bat.train.speed import blocks_of
 from benchmarks.memory import peak_mb
-from benchmarks.step import QUICK, OursStep, settings
+from benchmarks.step import PLACE, QUICK, OursStep, settings
 from benchmarks.timing import attempted, here, medians
 
 ABOUT = "the pre-training step, one thing done the plain way; ratio = without / with"
@@ -50,8 +50,8 @@ def attention_by(backend: str) -> Callable[[OursStep], Any]:
 
 @contextlib.contextmanager
 def recomputed(step: OursStep) -> Iterator[None]:
-    """Activation checkpointing of the student's blocks."""
-    blocks = blocks_of(step.module.objective.student)
+    """Activation checkpointing of the trained blocks."""
+    blocks = [b for b in blocks_of(step.module) if any(p.requires_grad for p in b.parameters())]
     for block in blocks:
         block.recompute = True
     try:
@@ -126,13 +126,12 @@ CHANGES: dict[str, Callable[[OursStep], Any]] = {
 def run(*, repeats: int, quick: bool) -> Iterator[dict[str, Any]]:
     device = here()
     batch = "data.batch=24" if device.type == "cuda" else "data.batch=1"
-    words = [*QUICK, "data.batch=2", "mask.views=2"] if quick else [batch]
+    words = [*QUICK, "data.batch=2", "objective.mask.views=2"] if quick else [batch]
     step = OursStep(settings(words), device)
-    views = step.views(seed=12345)
     step()  # from here on the optimiser's state is there
 
     def loss() -> float:
-        return step.loss(views).item()
+        return step.loss(PLACE).item()
 
     def changed(change: Callable[[OursStep], Any], call: Callable[[], Any]) -> Callable[[], Any]:
         def run_changed() -> Any:

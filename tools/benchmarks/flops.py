@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bat.config.schema import Pretrain
-from bat.shapes import Views
-from bat.train.pretrain import DECODERS, build_objective
+from bat.objectives.masked_latent import DECODERS
+from bat.shapes import WaveBatch
+from bat.train.pretrain import build_objective
 from benchmarks.plain_model import plain_model
 
 TERA = 1e12
@@ -28,7 +29,7 @@ def tokens_of(config: Pretrain) -> tuple[int, int]:
     """Patches of a clip, and those that a masked view keeps."""
     front, patch = config.frontend, config.model.patch
     patches = (front.frames // patch) * (front.n_mels // patch)
-    return patches, int(patches * (1 - config.mask.ratio))
+    return patches, int(patches * (1 - config.objective.mask.ratio))
 
 
 def hand_tflop(config: Pretrain) -> float:
@@ -42,9 +43,9 @@ def hand_tflop(config: Pretrain) -> float:
         return tokens * depth * (linears + 4 * tokens * width)
 
     encoder = (model.depth, model.width, model.mlp_ratio)
-    decoder = (objective.decoder_depth, objective.decoder_width or model.width, decoder_ratio)
+    decoder = (objective.decoder_depth, objective.width_in(model.width), decoder_ratio)
     student = blocks(kept + 1, *encoder) + blocks(patches, *decoder)
-    return (3 * config.mask.views * student + blocks(patches + 1, *encoder)) / TERA
+    return (3 * objective.mask.views * student + blocks(patches + 1, *encoder)) / TERA
 
 
 def counted_tflop(config: Pretrain, way: str) -> float:
@@ -52,7 +53,7 @@ def counted_tflop(config: Pretrain, way: str) -> float:
     assert way in ("ours", "plain"), way
     config = copy.deepcopy(config)
     config.model.attention = "eager"
-    sections = (config.model, config.frontend, config.mask, config.objective)
+    sections = (config.model, config.frontend, config.objective)
     if (way, repr(sections)) not in _COUNTED:
         _COUNTED[way, repr(sections)] = _count(config, way)
     return _COUNTED[way, repr(sections)]
@@ -62,19 +63,21 @@ _COUNTED: dict[tuple[str, str], float] = {}
 
 
 def _count(config: Pretrain, way: str) -> float:
-    rows, (patches, kept) = config.mask.views, tokens_of(config)
-    shape = (1, 1, config.frontend.frames, config.frontend.n_mels)
     with torch.device("meta"):
         model = build_objective(config) if way == "ours" else nn.ModuleList(plain_model(config))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        spectrogram = torch.empty(shape)
-        keep_ids = torch.empty(rows, kept, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             if way == "ours":
-                mask = torch.empty(rows, patches, dtype=torch.bool)
-                model(spectrogram, Views(keep_ids, mask)).total.backward()
+                samples = int(config.data.clip_seconds * config.frontend.sample_rate)
+                ids = torch.zeros(1, dtype=torch.int64)
+                wave = torch.empty(1, samples)
+                batch = WaveBatch(wave, ids + samples, torch.empty(1, 0), ["a"], ids, [])
+                model(batch)["loss"].backward()
             else:
+                rows, (patches, kept) = config.objective.mask.views, tokens_of(config)
+                spectrogram = torch.empty(1, 1, config.frontend.frames, config.frontend.n_mels)
+                keep_ids = torch.empty(rows, kept, dtype=torch.int64)
                 student, teacher = model
                 with torch.no_grad():
                     teacher(spectrogram)

@@ -178,7 +178,7 @@ def plain_model(config: Pretrain) -> tuple[PlainStudent, PlainTeacher]:
     )
     decoder = PlainDecoder(
         model.width,
-        width=objective.decoder_width or model.width,
+        width=objective.width_in(model.width),
         depth=objective.decoder_depth,
         heads=12 if objective.decoder == "vit12h" else 6,
         ratio=4.0 if objective.decoder == "vit12h" else 2.0,

@@ -6,7 +6,7 @@ to the device; the model of ``plain_model.py``; targets repeated V times, loss o
 times a mask; ``.item()`` on the losses; AdamW as PyTorch constructs it by default; EMA parameter by
 parameter. ``compiled`` is ``torch.compile(mode="default")`` on student and teacher.
 
-It computes what ``bat.train.pretrain.Pretraining`` computes (a test holds it to that).
+It computes what ``Pretraining`` with ``MaskedLatent`` computes (a test holds it to that).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torchaudio
 from torch import Tensor, nn
 
 from bat.config.schema import Pretrain
-from bat.shapes import Grid, Views
+from bat.objectives.masked_latent import MaskedLatent
+from bat.shapes import Grid, Views, WaveBatch
 from benchmarks.plain_model import plain_model
 
 
@@ -87,6 +88,22 @@ def plain_ids(mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     return shuffled[:, :keep], torch.argsort(shuffled, dim=1)
 
 
+def plain_weights_of(objective: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """A copy of the weights of a ``MaskedLatent``, as ``PlainStep`` takes them."""
+    assert isinstance(objective, MaskedLatent), "the plain step is the paper's objective"
+    parts = {"student": objective.student, "teacher": objective.teacher.encoder}
+    return {
+        who: {name: t.detach().to("cpu", copy=True) for name, t in part.state_dict().items()}
+        for who, part in parts.items()
+    }
+
+
+def plain_masks_of(objective: nn.Module, batch: WaveBatch) -> Tensor:
+    """The masks that a ``MaskedLatent`` draws for a batch, (B V, N), 1.0 where removed."""
+    assert isinstance(objective, MaskedLatent), "the plain step is the paper's objective"
+    return objective.draw_views(batch.positions).mask.float()
+
+
 class PlainStep:
     """The whole step over waveforms that lie on ``device``.
 
@@ -107,7 +124,8 @@ class PlainStep:
         assert optim.decay == "all", "the plain step decays everything, as the paper does"
         self.config, self.device = config, device
         self.grid = Grid(front.frames // model.patch, front.n_mels // model.patch)
-        self.keep = int(self.grid.tokens * (1 - config.mask.ratio))
+        self.mask = config.objective.mask
+        self.keep = int(self.grid.tokens * (1 - self.mask.ratio))
         self.autocast = config.hardware.precision == "bf16-mixed"
         self.frontend = PlainFrontEnd(
             sample_rate=front.sample_rate,
@@ -133,7 +151,7 @@ class PlainStep:
 
     def masks(self, rows: int) -> Tensor:
         """(rows, N) on the device, 1.0 where removed."""
-        mask = self.config.mask
+        mask = self.mask
         drawn = plain_masks(
             rows, self.grid, keep_ratio=1 - mask.ratio, block=mask.block, adjust=mask.adjust
         )
@@ -141,7 +159,7 @@ class PlainStep:
 
     def losses(self, waves: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S) and masks (B V, N) -> total, local and global loss."""
-        views, frames = self.config.mask.views, self.config.frontend.frames
+        views, frames = self.mask.views, self.config.frontend.frames
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             with torch.no_grad():
                 targets = self.teacher(self.frontend(waves, frames))  # (B, N, D)
@@ -155,16 +173,17 @@ class PlainStep:
         return local + global_, local, global_
 
     def __call__(
-        self, waves: Tensor, *, decay: float, views: Views | None = None
+        self, waves: Tensor, *, decay: float | None = None, views: Views | None = None
     ) -> dict[str, float]:
-        """One step; ``views`` given: with these masks. The losses as numbers."""
-        rows = waves.shape[0] * self.config.mask.views
+        """One step; ``views`` given: with these masks. ``decay`` None: the schedule's first. The
+        losses as numbers."""
+        rows = waves.shape[0] * self.mask.views
         mask = self.masks(rows) if views is None else views.mask.float()
         loss, local, global_ = self.losses(waves, mask)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.update_teacher(decay)
+        self.update_teacher(self.config.objective.ema.start if decay is None else decay)
         return {"loss": loss.item(), "local": local.item(), "global": global_.item()}
 
     @torch.no_grad()

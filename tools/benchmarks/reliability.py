@@ -31,7 +31,7 @@ LOOK_EVERY, LOOK_CLIPS = Health().collapse_every, 8
 
 
 def state_of(ours: OursStep) -> dict[str, Any]:
-    """What Lightning would save: weights of student and teacher, moments."""
+    """What Lightning would save: weights, moments."""
     for group in ours.optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
@@ -84,7 +84,7 @@ def checks(case: str, words: list[str], *, repeats: int) -> Iterator[dict[str, A
     ours()
     ours.loss().backward()
     gradients = [(p, p.grad) for p in module.parameters() if p.grad is not None]
-    encoders = module.teacher, module.encoder
+    encoders = module.objective.encoders().values()
 
     def look() -> None:
         for encoder in encoders:
@@ -125,13 +125,13 @@ def checks(case: str, words: list[str], *, repeats: int) -> Iterator[dict[str, A
 
 def run(*, repeats: int, quick: bool) -> Iterator[dict[str, Any]]:
     if quick:
-        cases = [("tiny", [*QUICK, "mask.views=2", "data.batch=2"])]
+        cases = [("tiny", [*QUICK, "objective.mask.views=2", "data.batch=2"])]
     elif here().type == "cuda":
         cases = [("Base, 24 clips x 16 views", ["data.batch=24"])]
     else:
         tiny = ["model=tiny", "objective.decoder=vit6h", "objective.decoder_depth=2"]
         cases = [
-            ("tiny, 8 clips x 4 views", [*tiny, "data.batch=8", "mask.views=4"]),
+            ("tiny, 8 clips x 4 views", [*tiny, "data.batch=8", "objective.mask.views=4"]),
             ("Base, 1 clip x 16 views", ["data.batch=1"]),
         ]
     base = [] if not quick else QUICK

@@ -1,7 +1,7 @@
 """The pre-training step, whole: from waveforms on the device to the teacher's EMA.
 
-Front end, masks, student, teacher, losses, backward, AdamW, EMA; *plain* is ``plain_step.py``, from
-the same weights. ``tflop_per_clip`` is SPEC's hand count and what ``tflops`` and ``mfu`` go by;
+Front end, masks, forward, backward, AdamW, EMA; *plain* is ``plain_step.py``, from the same
+weights. ``tflop_per_clip`` is SPEC's hand count and what ``tflops`` and ``mfu`` go by;
 ``mfu`` is against a large bf16 matrix product measured in the same run. ``counted_tflop`` is what
 PyTorch's counter finds (ours does less than the hand count), ``mfu_counted`` goes by that.
 ``loss_difference`` is relative, on the same masks before any step. ``outside_share``: front end and
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from bat.config.compose import compose
 from bat.config.schema import Pretrain
-from bat.shapes import Views, WaveBatch
+from bat.shapes import WaveBatch
 from bat.train.pretrain import Pretraining
 from benchmarks.flops import counted_tflop, hand_tflop
 from benchmarks.memory import MB, peak_mb
-from benchmarks.plain_step import PlainStep
+from benchmarks.plain_step import PlainStep, plain_masks_of, plain_weights_of
 from benchmarks.timing import attempted, error_line, here, medians, seconds_of
 
 ABOUT = "one pre-training step, waveforms to EMA; ratio = plain / ours"
@@ -53,17 +53,19 @@ class Case(NamedTuple):
 
     def label(self) -> str:
         clips = f"{self.clips} clip" + "s" * (self.clips != 1)
-        views = self.settings().mask.views
+        views = self.settings().objective.mask.views  # plain knows one objective
         return f"{self.name}, {clips} x {views} views, bf16" + ", compiled" * self.compiled
 
 
 CASES = {
     "cpu": [Case("Base", [], 1, False)],
     "cuda": [Case("Base", [], 24, True), Case("S", ["model=S"], 24, True)],
-    "quick": [Case("tiny", [*QUICK, "mask.views=2"], 2, False)],
+    "quick": [Case("tiny", [*QUICK, "objective.mask.views=2"], 2, False)],
 }
 
 COMPILE = "hardware.compile=whole"
+PLACE = 12345
+"""Of the stream, where losses are compared."""
 
 
 def settings(words: list[str]) -> Pretrain:
@@ -104,18 +106,21 @@ class OursStep:
 
     def spectrogram(self) -> Tensor:
         with self.context():  # as in the step: compiled code is not compiled again
-            return self.module.spectrogram(self.batch)
+            return self.module.objective.spectrogram(self.batch)
 
-    def views(self, seed: int) -> Views:
+    def masks(self) -> Tensor | None:
+        return self.module.objective.example_masks(self.batch)
+
+    def move(self, place: int) -> None:
+        """Put the batch at another place of the stream: other masks."""
         clips = self.config.data.batch
-        return self.module.draw_views(seed * clips + torch.arange(clips))
+        self.batch.positions = place * clips + torch.arange(clips)
 
-    def loss(self, views: Views | None = None) -> Tensor:
-        """Forward only, with a gradient; ``views`` given: with these masks."""
+    def loss(self, place: int | None = None) -> Tensor:
+        """Forward only, with a gradient; at this place of the stream, else at that of the step."""
+        self.move(self.done if place is None else place)
         with self.context():
-            spectrogram = self.spectrogram()
-            views = self.views(self.done) if views is None else views
-            return self.module.objective(spectrogram, views).total
+            return self.module.objective(self.batch)["loss"]
 
     def __call__(self) -> Tensor:
         if self.device.type == "cuda":
@@ -126,7 +131,8 @@ class OursStep:
         guard.inspect(self.optimizer, self.module.parameters())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.module.objective.update_teacher(self.config.ema.start, skip=guard.skip)
+        assert guard.skip is not None
+        self.module.objective.after_step(self.done, skip=guard.skip)
         self.done += 1
         return loss.detach()
 
@@ -176,13 +182,9 @@ def _both(
     """Ours alone, then against plain; False where plain did not fit."""
     forget(device)
     ours, label = OursStep(case.settings(), device), case.label()
-    objective = ours.module.objective
-    weights = {  # as they are before any step
-        "student": _kept(objective.student.state_dict()),
-        "teacher": _kept(objective.teacher.encoder.state_dict()),
-    }
-    views = ours.views(seed=12345)
-    loss = ours.loss(views).item()
+    weights = plain_weights_of(ours.module.objective)  # as they are before any step
+    loss = ours.loss(PLACE).item()
+    mask = plain_masks_of(ours.module.objective, ours.batch)
     row = _alone(f"{label}, ours alone", ours, repeats=repeats, matmul=matmul)
     yield row | outside(ours, row["ours_ms"] / 1e3, repeats=repeats)
     if device.type == "cuda":
@@ -190,7 +192,7 @@ def _both(
     try:
         plain = PlainStep(ours.config, **weights, device=device, compiled=case.compiled)
         taken, plain_peak, difference = _in_turns(
-            ours, plain, views=views, loss=loss, repeats=repeats, title=label
+            ours, plain, mask=mask, loss=loss, repeats=repeats, title=label
         )
     except Exception as error:
         if not out_of_memory(error):
@@ -214,21 +216,17 @@ def _both(
 
 
 def _in_turns(
-    ours: OursStep, plain: PlainStep, *, views: Views, loss: float, repeats: int, title: str
+    ours: OursStep, plain: PlainStep, *, mask: Tensor, loss: float, repeats: int, title: str
 ) -> tuple[dict[str, float], float, float]:
     """Median seconds of each, plain's peak, and how its first loss differs from ``loss``."""
-    waves, device, decay = ours.batch.waves, ours.device, ours.config.ema.start
-    theirs = plain.losses(waves, views.mask.float())[0].item()
-    ways = {"ours": ours, "plain": lambda: plain(waves, decay=decay)}
+    waves, device = ours.batch.waves, ours.device
+    theirs = plain.losses(waves, mask)[0].item()
+    ways = {"ours": ours, "plain": lambda: plain(waves)}
     ways["plain"]()  # from here on the optimiser's state is there
     peak = peak_mb(ways["plain"], device)
     warm_up = 3 if device.type == "cuda" else 0  # two steps were made
     taken = medians(ways, repeats=repeats, title=title, warm_up=warm_up, device=device)
     return taken, peak, abs(loss - theirs) / theirs
-
-
-def _kept(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
 
 def out_of_memory(error: BaseException | None) -> bool:
@@ -240,9 +238,9 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 def loss_difference(ours: OursStep, plain: PlainStep) -> float:
     """``|ours - plain| / plain`` of the total loss on the same weights and masks."""
-    views = ours.views(seed=12345)
-    mine = ours.loss(views).item()
-    theirs = plain.losses(ours.batch.waves, views.mask.float())[0].item()
+    mine = ours.loss(PLACE).item()
+    mask = plain_masks_of(ours.module.objective, ours.batch)
+    theirs = plain.losses(ours.batch.waves, mask)[0].item()
     return abs(mine - theirs) / theirs
 
 
@@ -263,7 +261,7 @@ def rates(config: Pretrain, seconds: float, matmul: float) -> dict[str, float]:
 
 def outside(ours: OursStep, step_seconds: float, *, repeats: int) -> dict[str, float]:
     """Front end and masks alone: ms, and both as a share of the step."""
-    ways = {"frontend": ours.spectrogram, "masks": lambda: ours.views(ours.done)}
+    ways = {"frontend": ours.spectrogram, "masks": ours.masks}
     taken = medians(ways, repeats=repeats, title="front end, masks", device=ours.device)
     return {
         "frontend_ms": 1e3 * taken["frontend"],

@@ -1,0 +1,182 @@
+"""The base class of objectives: a loss, and everything that only this loss needs.
+
+An objective owns its masks, decoder, teacher and settings. The training loop hands it batches of
+waveforms, minimises ``loss``, and asks it which encoders to export, evaluate and watch; it knows
+nothing else of it. A new objective is one file: docs/add_an_objective.md.
+
+Everything random must depend on (seed, place in the stream) alone: derive it from the ``seed`` of
+``build`` and from ``batch.positions`` (``bat.nn.masking.row_seeds``), never from the batch, the
+rank or an earlier draw; then an interrupted and resumed run equals an uninterrupted one. Dropout
+and drop path may use torch's global generator, which is seeded anew for each micro-batch and rank.
+"""
+
+from __future__ import annotations
+
+import abc
+import difflib
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from bat.backbones.base import Backbone, MaskableEncoder
+from bat.nn.block import blocks_of
+from bat.shapes import UserError, WaveBatch
+
+
+class Objective(nn.Module, abc.ABC):
+    """What pre-training minimises. Parameters that require a gradient are trained."""
+
+    @dataclass
+    class Config:
+        """The section ``objective`` of the settings; an objective's own adds its fields to it."""
+
+        name: str = ""
+        """File in ``bat/objectives``, or a dotted ``module.Class``."""
+
+        def problems(self) -> list[str]:
+            """What is wrong with the values, each in a sentence that names the setting."""
+            return []
+
+        def problems_with(self, *, width: int, tokens: int) -> list[str]:
+            """What does not fit an encoder of this width on clips of so many patches."""
+            del width, tokens
+            return []
+
+    graphs: ClassVar[tuple[str, ...]] = ()
+    """Methods of tensors that ``hardware.compile=whole`` compiles, each to one graph."""
+    collapse_advice: ClassVar[str] = ""
+    """Settings of its own against a collapse, for the message that ends a collapsed run."""
+
+    @classmethod
+    @abc.abstractmethod
+    def build(cls, config: Any, encoder: Backbone, *, seed: int) -> Self:
+        """Make it around a fresh ``encoder``. Works on the ``meta`` device too.
+
+        ``config``: its own ``Config``; ``seed``: the run's, which all randomness is derived from.
+        Raises ``UserError`` for an encoder that lacks what it needs (``maskable``).
+        """
+
+    @abc.abstractmethod
+    def forward(self, batch: WaveBatch) -> dict[str, Tensor]:
+        """``loss``, 0-dim float32 with a gradient, and further scalars for ``metrics.jsonl``, on
+        the batch's device. ``batch.positions`` stays on the CPU. Names of losses, which the plot
+        of the curves shows, hold the word ``loss``."""
+
+    @abc.abstractmethod
+    def encoders(self) -> dict[str, Backbone]:
+        """``{"student": ...}``, the encoder that is trained, and where there is one ``"teacher"``.
+
+        All are exported under these names and watched for collapse; the last one is what the
+        online probes evaluate.
+        """
+
+    def after_step(self, step: int, *, skip: Tensor) -> None:
+        """Called after each optimiser step (a moving average of the weights, say).
+
+        ``step``: optimiser steps done before this one. ``skip``: 0-dim on the device, 1.0 where
+        the step was skipped for a loss or gradient that is not finite: then nothing may change.
+        """
+
+    def units(self) -> list[nn.Module]:
+        """What FSDP gathers at a time, in the order of use: modules that are called by their
+        ``forward``. The rest of the objective is gathered as a whole."""
+        return [block for encoder in self.encoders().values() for block in blocks_of(encoder)]
+
+    def describe(self) -> str:
+        """A few words for the log and the dry run."""
+        return type(self).__name__
+
+    def example_masks(self, batch: WaveBatch) -> Tensor | None:
+        """(B, N) bool, True where a patch is hidden from the encoder: one mask a clip, for the
+        picture ``plots/masks.png``. None: an objective without masks, no picture."""
+        del batch
+        return None
+
+    def spectrogram(self, batch: WaveBatch) -> Tensor:
+        """(B, S) waves -> (B, 1, frames, mels) float32, no gradient: the encoder's front end, cut
+        or padded to the frames of its grid."""
+        encoder = next(iter(self.encoders().values()))
+        frames = encoder.grid.time * encoder.patch
+        with torch.no_grad():
+            return encoder.frontend(batch.waves, frames=frames, lengths=batch.lengths)
+
+    def speed_up(
+        self,
+        *,
+        compile: Literal["off", "blocks", "whole", "cudagraphs"] = "off",
+        recompute: bool = False,
+    ) -> None:
+        """Compile it, checkpoint activations; numbers and state-dict names stay.
+
+        ``compile``: ``blocks``, each block; ``whole``, the front end and each of ``graphs`` as one
+        graph with static shapes; ``cudagraphs``, the latter replayed as CUDA graphs.
+        ``recompute``: of trained blocks, in the backward pass.
+        """
+        for block in blocks_of(self):
+            block.recompute = recompute and any(p.requires_grad for p in block.parameters())
+            if compile == "blocks":
+                block.compile(dynamic=False)  # few shapes come, each gets its own graph
+        if compile in ("off", "blocks"):
+            return
+        if not self.graphs:
+            raise UserError(
+                f"hardware.compile={compile}: {type(self).__name__} names no graphs to compile; "
+                "say hardware.compile=blocks"
+            )
+        mode = "reduce-overhead" if compile == "cudagraphs" else "default"
+        next(iter(self.encoders().values())).frontend.compile(dynamic=False)
+        for name in self.graphs:
+            whole = torch.compile(getattr(self, name), dynamic=False, mode=mode)
+            setattr(self, name, whole)
+
+
+class Student(nn.Module):
+    """Encoder and decoder under the names of the paper's weight files: an objective that keeps
+    them as ``self.student`` has training checkpoints that load as an encoder, too."""
+
+    def __init__(self, encoder: MaskableEncoder, decoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+
+def maskable(encoder: Backbone, objective: str) -> MaskableEncoder:
+    """``encoder``, if it can encode a part of its patches; else ``UserError``."""
+    if not isinstance(encoder, MaskableEncoder):
+        raise UserError(
+            f"objective {objective} hides patches, which {type(encoder).__name__} cannot do (it is "
+            "no MaskableEncoder): choose another model.backbone or objective"
+        )
+    return encoder
+
+
+def find_objective(name: str) -> type[Objective]:
+    """The class of objective ``name``: a file of this folder, or a dotted ``module.Class``.
+
+    Raises ``UserError`` naming the known ones, or what is wrong with a class from outside.
+    """
+    if "." in name:
+        module_name, _, class_name = name.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module_name), class_name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"cannot import objective.name={name}: {error}") from error
+        if not (isinstance(found, type) and issubclass(found, Objective)):
+            raise UserError(f"objective.name={name} is not a subclass of Objective")
+        config = found.Config
+        if not issubclass(config, Objective.Config) or "__dataclass_fields__" not in vars(config):
+            raise UserError(f"{name}.Config must be a @dataclass, a subclass of Objective.Config")
+        return found
+    package = importlib.import_module(__package__ or "bat.objectives")
+    known = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean '{close[0]}'?)" if close else ""
+        raise UserError(f"unknown objective.name={name}{hint}. Known: {', '.join(known)}")
+    found = importlib.import_module(f"bat.objectives.{name}").OBJECTIVE
+    assert issubclass(found, Objective)
+    return found

@@ -1,0 +1,147 @@
+"""Masked autoencoder: predict the hidden patches of the log-mel themselves, without a teacher.
+
+Patches of each clip are hidden at random, the encoder sees the rest, and a small transformer with
+mask tokens predicts the hidden ones (He et al. 2022, arXiv 2111.06377; on log-mels Huang et al.
+2022, arXiv 2207.06405):
+
+    y    = patch of the log-mel (P = 256 values), standardised: (x - mean) / sqrt(var + 1e-6)
+    loss = mean over hidden patches of mean_P (prediction - y)^2                        float32
+
+A constant prediction has a loss of 1. Departures from audio MAE: the decoder consists of BAT's
+post-norm blocks (gated if the encoder is) with global attention instead of shifted windows, its
+output has no bias, and the variance is the biased one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bat.backbones.base import Backbone, MaskableEncoder
+from bat.nn.block import blocks_of
+from bat.nn.decoder import ViTDecoder
+from bat.nn.masking import inverse_block_mask, row_seeds
+from bat.objectives.base import Objective, Student, maskable
+from bat.seeding import derive_seed
+from bat.shapes import Views, WaveBatch
+
+EPS = 1e-6
+
+
+class MAE(Objective):
+    """Encoder, decoder and the reconstruction error of hidden patches."""
+
+    @dataclass
+    class Config(Objective.Config):
+        name: str = "mae"
+        mask_ratio: float = 0.8
+        """Fraction of patches hidden."""
+        decoder_width: int | None = None
+        """None: as wide as the encoder."""
+        decoder_depth: int = 4
+        decoder_heads: int = 8
+
+        def problems(self) -> list[str]:
+            found = []
+            if not 0 < self.mask_ratio < 1:
+                found.append(
+                    f"objective.mask_ratio={self.mask_ratio} must lie strictly between 0 and 1"
+                )
+            for name in ("decoder_depth", "decoder_heads"):
+                if getattr(self, name) < 1:
+                    found.append(f"objective.{name}={getattr(self, name)} must be at least 1")
+            return found
+
+        def problems_with(self, *, width: int, tokens: int) -> list[str]:
+            found = []
+            kept = int(tokens * (1 - self.mask_ratio))
+            if 0 < self.mask_ratio < 1 and not 0 < kept < tokens:
+                found.append(
+                    f"objective.mask_ratio={self.mask_ratio} keeps {kept} of {tokens} patches: "
+                    "give longer clips or another ratio"
+                )
+            own = width if self.decoder_width is None else self.decoder_width
+            if own < 1 or own % 4 or own % max(1, self.decoder_heads):
+                found.append(
+                    f"objective.decoder_width={self.decoder_width} makes a decoder {own} wide: it "
+                    f"must be a multiple of 4 and of objective.decoder_heads={self.decoder_heads}"
+                )
+            return found
+
+    graphs = ("reconstruction_loss",)
+
+    def __init__(
+        self, encoder: MaskableEncoder, decoder: nn.Module, *, mask_ratio: float, seed: int
+    ) -> None:
+        """``decoder`` maps visible tokens and ``Views`` to (rows, hidden patches, P)."""
+        super().__init__()
+        self.student = Student(encoder, decoder)
+        self.grid, self.patch = encoder.grid, encoder.patch
+        self.mask_ratio, self.seed = mask_ratio, seed
+
+    @classmethod
+    def build(cls, config: Config, encoder: Backbone, *, seed: int) -> Self:
+        encoder = maskable(encoder, config.name)
+        decoder = ViTDecoder(
+            encoder.width,
+            encoder.grid,
+            width=config.decoder_width,
+            depth=config.decoder_depth,
+            heads=config.decoder_heads,
+            gate=encoder.gate,
+            pos_layout=encoder.pos_layout,
+            attention=encoder.attention,
+            out_width=encoder.patch**2,
+        )
+        return cls(encoder, decoder, mask_ratio=config.mask_ratio, seed=seed)
+
+    def encoders(self) -> dict[str, Backbone]:
+        return {"student": self.student.encoder}
+
+    def units(self) -> list[nn.Module]:
+        """The decoder as a whole: it projects with its first block before calling it."""
+        return [*blocks_of(self.student.encoder), self.student.decoder]
+
+    def describe(self) -> str:
+        return f"masked autoencoder, {self.mask_ratio:.0%} of the patches hidden"
+
+    def forward(self, batch: WaveBatch) -> dict[str, Tensor]:
+        views = self.draw_views(batch.positions)
+        return {"loss": self.reconstruction_loss(self.spectrogram(batch), views)}
+
+    def reconstruction_loss(self, spectrogram: Tensor, views: Views) -> Tensor:
+        """(B, 1, frames, mels) and a mask a clip -> 0-dim float32."""
+        _cls, visible = self.student.encoder.encode_views(spectrogram, views)  # (B, n, D)
+        predicted = self.student.decoder(visible, views).float()  # (B, m, P)
+        hidden = views.masked_ids[..., None].expand_as(predicted)
+        return F.mse_loss(predicted, patch_targets(spectrogram, self.patch).gather(1, hidden))
+
+    def draw_views(self, positions: Tensor) -> Views:
+        """One mask for each clip at ``positions`` (B,) of the stream, on the device; uniform over
+        all sets of so many patches. It depends on (seed, position) alone."""
+        seeds = row_seeds(derive_seed(self.seed, "masks"), positions, 1)
+        return inverse_block_mask(
+            len(seeds),
+            self.grid,
+            keep_ratio=1 - self.mask_ratio,
+            block=1,  # kept blocks of one patch: no patch is more likely beside another
+            adjust=0.0,
+            seeds=seeds.to(next(self.parameters()).device, non_blocking=True),
+        )
+
+    def example_masks(self, batch: WaveBatch) -> Tensor:
+        return self.draw_views(batch.positions).mask
+
+
+def patch_targets(spectrogram: Tensor, patch: int) -> Tensor:
+    """(B, 1, frames, mels) -> (B, N, P) float32: each patch standardised by itself, time-major."""
+    B, _, frames, mels = spectrogram.shape
+    x = spectrogram.float().reshape(B, frames // patch, patch, mels // patch, patch)
+    x = x.transpose(2, 3).reshape(B, -1, patch * patch)
+    return F.layer_norm(x, x.shape[-1:], eps=EPS)
+
+
+OBJECTIVE = MAE
