@@ -52,7 +52,8 @@ def build_objective(config: Pretrain) -> MaskedLatent:
         pos_layout=model.pos_layout,
         drop_path=model.drop_path,
         attention=model.attention,
-        frontend={k: v for k, v in vars(front).items() if k != "frames"},
+        frontend={k: v for k, v in vars(front).items() if k != "frames"}
+        | ({"clip_seconds": config.data.clip_seconds} if front.pad == "clip" else {}),
     )
     decoder: torch.nn.Module
     if objective.decoder == "cnn":
