@@ -28,6 +28,7 @@ def load_encoder(
 
     >>> encoder = bat.load_encoder("runs/pretrain-toy")     # doctest: +SKIP
     >>> features = encoder(waveform)                        # (B, S) -> Features
+    >>> features = encoder(waveform, lengths)               # (B,) samples: each as it is alone
     """
     from bat.backbones.base import load_backbone
     from bat.checkpoint import read_encoder
