@@ -29,6 +29,7 @@ def load_encoder(
 
     >>> encoder = bat.load_encoder("runs/pretrain-toy")     # doctest: +SKIP
     >>> features = encoder(waveform)                        # (B, S) -> Features
+    >>> features = encoder(waveform, lengths)               # (B,) samples: each as it is alone
     """
     from bat.backbones.base import load_backbone
     from bat.checkpoint import check_numbers, read_encoder

@@ -156,7 +156,27 @@ class Features(NamedTuple):
     """(B, T, F, D) patch tokens as they enter the first block; None unless asked for."""
     pieces: Tensor | None = None
     """(L, B, P, D) class token of each of the P chunks that a long clip was cut into, where
-    ``entry`` was asked for and P > 1; their mean is ``cls``."""
+    ``entry`` was asked for and P > 1; their mean is ``cls``. Of a clip with fewer chunks than the
+    batch's longest the last ones are zero."""
+    valid: Tensor | None = None
+    """(B,) int64, time patches that are each clip's own, where a batch holds clips of several
+    lengths: tokens from there on are zero, padding that no mean, extreme or attention may count.
+    None: all T are."""
+
+    def inside(self) -> Tensor | None:
+        """(B, T) bool, which time patches are each clip's own; None: all."""
+        if self.valid is None:
+            return None
+        steps = self.valid.new_ones(self.patches.shape[2]).cumsum(0)  # 1 .. T
+        return steps <= self.valid[:, None]
+
+    def clip(self, row: int) -> Features:
+        """One clip of the batch without its padding: B = 1, ``valid`` None."""
+        T = self.patches.shape[2] if self.valid is None else int(self.valid[row])
+        return Features(
+            self.patches[:, row : row + 1, :T],
+            None if self.cls is None else self.cls[:, row : row + 1],
+        )
 
 
 class Needs(NamedTuple):

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from bat.shapes import UserError
 
-Pad = Literal["spectrogram", "waveform"]
+Pad = Literal["spectrogram", "waveform", "clip"]
 Crop = Literal["waveform", "spectrogram"]
 
 
@@ -26,18 +27,33 @@ class FrontEnd(nn.Module, abc.ABC):
         sample_rate: Hz the waveform must have.
         hop_length: samples from frame to frame.
         n_mels: mel bands.
+        clip_samples: samples that ``pad="clip"`` pads to, else 0.
     """
 
     window: Tensor
     filters: Tensor
 
     def __init__(
-        self, *, sample_rate: int, hop_length: int, n_mels: int, pad: Pad, crop: Crop
+        self,
+        *,
+        sample_rate: int,
+        hop_length: int,
+        n_mels: int,
+        pad: Pad,
+        crop: Crop,
+        clip_seconds: float | None,
     ) -> None:
         super().__init__()
-        for name, value in (("pad", pad), ("crop", crop)):
-            if value not in ("spectrogram", "waveform"):
-                raise UserError(f"{name}={value!r}: one of spectrogram, waveform")
+        for name, value, known in (("pad", pad, Pad), ("crop", crop, Crop)):
+            if value not in get_args(known):
+                raise UserError(f"{name}={value!r}: one of {', '.join(get_args(known))}")
+        if (pad == "clip") != (clip_seconds is not None):
+            raise UserError(
+                f"pad={pad!r} with clip_seconds={clip_seconds}: pad='clip' pads to clip_seconds, "
+                "and nothing else uses them"
+            )
+        if clip_seconds is not None and not 0 < clip_seconds < math.inf:
+            raise UserError(f"clip_seconds={clip_seconds}: a positive number of seconds")
         for name, number in (
             ("sample_rate", sample_rate),
             ("hop_length", hop_length),
@@ -50,14 +66,24 @@ class FrontEnd(nn.Module, abc.ABC):
         self.n_mels = n_mels
         self.pad = pad
         self.crop = crop
+        self.clip_samples = round((clip_seconds or 0) * sample_rate)
 
-    def forward(self, waveform: Tensor, frames: int, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        waveform: Tensor,
+        frames: int,
+        lengths: Tensor | None = None,
+        *,
+        row_frames: Tensor | None = None,
+    ) -> Tensor:
         """The batch as spectrograms of ``frames`` frames.
 
         Args:
             waveform: (B, S) floating point in [-1, 1] at ``sample_rate``.
             frames: time frames of the result.
             lengths: (B,) integer, valid samples of each row (0 counts as 1); None: all S.
+            row_frames: (B,) integer, at most ``frames``: what each row would be given as ``frames``
+                by itself (``pad="waveform"`` pads to it); None: ``frames``.
 
         Returns:
             (B, 1, frames, n_mels) float32, zero beyond each clip's valid frames.
@@ -79,7 +105,14 @@ class FrontEnd(nn.Module, abc.ABC):
                 x = zero_beyond(x, valid)
             x = self._centre(x, valid)
             if self.pad == "waveform":
-                x, valid = extend(x, valid, (frames - 1) * self.hop_length)
+                x, full = extend(x, valid, (frames - 1) * self.hop_length)
+                if row_frames is not None:
+                    own = (row_frames.to(x.device, torch.int64) - 1) * self.hop_length
+                    full = torch.maximum(valid, own)
+                valid = full
+            elif self.pad == "clip":
+                fits = self.clip_samples if self.crop == "spectrogram" else most
+                x, valid = extend(x, valid, min(self.clip_samples, fits))
             x, shown = self._transform(x, valid)  # (B, T, F), (B, T, 1)
             x = x.masked_fill(~shown, 0.0)
             # crops where frames are too many, appends zeros where too few
@@ -94,6 +127,19 @@ class FrontEnd(nn.Module, abc.ABC):
     def valid_frames(self, lengths: Tensor | int) -> Tensor | int:
         """Frames that clips of ``lengths`` samples have, before any cropping or padding."""
         return self._count(lengths)
+
+    @overload
+    def padded_samples(self, lengths: int) -> int: ...
+
+    @overload
+    def padded_samples(self, lengths: Tensor) -> Tensor: ...
+
+    def padded_samples(self, lengths: Tensor | int) -> Tensor | int:
+        """Samples of signal in clips of ``lengths`` samples once ``pad="clip"`` has padded them;
+        else ``lengths``."""
+        if isinstance(lengths, Tensor):
+            return lengths.clamp(min=self.clip_samples)
+        return max(lengths, self.clip_samples)
 
     @abc.abstractmethod
     def _count(self, lengths: Tensor | int) -> Tensor | int: ...

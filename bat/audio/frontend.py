@@ -12,8 +12,10 @@ beyond them are zero. Samples beyond ``lengths`` are never looked at.
 Two settings decide what the paper's own pipelines decided in passing:
 
 * ``pad``: a clip too short for ``frames`` frames gets zero frames (``spectrogram``, as the paper's
-  pre-training) or zero samples, up to ``(frames - 1) * hop_length``, that count as signal
-  (``waveform``, as its supervised AudioSet: 163,680 samples for 1024 frames);
+  pre-training), or zero samples that count as signal, up to ``(frames - 1) * hop_length``
+  (``waveform``) or up to ``clip_seconds``, then zero frames (``clip``, as the paper's supervised
+  tasks; for AudioSet the two are the same: 163,680 samples, 1024 frames). The legacy front ends
+  take the mean of the unpadded clip off;
 * ``crop``: a clip too long is cut to the longest that has ``frames`` frames before anything is
   computed (``waveform``), or loses its last frames at the end (``spectrogram``, the paper's: the
   dropped part still sets floor and range).
@@ -80,9 +82,15 @@ class LogMel(FrontEnd):
         n_mels: int = 128,
         pad: Pad = "spectrogram",
         crop: Crop = "waveform",
+        clip_seconds: float | None = None,
     ) -> None:
         super().__init__(
-            sample_rate=sample_rate, hop_length=hop_length, n_mels=n_mels, pad=pad, crop=crop
+            sample_rate=sample_rate,
+            hop_length=hop_length,
+            n_mels=n_mels,
+            pad=pad,
+            crop=crop,
+            clip_seconds=clip_seconds,
         )
         if n_fft < 2 or n_fft % 2:
             raise UserError(f"n_fft={n_fft}: an even number of samples")
@@ -152,6 +160,7 @@ class KaldiFbank(FrontEnd):
         n_mels: int = 128,
         pad: Pad = "spectrogram",
         crop: Crop = "waveform",
+        clip_seconds: float | None = None,
     ) -> None:
         super().__init__(
             sample_rate=sample_rate,
@@ -159,6 +168,7 @@ class KaldiFbank(FrontEnd):
             n_mels=n_mels,
             pad=pad,
             crop=crop,
+            clip_seconds=clip_seconds,
         )
         if kind not in STATISTICS:
             raise UserError(f"kind={kind!r}: one of {', '.join(STATISTICS)}")

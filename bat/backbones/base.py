@@ -7,11 +7,12 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
 
+from bat.audio.base import Pad
 from bat.audio.frontend import KaldiFbank, LogMel
 from bat.nn.attention import Backend
 from bat.nn.embed import PosLayout
@@ -83,21 +84,91 @@ class Backbone(nn.Module, abc.ABC):
     ) -> Tensor:
         """(B, S) or (S,) at ``sample_rate`` -> (B, 1, frames, mels) float32.
 
-        ``frames`` None: as many as the waveform gives, rounded up to whole patches.
+        ``lengths`` (B,): samples of each row. ``frames`` None: as many as S samples give, rounded
+        up to whole patches; row i then is what it is alone, in its first ``time_patches(lengths)``
+        patches, and zero after them.
         """
         waveform = torch.atleast_2d(waveform)
         if waveform.dim() != 2:
             raise ValueError(f"waveform must be (B, S) or (S,), not {tuple(waveform.shape)}")
-        if frames is None:
-            full = self.frontend.valid_frames(waveform.shape[1])  # type: ignore[operator]
-            frames = -(-full // self.patch) * self.patch
-        return self.frontend(waveform, frames=frames, lengths=lengths)
+        if frames is not None:
+            return self.frontend(waveform, frames=frames, lengths=lengths)
+        frames = self.patch * self.time_patches(waveform.shape[1])
+        if lengths is None:
+            return self.frontend(waveform, frames=frames)
+        own = self.patch * self.time_patches(lengths.clamp(1, waveform.shape[1]))
+        return self.frontend(waveform, frames=frames, lengths=lengths, row_frames=own)
+
+    @overload
+    def time_patches(self, samples: int) -> int: ...
+
+    @overload
+    def time_patches(self, samples: Tensor) -> Tensor: ...
+
+    def time_patches(self, samples: int | Tensor) -> int | Tensor:
+        """Time patches of clips of so many samples that are encoded alone; the last one may be
+        partly zero frames."""
+        front: Any = self.frontend
+        return -(-front.valid_frames(front.padded_samples(samples)) // self.patch)
 
     def forward(
         self, waveform: Tensor, lengths: Tensor | None = None, *, frames: int | None = None
     ) -> Features:
-        """(B, S) float32 at ``sample_rate`` -> ``Features`` of all blocks."""
-        return self.features(self.spectrogram(waveform, lengths, frames=frames))
+        """(B, S) float32 at ``sample_rate`` -> ``Features`` of all blocks.
+
+        Args:
+            waveform: one clip a row, padded on the right.
+            lengths: (B,) samples of each row; None: all S. Clips of several lengths do not see
+                each other's padding: row i is what clip i gives alone (up to rounding), in its
+                first ``valid[i]`` time patches, and zero after them.
+            frames: give each clip exactly so many, cut or padded with zero frames, which the
+                encoder attends to as it does to sound (the papers' protocol).
+        """
+        spectrogram = self.spectrogram(waveform, lengths, frames=frames)
+        if frames is not None or lengths is None:
+            return self.features(spectrogram)
+        S = torch.atleast_2d(waveform).shape[1]
+        return self.features_alone(spectrogram, self.time_patches(lengths.clamp(1, S)))
+
+    def features_alone(
+        self, spectrogram: Tensor, patches: Tensor, *, entry: bool = False
+    ) -> Features:
+        """``features`` of clips of several lengths, none seeing the padding of its row.
+
+        Rows of equal length run together. ``patches`` (B,): time patches of each row of
+        ``spectrogram`` (B, 1, frames, mels) that are the clip's own, at least 1.
+        """
+        extra = {"entry": True} if entry else {}
+        T, of_row = spectrogram.shape[2] // self.patch, patches.tolist()
+        if set(of_row) == {T}:
+            return self.features(spectrogram, **extra)
+        P = -(-T // self.grid.time)
+        whole: dict[str, Tensor] = {}
+
+        def put(name: str, part: Tensor | None, rows: Tensor, axis: int, size: int) -> None:
+            """``part`` to its ``rows`` along ``axis`` of a tensor of all clips, whose next axis has
+            ``size`` entries, zero where ``part`` has none."""
+            if part is None:
+                return
+            if name not in whole:
+                shape = (*part.shape[:axis], len(of_row), size, *part.shape[axis + 2 :])
+                whole[name] = part.new_zeros(shape)
+            own = whole[name].narrow(axis + 1, 0, part.shape[axis + 1])
+            own.index_copy_(axis, rows, part)
+
+        for own in sorted(set(of_row)):
+            rows = (patches == own).nonzero().squeeze(1).to(spectrogram.device)
+            found = self.features(spectrogram[rows, :, : own * self.patch], **extra)
+            put("patches", found.patches, rows, 1, T)
+            put("cls", found.cls, rows, 1, self.width)
+            put("entry", found.entry, rows, 0, T)
+            if entry and P > 1 and found.cls is not None:
+                pieces = found.cls.unsqueeze(2) if found.pieces is None else found.pieces
+                put("pieces", pieces, rows, 1, P)
+        valid = patches.to(spectrogram.device, torch.int64)
+        return Features(
+            whole["patches"], whole.get("cls"), whole.get("entry"), whole.get("pieces"), valid
+        )
 
 
 class MaskableEncoder(Backbone):
@@ -134,12 +205,14 @@ def make_frontend(
     n_fft: int = 1024,
     hop_length: int = 160,
     n_mels: int = 128,
-    pad: Literal["spectrogram", "waveform"] = "spectrogram",
+    pad: Pad = "spectrogram",
+    clip_seconds: float | None = None,
     statistics: str = "audioset",
 ) -> nn.Module:
     """The front end ``kind``: ``bat`` (LogMel) or a legacy Kaldi one, ``eat`` or ``beats``.
 
-    Raises ``UserError`` for a setting of another type or out of its range.
+    ``clip_seconds``: with ``pad="clip"``. Raises ``UserError`` for a setting of another type or out
+    of its range.
     """
     check_settings(
         "frontend",
@@ -158,7 +231,12 @@ def make_frontend(
         if statistics != "audioset":
             raise UserError(f"frontend: statistics={statistics}: the front end 'bat' uses none")
         return LogMel(
-            sample_rate=sample_rate, n_fft=n_fft, hop_length=hop_length, n_mels=n_mels, pad=pad
+            sample_rate=sample_rate,
+            n_fft=n_fft,
+            hop_length=hop_length,
+            n_mels=n_mels,
+            pad=pad,
+            clip_seconds=clip_seconds,
         )
     if kind in ("eat", "beats"):
         if (n_fft, hop_length) != (1024, 160):
@@ -167,7 +245,12 @@ def make_frontend(
                 "every 10 ms; leave both away"
             )
         return KaldiFbank(
-            kind=kind, statistics=statistics, sample_rate=sample_rate, n_mels=n_mels, pad=pad
+            kind=kind,
+            statistics=statistics,
+            sample_rate=sample_rate,
+            n_mels=n_mels,
+            pad=pad,
+            clip_seconds=clip_seconds,
         )
     raise UserError(f"unknown front end '{kind}': bat, eat or beats")
 

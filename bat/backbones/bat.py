@@ -184,7 +184,9 @@ class BAT(MaskableEncoder):
 
     def query_blocks(self, queries: Tensor, features: Features) -> Tensor:
         """See ``Backbone.query_blocks``; of a long clip the mean over its chunks."""
-        patches, cls, entry, pieces = features
+        if features.valid is not None:
+            return self._query_alone(queries, features, features.valid)
+        patches, cls, entry, pieces, _ = features
         assert entry is not None, "features(..., entry=True)"
         assert cls is not None
         pieces = cls.unsqueeze(2) if pieces is None else pieces  # (L, B, P, D)
@@ -199,6 +201,25 @@ class BAT(MaskableEncoder):
                 chunks.append(_query(block, queries[b], at, chunk.flatten(1, 2)))  # type: ignore[arg-type]
             blocks.append(torch.stack(chunks).mean(0) if len(chunks) > 1 else chunks[0])
         return torch.stack(blocks)
+
+    def _query_alone(self, queries: Tensor, features: Features, valid: Tensor) -> Tensor:
+        """``query_blocks`` of clips of several lengths, those of one length together."""
+        patches, cls, entry, pieces, _ = features
+        assert entry is not None, "features(..., entry=True)"
+        assert cls is not None
+        parts, order = [], []
+        for own in valid.unique().tolist():
+            rows = (valid == own).nonzero().squeeze(1)
+            P = -(-own // self.grid.time)
+            alone = Features(
+                patches[:, rows, :own],
+                cls[:, rows],
+                entry[rows, :own],
+                None if pieces is None or P == 1 else pieces[:, rows, :P],
+            )
+            parts.append(self.query_blocks(queries, alone))
+            order.append(rows)
+        return torch.cat(parts, dim=1)[:, torch.cat(order).argsort()]
 
     def _all_layers(self, tokens: Tensor) -> Tensor:
         """(B, n, D) embedded tokens -> (L, B, 1 + n, D)."""

@@ -22,6 +22,10 @@ class Head:
     kernel: Literal["portable", "triton"] = "portable"
     """How prototypes pool: ``triton`` (GPUs only) waits for its first measurement."""
     dropout: float = 0.2
+    cls: Literal["patches", "mean"] | None = None
+    """What stands in for the class token in ``cgp`` where the encoder has none: ``mean``: each
+    block's mean patch, normalised and mixed as class tokens are; ``patches``: the mean similarity
+    of the mixed patches. null: ``mean`` with ``protocol=bat``, else ``patches``."""
     norm: bool = True
     """LayerNorm before the output layer of ``linear``, ``lcgp``, ``mlp``, ``h2t`` and ``vqt``, and
     of a fine-tuned head."""

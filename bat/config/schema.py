@@ -108,7 +108,7 @@ class Pretrain:
         if not found:
             found += self.objective.problems_with(width=self.model.width, tokens=tokens)
         given = 1 + int(self.data.clip_seconds * front.sample_rate) // front.hop_length
-        if given > front.frames:
+        if given > front.frames + 1:  # one more is cut off, as in probing
             found.append(
                 f"data.clip_seconds={self.data.clip_seconds} makes {given} frames, more than "
                 f"frontend.frames={front.frames}: the rest would be cut off; shorten the "
@@ -149,11 +149,15 @@ class Supervised:
     """Folds held out in turn; null: all of the task's."""
     loss: Literal["task", "ce", "bce", "asl"] = "task"
     frames: int | None = None
-    """Frames of one clip; null: the task's."""
-    pad: Literal["checkpoint", "spectrogram", "waveform"] = "checkpoint"
-    """What short clips are padded in; ``checkpoint``: as the encoder was trained."""
+    """Frames of every clip; null: the task's number; of a user's own data, which has none, each
+    clip's own (nothing of the padding is attended to, the batch changes nothing)."""
+    pad: Literal["checkpoint", "spectrogram", "waveform", "clip"] = "checkpoint"
+    """What short clips are padded in: zero frames (``spectrogram``), zero samples to the last frame
+    (``waveform``), or zero samples to ``data.clip_seconds``, then zero frames (``clip``, the
+    paper's supervised tasks); ``checkpoint``: as the encoder was trained."""
     pad_offset: Literal["start", "random"] = "start"
-    """Where a short training clip begins in its window; ``random`` wants the waveform padded."""
+    """Where a short training clip begins in its window; ``random`` wants the waveform padded
+    (``pad=clip`` or ``waveform``)."""
     statistics: str | None = None
     """Data set whose mean and deviation a Kaldi front end uses; null: the checkpoint's own, and of
     EAT's, SSLAM's or BEATs's files, which do not say, those of the task's data set."""

@@ -57,7 +57,9 @@ class Frontend:
     n_mels: int = 128
     frames: int = 1024
     """Frames of one clip, a multiple of the patch: 10 s -> 1024, 5 s -> 512."""
-    pad: Literal["spectrogram", "waveform"] = "spectrogram"
+    pad: Literal["spectrogram", "waveform", "clip"] = "spectrogram"
+    """What short clips are padded in; ``clip``: zero samples to ``data.clip_seconds``, then zero
+    frames."""
     statistics: str = "audioset"
     """Data set whose mean and deviation the legacy front ends subtract and divide by."""
 

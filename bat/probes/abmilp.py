@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bat.probes.attention import Attentive
+from bat.probes.attention import Attentive, shares
 from bat.probes.base import Level, Probe
 
 
@@ -38,9 +38,9 @@ class ABMILP(Attentive):
         self.hidden = nn.Linear(width, width)
         self.score = nn.Linear(width, 1)
 
-    def pool(self, tokens: Tensor) -> Tensor:
+    def pool(self, tokens: Tensor, inside: Tensor | None) -> Tensor:
         scores = self.score(torch.tanh(self.hidden(tokens)))  # (B, N, 1)
-        share = scores.softmax(1).transpose(1, 2)  # (B, 1, N)
+        share = shares(scores.transpose(1, 2), inside)  # (B, 1, N)
         return (share @ tokens).squeeze(1)  # (B, D)
 
 

@@ -46,10 +46,14 @@ class Attentive(Probe):
         tokens = features.patches[-1].flatten(1, 2)  # (B, N, D)
         if not torch.is_autocast_enabled(tokens.device.type):  # autocast does it itself
             tokens = tokens.to(self.fc.weight.dtype)
-        return self.fc(self.dropout(self.pool(tokens)))  # (B, C)
+        inside = features.inside()  # (B, T)
+        if inside is not None:
+            inside = inside.repeat_interleave(features.patches.shape[3], dim=1)  # (B, N)
+        return self.fc(self.dropout(self.pool(tokens, inside)))  # (B, C)
 
-    def pool(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) -> one vector a clip, (B, pooled width)."""
+    def pool(self, tokens: Tensor, inside: Tensor | None) -> Tensor:
+        """(B, N, D) -> one vector a clip, (B, pooled width). ``inside`` (B, N) bool: which tokens
+        count; None: all."""
         raise NotImplementedError
 
     @classmethod
@@ -57,11 +61,17 @@ class Attentive(Probe):
         return Needs("last")
 
 
-def attended(tokens: Tensor, directions: Tensor) -> Tensor:
+def attended(tokens: Tensor, directions: Tensor, inside: Tensor | None) -> Tensor:
     """``softmax over tokens of (directions . tokens)``-weighted means of the tokens: (B, N, D),
-    (A, D) or (B, A, D) -> (B, A, D)."""
-    share = (directions @ tokens.transpose(1, 2)).softmax(-1)  # (B, A, N)
-    return share @ tokens
+    (A, D) or (B, A, D) -> (B, A, D). ``inside`` (B, N): which tokens count."""
+    return shares(directions @ tokens.transpose(1, 2), inside) @ tokens
+
+
+def shares(scores: Tensor, inside: Tensor | None) -> Tensor:
+    """Softmax over tokens of (B, A, N), 0 for those that do not count (``inside``, (B, N))."""
+    if inside is not None:
+        scores = scores.masked_fill(~inside[:, None], -torch.inf)
+    return scores.softmax(-1)
 
 
 def project_heads(weight: Tensor, read: Tensor) -> Tensor:

@@ -57,7 +57,11 @@ class Probe(nn.Module):
         self.level = level
 
     def forward(self, features: Features) -> Tensor:
-        """Logits (B, C) at clip level, (B, T, C) at frame level."""
+        """Logits (B, C) at clip level, (B, T, C) at frame level.
+
+        What a clip's own patches (``features.inside()``) say, however many of padding the batch
+        has; at frame level the answers in padding are nobody's.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -100,6 +104,27 @@ def _name_of(probe: type[Probe]) -> str:
 def mix_blocks(layers: Tensor, gate: Tensor) -> Tensor:
     """``sum_l gate_l layers_l`` in float32: (L, ...), (L,) -> (...)."""
     return torch.tensordot(gate.float(), layers.float(), dims=1)
+
+
+def mean_patch(tokens: Tensor, features: Features) -> Tensor:
+    """Mean over each clip's own patches: (..., B, T, F, D) -> (..., B, D), at least float32.
+
+    ``tokens`` are zero where ``features`` have padding.
+    """
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    if features.valid is None:
+        return tokens.mean((-3, -2), dtype=dtype)
+    count = features.valid * tokens.shape[-2]  # (B,)
+    return tokens.sum((-3, -2), dtype=dtype) / count[:, None]
+
+
+def fill_padding(tokens: Tensor, features: Features) -> Tensor:
+    """``tokens`` (B, T, F, D) with the clip's first one in the place of padding, which changes no
+    minimum and no maximum over a clip's patches."""
+    inside = features.inside()
+    if inside is None:
+        return tokens
+    return torch.where(inside[..., None, None], tokens, tokens[:, :1, :1])
 
 
 def known_probes() -> dict[str, type[Probe]]:

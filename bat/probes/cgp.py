@@ -4,11 +4,15 @@
 
     zbar = sum_l alpha_l n(z_l)         obar = sum_l alpha_l n(o_l)        (not normalised again)
     features of prototype k = [min over patches of zbar . n(p_k),
-                               obar . n(p_k),   (no class token: mean over patches)
+                               obar . n(p_k),
                                max over patches of zbar . n(p_k)]
 
-interleaved as (K, 3), dropout, a linear layer 3K -> C with bias. At frame level min, mean and max
-run over frequency at each time patch. K = 10,000 prototypes start at 0.02 N(0, 1) and do not decay.
+interleaved as (K, 3), dropout, a linear layer 3K -> C with bias. Of an encoder without class token
+the middle one is, by ``cls``, the mean over patches of ``zbar . n(p_k)`` (``patches``), or as above
+with o_l the mean of block l's patches (``mean``, as in the paper's numbers for BEATs; of a clip in
+chunks the paper takes the plain mean of the chunks' means, here it is that of all patches). At
+frame level min, mean and max run over frequency at each time patch.
+K = 10,000 prototypes start at 0.02 N(0, 1) and do not decay.
 The (B, K, N) similarities are never stored (``extremes.py``), nor the normalised stack of all
 blocks (``mixing.py``).
 
@@ -17,17 +21,22 @@ Parameters at D = 768, C = 527, L = 12 (K = 10,000): 23,490,539.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor, nn
 
-from bat.probes.base import Level, Probe
+from bat.probes.base import Level, Probe, fill_padding, mean_patch
 from bat.probes.extremes import pool_prototypes
 from bat.probes.mixing import Kernel, few_rows, mix_normalised
-from bat.shapes import Features, Needs
+from bat.shapes import Features, Needs, UserError
+
+Cls = Literal["patches", "mean"]
 
 
 class CGP(Probe):
-    """Convex Gated Probing. ``prototypes``: K; ``dropout``: rate before the linear layer.
+    """Convex Gated Probing. ``prototypes``: K; ``dropout``: rate before the linear layer; ``cls``:
+    what stands in for a class token, see above; None: ``patches``.
 
     ``kernel``: of mixing and pooling, ``portable`` or ``triton`` (GPUs).
     """
@@ -44,9 +53,12 @@ class CGP(Probe):
         level: Level = "clip",
         prototypes: int = 10_000,
         dropout: float = 0.2,
+        cls: Cls | None = None,
         kernel: Kernel = "portable",
     ) -> None:
         super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
+        check_cls(cls, has_cls=has_cls, level=level)
+        self.cls = cls or "patches"
         self.layer_logits = nn.Parameter(torch.ones(depth))  # (L,)
         self.prototypes = nn.Parameter(0.02 * torch.randn(prototypes, width))  # (K, D)
         self.dropout = nn.Dropout(dropout)
@@ -55,14 +67,19 @@ class CGP(Probe):
 
     def forward(self, features: Features) -> Tensor:
         gate = self.layer_logits.softmax(0)  # (L,)
-        tokens = mix_normalised(features.patches, gate, kernel=self.kernel)  # (B, T, F, D)
+        mixed = mix_normalised(features.patches, gate, kernel=self.kernel)  # (B, T, F, D)
         frame = self.level == "frame"
-        tokens = tokens.flatten(0, 1) if frame else tokens.flatten(1, 2)  # (G, M, D)
-        if frame or not self.has_cls:
+        if frame:
+            tokens = mixed.flatten(0, 1)  # (G, M, D)
             middle = tokens.mean(1)  # (G, D): the mean of products is the product of the mean
+        elif self.has_cls or self.cls == "mean":
+            one = features.cls if self.has_cls else mean_patch(features.patches, features)
+            assert one is not None
+            middle = mix_normalised(one, gate, kernel=self.kernel)  # (B, D)
         else:
-            assert features.cls is not None
-            middle = mix_normalised(features.cls, gate, kernel=self.kernel)  # (B, D)
+            middle = mean_patch(mixed, features)
+        if not frame:
+            tokens = fill_padding(mixed, features).flatten(1, 2)
         x = pool_prototypes(tokens, self.prototypes, middle, kernel=self.kernel)  # (G, K, 3)
         x = x.flatten(1)  # (G, 3 K), prototype-major
         x = self.dropout(x)
@@ -79,6 +96,17 @@ class CGP(Probe):
 
     def layer_gate(self) -> Tensor:
         return self.layer_logits.detach().softmax(0)
+
+
+def check_cls(cls: str | None, *, has_cls: bool, level: Level) -> None:
+    """Raise ``UserError`` for a ``head.cls`` that is not known, or would be ignored."""
+    if cls not in (None, *get_args(Cls)):
+        raise UserError(f"head.cls={cls} is not known: {' or '.join(get_args(Cls))}")
+    if cls is not None and (has_cls or level == "frame"):
+        why = "this encoder has one" if has_cls else "level=frame reads none"
+        raise UserError(
+            f"head.cls={cls} stands in for the class token of cgp, and {why}: leave it away"
+        )
 
 
 PROBES: dict[str, type[Probe]] = {"cgp": CGP}

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bat.probes.base import Level, Probe
+from bat.probes.linear import one_vector, one_vector_needs
 from bat.shapes import Features, Needs
 
 EPS = 1e-6
@@ -50,8 +51,8 @@ class LinearCurve(Probe):
 
     def forward(self, features: Features) -> Tensor:
         """Logits of every block: (L, B, C) at clip level, (L, B, T, C) at frame level."""
-        x = self._pool(features)  # (L, B, D) or (L, B, T, D)
-        shape = x.shape[1:-1]
+        x = one_vector(features, has_cls=self.has_cls, level=self.level, all_blocks=True)
+        shape = x.shape[1:-1]  # of (L, B, D) or (L, B, T, D)
         x = x.flatten(1, -2)  # (L, R, D)
         if self.scale is not None and self.shift is not None:
             x = F.layer_norm(x, x.shape[-1:], eps=EPS)
@@ -59,14 +60,6 @@ class LinearCurve(Probe):
         x = x * self.dropout(torch.ones_like(x[0]))
         x = torch.baddbmm(self.bias[:, None], x, self.weight.transpose(1, 2))  # (L, R, C)
         return x.unflatten(1, shape)
-
-    def _pool(self, features: Features) -> Tensor:
-        if self.level == "frame":
-            return features.patches.mean(3, dtype=torch.float32)
-        if self.has_cls:
-            assert features.cls is not None
-            return features.cls.float()
-        return features.patches.mean((2, 3), dtype=torch.float32)
 
     def training_loss(
         self, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor
@@ -80,7 +73,7 @@ class LinearCurve(Probe):
 
     @classmethod
     def needs(cls, *, has_cls: bool, level: Level) -> Needs:
-        return Needs("none" if has_cls and level == "clip" else "all")
+        return one_vector_needs(has_cls=has_cls, level=level, all_blocks=True)
 
     def no_weight_decay(self) -> set[str]:
         return {"bias", "scale", "shift"}

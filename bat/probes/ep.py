@@ -46,8 +46,8 @@ class EP(Attentive):
         self.queries = nn.Parameter(0.02 * torch.randn(pool_queries, width))  # (Q, D)
         self.values = nn.Linear(width, out, bias=False)
 
-    def pool(self, tokens: Tensor) -> Tensor:
-        read = attended(tokens, self.queries * self.width**-0.5)  # (B, Q, D)
+    def pool(self, tokens: Tensor, inside: Tensor | None) -> Tensor:
+        read = attended(tokens, self.queries * self.width**-0.5, inside)  # (B, Q, D)
         return project_heads(self.values.weight, read)  # (B, D_out)
 
     def no_weight_decay(self) -> set[str]:

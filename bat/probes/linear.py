@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bat.probes.base import Level, Probe, mix_blocks
+from bat.probes.base import Level, Probe, mean_patch, mix_blocks
 from bat.shapes import Features, Needs
 
 
@@ -78,7 +78,7 @@ def one_vector(features: Features, *, has_cls: bool, level: Level, all_blocks: b
     if has_cls:
         assert features.cls is not None
         return features.cls[blocks].float()
-    return features.patches[blocks].mean((2, 3), dtype=torch.float32)
+    return mean_patch(features.patches[blocks], features)
 
 
 def one_vector_needs(*, has_cls: bool, level: Level, all_blocks: bool) -> Needs:

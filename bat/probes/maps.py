@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bat.probes.base import Probe, known_probes
+from bat.probes.base import Probe, fill_padding, known_probes
 from bat.probes.cgp import CGP
 from bat.probes.mixing import mix_normalised
 from bat.probes.proto import Proto
@@ -51,11 +51,15 @@ def evidence(probe: Probe, features: Features, class_id: int, *, top: int = 10) 
     B, T, F, _ = tokens.shape
     frame = probe.level == "frame"
     S, E = T if frame else 1, weight.shape[1]
-    groups = tokens.flatten(0, 1) if frame else tokens.flatten(1, 2)  # (B S, M, D)
+    groups = tokens.flatten(0, 1) if frame else fill_padding(tokens, features).flatten(1, 2)
     similarity, picks = torch.ops.bat.pool_prototypes(
         groups, prototypes, None, E == 2, signs, tokens.dtype, "portable"
-    )  # (B S, K, E), (K, E, B S)
+    )  # of groups (B S, M, D): (B S, K, E), (K, E, B S)
     value = (similarity * weight / S).unflatten(0, (B, S)).permute(0, 2, 3, 1)  # (B, K, E, S)
+    inside = features.inside()
+    if frame and inside is not None:  # the mean is over the clip's own time patches
+        own = inside[:, None, None]  # (B, 1, 1, S)
+        value = (value * S / own.sum(-1, keepdim=True)).masked_fill(~own, 0.0)
     at = picks.long().unflatten(2, (B, S)).permute(2, 0, 1, 3)  # (B, K, E, S)
     if frame:
         at = at + F * torch.arange(T, device=at.device)

@@ -52,11 +52,11 @@ class MHCA(Attentive):
         self.keys = nn.Linear(width, width, bias=False)
         self.values = nn.Linear(width, width, bias=False)
 
-    def pool(self, tokens: Tensor) -> Tensor:
+    def pool(self, tokens: Tensor, inside: Tensor | None) -> Tensor:
         query = self.query.unflatten(0, (self.heads, -1))  # (H, d)
         keys = self.keys.weight.unflatten(0, (self.heads, -1))  # (H, d, D)
         directions = torch.einsum("hd,hdc->hc", query, keys) * query.shape[1] ** -0.5
-        return project_heads(self.values.weight, attended(tokens, directions))  # (B, D)
+        return project_heads(self.values.weight, attended(tokens, directions, inside))  # (B, D)
 
 
 PROBES: dict[str, type[Probe]] = {"mhca": MHCA}

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bat.probes.base import Level, Probe
+from bat.probes.base import Level, Probe, fill_padding
 from bat.probes.extremes import pool_prototypes
 from bat.probes.mixing import Kernel, few_rows, mix_normalised
 from bat.shapes import Features, Needs
@@ -83,7 +83,10 @@ def best_match(
     at clip level, over frequency (B, T, K) at frame level; float32."""
     last = features.patches[-1:]  # (1, B, T, F, D)
     tokens = mix_normalised(last, last.new_ones(1), kernel=kernel)  # (B, T, F, D)
-    groups = tokens.flatten(1, 2) if level == "clip" else tokens.flatten(0, 1)  # (G, M, D)
+    if level == "clip":
+        groups = fill_padding(tokens, features).flatten(1, 2)  # (G, M, D)
+    else:
+        groups = tokens.flatten(0, 1)
     x = pool_prototypes(groups, prototypes, low=False, signs=signs, kernel=kernel).flatten(1)
     return x if level == "clip" else x.unflatten(0, tokens.shape[:2])
 

@@ -33,10 +33,14 @@ class SimPool(Attentive):
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
-    def pool(self, tokens: Tensor) -> Tensor:
+    def pool(self, tokens: Tensor, inside: Tensor | None) -> Tensor:
         x = self.norm(tokens)  # (B, N, D)
-        query = x.mean(1, keepdim=True) * self.width**-0.5  # (B, 1, D)
-        return attended(x, query).squeeze(1)  # (B, D)
+        if inside is None:
+            query = x.mean(1, keepdim=True)  # (B, 1, D)
+        else:
+            own = inside[..., None]
+            query = (x * own).sum(1, keepdim=True) / own.sum(1, keepdim=True)
+        return attended(x, query * self.width**-0.5, inside).squeeze(1)  # (B, D)
 
 
 PROBES: dict[str, type[Probe]] = {"simpool": SimPool}

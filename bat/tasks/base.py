@@ -103,8 +103,9 @@ class Task:
     loss: Literal["ce", "bce", "asl"]
     metric: Literal["accuracy", "map"]
     """The one a run is selected by."""
-    frames: int
-    """Spectrogram frames of a clip (SPEC section 5)."""
+    frames: int | None
+    """Spectrogram frames of every clip, the papers' for their tasks: shorter clips are padded with
+    zero frames, which the encoder attends to. None: each clip is encoded at its own length."""
     per_class: int = 20
     """Prototypes a class that *Unmute the Patch Tokens* (arXiv 2509.24901) gives the task."""
     classes: int | None = None

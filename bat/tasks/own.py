@@ -235,6 +235,6 @@ TASK = Task(
     multi_label=False,
     loss="ce",
     metric="accuracy",
-    frames=1024,
+    frames=None,
     adapts=True,
 )

@@ -285,7 +285,7 @@ TASK = Task(
     multi_label=False,
     loss="ce",
     metric="accuracy",
-    frames=1024,
+    frames=None,
     vocabulary=vocabulary,
     adapts=True,
 )

@@ -19,12 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 import bat
 from bat.audio.frontend import KaldiFbank
-from bat.backbones.base import Backbone, load_backbone
+from bat.backbones.base import Backbone, load_backbone, make_frontend
 from bat.checkpoint import is_export, resolve
 from bat.config.compose import from_yaml
 from bat.config.locate import find_fragment, known_fragments
 from bat.config.schema import Finetune, Hardware, Pretrain, Probe, Supervised
 from bat.config.sections import Data, Model
+from bat.data.stream import clip_samples
 from bat.redact import HIDDEN
 from bat.shapes import Grid, UserError
 from bat.tasks.base import Task
@@ -33,6 +34,8 @@ from bat.train.trainer import derive_seed
 RANDOM = "random"
 OWN = "own"
 """The task of ``data.csv``."""
+PATCH = 16
+"""Side of a patch of the encoders in the model fragments, in frames."""
 STATISTICS_OF = {"esc10": "esc50", "esc50": "esc50"}
 """Task -> data set whose statistics suit it (``bat.audio.frontend``); others: AudioSet's."""
 
@@ -48,8 +51,9 @@ def checkpoint_name(config: Supervised) -> str:
     return f"{prefix}-{stem}" if prefix else stem
 
 
-def load_for(config: Supervised, task: Task) -> tuple[Backbone, int]:
-    """The encoder that ``config.checkpoint`` names, in eval mode, and the frames of a clip.
+def load_for(config: Supervised, task: Task) -> tuple[Backbone, int | None]:
+    """The encoder that ``config.checkpoint`` names, in eval mode, and the frames of a clip; None
+    where neither ``config`` nor ``task`` has a number: each clip is encoded at its own length.
 
     Raises ``UserError``: nothing given, nothing there, settings that its front end does not have.
     """
@@ -59,25 +63,29 @@ def load_for(config: Supervised, task: Task) -> tuple[Backbone, int]:
         shape = name.partition(":")[2] or "tiny"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, RANDOM))
-            backbone = _untrained(shape, config, frames)
+            backbone = _untrained(shape, config, frames or _usual_frames(config.data))
     else:
         backbone = bat.load_encoder(name, weights=config.weights, heads=config.heads)
     backbone = _with_frontend(backbone, config, task)
-    if config.pad_offset == "random" and backbone.frontend.pad != "waveform":
+    if config.pad_offset == "random" and backbone.frontend.pad == "spectrogram":
         raise UserError(
-            f"pad_offset=random with clips padded in the {backbone.frontend.pad}: say pad=waveform"
+            "pad_offset=random with clips padded in the spectrogram: say pad=clip or pad=waveform"
         )
     return backbone.eval(), frames
 
 
 def _with_frontend(backbone: Backbone, config: Supervised, task: Task) -> Backbone:
-    """The encoder with ``pad`` and ``statistics`` as ``config`` says.
+    """The encoder with ``pad`` and ``statistics`` as ``config`` says; with ``pad=clip``, to
+    ``data.clip_seconds``.
 
     It is built again where they differ, so that its exports say what it was used with.
     """
     front, changes = backbone.frontend, dict[str, Any]()
-    if config.pad not in ("checkpoint", front.pad):
-        changes["pad"] = config.pad
+    pad = front.pad if config.pad == "checkpoint" else config.pad
+    seconds = config.data.clip_seconds if pad == "clip" else None
+    samples = 0 if seconds is None else clip_samples(seconds, backbone.sample_rate)
+    if (pad, samples) != (front.pad, getattr(front, "clip_samples", 0)):
+        changes |= {"pad": pad, "clip_seconds": seconds}
     if isinstance(front, KaldiFbank):
         # the field's files and folders do not say what they were trained or tuned with
         own = is_export(resolve(_given(config).removeprefix(f"{RANDOM}:")))
@@ -183,6 +191,13 @@ def _config_files(name: str) -> Iterator[Path]:
         for folder in (path, *list(path.parents)[:3]):
             if (folder / "config.yaml").is_file():
                 yield folder / "config.yaml"
+
+
+def _usual_frames(data: Data) -> int:
+    """Frames of ``data.clip_seconds`` by the usual front end, rounded up to whole patches."""
+    front = make_frontend()
+    samples = clip_samples(data.clip_seconds, front.sample_rate)  # type: ignore[arg-type]
+    return int(-(-front.valid_frames(samples) // PATCH) * PATCH)  # type: ignore[operator]
 
 
 def _untrained(shape: str, config: Supervised, frames: int) -> Backbone:

@@ -26,7 +26,8 @@ TargetsOf = Callable[[WaveBatch, int], Tensor]
 keys, lengths, positions and targets, not waves."""
 
 CLIP_AXIS = {"patches": 1, "cls": 1, "entry": 0, "pieces": 1}
-"""The axis of ``Features``' tensors that counts clips."""
+"""The tensors of ``Features`` that are stored, and their axis that counts clips. ``valid`` is known
+from the clips' lengths."""
 
 
 @torch.no_grad()
@@ -34,12 +35,13 @@ def encode(
     backbone: Backbone,
     batch: WaveBatch,
     *,
-    frames: int,
+    frames: int | None,
     autocast: torch.dtype | None = None,
     needs: Needs = Needs(),  # noqa: B008  (immutable)
 ) -> Features:
     """What ``needs`` says of the features, without gradient, on the backbone's device.
 
+    ``frames``: of each clip; None: each clip is encoded at its own length, whatever the others'.
     In ``autocast``'s type, float32 without one. Raises ``UserError`` that names clip, block and
     remedy where they are not finite.
     """
@@ -47,16 +49,20 @@ def encode(
     waves, lengths = batch.waves.to(device), batch.lengths.to(device)
     spectrogram = backbone.spectrogram(waves, lengths, frames=frames)  # float32
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
-        if needs.entry:
+        if frames is None:
+            own = backbone.time_patches(lengths)
+            whole = backbone.features_alone(spectrogram, own, entry=needs.entry)
+        elif needs.entry:
             whole = backbone.features(spectrogram, entry=True)
         else:
             whole = backbone.features(spectrogram)
     depth, dtype = len(whole.patches), autocast or torch.float32
     kept = needs.blocks(depth)
     cut = whole.patches[depth - kept :].to(dtype, copy=kept < depth)  # a view would hold them all
-    rest = (None if t is None else t.to(dtype) for t in whole[1:])
-    features = Features(cut, *rest)
-    found = [t.aminmax() for t in features if t is not None and t.numel()]  # NaN goes through
+    cls, entry, pieces = (None if t is None else t.to(dtype) for t in whole[1:4])
+    features = Features(cut, cls, entry, pieces, whole.valid)
+    stored = clips_first(features).values()
+    found = [t.aminmax() for t in stored if t.numel()]  # NaN goes through
     if not torch.stack([end for pair in found for end in pair]).isfinite().all():
         raise UserError(_not_finite(features, batch, spectrogram, depth, autocast))
     return features
@@ -71,9 +77,9 @@ def _not_finite(
 ) -> str:
     """The clip where features stop being finite in the earliest block, that block, the remedy."""
     wrong = {
-        name: ~tensor.isfinite().flatten(1 + CLIP_AXIS[name]).all(-1)
-        for name, tensor in zip(Features._fields, features, strict=True)
-        if tensor is not None and tensor.numel()
+        name: ~getattr(features, name).isfinite().flatten(1 + CLIP_AXIS[name]).all(-1)
+        for name, tensor in clips_first(features).items()
+        if tensor.numel()
     }  # (B,) of entry, else (blocks, B)
     sound = torch.ones(depth, len(batch.keys), dtype=torch.bool, device=spectrogram.device)
     for name, bad in wrong.items():
@@ -97,7 +103,7 @@ def encoded(
     backbone: Backbone,
     batches: Iterable[WaveBatch],
     *,
-    frames: int,
+    frames: int | None,
     autocast: torch.dtype | None = None,
     needs: Needs = Needs(),  # noqa: B008  (immutable)
     targets_of: TargetsOf | None = None,
@@ -111,6 +117,9 @@ def encoded(
         targets = batch.targets
         if targets_of is not None:
             targets = targets_of(batch, features.patches.shape[2])  # (B, T, C)
+            inside = features.inside()
+            if inside is not None:  # Kaldi's last window ends before the clip does
+                targets = targets.masked_fill(~inside.to(targets.device)[..., None], torch.nan)
         yield features, targets, batch
 
 
@@ -135,11 +144,8 @@ def counted(
 
 def clips_first(features: Features) -> dict[str, Tensor]:
     """The tensors that are there, views of shape (B, ...)."""
-    return {
-        name: tensor.movedim(CLIP_AXIS[name], 0)
-        for name, tensor in zip(Features._fields, features, strict=True)
-        if tensor is not None
-    }
+    found = {name: getattr(features, name) for name in CLIP_AXIS}
+    return {name: t.movedim(CLIP_AXIS[name], 0) for name, t in found.items() if t is not None}
 
 
 def device_of(module: torch.nn.Module) -> torch.device:

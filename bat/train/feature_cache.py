@@ -52,7 +52,7 @@ def open_features(
     index: Index,
     *,
     ids: np.ndarray,
-    frames: int,
+    frames: int | None,
     needs: Needs,
     batch: int,
     store: FeatureStore,
@@ -243,14 +243,19 @@ def _bank(found: disk.Stored, stream: FeatureStream, ids: np.ndarray) -> Feature
     targets: Tensor = torch.from_numpy(np.stack([index.targets(i) for i in clips]))
     tensors = {name: found.tensors.get(name) for name in CLIP_AXIS}
     patches = found.tensors["patches"]  # (n, L', T, F, D)
+    own = stream.backbone.time_patches(found.lengths) if stream.frames is None else None  # (n,)
     if stream.targets_of is not None:
         samples = clip_samples(stream.clip_seconds, stream.backbone.sample_rate)
         waves = torch.zeros(1, 1).expand(len(keys), samples)  # nobody listens to them
         places = torch.from_numpy(found.places)
         batch = WaveBatch(waves, found.lengths, targets, keys, places, skipped=[])
         targets = stream.targets_of(batch, patches.shape[2])
+        if own is not None:
+            steps = torch.arange(patches.shape[2])
+            targets = targets.masked_fill((steps >= own[:, None])[..., None], torch.nan)
     return FeatureBank(
         **tensors,  # type: ignore[arg-type]
+        valid=own,
         targets=targets,
         ids=clips,
         keys=keys,

@@ -70,9 +70,10 @@ class FeatureBank:
     """Features of a set of n clips, each computed once; clips first, as many blocks as are needed.
 
     ``patches`` (n, L', T, F, D); ``cls`` (n, L, D), ``entry`` (n, T, F, D) and ``pieces``
-    (n, L, P, D), each None where there is none; ``targets`` (n, C) or (n, T, C); ``ids`` (n,) clip
-    ids of the index; ``keys`` (n); ``skipped`` ``{key: reason}``. ``index``: its plan is the order
-    of training (remote shards are read in windows); None: an even one.
+    (n, L, P, D), each None where there is none; ``valid`` (n,) time patches that are each clip's
+    own, None: all; ``targets`` (n, C) or (n, T, C); ``ids`` (n,) clip ids of the index; ``keys``
+    (n); ``skipped`` ``{key: reason}``. ``index``: its plan is the order of training (remote shards
+    are read in windows); None: an even one.
     """
 
     def __init__(
@@ -86,9 +87,12 @@ class FeatureBank:
         skipped: Mapping[str, str],
         entry: Tensor | None = None,
         pieces: Tensor | None = None,
+        valid: Tensor | None = None,
         index: Index | None = None,
     ) -> None:
         self.patches, self.cls, self.entry, self.pieces = patches, cls, entry, pieces
+        all_own = valid is None or bool((valid == patches.shape[2]).all())
+        self.valid = None if all_own else valid
         self.targets, self.index = targets, index
         self.ids, self.keys, self.skipped = np.asarray(ids, np.int64), list(keys), dict(skipped)
         self._row_of = {int(clip): row for row, clip in enumerate(self.ids)}
@@ -100,7 +104,7 @@ class FeatureBank:
         batches: Iterable[WaveBatch],
         *,
         ids: np.ndarray,
-        frames: int,
+        frames: int | None,
         autocast: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         bad_clips: BadClips | None = None,
@@ -117,6 +121,7 @@ class FeatureBank:
         bad = bad_clips or BadClips(max_bad=1.0)
         stored: dict[str, Tensor] = {}
         targets: list[Tensor] = []
+        valid: list[Tensor] = []
         rows: list[int] = []
         keys: list[str] = []
         for features, wanted, batch in encoded(
@@ -134,12 +139,16 @@ class FeatureBank:
                     stored[name] = torch.empty(shape, dtype=found.dtype, device=device)
                 stored[name][start:end] = found
             targets.append(wanted)
+            T = features.patches.shape[2]
+            own = torch.full((len(batch.keys),), T) if features.valid is None else features.valid
+            valid.append(own.cpu())
             rows += batch.positions.tolist()
             keys += batch.keys
         kept = {name: stored[name][: len(rows)] if name in stored else None for name in CLIP_AXIS}
         return cls(
             **kept,  # type: ignore[arg-type]
             targets=torch.cat(targets),
+            valid=torch.cat(valid),
             ids=np.asarray(ids)[rows],
             keys=keys,
             skipped=bad.keys,
@@ -178,17 +187,23 @@ class FeatureBank:
 
     def _pick(self, rows: np.ndarray) -> tuple[Features, Tensor]:
         at = torch.from_numpy(rows)
-        picked = []
+        picked: dict[str, Tensor | None] = {}
         for name, axis in CLIP_AXIS.items():
             tensor: Tensor | None = getattr(self, name)
-            picked.append(None if tensor is None else tensor[at.to(tensor.device)].movedim(0, axis))
-        return Features(*picked), self.targets[at]  # type: ignore[arg-type]
+            own = None if tensor is None else tensor[at.to(tensor.device)]
+            picked[name] = None if own is None else own.movedim(0, axis)
+        valid = None if self.valid is None else self.valid[at]
+        if valid is not None and bool((valid == self.patches.shape[2]).all()):
+            valid = None
+        return Features(**picked, valid=valid), self.targets[at]  # type: ignore[arg-type]
 
 
 class FeatureStream:
     """The same features made anew for each batch: for sets that nothing holds, and for training
     clips that differ from time to time (``roll``, ``random_offset``; long clips are then cropped at
     random too). Without these two it yields what the bank does: long clips from their start.
+
+    ``frames``: of each clip; None: each clip is encoded at its own length (``encoding.encode``).
     """
 
     def __init__(
@@ -196,7 +211,7 @@ class FeatureStream:
         backbone: Backbone,
         index: Index,
         *,
-        frames: int,
+        frames: int | None,
         clip_seconds: float,
         roll: bool = False,
         random_offset: bool = False,

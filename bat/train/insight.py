@@ -6,8 +6,9 @@ tells how much of it the trained gates take upon themselves. ``norms``, ``rank``
 patches and class tokens: see ``token_statistics.py``; the latter two are None where too few clips
 were given to say, or all of them sound the same.
 
-Of clips in chunks the first chunk counts. Patches that begin behind a clip's end are left out of
-norms, rank and spread; attention sees them in every use of the encoder, so in sinks they count.
+Of clips in chunks the first chunk counts. With a fixed number of ``frames``, patches that begin
+behind a clip's end are left out of norms, rank and spread; attention sees them, so in sinks they
+count.
 In float32, whatever the run computes in (``collapse.py`` says why).
 """
 
@@ -37,11 +38,14 @@ CLIPS_AT_A_TIME = 8
 
 @torch.no_grad()
 def encoder_statistics(
-    backbone: Backbone, batches: Iterable[WaveBatch], *, frames: int
+    backbone: Backbone, batches: Iterable[WaveBatch], *, frames: int | None
 ) -> dict[str, Any]:
     """The statistics above over all clips of ``batches``: JSON values, lists by block.
 
-    ``{"clips": n, "sinks": {"gate on": [L], "gate off": [L] | None, "uniform": 1 / tokens} | None,
+    ``frames`` of each clip; None: each clip has its own number.
+
+    ``{"clips": n, "sinks": {"gate on": [L], "gate off": [L] | None, "uniform": 1 / tokens, mean
+    over clips} | None,
     "norms": {"patches": [[mean, std, max]], "cls": ...}, "rank": {"patches": [L], "cls": ...},
     "spread": {"patches": [L], "cls": ...}}``; ``cls`` is None without class token, ``sinks`` for an
     encoder that does not attend by ``bat.nn.attention`` once a block. Weights, modes and random
@@ -55,17 +59,20 @@ def encoder_statistics(
     draws = torch.Generator().manual_seed(0)
     with plain_float32(backbone, device.type):
         for keys, lengths, spectrogram in _spectrograms(backbone, batches, frames):
+            own = torch.full_like(lengths, spectrogram.shape[2] // backbone.patch)
+            if frames is None:
+                own = torch.minimum(own, backbone.time_patches(lengths))
             with sinks.heard("gate on"):
-                features = backbone.features(spectrogram)
+                features = backbone.features_alone(spectrogram, own)
             if sinks.gated:
                 with sinks.heard("gate off"), opened(sinks.gated):
-                    backbone.features(spectrogram)
+                    backbone.features_alone(spectrogram, own)
             _check(features.patches, keys)
             _, B, T, F, _ = features.patches.shape
             first = backbone.patch * torch.arange(T, device=device)  # frame of each time patch
             inside = first < backbone.frontend.valid_frames(lengths)[:, None]  # type: ignore[operator]
-            own = inside.repeat_interleave(backbone.patch, dim=1)  # (B, frames)
-            sound.add(spectrogram[:, 0], own, own.float())
+            shown = inside.repeat_interleave(backbone.patch, dim=1)  # (B, frames)
+            sound.add(spectrogram[:, 0], shown, shown.float())
             draw = torch.rand(B, T * F, generator=draws).to(device)
             for statistics, block in zip(patches, features.patches, strict=True):
                 statistics.add(block.flatten(1, 2), inside.repeat_interleave(F, dim=1), draw)
@@ -115,7 +122,7 @@ def prototype_maps(
     *,
     classes: Sequence[int],
     labels: Sequence[str],
-    frames: int,
+    frames: int | None,
     autocast: torch.dtype | None = None,
     top: int = 10,
 ) -> list[dict[str, Any]]:
@@ -140,30 +147,28 @@ def prototype_maps(
             features = encode(backbone, batch, frames=frames, autocast=autocast)
             features = to_device(features, device_of(probe))
             with torch.autocast(device_of(probe).type, autocast, enabled=autocast is not None):
-                logits = to_clip(probe(features)).float().cpu()  # (B, C)
+                logits = to_clip(probe(features), features.inside()).float().cpu()  # (B, C)
             for row, key in enumerate(batch.keys):
                 wanted = classes[int(batch.positions[row])]
-                one = features._replace(
-                    patches=features.patches[:, row : row + 1],
-                    cls=None if features.cls is None else features.cls[:, row : row + 1],
-                )
+                one = features.clip(row)
+                picture = spectrogram[row, 0, : one.patches.shape[2] * backbone.patch]
                 seconds = int(batch.lengths[row]) / backbone.sample_rate
                 found.append(
                     {
                         "label": labels[wanted],
                         "key": key,
                         "logit": float(logits[row, wanted]),
-                        "spectrogram": spectrogram[row, 0].cpu().numpy(),
+                        "spectrogram": picture.cpu().numpy(),
                         "evidence": evidence(probe, one, wanted, top=top).map[0].cpu().numpy(),
                         "hop_ms": hop,
-                        "seconds": min(seconds, frames * hop / 1000),
+                        "seconds": min(seconds, len(picture) * hop / 1000),
                     }
                 )
     return found
 
 
 def _spectrograms(
-    backbone: Backbone, batches: Iterable[WaveBatch], frames: int
+    backbone: Backbone, batches: Iterable[WaveBatch], frames: int | None
 ) -> Iterator[tuple[list[str], Tensor, Tensor]]:
     """Keys, lengths and the first chunk's spectrogram, a few clips at a time."""
     device, chunk = device_of(backbone), backbone.grid.time * backbone.patch
@@ -194,7 +199,7 @@ class _Sinks:
         self.attentions = found if len(found) == backbone.depth else []
         self.gated = [part for part in self.attentions if part.gate is not None]
         self.total: dict[str, Tensor] = {}
-        self.tokens = 1
+        self.uniform = 0.0
 
     @contextmanager
     def heard(self, name: str) -> Iterator[None]:
@@ -203,7 +208,8 @@ class _Sinks:
 
         def hear(attention: Attention, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]  # (B, n, D)
-            self.tokens = x.shape[1]
+            if name == "gate on" and attention is self.attentions[0]:
+                self.uniform += x.shape[0] / x.shape[1]
             total[self.attentions.index(attention)] += float(sink_share(attention, x).mean(1).sum())
 
         hooks = [part.register_forward_pre_hook(hear) for part in self.attentions]
@@ -218,7 +224,7 @@ class _Sinks:
             return None
         off = (self.total["gate off"] / clips).tolist() if self.gated else None
         on = (self.total["gate on"] / clips).tolist()
-        return {"gate on": on, "gate off": off, "uniform": 1 / self.tokens}
+        return {"gate on": on, "gate off": off, "uniform": self.uniform / clips}
 
 
 @contextmanager

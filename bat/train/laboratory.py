@@ -31,6 +31,7 @@ from bat.config import schema
 from bat.data.bad_clips import BadClips
 from bat.data.module import eval_loader
 from bat.probes.base import Probe, build_probe, find_probe
+from bat.probes.cgp import check_cls
 from bat.probes.curve import LinearCurve
 from bat.shapes import Needs, UserError
 from bat.train.candidates import Plan
@@ -60,6 +61,8 @@ class Laboratory:
     ) -> None:
         self.ready, self.out, self.name, self.methods = ready, out, name, list(methods)
         self.config, self.index, self.backbone = ready.config, ready.index, ready.backbone
+        if "cgp" in self.methods:
+            check_cls(self.head["cls"], has_cls=self.backbone.has_cls, level=self.config.level)
         self.device = device_for(self.config.hardware)
         self.autocast = autocast_for(self.config.hardware)
         self.digest = weights_digest(self.backbone)
@@ -75,9 +78,17 @@ class Laboratory:
         self.mapped: tuple[str, Probe] | None = None
         """Of the first seed in the last round so far, the probe whose prototypes are drawn."""
 
+    @property
+    def head(self) -> dict[str, Any]:
+        """Settings of the probes; ``cls``, where it is open, as the protocol has it."""
+        head = asdict(self.config.head)
+        if not self.backbone.has_cls and self.config.level == "clip" and head["cls"] is None:
+            head["cls"] = "mean" if self.config.protocol.name == "bat" else "patches"
+        return head
+
     def build(self, method: str) -> Probe:
         """A fresh probe of this encoder's shape."""
-        backbone, head = self.backbone, asdict(self.config.head)
+        backbone, head = self.backbone, self.head
         shape: dict[str, Any] = {
             "classes": self.index.classes,
             "width": backbone.width,
@@ -232,7 +243,7 @@ class Laboratory:
             self.head_folder(outcome.probe, outcome.fold, outcome.seed),
             probe,
             name=outcome.probe,
-            head=asdict(config.head),
+            head=self.head,
             meta={
                 "bat_version": __version__,
                 "task": self.ready.task.name,
@@ -254,6 +265,8 @@ class Laboratory:
     def _entry(self, results: dict[str, Any]) -> dict[str, Any]:
         backbone = self.backbone
         rule = "" if backbone.has_cls else "no class token: the mean patch stands in for it"
+        if rule and self.head["cls"] is not None and "cgp" in self.methods:
+            rule += f" (cgp: head.cls={self.head['cls']})"
         return {
             "checkpoint": self.config.checkpoint,
             "weights": self.config.weights,
@@ -264,7 +277,7 @@ class Laboratory:
             "heads": backbone.heads,
             "has_cls": backbone.has_cls,
             "patch_hop_ms": backbone.patch_hop_ms,
-            "frames": self.ready.frames,
+            "frames": "own" if self.ready.frames is None else self.ready.frames,
             "cls_rule": rule,
             "results": results,
         }

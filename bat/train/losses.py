@@ -61,14 +61,22 @@ def loss_for(task: Any, name: str = "task") -> Loss:
     return LOSSES[chosen]
 
 
-def against(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
+def against(loss: Loss, logits: Tensor, targets: Tensor, *, inside: Tensor | None = None) -> Tensor:
     """``loss`` of logits (B, C) or (B, T, C) against labels of the same shape or of the clip.
 
-    Frame-level logits against clip-level labels are averaged over time first.
+    Frame-level logits against clip-level labels are averaged over time first (``to_clip``).
     """
-    return loss(to_clip(logits) if targets.ndim < logits.ndim else logits, targets)
+    return loss(to_clip(logits, inside) if targets.ndim < logits.ndim else logits, targets)
 
 
-def to_clip(logits: Tensor) -> Tensor:
-    """(B, T, C) -> (B, C), the mean over time; (B, C) as it is."""
-    return logits.float().mean(1) if logits.ndim == 3 else logits
+def to_clip(logits: Tensor, inside: Tensor | None = None) -> Tensor:
+    """(B, T, C) -> (B, C), the mean over time; (B, C) as it is.
+
+    ``inside`` (B, T): the time patches that are each clip's own (``Features.inside``); None: all.
+    """
+    if logits.ndim != 3:
+        return logits
+    if inside is None:
+        return logits.float().mean(1)
+    total = logits.float().masked_fill(~inside[..., None], 0.0).sum(1)
+    return total / inside.sum(1, keepdim=True)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from torch import nn
-
 from bat.audio.frontend import KaldiFbank
-from bat.backbones.base import Backbone, make_frontend
+from bat.backbones.base import Backbone
 from bat.config.schema import Finetune, Probe, Supervised
 from bat.config.sections import Data
 from bat.data.index import Index
@@ -17,7 +15,6 @@ from bat.shapes import UserError
 from bat.tasks.base import Task, load_task
 from bat.tasks.events import Events
 from bat.tasks.labels import classes_in_words, doubts
-from bat.tasks.own import TASK as OWN
 from bat.tasks.own import Own
 from bat.train.encoders import data_of_run, device_for, load_for
 from bat.train.frame_targets import FrameTargets
@@ -33,9 +30,6 @@ from bat.train.losses import Loss, loss_for
 from bat.train.own_data import check_events, check_in_place, window
 from bat.train.run_folder import open_data, open_own
 from bat.train.speed import attention_in_words
-
-PATCH = 16
-"""Side of a patch of the encoders in the model fragments, in frames."""
 
 C = TypeVar("C", bound=Supervised)
 
@@ -72,8 +66,8 @@ class Prepared(Generic[C]):
     rounds: list[Round]
     backbone: Backbone
     """In eval mode, on the CPU."""
-    frames: int
-    """Of one clip."""
+    frames: int | None
+    """Of one clip; None: each clip is encoded at its own length."""
     loss: Loss
     note: str
     """A line to print where the data were taken from the checkpoint's run, or nothing."""
@@ -112,13 +106,16 @@ def kaldi_line(frontend: KaldiFbank) -> str:
 
 
 def check_frames(backbone: Backbone, *, frames: int, clip_seconds: float) -> None:
-    """Raise ``UserError`` where ``frames`` are no whole patches, or whole clips have more."""
+    """Raise ``UserError`` where ``frames`` are no whole patches, or whole clips have more.
+
+    One more is cut off without a word: 120 s are 12,001 frames where a task counts 12,000.
+    """
     if frames % backbone.patch:
         raise UserError(
             f"frames={frames} is not a multiple of the encoder's patch {backbone.patch}"
         )
     given = backbone.frontend.valid_frames(clip_samples(clip_seconds, backbone.sample_rate))  # type: ignore[operator]
-    if given > frames:
+    if given > frames + 1:
         whole = -(-given // backbone.patch) * backbone.patch
         raise UserError(
             f"data.clip_seconds={clip_seconds} makes {given} frames, more than frames={frames}: "
@@ -163,27 +160,19 @@ def with_encoder(data: PreparedData[C], config: C, checkpoint: str | None = None
     return _together(data, config, backbone, frames)
 
 
-def _load(config: C, task: Task, clip_seconds: float | None = None) -> tuple[Backbone, int]:
-    """The encoder and the frames of a clip; of one's own data, as many as the window has."""
-    if clip_seconds is None:
-        clip_seconds = config.data.clip_seconds
-    if config.frames is not None or task.name != OWN.name:
-        backbone, frames = load_for(config, task)
-        check_frames(backbone, frames=frames, clip_seconds=clip_seconds)
-        return backbone, frames
-    # untrained encoders are made for a grid of the usual front end's frames; others have their own
-    usual = whole_frames(make_frontend(), clip_seconds, patch=PATCH)
-    backbone, _ = load_for(replace(config, frames=usual), task)
-    return backbone, whole_frames(backbone.frontend, clip_seconds, patch=backbone.patch)
+def _load(config: C, task: Task, clip_seconds: float | None = None) -> tuple[Backbone, int | None]:
+    """The encoder and the frames of a clip, None where each clip has its own."""
+    if clip_seconds is not None:
+        config = replace(config, data=replace(config.data, clip_seconds=clip_seconds))
+    backbone, frames = load_for(config, task)
+    if frames is not None:
+        check_frames(backbone, frames=frames, clip_seconds=config.data.clip_seconds)
+    return backbone, frames
 
 
-def whole_frames(frontend: nn.Module, clip_seconds: float, *, patch: int) -> int:
-    """Frames of ``clip_seconds``, rounded up to whole patches."""
-    samples = clip_samples(clip_seconds, frontend.sample_rate)  # type: ignore[arg-type]
-    return int(-(-frontend.valid_frames(samples) // patch) * patch)  # type: ignore[operator]
-
-
-def _together(data: PreparedData[C], config: C, backbone: Backbone, frames: int) -> Prepared[C]:
+def _together(
+    data: PreparedData[C], config: C, backbone: Backbone, frames: int | None
+) -> Prepared[C]:
     targets_of, notices = None, list(data.notices)
     if data.events is not None:
         targets_of = FrameTargets(

@@ -43,7 +43,8 @@ def build_encoder(config: Pretrain) -> Backbone:
         pos_layout=model.pos_layout,
         drop_path=model.drop_path,
         attention=model.attention,
-        frontend={k: v for k, v in vars(front).items() if k != "frames"},
+        frontend={k: v for k, v in vars(front).items() if k != "frames"}
+        | ({"clip_seconds": config.data.clip_seconds} if front.pad == "clip" else {}),
     )
 
 

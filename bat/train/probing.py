@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -53,15 +54,17 @@ def fit(
     active = dict(trainings)
     optimizers = {key: _optimizer(training) for key, training in trainings.items()}
 
-    def objective(logits: Tensor, targets: Tensor) -> Tensor:
+    def objective(logits: Tensor, targets: Tensor, *, inside: Tensor | None) -> Tensor:
         if targets.ndim == 3:  # labels of time patches: those beyond a clip's end are nobody's
             kept = ~targets.isnan().any(-1)  # (B, T)
             return loss(logits[kept], targets[kept])
-        return against(loss, logits, targets)
+        return against(loss, logits, targets, inside=inside)
 
     with own_randomness(device):
         for step, (features, targets) in zip(range(steps), batches, strict=False):
             features, targets = to_device(features, device), targets.to(device)
+            inside = features.inside() if targets.ndim < 3 else None
+            of_batch = partial(objective, inside=inside)
             losses = {}
             for key, (probe, optim, name, seed) in active.items():
                 optimizer = optimizers[key]
@@ -76,7 +79,7 @@ def fit(
                 torch.manual_seed(derive_seed(seed, name, step))
                 with torch.autocast(device.type, autocast, enabled=autocast is not None):
                     logits = probe.train()(features)
-                value = probe.training_loss(objective, logits, targets)
+                value = probe.training_loss(of_batch, logits, targets)
                 optimizer.zero_grad()
                 value.backward()
                 if optim.clip_norm is not None:
@@ -133,6 +136,7 @@ def predictions(
         features = to_device(features, device)
         frames = labels.ndim == 3
         kept = ~labels.isnan().any(-1) if frames else None  # (B, T)
+        inside = features.inside()
         for key, probe in probes.items():
             auto = torch.autocast(device.type, autocast, enabled=autocast is not None)
             with evaluating(probe), auto:
@@ -140,7 +144,7 @@ def predictions(
             for answer, own in probe.answers(out).items():
                 if not wanted(key, answer):
                     continue
-                rows = own[kept.to(device)] if kept is not None else to_clip(own)
+                rows = own[kept.to(device)] if kept is not None else to_clip(own, inside)
                 logits.setdefault((key, answer), []).append(rows.float().cpu())
         if kept is not None:
             number = torch.arange(seen, seen + len(labels))[:, None].expand_as(kept)

@@ -47,6 +47,11 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False, force: bool = Fa
     config = with_batch(config)
     ready = prepare(config)
     config = ready.config
+    if ready.frames is None and config.hardware.strategy == "fsdp":
+        raise UserError(
+            "hardware.strategy=fsdp wants the same shapes on all devices, and clips of their own "
+            "length have others: say frames=NUMBER, or hardware.strategy=ddp"
+        )
     out = Path(config.out or f"runs/finetune-{config.recipe}-{checkpoint_name(config)}")
     run = Folds(ready, out, force=force)
     if dry_run:
@@ -120,8 +125,8 @@ def _dry_run(run: Folds) -> None:
         torch.autocast(device.type, autocast, enabled=autocast is not None),
         torch.set_grad_enabled(on_gpu),
     ):
-        spectrogram, targets = module.augmented(batch, generator)
-        logits = module.head(module.backbone.features(spectrogram))
+        spectrogram, targets, patches = module.augmented(batch, generator)
+        logits = module.head(module.encoded(spectrogram, patches))
         loss = module.loss(logits, targets)
     if on_gpu:
         loss.backward()

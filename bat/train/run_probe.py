@@ -208,7 +208,10 @@ def _dry_run(ready: Prepared[schema.Probe], out: Path, name: str, methods: Seque
     if ready.note:
         print(ready.note)
     print(f"data      {len(index)} clips, {index.classes} labels, {len(ready.rounds)} round(s)")
-    print(f"encoder   {name}: width {backbone.width}, {backbone.depth} blocks, {frames} frames")
+    print(
+        f"encoder   {name}: width {backbone.width}, {backbone.depth} blocks, "
+        f"{'each clip its own' if frames is None else frames} frames"
+    )
     print(f"features  {tuple(features.patches.shape)} a batch, {size / 1e9:.3f} GB for all clips")
     for method in methods:
         trained = lab.build(method).to(lab.device)

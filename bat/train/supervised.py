@@ -26,7 +26,7 @@ from bat.config.schema import Finetune
 from bat.nn.block import blocks_of
 from bat.probes.base import Probe
 from bat.redact import redact_tree
-from bat.shapes import UserError, WaveBatch
+from bat.shapes import Features, UserError, WaveBatch
 from bat.train.guard import Guard, poison
 from bat.train.losses import Loss, against
 from bat.train.optim import adamw, param_groups, set_lr
@@ -44,11 +44,12 @@ class Supervised(Shardable):
         backbone: Backbone,
         head: Probe,
         loss: Loss,
-        frames: int,
+        frames: int | None,
         fold: str,
         start: str = "",
     ) -> None:
-        """``start``: digest of the encoder's first weights; a checkpoint of others is refused."""
+        """``frames`` of each clip; None: its own number. ``start``: digest of the encoder's first
+        weights; a checkpoint of others is refused."""
         super().__init__()
         self.config, self.loss, self.frames, self.fold = config, loss, frames, fold
         self.start = start
@@ -71,9 +72,10 @@ class Supervised(Shardable):
         seed = derive_seed(self.config.seed, self.fold, "step", batch_idx, self.global_rank)
         torch.manual_seed(seed)  # dropout, drop path
         generator = torch.Generator(self.device).manual_seed(seed)
-        spectrogram, targets = self.augmented(batch, generator)  # (B, 1, frames, mels), (B, C)
-        logits = self.head(self.backbone.features(spectrogram))
-        loss = self.head.training_loss(partial(against, self.loss), logits, targets)
+        spectrogram, targets, patches = self.augmented(batch, generator)
+        features = self.encoded(spectrogram, patches)
+        loss_of = partial(against, self.loss, inside=features.inside())
+        loss = self.head.training_loss(loss_of, self.head(features), targets)
         self.clips = spectrogram.shape[0]
         self.figures = {
             "loss": loss.detach(),
@@ -82,9 +84,21 @@ class Supervised(Shardable):
         self.guard.note(batch, loss)
         return poison(loss)
 
+    def encoded(self, spectrogram: Tensor, patches: Tensor | None) -> Features:
+        """What the head reads of ``augmented``'s clips."""
+        if patches is None:
+            return self.backbone.features(spectrogram)
+        return self.backbone.features_alone(spectrogram, patches)
+
     @torch.no_grad()
-    def augmented(self, batch: WaveBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Spectrograms and targets of a training batch; each augmentation acts where it is on."""
+    def augmented(
+        self, batch: WaveBatch, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Spectrograms (B, 1, frames, mels), targets (B, C) and time patches (B,) of a training
+        batch; each augmentation acts where it is on.
+
+        A mixed clip has the patches of the longer one; None with a fixed number of frames.
+        """
         own = self.config.augment
         waves, targets = batch.waves, batch.targets
         if own.noise_p:
@@ -92,12 +106,18 @@ class Supervised(Shardable):
         x = self.backbone.spectrogram(waves, batch.lengths, frames=self.frames)
         if own.time_roll:
             front: Any = self.backbone.frontend
-            valid = None if front.pad == "waveform" else front.valid_frames(batch.lengths)
+            samples = front.padded_samples(batch.lengths)
+            valid = None if front.pad == "waveform" else front.valid_frames(samples)
             x = time_roll(x, generator=generator, frames=valid)
+        patches = self.backbone.time_patches(batch.lengths) if self.frames is None else None
         if own.mixup_p:
-            x, targets = mixup(
-                x, targets, generator=generator, p=own.mixup_p, alpha=own.mixup_alpha
-            )
+            y, C = targets, targets.shape[1]
+            if patches is not None:  # which patches are a clip's is mixed as its labels are
+                steps = torch.arange(x.shape[2] // self.backbone.patch, device=x.device)
+                y = torch.cat([targets, (steps < patches[:, None]).to(targets.dtype)], dim=1)
+            x, y = mixup(x, y, generator=generator, p=own.mixup_p, alpha=own.mixup_alpha)
+            targets = y[:, :C]
+            patches = None if patches is None else (y[:, C:] > 0).sum(1)
         if own.spec_freq or own.spec_time:
             x = spec_augment(
                 x,
@@ -106,7 +126,7 @@ class Supervised(Shardable):
                 time_width=own.spec_time,
                 repeats=own.spec_repeats,
             )
-        return x, targets
+        return x, targets, patches
 
     def layer_of(self, name: str) -> int:
         """Layer of parameter ``name`` for layer-wise decay: the head and the rest are L + 1."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchaudio
 from torch import Tensor
 
@@ -70,6 +71,47 @@ def test_golden(arrays: dict[str, np.ndarray], case: str) -> None:
     out = front_end(wave, meta["shape"][0])
     assert out.shape == (1, 1, *meta["shape"])
     np.testing.assert_allclose(out[0, 0].numpy(), arrays[f"out_{case}"], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("case", "clip_seconds"),
+    [("sup_1s_T112", 1.0), ("sup_32k_5s_T512", 5.0), ("sup_5s_T512", 5.0),
+     ("sup_audioset_10s_padded_T1024", 10.23)],
+)  # fmt: skip
+def test_golden_padded_to_the_tasks_clip(
+    arrays: dict[str, np.ndarray], case: str, clip_seconds: float
+) -> None:
+    """The reference's supervised tasks."""
+    meta = json.loads(str(arrays["meta_json"]))["cases"][case]
+    wave = torch.from_numpy(arrays[meta["wave"]][meta["start"] : meta["stop"]])[None]
+    wide = {"sample_rate": 32000, "n_fft": 2048, "hop_length": 320} if "32k" in case else {}
+    front_end = LogMel(**wide, pad="clip", clip_seconds=clip_seconds)  # type: ignore[arg-type]
+    out = front_end(wave, meta["shape"][0])[0, 0].numpy()
+    np.testing.assert_allclose(out, arrays[f"out_{case}"], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("samples", [500, 9000, 16000])
+def test_padded_to_the_clip_equals_torchaudio_on_zeros_to_there(samples: int) -> None:
+    """All of the clip is signal; the frames after it are zero."""
+    wave = noise(samples)
+    wanted = by_torchaudio(F.pad(wave, (0, 16000 - samples)), 112)
+    batch = torch.stack([F.pad(wave, (0, 16000 - samples), value=torch.nan), noise(16000, seed=1)])
+    front_end = LogMel(pad="clip", clip_seconds=1.0)
+    out = front_end(batch, 112, torch.tensor([samples, 16000]))[0, 0]
+    torch.testing.assert_close(out, wanted, rtol=0, atol=2e-5)
+    torch.testing.assert_close(front_end(wave[None], 112)[0, 0], wanted, rtol=0, atol=2e-5)
+    assert not out[101:].any()
+    for pad, differs in (("spectrogram", samples < 16000), ("waveform", samples == 16000)):
+        other = LogMel(pad=pad)(wave[None], 112)[0, 0]  # type: ignore[arg-type]
+        assert ((other - wanted).abs().max() > 0.1) == differs
+
+
+def test_a_clip_of_one_frame_more_is_cut_before_anything_is_computed() -> None:
+    """120 s are 12,001 frames where a task has 12,000; here 1 s and 100."""
+    wave = noise(16000)
+    wave[-1] = 10.0  # would set the range
+    out = LogMel(pad="clip", clip_seconds=1.0)(wave[None], 100)[0, 0]
+    torch.testing.assert_close(out, by_torchaudio(wave[:15999], 100), rtol=0, atol=2e-5)
 
 
 def test_golden_batch_is_per_clip(arrays: dict[str, np.ndarray]) -> None:
@@ -229,11 +271,12 @@ def test_gradient_is_finite_for_silence_and_a_click() -> None:
     assert torch.isfinite(wave.grad).all()
 
 
-@pytest.mark.parametrize("pad", ["spectrogram", "waveform"])
+@pytest.mark.parametrize("pad", ["spectrogram", "waveform", "clip"])
 @pytest.mark.parametrize("crop", ["spectrogram", "waveform"])
 def test_compiled_whole_equals_eager(pad: str, crop: str) -> None:
     torch._dynamo.reset()
-    front_end = LogMel(pad=pad, crop=crop)  # type: ignore[arg-type]
+    seconds = 0.25 if pad == "clip" else None
+    front_end = LogMel(pad=pad, crop=crop, clip_seconds=seconds)  # type: ignore[arg-type]
     compiled = torch.compile(front_end, backend="eager", fullgraph=True)
     wave, lengths = noise(2, 6000), torch.tensor([6000, 2000])
     for frames in (32, 48):
@@ -261,7 +304,11 @@ def test_bad_input(wave: Tensor, frames: int, lengths: Tensor | None, message: s
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pad": "zeros"}, "pad='zeros': one of spectrogram, waveform"),
+        ({"pad": "zeros"}, "pad='zeros': one of spectrogram, waveform, clip"),
+        ({"pad": "clip"}, "pad='clip' with clip_seconds=None"),
+        ({"clip_seconds": 1.0}, "pad='spectrogram' with clip_seconds=1"),
+        ({"pad": "clip", "clip_seconds": -1.0}, "clip_seconds=-1"),
+        ({"pad": "clip", "clip_seconds": float("nan")}, "clip_seconds=nan"),
         ({"crop": "no"}, "crop='no'"),
         ({"n_fft": 1023}, "n_fft=1023: an even number"),
         ({"n_mels": 0}, "n_mels=0"),

@@ -67,6 +67,49 @@ def test_golden_speechcommands(arrays: dict[str, np.ndarray], kind: str, name: s
     np.testing.assert_allclose(raw(front_end, out)[:98], unscaled, rtol=1e-4, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize(("kind", "name"), KINDS)
+@pytest.mark.parametrize(
+    ("case", "samples", "seconds", "statistics"),
+    [("audioset", 160000, 10.23, "audioset"), ("speechcommands_1s", 16000, 1.0, "speechcommands")],
+)
+def test_golden_padded_to_the_tasks_clip(
+    arrays: dict[str, np.ndarray],
+    kind: str,
+    name: str,
+    case: str,
+    samples: int,
+    seconds: float,
+    statistics: str,
+) -> None:
+    wave = torch.from_numpy(arrays["wave_16k_10s"])[None, :samples]
+    front_end = KaldiFbank(kind=kind, statistics=statistics, pad="clip", clip_seconds=seconds)  # type: ignore[arg-type]
+    wanted = arrays[f"{case}_{name}"]
+    out = front_end(wave, len(wanted))[0, 0]
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["eat", "beats"])
+def test_padded_to_the_clip_the_mean_is_that_of_the_unpadded(kind: str) -> None:
+    wave = 0.3 + noise(9000)
+    padded = torch.nn.functional.pad(wave - wave.mean() if kind == "eat" else wave, (0, 7000))
+    wanted = torchaudio.compliance.kaldi.fbank(
+        padded[None] * (1 if kind == "eat" else 2**15),
+        htk_compat=kind == "eat",
+        sample_frequency=16000,
+        use_energy=False,
+        window_type="hanning" if kind == "eat" else "povey",
+        num_mel_bins=128,
+        dither=0.0,
+        frame_shift=10,
+    )
+    front_end = KaldiFbank(kind=kind, pad="clip", clip_seconds=1.0)  # type: ignore[arg-type]
+    batch = torch.stack([torch.nn.functional.pad(wave, (0, 7000), value=torch.nan), noise(16000)])
+    for out in (front_end(wave[None], 112), front_end(batch, 112, torch.tensor([9000, 16000]))):
+        own = raw(front_end, out[0, 0])[:98]
+        torch.testing.assert_close(own, wanted, rtol=0, atol=2e-4)
+        assert not out[0, 0, 98:].any()
+
+
 def test_golden_esc50(arrays: dict[str, np.ndarray]) -> None:
     wave = torch.from_numpy(arrays["wave_16k_10s"])[None, :80000]
     out = KaldiFbank(statistics="esc50")(wave, 512)[0, 0]
@@ -122,9 +165,10 @@ def test_equals_torchaudio(kind: str, samples: int, rate: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["eat", "beats"])
-@pytest.mark.parametrize("pad", ["spectrogram", "waveform"])
+@pytest.mark.parametrize("pad", ["spectrogram", "waveform", "clip"])
 def test_padded_rows_are_what_they_are_alone(kind: str, pad: str) -> None:
-    front_end = KaldiFbank(kind=kind, pad=pad)  # type: ignore[arg-type]
+    seconds = 0.4 if pad == "clip" else None
+    front_end = KaldiFbank(kind=kind, pad=pad, clip_seconds=seconds)  # type: ignore[arg-type]
     lengths = [9000, 1, 399, 400, 401, 5000]
     batch = torch.full((len(lengths), 9000), torch.nan)
     for row, length in enumerate(lengths):

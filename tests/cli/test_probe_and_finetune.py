@@ -138,7 +138,7 @@ def test_finetune_prints_a_table_and_leaves_these_files(words, tmp_path, capsys)
         (probe, ["hardware.devices=2"], "runs on one device"),
         (probe, ["log.wandb=offline"], "log.wandb is for"),
         (probe, ["data.clip_seconds=3"], "makes 301 frames, more than frames=208"),
-        (probe, ["pad_offset=random"], "say pad=waveform"),
+        (probe, ["pad_offset=random"], "say pad=clip or pad=waveform"),
         (finetune, ["statistics=esc50"], "(LogMel) uses none"),
         (probe, ["heads=3"], "heads=3 does not divide"),
         (probe, ["task=esc50", "data.clip_seconds=5"], "no data given for task 'esc50'"),

@@ -37,6 +37,19 @@ def test_every_shipped_fragment_is_named_in_a_group(command: str, file: str) -> 
             compose(schema, run, [f"recipe={recipe}", f"{group}={stem}"])
 
 
+def test_clips_may_have_one_frame_more_than_is_kept() -> None:
+    """120 s are 12,001 frames where a task counts 12,000."""
+    words = ["recipe=toy", "frontend.frames=12000"]
+    assert compose(Pretrain, "pretrain", [*words, "data.clip_seconds=120"]).frontend.frames == 12000
+    with pytest.raises(UserError, match="makes 12002 frames"):
+        compose(Pretrain, "pretrain", [*words, "data.clip_seconds=120.01"])
+
+
+@pytest.mark.parametrize("command", ["probe", "finetune"])
+def test_esc50_pads_as_the_papers_supervised_tasks(command: str) -> None:
+    assert compose(SCHEMAS[command], command, ["recipe=esc50"]).pad == "clip"
+
+
 def test_as2m_is_the_paper_s_base_configuration() -> None:
     """SPEC section 3, number by number."""
     c = compose(Pretrain, "pretrain", ["recipe=as2m"])

@@ -65,6 +65,33 @@ def test_cgp_equals_the_slow_form(level, has_cls):
         torch.testing.assert_close(probe(features), wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_cgp_takes_the_mean_patch_of_each_block_for_a_class_token():
+    features = _features()
+    probe = _probe("cgp", has_cls=False, cls="mean").eval()
+    with torch.no_grad():
+        probe.layer_logits.copy_(torch.tensor([0.3, -1.0, 0.5]))
+        weights = (probe.layer_logits, probe.prototypes, probe.fc.weight, probe.fc.bias)
+        wanted = slow.cgp(features.patches, None, *weights, "clip", mean_as_cls=True)
+        torch.testing.assert_close(probe(features), wanted, atol=1e-5, rtol=1e-5)
+        other = _probe("cgp", has_cls=False, cls="patches").eval()
+        other.load_state_dict(probe.state_dict())
+        assert (other(features) - wanted).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"has_cls": True, "cls": "mean"}, "head.cls=mean .* this encoder has one"),
+        ({"has_cls": True, "cls": "patches"}, "head.cls=patches .* this encoder has one"),
+        ({"has_cls": False, "level": "frame", "cls": "mean"}, "head.cls=mean .* level=frame"),
+        ({"has_cls": False, "cls": "first"}, "head.cls=first is not known: patches or mean"),
+    ],
+)
+def test_a_stand_in_for_a_class_token_is_not_ignored(words, message):
+    with pytest.raises(UserError, match=message):
+        _probe("cgp", **words)
+
+
 @pytest.mark.parametrize("name", ["protobin", "protofloat"])
 @pytest.mark.parametrize("level", ["clip", "frame"])
 def test_prototypes_equal_the_slow_form(name, level):

@@ -33,9 +33,14 @@ def cgp(
     weight: Tensor,
     bias: Tensor,
     level: str,
+    *,
+    mean_as_cls: bool = False,
 ) -> Tensor:
-    """Logits (B, C) or (B, T, C)."""
+    """Logits (B, C) or (B, T, C). ``mean_as_cls``: each block's mean patch is its class token."""
     _, B, T, freqs, _ = patches.shape
+    if mean_as_cls:
+        count = T * freqs
+        cls = sum(patches[:, :, t, f] for t in range(T) for f in range(freqs)) / count  # (L, B, D)
     gate = layer_logits.exp() / layer_logits.exp().sum()
     answers = []
     for b in range(B):

@@ -88,7 +88,14 @@ def test_padding_is_the_checkpoints_unless_said(run):
     assert torch.equal(padded.pos_embed, trained.pos_embed)
     assert not padded.training
     assert _load(run, pad="waveform", pad_offset="random")[1] == 208
-    with pytest.raises(UserError, match=r"pad_offset=random .* say pad=waveform"):
+    clip = _load(run, pad="clip", pad_offset="random", data=Data(clip_seconds=2.0))[0]
+    assert (clip.frontend.pad, clip.frontend.clip_samples) == ("clip", 32000)
+    state = clip.state_dict()
+    export(run / "clip", backbone="bat", encoder=clip.config(), student=state, teacher={}, meta={})
+    assert _load(run / "clip", data=Data(clip_seconds=2.0))[0].frontend.clip_samples == 32000
+    assert _load(run / "clip", data=Data(clip_seconds=1.0))[0].frontend.clip_samples == 16000
+    assert _load(run / "clip", pad="spectrogram")[0].frontend.clip_samples == 0
+    with pytest.raises(UserError, match=r"pad_offset=random .* say pad=clip"):
         _load(run, pad_offset="random")
 
 
@@ -144,6 +151,9 @@ def test_clips_longer_than_the_frames_are_refused(run):
     with pytest.raises(UserError, match=r"clip_seconds=2\.5 makes 251 frames.*say frames=256"):
         check_frames(backbone, frames=frames, clip_seconds=2.5)
     check_frames(backbone, frames=1024, clip_seconds=10.23)
+    check_frames(backbone, frames=12_000, clip_seconds=120)  # 12,001: one is cut off
+    with pytest.raises(UserError, match=r"makes 12002 frames"):
+        check_frames(backbone, frames=12_000, clip_seconds=120.01)
 
 
 def test_a_digest_tells_weights_and_settings_apart(run):

@@ -103,7 +103,7 @@ def test_chunks_of_long_clips_keep_their_class_tokens(backbone, index):
     torch.testing.assert_close(features.pieces.mean(2), features.cls, atol=1e-6, rtol=1e-6)
     assert features.entry.shape == (1, 4, 8, 16)
     moved = to_device(features, torch.device("meta"))
-    assert all(t.is_meta for t in moved)
+    assert all(t.is_meta for t in moved if t is not None)
 
 
 def test_long_clips__start_in_bank_and_stream(backbone, index):

@@ -106,7 +106,7 @@ def test_sinks_with_the_gates_as_trained_and_open(order: str) -> None:
     assert found["gate off"] == pytest.approx(shares(plain, sound), 1e-4)
     assert found["gate on"][0] == pytest.approx(found["gate off"][0], 1e-6)  # of the same input
     assert abs(found["gate on"][2] - found["gate off"][2]) > 1e-3
-    assert found["uniform"] == 1 / 17
+    assert found["uniform"] == pytest.approx(1 / 17)
 
 
 def test_an_encoder_without_gates_has_none_to_open() -> None:
@@ -122,6 +122,30 @@ def test_how_the_clips_are_batched_does_not_matter() -> None:
     assert few["rank"]["patches"] == pytest.approx(many["rank"]["patches"], 1e-4)
     assert few["spread"]["patches"] == pytest.approx(many["spread"]["patches"], 1e-4)
     assert few["sinks"]["gate on"] == pytest.approx(many["sinks"]["gate on"], 1e-5)
+
+
+def test_clips_of_their_own_length_give_what_each_gives_alone() -> None:
+    """Without ``frames``: attention, too, is over the clip's own patches."""
+    backbone, sound = encoder(), waves()
+    lengths = torch.tensor([SAMPLES, 12 * 160, SAMPLES, 12 * 160, 12 * 160, SAMPLES])
+    few, many = (
+        encoder_statistics(backbone, batches(sound, batch=n, lengths=lengths), frames=None)
+        for n in (1, 6)
+    )
+    for name in ("norms", "sinks"):
+        for kind, found in few[name].items():
+            wanted = many[name][kind]
+            if isinstance(found, list):
+                found, wanted = torch.tensor(found), torch.tensor(wanted)
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert many["sinks"]["uniform"] == pytest.approx((1 / 17 + 1 / 9) / 2)
+    alone = torch.cat([
+        backbone.eval()(wave[:n]).patches[-1].detach().flatten(0, 2)
+        for wave, n in zip(sound, lengths.tolist(), strict=True)
+    ])  # fmt: skip
+    norm = alone.norm(dim=-1)
+    assert many["norms"]["patches"][-1][0] == pytest.approx(float(norm.mean()), 1e-5)
+    assert many["norms"]["patches"][-1][2] == pytest.approx(float(norm.max()), 1e-5)
 
 
 def test_patches_behind_the_end_of_a_clip_do_not_count() -> None:
@@ -149,7 +173,7 @@ def test_of_a_long_clip_the_first_chunk_counts() -> None:
     spectrogram = backbone.spectrogram(long, frames=2 * FRAMES)[:, :, :FRAMES]
     norm = backbone.eval().features(spectrogram).patches.norm(dim=-1).flatten(1).mean(1)
     assert [row[0] for row in found["norms"]["patches"]] == pytest.approx(norm.tolist(), 1e-5)
-    assert found["sinks"]["uniform"] == 1 / 17
+    assert found["sinks"]["uniform"] == pytest.approx(1 / 17)
 
 
 def test_nothing_is_disturbed_even_by_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,3 +315,11 @@ def test_maps_are_of_the_clips_asked_for_even_where_one_cannot_be_read() -> None
         assert m["spectrogram"].shape == (FRAMES, 128)
         assert m["hop_ms"] == 10
     assert [m["seconds"] for m in found] == pytest.approx([0.31] * 4 + [0.1])
+    own = prototype_maps(
+        probe, backbone, [batch], classes=[0, 1, 2, 3, 0, 2], labels=["w", "x", "y", "z"],
+        frames=None,
+    )  # fmt: skip
+    assert [m["spectrogram"].shape[0] for m in own] == [32, 32, 32, 32, 16]
+    alone = backbone(batch.waves[4, : batch.lengths[4]])
+    wanted = evidence(probe, alone, 2).map[0]
+    torch.testing.assert_close(torch.from_numpy(own[4]["evidence"]), wanted, atol=1e-5, rtol=1e-4)

@@ -11,22 +11,28 @@ import torch
 
 from bat.audio.decode import encode
 from bat.backbones.bat import BAT
+from bat.backbones.eat import EAT
 from bat.checkpoint import export
 from bat.config.compose import compose, to_yaml
+from bat.config.probing import FeatureStore
 from bat.config.schema import Finetune, Pretrain, Probe
+from bat.data.bad_clips import BadClips
 from bat.data.module import eval_loader
 from bat.data.tar import escape_key
 from bat.data.toy import SAMPLE_RATE, toy_wave
-from bat.probes.base import build_probe
-from bat.shapes import Grid, UserError, WaveBatch
+from bat.probes.base import build_probe, expand
+from bat.shapes import Grid, Needs, UserError, WaveBatch
 from bat.tasks.base import load_task
 from bat.tasks.events import Event
 from bat.train.candidates import Plan
+from bat.train.feature_cache import open_features
 from bat.train.features import FeatureBank
 from bat.train.frame_targets import FrameTargets
-from bat.train.heads import load_head
+from bat.train.heads import load_head, save_head
+from bat.train.laboratory import Laboratory
 from bat.train.prepare import open_probing, prepare, with_encoder
 from bat.train.probing import predictions
+from bat.train.run_finetune import finetune
 from bat.train.run_folder import open_data
 from bat.train.run_probe import probe
 from bat.train.selection import cross_validate
@@ -130,24 +136,90 @@ def test_the_draw_follows_the_seed(own):
     assert first == again != other
 
 
-def test_the_window_is_the_longest_clip_and_frames_follow(own):
+def test_the_window_is_the_longest_clip_and_each_clip_has_its_own_frames(own):
     ready = prepare(own(PLAIN))
     assert ready.config.data.clip_seconds == 1.0
-    assert ready.frames == 112  # 101 frames in patches of 16
+    assert ready.frames is None
     assert ready.notices[0] == "window 1 s, the longest clip (data.clip_seconds=10)"
     assert "\n  window 1 s, the longest clip" in ready.headline("first")
     ready = prepare(own(PLAIN, "data.clip_seconds=0.6"))
-    assert (ready.config.data.clip_seconds, ready.frames) == (0.6, 64)
+    assert (ready.config.data.clip_seconds, ready.frames) == (0.6, None)
     assert "6 of 9 clips are longer than the window of 0.6 s: only their start" in ready.notices[0]
     assert prepare(own(PLAIN, "frames=208")).frames == 208
     with pytest.raises(UserError, match="makes 101 frames, more than frames=64"):
         prepare(own(PLAIN, "frames=64"))
+    padded = prepare(own(PLAIN, "pad=clip")).backbone.frontend
+    assert (padded.pad, padded.clip_samples) == ("clip", 16000)  # the window's
 
 
-def test_untrained_encoders_get_the_frames_of_the_window(own):
+def test_untrained_encoders_get_the_grid_of_the_window(own):
     data = open_probing(own(PLAIN))
     ready = with_encoder(data, data.config, "random")
-    assert (ready.frames, ready.backbone.grid) == (112, Grid(7, 8))
+    assert (ready.frames, ready.backbone.grid) == (None, Grid(7, 8))
+
+
+class NoClassToken(BAT):
+    has_cls = False
+
+
+@pytest.mark.parametrize(
+    ("words", "cls"),
+    [(["protocol=bat"], "mean"), ([], "patches"), (["protocol=bat", "head.cls=patches"], "patches"),
+     (["head.cls=mean"], "mean")],
+)  # fmt: skip
+def test_what_stands_in_for_a_class_token_is_said_by_the_protocol(own, tmp_path, words, cls):
+    ready = prepare(own(PLAIN, "head.prototypes=4", *words))
+    backbone = NoClassToken(width=16, depth=2, heads=2, grid=Grid(8, 8))
+    lab = Laboratory(
+        dataclasses.replace(ready, backbone=backbone), tmp_path, name="x", methods=["cgp"]
+    )
+    probe = lab.build("cgp")
+    assert probe.cls == cls
+    save_head(tmp_path / "head", probe, name="cgp", head=lab.head, meta={})
+    assert load_head(tmp_path / "head")[0].cls == cls
+    if any(word.startswith("head.cls=") for word in words):
+        with pytest.raises(UserError, match=f"head.cls={cls} .* this encoder has one"):
+            Laboratory(ready, tmp_path, name="x", methods=["cgp"])
+    else:
+        assert Laboratory(ready, tmp_path, name="x", methods=["cgp"]).head["cls"] is None
+
+
+@pytest.mark.parametrize("level", ["clip", "frame"])
+@pytest.mark.parametrize("kind", [BAT, EAT])
+def test_probing_gives_each_clip_what_it_gives_alone(own, tmp_path, level, kind):
+    """Whatever the batch, wherever features are kept, for every probe."""
+    ready = prepare(own(EVENTS if level == "frame" else PLAIN, f"level={level}"))
+    torch.manual_seed(0)
+    encoder = kind(width=16, depth=2, heads=2, grid=Grid(4, 8)).eval()  # of 1 s: two chunks
+    ids, methods = np.arange(len(ready.index)), expand(["all"], level=level)
+    shape = {"classes": 2, "width": 16, "depth": 2, "has_cls": True, "level": level}
+    probes = {
+        m: build_probe(m, **shape, encoder=encoder, prototypes=5, pool_queries=2) for m in methods
+    }
+    found = {}
+    for cache, batch in [("off", 1), ("off", 7), ("memory", 1), ("memory", 7), ("memory", 48),
+                         ("disk", 7), ("disk", 1)]:  # fmt: skip
+        source = open_features(
+            encoder, ready.index, ids=ids, frames=ready.frames, needs=Needs("all", entry=True),
+            batch=batch, store=FeatureStore(cache=cache, folder=str(tmp_path / "features")),
+            data=ready.config.data, random_offset=False, autocast=None,
+            device=torch.device("cpu"), bad_clips=BadClips(max_bad=0.0), progress=False,
+            digest="", targets_of=ready.targets_of,
+        ).source  # fmt: skip
+        found[cache, batch] = predictions(probes, source.once(ids, batch=batch))
+    first = found["off", 1]
+    if level == "frame":  # complete windows of 25 ms alone: two clips lose a patch of 20 ms
+        assert len(first.targets) == (32 if kind is BAT else 30)
+    for other in found.values():
+        assert torch.equal(other.targets, first.targets)
+        for name, logits in first.logits.items():
+            torch.testing.assert_close(other.logits[name], logits, atol=1e-5, rtol=1e-5)
+    loader = eval_loader(ready.index, ids, batch=1, sample_rate=SAMPLE_RATE, clip_seconds=1.0)
+    for row, batch in enumerate(loader if level == "clip" else ()):
+        with torch.no_grad():
+            alone = encoder(batch.waves[0, : batch.lengths[0]])
+            logits = probes["cgp"](alone)[0]
+        torch.testing.assert_close(first.logits["cgp", ""][row], logits, atol=1e-5, rtol=1e-5)
 
 
 def test_data_are_opened_once_for_several_encoders(own, encoder):
@@ -269,8 +341,7 @@ def test_events_at_frame_level(own):
     loader = eval_loader(ready.index, np.arange(6), batch=6, sample_rate=SAMPLE_RATE,
                          clip_seconds=ready.config.data.clip_seconds)  # fmt: skip
     (batch,) = loader
-    patches = ready.frames // ready.backbone.patch
-    targets = ready.targets_of(batch, patches)
+    targets = ready.targets_of(batch, 7)
     assert targets.shape == (6, 7, 2)
     x = float("nan")
     torch.testing.assert_close(
@@ -367,9 +438,16 @@ def test_patch_times_are_their_starts_and_bounds_belong_to_the_event():
     assert made(batch, 6)[0, 5].tolist() == [0, 0]
 
 
+def test_fine_tuning_of_clips_of_their_own_length_is_not_split_among_devices(own, tmp_path):
+    words = ["hardware.strategy=fsdp", f"out={tmp_path}/run"]
+    with pytest.raises(UserError, match=r"strategy=fsdp .* say frames=NUMBER"):
+        finetune(own(PLAIN, *words, schema=Finetune, command="finetune"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_fine_tuning_takes_a_csv_too(own):
     ready = prepare(own(PLAIN, schema=Finetune, command="finetune"))
-    assert (ready.task.name, ready.frames) == ("own", 112)
+    assert (ready.task.name, ready.frames) == ("own", None)
     assert [len(r.train) for r in ready.rounds] == [6, 7, 7, 7]
     assert all(r.valid is None for r in ready.rounds)
     assert "nothing was selected" in ready.how

@@ -211,6 +211,8 @@ def test_switches_build_what_they_say(small, tmp_path: Path) -> None:
     assert (narrow.attn.heads, narrow.mlp.fc1.out_features) == (6, 96)
     wide = build().decoder.blocks[0]
     assert (wide.attn.heads, wide.mlp.fc1.out_features) == (12, 192)
+    padded = build("frontend.pad=clip", "data.clip_seconds=0.5").encoder.frontend
+    assert (padded.pad, padded.clip_samples) == ("clip", 8000)
     for part in ("encoder", "decoder"):
         reference = getattr(build(), part).pos_embed
         grid = getattr(build("model.pos_layout=grid"), part).pos_embed

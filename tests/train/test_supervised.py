@@ -98,7 +98,9 @@ def test_groups_hold_every_parameter_once_scaled_by_layer(config, encoder):
 def test_each_augmentation_acts_and_repeats(config, encoder, words):
     def augmented(*own: str, seed: int = 0):
         module = _module(config(*own), encoder)
-        return module.augmented(_batch(), torch.Generator().manual_seed(seed))
+        x, targets, patches = module.augmented(_batch(), torch.Generator().manual_seed(seed))
+        assert patches is None  # a fixed number of frames
+        return x, targets
 
     off = [f"{w.split('=')[0]}=0" for w in words]
     plain, targets = augmented(*off)
@@ -119,11 +121,35 @@ def test_time_roll__zero_frames_stay_at_the_end(config, encoder, pad, own):
     module.backbone.frontend.pad = pad
     batch = _batch()
     whole = module.backbone.spectrogram(batch.waves, batch.lengths, frames=208)
-    rolled, _ = module.augmented(batch, torch.Generator().manual_seed(1))
+    rolled, *_ = module.augmented(batch, torch.Generator().manual_seed(1))
     shift = next(s for s in range(own) if rolled[0, :, :own].equal(whole[0, :, :own].roll(s, 1)))
     assert shift > 0
     assert rolled[:, :, :own].equal(whole[:, :, :own].roll(shift, 2))
     assert rolled[:, :, own:].equal(whole[:, :, own:])
+
+
+QUIET = ["augment.noise_p=0", "augment.spec_freq=0", "augment.spec_time=0"]
+
+
+@pytest.mark.parametrize("mixed", [0, 1])
+def test_clips_of_their_own_length_train_as_each_alone(config, encoder, mixed):
+    """Without ``frames`` no clip sees its padding; a mixed clip is as long as the longer."""
+    module = _module(config(*QUIET, f"augment.mixup_p={mixed}", "drop_path=0"), encoder)
+    module.frames = None
+    module.eval()
+    batch = _batch()
+    batch.lengths = torch.tensor([32000, 4000, 9000, 16000])  # 13, 2, 4, 7 time patches
+    x, targets, patches = module.augmented(batch, torch.Generator().manual_seed(0))
+    assert patches.tolist() == ([13, 4, 4, 13] if mixed else [13, 2, 4, 7])
+    assert targets.shape == (4, 5)
+    logits = module.head(module.encoded(x, patches))
+    for row, own in enumerate(patches.tolist()):
+        alone = module.head(module.backbone.features(x[row : row + 1, :, : 16 * own]))
+        torch.testing.assert_close(logits[row], alone[0], atol=1e-5, rtol=1e-5)
+        if not mixed:
+            wave = batch.waves[row, : batch.lengths[row]]
+            alone = module.head(module.backbone(wave))
+            torch.testing.assert_close(logits[row], alone[0], atol=1e-5, rtol=1e-5)
 
 
 def test_drop_path_is_set_linearly(config, encoder):
