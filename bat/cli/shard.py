@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from bat.cli import args as cli
 from bat.shapes import UserError
 
 if TYPE_CHECKING:
+    from bat.data.info import Summary
     from bat.data.manifest import Manifest
     from bat.data.rows import Rows
     from bat.tasks.base import LeftOut, Row
@@ -35,6 +37,8 @@ examples:
 SOURCE: a folder of audio, a CSV, AudioSet's CSVs, EAT manifests (.tsv + .lbl), parquet, shards.
 A source with splits is written as OUT/SPLIT/. A folder called verify or info: ./verify, ./info.
 """
+LARGE = 100_000
+"""Clips from which the paper's pre-training is advised: Base, 400,000 steps."""
 CODECS = ("keep", "flac", "opus", "wav", "ogg")
 
 
@@ -117,7 +121,8 @@ def _in_place(args: argparse.Namespace) -> None:
     done = index_in_place(args.source, index_dir=args.index_dir, jobs=args.jobs, progress=True)
     for note in done.notes:
         print(f"bat-shard: note: {note}", file=sys.stderr)
-    for line in summarise(args.source, index_dir=args.index_dir).text():
+    summary = summarise(args.source, index_dir=args.index_dir)
+    for line in summary.text():
         print(line)
     kept = done.shards - done.written
     print(f"indexed   {done.written} shards" + (f", {kept} were indexed already" if kept else ""))
@@ -129,8 +134,8 @@ def _in_place(args: argparse.Namespace) -> None:
         )
     for path in done.manifests:
         print(f"manifest  {path}")
-    cache = f" data.cache={args.index_dir}" if args.index_dir else ""
-    print(f"next      bat-pretrain recipe=as2m data.shards={args.source}{cache}")
+    cache = [f"data.cache={args.index_dir}"] if args.index_dir else []
+    print(f"next      {next_command(summary, args.source, '', *cache)}")
 
 
 def _pack(args: argparse.Namespace) -> None:
@@ -152,7 +157,7 @@ def _pack(args: argparse.Namespace) -> None:
         print(f"dry run: nothing was written to {args.out}")
         return
     manifests = _write(args, folders, found)
-    _report(args.out, manifests)
+    _report(args.out, manifests, found.kind)
 
 
 def _deal(args: argparse.Namespace, found: Rows) -> dict[Path, list[Row]]:
@@ -267,10 +272,11 @@ def _kinds(entries: list[dict[str, str]]) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
 
 
-def _report(out: Path, manifests: dict[Path, Manifest]) -> None:
+def _report(out: Path, manifests: dict[Path, Manifest], kind: str) -> None:
     from bat.data.info import summarise
 
-    for line in summarise(out).text():
+    summary = summarise(out)
+    for line in summary.text():
         if line.startswith("shards"):
             line += f" in {out}"
         if not line.startswith("left out"):
@@ -278,8 +284,22 @@ def _report(out: Path, manifests: dict[Path, Manifest]) -> None:
     entries = [entry for manifest in manifests.values() for entry in manifest.left_out]
     where = out / "manifest.json" if out in manifests else f"manifest.json of {out}/*"
     print(f"left out  {f'{len(entries)} ({_kinds(entries)}): listed in {where}' if entries else 0}")
-    train = next((folder for folder in manifests if folder.name == "train"), out)
-    print(f"next      bat-pretrain recipe=as2m data.shards={train}")
+    print(f"next      {next_command(summary, out, kind)}")
+
+
+def next_command(summary: Summary, shards: Path, kind: str, *more: str) -> str:
+    """The pre-training that suits ``shards``: the paper's for a large set, else that of ESC-50 or
+    ESC-10 (tiny, for two cores), with its online probes where clips can be held out."""
+    words = [f"recipe={kind if kind in ('esc10', 'esc50') else 'esc10'}"]
+    if summary.clips >= LARGE:
+        words = ["recipe=as2m"]
+    elif words == ["recipe=esc10"] and kind != "esc10":
+        words += ["task=folder"]
+    held_out = len(summary.folds) > 1 or {"train", "test"} <= set(summary.splits)
+    labelled = (summary.label_counts > 0).sum() > 1
+    if summary.clips < LARGE and not (labelled and (held_out or not summary.splits)):
+        words += ["online.every=0"]
+    return "bat-pretrain " + shlex.join([*words, f"data.shards={shards}", *more])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -111,7 +111,7 @@ def test_dry_run_writes_nothing(words, tmp_path, capsys, command):
 def test_finetune_prints_a_table_and_leaves_these_files(words, tmp_path, capsys):
     assert finetune.main([*words, "train.save_every=2", "folds=[2]"]) == 0
     printed = capsys.readouterr().out
-    for part in ("linear ", "fold 2", "after the last step", "fold-K/export", "bat-probe recipe"):
+    for part in ("linear ", "fold 2", "after the last step", "fold-2/export", "bat-probe recipe"):
         assert part in printed, part
     out = tmp_path / "runs/finetune-toy-pretrain-toy"
     found = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}

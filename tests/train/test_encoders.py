@@ -15,12 +15,12 @@ from bat.shapes import Grid, UserError
 from bat.tasks.base import load_task
 from bat.train.encoders import (
     autocast_for,
-    checkpoint_name,
     data_of_run,
     device_for,
     load_for,
     weights_digest,
 )
+from bat.train.lineup import checkpoint_name
 from bat.train.prepare import check_frames, kaldi_line
 
 

@@ -19,15 +19,17 @@ def test_other_settings_are_refused_unless_forced_and_safe_ones_are_told(
 ) -> None:
     out = tmp_path / "run"
     logging.getLogger("bat").propagate = True
-    with run_folder(small(out=out), out):
+    with run_folder(small(out=out), out) as begin:
         assert (out / LOCK).exists()
+        begin()
     with (
         pytest.raises(UserError, match=r"(?s)- optim.lr: 0.001.*\+ optim.lr: 0.5.*--force"),
         run_folder(small("optim.lr=0.5", out=out), out),
     ):
         pass
     words = ["optim.lr=0.5", "health.stall_seconds=60", "train.save_minutes=5"]
-    with run_folder(small(*words, out=out), out, force=True):
+    with run_folder(small(*words, out=out), out, force=True) as begin:
+        begin()
         assert "lr: 0.5" in (out / "config.yaml").read_text()
     assert "by --force" in caplog.text
     with run_folder(small("optim.lr=0.5", out=out), out):  # health and save_minutes are safe
@@ -47,10 +49,10 @@ def test_leftovers_of_a_first_start_that_was_cut_off_do_not_bar_the_folder(
 ) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    for name in (".config.yaml.tmp", LOCK, "train.log"):
+    for name in (".config.yaml.host-1-ab.tmp", LOCK, "train.log"):
         (out / name).write_text("")
-    with run_folder(small(out=out), out):
-        pass
+    with run_folder(small(out=out), out) as begin:
+        begin()
     assert (out / "config.yaml").is_file()
 
 
@@ -60,7 +62,8 @@ def test_credentials_are_not_written_down_and_a_renewed_signature_is_no_differen
     out = tmp_path / "run"
     for signature in ("aaaa1111", "bbbb2222"):
         url = f"https://me:pw123@host/a.tar?X-Amz-Signature={signature}"
-        with run_folder(small(f"data.shards='{url}'", out=out), out):
+        with run_folder(small(f"data.shards='{url}'", out=out), out) as begin:
+            begin()
             text = (out / "config.yaml").read_text()
         assert signature not in text
         assert "pw123" not in text

@@ -15,6 +15,7 @@ from bat.shapes import Interrupted, UserError
 from bat.train.checkpointing import checkpoints
 from bat.train.pretrain import Pretraining
 from bat.train.run_pretrain import pretrain
+from bat.train.signals import minding_signals
 from bat.train.stopping import Stopping
 from bat.train.trainer import read_jsonl
 
@@ -233,7 +234,10 @@ def test_a_signal_while_exporting_says_resume_me_too(small, tmp_path: Path, name
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_pretrain, "export", export)
-        with pytest.raises(Interrupted, match=f"{name}, with nothing to save"):
+        with (
+            pytest.raises(Interrupted, match=f"{name}, with nothing to save"),
+            minding_signals(),
+        ):
             pretrain(config)
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
     pretrain(config)
