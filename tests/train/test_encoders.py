@@ -198,4 +198,4 @@ def test_devices_and_precision():
         with pytest.raises(UserError, match="no GPU here"):
             device_for(Hardware(accelerator="gpu"))
     assert autocast_for(Hardware(precision="32-true")) is None
-    assert autocast_for(Hardware()) is torch.bfloat16
+    assert autocast_for(Hardware(precision="bf16-mixed")) is torch.bfloat16

@@ -18,10 +18,10 @@ def test_other_settings_are_refused_unless_forced_and_safe_ones_are_told(
     small, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "run"
-    logging.getLogger("bat").propagate = True
     with run_folder(small(out=out), out) as begin:
         assert (out / LOCK).exists()
         begin()
+    logging.getLogger("bat").propagate = True
     with (
         pytest.raises(UserError, match=r"(?s)- optim.lr: 0.001.*\+ optim.lr: 0.5.*--force"),
         run_folder(small("optim.lr=0.5", out=out), out),
