@@ -255,3 +255,42 @@ def test_without_heads_on_disk_cgp_is_still_the_one_drawn(words, tmp_path, metho
     drawn = [p.name for p in (tmp_path / "run/plots/pretrain-toy").glob("prototype-maps-*")]
     assert drawn == ["prototype-maps-cgp.png"]
     assert not (tmp_path / "run/heads").exists()
+
+
+def listed(folder, labels):
+    """A CSV of four toy clips with these labels."""
+    from bat.data.toy import make_toy
+
+    make_toy(folder / "toy")
+    clips = sorted((folder / "toy" / "audio").iterdir())[:4]
+    lines = [f"{f},{x},{i // 2 + 1}\n" for i, (f, x) in enumerate(zip(clips, labels, strict=True))]
+    csv = folder / f"{labels}.csv"
+    csv.write_text("path,label,fold\n" + "".join(lines))
+    return f"data.csv={csv}"
+
+
+@pytest.mark.parametrize("command", [probe, finetune])
+def test_a_run_refused_for_other_data_leaves_the_first_one_as_it_is(
+    words, tmp_path, capsys, command
+):
+    own = [*words, f"out={tmp_path}/run", "folds=[1]"]
+    assert command.main([*own, listed(tmp_path, "abab")]) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert command.main([*own, listed(tmp_path, "abba")]) == 2
+    assert "other data" in capsys.readouterr().err
+    found = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert found == before
+    assert command.main([*own, listed(tmp_path, "abab")]) == 0
+    assert capsys.readouterr().err.startswith("nothing to do")
+
+
+def test_what_cannot_be_built_leaves_no_folder_and_no_checkpoint_no_shards(words, tmp_path, run):
+    bad = ["--method=mhca", "head.attention_heads=5", f"out={tmp_path}/runs/new"]
+    assert probe.main([*words, *bad]) == 2
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.yaml").write_text("")
+    own = [w for w in words if not w.startswith(("checkpoint=", "data.cache="))]
+    own += [f"checkpoint={tmp_path}/unfinished", f"data.cache={tmp_path}/cache"]
+    for command in (probe, finetune):
+        assert command.main([*own, listed(tmp_path, "abab")]) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["abab.csv", "toy", "unfinished"]

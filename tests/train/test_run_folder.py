@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from bat.config.schema import Finetune, Probe
 from bat.data.bad_clips import BadClips, merged_states
 from bat.shapes import Skipped, UserError, WaveBatch
 from bat.train.lock import LOCK, hold
-from bat.train.run_folder import run_folder
+from bat.train.run_folder import default_out, run_folder
+from bat.train.trainer import start_logging
 
 
 def test_other_settings_are_refused_unless_forced_and_safe_ones_are_told(
@@ -90,3 +93,60 @@ def test_settings_that_would_be_ignored_are_refused() -> None:
         compose(Probe, "probe", ["recipe=toy", "data.global_batch=8"])
     with pytest.raises(UserError, match=r"health\.collapse is for bat-pretrain"):
         compose(Finetune, "finetune", ["recipe=toy", "health.collapse=stop"])
+
+
+def test_nothing_is_written_before_all_is_checked(small, tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "run"
+    with pytest.raises(UserError, match="late"), run_folder(small(out=out), out):
+        raise UserError("late")
+    assert not (tmp_path / "runs").exists()
+    with run_folder(small(out=out), out) as begin:
+        begin()
+    before = {p: p.read_bytes() for p in out.iterdir()}
+    start_logging()  # as every command does first
+    with pytest.raises(UserError, match="late"), run_folder(small("log.project=x", out=out), out):
+        raise UserError("late")
+    assert before == {p: p.read_bytes() for p in out.iterdir()}
+    (tmp_path / "made by hand").mkdir()
+    with hold(tmp_path / "made by hand"):
+        pass
+    assert (tmp_path / "made by hand").is_dir()
+
+
+@pytest.mark.parametrize(("schema", "command"), [(Probe, "probe"), (Finetune, "finetune")])
+def test_two_tables_of_one_name_have_two_run_folders(schema, command) -> None:
+    def out(csv: str) -> Path:
+        return default_out(compose(schema, command, ["recipe=own", f"data.csv={csv}", RUN]))
+
+    found = [out(csv) for csv in ("birds/labels.csv", "frogs/labels.csv", "./birds//labels.csv")]
+    assert found[0] == found[2] != found[1]
+    assert all("labels" in path.name and "my-run" in path.name for path in found)
+
+
+RUN = "checkpoint=runs/my-run/export"
+
+
+def test_what_can_be_checked_is_checked_before_torch_is_imported(tmp_path: Path) -> None:
+    """A faulty CSV, a checkpoint that is not there, no data, a folder in use."""
+    (tmp_path / "a.csv").write_text("path,label\nnone.wav,x\n")
+    code = """
+import sys
+from pathlib import Path
+from bat.cli import finetune, pretrain, probe
+from bat.train.lock import hold
+csv = ["data.csv=a.csv", "checkpoint=random"]
+assert probe.main(csv) == finetune.main(csv) == 2
+nowhere = ["recipe=toy", "checkpoint=nowhere"]
+assert probe.main(nowhere) == finetune.main(nowhere) == 2
+assert pretrain.main(["recipe=as2m"]) == pretrain.main(["recipe=esc10", "data.root=absent"]) == 2
+with hold(Path("runs/pretrain-toy")):
+    assert pretrain.main(["recipe=toy"]) == 2
+assert not Path("runs").exists()
+sys.exit(", ".join({"torch", "lightning"} & set(sys.modules)) or 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for said in ("none.wav", "nowhere does not", "no data given", "absent does not", "in use"):
+        assert said in done.stderr
