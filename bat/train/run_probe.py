@@ -6,6 +6,7 @@ compares them. Data and rounds are the same for all.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -76,17 +77,18 @@ def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -
         print("dry run: nothing was trained, nothing was written but shards and their index")
         return out
     with run_folder(config, out, force=force) as begin:
-        left = 0
+        left, only = 0, None
         for name, checkpoint in encoders.items():  # all of them, before the first is probed
             lab = _laboratory(config, opened, out, name, checkpoint, methods)
             lab.check()
             left += lab.left()
+            only = lab if len(encoders) == 1 else None
             del lab
         if not left:
             log.info("nothing to do: %s is finished", out)
         begin()
         try:
-            summary = _run(config, opened, out, encoders, methods, finetuned)
+            summary = _run(config, opened, out, encoders, methods, finetuned, only)
         except (KeyboardInterrupt, Interrupted):
             log.warning(
                 "interrupted: %s/results.jsonl holds what is done, and the same command continues",
@@ -111,6 +113,14 @@ def _laboratory(
     return Laboratory(ready, out, name=name, methods=[m for m in methods if m not in unfit])
 
 
+def _seconds_before(out: Path) -> float:
+    """Of earlier starts, as far as their summary says."""
+    try:
+        return float(json.loads((out / "summary.json").read_text(encoding="utf-8"))["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
 def _unfit(methods: Sequence[str], config: schema.Probe, ready: Prepared[schema.Probe]) -> set[str]:
     """Of ``methods``, those of ``all`` that the encoder does not lend itself to."""
     if ready.backbone.has_queries:
@@ -126,12 +136,14 @@ def _run(
     encoders: dict[str, str],
     methods: Sequence[str],
     finetuned: dict[str, float],
+    only: Laboratory | None,
 ) -> dict[str, Any]:
-    """Probe all ``encoders``; the summary, as written to ``summary.json``."""
-    began = time.perf_counter()
+    """Probe all ``encoders``; the summary, as written to ``summary.json``. ``only``: that of the
+    single encoder, which is not to be loaded twice."""
+    began = time.perf_counter() - _seconds_before(out)
     found: dict[str, Any] = {}
     for number, (name, checkpoint) in enumerate(encoders.items(), start=1):
-        lab = _laboratory(config, opened, out, name, checkpoint, methods)
+        lab = only or _laboratory(config, opened, out, name, checkpoint, methods)
         of = f", encoder {number} of {len(encoders)}" if len(encoders) > 1 else ""
         log.info("%s", _headline(lab.ready, name, methods, out, of))
         if unfit := _unfit(methods, config, lab.ready):

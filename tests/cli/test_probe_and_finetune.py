@@ -224,6 +224,8 @@ def test_more_methods_seeds_and_encoders_are_added_to_a_probing(words, tmp_path,
     old, new = (s["encoders"]["pretrain-toy"]["results"]["linear"] for s in (first, summary))
     assert new["folds"]["1"]["0"] == old["folds"]["1"]["0"]
     assert new["std_over"] == "seeds"
+    assert summary["seconds"] >= first["seconds"]
+    assert summary["precision"] == "32-true"
     assert summary["unfinished"] == []
     for entry in summary["encoders"].values():  # also of the one that had nothing left to do
         assert entry["features"]["cache"] == "memory"
