@@ -65,7 +65,10 @@ class EncoderFile:
 
 
 def resolve(path: str | Path) -> Path:
-    """A run folder, an export folder or a file -> the export folder or file that holds weights."""
+    """A run folder, an export folder or a file -> the export folder or file that holds weights.
+
+    Of a fine-tuning it is the export of its only fold.
+    """
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist: give a run, an export or a weight file")
@@ -74,6 +77,14 @@ def resolve(path: str | Path) -> Path:
     for folder in (path, path / "export"):
         if (folder / WEIGHTS).is_file():
             return folder
+    tuned = sorted(file.parent for file in path.glob(f"fold-*/export/{WEIGHTS}"))
+    if len(tuned) == 1:
+        return tuned[0]
+    if tuned:
+        raise UserError(
+            f"{path} is a fine-tuning with an encoder for each held-out fold: name one of "
+            f"{', '.join(map(str, tuned))}"
+        )
     hint = ""
     if (path / "config.yaml").is_file():
         hint = ": the run has not finished (its export is written at the end)"

@@ -8,21 +8,34 @@ shows the traceback.
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
-from typing import Any, TextIO
+from contextlib import redirect_stdout, suppress
+from typing import Any, NoReturn, TextIO
 
 from bat import __version__
 from bat.redact import printable, redact_tree, shown
 from bat.shapes import RESUME_ME, Interrupted, UserError
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the flag that a misspelt one is like."""
+
+    def error(self, message: str) -> NoReturn:
+        for word in message.split()[2:] if message.startswith("unrecognized arguments") else []:
+            close = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions)
+            if word.startswith("-") and close:
+                message += f". Did you mean {close[0]}?"
+        super().error(message)
+
+
 def parser(command: str, about: str, epilog: str) -> argparse.ArgumentParser:
     """The parser of ``bat-COMMAND`` with the flags every command has."""
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog=f"bat-{command}",
         description=about,
         epilog=epilog,
@@ -62,14 +75,15 @@ def run(
 ) -> int:
     """Parse ``argv``, run ``body``; the exit code.
 
-    0; 2 for a user's mistake; 75 for a run that was asked to end, is saved, and wants to be
-    resumed by the same command; 130 for a Ctrl-C that nothing was saved at.
+    0; 2 for a user's mistake; 75 for a command that was asked to end by a signal or has saved and
+    ended by itself: the same command continues; 130 for a Ctrl-C that nothing was saved at.
     """
-    args = p.parse_intermixed_args(argv)
-    with redirect_stdout(_Printable(sys.stdout)):
-        code = _code(body, p, args)
-    if "bat.train.ranks" in sys.modules:
-        sys.modules["bat.train.ranks"].part()
+    from bat.train.signals import minding_signals
+
+    with minding_signals(), redirect_stdout(_Printable(sys.stdout)):
+        code = _code(body, p, p.parse_intermixed_args(argv))
+        if "bat.train.ranks" in sys.modules:
+            sys.modules["bat.train.ranks"].part()
     return code
 
 
@@ -99,6 +113,9 @@ def _code(
         print(f"{p.prog}: error: {shown(str(error))}", file=sys.stderr)
         return 2
     except Interrupted as why:
+        with suppress(ValueError):  # not the main thread
+            for number in (signal.SIGTERM, signal.SIGUSR1):  # batch systems send several
+                signal.signal(number, signal.SIG_IGN)
         print(
             f"{p.prog}: ended by {why}: the same command continues (exit code {RESUME_ME})",
             file=sys.stderr,

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from bat.redact import printable
 from bat.shapes import UserError
 
 if TYPE_CHECKING:
+    from bat.data.info import Summary
     from bat.data.manifest import Manifest
     from bat.data.rows import Rows
     from bat.tasks.base import LeftOut, Row
@@ -36,6 +38,8 @@ examples:
 SOURCE: a folder of audio, a CSV, AudioSet's CSVs, EAT manifests (.tsv + .lbl), parquet, shards.
 A source with splits is written as OUT/SPLIT/. A folder called verify or info: ./verify, ./info.
 """
+LARGE = 100_000
+"""Clips from which the paper's pre-training is advised: Base, 400,000 steps."""
 CODECS = ("keep", "flac", "opus", "wav", "ogg")
 
 
@@ -132,8 +136,8 @@ def _in_place(args: argparse.Namespace) -> None:
         )
     for path in done.manifests:
         print(f"manifest  {path}")
-    cache = f" data.cache={args.index_dir}" if args.index_dir else ""
-    print(f"next      {_next(args.source, [*summary.splits])}{cache}")
+    cache = [f"data.cache={args.index_dir}"] if args.index_dir else []
+    print(f"next      {next_command(summary, args.source, '', *cache)}")
 
 
 def _pack(args: argparse.Namespace) -> None:
@@ -155,7 +159,7 @@ def _pack(args: argparse.Namespace) -> None:
         print(f"dry run: nothing was written to {args.out}")
         return
     manifests = _write(args, folders, found)
-    _report(args.out, manifests)
+    _report(args.out, manifests, found.kind)
 
 
 def _deal(args: argparse.Namespace, found: Rows) -> dict[Path, list[Row]]:
@@ -270,10 +274,11 @@ def _kinds(entries: list[dict[str, str]]) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
 
 
-def _report(out: Path, manifests: dict[Path, Manifest]) -> None:
+def _report(out: Path, manifests: dict[Path, Manifest], kind: str) -> None:
     from bat.data.info import summarise
 
-    for line in summarise(out).text():
+    summary = summarise(out)
+    for line in summary.text():
         if line.startswith("shards"):
             line += f" in {out}"
         if not line.startswith("left out"):
@@ -281,18 +286,27 @@ def _report(out: Path, manifests: dict[Path, Manifest]) -> None:
     entries = [entry for manifest in manifests.values() for entry in manifest.left_out]
     where = out / "manifest.json" if out in manifests else f"manifest.json of {out}/*"
     print(f"left out  {f'{len(entries)} ({_kinds(entries)}): listed in {where}' if entries else 0}")
-    train = next((folder for folder in manifests if folder.name == "train"), out)
-    splits = [name for m in manifests.values() for name in m.splits]
-    print(f"next      {_next(train, splits)}")
+    print(f"next      {next_command(summary, out, kind)}")
 
 
-def _next(source: Path, splits: list[str]) -> str:
-    """A command that pre-trains on ``source``."""
+def next_command(summary: Summary, shards: Path, kind: str, *more: str) -> str:
+    """The pre-training that suits ``shards``: the paper's for a large set, else that of ESC-50 or
+    ESC-10 (tiny, for two cores), with its online probes where clips can be held out."""
     from bat.data.splits import TRAIN
 
-    named = "train-balanced" if "train-balanced" in splits else "all"
-    word = f" data.split={named}" if splits and not {*TRAIN} & {*splits} else ""
-    return f"bat-pretrain recipe=as2m data.shards={source}{word}"
+    words = [f"recipe={kind if kind in ('esc10', 'esc50') else 'esc10'}"]
+    if summary.clips >= LARGE:
+        words = ["recipe=as2m"]
+    elif words == ["recipe=esc10"] and kind != "esc10":
+        words += ["task=folder"]
+    splits = set(summary.splits)
+    if splits and not splits & {*TRAIN}:
+        words.append(f"data.split={'train-balanced' if 'train-balanced' in splits else 'all'}")
+    held_out = len(summary.folds) > 1 or {"train", "test"} <= set(summary.splits)
+    labelled = (summary.label_counts > 0).sum() > 1
+    if summary.clips < LARGE and not (labelled and (held_out or not summary.splits)):
+        words += ["online.every=0"]
+    return "bat-pretrain " + shlex.join([*words, f"data.shards={shards}", *more])
 
 
 def main(argv: list[str] | None = None) -> int:

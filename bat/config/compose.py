@@ -19,9 +19,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from bat.config import locate
 from bat.config.schema import OBJECTIVE, objective_settings
@@ -124,6 +124,43 @@ def _is_objective(key: str) -> bool:
     return key == "objective" or key.startswith("objective.")
 
 
+def words_of(config: Any, command: str) -> list[str] | None:
+    """The words of ``bat-COMMAND`` that ``compose`` makes ``config`` of, ``recipe=`` first.
+
+    Fragments on the command line come back as such where they say more than one value. None where
+    the recipe was given by a path, which a configuration does not keep.
+    """
+    if config.recipe not in locate.known_recipes(command):
+        return None
+    wanted = dict(_leaves(to_dict(config)))
+
+    def missing(words: list[str]) -> dict[str, Any] | None:
+        """The values that ``words`` leave to be given; None where they do not go together."""
+        try:
+            made = dict(_leaves(to_dict(compose(type(config), command, words))))
+        except UserError:
+            return None
+        return {k: v for k, v in wanted.items() if v != made.get(k, made)}
+
+    words = [f"recipe={config.recipe}"]
+    left = missing(words) or {}
+    for group in sorted({key.partition(".")[0] for key in left}):
+        for leaf in locate.known_fragments(group):
+            fewer = missing([*words, f"{group}={leaf}"])
+            if fewer is not None and len(fewer) < len(left) - 1:
+                best, left = f"{group}={leaf}", fewer
+                words = [w for w in words if not w.startswith(f"{group}=")] + [best]
+    return words + [word(key, value) for key, value in left.items()]
+
+
+def word(key: str, value: Any) -> str:
+    """``key=value`` as the command line takes it (unquoted for a shell)."""
+    value = str(value) if isinstance(value, Path) else value
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
+    text = text.removesuffix("\n").removesuffix("\n...")
+    return f"{key}={text}"
+
+
 def to_yaml(config: Any) -> str:
     """The resolved configuration as YAML, every value written out."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
@@ -162,7 +199,7 @@ def _words(overrides: list[str], command: str) -> dict[str, Any]:
             raise UserError(f"'{key}' is given twice on the command line: keep one")
         try:
             words[key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"v={text}"]))["v"]  # type: ignore[index, call-overload]
-        except (YAMLError, OmegaConfBaseException) as error:
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"cannot read the value of {key}={text}: {error}") from error
     return words
 
@@ -170,7 +207,7 @@ def _words(overrides: list[str], command: str) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         loaded = OmegaConf.load(path)
-    except (YAMLError, OSError) as error:
+    except (yaml.YAMLError, OSError) as error:
         raise UserError(f"{path} is not readable YAML: {error}") from error
     plain = OmegaConf.to_container(loaded) if isinstance(loaded, DictConfig) else None
     if not isinstance(plain, dict):

@@ -53,7 +53,9 @@ class Hardware:
     """Machines; 0: as many as Slurm gave (``SLURM_NNODES``)."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """``fsdp``: FSDP2, weights, gradients, optimiser and teacher split among the devices."""
-    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    """``auto``: ``bf16-mixed`` on a GPU or CPU with bfloat16 arithmetic, else ``32-true``; in a run
+    that is continued, what it began with."""
     compile: Literal["off", "blocks", "whole", "cudagraphs"] = "off"
     """torch.compile: every block; or (``whole``) the front end and what the objective names, the
     teacher and the student with its losses, as one graph each; or these replayed as CUDA graphs.

@@ -1,8 +1,8 @@
 """A function over many items in several processes, results in order, few in flight.
 
 The processes are spawned, not forked: threads and locks of the caller (CUDA, a progress bar) do
-not come along. They leave Ctrl-C to the caller, and end with it even where it was killed: each has
-a pipe of its own, which then closes.
+not come along. They leave Ctrl-C and SIGTERM to the caller, and end with it even where it was
+killed: each has a pipe of its own, which then closes.
 
 Departure from ``concurrent.futures``: its processes wait for work for ever when the caller is
 killed (CPython 3.11), and its one result pipe with a thread behind it costs 0.5 ms for a result of
@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import suppress
 from itertools import count
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -27,6 +28,8 @@ from bat.shapes import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+CALLERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that are for the caller to act on, though batch systems send them to all."""
 AHEAD = 2  # items in flight for each process: one in work, one waiting
 _END: Any = object()
 
@@ -92,13 +95,18 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
+        resource_tracker.ensure_running()  # else it unblocks signals while it starts
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, CALLERS)  # inherited, till it ignores them
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()  # the process has it now: its death closes the pipe
         self.pipe.send(function)
         self.items: deque[int] = deque()
 
     def end(self) -> None:
-        self.process.terminate()
+        self.process.kill()
         self.process.join()
         self.pipe.close()
 
@@ -149,7 +157,8 @@ def _alive(jobs: int, talk: Callable[..., Any], *said: Any) -> Any:
 
 def _serve(pipe: Connection[Any, Any]) -> None:
     """In a process of its own: answers items until the caller is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in CALLERS:
+        signal.signal(number, signal.SIG_IGN)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # numpy reads it when it is imported: with the function
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):

@@ -80,6 +80,10 @@ def notes(section: Section) -> list[str]:
             found.append(f"{name}: left out, {encoder['diverged']}.")
         if encoder["cls_rule"]:
             found.append(f"{name}: {encoder['cls_rule'].rstrip('.')}.")
+    if used := list(
+        dict.fromkeys(str(s["precision"]) for s in section.summaries if "precision" in s)
+    ):
+        found.append(f"Computed in {' and '.join(used)}.")
     for how in dict.fromkeys(str(s["how"]) for s in section.summaries):
         found.append(f"{how[:1].upper()}{how[1:].rstrip('.')}.")
     for notice in dict.fromkeys(str(n) for s in section.summaries for n in s.get("notices", [])):

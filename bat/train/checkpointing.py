@@ -216,17 +216,31 @@ class Checkpoints(StepCallback, CheckpointBase):
         )
         """The plugin for the Trainer."""
         self.stalls: list[float] = []
-        """Seconds that training waited for each checkpoint."""
+        """Seconds that training waited for each checkpoint of this start."""
         self.seconds: list[float] = []
         """Seconds until each was safe."""
         self.bytes = 0
         """Of the latest."""
-        self._since = time.monotonic()
+        self._since = self._began = time.monotonic()
+        self._before: dict[str, Any] = {}  # facts and training seconds of the starts before
         stopping.clocks.append(self.overdue)
 
     def overdue(self) -> bool:
         """Whether this process' clock says that it is time for a checkpoint."""
         return self.minutes > 0 and time.monotonic() - self._since > 60 * self.minutes
+
+    def training_seconds(self) -> float:
+        """Of all starts, as far as the checkpoint that this one resumed from knows of them."""
+        return float(self._before.get("training_seconds", 0)) + time.monotonic() - self._began
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next start counts on from; the checkpoint that this goes into is counted."""
+        written = self._before.get("written", 0) + len(self.stalls) + 1
+        seconds = self.training_seconds()
+        return {**self.facts(), "written": written, "training_seconds": seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = state_dict
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         names = [path.name if path else "none" for path in ranks_of(trainer).gather(self.newest)]
@@ -295,11 +309,16 @@ class Checkpoints(StepCallback, CheckpointBase):
         log.info("%s: %.1f MB, safe after %.2f s", path.name, self.bytes / 1e6, seconds)
 
     def facts(self) -> dict[str, Any]:
-        """For a summary: how many, how large, what they cost."""
+        """For a summary: how many, how large, what they cost, over all starts."""
+        before = self._before
+        stall, longest, write = (
+            before.get(name, 0.0)
+            for name in ("stall_seconds", "longest_stall_seconds", "longest_write_seconds")
+        )
         return {
-            "written": len(self.seconds),
-            "mb": round(self.bytes / 1e6, 1),
-            "stall_seconds": round(sum(self.stalls), 3),
-            "longest_stall_seconds": round(max(self.stalls, default=0.0), 3),
-            "longest_write_seconds": round(max(self.seconds, default=0.0), 3),
+            "written": before.get("written", 0) + len(self.seconds),
+            "mb": round(self.bytes / 1e6, 1) if self.bytes else before.get("mb", 0.0),
+            "stall_seconds": round(stall + sum(self.stalls), 3),
+            "longest_stall_seconds": round(max([longest, *self.stalls]), 3),
+            "longest_write_seconds": round(max([write, *self.seconds]), 3),
         }

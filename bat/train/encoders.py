@@ -29,9 +29,9 @@ from bat.data.stream import clip_samples
 from bat.redact import HIDDEN
 from bat.shapes import Grid, UserError
 from bat.tasks.base import Task
+from bat.train.lineup import RANDOM, check_there, given, several
 from bat.train.trainer import derive_seed
 
-RANDOM = "random"
 OWN = "own"
 """The task of ``data.csv``."""
 PATCH = 16
@@ -40,15 +40,13 @@ STATISTICS_OF = {"esc10": "esc50", "esc50": "esc50"}
 """Task -> data set whose statistics suit it (``bat.audio.frontend``); others: AudioSet's."""
 
 
-def checkpoint_name(config: Supervised) -> str:
-    """A short name for run folders: ``pretrain-esc10``, ``random-pretrain-esc10``, ``random-S``."""
-    name = _given(config)
-    prefix, _, rest = name.partition(":") if name.startswith(f"{RANDOM}:") else ("", "", name)
-    path = Path(rest).expanduser().resolve() if Path(rest).name in ("", "..") else Path(rest)
-    while path.stem in ("export", "checkpoints", "model", "last") and path.parent.name:
-        path = path.parent
-    stem = path.stem if path.suffix in (".pt", ".pth", ".ckpt", ".safetensors") else path.name
-    return f"{prefix}-{stem}" if prefix else stem
+def check_weights(config: Supervised) -> None:
+    """Raise ``UserError`` for a checkpoint of ``config`` that is not there or holds no weights."""
+    check_there(config)
+    for name in several(config) if isinstance(config, Probe) else [given(config)]:
+        path = Path(name.removeprefix(f"{RANDOM}:")).expanduser()
+        if path.exists():
+            resolve(path)
 
 
 def load_for(config: Supervised, task: Task) -> tuple[Backbone, int | None]:
@@ -57,7 +55,8 @@ def load_for(config: Supervised, task: Task) -> tuple[Backbone, int | None]:
 
     Raises ``UserError``: nothing given, nothing there, settings that its front end does not have.
     """
-    name = _given(config)
+    check_there(config)
+    name = given(config)
     frames = config.frames or task.frames
     if name == RANDOM or name.startswith(f"{RANDOM}:"):
         shape = name.partition(":")[2] or "tiny"
@@ -88,7 +87,7 @@ def _with_frontend(backbone: Backbone, config: Supervised, task: Task) -> Backbo
         changes |= {"pad": pad, "clip_seconds": seconds}
     if isinstance(front, KaldiFbank):
         # the field's files and folders do not say what they were trained or tuned with
-        own = is_export(resolve(_given(config).removeprefix(f"{RANDOM}:")))
+        own = is_export(resolve(given(config).removeprefix(f"{RANDOM}:")))
         usual = front.statistics if own else STATISTICS_OF.get(task.name, "audioset")
         if (config.statistics or usual) != front.statistics:
             changes["statistics"] = config.statistics or usual
@@ -131,7 +130,7 @@ def data_of_run(config: Supervised) -> tuple[Data, str]:
     data = config.data
     if data.root or data.shards or data.csv:
         return data, ""
-    for file in _config_files(_given(config)):
+    for file in _config_files(given(config)):
         for task, root, csv, shards in _sources(file):
             if task == config.task and any(HIDDEN in s for s in (root or csv or "", *shards)):
                 raise UserError(
@@ -172,16 +171,8 @@ def device_for(hardware: Hardware) -> torch.device:
 
 def autocast_for(hardware: Hardware) -> torch.dtype | None:
     """Autocast's type, None for float32."""
+    assert hardware.precision != "auto", "settled by with_precision, before a run begins"
     return torch.bfloat16 if hardware.precision == "bf16-mixed" else None
-
-
-def _given(config: Supervised) -> str:
-    if not config.checkpoint:
-        raise UserError(
-            "no checkpoint given: say checkpoint=RUN (a run, an export or a weight file), or "
-            "checkpoint=random for the untrained control"
-        )
-    return config.checkpoint
 
 
 def _config_files(name: str) -> Iterator[Path]:
@@ -203,11 +194,6 @@ def _usual_frames(data: Data) -> int:
 def _untrained(shape: str, config: Supervised, frames: int) -> Backbone:
     """A fresh encoder of the shape of a run, an export, a file or a model fragment."""
     if shape not in known_fragments("model"):
-        if not Path(shape).expanduser().exists():
-            known = ", ".join(known_fragments("model"))
-            raise UserError(
-                f"checkpoint={RANDOM}:{shape}: neither a run nor a model fragment ({known})"
-            )
         trained = bat.load_encoder(resolve(shape), weights="student", heads=config.heads)
         keywords = trained.config()
         return type(trained)(**{**keywords, "grid": Grid(*keywords["grid"])})

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from bat.config.schema import Finetune, Pretrain
 from bat.data.base import StreamData
@@ -41,6 +41,7 @@ class Fitting:
     Args:
         name: of the run, for Weights & Biases.
         force: begin anew where there are checkpoints and none loads.
+        begin: called when what the training resumes from is restored, before its first step.
         more: given ``Metrics`` and ``Stopping``, further callbacks.
     """
 
@@ -53,6 +54,7 @@ class Fitting:
         data: StreamData,
         name: str,
         force: bool = False,
+        begin: Callable[[], None] = lambda: None,
         more: Callable[[Metrics, Stopping], list[Callback]] = lambda metrics, stopping: [],
     ) -> None:
         train, health = config.train, config.health
@@ -87,6 +89,7 @@ class Fitting:
             log=config.log,
             out=out,
             callbacks=[
+                LambdaCallback(on_train_start=lambda trainer, module: begin()),
                 self.health,
                 self.metrics,
                 self.guard,
@@ -96,6 +99,7 @@ class Fitting:
             ],
             checkpoint_io=self.checkpoints.io,
             name=name,
+            resumed=self.newest is not None,
         )
 
     def run(self) -> None:
@@ -149,8 +153,9 @@ class Fitting:
         return ranks_of(self.trainer)
 
     def facts(self) -> dict[str, Any]:
-        """For a summary: checkpoints and what went wrong on the way."""
+        """For a summary, over all starts: time, checkpoints and what went wrong on the way."""
         return {
+            "seconds": round(self.checkpoints.training_seconds(), 1),
             "checkpoints": self.checkpoints.facts(),
             "skipped_steps": self.guard.total,
         }

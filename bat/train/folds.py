@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -110,23 +111,32 @@ class Folds:
             out=self.out / f"fold-{held.name}",
         )
 
-    def fold(self, held: Round) -> dict[str, Any]:
-        """Train with ``held`` held out, judge, write its folder; read it where that is done."""
+    def fold(self, held: Round, begin: Callable[[], None]) -> dict[str, Any]:
+        """Train with ``held`` held out, judge, write its folder; read it where that is done.
+
+        ``begin`` is called before anything is written."""
         folder = self.out / f"fold-{held.name}"
-        done = folder / "result.json"
-        if done.is_file():
-            log.info("held out %s: done before, read from %s", held.name, done)
-            return self._read(done)
+        before = self.read(held)
+        if before is not None:
+            log.info("held out %s: done before, read from %s", held.name, folder / "result.json")
+            return before
         config = self.config
-        if is_main():  # another process could be here before the run's folder was looked at
-            folder.mkdir(parents=True, exist_ok=True)
+
+        def begin_fold() -> None:
+            begin()
+            if is_main():  # another process could be here before the run's folder was looked at
+                folder.mkdir(parents=True, exist_ok=True)
+
         module, data = self.module(held), self.data(held)
         name = f"finetune-{config.recipe}-{held.name}"
-        fitting = Fitting(config, folder, module=module, data=data, name=name, force=self.force)
+        fitting = Fitting(
+            config, folder, module=module, data=data, name=name, force=self.force, begin=begin_fold
+        )
         trainer, newest = fitting.trainer, fitting.newest
         start = f"continuing from {newest}" if newest else "starting"
         log.info("held out %s: %s, %d clips to train on", held.name, start, len(held.train))
         fitting.run()
+        begin()  # a training that was finished before had no start
         module = self._whole(module, held).to(trainer.strategy.root_device)
         metrics, held_out_bad = self._judge(module, held)
         result = {
@@ -145,8 +155,12 @@ class Folds:
         trainer.strategy.barrier()  # nobody goes on, or ends, before the result is there
         return result
 
-    def _read(self, done: Path) -> dict[str, Any]:
-        """The result of a finished fold; ``UserError`` where it was made from something else."""
+    def read(self, held: Round) -> dict[str, Any] | None:
+        """The result of a finished fold, None where there is none; ``UserError`` where it was made
+        from something else."""
+        done = self.out / f"fold-{held.name}" / "result.json"
+        if not done.is_file():
+            return None
         try:
             result: dict[str, Any] = dict(json.loads(done.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:

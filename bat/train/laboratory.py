@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bat import __version__
 from bat.config import schema
@@ -108,13 +109,33 @@ class Laboratory:
             wanted |= cls.needs(has_cls=self.backbone.has_cls, level=self.config.level)
         return wanted
 
+    def results(self) -> ResultsFile:
+        """What is there already; ``UserError`` where it is of another encoder or other data."""
+        file = self.out / "results.jsonl"
+        return ResultsFile(file, encoder=self.name, made_from=self.made_from)
+
+    def wanted(self) -> set[tuple[str, str, int]]:
+        """Method, round and seed of every training that is asked for."""
+        seeds = range(self.config.seed, self.config.seed + self.config.seeds)
+        return {(m, r.name, s) for m in self.methods for r in self.ready.rounds for s in seeds}
+
+    def left(self) -> int:
+        """Trainings that are still to be done."""
+        file = self.results()
+        return sum(not file.done(*job) for job in self.wanted())
+
+    def check(self) -> None:
+        """Raise ``UserError`` where results are of something else, or a probe cannot be built."""
+        self.results()
+        with torch.random.fork_rng(devices=[]):
+            for method in self.methods:
+                self.build(method)
+
     def run(self) -> dict[str, Any]:
         """Train and judge; this encoder's part of ``summary.json``."""
-        file = ResultsFile(self.out / "results.jsonl", encoder=self.name, made_from=self.made_from)
+        file, wanted = self.results(), self.wanted()
         plan = self._plan(file)
-        seeds = range(plan.seed, plan.seed + plan.seeds)
-        wanted = {(m, r.name, s) for m in self.methods for r in self.ready.rounds for s in seeds}
-        left = sum(not file.done(*job) for job in wanted)
+        left = self.left()
         if left < len(wanted):
             log.info("%s: %d of %d results are there from before",
                      self.name, len(wanted) - left, len(wanted))  # fmt: skip

@@ -1,5 +1,7 @@
 """Which encoders a probing compares, by what name, and what fine-tuning made of each.
 
+Nothing here needs torch until an encoder is loaded.
+
 ``checkpoint=A,B,random``: ``random`` beside others is the same architecture untrained, one control
 for each architecture among them. Names are those of ``checkpoint_name``, numbered where two agree.
 """
@@ -12,9 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import bat
-from bat.config.schema import Probe
+from bat.config.locate import known_fragments
+from bat.config.schema import Probe, Supervised
 from bat.shapes import UserError
-from bat.train.encoders import RANDOM, checkpoint_name
+
+RANDOM = "random"
+"""Checkpoint: an untrained encoder; ``random:RUN`` or ``random:S`` names its architecture."""
 
 
 def encoders_of(config: Probe) -> dict[str, str]:
@@ -22,10 +27,10 @@ def encoders_of(config: Probe) -> dict[str, str]:
 
     Raises ``UserError`` for none, an empty one, and one named twice.
     """
-    given = _given(config)
-    trained = [c for c in given if c != RANDOM and not c.startswith(f"{RANDOM}:")]
+    names = several(config)
+    trained = [c for c in names if c != RANDOM and not c.startswith(f"{RANDOM}:")]
     found: dict[str, str] = {}
-    for checkpoint in given:
+    for checkpoint in names:
         if checkpoint == RANDOM and trained:
             for source in _architectures(config, trained):
                 _put(found, config, f"{RANDOM}:{source}")
@@ -34,7 +39,44 @@ def encoders_of(config: Probe) -> dict[str, str]:
     return found
 
 
-def _given(config: Probe) -> list[str]:
+def given(config: Supervised) -> str:
+    """The checkpoint as the user wrote it; ``UserError`` for none."""
+    if not config.checkpoint:
+        raise UserError(
+            "no checkpoint given: say checkpoint=RUN (a run, an export or a weight file), or "
+            "checkpoint=random for the untrained control"
+        )
+    return config.checkpoint
+
+
+def checkpoint_name(config: Supervised) -> str:
+    """A short name for run folders: ``pretrain-esc10``, ``random-pretrain-esc10``, ``random-S``."""
+    name = given(config)
+    prefix, _, rest = name.partition(":") if name.startswith(f"{RANDOM}:") else ("", "", name)
+    path = Path(rest).expanduser().resolve() if Path(rest).name in ("", "..") else Path(rest)
+    while path.stem in ("export", "checkpoints", "model", "last") and path.parent.name:
+        path = path.parent
+    stem = path.stem if path.suffix in (".pt", ".pth", ".ckpt", ".safetensors") else path.name
+    return f"{prefix}-{stem}" if prefix else stem
+
+
+def check_there(config: Supervised) -> None:
+    """Raise ``UserError`` for a checkpoint of ``config`` that does not exist."""
+    for name in several(config) if isinstance(config, Probe) else [given(config)]:
+        shape = name.removeprefix(f"{RANDOM}:")
+        if name == RANDOM or Path(shape).expanduser().exists():
+            continue
+        if shape == name:
+            raise UserError(
+                f"checkpoint {name} does not exist: give a run, an export or a weight file"
+            )
+        if shape not in (known := known_fragments("model")):
+            raise UserError(
+                f"checkpoint={name}: neither a run nor a model fragment ({', '.join(known)})"
+            )
+
+
+def several(config: Supervised) -> list[str]:
     """The checkpoints as the user wrote them."""
     text = (config.checkpoint or "").strip()
     if not text:
@@ -80,14 +122,14 @@ def finetuned_of(
     checkpoints, a number that is no percentage, and a folder that is no finished fine-tuning of
     this task on these data.
     """
-    given = _given(config)
+    checkpoints = several(config)
     entries = [part.strip() for entry in config.finetuned for part in entry.split(",")]
-    if len(entries) > len(given):
+    if len(entries) > len(checkpoints):
         raise UserError(
-            f"finetuned={','.join(entries)} has {len(entries)} entries for {len(given)} "
+            f"finetuned={','.join(entries)} has {len(entries)} entries for {len(checkpoints)} "
             "checkpoint(s): give one each, in order, or none"
         )
-    by_checkpoint = dict(zip(given, entries, strict=False))
+    by_checkpoint = dict(zip(checkpoints, entries, strict=False))
     found = {}
     for name, checkpoint in zip(names, encoders_of(config).values(), strict=True):
         entry = by_checkpoint.get(checkpoint, "none")

@@ -2,7 +2,8 @@
 
 A POSIX record lock (``lockf``) on ``OUT/.lock``: it works across machines on NFS, and loader
 workers, which inherit the open file, do not hold it on after a kill. The file says who holds it,
-and is removed at the end; one that a killed run left behind is no obstacle.
+and is removed at the end, with the folder where nothing else came into it; one that a killed run
+left behind is no obstacle.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ def hold(folder: Path) -> Iterator[None]:
     Raises ``UserError`` naming process, machine and time where another one holds it. On a file
     system without locks it warns and goes on.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     name = str(folder.resolve())
     if name in _held:  # not even read: closing the file would give up this process' lock
         raise UserError(f"out={folder} is in use by this very process: give another out=")
+    made = [f for f in (folder, *folder.parents) if not f.exists()]
     file = _lock(folder, path)
     _held.add(name)
     try:
@@ -53,14 +54,29 @@ def hold(folder: Path) -> Iterator[None]:
         if file is not None:
             path.unlink(missing_ok=True)
             os.close(file)
+        with contextlib.suppress(OSError):  # not empty: somebody uses it
+            for empty in made:
+                empty.rmdir()
+
+
+def check_free(folder: Path) -> None:
+    """Raise ``UserError`` where another process holds ``folder``; makes nothing."""
+    if (folder / LOCK).is_file():
+        with hold(folder):
+            pass
 
 
 def _lock(folder: Path, path: Path) -> int | None:
     """The open, locked file; None where the file system has no locks."""
+    tries = 0
     while True:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
+            tries += 1
+            if isinstance(error, FileNotFoundError) and tries < 100:
+                continue  # another holder ended, and removed the empty folder
             raise UserError(f"cannot write to out={folder}: {error}; choose another") from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -37,6 +37,7 @@ from bat.tasks.folder import TASK as FOLDER
 from bat.tasks.labels import classes_in_words, doubts
 from bat.train.callbacks import Metrics, StepCallback
 from bat.train.candidates import Plan
+from bat.train.encoders import autocast_for
 from bat.train.features import FeatureBank
 from bat.train.held_out import Round, check_rounds, make_rounds
 from bat.train.losses import loss_for
@@ -166,8 +167,7 @@ class OnlineProbe(StepCallback):
     ) -> dict[str, dict[str, Any]]:
         """Train and judge once; ``{method: {"mean", "std", "folds", "gate"}}``."""
         online, frames = self.config.online, self.config.frontend.frames
-        bf16 = self.config.hardware.precision == "bf16-mixed"
-        autocast = torch.bfloat16 if bf16 else None
+        autocast = autocast_for(self.config.hardware)
         bad = BadClips(max_bad=self.config.data.max_bad)
         batches = eval_loader(
             self.index,

@@ -16,7 +16,7 @@ from bat.tasks.base import Task, load_task
 from bat.tasks.events import Events
 from bat.tasks.labels import classes_in_words, doubts
 from bat.tasks.own import Own
-from bat.train.encoders import data_of_run, device_for, load_for
+from bat.train.encoders import check_weights, data_of_run, device_for, load_for
 from bat.train.frame_targets import FrameTargets
 from bat.train.held_out import (
     DRAWN_FOLDS,
@@ -138,15 +138,16 @@ def open_probing(config: C) -> PreparedData[C]:
     ``config.checkpoint`` may name several, separated by commas: where no data are given, they are
     those of the first one's run that has some. ``UserError`` for what does not fit.
     """
+    check_weights(config)  # before audio is read
     if config.data.csv:
         task, index, listed = open_own(config.data, progress=config.log.progress)
-        return _checked(replace(config, task=task.name), task, index, own=listed)
+        return check_data(replace(config, task=task.name), task, index, own=listed)
     data, note = _data_of_runs(config)
     if data.csv:
         found = open_probing(replace(config, data=data))
         return replace(found, note=note)
     task, index = open_data(config.task, data, progress=config.log.progress)
-    return _checked(replace(config, data=data), task, index, note=note)
+    return check_data(replace(config, data=data), task, index, note=note)
 
 
 def with_encoder(data: PreparedData[C], config: C, checkpoint: str | None = None) -> Prepared[C]:
@@ -201,10 +202,10 @@ def _together(
     )
 
 
-def _checked(
+def check_data(
     config: C, task: Task, index: Index, *, note: str = "", own: Own | None = None
 ) -> PreparedData[C]:
-    """Labels, window, events and rounds."""
+    """The data with its labels, window, events and rounds; ``UserError`` where they do not do."""
     notices: list[str] = list(own.notes) if own is not None else []
     events = None
     if own is not None:
@@ -213,6 +214,12 @@ def _checked(
             if isinstance(config, Probe) and config.level == "frame":
                 check_in_place(config)
                 events = own.events
+            else:
+                many = sum(len(found) for found in own.events.values())
+                notices.append(
+                    f"onsets and offsets of {many} event(s) are not used: labels are those of "
+                    "whole clips (bat-probe with level=frame uses them)"
+                )
         if events is not None or not index.labels_per_clip.all():  # none at a time, in a clip
             task = replace(task, multi_label=True, loss="bce", metric="map")
         clip_seconds, said = window(index, config.data.clip_seconds, events)

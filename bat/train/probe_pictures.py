@@ -16,9 +16,9 @@ from bat.report import insight_plots, probe_plots
 from bat.report.page import COMPARISONS
 from bat.report.plots import COLOURS, plot_folds, plot_layer_gates
 from bat.report.sections import TITLES
-from bat.train.encoders import RANDOM
 from bat.train.inside import maps_of
 from bat.train.laboratory import Laboratory
+from bat.train.lineup import RANDOM
 
 MAPS = "prototype-maps-"
 OF_ENCODER = ("layer-gates", "folds", f"{MAPS}*")

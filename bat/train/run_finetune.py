@@ -7,7 +7,7 @@ was in (``folds.py``).
 from __future__ import annotations
 
 import logging
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from bat.report.plots import plot_folds
 from bat.report.sections import TITLES
 from bat.shapes import UserError
 from bat.train.batching import with_batch
-from bat.train.encoders import autocast_for, checkpoint_name
+from bat.train.encoders import autocast_for
 from bat.train.folds import Folds
+from bat.train.next_steps import after_finetuning
 from bat.train.prepare import prepare
 from bat.train.results import HOW, Outcome, summary, table
-from bat.train.run_folder import run_folder
-from bat.train.signals import minding_signals
+from bat.train.run_folder import default_out, run_folder
+from bat.train.speed import with_precision
 from bat.train.trainer import is_main, start_logging, write_json
 
 log = logging.getLogger("bat")
@@ -43,37 +44,39 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False, force: bool = Fa
             f"method={config.method} is made of a frozen encoder, and fine-tuning trains it: use "
             "it with bat-probe, or another head here"
         )
+    asked, out = config, default_out(config)
+    start_logging()
     batch = config.data.batch, config.train.accumulate
-    config = with_batch(config)
-    ready = prepare(config)
+    ready = prepare(with_batch(with_precision(config, out)))
     config = ready.config
     if ready.frames is None and config.hardware.strategy == "fsdp":
         raise UserError(
             "hardware.strategy=fsdp wants the same shapes on all devices, and clips of their own "
             "length have others: say frames=NUMBER, or hardware.strategy=ddp"
         )
-    out = Path(config.out or f"runs/finetune-{config.recipe}-{checkpoint_name(config)}")
     run = Folds(ready, out, force=force)
     if dry_run:
         _dry_run(run)
         return out
 
-    asked = replace(
+    settled = replace(
         config,
         data=replace(config.data, batch=batch[0]),
         train=replace(config.train, accumulate=batch[1]),
     )
-    with minding_signals(), run_folder(asked, out, force=force):
-        start_logging(out)
-        _run(run, out)
+    with run_folder(settled, out, force=force) as begin:
+        _run(run, out, asked, begin)
     return out
 
 
-def _run(run: Folds, out: Path) -> None:
+def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None]) -> None:
     config, ready = run.config, run.ready
+    done = [held.name for held in ready.rounds if run.read(held) is not None]
+    if len(done) == len(ready.rounds):
+        log.info("nothing to do: %s is finished", out)
+        begin()
     log.info("%s", _headline(run))
-    began = time.perf_counter()
-    results = [run.fold(held) for held in ready.rounds]
+    results = [run.fold(held, begin) for held in ready.rounds]
     if not is_main():  # the others only trained along
         return
     outcomes = [Outcome(config.method, r["held_out"], r["metrics"]) for r in results]
@@ -97,13 +100,14 @@ def _run(run: Folds, out: Path) -> None:
             "bad_clips": {r["held_out"]: r["bad_clips"] for r in results},
             "held_out_bad": {r["held_out"]: r["held_out_bad"] for r in results},
             "results": found,
-            "seconds": round(time.perf_counter() - began, 1),
+            "seconds": round(sum(r.get("seconds", 0.0) for r in results), 1),
+            "precision": config.hardware.precision,
             "version": __version__,
         },
     )
     for result in results:
         log.info("held out %s: %s", result["held_out"], result["bad"])
-    print(_report(config, found, out))
+    print(_report(asked, run, found))
 
 
 def _dry_run(run: Folds) -> None:
@@ -150,18 +154,18 @@ def _headline(run: Folds) -> str:
     )
 
 
-def _report(config: schema.Finetune, results: dict[str, dict[str, Any]], out: Path) -> str:
-    data = f"data.csv={config.data.csv}" if config.data.csv else f"recipe={config.recipe}"
-    return "\n\n".join(
-        [
-            table(results),
-            f"({HOW})",
-            "Where everything is:\n"
-            f"  results   {out}/summary.json, {out}/fold-K/metrics.jsonl\n"
-            f"  encoders  {out}/fold-K/export (bat.load_encoder reads one), heads fold-K/head\n"
-            f"  pictures  {out}/plots/, {out}/fold-K/plots/",
-            "Next:\n"
-            f"  bat-probe {data} checkpoint={config.checkpoint} --method cgp,linear "
-            f"finetuned={out}   (the same encoder frozen, and the gap)",
-        ]
-    )
+def _report(asked: schema.Finetune, run: Folds, results: dict[str, dict[str, Any]]) -> str:
+    out, folds = run.out, [f"fold-{held.name}" for held in run.ready.rounds]
+    others = f" (and of {', '.join(folds[1:])})" if folds[1:] else ""
+    parts = [
+        table(results),
+        f"({HOW}; computed in {run.config.hardware.precision})",
+        "Where everything is:\n"
+        f"  results   {out}/summary.json, {out}/{folds[0]}/metrics.jsonl{others}\n"
+        f"  encoders  {out}/{folds[0]}/export{others}; bat.load_encoder reads one\n"
+        f"  heads     {out}/{folds[0]}/head{others}\n"
+        f"  pictures  {out}/plots/, {out}/{folds[0]}/plots/{others}",
+    ]
+    if found := after_finetuning(asked, out):
+        parts.append("\n  ".join(["Next:", *found]))
+    return "\n\n".join(parts)

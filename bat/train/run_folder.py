@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import errno
+import hashlib
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bat.checkpoint import replace_durably
 from bat.config.compose import to_yaml
 from bat.config.schema import Pretrain, Probe, Supervised
 from bat.config.sections import Data
@@ -19,17 +20,20 @@ from bat.data.index import Index, open_index
 from bat.data.manifest import Manifest
 from bat.data.pool import cores
 from bat.data.shards import ensure_shards
+from bat.data.tar import write_atomic
 from bat.data.toy import make_toy
 from bat.redact import redact_tree
 from bat.shapes import UserError
 from bat.tasks import own
 from bat.tasks.base import Task, load_task
 from bat.tasks.own import Own
-from bat.train.lock import LOCK, hold
-from bat.train.trainer import is_main
+from bat.train.lineup import RANDOM, check_there, checkpoint_name, encoders_of
+from bat.train.lock import LOCK, check_free, hold
 
 log = logging.getLogger("bat")
 
+LONG = 80
+"""Letters of the encoders' names in a folder's name."""
 SAFE = (
     "out:",
     "recipe:",
@@ -81,42 +85,72 @@ PROBING = (
 batch is no micro-batch: it decides what is computed.)"""
 
 
-@contextmanager
-def run_folder(config: Pretrain | Supervised, out: Path, *, force: bool = False) -> Iterator[None]:
-    """The run folder ``out``, made or re-opened, held by this run alone, ``config.yaml`` written.
+def default_out(config: Pretrain | Supervised) -> Path:
+    """``config.out``, or the folder named after what the run is made of."""
+    if config.out:
+        return Path(config.out)
+    if isinstance(config, Pretrain):
+        return Path(f"runs/pretrain-{config.recipe}")
+    of = config.recipe
+    if config.data.csv:  # many a table is called labels.csv
+        csv = os.path.normpath(config.data.csv)
+        of = f"{Path(csv).stem}-{hashlib.sha256(csv.encode()).hexdigest()[:6]}"
+    if not isinstance(config, Probe):
+        return Path(f"runs/finetune-{of}-{checkpoint_name(config)}")
+    who = "+".join(encoders_of(config))
+    if len(who) > LONG:
+        who = f"{who[:LONG]}-{hashlib.sha256(who.encode()).hexdigest()[:8]}"
+    return Path(f"runs/probe-{of}-{who}-{'+'.join(config.methods)}")
 
-    Raises ``UserError`` where ``out`` is something else, is in use, or holds a run with other
-    settings: the message shows the difference. ``force`` takes other settings all the same. Only
-    the first of several processes looks and writes.
+
+def check_first(config: Pretrain | Supervised) -> None:
+    """What can be said before torch is imported and before audio is read: raise ``UserError`` for a
+    checkpoint or data that are not there, a faulty CSV, and a run folder in use."""
+    data = config.data
+    if isinstance(config, Supervised):
+        check_there(config)
+    if data.csv:
+        own.read(Path(data.csv))
+    elif data.root or isinstance(config, Pretrain):
+        _check_given(load_task(config.task), data)
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    several = isinstance(config, Probe) and RANDOM in str(config.checkpoint)  # reads the encoders
+    if all(rank == "0" for rank in ranks) and (config.out or not several):
+        check_free(default_out(config))
+
+
+@contextmanager
+def run_folder(
+    config: Pretrain | Supervised, out: Path, *, force: bool = False
+) -> Iterator[Callable[[], None]]:
+    """The run folder ``out``, made or re-opened, held by this run alone.
+
+    Yields ``begin``, to be called once all is checked: it writes ``config.yaml`` and opens
+    ``train.log``. Before that nothing of a run that is there changes, and a folder in which nothing
+    was begun does not stay. Raises ``UserError`` where ``out`` is something else, is in use, or
+    holds a run with other settings: the message shows the difference. ``force`` takes other
+    settings all the same. Only the first of several processes looks and writes.
     """
+    from bat.train.trainer import is_main, start_logging
+
     if not is_main():
-        yield
+        yield lambda: None
         return
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out} is a file: name a folder")
-    new = not (out / "config.yaml").is_file()
-    left = ("train.log", LOCK, ".config.yaml.tmp")  # of a start that was cut off
-    if new and out.is_dir() and any(p.name not in left for p in out.iterdir()):
+    file = out / "config.yaml"
+    left = ("train.log", LOCK, "wandb", ".config.yaml.")  # of a start that was cut off
+    held = [p.name for p in out.iterdir()] if out.is_dir() and not file.is_file() else []
+    if any(not name.startswith(left) for name in held):
         raise UserError(f"out={out} holds other things than a run: choose another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to out={out}: {error}; choose another out=") from error
-    with hold(out):
-        _settle(config, out / "config.yaml", force)
-        yield
-
-
-def _settle(config: Pretrain | Supervised, file: Path, force: bool) -> None:
-    """Write the settings, unless those of the run there forbid it."""
     text = to_yaml(redact_tree(config))
-    if file.is_file():
-        changes = changed_settings(file.read_text(encoding="utf-8"), text)
+    with hold(out):
+        changes = changed_settings(file.read_text("utf-8"), text) if file.is_file() else []
         safe = PROBING if isinstance(config, Probe) else SAFE
         risky = [c for c in changes if not c[2:].startswith(safe)]
         if risky and not force:
             raise UserError(
-                f"out={file.parent} holds a run with other settings (- then, + now):\n  "
+                f"out={out} holds a run with other settings (- then, + now):\n  "
                 + "\n  ".join(risky)
                 + "\nGive it the same settings to continue it, or another out=; --force continues "
                 "it with these all the same"
@@ -127,21 +161,37 @@ def _settle(config: Pretrain | Supervised, file: Path, force: bool) -> None:
                 ", by --force" if risky else "",
                 "\n  ".join(changes),
             )
-    _write(file, text)
+
+        begun = False
+
+        def begin() -> None:
+            nonlocal begun
+            if not begun:
+                _write(file, text)
+                start_logging(out)
+            begun = True
+
+        yield begin
 
 
 def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        replace_durably(temporary, file)
+        write_atomic(file, text.encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         remedy = "choose another out="
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "free some space, then run the same command again"
         raise UserError(f"cannot write to out={file.parent}: {error}; {remedy}") from error
+
+
+def settings_of(out: Path) -> dict[str, Any]:
+    """The settings in ``out/config.yaml``, not checked; empty where there is no run."""
+    import yaml
+
+    try:
+        return dict(yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return {}
 
 
 def changed_settings(before: str, after: str) -> list[str]:
@@ -176,8 +226,7 @@ def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Tas
     if data.csv:
         return open_own(data, progress=progress)[:2]
     task = load_task(task_name)
-    if task.name == own.TASK.name and data.root:
-        raise UserError(f"data.root={data.root} with task=own: name its CSV, data.csv=FILE")
+    _check_given(task, data)
     if data.shards:
         sources = list(data.shards)
     elif data.root:
@@ -193,14 +242,22 @@ def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Tas
                 manifest.left_out[0]["reason"],
                 made / "manifest.json",
             )
-    elif task.name == "toy":
-        sources = [str(make_toy(Path(data.cache) / "toy"))]
     else:
+        sources = [str(make_toy(Path(data.cache) / "toy"))]
+    return _opened(task, data, sources)
+
+
+def _check_given(task: Task, data: Data) -> None:
+    """Raise ``UserError`` where ``data`` names nothing that ``task`` reads."""
+    if data.root and task.name == own.TASK.name:
+        raise UserError(f"data.root={data.root} with task=own: name its CSV, data.csv=FILE")
+    if data.root and not Path(data.root).exists():
+        raise UserError(f"data.root={data.root} does not exist: name the data of task {task.name}")
+    if not (data.root or data.shards or task.name == "toy"):
         raise UserError(
             f"no data given for task '{task.name}': say data.shards=DIR (shards, see bat-shard), "
             "data.root=DIR (a folder of audio) or data.csv=FILE (your own audio and labels)"
         )
-    return _opened(task, data, sources)
 
 
 def open_own(data: Data, *, progress: bool = True) -> tuple[Task, Index, Own]:

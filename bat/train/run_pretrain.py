@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import statistics
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -22,14 +21,16 @@ from bat.redact import redact_tree
 from bat.report.plots import plot_curves, plot_masks
 from bat.train.batching import with_batch
 from bat.train.callbacks import Metrics
+from bat.train.checkpointing import step_of
+from bat.train.encoders import autocast_for
 from bat.train.fitting import Fitting
+from bat.train.next_steps import after_pretraining
 from bat.train.online import OnlineProbe
 from bat.train.pretrain import Pretraining
 from bat.train.pretrain_data import PretrainData, open_stream
-from bat.train.run_folder import run_folder
+from bat.train.run_folder import default_out, run_folder
 from bat.train.sharding import full_state
-from bat.train.signals import minding_signals
-from bat.train.speed import attention_in_words
+from bat.train.speed import attention_in_words, with_precision
 from bat.train.stopping import Stopping
 from bat.train.trainer import derive_seed, read_jsonl, start_logging, write_json
 
@@ -42,23 +43,28 @@ def pretrain(config: Pretrain, *, dry_run: bool = False, force: bool = False) ->
     Raises ``Interrupted`` where the run was asked to end: it is saved, and can go on.
     ``force``: continue with other settings all the same.
     """
-    out = Path(config.out or f"runs/pretrain-{config.recipe}")
+    out = default_out(config)
     start_logging()
-    asked, config = config, with_batch(config)
+    asked = with_precision(config, out)
+    config = with_batch(asked)
     source = open_stream(config, out)
     torch.manual_seed(derive_seed(config.seed, "init"))
     module = Pretraining(config)
     if dry_run:
         _dry_run(config, module, source)
     else:
-        with minding_signals(), run_folder(asked, out, force=force):
-            start_logging(out)
-            _run(config, out, module, source, force)
+        with run_folder(asked, out, force=force) as begin:
+            _run(config, out, module, source, force, begin)
     return out
 
 
 def _run(
-    config: Pretrain, out: Path, module: Pretraining, source: PretrainData, force: bool
+    config: Pretrain,
+    out: Path,
+    module: Pretraining,
+    source: PretrainData,
+    force: bool,
+    begin: Callable[[], None],
 ) -> None:
     data = source.data
     probes: list[OnlineProbe] = []
@@ -78,9 +84,15 @@ def _run(
         return [*probes]
 
     name = f"pretrain-{config.recipe}"
-    fitting = Fitting(config, out, module=module, data=data, name=name, force=force, more=more)
-    trainer, metrics = fitting.trainer, fitting.metrics
-    log.info("%s", _headline(module, source, out, fitting.newest))
+    fitting = Fitting(
+        config, out, module=module, data=data, name=name, force=force, begin=begin, more=more
+    )
+    trainer, newest = fitting.trainer, fitting.newest
+    finished = newest is not None and step_of(newest) >= config.train.steps
+    finished = finished and (out / "summary.json").is_file() and (out / "export").is_dir()
+    if finished:
+        log.info("nothing to do: %s is finished", out)
+    log.info("%s", _headline(module, source, out, newest))
     clips = config.data.batch * config.train.accumulate
     log.info(
         "  %d clips a step: %d a micro-batch x %d accumulated x %d device(s)",
@@ -94,31 +106,36 @@ def _run(
         log.info("  attention %s: %s", config.model.attention, kernel)
     for note in config.optim.notes(config.train.steps):
         log.warning("  %s", note)
-    began = time.perf_counter()
     fitting.run()
+    begin()  # a training that was finished before had no start
     everybodys = data.bad_clips_all_ranks()
     state = full_state(module)
     if not trainer.is_global_zero:
         return
+    if finished:
+        _say_where(module, out, source, probes[0] if probes else None)
+        return
     export(module, out, step=trainer.global_step, data=data, state=state)
     draw(module, data, out)
+    rows = read_jsonl(out / "metrics.jsonl")
     summary = {
         "steps": trainer.global_step,
-        "seconds": round(time.perf_counter() - began, 1),
         "data": redact_tree(data.facts()),
-        "clips_per_second": _median(metrics.clips_per_second),
+        "clips_per_second": _median(
+            [r["clips_per_second"] for r in rows if r.get("clips_per_second") and r["step"] > 1]
+        ),
         "bad_clips": data.bad_clips.state_dict(),
         "bad_clips_all_ranks": everybodys,
         **fitting.facts(),
-        "last": _last_loss(out),
+        "last": next((r for r in reversed(rows) if "loss" in r), {}),
         "online": probes[0].rows if probes else [],
         "version": __version__,
         "device": device_name(trainer.strategy.root_device),
+        "precision": config.hardware.precision,
     }
-    if metrics.steps or not (out / "summary.json").is_file():  # else nothing was done
-        write_json(out / "summary.json", summary)
+    write_json(out / "summary.json", summary)
     log.info("%s", data.bad_clips.summary())
-    _say_where(module, out, probes[0] if probes else None)
+    _say_where(module, out, source, probes[0] if probes else None)
 
 
 def device_name(device: torch.device) -> str:
@@ -186,9 +203,9 @@ def _dry_run(config: Pretrain, module: Pretraining, source: PretrainData) -> Non
     if device.type == "cpu":
         batch = batch.first(1)
     clips = batch.waves.shape[0]
-    bf16 = config.hardware.precision == "bf16-mixed"
+    autocast = autocast_for(config.hardware)
     with (
-        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        torch.autocast(device.type, autocast, enabled=autocast is not None),
         torch.set_grad_enabled(device.type == "cuda"),
     ):
         spectrogram = module.objective.spectrogram(batch.to(device))
@@ -223,16 +240,13 @@ def _headline(module: Pretraining, source: PretrainData, out: Path, newest: Path
     )
 
 
-def _last_loss(out: Path) -> dict[str, Any]:
-    rows = [r for r in read_jsonl(out / "metrics.jsonl") if "loss" in r]
-    return rows[-1] if rows else {}
-
-
 def _median(values: list[float]) -> float | None:
     return round(statistics.median(values), 2) if values else None
 
 
-def _say_where(module: Pretraining, out: Path, online: OnlineProbe | None) -> None:
+def _say_where(
+    module: Pretraining, out: Path, source: PretrainData, online: OnlineProbe | None
+) -> None:
     config, of = module.config, " and ".join(module.objective.encoders())
     lines = [
         "",
@@ -243,12 +257,7 @@ def _say_where(module: Pretraining, out: Path, online: OnlineProbe | None) -> No
         f"  resume    {out}/checkpoints/last.ckpt (had it been interrupted: the same command)",
     ]
     if online:
-        lines += ["", online.table()]
-    recipe = config.recipe if config.recipe in ("toy", "esc10", "esc50") else "RECIPE"
-    lines += [
-        "",
-        "Next:",
-        f"  bat-probe    recipe={recipe} checkpoint={out} --method cgp,linear",
-        f"  bat-finetune recipe={recipe} checkpoint={out}",
-    ]
+        lines += ["", online.table(), f"(computed in {config.hardware.precision})"]
+    task, index = (online.task, online.index) if online else (source.task, source.index)
+    lines += ["", "Next:", *(f"  {c}" for c in after_pretraining(config, out, task, index))]
     tqdm.write("\n".join(lines))

@@ -6,7 +6,7 @@ compares them. Data and rounds are the same for all.
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
 import math
 import time
@@ -22,6 +22,7 @@ from bat.config import schema
 from bat.config.compose import to_dict
 from bat.probes.base import check_level, expand, find_probe, takes_encoder
 from bat.report.tables import as_text
+from bat.shapes import Interrupted
 from bat.tasks.events import digest
 from bat.train.control import permuted
 from bat.train.encoders import autocast_for, device_for
@@ -30,18 +31,18 @@ from bat.train.features import FeatureStream
 from bat.train.inside import statistics_of
 from bat.train.laboratory import CURVE, Laboratory
 from bat.train.lineup import encoders_of, finetuned_of
+from bat.train.next_steps import after_probing
 from bat.train.prepare import Prepared, PreparedData, open_probing, with_encoder
 from bat.train.probe_pictures import draw_comparison, draw_encoder
 from bat.train.probing import predict
 from bat.train.results import gate_bars, ranking, table
-from bat.train.run_folder import run_folder
+from bat.train.run_folder import default_out, run_folder
 from bat.train.run_report import differences
+from bat.train.speed import with_precision
 from bat.train.trainer import start_logging, write_json
 
 log = logging.getLogger("bat")
 
-LONG = 80
-"""Letters of the encoders' names in a folder's name."""
 FEW = 3
 """Methods of one encoder whose results are told fold by fold."""
 
@@ -51,11 +52,15 @@ def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -
 
     ``force``: in a folder of other settings all the same.
     """
+    start_logging()
+    asked = config
     methods = expand(config.methods, level=config.level)
     for method in methods:
         check_level(find_probe(method), config.level)
     methods += [CURVE] if config.insight.curve else []
     encoders = encoders_of(config)
+    out = default_out(config)
+    config = with_precision(config, out)
     opened = open_probing(config)
     if config.control == "permuted":
         opened = permuted(opened, seed=config.seed)
@@ -66,31 +71,62 @@ def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -
         metric=opened.task.metric,
         data=opened.index.hash,
     )
-    out = Path(config.out or _folder(config, list(encoders)))
     if dry_run:
         for name, checkpoint in encoders.items():
             _dry_run(with_encoder(opened, config, checkpoint), out, name, methods)
         print("dry run: nothing was trained, nothing was written but shards and their index")
         return out
-    with run_folder(config, out, force=force):
-        start_logging(out)
+    with run_folder(config, out, force=force) as begin:
+        left, only = 0, None
+        for name, checkpoint in encoders.items():  # all of them, before the first is probed
+            lab = _laboratory(config, opened, out, name, checkpoint, methods)
+            lab.check()
+            left += lab.left()
+            only = lab if len(encoders) == 1 else None
+            del lab
+        if not left:
+            log.info("nothing to do: %s is finished", out)
+        begin()
         try:
-            _run(config, opened, out, encoders, methods, finetuned)
-        except KeyboardInterrupt:
+            summary = _run(config, opened, out, encoders, methods, finetuned, only)
+        except (KeyboardInterrupt, Interrupted):
             log.warning(
                 "interrupted: %s/results.jsonl holds what is done, and the same command continues",
                 out,
             )
             raise
+        print(_report(after_probing(asked, out, opened), summary, out))
     return out
 
 
-def _folder(config: schema.Probe, names: Sequence[str]) -> str:
-    recipe = Path(config.data.csv).stem if config.data.csv else config.recipe
-    who = "+".join(names)
-    if len(who) > LONG:
-        who = f"{who[:LONG]}-{hashlib.sha256(who.encode()).hexdigest()[:8]}"
-    return f"runs/probe-{recipe}-{who}-{'+'.join(config.methods)}"
+def _laboratory(
+    config: schema.Probe,
+    opened: PreparedData[schema.Probe],
+    out: Path,
+    name: str,
+    checkpoint: str,
+    methods: Sequence[str],
+) -> Laboratory:
+    """For one encoder, with those of ``methods`` that it lends itself to, unless all were named."""
+    ready = with_encoder(opened, config, checkpoint)
+    unfit = _unfit(methods, config, ready)
+    return Laboratory(ready, out, name=name, methods=[m for m in methods if m not in unfit])
+
+
+def _seconds_before(out: Path) -> float:
+    """Of earlier starts, as far as their summary says."""
+    try:
+        return float(json.loads((out / "summary.json").read_text(encoding="utf-8"))["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def _unfit(methods: Sequence[str], config: schema.Probe, ready: Prepared[schema.Probe]) -> set[str]:
+    """Of ``methods``, those of ``all`` that the encoder does not lend itself to."""
+    if ready.backbone.has_queries:
+        return set()
+    unfit = {m for m in methods if m != CURVE and takes_encoder(find_probe(m))}
+    return unfit - set(config.methods)  # asked for by name: an error that says why
 
 
 def _run(
@@ -100,14 +136,18 @@ def _run(
     encoders: dict[str, str],
     methods: Sequence[str],
     finetuned: dict[str, float],
-) -> None:
-    began = time.perf_counter()
+    only: Laboratory | None,
+) -> dict[str, Any]:
+    """Probe all ``encoders``; the summary, as written to ``summary.json``. ``only``: that of the
+    single encoder, which is not to be loaded twice."""
+    began = time.perf_counter() - _seconds_before(out)
     found: dict[str, Any] = {}
     for number, (name, checkpoint) in enumerate(encoders.items(), start=1):
-        ready = with_encoder(opened, config, checkpoint)
+        lab = only or _laboratory(config, opened, out, name, checkpoint, methods)
         of = f", encoder {number} of {len(encoders)}" if len(encoders) > 1 else ""
-        log.info("%s", _headline(ready, name, methods, out, of))
-        lab = Laboratory(ready, out, name=name, methods=_fitting(methods, config, ready))
+        log.info("%s", _headline(lab.ready, name, methods, out, of))
+        if unfit := _unfit(methods, config, lab.ready):
+            log.warning("%s: not defined for this encoder, left out", ", ".join(sorted(unfit)))
         found[name] = {**lab.run(), "finetuned": finetuned.get(name)}
         then = time.perf_counter()
         found[name]["insight"] |= statistics_of(lab)
@@ -118,22 +158,9 @@ def _run(
         if not summary["unfinished"]:
             summary["differences"] = differences(out, summary)
         write_json(out / "summary.json", summary)
-        del lab, ready
+        del lab
     draw_comparison(out / "plots", summary)
-    print(_report(config, summary, out))
-
-
-def _fitting(
-    methods: Sequence[str], config: schema.Probe, ready: Prepared[schema.Probe]
-) -> list[str]:
-    """``methods``; of ``all`` those that the encoder lends itself to."""
-    if ready.backbone.has_queries:
-        return list(methods)
-    unfit = {m for m in methods if m != CURVE and takes_encoder(find_probe(m))}
-    unfit -= set(config.methods)  # asked for by name: an error that says why
-    if unfit:
-        log.warning("%s: not defined for this encoder, left out", ", ".join(sorted(unfit)))
-    return [m for m in methods if m not in unfit]
+    return summary
 
 
 def _summary(
@@ -251,7 +278,7 @@ def _headline(
     return ready.headline(first, *more)
 
 
-def _report(config: schema.Probe, summary: dict[str, Any], out: Path) -> str:
+def _report(advice: list[str], summary: dict[str, Any], out: Path) -> str:
     encoders = summary["encoders"]
     parts = [as_text([summary])]
     if len(encoders) == 1:
@@ -265,23 +292,10 @@ def _report(config: schema.Probe, summary: dict[str, Any], out: Path) -> str:
                     f"{method}: layer gate, mean over {len(own['gate'])} training(s)\n"
                     + gate_bars(mean.tolist())
                 )
-    checkpoint = str(config.checkpoint)
-    methods = ",".join(config.methods)
-    control = "random" not in checkpoint and "," not in checkpoint
-    data = f"data.csv={config.data.csv}" if config.data.csv else f"recipe={config.recipe}"
-    parts.append(
-        "Where everything is:\n"
-        f"  results   {out}/summary.json, {out}/results.jsonl\n"
-        f"  pictures  {out}/plots/\n"
-        f"  heads     {out}/heads/ENCODER/METHOD-ROUND-SEED/ (bat.train.heads.load_head)\n"
-        "\nNext:"
-        + (
-            f"\n  bat-probe {data} checkpoint={checkpoint},random --method {methods}"
-            "   (and the same encoder untrained: the control)"
-            if control
-            else ""
-        )
-        + f"\n  bat-probe report {out}   (one page with all of it)"
-        + f"\n  bat-finetune {data} checkpoint={checkpoint.partition(',')[0]}"
-    )
+    places = [f"results   {out}/summary.json, {out}/results.jsonl", f"pictures  {out}/plots/"]
+    if heads := sorted(out.glob("heads/*/*")):
+        more = f" and {len(heads) - 1} more" if heads[1:] else ""
+        places.append(f"heads     {heads[0]}{more} (bat.train.heads.load_head)")
+    parts.append("\n  ".join(["Where everything is:", *places]))
+    parts.append("\n  ".join(["Next:", *advice]))
     return "\n\n".join(parts)

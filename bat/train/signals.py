@@ -1,9 +1,9 @@
-"""What SIGTERM, SIGINT and SIGUSR1 (Slurm's ``--signal=USR1@300``) mean to a run.
+"""What SIGTERM, SIGINT and SIGUSR1 (Slurm's ``--signal=USR1@300``) mean to a command.
 
 While it trains they are noted, and the training ends at its own time (``stopping.py``). Around it,
-before the first step and while it judges or exports, there is nothing to save: SIGTERM and SIGUSR1
-end it at once by ``Interrupted``, hence with the exit code that says "resume me"; a Ctrl-C is
-Python's own. Lightning's handlers are not installed at all.
+from the command's first line on (fetching, packing, indexing, evaluating, exporting), there is
+nothing to save: SIGTERM and SIGUSR1 end it at once by ``Interrupted``, hence with the exit code
+that says "resume me"; a Ctrl-C is Python's own. Lightning's handlers are not installed at all.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from types import FrameType
 from bat.shapes import Interrupted
 
 _listener: Callable[[str], None] | None = None
-_noted = False
+_interrupted = False
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    global _noted
+    global _interrupted
     name = signal.Signals(number).name
     if _listener is None:
         raise Interrupted(f"{name}, with nothing to save")
-    if number == signal.SIGINT and _noted:
-        raise KeyboardInterrupt  # a second Ctrl-C is meant
-    _noted = True
+    if number == signal.SIGINT:
+        if _interrupted:
+            raise KeyboardInterrupt  # a second Ctrl-C is meant
+        _interrupted = True
     _listener(name)
 
 
@@ -41,9 +42,9 @@ def minding_signals() -> Iterator[None]:
 @contextmanager
 def listening(listener: Callable[[str], None]) -> Iterator[None]:
     """While training: the name of each of the three goes to ``listener``, within the handler."""
-    global _listener, _noted
+    global _listener, _interrupted
     with _handled(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        _listener, _noted = listener, False
+        _listener, _interrupted = listener, False
         try:
             yield
         finally:

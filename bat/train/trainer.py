@@ -13,14 +13,17 @@ import json
 import logging
 import math
 import os
+import secrets
 import threading
 import warnings
 from collections.abc import Mapping
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
@@ -141,19 +144,27 @@ def build_trainer(
     callbacks: list[pl.Callback],
     checkpoint_io: CheckpointIO,
     name: str,
+    resumed: bool = False,
 ) -> pl.Trainer:
     """A Trainer for ``train.steps`` optimiser steps.
 
-    Metrics go to ``out/metrics.jsonl`` and, when ``log.wandb`` says so, to Weights & Biases.
+    Metrics go to ``out/metrics.jsonl`` and, when ``log.wandb`` says so, to Weights & Biases: to
+    the same run of theirs where ``resumed``.
     Raises ``UserError`` where the hardware asked for is not there.
     """
     check_strategy(hardware)
+    assert hardware.precision != "auto", "settled by with_precision, before a run begins"
     loggers: list[Logger] = [JsonLines(out / "metrics.jsonl")]
     plugins: list[Any] = [checkpoint_io]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # ours: ``stopping.py``
     if log.wandb != "off":
-        loggers.append(_wandb(log, out, name))
+        try:
+            loggers.append(OneWandbRun(log, out, name, resumed=resumed))
+        except ModuleNotFoundError as error:
+            raise UserError(
+                "log.wandb needs the package: pip install 'bat-audio[wandb]'"
+            ) from error
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
         try:
@@ -190,22 +201,53 @@ def build_trainer(
     return trainer
 
 
-def _wandb(log: Log, out: Path, name: str) -> Logger:
-    from lightning.pytorch.loggers import WandbLogger
+class OneWandbRun(WandbLogger):
+    """One run of Weights & Biases over all starts of a training, whose steps only grow.
 
-    try:
+    What an earlier start logged and a kill undid is not logged again. ``out/wandb/bat.json`` keeps
+    the run's id, the latest step and the names logged at it.
+    """
+
+    def __init__(self, log: Log, out: Path, name: str, *, resumed: bool) -> None:
+        """``resumed``: this start continues a checkpoint; else a new run begins."""
         import wandb
 
-        return WandbLogger(
+        self._file = out / "wandb" / "bat.json"
+        then: dict[str, Any] = {}
+        if resumed and self._file.is_file():
+            then = json.loads(self._file.read_text(encoding="utf-8"))
+        self._latest, self._names = int(then.get("step", -1)), set(then.get("names", []))
+        super().__init__(
             name=name,
             project=log.project,
             save_dir=out,
             offline=log.wandb == "offline",
+            id=then.get("id") or secrets.token_hex(4),
+            resume="allow" if log.wandb == "online" else None,  # offline it only warns
             # it would store the command line, which may hold a signed URL
             settings=wandb.Settings(x_disable_meta=True, console="off"),
         )
-    except ModuleNotFoundError as error:
-        raise UserError("log.wandb needs the package: pip install 'bat-audio[wandb]'") from error
+        self._wandb_init.pop("anonymous", None)  # Lightning 2.6.6 gives it, and wandb warns of it
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log ``metrics`` unless they were logged before."""
+        step = self._latest if step is None else step
+        new = set(metrics) - (self._names if step == self._latest else set())
+        if step < self._latest or not new:
+            return
+        super().log_metrics(metrics, step)
+        self._names = new | (self._names if step == self._latest else set())
+        self._latest = step
+        note = {"id": self.version, "step": step, "names": sorted(self._names)}
+        write_json(self._file, note)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """End the run: the next fold has one of its own."""
+        super().finalize(status)
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=0 if status == "success" else 1)
 
 
 class _LogFile(logging.FileHandler):
@@ -216,11 +258,18 @@ class _LogFile(logging.FileHandler):
 
 
 def start_logging(out: Path | None = None) -> None:
-    """Our own log lines to stderr and, given a run, its ``train.log``; Lightning's banners off."""
+    """Our own log lines to stderr and, given a run, its ``train.log``; Lightning's banners off.
+
+    Called before the run's folder may be written to, and again with it, it puts what was said in
+    between into ``train.log``.
+    """
     logger = logging.getLogger("bat")
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    said: list[logging.LogRecord] = []
     for handler in list(logger.handlers):
+        if isinstance(handler, MemoryHandler):
+            said += handler.buffer
         logger.removeHandler(handler)
         handler.close()
     screen = logging.StreamHandler()
@@ -233,6 +282,10 @@ def start_logging(out: Path | None = None) -> None:
         file.addFilter(Redacting())
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
+        for record in said:
+            file.handle(record)
+    elif out is None:
+        logger.addHandler(MemoryHandler(1_000_000, flushLevel=logging.CRITICAL + 1))
     if not is_main():
         logger.setLevel(logging.WARNING)
     for banner in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):

@@ -111,7 +111,7 @@ def test_dry_run_writes_nothing(words, tmp_path, capsys, command):
 def test_finetune_prints_a_table_and_leaves_these_files(words, tmp_path, capsys):
     assert finetune.main([*words, "train.save_every=2", "folds=[2]"]) == 0
     printed = capsys.readouterr().out
-    for part in ("linear ", "fold 2", "after the last step", "fold-K/export", "bat-probe recipe"):
+    for part in ("linear ", "fold 2", "after the last step", "fold-2/export", "bat-probe recipe"):
         assert part in printed, part
     out = tmp_path / "runs/finetune-toy-pretrain-toy"
     found = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
@@ -225,6 +225,8 @@ def test_more_methods_seeds_and_encoders_are_added_to_a_probing(words, tmp_path,
     old, new = (s["encoders"]["pretrain-toy"]["results"]["linear"] for s in (first, summary))
     assert new["folds"]["1"]["0"] == old["folds"]["1"]["0"]
     assert new["std_over"] == "seeds"
+    assert summary["seconds"] >= first["seconds"]
+    assert summary["precision"] == "32-true"
     assert summary["unfinished"] == []
     for entry in summary["encoders"].values():  # also of the one that had nothing left to do
         assert entry["features"]["cache"] == "memory"
@@ -256,3 +258,42 @@ def test_without_heads_on_disk_cgp_is_still_the_one_drawn(words, tmp_path, metho
     drawn = [p.name for p in (tmp_path / "run/plots/pretrain-toy").glob("prototype-maps-*")]
     assert drawn == ["prototype-maps-cgp.png"]
     assert not (tmp_path / "run/heads").exists()
+
+
+def listed(folder, labels):
+    """A CSV of four toy clips with these labels."""
+    from bat.data.toy import make_toy
+
+    make_toy(folder / "toy")
+    clips = sorted((folder / "toy" / "audio").iterdir())[:4]
+    lines = [f"{f},{x},{i // 2 + 1}\n" for i, (f, x) in enumerate(zip(clips, labels, strict=True))]
+    csv = folder / f"{labels}.csv"
+    csv.write_text("path,label,fold\n" + "".join(lines))
+    return f"data.csv={csv}"
+
+
+@pytest.mark.parametrize("command", [probe, finetune])
+def test_a_run_refused_for_other_data_leaves_the_first_one_as_it_is(
+    words, tmp_path, capsys, command
+):
+    own = [*words, f"out={tmp_path}/run", "folds=[1]"]
+    assert command.main([*own, listed(tmp_path, "abab")]) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert command.main([*own, listed(tmp_path, "abba")]) == 2
+    assert "other data" in capsys.readouterr().err
+    found = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert found == before
+    assert command.main([*own, listed(tmp_path, "abab")]) == 0
+    assert capsys.readouterr().err.startswith("nothing to do")
+
+
+def test_what_cannot_be_built_leaves_no_folder_and_no_checkpoint_no_shards(words, tmp_path, run):
+    bad = ["--method=mhca", "head.attention_heads=5", f"out={tmp_path}/runs/new"]
+    assert probe.main([*words, *bad]) == 2
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.yaml").write_text("")
+    own = [w for w in words if not w.startswith(("checkpoint=", "data.cache="))]
+    own += [f"checkpoint={tmp_path}/unfinished", f"data.cache={tmp_path}/cache"]
+    for command in (probe, finetune):
+        assert command.main([*own, listed(tmp_path, "abab")]) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["abab.csv", "toy", "unfinished"]

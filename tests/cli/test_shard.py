@@ -101,7 +101,7 @@ def test_a_folder_becomes_shards(
         "common    dog 2, cat 1",
         "rare      cat 1, dog 2",
         f"left out  1 (1 corrupt): listed in {out / 'manifest.json'}",
-        f"next      bat-pretrain recipe=as2m data.shards={out}",
+        f"next      bat-pretrain recipe=esc10 task=folder data.shards={out}",
     ]
     index = open_index(out)
     assert (len(index), index.vocabulary) == (3, ["cat", "dog"])

@@ -50,7 +50,7 @@ def test_splits_and_folds_are_dealt_and_written_apart(
     assert set(_line(capsys, "splits").split(", ")) == {"train 6", "test 6"}
     assert not out.exists()
     assert main(call) == 0
-    assert _line(capsys, "next") == f"bat-pretrain recipe=as2m data.shards={out / 'train'}"
+    assert _line(capsys, "next") == f"bat-pretrain recipe=esc10 task=folder data.shards={out}"
     assert sorted(p.name for p in out.iterdir()) == ["test", "train"]
     index = open_index(out)
     assert (len(index), index.splits, index.folds) == (12, ["test", "train"], [1, 2])

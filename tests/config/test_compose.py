@@ -66,7 +66,7 @@ def test_as2m_is_the_paper_s_base_configuration() -> None:
     assert (ema.start, ema.end, ema.steps) == (0.9998, 0.99999, 100_000)
     assert (c.objective.target, c.objective.decoder) == ("eob", "vit12h")
     assert (c.objective.decoder_depth, c.objective.global_target) == (6, "patch_mean")
-    assert (c.objective.target_centering, c.hardware.precision) == ("none", "bf16-mixed")
+    assert (c.objective.target_centering, c.hardware.precision) == ("none", "auto")
 
 
 def test_precedence_schema_fragment_recipe_command_line(tmp_path: Path) -> None:

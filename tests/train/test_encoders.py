@@ -16,12 +16,12 @@ from bat.shapes import Grid, UserError
 from bat.tasks.base import load_task
 from bat.train.encoders import (
     autocast_for,
-    checkpoint_name,
     data_of_run,
     device_for,
     load_for,
     weights_digest,
 )
+from bat.train.lineup import checkpoint_name
 from bat.train.prepare import check_frames, kaldi_line
 
 
@@ -218,4 +218,4 @@ def test_devices_and_precision():
         with pytest.raises(UserError, match="no GPU here"):
             device_for(Hardware(accelerator="gpu"))
     assert autocast_for(Hardware(precision="32-true")) is None
-    assert autocast_for(Hardware()) is torch.bfloat16
+    assert autocast_for(Hardware(precision="bf16-mixed")) is torch.bfloat16

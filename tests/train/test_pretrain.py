@@ -9,13 +9,14 @@ from safetensors.torch import load_file
 
 import bat
 from bat.config.compose import compose
-from bat.config.schema import Pretrain
+from bat.config.schema import Log, Pretrain
 from bat.data.toy import make_toy
 from bat.shapes import UserError
+from bat.train import run_pretrain
 from bat.train.checkpointing import AtomicCheckpointIO, last_checkpoint
 from bat.train.pretrain import Pretraining, build_objective
 from bat.train.run_pretrain import pretrain
-from bat.train.trainer import derive_seed, read_jsonl
+from bat.train.trainer import OneWandbRun, derive_seed, read_jsonl
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -388,11 +389,111 @@ def test_online_probes_need_labels_and_say_so(small, tmp_path: Path) -> None:
 
 
 def test_wandb_offline_writes_locally_and_nothing_by_default(
-    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     pytest.importorskip("wandb", reason="wandb is an extra: bat-audio[wandb]")
     monkeypatch.setenv("WANDB_SILENT", "true")
     pretrain(small("train.steps=1", out=tmp_path / "without"))
     assert not (tmp_path / "without" / "wandb").exists()
-    pretrain(small("train.steps=1", "log.wandb=offline", out=tmp_path / "with"))
-    assert list((tmp_path / "with" / "wandb").glob("offline-run-*/*.wandb"))
+    config = small("log.wandb=offline", "train.save_every=3", out=tmp_path / "with")
+    run_and_cut(monkeypatch, config, 4)  # steps 1, 2 and 4 are logged, 3 is saved
+    logged = spied_steps(monkeypatch)
+    pretrain(config)
+    assert set(logged) == {6}
+    runs = [p.name for p in (tmp_path / "with" / "wandb").glob("offline-run-*")]
+    assert len({name.rpartition("-")[2] for name in runs}) == 1 <= len(runs)
+    assert "anonymous" not in capsys.readouterr().err
+
+
+def spied_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps at which something is handed to Weights & Biases from now on."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    steps: list[int] = []
+    original = WandbLogger.log_metrics
+
+    def log_metrics(self, metrics, step=None):
+        steps.append(step)
+        original(self, metrics, step)
+
+    monkeypatch.setattr(WandbLogger, "log_metrics", log_metrics)
+    return steps
+
+
+def test_one_run_of_wandb_over_all_starts_whose_steps_only_grow(tmp_path, monkeypatch) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is an extra: bat-audio[wandb]")
+    began: list[dict] = []
+    done: list[str] = []
+
+    class Run:
+        def __init__(self, **words):
+            began.append(words)
+            self.id = words["id"]
+
+        def log(self, row):
+            pass
+
+        def finish(self, exit_code):
+            done.append(self.id)
+
+    monkeypatch.setattr(wandb, "init", Run)
+
+    def start(name: str, *, resumed: bool) -> OneWandbRun:
+        out = tmp_path / name
+        (out / "wandb").mkdir(parents=True, exist_ok=True)
+        return OneWandbRun(Log(wandb="online"), out, name, resumed=resumed)
+
+    first = start("fold-1", resumed=False)
+    logged = spied_steps(monkeypatch)
+    first.log_metrics({"loss": 1.0}, 10)
+    first.log_metrics({"loss": 1.0}, 20)
+    again = start("fold-1", resumed=True)  # from a checkpoint of step 10
+    again.log_metrics({"online/cgp/map": 0.5}, 10)
+    again.log_metrics({"loss": 1.0}, 20)
+    again.log_metrics({"online/cgp/map": 0.5}, 20)  # this one was not logged before
+    again.log_metrics({"loss": 1.0}, 30)
+    assert logged == [10, 20, 20, 30]
+    again.finalize("success")
+    other = start("fold-2", resumed=False)
+    other.log_metrics({"loss": 1.0}, 1)
+    anew = start("fold-1", resumed=False)  # no checkpoint: nothing of the first run counts
+    anew.log_metrics({"loss": 1.0}, 1)
+    ids = [words["id"] for words in began]
+    assert ids[0] == ids[1] == done[0]
+    assert len(set(ids)) == 3
+    assert all("anonymous" not in words for words in began)
+
+
+def test_a_summary_counts_all_starts_and_a_finished_run_has_nothing_to_do(
+    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    config = small("train.save_every=2", out=(out := tmp_path / "run"))
+
+    def cut(*args, **keywords):
+        raise CutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_pretrain, "export", cut)
+        with pytest.raises(CutError):
+            pretrain(config)
+    saved = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    trained = saved["callbacks"]["Checkpoints"]["training_seconds"]
+    pretrain(config)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["checkpoints"]["written"] == 3
+    assert summary["checkpoints"]["mb"] > 0
+    assert summary["seconds"] >= round(trained, 1) > 0
+    assert summary["clips_per_second"] > 0
+    assert summary["precision"] == "32-true"
+    capsys.readouterr()
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "train.log"}
+    pretrain(config)
+    assert capsys.readouterr().err.startswith("nothing to do")
+    assert before == {p: p.read_bytes() for p in before}
+
+    log = (out / "train.log").read_text()
+    other = make_toy(tmp_path / "toy", seed=1)
+    with pytest.raises(UserError, match="was written with"):
+        pretrain(small("train.save_every=2", f"data.shards={other}", out=out))
+    assert before == {p: p.read_bytes() for p in before}
+    assert (out / "train.log").read_text() == log

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,23 +13,26 @@ from bat.config.schema import Finetune, Probe
 from bat.data.bad_clips import BadClips, merged_states
 from bat.shapes import Skipped, UserError, WaveBatch
 from bat.train.lock import LOCK, hold
-from bat.train.run_folder import run_folder
+from bat.train.run_folder import default_out, run_folder
+from bat.train.trainer import start_logging
 
 
 def test_other_settings_are_refused_unless_forced_and_safe_ones_are_told(
     small, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "run"
-    logging.getLogger("bat").propagate = True
-    with run_folder(small(out=out), out):
+    with run_folder(small(out=out), out) as begin:
         assert (out / LOCK).exists()
+        begin()
+    logging.getLogger("bat").propagate = True
     with (
         pytest.raises(UserError, match=r"(?s)- optim.lr: 0.001.*\+ optim.lr: 0.5.*--force"),
         run_folder(small("optim.lr=0.5", out=out), out),
     ):
         pass
     words = ["optim.lr=0.5", "health.stall_seconds=60", "train.save_minutes=5"]
-    with run_folder(small(*words, out=out), out, force=True):
+    with run_folder(small(*words, out=out), out, force=True) as begin:
+        begin()
         assert "lr: 0.5" in (out / "config.yaml").read_text()
     assert "by --force" in caplog.text
     with run_folder(small("optim.lr=0.5", out=out), out):  # health and save_minutes are safe
@@ -47,10 +52,10 @@ def test_leftovers_of_a_first_start_that_was_cut_off_do_not_bar_the_folder(
 ) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    for name in (".config.yaml.tmp", LOCK, "train.log"):
+    for name in (".config.yaml.host-1-ab.tmp", LOCK, "train.log"):
         (out / name).write_text("")
-    with run_folder(small(out=out), out):
-        pass
+    with run_folder(small(out=out), out) as begin:
+        begin()
     assert (out / "config.yaml").is_file()
 
 
@@ -60,7 +65,8 @@ def test_credentials_are_not_written_down_and_a_renewed_signature_is_no_differen
     out = tmp_path / "run"
     for signature in ("aaaa1111", "bbbb2222"):
         url = f"https://me:pw123@host/a.tar?X-Amz-Signature={signature}"
-        with run_folder(small(f"data.shards='{url}'", out=out), out):
+        with run_folder(small(f"data.shards='{url}'", out=out), out) as begin:
+            begin()
             text = (out / "config.yaml").read_text()
         assert signature not in text
         assert "pw123" not in text
@@ -87,3 +93,60 @@ def test_settings_that_would_be_ignored_are_refused() -> None:
         compose(Probe, "probe", ["recipe=toy", "data.global_batch=8"])
     with pytest.raises(UserError, match=r"health\.collapse is for bat-pretrain"):
         compose(Finetune, "finetune", ["recipe=toy", "health.collapse=stop"])
+
+
+def test_nothing_is_written_before_all_is_checked(small, tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "run"
+    with pytest.raises(UserError, match="late"), run_folder(small(out=out), out):
+        raise UserError("late")
+    assert not (tmp_path / "runs").exists()
+    with run_folder(small(out=out), out) as begin:
+        begin()
+    before = {p: p.read_bytes() for p in out.iterdir()}
+    start_logging()  # as every command does first
+    with pytest.raises(UserError, match="late"), run_folder(small("log.project=x", out=out), out):
+        raise UserError("late")
+    assert before == {p: p.read_bytes() for p in out.iterdir()}
+    (tmp_path / "made by hand").mkdir()
+    with hold(tmp_path / "made by hand"):
+        pass
+    assert (tmp_path / "made by hand").is_dir()
+
+
+@pytest.mark.parametrize(("schema", "command"), [(Probe, "probe"), (Finetune, "finetune")])
+def test_two_tables_of_one_name_have_two_run_folders(schema, command) -> None:
+    def out(csv: str) -> Path:
+        return default_out(compose(schema, command, ["recipe=own", f"data.csv={csv}", RUN]))
+
+    found = [out(csv) for csv in ("birds/labels.csv", "frogs/labels.csv", "./birds//labels.csv")]
+    assert found[0] == found[2] != found[1]
+    assert all("labels" in path.name and "my-run" in path.name for path in found)
+
+
+RUN = "checkpoint=runs/my-run/export"
+
+
+def test_what_can_be_checked_is_checked_before_torch_is_imported(tmp_path: Path) -> None:
+    """A faulty CSV, a checkpoint that is not there, no data, a folder in use."""
+    (tmp_path / "a.csv").write_text("path,label\nnone.wav,x\n")
+    code = """
+import sys
+from pathlib import Path
+from bat.cli import finetune, pretrain, probe
+from bat.train.lock import hold
+csv = ["data.csv=a.csv", "checkpoint=random"]
+assert probe.main(csv) == finetune.main(csv) == 2
+nowhere = ["recipe=toy", "checkpoint=nowhere"]
+assert probe.main(nowhere) == finetune.main(nowhere) == 2
+assert pretrain.main(["recipe=as2m"]) == pretrain.main(["recipe=esc10", "data.root=absent"]) == 2
+with hold(Path("runs/pretrain-toy")):
+    assert pretrain.main(["recipe=toy"]) == 2
+assert not Path("runs").exists()
+sys.exit(", ".join({"torch", "lightning"} & set(sys.modules)) or 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for said in ("none.wav", "nowhere does not", "no data given", "absent does not", "in use"):
+        assert said in done.stderr

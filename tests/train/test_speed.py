@@ -1,18 +1,21 @@
 """Compilation and activation checkpointing change how, never what."""
 
+import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bat.config.compose import compose
-from bat.config.schema import Hardware, Pretrain
+from bat.config import locate
+from bat.config.compose import compose, to_yaml
+from bat.config.schema import Finetune, Hardware, Pretrain, Probe
 from bat.nn.block import Block, blocks_of
 from bat.shapes import UserError, WaveBatch
-from bat.train import run_pretrain
+from bat.train import run_pretrain, speed
 from bat.train.pretrain import Pretraining
-from bat.train.speed import attention_in_words
+from bat.train.speed import attention_in_words, with_precision
 
 WORDS = ["recipe=toy", "model.width=48", "model.depth=2", "model.heads=4", "objective.mask.views=2"]
 
@@ -197,3 +200,71 @@ def test_words_for_the_attention_kernel() -> None:
     assert "few heads" in attention_in_words(block, Hardware(precision="bf16-mixed"), cpu)
     assert "scaled_dot" in attention_in_words(block, Hardware(precision="32-true"), cpu)
     assert attention_in_words(torch.nn.Linear(2, 2), Hardware(), cpu) == ""
+
+
+SCHEMAS = {"pretrain": Pretrain, "finetune": Finetune, "probe": Probe}
+SHIPPED = [(c, name) for c in SCHEMAS for name in locate.known_recipes(c)]
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch):
+    """``cpu(fast)``: this machine has no GPU, and its CPU has bfloat16 instructions, or not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return lambda fast: monkeypatch.setattr(speed, "has_fast_bfloat16", lambda device: fast)
+
+
+@pytest.mark.parametrize(("command", "name"), SHIPPED)
+def test_no_recipe_chooses_slow_bfloat16_on_a_cpu(cpu, command, name, tmp_path) -> None:
+    config = compose(SCHEMAS[command], command, [f"recipe={name}"])
+    if config.hardware.accelerator == "gpu":
+        pytest.skip("wants a GPU")
+    cpu(False)
+    assert with_precision(config, tmp_path).hardware.precision == "32-true"
+    cpu(True)
+    other = "32-true" if name == "toy" else "bf16-mixed"
+    assert with_precision(config, tmp_path).hardware.precision == other
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(logging.getLogger("bat"), "propagate", True)
+    caplog.set_level(logging.INFO, "bat")
+    return caplog
+
+
+def test_the_choice_of_precision_is_said(cpu, said, tmp_path) -> None:
+    config = compose(Pretrain, "pretrain", ["recipe=esc10"])
+    cpu(False)
+    with_precision(config, tmp_path)
+    assert "precision 32-true: no fast bfloat16" in said.text
+
+
+def test_slow_bfloat16_that_was_asked_for_is_warned_of_with_the_factor(cpu, said, tmp_path) -> None:
+    words = ["recipe=esc10", "hardware.precision=bf16-mixed"]
+    config = compose(Pretrain, "pretrain", words)
+    cpu(True)
+    assert with_precision(config, tmp_path) == config
+    assert not said.records
+    cpu(False)
+    assert with_precision(config, tmp_path) == config
+    assert f"{speed.bfloat16_slowdown():.0f}".isdigit()
+    assert "times as long as in float32" in said.text
+
+
+@pytest.mark.skipif(speed.has_fast_bfloat16("cpu"), reason="this CPU has bfloat16 instructions")
+def test_a_cpu_without_bfloat16_instructions_is_told_by_its_speed() -> None:
+    assert speed.bfloat16_slowdown() > 2
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_continued_run_keeps_its_precision_on_another_machine(
+    cpu, said, tmp_path: Path, first: bool
+) -> None:
+    config = compose(Probe, "probe", ["recipe=esc10"])
+    cpu(first)
+    began = with_precision(config, tmp_path)
+    (tmp_path / "config.yaml").write_text(to_yaml(began))
+    said.clear()
+    cpu(not first)
+    assert with_precision(config, tmp_path) == began
+    assert f"precision {began.hardware.precision}, as the run in" in said.text

@@ -1,20 +1,28 @@
 """Ends that can be resumed: signals, requests from anywhere, errors of another thread."""
 
 import errno
+import importlib
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from bat.cli import args
+from bat.audio.encode import encode
+from bat.cli import args, shard
 from bat.config.schema import Pretrain
+from bat.data.index import open_index
 from bat.shapes import Interrupted, UserError
 from bat.train.checkpointing import checkpoints
 from bat.train.pretrain import Pretraining
 from bat.train.run_pretrain import pretrain
+from bat.train.signals import listening, minding_signals
 from bat.train.stopping import Stopping
 from bat.train.trainer import read_jsonl
 
@@ -233,8 +241,72 @@ def test_a_signal_while_exporting_says_resume_me_too(small, tmp_path: Path, name
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_pretrain, "export", export)
-        with pytest.raises(Interrupted, match=f"{name}, with nothing to save"):
+        with (
+            pytest.raises(Interrupted, match=f"{name}, with nothing to save"),
+            minding_signals(),
+        ):
             pretrain(config)
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
     pretrain(config)
     assert (tmp_path / "run" / "export").is_dir()
+
+
+def kill_here(*args, **keywords):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "during"),
+    [
+        ("pretrain", ["recipe=toy"], "bat.train.run_folder.open_index"),
+        ("pretrain", ["recipe=toy"], "bat.data.toy.ensure_shards"),
+        ("probe", ["recipe=toy", "checkpoint=random"], "bat.train.run_folder.open_index"),
+        ("finetune", ["recipe=toy", "checkpoint=random"], "bat.data.toy.ensure_shards"),
+        ("shard", ["in", "out"], "bat.data.rows.open_rows"),
+        ("shard", ["verify", "in"], "bat.data.verify.verify"),
+    ],
+)
+def test_sigterm_before_training_says_resume_me(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, words: list[str], during: str
+) -> None:
+    main = importlib.import_module(f"bat.cli.{command}").main
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(during, kill_here)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(words) == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not list(tmp_path.glob("runs/*-toy*"))
+
+
+def test_a_ctrl_c_after_sigterm_is_the_first_one() -> None:
+    heard: list[str] = []
+    with listening(heard.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert heard == ["SIGTERM", "SIGINT", "SIGUSR1"]
+
+
+def test_sigterm_to_a_packing_and_its_processes_says_resume_me(tmp_path: Path) -> None:
+    for i in range(200):
+        wave = np.random.default_rng(i).uniform(-0.4, 0.4, 8_000)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{i}.wav").write_bytes(encode(wave, sample_rate=8_000, codec="wav"))
+    words = [str(tmp_path / "in"), str(tmp_path / "out"), "--codec", "flac", "--jobs", "2"]
+    command = [sys.executable, "-m", "bat.cli.shard", *words]
+    process = subprocess.Popen(
+        command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out").exists() and process.poll() is None:  # its processes start now
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    assert "the same command continues" in said
+    assert shard.main(words) == 0
+    assert len(open_index(tmp_path / "out")) == 200
