@@ -1,6 +1,6 @@
 """Audio files through libsndfile, on guard: the segment that is asked for, or a ``DecodeError``.
 
-soundfile (libsndfile) reads WAV, FLAC, OGG Vorbis, Opus, MP3 and AIFF, from memory or from a path
+soundfile (libsndfile) reads WAV, FLAC, OGG Vorbis, Opus, MP3, AIFF and more, from memory or a path
 (a day-long recording is read by seeking, never whole). Only the asked segment is read, in blocks,
 so what a clip costs in memory is what it holds and never what its header claims. A file that is
 longer than ``max_file_seconds`` is refused by its header; one without a length is not read further,

@@ -128,8 +128,16 @@ def _code(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if args.debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if args.debug or (not full and error.filename is None):
             raise
+        if not full:  # a path that somebody gave, and nothing more to say about it
+            print(
+                f"{p.prog}: error: {redact(os.fsdecode(error.filename))}: {error.strerror}: give "
+                "another file or folder (--debug shows where it is used)",
+                file=sys.stderr,
+            )
+            return 2
         print(
             f"{p.prog}: error: the disk is full ({shown(str(error))}). What was written before is "
             "whole; free some space, then run the same command again",

@@ -207,8 +207,8 @@ def _words(overrides: list[str], command: str) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, OSError) as error:
-        raise UserError(f"{path} is not readable YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not readable YAML in UTF-8: {error}") from error
     plain = OmegaConf.to_container(loaded) if isinstance(loaded, DictConfig) else None
     if not isinstance(plain, dict):
         raise UserError(f"{path} must be a YAML mapping of settings")

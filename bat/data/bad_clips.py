@@ -74,7 +74,7 @@ class BadClips:
         """Add those of ``clips`` that ``file`` does not list yet; a cut last line is mended."""
         if self._listed is None:
             self._listed = set()
-            text = file.read_text(encoding="utf-8") if file.is_file() else ""
+            text = file.read_text("utf-8", "replace") if file.is_file() else ""
             whole = text[: text.rfind("\n") + 1]
             if whole != text:
                 file.write_text(whole, encoding="utf-8")

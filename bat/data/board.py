@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from bat.shapes import UserError
+
 IDLE = -1
 
 
@@ -30,12 +32,27 @@ class Reading(NamedTuple):
     """For how long."""
 
 
+def as_user_error(error: Exception) -> Exception:
+    """``error``, or a ``UserError`` where torch says that shared memory ran out."""
+    text = str(error)
+    if "shared memory" not in text and "</torch_" not in text:
+        return error
+    return UserError(
+        f"shared memory is full ({text.strip().splitlines()[-1]}): loader processes hand over "
+        "batches in /dev/shm. Give it more (docker run --shm-size=8g), lower data.batch, or set "
+        "data.workers=0"
+    )
+
+
 class Board:
     """Rows of the training process and of ``workers`` loader processes, idle at first."""
 
     def __init__(self, workers: int) -> None:
         assert workers >= 0
-        self._shared = torch.full((workers + 1, 2), IDLE).share_memory_()  # (R, 2) int64
+        try:
+            self._shared = torch.full((workers + 1, 2), IDLE).share_memory_()  # (R, 2) int64
+        except RuntimeError as error:
+            raise as_user_error(error) from error
         self._rows: np.ndarray = self._shared.numpy()
 
     def __getstate__(self) -> dict[str, Any]:

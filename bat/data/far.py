@@ -57,7 +57,7 @@ class FarShards:
     Raises:
         NotIndexable: a server that does not tell a shard's size.
         UserError: a shard that does not exist, a server out of reach, a disk that cannot hold two
-            shards.
+            shards, a cache that cannot be written.
     """
 
     def __init__(
@@ -65,8 +65,14 @@ class FarShards:
     ) -> None:
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bat"
         self.folder, self.patience = Path(cache or default) / "remote", patience
-        self.cache = ShardCache(self.folder, max_bytes=cache_bytes)
-        (self.folder / "tables").mkdir(exist_ok=True)
+        try:
+            self.cache = ShardCache(self.folder, max_bytes=cache_bytes)
+            (self.folder / "tables").mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written ({error.strerror}): set data.cache to another "
+                "folder"
+            ) from error
         urls = {i: shard.place for i, shard in enumerate(shards) if isinstance(shard.place, str)}
         folders = dict.fromkeys(_folder(url) for url in urls.values())
         manifests = {folder: manifest_of(folder, patience) for folder in folders}

@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from bat.data.board import as_user_error
 from bat.data.stream import Item, as_it_is
 from bat.data.workers import Deaths, Workers, worker_init
 from bat.shapes import UserError, WaveBatch
@@ -198,7 +199,7 @@ class LastingLoader(DataLoader[WaveBatch]):
         """A new iterator after ``error``; raises it where it was not a worker's death."""
         deaths = broken.deaths() if isinstance(broken, Workers) else []
         if not isinstance(broken, Workers) or not deaths:
-            raise error
+            raise as_user_error(error)
         broken.abandon()
         self._iterator = None
         self.restarts.died(deaths)

@@ -61,13 +61,19 @@ def make_toy(root: str | Path, *, clips: int = 10, seed: int = 0, seconds: float
     """Write the toy set below ``root`` (unless it is there) and return its folder of shards.
 
     Raises:
-        UserError: fewer than 10 clips or no multiple of 5, or clips under a tenth of a second.
+        UserError: fewer than 10 clips or no multiple of 5, or clips under a tenth of a second; a
+            folder that cannot be written.
     """
     if clips < 10 or clips % 5 or seconds < 0.1:
         raise UserError(f"clips={clips}, seconds={seconds}: 10, 15, 20, ... clips of 0.1 s or more")
     root = Path(root)
     audio = root / "audio"
-    audio.mkdir(parents=True, exist_ok=True)
+    try:
+        audio.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{root} cannot be written ({error.strerror}): set data.cache to another folder"
+        ) from error
     lines, total = ["filename,fold,target,category"], 0
     for i in range(clips):
         kind, fold = KINDS[i % 5], i // 5 % 2 + 1

@@ -46,17 +46,20 @@ def class_names(root: Path) -> Labels:
 def read_segments(path: Path) -> list[tuple[str, float, list[str]]]:
     """``[(YTID, start_seconds, mids), ...]`` of a segments CSV."""
     found = []
-    with path.open(newline="", encoding="utf-8") as file:
-        for line in csv.reader(file, skipinitialspace=True):
-            if not line or line[0].startswith("#"):
-                continue
-            try:
-                name, start, _end, mids = line
-                found.append((name, float(start), [m.strip() for m in mids.split(",")]))
-            except ValueError:
-                raise UserError(
-                    f"{path}: {','.join(line)!r} is not 'YTID, start, end, \"mid,mid\"'"
-                ) from None
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for line in csv.reader(file, skipinitialspace=True):
+                if not line or line[0].startswith("#"):
+                    continue
+                try:
+                    name, start, _end, mids = line
+                    found.append((name, float(start), [m.strip() for m in mids.split(",")]))
+                except ValueError:
+                    raise UserError(
+                        f"{path}: {','.join(line)!r} is not 'YTID, start, end, \"mid,mid\"'"
+                    ) from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV in UTF-8 ({error})") from error
     return found
 
 

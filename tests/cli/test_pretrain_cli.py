@@ -60,6 +60,12 @@ def make_bad_tar(folder: Path) -> str:
         (["recipe=toy", "data.clip_seconds=3"], "data.clip_seconds=3.0 makes 301 frames"),
         (["recipe=toy", "frontend.kind=eat", "frontend.statistics=mars"], "mars"),
         (["recipe=toy", "out=file"], "file"),
+        (["recipe=toy", "data.cache=/dev/null"], "set data.cache to another folder"),
+        (["recipe=toy", "data.cache=file/x"], "set data.cache to another folder"),
+        (["recipe=toy", "data.cache=/proc/x"], "set data.cache to another folder"),
+        (["recipe=esc10", f"data.root={'x' * 300}"], "File name too long: give another file"),
+        (["recipe=as2m", f"data.shards={'x' * 300}"], "File name too long: give another file"),
+        (["recipe=latin.yaml"], "latin.yaml is not readable YAML in UTF-8"),
     ],
 )
 def test_mistakes_end_in_one_line_and_code_2(
@@ -67,6 +73,7 @@ def test_mistakes_end_in_one_line_and_code_2(
 ) -> None:
     (folder / "empty").mkdir()
     (folder / "file").write_text("")
+    (folder / "latin.yaml").write_bytes(b"out: caf\xe9\n")
     assert main(words) == 2
     shown = capsys.readouterr().err
     assert "bat-pretrain: error: " in shown

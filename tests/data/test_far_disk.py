@@ -119,3 +119,11 @@ def test_the_disk_does_not_decide_the_order(
     assert open_index(one, cache=tmp_path / "cache").read(0).data == wave(0)
     free = need - int(sizes[0])  # with what the cache could give back
     assert len(open_index(source, cache=tmp_path / "cache")) == 12
+
+
+@pytest.mark.parametrize("cache", ["/dev/null", "/dev/null/x", "/proc/x"])
+def test_a_cache_that_cannot_be_written_is_named(
+    server: FaultyServer, shards: Path, cache: str
+) -> None:
+    with pytest.raises(UserError, match=rf"{cache}/remote cannot be written .* set data\.cache"):
+        open_index(f"{server.url}/set", cache=Path(cache))

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import struct
+import subprocess
 import sys
 import time
 from typing import Any
@@ -117,3 +118,39 @@ def test_loaders_of_evaluation_name_no_setting_that_is_not_theirs(toy_index: Ind
     with pytest.raises(UserError, match=rf"more than {RESTARTS}\. Most likely") as caught:
         list(batches)
     assert "health." not in str(caught.value)
+
+
+SMALL = """
+from bat.data.board import Board
+from bat.data.collate import BatchRows
+from bat.data.loader import LastingLoader, Restarts
+from bat.shapes import UserError
+
+class Rows:
+    def __getitems__(self, items):
+        return BatchRows(10, 100_000).tensors()
+
+loader = LastingLoader(Rows(), [[(0, 0)]], workers=1, restarts=Restarts())
+for act in (lambda: next(iter(loader)), lambda: [Board(1) for _ in range(99)]):
+    try:
+        act()
+    except UserError as error:
+        print("told", error)
+"""
+
+
+def test_a_small_shared_memory_is_told() -> None:
+    """A ``/dev/shm`` of 64 kB, in a mount namespace of its own."""
+    mount = "mount -t tmpfs -o size=64k tmpfs /dev/shm && "
+    call = ["unshare", "-m", "sh", "-c"]
+    if subprocess.run([*call, mount + "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespace can be made here")
+    command = mount + 'exec "$0" -c "$1"'
+    done = subprocess.run(
+        [*call, command, sys.executable, SMALL],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.count("told shared memory is full") == 2, done.stderr
+    assert done.stdout.count("--shm-size") == done.stdout.count("data.workers=0") == 2

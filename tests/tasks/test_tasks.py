@@ -252,6 +252,7 @@ def test_audioset_lists_what_is_absent(audioset: Path) -> None:
             "'/m/526' of Y--PJ_abc",
         ),
         ({"eval_segments.csv": "xyz-1, 5.000\n"}, "is not 'YTID, start, end"),
+        ({"eval_segments.csv": "caf\udce9"}, "eval_segments.csv is not a CSV in UTF-8"),
         ({"clips/Y--PJ_abc.flac": None, "clips/eval/xyz-1_5000.wav": None}, "none of the 3 segm"),
         ({"eval_segments.csv": None, "balanced_train_segments.csv": None}, "no .*_segments.csv"),
     ],
@@ -261,7 +262,7 @@ def test_audioset_mistakes(audioset: Path, change: dict[str, str | None], says: 
         if text is None:
             (audioset / name).unlink()
         else:
-            (audioset / name).write_text(text)
+            (audioset / name).write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError, match=says):
         load_task("audioset").read(audioset)
 
