@@ -255,3 +255,16 @@ def test_without_heads_on_disk_cgp_is_still_the_one_drawn(words, tmp_path, metho
     drawn = [p.name for p in (tmp_path / "run/plots/pretrain-toy").glob("prototype-maps-*")]
     assert drawn == ["prototype-maps-cgp.png"]
     assert not (tmp_path / "run/heads").exists()
+
+
+def test_lines_of_a_training_that_was_cut_off_are_not_repeated(words, tmp_path):
+    out = tmp_path / "out"
+    call = [*words, f"out={out}", "methods=[linear,cgp]"]
+    assert probe.main(call) == 0
+    metrics, results = out / "metrics.jsonl", out / "results.jsonl"
+    whole = metrics.read_text().splitlines()
+    kept = [line for line in results.read_text().splitlines() if json.loads(line)["fold"] == "1"]
+    results.write_text("\n".join(kept) + "\n")  # as after a kill in the second fold
+    (out / "summary.json").unlink()
+    assert probe.main(call) == 0
+    assert sorted(metrics.read_text().splitlines()) == sorted(whole)
