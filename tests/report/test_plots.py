@@ -124,7 +124,7 @@ def test_the_band_of_a_probe_s_curve_ends_where_the_metric_does(tmp_path, axes):
 def test_plot_folds__long_names_are_turned_and_chance_is_drawn(tmp_path, monkeypatch):
     from matplotlib import pyplot as plt
 
-    seen = []
+    seen, close = [], plt.close
     monkeypatch.setattr(plt, "close", seen.append)
     scores = {f"site-{i}-2024-05-{i:02d}": 0.1 * i for i in range(1, 10)}
     plots.plot_folds({"cgp": scores}, tmp_path / "a.png", metric="accuracy", chance=0.25)
@@ -138,5 +138,7 @@ def test_plot_folds__long_names_are_turned_and_chance_is_drawn(tmp_path, monkeyp
         [25, 25]
     ]
     assert "chance" not in [line.get_label() for line in plain.lines]
+    for figure in seen:
+        close(figure)
     assert plots.chance_of("accuracy", 4) == 0.25
     assert plots.chance_of("map", 4) is None
