@@ -133,7 +133,7 @@ def _code(
             raise
         if not full:  # a path that somebody gave, and nothing more to say about it
             print(
-                f"{p.prog}: error: {redact(os.fsdecode(error.filename))}: {error.strerror}: give "
+                f"{p.prog}: error: {shown(os.fsdecode(error.filename))}: {error.strerror}: give "
                 "another file or folder (--debug shows where it is used)",
                 file=sys.stderr,
             )

@@ -7,10 +7,13 @@ are shown in percent. ``tables.py`` sets them for the terminal and in Markdown, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bat.report.sections import TITLES, Row, Section
 
+LEADS = "above every other probe of its encoder by the paired interval"
+"""Which cells of the main table are marked, in words."""
 NOTHING = "–"  # noqa: RUF001 (a dash where there is no number)
 
 
@@ -70,6 +73,23 @@ def notes(section: Section) -> list[str]:
             f"[ ] is the {share} bootstrap interval of the mean {TITLES[section.metric]}: other "
             "clips held out, the same trained probes."
         )
+    if len(section.rows) > 1:
+        judged = sum(r["test"] for r in section.summaries[0]["rounds"])
+        found.append(
+            f"Order and best are told on the {judged} held-out clips that every probe is judged "
+            f"on: the best of {len(section.rows)} is flattered by the choice, and no interval "
+            "counts that."
+        )
+    if section.gains():
+        found.append(
+            "Gain over untrained: each probe minus the same probe on the untrained encoder, on the "
+            "same held-out clips; [ ] is the paired interval."
+        )
+    if any(row.entry["mean"].get("f1", 1.0) < 0.005 for row in section.rows):
+        found.append(
+            "F1 counts a class as heard where its score is above 0.5, which hardly any score is "
+            "here; mAP and AUROC do not depend on a threshold."
+        )
     if absent := section.absent():
         found.append(
             "Classes without a held-out clip in some round, left out of that round's macro means: "
@@ -105,9 +125,10 @@ def few(names: Sequence[str], most: int = 8) -> str:
 def grid(
     section: Section, metrics: Sequence[str]
 ) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
-    """Header, cells, and which (row, column) is the best of its column: the main table.
+    """Header, cells, and which (row, column) leads its column: the main table.
 
-    ``metrics``: the columns where there is one encoder.
+    A probe leads where it is above each other probe of its encoder by the whole paired interval of
+    the main metric; nothing else is marked. ``metrics``: the columns where there is one encoder.
     """
     rows = {(row.encoder, row.method): row for row in section.rows}
     if len(section.encoders) == 1:
@@ -121,19 +142,17 @@ def grid(
             for method in section.methods
         ]
         header = ["probe", *section.encoders]
-    cells, values = [], []
+    cells = []
     for method, line in zip(section.methods, keys, strict=True):
         found = [(rows.get(key), metric) for key, metric in line]
         cells.append([method, *(NOTHING if r is None else spread(r, m) for r, m in found)])
-        values.append(
-            [math.nan if r is None else r.entry["mean"].get(m, math.nan) for r, m in found]
-        )
-    best = set()
-    for column in range(len(header) - 1):
-        numbers = [line[column] for line in values if not math.isnan(line[column])]
-        if len(values) > 1 and numbers:
-            best |= {(i, column + 1) for i, v in enumerate(values) if v[column] == max(numbers)}
-    return header, cells, best
+    leading = set()
+    for column, key in enumerate(keys[0] if keys else [], 1):
+        (name, _), metric = key
+        own = [row for row in section.ranking if row.encoder == name]
+        if metric == section.metric and own and section.leads(own[0], own[1:]):
+            leading.add((section.methods.index(own[0].method), column))
+    return header, cells, leading
 
 
 def intervals(section: Section) -> tuple[list[str], list[list[str]]] | None:
@@ -162,45 +181,57 @@ def rounds(section: Section, metrics: Sequence[str]) -> tuple[list[str], list[li
 
 def ranking(section: Section) -> tuple[list[str], list[list[str]]]:
     """Header and cells of all probes, the best first."""
-    metric, behind = section.metric, section.behind
+    metric = section.metric
+    behind = [section.difference(section.ranking[0], row) for row in section.ranking]
     header = ["", "probe", "encoder", TITLES[metric], "interval", "parameters"]
-    header += ["best minus this"] if behind else []
+    header += ["best minus this"] if any(behind) else []
     cells = []
-    for place, row in enumerate(section.ranking, 1):
+    for place, (row, d) in enumerate(zip(section.ranking, behind, strict=True), 1):
         cell = [str(place), row.method, row.encoder, spread(row, metric)]
         cell += [bounds_of(row.entry["interval"], metric), millions(row.entry["parameters"])]
-        if behind:
-            d = behind.get((row.encoder, row.method))
-            cell.append(
-                f"{number(d['difference'], metric)} {bounds_of(d['interval'], metric)}" if d else ""
-            )
+        if any(behind):
+            cell.append(paired(d, metric) if d else "")
         cells.append(cell)
     return header, cells
+
+
+def paired(found: Mapping[str, Any], metric: str) -> str:
+    """``+4.00 [-0.10, 8.20]``"""
+    sign = "+" if found["difference"] >= 0 else ""
+    difference = number(found["difference"], metric)
+    return f"{sign}{difference} {bounds_of(found['interval'], metric)}"
 
 
 def gaps(section: Section) -> tuple[list[str], list[list[str]]] | None:
-    """Header and cells: best probe, fine-tuning, untrained control; None where neither is there."""
+    """Header and cells: best probe and fine-tuning; None where nothing was fine-tuned."""
     found = section.gaps()
-    tuned = any(gap.finetuned is not None for gap in found)
-    control = any(gap.control is not None for gap in found)
-    if not tuned and not control:
+    if not found:
         return None
-    header = ["encoder", "best probe", TITLES[section.metric]]
-    header += ["fine-tuned", "probe minus fine-tuned"] if tuned else []
-    header += ["untrained, same probe", "gain over untrained"] if control else []
-    cells = []
-    for gap in found:
-        cell = [gap.encoder, gap.method, number(gap.mean)]
-        if tuned:
-            cell += [number(gap.finetuned), _minus(gap.mean, gap.finetuned)]
-        if control:
-            cell += [number(gap.control_mean), _minus(gap.mean, gap.control_mean)]
-        cells.append(cell)
+    title = TITLES[section.metric]
+    header = ["encoder", "best probe", title, "fine-tuned", "probe minus fine-tuned"]
+    cells = [
+        [g.encoder, g.method, number(g.mean), number(g.finetuned), _minus(g.mean, g.finetuned)]
+        for g in found
+    ]
     return header, cells
 
 
-def _minus(a: float, b: float | None) -> str:
-    return NOTHING if b is None or math.isnan(a) or math.isnan(b) else f"{100 * (a - b):+.2f}"
+def gains(section: Section) -> tuple[list[str], list[list[str]]] | None:
+    """Header and cells: every probe beside itself on the untrained encoder; None without one."""
+    metric, found = section.metric, section.gains()
+    if not found:
+        return None
+    header = ["encoder", "probe", TITLES[metric], "untrained", "gain over untrained"]
+    cells = []
+    for row, control, own in found:
+        one, two = mean(row, metric), mean(control, metric)
+        gain = paired(own, metric) if own else _minus(one, two)
+        cells.append([row.encoder, row.method, number(one, metric), number(two, metric), gain])
+    return header, cells
+
+
+def _minus(a: float, b: float) -> str:
+    return NOTHING if math.isnan(a) or math.isnan(b) else f"{100 * (a - b):+.2f}"
 
 
 def protocols(section: Section) -> list[str]:

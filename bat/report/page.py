@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bat.report.cells import (
+    LEADS,
     NOTHING,
     bounds_of,
     few,
+    gains,
     gaps,
     grid,
     intervals,
     mean,
     notes,
     number,
+    paired,
     ranking,
     rounds,
     spread,
@@ -111,10 +114,13 @@ def _finding(section: Section) -> str:
         share = f"{100 * section.summaries[0]['confidence']:g}%"
         text += f", {share} interval {bounds_of(row.entry['interval'])}"
     if len(section.rows) > 1:
-        text = f"Best of {len(section.rows)} results: {text}"
-    for gap in section.gaps():
-        if gap.encoder == row.encoder and gap.control_mean is not None:
-            text += f"; the same probe on the untrained {gap.control}: {number(gap.control_mean)}%"
+        text = f"Best of {len(section.rows)} results on the clips they are judged on: {text}"
+    for gain in section.gains():
+        if gain.row == row:
+            theirs = number(mean(gain.control, section.metric), section.metric)
+            text += f"; the same probe on the untrained {gain.control.encoder}: {theirs}%"
+            if gain.paired:
+                text += f", gain {paired(gain.paired, section.metric)}"
     return text + "."
 
 
@@ -127,7 +133,7 @@ def _section(section: Section, pictures: Mapping[str, Sequence[Picture]]) -> lis
     if section.permuted:
         body.append(tag("p", notes(section)[0], class_="warn"))
     header, cells, best = grid(section, section.metrics)
-    below = "Bold: the best of its column." if best else ""
+    below = f"Bold: {LEADS}." if best else ""
     body.append(table(header, cells, best=best, tints=_tints(section), caption=below))
     body.append(tag("ul", *(tag("li", note) for note in notes(section))))
     if len(section.rows) > 1:
@@ -137,8 +143,9 @@ def _section(section: Section, pictures: Mapping[str, Sequence[Picture]]) -> lis
             rest = table(header, cells[LEADING:], words=3)
             body.append(details(f"The other {len(cells) - LEADING}", rest))
     if found := gaps(section):
-        body += [tag("h3", "Against fine-tuning and the untrained control")]
-        body.append(table(*found, words=2))
+        body += [tag("h3", "Against fine-tuning"), table(*found, words=2)]
+    if found := gains(section):
+        body += [tag("h3", "Against the untrained encoder"), table(*found, words=2)]
     names = {str(s.get("run", "")) for s in section.summaries}
     body += _pictures({run: shown for run, shown in pictures.items() if run in names})
     body += [tag("h3", "What it rests on"), *_foundations(section)]

@@ -19,6 +19,8 @@ from bat.shapes import Grid
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+NAME = 30
+"""Letters of a name in a legend or a row."""
 STYLE: Any = {
     "figure.facecolor": "white",
     "axes.spines.top": False,
@@ -91,11 +93,12 @@ def plot_masks(
             veil[..., 3] = 0.93 * cover.T
             right.imshow(veil, interpolation="nearest", **where)
             left.set_ylabel("mel bin")
-            left.set_title(names[row] if row < len(names) else f"clip {row + 1}")
+            left.set_title(short(names[row], 42) if row < len(names) else f"clip {row + 1}")
             kept = int((~hidden[row]).sum())
             right.set_title(f"what the student sees: {kept} of {grid.tokens} patches")
         for axis in axes[-1]:
             axis.set_xlabel("time (s)")
+            axis.xaxis.get_major_locator().set_params(nbins=8, prune="upper")  # apart from the next
         fig.colorbar(picture, ax=axes, label="log-mel", shrink=min(1.0, 1.6 / n), pad=0.01)
     return path
 
@@ -166,11 +169,16 @@ def plot_layer_gates(
 
 
 def plot_folds(
-    folds: Mapping[str, Mapping[Any, float]], path: str | Path, *, metric: str, title: str = ""
+    folds: Mapping[str, Mapping[Any, float]],
+    path: str | Path,
+    *,
+    metric: str,
+    chance: float | None = None,
+    title: str = "",
 ) -> Path:
     """Bars of a metric (a fraction) by held-out fold, one group of bars a method, with the mean.
 
-    At most as many methods as there are colours.
+    At most as many methods as there are colours. ``chance``: drawn dotted where given.
     """
     assert len(folds) <= len(COLOURS), len(folds)
     path = Path(path)
@@ -187,7 +195,12 @@ def plot_folds(
             axis.bar(x, y, 0.92 * width, color=COLOURS[i],
                      label=f"{method}: {y.mean():.1f}{spread} %")  # fmt: skip
             axis.axhline(y.mean(), color=COLOURS[i], lw=1.2, ls="--")
-        axis.set_xticks(range(len(names)), [str(n) for n in names])
+        shown = [short(str(n), 24) for n in names]
+        axis.set_xticks(range(len(names)), shown)
+        if sum(len(n) + 2 for n in shown) > 9 * inches:  # they would touch
+            axis.tick_params(axis="x", rotation=90)
+        if chance is not None:
+            axis.axhline(100 * chance, color="#777777", lw=1, ls=":", label="chance")
         axis.grid(False, axis="x")
         axis.set_xlabel("held-out fold")
         axis.set_ylabel(f"{metric} (%)")
@@ -236,6 +249,20 @@ def plot_probe_curve(
         axis.set_title(title)
         axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return path
+
+
+def short(name: str, most: int = NAME) -> str:
+    """At most ``most`` letters of one line, the middle left out."""
+    name = " ".join(str(name).split())
+    if len(name) <= most:
+        return name
+    tail = (most - 1) // 2
+    return f"{name[: most - 1 - tail]}…{name[-tail:]}"
+
+
+def chance_of(metric: str, classes: int) -> float | None:
+    """What guessing evenly reaches: 1 / classes in accuracy, a half in AUROC; None: it depends."""
+    return {"accuracy": 1 / max(1, classes), "auroc": 0.5}.get(metric)
 
 
 def _is_number(value: Any) -> bool:

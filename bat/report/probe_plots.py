@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bat.report.plots import COLOURS, MARKERS, figure
+from bat.report.plots import COLOURS, MARKERS, figure, short
 
-NAME = 30
-"""Letters of a name in a legend or a row."""
 GREY = "#8a8a8a"
 GREYS = (GREY, "#4d4d4d", "#b4b4b4")
 THICK: Any = {"lw": 3.4, "alpha": 0.45, "solid_capstyle": "butt"}
@@ -36,15 +34,6 @@ def plain_figure(path: Path, rows: int = 1, columns: int = 1, **settings: Any) -
         figure(path, rows, columns, **settings) as found,
     ):
         yield found
-
-
-def short(name: str, most: int = NAME) -> str:
-    """At most ``most`` letters of one line, the middle left out."""
-    name = " ".join(str(name).split())
-    if len(name) <= most:
-        return name
-    tail = (most - 1) // 2
-    return f"{name[: most - 1 - tail]}…{name[-tail:]}"
 
 
 def looks(names: Iterable[str], controls: Collection[str] = CONTROLS) -> dict[str, dict[str, Any]]:

@@ -9,8 +9,9 @@ twice (same weights) gets its methods together; other weights of the same name g
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -38,15 +39,21 @@ class Row(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """An encoder's best probe beside its fine-tuning and its control, fractions."""
+    """An encoder's best probe beside its fine-tuning, fractions."""
 
     encoder: str
     method: str
     mean: float
-    finetuned: float | None
-    control: str | None
-    """An untrained encoder of the same shape, probed by the same method."""
-    control_mean: float | None
+    finetuned: float
+
+
+class Gain(NamedTuple):
+    """A probe beside the same probe on the untrained encoder of the same shape."""
+
+    row: Row
+    control: Row
+    paired: dict[str, Any] | None
+    """``{"difference", "interval"}`` on the same held-out clips, where they are known."""
 
 
 @dataclass
@@ -111,42 +118,66 @@ class Section:
         found = [m for m in TITLES if any(m in row.entry["mean"] for row in self.rows)]
         return sorted(found, key=lambda m: m != self.metric)
 
-    @property
-    def behind(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """``{"difference", "interval"}`` of the best probe minus (encoder, method), paired.
+    def pairs(self) -> list[tuple[Row, Row]]:
+        """The comparisons that are shown: the best of all with every other, each encoder's best
+        with its others, every probe with itself on the untrained encoder."""
+        groups = [self.ranking]
+        groups += [[r for r in self.ranking if r.encoder == name] for name in self.encoders]
+        found = [(group[0], row) for group in groups for row in group[1:]]
+        found += [(gain.row, gain.control) for gain in self.gains()]
+        return list({self._names(*pair): pair for pair in found}.values())
 
-        Only within one run, where all were judged on the same clips.
-        """
+    def difference(self, one: Row, other: Row) -> dict[str, Any] | None:
+        """``{"difference", "interval"}`` of ``one`` minus ``other``, paired: on the same draws of
+        the same held-out clips. Known within one run only, for ``pairs``."""
         if len(self.summaries) > 1:
-            return {}
+            return None
+        return self._differences.get(self._names(one, other))
+
+    @functools.cached_property
+    def _differences(self) -> dict[tuple[str, ...], dict[str, Any]]:
         given = self.summaries[0].get("differences") or []
-        return {(d["encoder"], d["method"]): d for d in given}
+        return {(*d["of"], *d["minus"]): d for d in given}
+
+    @staticmethod
+    def _names(one: Row, other: Row) -> tuple[str, str, str, str]:
+        return one.encoder, one.method, other.encoder, other.method
+
+    def leads(self, row: Row, others: Iterable[Row]) -> bool:
+        """Whether ``row`` is above each of ``others`` by the whole paired interval."""
+        found = [self.difference(row, other) for other in others]
+        return bool(found) and all(d is not None and d["interval"][0] > 0 for d in found)
 
     def best(self, encoder: str) -> Row | None:
         """The best probe of one encoder."""
         return next((row for row in self.ranking if row.encoder == encoder), None)
 
     def gaps(self) -> list[Gap]:
-        """Of every encoder that was probed."""
+        """Of every encoder that was probed and fine-tuned."""
         found = []
         for name, encoder in self.encoders.items():
-            row = self.best(name)
-            if row is None:
-                continue
-            control = None if is_control(encoder) else self._control(encoder, row.method)
-            theirs = None
-            if control is not None:
-                theirs = self.encoders[control]["results"][row.method]["mean"][self.metric]
-            mean = row.entry["mean"][self.metric]
-            found.append(Gap(name, row.method, mean, encoder.get("finetuned"), control, theirs))
+            row, tuned = self.best(name), encoder.get("finetuned")
+            if row is not None and tuned is not None:
+                found.append(Gap(name, row.method, row.entry["mean"][self.metric], tuned))
         return found
 
-    def _control(self, encoder: Mapping[str, Any], method: str) -> str | None:
-        shape = ("backbone", "width", "depth")
+    def gains(self) -> list[Gain]:
+        """Of every probe that an untrained encoder of the same shape has too."""
+        found = []
+        for row in self.rows:
+            control = self._control(row)
+            if control is not None:
+                found.append(Gain(row, control, self.difference(row, control)))
+        return found
+
+    def _control(self, row: Row) -> Row | None:
+        encoder, shape = self.encoders[row.encoder], ("backbone", "width", "depth")
+        if is_control(encoder):
+            return None
         for name, other in self.encoders.items():
             same = all(other.get(key) == encoder.get(key) for key in shape)
-            if is_control(other) and same and method in other["results"]:
-                return name
+            if is_control(other) and same and row.method in other["results"]:
+                return Row(name, row.method, other["results"][row.method])
         return None
 
     def class_precision(self, row: Row) -> list[float | None]:

@@ -12,7 +12,9 @@ from typing import Any
 
 from bat.redact import printable
 from bat.report.cells import (
+    LEADS,
     bounds_of,
+    gains,
     gaps,
     grid,
     intervals,
@@ -96,13 +98,14 @@ def _text(section: Section) -> str:
             for i, line in enumerate(cells)
         ]
         header = [header[0], *(f"{name}  " for name in header[1:])]
-        parts.append(aligned(header, marked) + ("\n* best of its column" if best else ""))
+        parts.append(aligned(header, marked) + (f"\n* {LEADS}" if best else ""))
         header, cells = ranking(section)
         more = len(cells) - RANKS
         text = aligned(header, cells[:RANKS], words=3)
         parts.append(text + (f"\n... and {more} more" if more > 0 else ""))
-    if found := gaps(section):
-        parts.append(aligned(*found, words=2))
+    for found in (gaps(section), gains(section)):
+        if found:
+            parts.append(aligned(*found, words=2))
     parts.append("\n".join(notes(section)))
     return "\n\n".join(parts)
 
@@ -125,11 +128,12 @@ def _markdown(section: Section) -> str:
         share = f"{100 * section.summaries[0]['confidence']:g}%"
         parts += [f"{share} intervals of {TITLES[section.metric]}, in %:", _escaped(*bounds)]
     if given := gaps(section):
-        parts += ["Best probe beside fine-tuning and the untrained control, in %:"]
-        parts += [_escaped(*given)]
+        parts += ["Best probe beside fine-tuning, in %:", _escaped(*given)]
+    if given := gains(section):
+        parts += ["Every probe beside itself on the untrained encoder, in %:", _escaped(*given)]
     if len(section.rows) == 1:
         parts.append(_escaped(*rounds(section, section.metrics)))
-    foot = ["Bold: the best of its column."] if best else []
+    foot = [f"Bold: {LEADS}."] if best else []
     foot += [*notes(section), *protocols(section)]
     parts.append(plain(" ".join(foot)))
     return "\n\n".join(parts) + "\n"

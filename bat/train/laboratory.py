@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from bat import __version__
+from bat.checkpoint import replace_durably
 from bat.config import schema
 from bat.data.bad_clips import BadClips
 from bat.data.module import eval_loader
@@ -44,6 +45,7 @@ from bat.train.prepare import Prepared
 from bat.train.results import Outcome, ResultsFile, summary
 from bat.train.selection import cross_validate
 from bat.train.speed import speed_up
+from bat.train.trainer import read_jsonl
 
 log = logging.getLogger("bat")
 
@@ -139,6 +141,7 @@ class Laboratory:
         if left < len(wanted):
             log.info("%s: %d of %d results are there from before",
                      self.name, len(wanted) - left, len(wanted))  # fmt: skip
+        self._forget_unfinished(file)
         if left:
             self._open()
             began = time.perf_counter()
@@ -247,6 +250,21 @@ class Laboratory:
             done=file.done,
         )
         return plan
+
+    def _forget_unfinished(self, file: ResultsFile) -> None:
+        """Remove this encoder's lines of trainings without a result from ``metrics.jsonl``: they
+        are trained again."""
+        path = self.out / "metrics.jsonl"
+        rows = read_jsonl(path)
+        kept = [
+            r
+            for r in rows
+            if r["encoder"] != self.name or file.done(r["method"], r["fold"], r["seed"])
+        ]
+        if len(kept) < len(rows):
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            replace_durably(temporary, path)
 
     def _keep(self, probe: Probe, outcome: Outcome) -> None:
         """Keep the last round's best-liked probe with prototypes, to be drawn."""

@@ -29,7 +29,7 @@ from bat.data.index import Index
 from bat.data.module import eval_loader
 from bat.data.splits import TRAIN
 from bat.probes.base import Probe, build_probe, expand, find_probe
-from bat.report.plots import plot_layer_gates, plot_probe_curve
+from bat.report.plots import chance_of, plot_layer_gates, plot_probe_curve
 from bat.report.sections import TITLES
 from bat.shapes import Needs, UserError
 from bat.tasks.base import Task
@@ -145,12 +145,13 @@ class OnlineProbe(StepCallback):
         """Results to the metrics, the pictures and the log."""
         row: dict[str, Any] = {}
         for method, entry in results.items():
-            own = {"step": step, "method": method}
+            own: dict[str, Any] = {}
             for name in entry["mean"]:
-                row[f"online/{method}/{name}"] = entry["mean"][name]
-                row[f"online/{method}/{name}_std"] = entry["std"][name]
-                own |= {name: entry["mean"][name], f"{name}_std": entry["std"][name]}
-            self.rows.append(own)
+                own[name] = entry["mean"][name]
+                if entry["std_over"] != "none":
+                    own[f"{name}_std"] = entry["std"][name]
+            row |= {f"online/{method}/{key}": value for key, value in own.items()}
+            self.rows.append({"step": step, "method": method, **own})
             if entry["gate"]:
                 self.gates[method] = np.array(list(entry["gate"].values()))  # (folds, L)
         for logger in trainer.loggers:
@@ -235,7 +236,7 @@ class OnlineProbe(StepCallback):
 
     def draw(self) -> None:
         """``plots/probe_curve.png`` and ``plots/layer_gate.png``."""
-        chance = None if self.task.multi_label else 1 / self.index.classes
+        chance = chance_of(self.task.metric, self.index.classes)
         file = self.out / "plots" / "probe_curve.png"
         plot_probe_curve(self.rows, file, metric=self.task.metric, chance=chance)
         if self.gates:
@@ -253,9 +254,7 @@ class OnlineProbe(StepCallback):
             shown = []
             for method in methods:
                 r = cell.get((step, method))
-                pairs = (
-                    [f"{100 * r[n]:.1f} ± {100 * r[f'{n}_std']:.1f}" for n in names] if r else []
-                )
+                pairs = [_percent(r[n], r.get(f"{n}_std")) for n in names] if r else []
                 shown.append(" / ".join(pairs) or "-")
             name = "random weights (step 0)" if step == 0 else f"step {step}"
             lines.append(f"  {name} | " + " | ".join(shown))
@@ -293,6 +292,10 @@ def choose_rounds(
             f"online.max_clips={max_clips} or give a larger labelled set"
         )
     return chosen
+
+
+def _percent(mean: float, std: float | None) -> str:
+    return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
 
 
 def curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

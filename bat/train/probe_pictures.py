@@ -14,7 +14,7 @@ import numpy as np
 
 from bat.report import insight_plots, probe_plots
 from bat.report.page import COMPARISONS
-from bat.report.plots import COLOURS, plot_folds, plot_layer_gates
+from bat.report.plots import COLOURS, chance_of, plot_folds, plot_layer_gates
 from bat.report.sections import TITLES
 from bat.train.inside import maps_of
 from bat.train.laboratory import Laboratory
@@ -43,7 +43,9 @@ def draw_encoder(folder: Path, lab: Laboratory, entry: dict[str, Any]) -> None:
             }
             for method, e in results.items()
         }
-        drawn.append(plot_folds(folds, folder / "folds.png", metric=TITLES[metric]))
+        chance = chance_of(metric, lab.index.classes)
+        path = folder / "folds.png"
+        drawn.append(plot_folds(folds, path, metric=TITLES[metric], chance=chance))
     name, maps = maps_of(lab)
     if maps:
         path = folder / f"{MAPS}{name}.png"
@@ -60,7 +62,7 @@ def draw_comparison(folder: Path, summary: dict[str, Any]) -> None:
     """
     encoders, metric = summary["encoders"], summary["metric"]
     controls = [n for n, e in encoders.items() if str(e["checkpoint"]).startswith(RANDOM)]
-    chance = None if summary["multi_label"] else 1 / len(summary["labels"])
+    chance = chance_of(metric, len(summary["labels"]))
     shown = {
         name: {
             method: {"mean": e["mean"][metric], "std": e["std"][metric], "interval": e["interval"]}

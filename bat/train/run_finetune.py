@@ -17,7 +17,7 @@ import torch
 from bat import __version__
 from bat.config import schema
 from bat.probes.base import find_probe, takes_encoder
-from bat.report.plots import plot_folds
+from bat.report.plots import chance_of, plot_folds
 from bat.report.sections import TITLES
 from bat.shapes import UserError
 from bat.train.batching import with_batch
@@ -86,6 +86,7 @@ def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None
         {config.method: {o.fold: o.metrics[metric] for o in outcomes}},
         out / "plots" / "folds.png",
         metric=TITLES[metric],
+        chance=chance_of(metric, ready.index.classes),
         title=f"Fine-tuned {TITLES[metric]} by held-out fold",
     )
     write_json(
@@ -97,6 +98,7 @@ def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None
             "data": ready.index.hash,
             "how": HOW,
             "clips": len(ready.index),
+            "labels": ready.index.vocabulary,
             "bad_clips": {r["held_out"]: r["bad_clips"] for r in results},
             "held_out_bad": {r["held_out"]: r["held_out_bad"] for r in results},
             "results": found,

@@ -198,10 +198,11 @@ def _pictures(folder: Path, summary: dict[str, Any]) -> list[Picture]:
 
 
 def differences(folder: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The best probe minus each other, on the same draws of the same held-out clips."""
+    """``Section.pairs`` on the same draws of the same held-out clips: ``{"of": [encoder, method],
+    "minus": [encoder, method], "difference", "interval"}``."""
     path = folder / "results.jsonl"
-    ranking = sections([summary])[0].ranking
-    if len(ranking) < 2 or not path.is_file():
+    section = sections([summary])[0]
+    if len(section.rows) < 2 or not path.is_file():
         return []
     draws: dict[tuple[str, str], dict[tuple[str, str], tuple[float, list[float]]]] = {}
     try:
@@ -216,27 +217,24 @@ def differences(folder: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s): no paired differences in the report", path, error)
         return []
-    best = draws.pop((ranking[0].encoder, ranking[0].method), {})
-    return [
-        {"encoder": encoder, "method": method, **_paired(best, own, summary["confidence"])}
-        for (encoder, method), own in draws.items()
-        if best and own.keys() == best.keys()
-    ]
+    found = []
+    for one, other in section.pairs():
+        a, b = (draws.get((row.encoder, row.method), {}) for row in (one, other))
+        if a and a.keys() == b.keys():
+            names = {"of": [one.encoder, one.method], "minus": [other.encoder, other.method]}
+            found.append({**names, **_paired(a, b, summary["confidence"])})
+    return found
 
 
 def _paired(
-    best: dict[tuple[str, str], tuple[float, list[float]]],
-    own: dict[tuple[str, str], tuple[float, list[float]]],
+    one: dict[tuple[str, str], tuple[float, list[float]]],
+    other: dict[tuple[str, str], tuple[float, list[float]]],
     confidence: float,
 ) -> dict[str, Any]:
     import numpy as np
 
     from bat.train.bootstrap import difference
 
-    value = float(np.mean([best[place][0] - own[place][0] for place in best]))
-    one = np.mean([best[place][1] for place in best], axis=0)
-    two = np.mean([own[place][1] for place in best], axis=0)
-    return {
-        "difference": value,
-        "interval": list(difference(one, two, confidence, at=value)),
-    }
+    value = float(np.mean([one[place][0] - other[place][0] for place in one]))
+    a, b = (np.mean([draws[place][1] for place in one], axis=0) for draws in (one, other))
+    return {"difference": value, "interval": list(difference(a, b, confidence, at=value))}

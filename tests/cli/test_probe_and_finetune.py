@@ -297,3 +297,16 @@ def test_what_cannot_be_built_leaves_no_folder_and_no_checkpoint_no_shards(words
     for command in (probe, finetune):
         assert command.main([*own, listed(tmp_path, "abab")]) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["abab.csv", "toy", "unfinished"]
+
+
+def test_lines_of_a_training_that_was_cut_off_are_not_repeated(words, tmp_path):
+    out = tmp_path / "out"
+    call = [*words, f"out={out}", "methods=[linear,cgp]"]
+    assert probe.main(call) == 0
+    metrics, results = out / "metrics.jsonl", out / "results.jsonl"
+    whole = metrics.read_text().splitlines()
+    kept = [line for line in results.read_text().splitlines() if json.loads(line)["fold"] == "1"]
+    results.write_text("\n".join(kept) + "\n")  # as after a kill in the second fold
+    (out / "summary.json").unlink()
+    assert probe.main(call) == 0
+    assert sorted(metrics.read_text().splitlines()) == sorted(whole)

@@ -196,8 +196,8 @@ def test_differences_are_paired(tmp_path: Path) -> None:
             lines.append(json.dumps(row))
     (run / "results.jsonl").write_text("\n".join(lines) + "\n")
     html = report([run]).html.read_text(encoding="utf-8")
-    [shown] = [cell for cell in html.split("<td>") if cell.startswith("5.00 [")]
-    low, high = (float(v) for v in shown[6 : shown.index("]")].split(", "))
+    [shown] = [cell for cell in html.split("<td>") if cell.startswith("+5.00 [")]
+    low, high = (float(v) for v in shown[7 : shown.index("]")].split(", "))
     assert 4.6 < low < 5 < high < 5.4
     (run / "results.jsonl").write_text("\n".join(lines[:-1]) + '\n{"encoder"\n')
     assert "best minus this" not in report([run]).html.read_text(encoding="utf-8")

@@ -1,5 +1,6 @@
 """Pictures are written, are pictures, and show the numbers they were given."""
 
+import itertools
 import struct
 
 import numpy as np
@@ -118,3 +119,26 @@ def test_the_band_of_a_probe_s_curve_ends_where_the_metric_does(tmp_path, axes):
     rows = [{"step": s, "method": "cgp", "accuracy": 0.95, "accuracy_std": 0.1} for s in (1, 2)]
     plots.plot_probe_curve(rows, tmp_path / "c.png")
     assert axes[0].collections[0].get_paths()[0].vertices[:, 1].max() == 100
+
+
+def test_plot_folds__long_names_are_turned_and_chance_is_drawn(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    seen, close = [], plt.close
+    monkeypatch.setattr(plt, "close", seen.append)
+    scores = {f"site-{i}-2024-05-{i:02d}": 0.1 * i for i in range(1, 10)}
+    plots.plot_folds({"cgp": scores}, tmp_path / "a.png", metric="accuracy", chance=0.25)
+    plots.plot_folds({"cgp": {"1": 0.5, "2": 0.6}}, tmp_path / "b.png", metric="accuracy")
+    turned, plain = (figure.axes[0] for figure in seen)
+    assert {label.get_rotation() for label in turned.get_xticklabels()} == {90}
+    assert {label.get_rotation() for label in plain.get_xticklabels()} == {0}
+    boxes = [label.get_window_extent() for label in turned.get_xticklabels()]
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
+    assert [list(line.get_ydata()) for line in turned.lines if line.get_label() == "chance"] == [
+        [25, 25]
+    ]
+    assert "chance" not in [line.get_label() for line in plain.lines]
+    for figure in seen:
+        close(figure)
+    assert plots.chance_of("accuracy", 4) == 0.25
+    assert plots.chance_of("map", 4) is None

@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bat.report import insight_plots, probe_plots
+from bat.report import insight_plots, plots, probe_plots
 from bat.report.probe_plots import short
 
 RNG = np.random.default_rng(0)
@@ -186,7 +186,7 @@ def test_names_are_shortened_in_the_middle() -> None:
     assert short("a  name\nof two lines") == "a name of two lines"
     assert short("0123456789", 10) == "0123456789"
     assert short("0123456789A", 10) == "01234…789A"
-    assert len(short(LONG)) == probe_plots.NAME
+    assert len(short(LONG)) == plots.NAME
 
 
 def test_controls_are_told_apart(tmp_path: Path, axes: list[Axes]) -> None:

@@ -27,11 +27,25 @@ def test_methods_are_rows_and_encoders_columns() -> None:
             entry = given["encoders"][name]["results"][method]
             mean, std = 100 * entry["mean"]["accuracy"], 100 * entry["std"]["accuracy"]
             assert cells[row][column] == f"{mean:.2f} ± {std:.2f}"
-    means = {
-        name: [encoder["results"][m]["mean"]["accuracy"] for m in METHODS]
-        for name, encoder in given["encoders"].items()
-    }
-    assert best == {(means[n].index(max(means[n])), j) for j, n in enumerate(means, 1)}
+    assert not best  # no interval says so
+
+
+@pytest.mark.parametrize(("low", "leads"), [(0.01, True), (-0.01, False), (math.nan, False)])
+def test_grid__best_is_marked_only_beyond_the_paired_interval(low: float, leads: bool) -> None:
+    given = summary(encoders=["A", "B"], methods=["linear", "cgp", "lcgp"])
+    [section] = sections([given])
+    own = [row for row in section.ranking if row.encoder == "A"]
+    given["differences"] = [
+        {"of": ["A", own[0].method], "minus": ["A", r.method], "difference": 0.02, "interval": i}
+        for r, i in ((own[1], [low, 0.03]), (own[2], [0.01, 0.03]))
+    ]
+    [section] = sections([given])
+    row = section.methods.index(own[0].method)
+    assert grid(section, ["accuracy"])[2] == ({(row, 1)} if leads else set())
+    assert ("above every other" in as_text([given])) == leads
+    assert ("**" in as_markdown([given])) == leads
+    [alone] = sections([summary(encoders=["A"], methods=["linear"])])
+    assert not grid(alone, ["accuracy"])[2]  # one probe leads nothing
 
 
 def test_ranking_and_comparison_start_with_the_best_and_hold_all() -> None:
@@ -54,7 +68,6 @@ def test_a_mean_that_is_no_number_comes_last_and_is_a_dash() -> None:
     [section] = sections([given])
     assert section.ranking[-1].method == "linear"
     assert ranking(section)[1][-1][3] == number(None)
-    assert grid(section, ["accuracy"])[2] == {(METHODS.index(section.ranking[0].method), 1)}
 
 
 def test_dprime_is_not_in_percent() -> None:
@@ -63,22 +76,36 @@ def test_dprime_is_not_in_percent() -> None:
     assert cells[0][2] == "1.81 ± 0.00"
 
 
-def test_gap_to_fine_tuning_and_gain_over_the_control() -> None:
+def test_gap_to_fine_tuning_and_gains_over_the_untrained() -> None:
     given = summary()
+    pairs = [(g.row, g.control) for g in sections([given])[0].gains()]
+    assert {row.encoder for row, _ in pairs} == {"A", "B"}
+    assert all(c.encoder == "random" and c.method == row.method for row, c in pairs)
+    assert len(pairs) == 2 * len(METHODS)  # every probe, not the best alone
     gaps = {gap.encoder: gap for gap in sections([given])[0].gaps()}
     row = sections([given])[0].best("A")
     assert row is not None
     assert gaps["A"].finetuned == 0.952
-    assert gaps["A"].control == "random"
-    same_probe = given["encoders"]["random"]["results"][row.method]
-    assert gaps["A"].control_mean == same_probe["mean"]["accuracy"]
-    assert gaps["random"].control is None
     text = as_text([given])
     mean = row.entry["mean"]["accuracy"]
     expected = f"{100 * (mean - 0.952):+.2f}"
     assert any(expected in line for line in lines_of(text, "A "))
+    one, other = pairs[0]
+    gain = {"difference": 0.04, "interval": [-0.001, 0.082]}
+    names = {"of": [one.encoder, one.method], "minus": [other.encoder, other.method]}
+    given["differences"] = [names | gain]
+    assert any("+4.00 [-0.10, 8.20]" in line for line in lines_of(as_text([given]), "A "))
+    assert "flattered by the choice" in as_text([given])
     given["encoders"]["random"]["width"] = 384  # of another shape: no control of these
-    assert all(gap.control is None for gap in sections([given])[0].gaps())
+    assert not sections([given])[0].gains()
+    assert "Gain over untrained" not in as_text([given])
+
+
+def test_f1_of_zero_is_explained() -> None:
+    given = summary(encoders=["A"], methods=["linear", "cgp"])
+    assert "above 0.5" not in as_text([given])
+    given["encoders"]["A"]["results"]["cgp"]["mean"]["f1"] = 0.0
+    assert "above 0.5" in as_text([given])
 
 
 @pytest.mark.parametrize(
@@ -208,12 +235,17 @@ def test_paired_differences_stand_in_the_ranking_of_a_single_run() -> None:
     given = summary(encoders=["A"], methods=["linear", "cgp"])
     [first, last] = sections([given])[0].ranking
     given["differences"] = [
-        {"encoder": "A", "method": last.method, "difference": 0.021, "interval": [-0.01, 0.05]}
+        {
+            "of": ["A", first.method],
+            "minus": ["A", last.method],
+            "difference": 0.021,
+            "interval": [-0.01, 0.05],
+        }
     ]
     header, cells = ranking(sections([given])[0])
     assert header[-1] == "best minus this"
     assert [cells[0][1], cells[0][-1]] == [first.method, ""]
-    assert cells[1][-1] == "2.10 [-1.00, 5.00]"
+    assert cells[1][-1] == "+2.10 [-1.00, 5.00]"
     other = summary(encoders=["B"])
     assert "best minus this" not in ranking(sections([given, other])[0])[0]
 
@@ -235,6 +267,5 @@ def test_markdown_is_a_table_whatever_names_hold() -> None:
     assert header == r"| probe | a\|b\*c | [x]\(http://evil) |"
     assert rule == "| --- | ---: | ---: |"
     assert [row.split(" | ")[0] for row in rows] == ["| cgp", "| linear"]
-    assert sum(row.count("**") for row in rows) == 2 * 2  # one bold cell a column
     assert plain("a\n# b\t<i>") == r"a \# b \<i\>"
     assert "Protocol: name=validated" in text
