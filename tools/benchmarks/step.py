@@ -69,7 +69,9 @@ PLACE = 12345
 
 
 def settings(words: list[str]) -> Pretrain:
-    return compose(Pretrain, "pretrain", ["recipe=as2m", *words])
+    own = any(word.startswith(("hardware=", "hardware.precision=")) for word in words)
+    usual = [] if own else ["hardware.precision=bf16-mixed"]
+    return compose(Pretrain, "pretrain", ["recipe=as2m", *usual, *words])
 
 
 def waves_for(config: Pretrain, device: torch.device) -> Tensor:
