@@ -1,9 +1,10 @@
 """Audio of one's own: a folder (recursive), or a CSV that lists files and labels.
 
 Folder: every file with a suffix of ``AUDIO_SUFFIXES``, linked folders included (``find_files``).
-Where the audio lies in two or more sub-folders, the name of a file's parent folder is its label; otherwise the clips are unlabelled (good for pre-training). Where all of it lies below
-folders called ``train``, ``Testing`` and the like (``SPLITS``), these are the splits ``train``,
-``valid`` and ``test``, and each is read in that way.
+Where the audio lies in two or more sub-folders, the name of a file's parent folder is its label;
+otherwise the clips are unlabelled (good for pre-training). Where all of it lies below folders
+called ``train``, ``Testing`` and the like (``SPLITS``), these are the splits ``train``, ``valid``
+and ``test``, and each is read in that way.
 
 CSV: columns ``path`` (relative to the CSV, or absolute) and at will ``label`` (one, taken as it
 stands), ``labels`` (several, separated by ``;``, or by ``,`` where the column has no ``;``),
