@@ -52,8 +52,13 @@ def here(tmp_path, monkeypatch):
 def encoder_in(folder: Path, *, frames: int = 208) -> Path:
     torch.manual_seed(0)
     model = BAT(width=16, depth=2, heads=2, grid=Grid(frames // 16, 8))
-    export(folder / "export", backbone="bat", encoder=model.config(), student=model.state_dict(),
-           teacher={}, meta={})  # fmt: skip
+    export(
+        folder / "export",
+        backbone="bat",
+        encoder=model.config(),
+        weights={"student": model.state_dict()},
+        meta={},
+    )
     return folder
 
 
@@ -70,7 +75,7 @@ def sounds(folder: Path, *, count: int = 10, below: str = "{kind}") -> Path:
 
 def test_after_pretraining_probe_and_finetune_run(here, capsys):
     small = ["model.width=48", "model.depth=1", "model.heads=2", "objective.decoder_depth=1"]
-    words = ["recipe=toy", *small, "mask.views=1", "online.every=0", "out=a run", *QUICK]
+    words = ["recipe=toy", *small, "objective.mask.views=1", "online.every=0", "out=a run", *QUICK]
     assert pretrain.main([*words, "data.cache=my shards"]) == 0
     found = advised(capsys.readouterr().out)
     assert [words[0] for words in found] == ["bat-probe", "bat-finetune"]

@@ -22,8 +22,13 @@ def run(tmp_path_factory):
     torch.manual_seed(0)
     model = BAT(width=16, depth=2, heads=2, grid=Grid(13, 8))
     folder = tmp_path_factory.mktemp("runs") / "pretrain-toy"
-    export(folder / "export", backbone="bat", encoder=model.config(), student=model.state_dict(),
-           teacher={}, meta={})  # fmt: skip
+    export(
+        folder / "export",
+        backbone="bat",
+        encoder=model.config(),
+        weights={"student": model.state_dict()},
+        meta={},
+    )
     return folder
 
 

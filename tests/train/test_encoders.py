@@ -30,8 +30,8 @@ def run(tmp_path) -> Path:
     model = BAT(width=16, depth=2, heads=2, grid=Grid(13, 8), gate=False)
     state = model.state_dict()
     folder = tmp_path / "pretrain-x"
-    export(folder / "export", backbone="bat", encoder=model.config(), student=state,
-           teacher={k: v + 1 for k, v in state.items()}, meta={})  # fmt: skip
+    both = {"student": state, "teacher": {k: v + 1 for k, v in state.items()}}
+    export(folder / "export", backbone="bat", encoder=model.config(), weights=both, meta={})
     config = Pretrain(task="toy", data=Data(root="some/where"))
     (folder / "config.yaml").write_text(to_yaml(config))
     return folder
@@ -91,7 +91,7 @@ def test_padding_is_the_checkpoints_unless_said(run):
     clip = _load(run, pad="clip", pad_offset="random", data=Data(clip_seconds=2.0))[0]
     assert (clip.frontend.pad, clip.frontend.clip_samples) == ("clip", 32000)
     state = clip.state_dict()
-    export(run / "clip", backbone="bat", encoder=clip.config(), student=state, teacher={}, meta={})
+    export(run / "clip", backbone="bat", encoder=clip.config(), weights={"student": state}, meta={})
     assert _load(run / "clip", data=Data(clip_seconds=2.0))[0].frontend.clip_samples == 32000
     assert _load(run / "clip", data=Data(clip_seconds=1.0))[0].frontend.clip_samples == 16000
     assert _load(run / "clip", pad="spectrogram")[0].frontend.clip_samples == 0
@@ -136,8 +136,13 @@ def test_statistics_of_a_hub_folder_are_the_tasks(eat_file):
 def test_an_exports_statistics_are_its_own(eat_file):
     tuned, _ = load_for(Probe(checkpoint=str(eat_file), task="esc10"), load_task("esc10"))
     folder = eat_file.parent / "export"
-    export(folder, backbone="eat", encoder=tuned.config(), student=tuned.state_dict(),
-           teacher={}, meta={})  # fmt: skip
+    export(
+        folder,
+        backbone="eat",
+        encoder=tuned.config(),
+        weights={"student": tuned.state_dict()},
+        meta={},
+    )
     again, _ = load_for(Probe(checkpoint=str(folder), task="folder"), load_task("folder"))
     assert again.frontend.statistics == "esc50"
     assert kaldi_line(again.frontend) == (

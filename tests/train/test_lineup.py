@@ -20,7 +20,7 @@ def runs(tmp_path_factory):
         torch.manual_seed(seed)
         model = BAT(width=width, depth=2, heads=2, grid=Grid(13, 8))
         export(folder / name / "export", backbone="bat", encoder=model.config(),
-               student=model.state_dict(), teacher={}, meta={})  # fmt: skip
+               weights={"student": model.state_dict()}, meta={})  # fmt: skip
     return folder
 
 

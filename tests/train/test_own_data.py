@@ -56,7 +56,7 @@ def encoder(tmp_path_factory):
     model = BAT(width=16, depth=2, heads=2, grid=Grid(8, 8))
     folder = tmp_path_factory.mktemp("run") / "export"
     return export(folder, backbone="bat", encoder=model.config(),
-                  student=model.state_dict(), teacher={}, meta={})  # fmt: skip
+                  weights={"student": model.state_dict()}, meta={})  # fmt: skip
 
 
 @pytest.fixture(scope="module")

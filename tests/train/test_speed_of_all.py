@@ -26,7 +26,7 @@ def words(tmp_path: Path) -> list[str]:
     model = BAT(width=16, depth=BLOCKS, heads=2, grid=Grid(13, 8))
     checkpoint = export(
         tmp_path / "export",
-        backbone="bat", encoder=model.config(), student=model.state_dict(), teacher={}, meta={},
+        backbone="bat", encoder=model.config(), weights={"student": model.state_dict()}, meta={},
     )  # fmt: skip
     return [
         "recipe=toy", f"checkpoint={checkpoint}", f"data.cache={tmp_path}/shards", "folds=[1]",

@@ -34,7 +34,7 @@ def encoder(tmp_path_factory):
     state = model.state_dict()
     return export(
         tmp_path_factory.mktemp("run") / "export",
-        backbone="bat", encoder=model.config(), student=state, teacher={}, meta={},
+        backbone="bat", encoder=model.config(), weights={"student": state}, meta={},
     )  # fmt: skip
 
 
@@ -294,7 +294,7 @@ def test_a_finished_fold_of_something_else_is_not_taken(config, tmp_path):
         torch.manual_seed(seed)
         model = BAT(width=16, depth=2, heads=2, grid=Grid(13, 8))
         export(tmp_path / "export", backbone="bat", encoder=model.config(),
-               student=model.state_dict(), teacher={}, meta={})  # fmt: skip
+               weights={"student": model.state_dict()}, meta={})  # fmt: skip
 
     words = (*QUICK, f"checkpoint={tmp_path}/export")
     encoder(1)
