@@ -112,7 +112,8 @@ def test_read_by_two_workers_they_are_counted_and_nobody_dies(bombs: Path) -> No
     loader = eval_loader(index, batch=4, workers=2, **how)
     batches = list(loader)
     assert sum(len(batch.keys) for batch in batches) == 8
-    assert Counter(clip.kind for batch in batches for clip in batch.skipped) == KINDS
+    kinds = Counter(clip.kind for batch in batches for clip in batch.skipped)
+    assert kinds == {"long": 4, "short": 1}  # read from its start, where it ends too soon
     assert loader.restarts.count == 0
 
 

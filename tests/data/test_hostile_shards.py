@@ -329,8 +329,7 @@ def test_hostile_names__saved_tables_and_manifests_are_not_trusted(tmp_path: Pat
     saved.names = [EVIL, "\ud800"]
     saved.save(evil / "s.idx.npz")
     again = table.ShardTable.load(evil / "s.idx.npz", evil / "s.tar")
-    assert again is not None
-    assert again.names == ["\\x1b[31mred\\x07", "\\ud800"]
+    assert again is None  # labels that the tar does not have
     manifest = json.loads((evil / "manifest.json").read_text())
     manifest["vocabulary"] = [EVIL, "\ud800"]
     (evil / "manifest.json").write_text(json.dumps(manifest))
@@ -362,7 +361,7 @@ def test_hostile_names__a_folder_of_such_files_is_packed(
         (tmp_path / "in" / name).mkdir(parents=True)
         (tmp_path / "in" / name / f"{name}.wav").write_bytes(WAV)
     assert shard_main([str(tmp_path / "in"), str(tmp_path / "out"), "--jobs", "1"]) == 0
-    assert open_index(tmp_path / "out").vocabulary == ["\\x1b[31mred\\x07", "dog\\udcff"]
+    assert open_index(tmp_path / "out").vocabulary == ["\\x1b[31mred\\x07", "dog\\xff"]
     printed = capsys.readouterr()
     assert "\x1b" not in printed.out + printed.err
 
