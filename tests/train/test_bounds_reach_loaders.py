@@ -49,7 +49,7 @@ def given_by(call: Any) -> dict[str, Any]:
 @pytest.fixture
 def finetune(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A ``Folds`` without folds."""
-    config = schema.Finetune()
+    config = schema.Finetune(hardware=schema.Hardware(precision="32-true"))
     config.data.max_seconds, config.health.worker_restarts = LONGEST, RESTARTED
     monkeypatch.setattr(folds, "make_plan", lambda *_, **__: None)
     monkeypatch.setattr(folds, "AudioData", stand_in)
@@ -101,7 +101,7 @@ def test_online_probes(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("cache", ["memory", "disk", "off"])
 def test_probes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Any) -> None:
-    config = schema.Probe()
+    config = schema.Probe(hardware=schema.Hardware(precision="32-true"))
     config.data.max_seconds = LONGEST
     for name in ("eval_loader", "AudioData"):
         monkeypatch.setattr(features, name, stand_in)

@@ -443,7 +443,7 @@ def teacher_of(values: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch) 
     def found(encoder, spectrogram):
         calls[0] += 1
         assert spectrogram.shape == (5, 1, 208, 128)
-        return next(left) if calls[0] % 2 else first
+        return first if calls[0] % 2 else next(left)  # the student's turn comes first
 
     monkeypatch.setattr(health, "representation", found)
 
@@ -461,8 +461,8 @@ def test_a_collapse_is_warned_of_once_until_it_is_over(
     events = [r for r in rows if r.get("event") == "collapse"]
     assert [r["step"] for r in events] == [2, 5]
     assert events[0]["message"] == (
-        "step 2: clips look alike to the teacher (teacher effective rank 30.0, deviation between "
-        "clips 0.010, student effective rank 20.0, deviation between clips 1.000)"
+        "step 2: clips look alike to the teacher (student effective rank 20.0, deviation between "
+        "clips 1.000, teacher effective rank 30.0, deviation between clips 0.010)"
     )
     assert health_rows(tmp_path / "run")[3]["health/teacher_rank"] is None
 

@@ -218,7 +218,7 @@ def test_probing_gives_each_clip_what_it_gives_alone(own, tmp_path, level, kind)
     for row, batch in enumerate(loader if level == "clip" else ()):
         with torch.no_grad():
             alone = encoder(batch.waves[0, : batch.lengths[0]])
-            logits = probes["cgp"](alone)[0]
+            logits = probes["cgp"].eval()(alone)[0]
         torch.testing.assert_close(first.logits["cgp", ""][row], logits, atol=1e-5, rtol=1e-5)
 
 

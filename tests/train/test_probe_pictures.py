@@ -27,6 +27,7 @@ def draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(probe_pictures, "maps_of", lambda lab: found)
         for name, entry in whole["encoders"].items():
             lab: Any = SimpleNamespace(
+                index=SimpleNamespace(classes=len(whole["labels"])),
                 ready=SimpleNamespace(
                     task=SimpleNamespace(metric="accuracy"), rounds=whole["rounds"]
                 ),
