@@ -81,7 +81,8 @@ def test_fine_tuning(words: list[str], compiled: list, tmp_path: Path, monkeypat
 
 def test_online_probes_have_every_setting_of_their_head() -> None:
     config = compose(Pretrain, "pretrain", ["recipe=toy", "online.head.kernel=triton"])
-    online = SimpleNamespace(config=config, index=SimpleNamespace(classes=5))
+    task = SimpleNamespace(per_class=20)
+    online = SimpleNamespace(config=config, index=SimpleNamespace(classes=5), task=task)
     built = OnlineProbe.build(online, "cgp")
     assert (built.kernel, built.dropout.p) == ("triton", config.online.head.dropout)
     assert len(built.prototypes) == config.online.head.prototypes
