@@ -23,6 +23,7 @@ import tarfile
 import tempfile
 import time
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -126,7 +127,7 @@ def seen_once(
 
 
 def simulate(folder: Path, *, shards: int, clips: int) -> None:
-    """Sparse tars with a real first and last header, and a full index file each."""
+    """Sparse tars with a real first, middle and last header, and a full index file each."""
     size = 320_000  # about a 10-s FLAC clip at 16 kHz
     step = 512 + -(-size // 512) * 512
     for n in range(shards):
@@ -135,13 +136,16 @@ def simulate(folder: Path, *, shards: int, clips: int) -> None:
         table["offset"] = np.arange(clips) * step + 512
         table["size"], table["frames"], table["rate"], table["key"] = size, 160_000, 16_000, 12
         table["fold"], table["split"], table["labels"] = -1, -1, 2
+        table["header"] = zlib.crc32(bytes(512))  # of a hole
         path = folder / f"shard-{n:05d}.tar"
         with path.open("wb") as file:
-            for i in (0, clips - 1):
+            for i in (0, clips // 2, clips - 1):
                 info = tarfile.TarInfo(f"{keys[i]}.flac")
                 info.size = size
+                header = info.tobuf(tarfile.USTAR_FORMAT)
+                table["header"][i] = zlib.crc32(header)
                 file.seek(i * step)
-                file.write(info.tobuf(tarfile.USTAR_FORMAT))
+                file.write(header)
             file.truncate(clips * step + 1024)
         labels = (np.arange(2 * clips, dtype=np.int32) * 7 + n) % 527
         ShardTable(
@@ -151,6 +155,7 @@ def simulate(folder: Path, *, shards: int, clips: int) -> None:
             keys=np.frombuffer("".join(keys).encode(), np.uint8),
             names=[f"class {i}" for i in range(527)],
             ids=list(range(527)),
+            mtime_ns=path.stat().st_mtime_ns,
         ).save(path.with_suffix(".idx.npz"))
 
 
