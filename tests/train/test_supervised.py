@@ -113,13 +113,19 @@ def test_each_augmentation_acts_and_repeats(config, encoder, words):
     assert not torch.equal(acted, augmented(*words, seed=1)[0])
 
 
-@pytest.mark.parametrize(("pad", "own"), [("spectrogram", 201), ("waveform", 208)])
-def test_time_roll__zero_frames_stay_at_the_end(config, encoder, pad, own):
-    """2 s are 201 frames; where the waveform is padded all 208 are the clip's."""
+@pytest.mark.parametrize(
+    ("pad", "samples", "own"),
+    [("spectrogram", 32_000, 201), ("waveform", 32_000, 208), ("clip", 8_000, 201)],
+)
+def test_time_roll__zero_frames_stay_at_the_end(config, encoder, pad, samples, own):
+    """2 s are 201 frames; where the waveform is padded all 208 are the clip's, and where it is
+    padded to 2 s, 201 of a shorter clip too."""
     module = _module(config("augment.time_roll=true", "augment.noise_p=0", "augment.spec_freq=0",
                             "augment.spec_time=0"), encoder)  # fmt: skip
-    module.backbone.frontend.pad = pad
+    front = module.backbone.frontend
+    front.pad, front.clip_samples = pad, 32_000 if pad == "clip" else 0
     batch = _batch()
+    batch.lengths = torch.full_like(batch.lengths, samples)
     whole = module.backbone.spectrogram(batch.waves, batch.lengths, frames=208)
     rolled, *_ = module.augmented(batch, torch.Generator().manual_seed(1))
     shift = next(s for s in range(own) if rolled[0, :, :own].equal(whole[0, :, :own].roll(s, 1)))
