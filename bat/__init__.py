@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from bat.backbones.base import Backbone
+    from bat.encoders.base import Encoder
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_encoder"]
@@ -18,21 +18,21 @@ __all__ = ["__version__", "load_encoder"]
 
 def load_encoder(
     path: str | Path, *, weights: str = "student", heads: int | None = None
-) -> Backbone:
+) -> Encoder:
     """Load an encoder, ours or the field's, strictly, in eval mode on the CPU.
 
     ``path``: a run, export or hub folder, or a weight file (the paper's, EAT's, SSLAM's).
     ``weights``: ``student`` or ``teacher`` (EMA), where a file holds both. ``heads``: for a file
     that does not say; default width / 64.
-    Raises ``bat.shapes.UserError`` (a ValueError) naming every missing or unexpected weight, those
+    Raises ``bat.errors.UserError`` (a ValueError) naming every missing or unexpected weight, those
     that are no numbers, and settings out of their range.
 
     >>> encoder = bat.load_encoder("runs/pretrain-toy")     # doctest: +SKIP
     >>> features = encoder(waveform)                        # (B, S) -> Features
     >>> features = encoder(waveform, lengths)               # (B,) samples: each as it is alone
     """
-    from bat.backbones.base import load_backbone
-    from bat.checkpoint import check_numbers, read_encoder
+    from bat.encoders.base import load_backbone
+    from bat.weights import check_numbers, read_encoder
 
     file = read_encoder(path, weights)  # type: ignore[arg-type]
     cls = load_backbone(file.backbone, trusted=False)

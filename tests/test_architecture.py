@@ -10,21 +10,31 @@ import bat
 PACKAGE = Path(bat.__file__).parent
 
 TIER = {
-    "cli": 5,
-    "train": 4,
-    "data": 3,
-    "objectives": 3,
-    "backbones": 3,
-    "probes": 3,
-    "report": 3,
-    "checkpoint": 3,
-    "nn": 2,
-    "audio": 2,
-    "tasks": 2,
+    "cli": 8,
+    "train": 7,
+    "shard": 7,
+    "eval": 6,
+    "objectives": 5,
+    "data": 4,
+    "encoders": 4,
+    "probes": 4,
+    "report": 4,
+    "weights": 4,
+    "nn": 3,
+    "audio": 3,
+    "tasks": 3,
+    "metrics": 3,
+    "logs": 2,
+    "lock": 2,
+    "shutdown": 2,
+    "io": 2,
     "redact": 1,
+    "errors": 1,
     "seeding": 1,
-    "shapes": 1,
+    "types": 1,
 }
+NOT_YET = {("eval/run_folder.py", "shard")}
+"""A folder or CSV of audio is written to shards before it is read."""
 
 
 def room(path: Path) -> str:
@@ -57,13 +67,12 @@ def test_imports_point_down_only() -> None:
             if there in ("", "__version__", here):
                 continue
             if there == "config":
-                allowed = here in ("cli", "train")
+                allowed = here in ("cli", "train", "eval", "shard")
             elif here == "config":
-                allowed = there in ("shapes", "objectives")  # whose settings lie beside them
-            elif (here, there) == ("objectives", "backbones"):  # what they may ask of an encoder
-                allowed = True
+                allowed = there in ("errors", "objectives")  # whose settings lie beside them
             else:
                 allowed = TIER[here] > TIER[there]
+            allowed = allowed or (str(path.relative_to(PACKAGE)), there) in NOT_YET
             if not allowed:
                 wrong.append(f"{path.relative_to(PACKAGE)} imports bat.{there}")
     assert not wrong, "\n".join(wrong)

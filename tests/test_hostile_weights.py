@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 import torch
 
-from bat import checkpoint
-from bat.shapes import UserError
+from bat import weights as checkpoint
+from bat.errors import UserError
 from tests.torch_files import FORMATS, Calls, rebuilt, saved, torch_file, with_pickle
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bat.shapes import UserError
+from bat.errors import UserError
 
 
 def mixup(

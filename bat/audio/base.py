@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bat.shapes import UserError
+from bat.errors import UserError
 
 Pad = Literal["spectrogram", "waveform", "clip"]
 Crop = Literal["waveform", "spectrogram"]

@@ -41,7 +41,7 @@ from bat.audio.reader import (
 from bat.audio.reader import (
     DecodeError as DecodeError,
 )
-from bat.shapes import UserError
+from bat.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import soundfile
 
-from bat.shapes import UserError
+from bat.errors import UserError
 
 OPUS_RATES_HZ = (8_000, 12_000, 16_000, 24_000, 48_000)
 WRITE_FRAMES = 2**15  # one large write overflows libvorbis' stack (libsndfile 1.2.2)

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from bat.audio.base import Crop, FrontEnd, Pad, extend, zero_beyond
 from bat.audio.filters import htk_bank, kaldi_bank
-from bat.shapes import UserError
+from bat.errors import UserError
 
 STATISTICS: dict[str, dict[str, tuple[float, float]]] = {
     "eat": {

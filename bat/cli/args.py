@@ -18,8 +18,8 @@ from contextlib import redirect_stdout, suppress
 from typing import Any, NoReturn, TextIO
 
 from bat import __version__
+from bat.errors import RESUME_ME, Interrupted, UserError
 from bat.redact import printable, redact_tree, shown
-from bat.shapes import RESUME_ME, Interrupted, UserError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,7 +78,7 @@ def run(
     0; 2 for a user's mistake; 75 for a command that was asked to end by a signal or has saved and
     ended by itself: the same command continues; 130 for a Ctrl-C that nothing was saved at.
     """
-    from bat.train.signals import minding_signals
+    from bat.shutdown import minding_signals
 
     with minding_signals(), redirect_stdout(_Printable(sys.stdout)):
         code = _code(body, p, p.parse_intermixed_args(argv))

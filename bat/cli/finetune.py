@@ -32,10 +32,10 @@ def _body(options: argparse.Namespace) -> None:
     config = args.configure(options, Finetune, "finetune", args.own_recipe(options))
     if config is None:
         return
-    from bat.train.run_folder import check_first
+    from bat.eval.run_folder import check_first
 
     check_first(config)
-    from bat.train.run_finetune import finetune
+    from bat.train.finetune import finetune
 
     finetune(config, dry_run=options.dry_run, force=options.force)
 

@@ -34,7 +34,7 @@ def _body(options: argparse.Namespace) -> None:
     config = args.configure(options, Pretrain, "pretrain", [])
     if config is None:
         return
-    from bat.train.run_folder import check_first
+    from bat.eval.run_folder import check_first
 
     check_first(config)
     from bat.data.pipes import allow_pipes

@@ -57,10 +57,10 @@ def _body(options: argparse.Namespace) -> None:
     config = args.configure(options, Probe, "probe", extra)
     if config is None:
         return
-    from bat.train.run_folder import check_first
+    from bat.eval.run_folder import check_first
 
     check_first(config)
-    from bat.train.run_probe import probe
+    from bat.eval.probe import probe
 
     probe(config, dry_run=options.dry_run, force=options.force)
 

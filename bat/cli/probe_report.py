@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
 
 
 def body(args: argparse.Namespace) -> None:
-    from bat.train.run_report import report
+    from bat.eval.report import report
 
     made = report(args.runs, out=args.out)
     print(made.text)

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bat.cli import args as cli
+from bat.errors import UserError
 from bat.redact import printable
-from bat.shapes import UserError
 
 if TYPE_CHECKING:
-    from bat.data.info import Summary
     from bat.data.manifest import Manifest
-    from bat.data.rows import Rows
+    from bat.shard.info import Summary
+    from bat.shard.rows import Rows
     from bat.tasks.base import LeftOut, Row
 
 ABOUT = "Write audio as WebDataset shards (KEY.flac + KEY.json) with an index and a manifest."
@@ -44,7 +44,7 @@ CODECS = ("keep", "flac", "opus", "wav", "ogg")
 
 
 def add_jobs(p: argparse.ArgumentParser) -> None:
-    from bat.data.pool import cores
+    from bat.shard.pool import cores
 
     p.add_argument("--jobs", type=int, default=cores(), metavar="N", help="processes (cores)")
 
@@ -106,9 +106,9 @@ def _asked(args: argparse.Namespace) -> list[str]:
 
 
 def _in_place(args: argparse.Namespace) -> None:
-    from bat.data.in_place import index_in_place
-    from bat.data.info import summarise
-    from bat.data.rows import detect
+    from bat.shard.in_place import index_in_place
+    from bat.shard.info import summarise
+    from bat.shard.rows import detect
     from bat.tasks.labels import doubts
 
     flags = _asked(args) + ["--task"] * (args.task not in (None, "shards"))
@@ -141,7 +141,7 @@ def _in_place(args: argparse.Namespace) -> None:
 
 
 def _pack(args: argparse.Namespace) -> None:
-    from bat.data.rows import open_rows
+    from bat.shard.rows import open_rows
 
     if args.index_dir is not None:
         raise UserError("--index-dir is for indexing in place: leave OUT away, or leave it away")
@@ -164,7 +164,7 @@ def _pack(args: argparse.Namespace) -> None:
 
 def _deal(args: argparse.Namespace, found: Rows) -> dict[Path, list[Row]]:
     """The rows of each folder to be written, folds and splits assigned."""
-    from bat.data.assign import assign_folds, assign_splits
+    from bat.shard.assign import assign_folds, assign_splits
 
     rows = found.rows
     for flag, value in (("folds", args.folds), ("splits", args.splits)):
@@ -217,7 +217,7 @@ def _write(
     args: argparse.Namespace, folders: dict[Path, list[Row]], found: Rows
 ) -> dict[Path, Manifest]:
     from bat.data.manifest import Manifest
-    from bat.data.shards import write_shards
+    from bat.shard.write import write_shards
 
     manifests, left_out = {}, _absent(found, folders)
     for folder, rows in folders.items():
@@ -246,7 +246,7 @@ def _write(
 def _describe(folders: dict[Path, list[Row]], vocabulary: list[str]) -> None:
     import numpy as np
 
-    from bat.data.info import balance
+    from bat.shard.info import balance
 
     rows = [row for some in folders.values() for row in some]
     plain = [row for row in rows if row.span is None and row.cell is None]
@@ -275,7 +275,7 @@ def _kinds(entries: list[dict[str, str]]) -> str:
 
 
 def _report(out: Path, manifests: dict[Path, Manifest], kind: str) -> None:
-    from bat.data.info import summarise
+    from bat.shard.info import summarise
 
     summary = summarise(out)
     for line in summary.text():

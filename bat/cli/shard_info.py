@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from bat.cli import args as cli
-from bat.shapes import UserError
+from bat.errors import UserError
 
 ABOUT = "Totals, labels and their balance, lengths, sample rates, codecs, splits and folds."
 EPILOG = (
@@ -24,8 +24,8 @@ def main(argv: list[str]) -> int:
 
 
 def body(args: argparse.Namespace) -> None:
-    from bat.data.info import summarise
     from bat.report.data_plots import plot_data
+    from bat.shard.info import summarise
 
     plot = args.plot
     if plot is None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from bat.cli import args as cli
-from bat.shapes import UserError
+from bat.errors import UserError
 
 ABOUT = "Read all shards again: hashes, every clip decoded, its JSON, twins among all clips."
 EPILOG = """\
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 
 def _body(args: argparse.Namespace) -> bool:
     from bat.data.tar import write_atomic
-    from bat.data.verify import verify
+    from bat.shard.verify import verify
 
     if args.json is not None and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: {args.json.parent} is not a folder")

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bat.config import locate
 from bat.config.schema import OBJECTIVE, objective_settings
-from bat.shapes import UserError
+from bat.errors import UserError
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import difflib
 import os
 from pathlib import Path
 
-from bat.shapes import UserError
+from bat.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 

@@ -175,7 +175,7 @@ class ProbeTrain:
 
 @dataclass
 class FeatureStore:
-    """Where frozen features are kept between steps; see ``bat/train/feature_cache.py``."""
+    """Where frozen features are kept between steps; see ``bat/eval/feature_cache.py``."""
 
     cache: Literal["auto", "memory", "disk", "off"] = "auto"
     """``off``: the encoder runs for every batch. ``auto``: memory where they fit ``memory_gb``;

@@ -14,7 +14,7 @@ class Model:
     """The encoder (SPEC section 2). Sizes S, B, L and tiny are fragments: ``model=S``."""
 
     backbone: str = "bat"
-    """File in ``bat/backbones`` or a dotted import path."""
+    """File in ``bat/encoders`` or a dotted import path."""
     width: int = 768
     depth: int = 12
     heads: int = 12

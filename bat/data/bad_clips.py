@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bat.errors import UserError
 from bat.redact import redact_tree
-from bat.shapes import Skipped, UserError, WaveBatch
+from bat.types import Skipped, WaveBatch
 
 log = logging.getLogger("bat")
 

@@ -22,7 +22,8 @@ from lightning.pytorch import LightningDataModule
 from bat.data.bad_clips import BadClips, merged_states
 from bat.data.board import Board
 from bat.data.loader import Restarts
-from bat.shapes import UserError, WaveBatch
+from bat.errors import UserError
+from bat.types import WaveBatch
 
 
 class StreamData(LightningDataModule):

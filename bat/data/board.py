@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from bat.shapes import UserError
+from bat.errors import UserError
 
 IDLE = -1
 

@@ -28,7 +28,7 @@ from bat.data.remote import ChangedError, fetch, stat, stream
 from bat.data.sources import NotIndexable, Patience, Shard, identity, shown
 from bat.data.table import MAX_TABLE_BYTES, ShardTable, scan
 from bat.data.tar import BLOCK, escape_key, parse_header, write_atomic
-from bat.shapes import UserError
+from bat.errors import UserError
 
 ASKERS, FETCHERS = 16, 4
 """Threads for tables and for shards at start-up."""

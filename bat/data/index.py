@@ -24,8 +24,9 @@ from bat.data.sources import NotIndexable, Patience, Shard, find
 from bat.data.table import ShardTable
 from bat.data.tar import BLOCK
 from bat.data.vocabulary import joint_vocabulary
-from bat.shapes import Clip, UserError
+from bat.errors import UserError
 from bat.tasks.base import AUDIO_SUFFIXES
+from bat.types import Clip
 
 if TYPE_CHECKING:
     from bat.data.far import FarShards

@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote, urljoin
 from bat.data.manifest import Manifest
 from bat.data.remote import fetch, is_http, patiently, system_of
 from bat.data.sources import SUFFIXES, Patience, shown
-from bat.shapes import UserError
+from bat.errors import UserError
 
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_LISTING_BYTES = 1 << 24

@@ -25,7 +25,8 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from bat.data.board import as_user_error
 from bat.data.stream import Item, as_it_is
 from bat.data.workers import Deaths, Workers, worker_init
-from bat.shapes import UserError, WaveBatch
+from bat.errors import UserError
+from bat.types import WaveBatch
 
 log = logging.getLogger("bat")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from bat.shapes import Skipped
+from bat.types import Skipped
 
 SPAN = 100
 """Shards that a process looks back over."""

@@ -17,8 +17,8 @@ import numpy as np
 
 from bat.data.table import ShardTable
 from bat.data.tar import write_atomic
+from bat.errors import UserError
 from bat.redact import one_line
-from bat.shapes import UserError
 from bat.tasks.base import Row
 
 VERSION = 2

@@ -21,7 +21,7 @@ from bat.data.loader import LastingLoader, Restarts
 from bat.data.order import make_plan
 from bat.data.plan import MixedPlan, Plan
 from bat.data.stream import ClipDataset, EvalSampler, PlanSampler
-from bat.shapes import WaveBatch
+from bat.types import WaveBatch
 
 
 def eval_loader(

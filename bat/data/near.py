@@ -12,7 +12,7 @@ from bat.data.manifest import Manifest, ShardInfo
 from bat.data.merged import place_of, recall, remember
 from bat.data.sources import Shard
 from bat.data.table import ShardTable, scan
-from bat.shapes import UserError
+from bat.errors import UserError
 
 MAX_OPEN_FILES = 256
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from bat.data.index import Index
 from bat.data.plan import MixedPlan, Plan
-from bat.shapes import UserError
+from bat.errors import UserError
 
 
 def class_balance(label_ids: np.ndarray, label_ptr: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from bat.shapes import UserError
+from bat.errors import UserError
 
 ORDER, CROP, ROLL, STAND_IN, OFFSET, CHOICE, SHARDS, MIX = range(8)
 """Independent random streams of one seed."""

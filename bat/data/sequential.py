@@ -35,8 +35,9 @@ from bat.data.splits import split_of
 from bat.data.table import ITS_JSON, MAX_AUDIO_BYTES, MAX_JSON_BYTES, parse_labels
 from bat.data.tar import Member, sample_key
 from bat.data.tar_stream import open_stream, stream_members
-from bat.shapes import Clip, Skipped, UserError
+from bat.errors import UserError
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, no_decoder
+from bat.types import Clip, Skipped
 
 WINDOW = 100
 """Random stream of the window's shuffling (those of ``bat.data.plan`` are below)."""

@@ -28,7 +28,8 @@ from bat.data.sequential import SequentialClips
 from bat.data.sources import Patience, Shard, find
 from bat.data.splits import choose_split
 from bat.data.stream import clip_samples, frames_left_out, random_start
-from bat.shapes import Clip, Skipped, UserError, WaveBatch
+from bat.errors import UserError
+from bat.types import Clip, Skipped, WaveBatch
 
 TOO_MANY_IN_A_ROW = 1000
 

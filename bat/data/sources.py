@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import bat.data.ending  # noqa: F401  (before any worker is forked)
 from bat.data.pipes import PREFIX, pipes_allowed
-from bat.shapes import UserError
+from bat.errors import UserError
 from bat.tasks.folder import split_of
 
 COMPRESSED = (".tar.gz", ".tgz")

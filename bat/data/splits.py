@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from bat.data.sources import Patience, Shard
 from bat.data.table import MAX_JSON_BYTES
 from bat.data.tar_stream import open_stream, stream_members
+from bat.errors import UserError
 from bat.redact import one_line
-from bat.shapes import UserError
 from bat.tasks.folder import split_of as folder_split
 
 log = logging.getLogger("bat")

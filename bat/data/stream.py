@@ -32,7 +32,8 @@ from bat.data.board import Board
 from bat.data.collate import BatchRows
 from bat.data.index import Index
 from bat.data.plan import CROP, OFFSET, ROLL, MixedPlan, Plan, below, philox
-from bat.shapes import Clip, Skipped, UserError, WaveBatch
+from bat.errors import UserError
+from bat.types import Clip, Skipped, WaveBatch
 
 Item = tuple[int, int]
 """(position, clip id): what a sampler yields and a dataset reads."""

@@ -29,8 +29,8 @@ from bat.data.clip_fields import UNREADABLE as UNREADABLE
 from bat.data.clip_fields import sound
 from bat.data.meta import parse
 from bat.data.tar import BLOCK, Member, members, sample_key, write_atomic
+from bat.errors import UserError
 from bat.redact import one_line
-from bat.shapes import UserError
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, no_decoder
 from bat.tasks.labels import names_of
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from bat.shapes import UserError
+from bat.errors import UserError
 
 BLOCK = 512
 MAX_EXTENDED_BYTES = 1 << 20

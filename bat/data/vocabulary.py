@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bat.data.table import ShardTable
-from bat.shapes import UserError
+from bat.errors import UserError
 from bat.tasks.base import in_order
 from bat.tasks.labels import by_number
 

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from bat.shapes import UserError, WaveBatch
+from bat.errors import UserError
+from bat.types import WaveBatch
 
 LOOK_SECONDS = 0.5
 """Between two looks at what needs no waking."""

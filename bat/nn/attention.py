@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bat.errors import UserError
 from bat.nn.blocked import blocked_attention
-from bat.shapes import UserError
 
 Backend = Literal["auto", "flash", "cudnn", "sdpa", "eager"]
 Kernel = Literal["package", "blocked", "sdpa", "flash", "cudnn", "eager"]

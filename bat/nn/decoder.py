@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bat.nn.attention import Backend, flat_ids, take
 from bat.nn.block import Block, init_linears
 from bat.nn.embed import PosLayout, position_code
-from bat.shapes import Grid, Views
+from bat.types import Grid, Views
 
 TOKEN_STD = 0.02
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bat.shapes import Grid
+from bat.types import Grid
 
 PosLayout = Literal["reference", "grid"]
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bat.shapes import Grid, Views
+from bat.types import Grid, Views
 
 # splitmix64's constants, as signed 64-bit numbers
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64

@@ -22,9 +22,10 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from bat.backbones.base import Backbone, MaskableEncoder
+from bat.encoders.base import Encoder, MaskableEncoder
+from bat.errors import UserError
 from bat.nn.block import blocks_of
-from bat.shapes import UserError, WaveBatch
+from bat.types import WaveBatch
 
 
 class Objective(nn.Module, abc.ABC):
@@ -53,7 +54,7 @@ class Objective(nn.Module, abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def build(cls, config: Any, encoder: Backbone, *, seed: int) -> Self:
+    def build(cls, config: Any, encoder: Encoder, *, seed: int) -> Self:
         """Make it around a fresh ``encoder``. Works on the ``meta`` device too.
 
         ``config``: its own ``Config``; ``seed``: the run's, which all randomness is derived from.
@@ -67,7 +68,7 @@ class Objective(nn.Module, abc.ABC):
         of the curves shows, hold the word ``loss``."""
 
     @abc.abstractmethod
-    def encoders(self) -> dict[str, Backbone]:
+    def encoders(self) -> dict[str, Encoder]:
         """``{"student": ...}``, the encoder that is trained, and where there is one ``"teacher"``.
 
         All are exported under these names and watched for collapse; the last one is what the
@@ -144,7 +145,7 @@ class Student(nn.Module):
         self.decoder = decoder
 
 
-def maskable(encoder: Backbone, objective: str) -> MaskableEncoder:
+def maskable(encoder: Encoder, objective: str) -> MaskableEncoder:
     """``encoder``, if it can encode a part of its patches; else ``UserError``."""
     if not isinstance(encoder, MaskableEncoder):
         raise UserError(

@@ -20,13 +20,13 @@ from typing import Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bat.backbones.base import Backbone, MaskableEncoder
+from bat.encoders.base import Encoder, MaskableEncoder
 from bat.nn.block import blocks_of
 from bat.nn.decoder import ViTDecoder
 from bat.nn.masking import inverse_block_mask, row_seeds
 from bat.objectives.base import Objective, Student, maskable
 from bat.seeding import derive_seed
-from bat.shapes import Views, WaveBatch
+from bat.types import Views, WaveBatch
 
 EPS = 1e-6
 
@@ -83,7 +83,7 @@ class MAE(Objective):
         self.mask_ratio, self.seed = mask_ratio, seed
 
     @classmethod
-    def build(cls, config: Config, encoder: Backbone, *, seed: int) -> Self:
+    def build(cls, config: Config, encoder: Encoder, *, seed: int) -> Self:
         encoder = maskable(encoder, config.name)
         decoder = ViTDecoder(
             encoder.width,
@@ -98,7 +98,7 @@ class MAE(Objective):
         )
         return cls(encoder, decoder, mask_ratio=config.mask_ratio, seed=seed)
 
-    def encoders(self) -> dict[str, Backbone]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"student": self.student.encoder}
 
     def units(self) -> list[nn.Module]:

@@ -25,14 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bat.backbones.base import Backbone, MaskableEncoder
+from bat.encoders.base import Encoder, MaskableEncoder
 from bat.nn.block import blocks_of
 from bat.nn.decoder import CNNDecoder, ViTDecoder
 from bat.nn.ema import ema_decay, ema_update
 from bat.nn.masking import inverse_block_mask, row_seeds
 from bat.objectives.base import Objective, Student, maskable
 from bat.seeding import derive_seed
-from bat.shapes import Views, WaveBatch
+from bat.types import Views, WaveBatch
 
 EPS = 1e-6
 
@@ -202,7 +202,7 @@ class MaskedLatent(Objective):
         self.mask, self.ema, self.seed = mask or Mask(), ema or Ema(), seed
 
     @classmethod
-    def build(cls, config: Config, encoder: Backbone, *, seed: int) -> Self:
+    def build(cls, config: Config, encoder: Encoder, *, seed: int) -> Self:
         encoder = maskable(encoder, config.name)
         width = config.width_in(encoder.width)
         sizes: dict[str, Any] = {"width": width, "depth": config.decoder_depth}
@@ -230,7 +230,7 @@ class MaskedLatent(Objective):
             seed=seed,
         )
 
-    def encoders(self) -> dict[str, Backbone]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"student": self.student.encoder, "teacher": self.teacher.encoder}
 
     def units(self) -> list[nn.Module]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bat.probes.base import Level, Probe
-from bat.shapes import Features, Needs
+from bat.types import Features, Needs
 
 
 class Attentive(Probe):

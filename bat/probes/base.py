@@ -19,7 +19,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from bat.shapes import Features, Needs, UserError
+from bat.errors import UserError
+from bat.types import Features, Needs
 
 Level = Literal["clip", "frame"]
 

@@ -26,10 +26,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from bat.errors import UserError
 from bat.probes.base import Level, Probe, fill_padding, mean_patch
 from bat.probes.extremes import pool_prototypes
 from bat.probes.mixing import Kernel, few_rows, mix_normalised
-from bat.shapes import Features, Needs, UserError
+from bat.types import Features, Needs
 
 Cls = Literal["patches", "mean"]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bat.probes.base import Level, Probe
 from bat.probes.linear import one_vector, one_vector_needs
-from bat.shapes import Features, Needs
+from bat.types import Features, Needs
 
 EPS = 1e-6
 """Of the LayerNorm, as in ``linear.py``."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bat.shapes import UserError
+from bat.errors import UserError
 
 try:
     import triton  # type: ignore[import-untyped]

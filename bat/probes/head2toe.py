@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bat.probes.base import Level, Probe
 from bat.probes.linear import one_vector, one_vector_needs
 from bat.probes.mixing import few_rows
-from bat.shapes import Features, Needs
+from bat.types import Features, Needs
 
 
 class Head2Toe(Probe):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bat.probes.base import Level, Probe, mean_patch, mix_blocks
-from bat.shapes import Features, Needs
+from bat.types import Features, Needs
 
 
 class Linear(Probe):

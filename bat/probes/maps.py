@@ -20,12 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bat.errors import UserError
 from bat.probes.base import Probe, fill_padding, known_probes
 from bat.probes.cgp import CGP
 from bat.probes.mixing import mix_normalised
 from bat.probes.proto import Proto
 from bat.probes.protobin import ProtoBin
-from bat.shapes import Features, UserError
+from bat.types import Features
 
 
 class Evidence(NamedTuple):

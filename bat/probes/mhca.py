@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bat.errors import UserError
 from bat.probes.attention import Attentive, attended, project_heads
 from bat.probes.base import Level, Probe
-from bat.shapes import UserError
 
 HEAD_WIDTH = 64
 

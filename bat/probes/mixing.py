@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from bat.errors import UserError
 from bat.probes import mixing_triton
-from bat.shapes import UserError
 
 Kernel = Literal["portable", "triton"]
 

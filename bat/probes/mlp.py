@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bat.probes.base import Level, Probe
 from bat.probes.linear import one_vector, one_vector_needs
-from bat.shapes import Features, Needs
+from bat.types import Features, Needs
 
 
 class MLP(Probe):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from bat.probes.base import Level, Probe
 from bat.probes.mixing import Kernel
 from bat.probes.protobin import best_match
-from bat.shapes import Features, Needs
+from bat.types import Features, Needs
 
 PER_CLASS = 20
 """J where it is not given."""

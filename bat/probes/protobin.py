@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bat.probes.base import Level, Probe, fill_padding
 from bat.probes.extremes import pool_prototypes
 from bat.probes.mixing import Kernel, few_rows, mix_normalised
-from bat.shapes import Features, Needs
+from bat.types import Features, Needs
 
 
 class ProtoBin(Probe):

@@ -22,14 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bat.errors import UserError
 from bat.probes.base import Level, Probe
 from bat.probes.linear import one_vector
 from bat.probes.mixing import few_rows
-from bat.shapes import Features, Needs, UserError
+from bat.types import Features, Needs
 
 
 class Queried(Protocol):
-    """A frozen encoder whose blocks can be queried (``bat.backbones.base.Backbone``)."""
+    """A frozen encoder whose blocks can be queried (``bat.encoders.base.Encoder``)."""
 
     has_queries: ClassVar[bool]
 

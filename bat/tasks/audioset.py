@@ -19,7 +19,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from bat.shapes import UserError
+from bat.errors import UserError
 from bat.tasks.base import LeftOut, Row, Task
 from bat.tasks.folder import find_audio, split_of
 from bat.tasks.labels import Labels, Reading, labels_beside

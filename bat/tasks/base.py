@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from bat.shapes import UserError
+from bat.errors import UserError
 
 AUDIO_SUFFIXES = (
     *("flac", "mp3", "ogg", "opus", "wav"),

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from bat.shapes import UserError
+from bat.errors import UserError
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task, other_form
 from bat.tasks.folder import keys_of
 from bat.tasks.labels import Labels, Reading, cell_names, named

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from bat.shapes import UserError
+from bat.errors import UserError
 from bat.tasks import esc50
 from bat.tasks.base import Row, read_csv
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bat.shapes import UserError
+from bat.errors import UserError
 from bat.tasks.base import Row, Task, other_form, read_csv, whole_number
 from bat.tasks.labels import names_of
 

@@ -1,7 +1,7 @@
 """Events of recordings: what sounds from when to when, as a CSV of one's own lists them.
 
 Times are seconds from the start of the recording (SPEC section 5, ``dcase16``). Labels of whole
-clips are the union of their events'; what is active at a time patch, ``bat.train.frame_targets``
+clips are the union of their events'; what is active at a time patch, ``bat.eval.frame_targets``
 says.
 """
 

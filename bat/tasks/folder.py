@@ -22,8 +22,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from bat.errors import UserError
 from bat.redact import one_line
-from bat.shapes import UserError
 from bat.tasks.base import (
     AUDIO_SUFFIXES,
     UNDECODED_SUFFIXES,

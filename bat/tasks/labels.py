@@ -25,8 +25,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bat.errors import UserError
 from bat.redact import one_line
-from bat.shapes import UserError
 from bat.tasks.base import LeftOut, Row, in_order, numbered_lines
 
 BESIDE = ("class_labels_indices.csv", "label_descriptors.csv", "ontology.json")

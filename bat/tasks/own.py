@@ -27,7 +27,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bat.shapes import UserError
+from bat.errors import UserError
 from bat.tasks.base import Row, Task, other_form
 from bat.tasks.events import Event, Events
 from bat.tasks.folder import SPLITS, keys_of, split_of

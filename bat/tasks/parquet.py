@@ -23,8 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bat.errors import UserError
 from bat.redact import one_line
-from bat.shapes import UserError
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task
 from bat.tasks.folder import find_files, split_of
 from bat.tasks.labels import Labels, Reading, by_number, is_mid, labels_beside, named, names_of

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from bat.config.schema import Finetune, Pretrain
-from bat.shapes import UserError
+from bat.errors import UserError
 from bat.train.sharding import world_size
 
 C = TypeVar("C", Pretrain, Finetune)

@@ -28,8 +28,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
 
-from bat.checkpoint import replace_durably
-from bat.shapes import UserError
+from bat.errors import UserError
+from bat.io import replace_durably
 from bat.train.callbacks import StepCallback
 from bat.train.ranks import ranks_of
 from bat.train.stopping import Stopping

@@ -20,14 +20,14 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from bat.config.schema import Finetune, Pretrain
 from bat.data.base import StreamData
-from bat.shapes import UserError
+from bat.errors import UserError
+from bat.shutdown import listening
 from bat.train.callbacks import Metrics
 from bat.train.checkpointing import Checkpoints, last_checkpoint
 from bat.train.guard import GuardReport
 from bat.train.health import HealthMonitor
 from bat.train.pretrain import Pretraining
 from bat.train.ranks import Ranks, leave_quietly, ranks_of
-from bat.train.signals import listening
 from bat.train.stopping import Stopping
 from bat.train.supervised import Supervised
 from bat.train.trainer import build_trainer

@@ -17,29 +17,32 @@ from typing import Any
 
 import torch
 
-from bat import __version__, checkpoint
+from bat import __version__
+from bat import weights as checkpoint
 from bat.config import schema
 from bat.config.compose import to_dict
 from bat.data.bad_clips import BadClips
 from bat.data.module import AudioData
 from bat.data.order import make_plan
+from bat.errors import UserError
+from bat.eval.features import FeatureStream
+from bat.eval.fit import own_randomness, predict
+from bat.eval.hardware import speed_up
+from bat.eval.heads import save_head
+from bat.eval.loading import autocast_for, registered_name, weights_digest
+from bat.eval.prepare import Prepared
+from bat.eval.results import HOW
+from bat.eval.splits import Round
+from bat.io import read_jsonl, write_json
+from bat.logs import is_main
+from bat.metrics.ranking import evaluate
 from bat.probes.base import build_probe
 from bat.redact import redact_tree
 from bat.report.plots import plot_curves
-from bat.shapes import UserError
-from bat.train.encoders import autocast_for, registered_name, weights_digest
-from bat.train.features import FeatureStream
+from bat.seeding import derive_seed
 from bat.train.fitting import Fitting
-from bat.train.heads import save_head
-from bat.train.held_out import Round
-from bat.train.metrics import evaluate
-from bat.train.prepare import Prepared
-from bat.train.probing import own_randomness, predict
-from bat.train.results import HOW
 from bat.train.sharding import full_state, is_sharded
-from bat.train.speed import speed_up
 from bat.train.supervised import Supervised
-from bat.train.trainer import derive_seed, is_main, read_jsonl, write_json
 
 log = logging.getLogger("bat")
 

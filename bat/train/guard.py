@@ -23,11 +23,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from bat.shapes import UserError, WaveBatch
+from bat.errors import UserError
+from bat.io import read_jsonl
 from bat.train.callbacks import Metrics, StepCallback
 from bat.train.sharding import total_norm
 from bat.train.stopping import Stopping
-from bat.train.trainer import read_jsonl
+from bat.types import WaveBatch
 
 log = logging.getLogger("bat")
 

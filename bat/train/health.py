@@ -21,12 +21,13 @@ import torch
 
 from bat.config.running import Health
 from bat.data.base import StreamData
+from bat.errors import UserError
+from bat.eval.collapse import representation
 from bat.objectives.base import Objective
-from bat.shapes import UserError, WaveBatch
 from bat.train.callbacks import Metrics, StepCallback
-from bat.train.collapse import representation
 from bat.train.stopping import Stopping
 from bat.train.watchdog import FetchClock, Watchdog, leave
+from bat.types import WaveBatch
 
 CLIPS = 8
 """Clips of one look at a representation."""

@@ -21,32 +21,35 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from bat.backbones.base import Backbone, load_backbone
 from bat.config.schema import Pretrain
 from bat.config.sections import Optim
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index
 from bat.data.module import eval_loader
 from bat.data.splits import TRAIN
+from bat.encoders.base import Encoder, load_backbone
+from bat.errors import UserError
+from bat.eval.candidates import Plan
+from bat.eval.features import FeatureBank
+from bat.eval.loading import autocast_for
+from bat.eval.results import SHOWN, summary
+from bat.eval.run_folder import open_data
+from bat.eval.search import cross_validate
+from bat.eval.splits import Round, check_rounds, make_rounds
+from bat.io import read_jsonl
 from bat.probes.base import Probe, build_probe, expand, find_probe
 from bat.report.plots import chance_of, plot_layer_gates, plot_probe_curve
 from bat.report.sections import TITLES
-from bat.shapes import Needs, UserError
+from bat.seeding import derive_seed
 from bat.tasks.base import Task
 from bat.tasks.folder import TASK as FOLDER
 from bat.tasks.labels import classes_in_words, doubts
+from bat.tasks.losses import loss_for
 from bat.train.callbacks import Metrics, StepCallback
-from bat.train.candidates import Plan
-from bat.train.encoders import autocast_for
-from bat.train.features import FeatureBank
-from bat.train.held_out import Round, check_rounds, make_rounds
-from bat.train.losses import loss_for
-from bat.train.results import SHOWN, summary
-from bat.train.run_folder import open_data
-from bat.train.selection import cross_validate
 from bat.train.sharding import whole_encoder
 from bat.train.stopping import Stopping
-from bat.train.trainer import JsonLines, derive_seed, read_jsonl
+from bat.train.trainer import JsonLines
+from bat.types import Needs
 
 log = logging.getLogger("bat")
 
@@ -164,7 +167,7 @@ class OnlineProbe(StepCallback):
         self.metrics.say(f"step {step}: held-out {TITLES[name]} {scores}")
 
     def probe(
-        self, encoder: Backbone, device: torch.device, on_step: Callable[[], None] = lambda: None
+        self, encoder: Encoder, device: torch.device, on_step: Callable[[], None] = lambda: None
     ) -> dict[str, dict[str, Any]]:
         """Train and judge once; ``{method: {"mean", "std", "folds", "gate"}}``."""
         online, frames = self.config.online, self.config.frontend.frames
@@ -221,7 +224,7 @@ class OnlineProbe(StepCallback):
         broken = {method for method, _, _ in plan.diverged}
         return summary([o for o in outcomes if o.method not in broken])
 
-    def build(self, method: str, *, encoder: Backbone | None = None) -> Probe:
+    def build(self, method: str, *, encoder: Encoder | None = None) -> Probe:
         """A fresh probe of the encoder's shape; ``encoder``: for those that are made of it."""
         model, head = self.config.model, self.config.online.head.for_task(self.task.per_class)
         return build_probe(

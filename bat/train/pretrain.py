@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from bat import __version__
-from bat.backbones.base import Backbone, load_backbone
 from bat.config.compose import to_dict
 from bat.config.schema import Pretrain
+from bat.encoders.base import Encoder, load_backbone
+from bat.nn.optim import adamw, param_groups, set_lr
 from bat.objectives.base import Objective, find_objective
 from bat.redact import redact_tree
 from bat.seeding import derive_seed
-from bat.shapes import Grid, WaveBatch
 from bat.train.guard import Guard, poison
-from bat.train.optim import adamw, param_groups, set_lr
 from bat.train.sharding import Shardable
+from bat.types import Grid, WaveBatch
 
 
-def build_encoder(config: Pretrain) -> Backbone:
+def build_encoder(config: Pretrain) -> Encoder:
     """A fresh encoder as the configuration says. Works on ``meta`` too."""
     model, front = config.model, config.frontend
     return load_backbone(model.backbone)(

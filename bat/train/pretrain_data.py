@@ -22,11 +22,11 @@ from bat.data.order import make_plan
 from bat.data.sequential_data import SequentialData
 from bat.data.sources import NotIndexable
 from bat.data.splits import TRAIN, check_no_train
-from bat.shapes import UserError
+from bat.errors import UserError
+from bat.eval.run_folder import open_data
 from bat.tasks.base import Task, load_task
 from bat.tasks.folder import TASK as FOLDER
 from bat.tasks.labels import classes_in_words
-from bat.train.run_folder import open_data
 
 log = logging.getLogger("bat")
 

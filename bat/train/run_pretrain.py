@@ -12,27 +12,30 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm import tqdm
 
-from bat import __version__, checkpoint
-from bat.backbones.base import Backbone
+from bat import __version__
+from bat import weights as checkpoint
 from bat.config.compose import to_dict
 from bat.config.schema import Pretrain
 from bat.data.base import StreamData
+from bat.encoders.base import Encoder
+from bat.eval.hardware import attention_in_words, with_precision
+from bat.eval.loading import autocast_for
+from bat.eval.next_steps import after_pretraining
+from bat.eval.run_folder import default_out, run_folder
+from bat.io import read_jsonl, write_json
+from bat.logs import start_logging
 from bat.redact import redact_tree
 from bat.report.plots import plot_curves, plot_masks
+from bat.seeding import derive_seed
 from bat.train.batching import with_batch
 from bat.train.callbacks import Metrics
 from bat.train.checkpointing import step_of
-from bat.train.encoders import autocast_for
 from bat.train.fitting import Fitting
-from bat.train.next_steps import after_pretraining
 from bat.train.online import OnlineProbe
 from bat.train.pretrain import Pretraining
 from bat.train.pretrain_data import PretrainData, open_stream
-from bat.train.run_folder import default_out, run_folder
 from bat.train.sharding import full_state
-from bat.train.speed import attention_in_words, with_precision
 from bat.train.stopping import Stopping
-from bat.train.trainer import derive_seed, read_jsonl, start_logging, write_json
 
 log = logging.getLogger("bat")
 
@@ -151,7 +154,7 @@ def export(
     encoders = module.objective.encoders()
     prefixes = {part: f"{name}." for name, part in module.named_modules()}
 
-    def weights(encoder: Backbone) -> dict[str, Tensor]:
+    def weights(encoder: Encoder) -> dict[str, Tensor]:
         prefix = prefixes[encoder]
         return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
 

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from bat.backbones.base import Backbone
 from bat.config.schema import Hardware
+from bat.encoders.base import Encoder
+from bat.errors import UserError
 from bat.nn.ema import local
-from bat.shapes import UserError
 
 T = TypeVar("T")
 
@@ -184,7 +184,7 @@ def full_state(module: nn.Module, *, everywhere: bool = False) -> dict[str, Any]
     return whole if keep else {}
 
 
-def whole_encoder(encoder: Backbone) -> Backbone | None:
+def whole_encoder(encoder: Encoder) -> Encoder | None:
     """``encoder`` itself; where it is sharded, a whole copy on its device for rank 0 and None for
     the others. **Every rank must call it.** The global random state is left alone."""
     if not is_sharded(encoder):

@@ -22,7 +22,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from bat.shapes import Interrupted, UserError
+from bat.errors import Interrupted, UserError
 from bat.train.ranks import Ranks, leave_quietly, ranks_of
 
 log = logging.getLogger("bat")

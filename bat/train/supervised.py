@@ -20,28 +20,29 @@ from torch import Tensor
 
 from bat import __version__
 from bat.audio.augment import colour_noise, mixup, spec_augment, time_roll
-from bat.backbones.base import Backbone
 from bat.config.compose import to_dict
 from bat.config.schema import Finetune
+from bat.encoders.base import Encoder
+from bat.errors import UserError
 from bat.nn.block import blocks_of
+from bat.nn.optim import adamw, param_groups, set_lr
 from bat.probes.base import Probe
 from bat.redact import redact_tree
-from bat.shapes import Features, UserError, WaveBatch
+from bat.seeding import derive_seed
+from bat.tasks.losses import Loss, against
 from bat.train.guard import Guard, poison
-from bat.train.losses import Loss, against
-from bat.train.optim import adamw, param_groups, set_lr
 from bat.train.sharding import Shardable
-from bat.train.trainer import derive_seed
+from bat.types import Features, WaveBatch
 
 
 class Supervised(Shardable):
-    """Backbone and head, one training step, and their optimiser."""
+    """Encoder and head, one training step, and their optimiser."""
 
     def __init__(
         self,
         config: Finetune,
         *,
-        backbone: Backbone,
+        backbone: Encoder,
         head: Probe,
         loss: Loss,
         frames: int | None,

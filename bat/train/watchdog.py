@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from lightning.pytorch.profilers import PassThroughProfiler
 
-from bat.shapes import RESUME_ME
+from bat.errors import RESUME_ME
 
 log = logging.getLogger("bat")
 

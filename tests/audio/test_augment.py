@@ -18,7 +18,7 @@ from bat.audio.augment import (
     spec_augment,
     time_roll,
 )
-from bat.shapes import UserError
+from bat.errors import UserError
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -26,7 +26,7 @@ from bat.audio.decode import (
     decode_into,
     probe,
 )
-from bat.shapes import UserError
+from bat.errors import UserError
 
 FORMATS = {  # codec -> libsndfile's format, subtype, rate
     "wav": ("WAV", "PCM_16", 44100),

@@ -10,7 +10,7 @@ import soundfile
 
 from bat.audio.decode import AudioInfo, decode, decode_channels, probe
 from bat.audio.encode import OPUS_RATES_HZ, encode, stamp_ogg
-from bat.shapes import UserError
+from bat.errors import UserError
 
 
 def noise(frames: int, channels: int = 1) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bat.audio.filters import htk_bank
 from bat.audio.frontend import LogMel
-from bat.shapes import UserError
+from bat.errors import UserError
 
 TOLERANCE = 1e-4  # the golden vectors' own advice for values in [0, 1]
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bat.audio.filters import kaldi_bank
 from bat.audio.frontend import STATISTICS, KaldiFbank
-from bat.shapes import UserError
+from bat.errors import UserError
 
 TOLERANCE = 1e-3  # the golden vectors' own advice
 KINDS = [("eat", "EAT"), ("beats", "BEATs")]

@@ -8,18 +8,19 @@ import pytest
 import torch
 
 from bat.audio.encode import encode
-from bat.backbones.bat import BAT
-from bat.checkpoint import export
 from bat.cli import finetune, pretrain, probe, shard
 from bat.config.compose import compose, to_yaml, words_of
 from bat.config.schema import Finetune, Pretrain, Probe
-from bat.data.toy import SAMPLE_RATE, make_toy, toy_wave
-from bat.shapes import Grid, UserError
+from bat.encoders.bat import BAT
+from bat.errors import UserError
+from bat.eval.next_steps import after_pretraining
+from bat.eval.run_folder import open_data
+from bat.shard.toy import SAMPLE_RATE, make_toy, toy_wave
 from bat.train.callbacks import Metrics
-from bat.train.next_steps import after_pretraining
 from bat.train.online import OnlineProbe
 from bat.train.pretrain_data import open_stream
-from bat.train.run_folder import open_data
+from bat.types import Grid
+from bat.weights import export
 
 MAINS = {
     "bat-pretrain": pretrain.main,
@@ -172,7 +173,7 @@ def test_a_large_set_is_advised_the_papers_pretraining():
 
     import numpy as np
 
-    from bat.data.info import Summary
+    from bat.shard.info import Summary
 
     large = Summary(9, 9, 227_000, [], np.zeros(0, np.int64), Counter({0: 227_000}), np.ones(1))
     said = shard.next_command(large, Path("out"), "audioset")

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from bat.cli.pretrain import main
-from bat.data.toy import make_toy
-from bat.shapes import UserError
+from bat.errors import UserError
+from bat.shard.toy import make_toy
 
 TINY = ["model.width=48", "model.depth=1", "model.heads=2", "objective.decoder_depth=1"]
 TINY += ["objective.mask.views=1", "online.every=0", "log.progress=false"]

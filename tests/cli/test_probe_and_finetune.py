@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from bat.backbones.bat import BAT
-from bat.checkpoint import export
 from bat.cli import finetune, probe
 from bat.config.compose import compose
 from bat.config.locate import known_recipes
 from bat.config.schema import Finetune, Probe
-from bat.shapes import Grid
-from bat.train.heads import load_head
+from bat.encoders.bat import BAT
+from bat.eval.heads import load_head
+from bat.types import Grid
+from bat.weights import export
 
 QUICK = ["train.steps=3", "train.log_every=2", "log.progress=false"]
 
@@ -164,7 +164,7 @@ def test_mistakes_are_named_without_a_traceback(words, capsys, command, own, sai
 
 
 def _shards(words) -> str:
-    from bat.data.toy import make_toy
+    from bat.shard.toy import make_toy
 
     cache = next(w.removeprefix("data.cache=") for w in words if w.startswith("data.cache="))
     return str(make_toy(f"{cache}/toy"))
@@ -207,7 +207,7 @@ def test_recipes_hold_the_papers_constants():
 
 
 def test_more_methods_seeds_and_encoders_are_added_to_a_probing(words, tmp_path, monkeypatch):
-    from bat.train import selection
+    from bat.eval import search as selection
 
     trained = []
     fit = selection.fit
@@ -267,7 +267,7 @@ def test_without_heads_on_disk_cgp_is_still_the_one_drawn(words, tmp_path, metho
 
 def listed(folder, labels):
     """A CSV of four toy clips with these labels."""
-    from bat.data.toy import make_toy
+    from bat.shard.toy import make_toy
 
     make_toy(folder / "toy")
     clips = sorted((folder / "toy" / "audio").iterdir())[:4]

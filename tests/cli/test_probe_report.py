@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bat.cli.probe_report import main
+from bat.eval.report import read_summary, report
 from bat.report.plots import plot_layer_gates
-from bat.train.run_report import read_summary, report
 from tests.report.probe_summaries import summary
 
 

@@ -7,7 +7,7 @@ import pytest
 from bat.config import locate
 from bat.config.compose import compose, from_yaml, to_dict, to_yaml
 from bat.config.schema import Finetune, Pretrain, Probe
-from bat.shapes import UserError
+from bat.errors import UserError
 
 SCHEMAS = {"pretrain": Pretrain, "finetune": Finetune, "probe": Probe}
 SHIPPED = [(c, name) for c in SCHEMAS for name in locate.known_recipes(c)]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from bat.data.index import Index, open_index
-from bat.data.shards import write_shards
-from bat.data.toy import make_toy
+from bat.shard.toy import make_toy
+from bat.shard.write import write_shards
 from bat.tasks.base import Row
 from tests.data.http_server import FaultyServer, wave
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bat.data.bad_clips import BadClips
-from bat.shapes import Skipped, UserError, WaveBatch
+from bat.errors import UserError
+from bat.types import Skipped, WaveBatch
 
 
 def batch(good: int, *bad: Skipped) -> WaveBatch:

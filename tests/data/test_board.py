@@ -19,7 +19,7 @@ from bat.data.index import Index
 from bat.data.module import AudioData
 from bat.data.sequential_data import SequentialData
 from bat.data.workers import kill_workers
-from bat.shapes import Clip
+from bat.types import Clip
 
 
 def test_a_reader_stands_where_it_began_last_and_nowhere_when_it_rests() -> None:

@@ -18,7 +18,7 @@ from bat.data.index import Index, open_index
 from bat.data.module import AudioData, eval_loader
 from bat.data.sequential_data import SequentialData
 from bat.data.stream import ClipDataset
-from bat.shapes import WaveBatch
+from bat.types import WaveBatch
 
 RATE = 16_000
 DAY_SECONDS = 86_400

@@ -17,7 +17,7 @@ from bat.data import index
 from bat.data.index import Index, NotIndexable, open_index
 from bat.data.sources import Patience, find
 from bat.data.table import ShardTable, scan
-from bat.shapes import UserError
+from bat.errors import UserError
 from tests.data.http_server import FaultyServer, wave
 from tests.data.test_index import tar_of
 

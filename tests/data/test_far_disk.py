@@ -15,7 +15,7 @@ import pytest
 from bat.data import far, index
 from bat.data.index import open_index
 from bat.data.sources import Patience
-from bat.shapes import UserError
+from bat.errors import UserError
 from tests.data.http_server import FaultyServer, wave
 
 

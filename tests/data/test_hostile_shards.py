@@ -19,18 +19,19 @@ from bat.cli.shard import main as shard_main
 from bat.data import listing as listing_module
 from bat.data import sequential, table, tar_stream, vocabulary
 from bat.data.bad_clips import BadClips
-from bat.data.in_place import index_in_place
 from bat.data.index import open_index
 from bat.data.listing import listing
 from bat.data.manifest import Manifest
 from bat.data.remote import why
-from bat.data.rows import open_rows
 from bat.data.sequential import SequentialClips
 from bat.data.sources import Patience, Shard
 from bat.data.table import read_contents
 from bat.data.tar_stream import open_stream, stream_members
-from bat.shapes import Skipped, UserError, WaveBatch
-from bat.train.trainer import start_logging
+from bat.errors import UserError
+from bat.logs import start_logging
+from bat.shard.in_place import index_in_place
+from bat.shard.rows import open_rows
+from bat.types import Skipped, WaveBatch
 from tests.data.http_server import FaultyServer
 
 WAV = encode(np.ones(160, np.float32) * 0.1, sample_rate=16_000, codec="wav")

@@ -17,11 +17,11 @@ import pytest
 from bat.audio.decode import encode
 from bat.data import near
 from bat.data.index import Index, open_index
-from bat.data.rows import open_rows
-from bat.data.shards import write_shards
 from bat.data.table import MAX_JSON_BYTES, ShardTable, scan
 from bat.data.tar import BLOCK
-from bat.shapes import UserError
+from bat.errors import UserError
+from bat.shard.rows import open_rows
+from bat.shard.write import write_shards
 from bat.tasks.base import Row
 
 WAV = encode(np.sin(np.arange(800) * 0.1), sample_rate=16_000, codec="wav")

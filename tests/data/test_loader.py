@@ -26,7 +26,8 @@ from bat.data.loader import LastingLoader, Replay, Restarts
 from bat.data.module import AudioData, eval_loader
 from bat.data.sequential_data import SequentialData
 from bat.data.workers import OUTLIVED, Workers, kill_workers, worker_init
-from bat.shapes import UserError, WaveBatch
+from bat.errors import UserError
+from bat.types import WaveBatch
 from tests.data.test_board import until
 from tests.data.test_module import Recorder, Seen, data, fit
 

@@ -19,7 +19,7 @@ from bat.data.index import Index
 from bat.data.loader import RESTARTS, LastingLoader, Restarts
 from bat.data.module import eval_loader
 from bat.data.workers import kill_workers
-from bat.shapes import UserError
+from bat.errors import UserError
 from tests.data.test_loader import echo, kill, numbers
 
 
@@ -124,7 +124,7 @@ SMALL = """
 from bat.data.board import Board
 from bat.data.collate import BatchRows
 from bat.data.loader import LastingLoader, Restarts
-from bat.shapes import UserError
+from bat.types import UserError
 
 class Rows:
     def __getitems__(self, items):

@@ -11,8 +11,8 @@ import pytest
 
 from bat.audio.decode import encode
 from bat.data.manifest import Manifest
-from bat.data.shards import write_shards
-from bat.shapes import UserError
+from bat.errors import UserError
+from bat.shard.write import write_shards
 from bat.tasks.base import Row
 
 RATE = 16_000

@@ -20,7 +20,8 @@ from bat.data.module import AudioData, eval_loader
 from bat.data.order import make_plan
 from bat.data.plan import Plan
 from bat.data.workers import worker_init
-from bat.shapes import UserError, WaveBatch
+from bat.errors import UserError
+from bat.types import WaveBatch
 
 Seen = list[tuple[list[int], list[str], float]]
 

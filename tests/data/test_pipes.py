@@ -25,7 +25,7 @@ from bat.data.sources import NotIndexable, Patience, Shard, find
 from bat.data.splits import choose_split
 from bat.data.tar_stream import open_stream, stream_members
 from bat.data.workers import OUTLIVED
-from bat.shapes import UserError
+from bat.errors import UserError
 from tests.data.test_board import until
 from tests.data.test_loader import gone, processes
 

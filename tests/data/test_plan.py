@@ -12,7 +12,7 @@ import pytest
 from bat.data.order import class_balance, make_plan
 from bat.data.plan import MIX_BLOCK, MixedPlan, Plan, below, philox
 from bat.data.stream import Item, PlanSampler
-from bat.shapes import UserError
+from bat.errors import UserError
 
 CASES = [  # clips, batch, world
     (10, 4, 1),

@@ -19,7 +19,7 @@ from bat.data import remote as transport
 from bat.data.index import open_index
 from bat.data.remote import ChangedError, RedirectError, fetch, stat, stream
 from bat.data.sources import Patience, identity, shown
-from bat.shapes import UserError
+from bat.errors import UserError
 from tests.data.http_server import FaultyServer
 
 QUICK = Patience(retries=3, timeout_seconds=0.5, backoff_seconds=0.01)

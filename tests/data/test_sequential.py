@@ -20,7 +20,7 @@ from bat.audio.decode import encode
 from bat.data import sequential
 from bat.data.index import NotIndexable, open_index
 from bat.data.sequential import SequentialClips
-from bat.shapes import UserError
+from bat.errors import UserError
 from tests.data.http_server import FaultyServer
 
 WAV = encode(np.sin(np.arange(800) * 0.1), sample_rate=16_000, codec="wav")

@@ -11,7 +11,7 @@ import pytest
 from bat.data.lost import Losses
 from bat.data.sequential import SequentialClips
 from bat.data.sequential_data import SequentialData
-from bat.shapes import Skipped
+from bat.types import Skipped
 from tests.data.test_sequential import WAV, make, tar_bytes
 
 LOST = Skipped("", "s", "unreadable", "gone", 0)

@@ -13,7 +13,7 @@ import pytest
 from bat.data import sequential_data
 from bat.data.sequential import SequentialClips
 from bat.data.sequential_data import SequentialData
-from bat.shapes import UserError
+from bat.errors import UserError
 from tests.data.test_sequential import WAV, tar_bytes
 
 

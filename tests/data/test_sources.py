@@ -12,7 +12,7 @@ import pytest
 
 from bat.data.index import NotIndexable, _names, open_index
 from bat.data.sources import Shard, find
-from bat.shapes import UserError
+from bat.errors import UserError
 from tests.data.http_server import FaultyServer
 from tests.data.test_index import WAV, tar_of
 

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 from bat.audio.decode import decode, encode
 from bat.data.index import Index, open_index
 from bat.data.plan import Plan
-from bat.data.shards import write_shards
 from bat.data.stream import ClipDataset, EvalSampler, PlanSampler, as_it_is
-from bat.shapes import WaveBatch
+from bat.shard.write import write_shards
 from bat.tasks.base import Row
+from bat.types import WaveBatch
 
 
 def test_evaluation_reads_each_row_once_in_order() -> None:

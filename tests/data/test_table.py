@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from bat.data import tar as tars
-from bat.data.in_place import index_in_place
 from bat.data.index import open_index
 from bat.data.table import ShardTable, scan
 from bat.data.tar import temporary, write_atomic
-from bat.shapes import UserError
+from bat.errors import UserError
+from bat.shard.in_place import index_in_place
 from bat.tasks.base import AUDIO_SUFFIXES
 from tests.data.test_index import WAV, confit, tar_of
 

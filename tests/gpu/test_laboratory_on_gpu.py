@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from bat.backbones.bat import BAT
 from bat.config.probing import Protocol
 from bat.config.sections import Optim
+from bat.encoders.bat import BAT
+from bat.eval.candidates import Plan
+from bat.eval.features import FeatureBank, to_device
+from bat.eval.search import cross_validate
+from bat.eval.splits import Round
 from bat.probes.base import build_probe, expand
-from bat.shapes import Features, Grid
-from bat.train.candidates import Plan
-from bat.train.features import FeatureBank, to_device
-from bat.train.held_out import Round
-from bat.train.losses import LOSSES
-from bat.train.selection import cross_validate
+from bat.tasks.losses import LOSSES
+from bat.types import Features, Grid
 
 pytestmark = [
     pytest.mark.gpu,

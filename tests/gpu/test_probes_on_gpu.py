@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from bat.probes.base import build_probe
 from bat.probes.extremes import pool_prototypes
 from bat.probes.mixing import mix_normalised
-from bat.shapes import Features
+from bat.types import Features
 
 pytestmark = [
     pytest.mark.gpu,

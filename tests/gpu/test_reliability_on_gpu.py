@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from bat.nn.masking import inverse_block_mask, row_seeds
-from bat.shapes import Grid
+from bat.nn.optim import adamw, param_groups
 from bat.train.checkpointing import snapshot
 from bat.train.guard import Guard
-from bat.train.optim import adamw, param_groups
+from bat.types import Grid
 
 pytestmark = [
     pytest.mark.gpu,

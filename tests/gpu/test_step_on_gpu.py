@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from bat.audio.frontend import LogMel
-from bat.backbones.bat import BAT
+from bat.encoders.bat import BAT
 from bat.nn.attention import attend
 from bat.nn.decoder import ViTDecoder
 from bat.nn.masking import inverse_block_mask
 from bat.objectives.masked_latent import MaskedLatent
-from bat.shapes import Grid
+from bat.types import Grid
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,9 +7,9 @@ import pytest
 import timm.layers
 import torch
 
+from bat.errors import UserError
 from bat.nn import attention
 from bat.nn.attention import Attention, attend
-from bat.shapes import UserError
 from tests.reference.attention import gated_attention
 
 

@@ -12,7 +12,7 @@ from bat.nn.decoder import CNNDecoder, ViTDecoder, place
 from bat.nn.ema import ema_decay, ema_update
 from bat.nn.embed import PatchEmbed, position_code
 from bat.nn.masking import inverse_block_mask
-from bat.shapes import Grid
+from bat.types import Grid
 from tests.golden_files import Golden
 from tests.reference.decoder import all_patches
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bat.nn.masking import blocks_around, inverse_block_mask, row_seeds, splitmix64
-from bat.shapes import Grid, Views
+from bat.types import Grid, Views
 from tests.reference import masks as slow
 
 PAPER = Grid(64, 8)

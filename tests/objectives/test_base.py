@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 import bat
 from bat.config.compose import compose, from_yaml, to_dict, to_yaml
 from bat.config.schema import Pretrain
+from bat.errors import UserError
+from bat.io import read_jsonl
 from bat.objectives.base import Objective, find_objective
-from bat.shapes import UserError
 from bat.train.pretrain import Pretraining, build_objective
 from bat.train.run_pretrain import pretrain
-from bat.train.trainer import read_jsonl
 
 PAGE = Path(__file__).parents[2] / "docs" / "add_an_objective.md"
 
@@ -163,11 +163,11 @@ class Undecorated(Objective):
 def test_encoder_without_views__is_refused_by_objectives_that_hide_patches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from bat.backbones.base import Backbone
+    from bat.encoders.base import Encoder
     from bat.objectives.mae import MAE
     from bat.objectives.masked_latent import MaskedLatent
 
-    class Whole(Backbone):
+    class Whole(Encoder):
         from_weights = config = features = layer_of = no_weight_decay = None  # type: ignore[assignment]
 
     for objective in (MAE, MaskedLatent):

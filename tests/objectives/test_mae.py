@@ -8,15 +8,16 @@ import torch
 from safetensors.torch import load_file
 
 import bat
-from bat.backbones.bat import BAT
 from bat.config.compose import compose
 from bat.config.schema import Finetune, Pretrain, Probe
+from bat.encoders.bat import BAT
+from bat.errors import UserError
+from bat.io import read_jsonl
 from bat.nn.block import blocks_of
 from bat.objectives.mae import MAE, patch_targets
-from bat.shapes import Grid, UserError
 from bat.train.pretrain import Pretraining
 from bat.train.run_pretrain import pretrain
-from bat.train.trainer import read_jsonl
+from bat.types import Grid
 from tests.reference import mae as slow
 
 GRID = Grid(6, 4)
@@ -115,8 +116,8 @@ def mae_run(out: Path, cache: Path, *words: str) -> Pretrain:
 def test_mae_run__resumes_bit_for_bit_exports_and_is_probed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bat.train.run_finetune import finetune
-    from bat.train.run_probe import probe
+    from bat.eval.probe import probe
+    from bat.train.finetune import finetune
 
     whole, parts, cache = tmp_path / "whole", tmp_path / "parts", tmp_path / "shards"
     pretrain(mae_run(whole, cache))

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from bat.backbones.base import load_strictly
-from bat.backbones.bat import BAT
+from bat.encoders.base import load_strictly
+from bat.encoders.bat import BAT
 from bat.nn.decoder import CNNDecoder, ViTDecoder
 from bat.nn.ema import ema_decay
 from bat.nn.masking import inverse_block_mask
 from bat.objectives.masked_latent import MaskedLatent, global_loss, local_loss, standardise
-from bat.shapes import Grid, Views
+from bat.types import Grid, Views
 from tests.golden_files import Golden, checksum
 from tests.reference import targets as slow
 

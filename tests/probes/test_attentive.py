@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from bat.errors import UserError
 from bat.probes.base import Probe, build_probe
-from bat.shapes import Features, UserError
+from bat.types import Features
 from tests.reference import probes as slow
 
 L, B, T, FREQ, D, C = 2, 3, 4, 3, 12, 5

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bat.nn.optim import adamw, param_groups
 from bat.probes.base import Probe, build_probe, known_probes
 from bat.probes.curve import LinearCurve
-from bat.shapes import Features, Needs
-from bat.train.losses import against, cross_entropy
-from bat.train.optim import adamw, param_groups
+from bat.tasks.losses import against, cross_entropy
+from bat.types import Features, Needs
 
 L, B, T, FREQ, D, C = 3, 6, 4, 2, 16, 5
 NAME = "bat.probes.curve.LinearCurve"

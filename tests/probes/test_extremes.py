@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.profiler import profile
 
+from bat.errors import UserError
 from bat.probes import extremes
 from bat.probes.extremes import pool_prototypes
-from bat.shapes import UserError
 from tests.reference.probes import pooled
 
 CASES = [  # middle, low, signs

@@ -6,7 +6,7 @@ import torch
 
 from bat.probes.base import build_probe
 from bat.probes.extremes import signs_of
-from bat.shapes import Features
+from bat.types import Features
 
 NAMES = {
     "fc.weight": "fc.weight",

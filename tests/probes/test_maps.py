@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from bat.errors import UserError
 from bat.probes.base import Probe, build_probe
 from bat.probes.maps import Evidence, evidence
-from bat.shapes import Features, UserError
+from bat.types import Features
 
 L, B, T, FREQ, D, C, K = 3, 4, 5, 2, 16, 3, 12
 NAMES = ["cgp", "protobin", "protofloat", "proto"]

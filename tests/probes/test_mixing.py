@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.autograd.profiler import profile
 
+from bat.errors import UserError
 from bat.probes import mixing
 from bat.probes.mixing import mix_normalised
-from bat.shapes import UserError
 from tests.reference.probes import mixed
 
 L, B, T, FREQ, D = 3, 2, 4, 3, 5

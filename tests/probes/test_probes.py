@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from bat.backbones.bat import BAT
 from bat.config.probing import Head
+from bat.encoders.bat import BAT
+from bat.errors import UserError
 from bat.probes.base import ORDER, Probe, build_probe, expand, known_probes
-from bat.shapes import Features, Grid, Needs, UserError
+from bat.types import Features, Grid, Needs
 from tests.reference import probes as slow
 
 L, B, T, FREQ, D, C, K = 3, 2, 4, 2, 16, 5, 7

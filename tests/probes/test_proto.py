@@ -6,7 +6,7 @@ from torch import nn
 
 from bat.probes.base import build_probe
 from bat.probes.proto import Proto
-from bat.shapes import Features
+from bat.types import Features
 from tests.reference import probes as slow
 
 B, T, FREQ, D, C = 2, 4, 2, 16, 5

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from bat.backbones.bat import BAT
+from bat.encoders.bat import BAT
+from bat.errors import UserError
 from bat.nn.attention import take
 from bat.probes.base import build_probe
-from bat.shapes import Features, Grid, UserError
+from bat.types import Features, Grid
 from tests.golden_files import Golden
 from tests.reference import probes as slow
 

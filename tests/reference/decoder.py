@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bat.nn.decoder import ViTDecoder
-from bat.shapes import Views
+from bat.types import Views
 
 
 def all_patches(decoder: ViTDecoder, visible: Tensor, views: Views) -> Tensor:

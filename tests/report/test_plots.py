@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bat.report import plots
-from bat.shapes import Grid
+from bat.types import Grid
 
 ROWS = [
     {"step": s, "method": m, "accuracy": 0.5 + s / 1000, "accuracy_std": 0.02}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bat.shapes import UserError
+from bat.errors import UserError
 from bat.tasks import eat
 from bat.tasks.base import load_task
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bat.shapes import UserError
+from bat.errors import UserError
 from bat.tasks.base import Row
 from bat.tasks.labels import (
     by_number,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bat.shapes import UserError
+from bat.errors import UserError
 from bat.tasks import folder
 from bat.tasks.base import load_task, numbered_lines
 from bat.tasks.events import Event, digest

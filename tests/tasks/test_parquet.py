@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bat.shapes import UserError
+from bat.errors import UserError
 from bat.tasks import parquet
 from bat.tasks.base import load_task
 from bat.tasks.labels import labels_of

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bat.shapes import UserError
+from bat.errors import UserError
 from bat.tasks import audioset as audioset_module
 from bat.tasks.base import LeftOut, known_tasks, load_task
 
@@ -305,7 +305,7 @@ def test_unknown_task_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="no task 'esc51': known are audioset, eat, esc10, esc50"):
         load_task("esc51")
     with pytest.raises(UserError, match="no TASK"):
-        load_task("bat.shapes")
+        load_task("bat.types")
     with pytest.raises(UserError, match="cannot be imported"):
         load_task("mylab.none")
 

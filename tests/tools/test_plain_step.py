@@ -15,8 +15,8 @@ import torch
 from bat.config.compose import compose
 from bat.config.schema import Pretrain
 from bat.nn.masking import inverse_block_mask
-from bat.shapes import Grid, WaveBatch
 from bat.train.pretrain import Pretraining
+from bat.types import Grid, WaveBatch
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 WORDS = [

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-IMPORTS = ["bat.train.run_pretrain", "bat.train.run_finetune"]
+IMPORTS = ["bat.train.run_pretrain", "bat.train.finetune"]
 
 
 @dataclass
@@ -90,8 +90,8 @@ def _do(job: Job, rank: int, folder: Path) -> None:
     from bat.config.compose import compose
     from bat.config.schema import Finetune, Pretrain
     from bat.train import folds, run_pretrain
+    from bat.train.finetune import finetune
     from bat.train.pretrain import Pretraining
-    from bat.train.run_finetune import finetune
     from bat.train.supervised import Supervised
 
     rows: list[dict[str, Any]] = []

@@ -4,7 +4,7 @@ import pytest
 
 from bat.config.compose import compose
 from bat.config.schema import Pretrain
-from bat.shapes import UserError
+from bat.errors import UserError
 from bat.train.batching import resolve, with_batch
 
 

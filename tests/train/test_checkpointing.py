@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bat.shapes import UserError
+from bat.errors import UserError
 from bat.train import checkpointing
 from bat.train.checkpointing import (
     AtomicCheckpointIO,
@@ -134,7 +134,7 @@ def test_kept_are_the_latest_and_every_nth(small, tmp_path: Path) -> None:
 
 
 def test_a_damaged_later_checkpoint_does_not_push_whole_ones_out(small, tmp_path: Path) -> None:
-    from bat.shapes import Interrupted
+    from bat.errors import Interrupted
 
     out, original = tmp_path / "run", Stopping.on_train_batch_end
 

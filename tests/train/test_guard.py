@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from bat.errors import UserError
+from bat.io import read_jsonl
 from bat.nn.ema import ema_update
+from bat.nn.optim import adamw, param_groups
 from bat.objectives.masked_latent import MaskedLatent
-from bat.shapes import UserError
 from bat.train.guard import Guard, poison
-from bat.train.optim import adamw, param_groups
 from bat.train.pretrain import Pretraining
 from bat.train.run_pretrain import pretrain
-from bat.train.trainer import read_jsonl
 
 
 def model() -> torch.nn.Module:

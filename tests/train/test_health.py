@@ -17,11 +17,11 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 from bat.config.running import Health
-from bat.shapes import RESUME_ME, UserError
+from bat.errors import RESUME_ME, UserError
+from bat.io import read_jsonl
 from bat.train import health, watchdog
 from bat.train.health import LINES, HealthMonitor
 from bat.train.run_pretrain import pretrain
-from bat.train.trainer import read_jsonl
 from bat.train.watchdog import GRACE_SECONDS, FetchClock, Watchdog
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bat.train.trainer import JsonLines, read_jsonl
+from bat.io import read_jsonl
+from bat.train.trainer import JsonLines
 
 
 def test_rewinding_drops_what_comes_after_and_half_a_line(tmp_path: Path) -> None:

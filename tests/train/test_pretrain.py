@@ -10,13 +10,15 @@ from safetensors.torch import load_file
 import bat
 from bat.config.compose import compose
 from bat.config.schema import Log, Pretrain
-from bat.data.toy import make_toy
-from bat.shapes import UserError
+from bat.errors import UserError
+from bat.io import read_jsonl
+from bat.seeding import derive_seed
+from bat.shard.toy import make_toy
 from bat.train import run_pretrain
 from bat.train.checkpointing import AtomicCheckpointIO, last_checkpoint
 from bat.train.pretrain import Pretraining, build_objective
 from bat.train.run_pretrain import pretrain
-from bat.train.trainer import OneWandbRun, derive_seed, read_jsonl
+from bat.train.trainer import OneWandbRun
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 from bat.audio.encode import encode
 from bat.data.index import open_index
-from bat.data.shards import write_shards
-from bat.shapes import UserError
+from bat.errors import UserError
+from bat.io import read_jsonl
+from bat.shard.write import write_shards
 from bat.tasks.base import Row
 from bat.train.pretrain import Pretraining
 from bat.train.pretrain_data import open_stream
 from bat.train.run_pretrain import pretrain
-from bat.train.trainer import read_jsonl
 
 PARTS = {
     "both": ("train", "test"),

@@ -6,7 +6,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from bat.config.running import Hardware
-from bat.shapes import UserError
+from bat.errors import UserError
 from bat.train import sharding
 
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "SLURM_NTASKS")

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 import bat.nn.block
-from bat.backbones.bat import BAT
-from bat.checkpoint import export
 from bat.config.compose import compose
 from bat.config.schema import Finetune, Pretrain, Probe
-from bat.shapes import Grid, UserError
+from bat.encoders.bat import BAT
+from bat.errors import UserError
+from bat.eval.probe import probe
+from bat.train.finetune import finetune
 from bat.train.online import OnlineProbe
-from bat.train.run_finetune import finetune
-from bat.train.run_probe import probe
+from bat.types import Grid
+from bat.weights import export
 
 BLOCKS = 2
 

@@ -18,13 +18,13 @@ from bat.audio.encode import encode
 from bat.cli import args, shard
 from bat.config.schema import Pretrain
 from bat.data.index import open_index
-from bat.shapes import Interrupted, UserError
+from bat.errors import Interrupted, UserError
+from bat.io import read_jsonl
+from bat.shutdown import listening, minding_signals
 from bat.train.checkpointing import checkpoints
 from bat.train.pretrain import Pretraining
 from bat.train.run_pretrain import pretrain
-from bat.train.signals import listening, minding_signals
 from bat.train.stopping import Stopping
-from bat.train.trainer import read_jsonl
 
 
 def at_batch(monkeypatch: pytest.MonkeyPatch, at: int, do) -> pytest.MonkeyPatch:
@@ -98,7 +98,7 @@ def test_a_signal_within_a_probing_cuts_it_off_and_it_is_made_up_for(
     small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["online.every=2", "online.steps=4", "train.save_every=100"]
-    from bat.train import probing
+    from bat.eval import fit as probing
 
     original, calls = probing.set_lr, []
 
@@ -190,7 +190,7 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
 def probing_signal(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """SIGTERM within the ``at``-th step of the probes."""
-    from bat.train import probing
+    from bat.eval import fit as probing
 
     original, calls = probing.set_lr, []
 
@@ -259,12 +259,12 @@ def kill_here(*args, **keywords):
 @pytest.mark.parametrize(
     ("command", "words", "during"),
     [
-        ("pretrain", ["recipe=toy"], "bat.train.run_folder.open_index"),
-        ("pretrain", ["recipe=toy"], "bat.data.toy.ensure_shards"),
-        ("probe", ["recipe=toy", "checkpoint=random"], "bat.train.run_folder.open_index"),
-        ("finetune", ["recipe=toy", "checkpoint=random"], "bat.data.toy.ensure_shards"),
-        ("shard", ["in", "out"], "bat.data.rows.open_rows"),
-        ("shard", ["verify", "in"], "bat.data.verify.verify"),
+        ("pretrain", ["recipe=toy"], "bat.eval.run_folder.open_index"),
+        ("pretrain", ["recipe=toy"], "bat.shard.toy.ensure_shards"),
+        ("probe", ["recipe=toy", "checkpoint=random"], "bat.eval.run_folder.open_index"),
+        ("finetune", ["recipe=toy", "checkpoint=random"], "bat.shard.toy.ensure_shards"),
+        ("shard", ["in", "out"], "bat.shard.rows.open_rows"),
+        ("shard", ["verify", "in"], "bat.shard.verify.verify"),
     ],
 )
 def test_sigterm_before_training_says_resume_me(

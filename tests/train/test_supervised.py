@@ -9,21 +9,22 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from bat import load_encoder
-from bat.backbones.bat import BAT
-from bat.checkpoint import export
 from bat.config.compose import compose
 from bat.config.schema import Finetune
 from bat.data.index import open_index
-from bat.data.toy import make_toy
+from bat.encoders.bat import BAT
+from bat.errors import UserError
+from bat.eval.fit import predict
+from bat.eval.heads import load_head
+from bat.eval.prepare import prepare
 from bat.probes.base import build_probe
-from bat.shapes import Grid, UserError, WaveBatch
+from bat.shard.toy import make_toy
+from bat.tasks.losses import LOSSES
 from bat.train import fitting, folds
-from bat.train.heads import load_head
-from bat.train.losses import LOSSES
-from bat.train.prepare import prepare
-from bat.train.probing import predict
-from bat.train.run_finetune import finetune
+from bat.train.finetune import finetune
 from bat.train.supervised import Supervised
+from bat.types import Grid, WaveBatch
+from bat.weights import export
 
 
 @pytest.fixture(scope="module")

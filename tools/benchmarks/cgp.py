@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bat.probes.base import build_probe
 from bat.probes.extremes import pool_prototypes
 from bat.probes.mixing import Kernel, mix_normalised
-from bat.shapes import Features
+from bat.types import Features
 from benchmarks import plain_probes
 from benchmarks.memory import peak_mb
 from benchmarks.timing import here, medians

@@ -22,7 +22,7 @@ from bat.nn.block import blocks_of
 from bat.nn.decoder import ViTDecoder, place
 from bat.nn.embed import PatchEmbed
 from bat.objectives import masked_latent
-from bat.shapes import Views
+from bat.types import Views
 from benchmarks.memory import peak_mb
 from benchmarks.step import PLACE, QUICK, OursStep, settings
 from benchmarks.timing import attempted, here, medians

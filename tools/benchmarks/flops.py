@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bat.config.schema import Pretrain
 from bat.objectives.masked_latent import DECODERS
-from bat.shapes import WaveBatch
 from bat.train.pretrain import build_objective
+from bat.types import WaveBatch
 from benchmarks.plain_model import plain_model
 
 TERA = 1e12

@@ -1,6 +1,6 @@
 """Many probes at once: one training step of ``bat-probe``'s loop, the features made for each batch.
 
-Ours: the frozen encoder once a batch, every probe on its features (``bat.train.probing.fit``).
+Ours: the frozen encoder once a batch, every probe on its features (``bat.eval.fit.fit``).
 Plain: one probe after the other, the encoder run for each, as separate commands do. Besides:
 ``features_ms``, ``probes_ms`` all probes on features that are there, ``dearest`` and its
 ``dearest_ms`` alone, features included; ``times_dearest`` ours over that, and ``own_work``:
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bat.backbones.bat import BAT
 from bat.config.sections import Optim
+from bat.encoders.bat import BAT
+from bat.eval.fit import Training, fit
 from bat.probes.base import Probe, build_probe, expand
-from bat.shapes import Features, Grid
-from bat.train.losses import LOSSES
-from bat.train.probing import Training, fit
+from bat.tasks.losses import LOSSES
+from bat.types import Features, Grid
 from benchmarks.timing import attempted, here, medians
 
 ABOUT = "all probes at once: ratio = one after the other, each with its own features / ours"

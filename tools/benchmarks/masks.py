@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bat.nn.masking import inverse_block_mask, row_seeds
-from bat.shapes import Grid, Views
+from bat.types import Grid, Views
 from benchmarks.memory import peak_mb
 from benchmarks.plain_step import plain_ids, plain_masks
 from benchmarks.timing import attempted, here, medians

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bat.shapes import Features
+from bat.types import Features
 
 
 def mix(layers: Tensor, gate: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bat.config.schema import Pretrain
 from bat.objectives.masked_latent import MaskedLatent
-from bat.shapes import Grid, Views, WaveBatch
+from bat.types import Grid, Views, WaveBatch
 from benchmarks.plain_model import plain_model
 
 

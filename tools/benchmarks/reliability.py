@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from bat.checkpoint import replace_durably
 from bat.config.running import Health
+from bat.eval.collapse import representation
+from bat.io import replace_durably
 from bat.train.checkpointing import AtomicCheckpointIO, damaged
-from bat.train.collapse import representation
 from benchmarks.step import QUICK, OursStep, settings
 from benchmarks.timing import attempted, here, medians, seconds_of
 

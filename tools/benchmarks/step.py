@@ -23,8 +23,8 @@ from torch import Tensor
 
 from bat.config.compose import compose
 from bat.config.schema import Pretrain
-from bat.shapes import WaveBatch
 from bat.train.pretrain import Pretraining
+from bat.types import WaveBatch
 from benchmarks.flops import counted_tflop, hand_tflop
 from benchmarks.memory import MB, peak_mb
 from benchmarks.plain_step import PlainStep, plain_masks_of, plain_weights_of

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from bat.audio.decode import encode
 from bat.data.index import open_index
 from bat.data.module import AudioData
-from bat.data.shards import write_shards
+from bat.shard.write import write_shards
 from bat.tasks.base import Row
 from benchmarks.timing import attempted, medians
 

@@ -1,0 +1,353 @@
+"""What every backbone offers, whatever it is inside: waveform or spectrogram in, all layers out."""
+
+from __future__ import annotations
+
+import abc
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Literal, Self, overload
+
+import torch
+from torch import Tensor, nn
+
+from bat.audio.base import Pad
+from bat.audio.frontend import KaldiFbank, LogMel
+from bat.errors import UserError
+from bat.nn.attention import Backend
+from bat.nn.embed import PosLayout
+from bat.types import Features, Grid, Views
+
+
+class Encoder(nn.Module, abc.ABC):
+    """An encoder with its own front end.
+
+    Attributes: ``sample_rate`` (Hz), ``width`` D, ``depth`` L, ``heads``, ``patch`` (frames and mel
+    bins a side), ``grid`` (patches of one chunk), ``patch_hop_ms``, ``has_cls``, ``frontend``,
+    ``has_queries`` (whether ``query_blocks`` is there).
+    """
+
+    sample_rate: int
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    grid: Grid
+    has_cls: ClassVar[bool]
+    has_queries: ClassVar[bool] = False
+    frontend: nn.Module
+
+    @classmethod
+    @abc.abstractmethod
+    def from_weights(
+        cls, state: Mapping[str, Tensor], *, config: dict[str, Any] | None, heads: int | None
+    ) -> Self:
+        """Build from a state dict, strictly. ``config`` None: shape read off the tensors."""
+
+    @abc.abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Keywords that build this backbone again (JSON values)."""
+
+    @abc.abstractmethod
+    def features(self, spectrogram: Tensor, *, entry: bool = False) -> Features:
+        """(B, 1, frames, mels), already through the front end -> all layers.
+
+        ``entry``: also what enters the first block, and each chunk's class tokens.
+        """
+
+    def query_blocks(self, queries: Tensor, features: Features) -> Tensor:
+        """What ``queries`` (L, q, D) become, (L, B, q, D): those of block l read the tokens that
+        enter it, and no token reads them. Gradients reach the queries alone.
+
+        ``features``: of ``features(..., entry=True)``. Raises ``UserError`` where it is not
+        defined.
+        """
+        raise UserError(
+            f"{type(self).__name__} has no query_blocks: vqt is not defined for this encoder"
+        )
+
+    @abc.abstractmethod
+    def layer_of(self, name: str) -> int:
+        """Layer of parameter ``name``: 0 the embedding, b + 1 block b, L + 1 the rest."""
+
+    @abc.abstractmethod
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that never decay in fine-tuning, besides the 1-D ones."""
+
+    @property
+    def patch_hop_ms(self) -> float:
+        """Milliseconds from one time patch to the next."""
+        return 1000 * self.patch * self.frontend.hop_length / self.sample_rate  # type: ignore[operator, return-value]
+
+    def spectrogram(
+        self, waveform: Tensor, lengths: Tensor | None = None, *, frames: int | None = None
+    ) -> Tensor:
+        """(B, S) or (S,) at ``sample_rate`` -> (B, 1, frames, mels) float32.
+
+        ``lengths`` (B,): samples of each row. ``frames`` None: as many as S samples give, rounded
+        up to whole patches; row i then is what it is alone, in its first ``time_patches(lengths)``
+        patches, and zero after them.
+        """
+        waveform = torch.atleast_2d(waveform)
+        if waveform.dim() != 2:
+            raise ValueError(f"waveform must be (B, S) or (S,), not {tuple(waveform.shape)}")
+        if frames is not None:
+            return self.frontend(waveform, frames=frames, lengths=lengths)
+        frames = self.patch * self.time_patches(waveform.shape[1])
+        if lengths is None:
+            return self.frontend(waveform, frames=frames)
+        own = self.patch * self.time_patches(lengths.clamp(1, waveform.shape[1]))
+        return self.frontend(waveform, frames=frames, lengths=lengths, row_frames=own)
+
+    @overload
+    def time_patches(self, samples: int) -> int: ...
+
+    @overload
+    def time_patches(self, samples: Tensor) -> Tensor: ...
+
+    def time_patches(self, samples: int | Tensor) -> int | Tensor:
+        """Time patches of clips of so many samples that are encoded alone; the last one may be
+        partly zero frames."""
+        front: Any = self.frontend
+        return -(-front.valid_frames(front.padded_samples(samples)) // self.patch)
+
+    def forward(
+        self, waveform: Tensor, lengths: Tensor | None = None, *, frames: int | None = None
+    ) -> Features:
+        """(B, S) float32 at ``sample_rate`` -> ``Features`` of all blocks.
+
+        Args:
+            waveform: one clip a row, padded on the right.
+            lengths: (B,) samples of each row; None: all S. Clips of several lengths do not see
+                each other's padding: row i is what clip i gives alone (up to rounding), in its
+                first ``valid[i]`` time patches, and zero after them.
+            frames: give each clip exactly so many, cut or padded with zero frames, which the
+                encoder attends to as it does to sound (the papers' protocol).
+        """
+        spectrogram = self.spectrogram(waveform, lengths, frames=frames)
+        if frames is not None or lengths is None:
+            return self.features(spectrogram)
+        S = torch.atleast_2d(waveform).shape[1]
+        return self.features_alone(spectrogram, self.time_patches(lengths.clamp(1, S)))
+
+    def features_alone(
+        self, spectrogram: Tensor, patches: Tensor, *, entry: bool = False
+    ) -> Features:
+        """``features`` of clips of several lengths, none seeing the padding of its row.
+
+        Rows of equal length run together. ``patches`` (B,): time patches of each row of
+        ``spectrogram`` (B, 1, frames, mels) that are the clip's own, at least 1.
+        """
+        extra = {"entry": True} if entry else {}
+        T, of_row = spectrogram.shape[2] // self.patch, patches.tolist()
+        if set(of_row) == {T}:
+            return self.features(spectrogram, **extra)
+        P = -(-T // self.grid.time)
+        whole: dict[str, Tensor] = {}
+
+        def put(name: str, part: Tensor | None, rows: Tensor, axis: int, size: int) -> None:
+            """``part`` to its ``rows`` along ``axis`` of a tensor of all clips, whose next axis has
+            ``size`` entries, zero where ``part`` has none."""
+            if part is None:
+                return
+            if name not in whole:
+                shape = (*part.shape[:axis], len(of_row), size, *part.shape[axis + 2 :])
+                whole[name] = part.new_zeros(shape)
+            own = whole[name].narrow(axis + 1, 0, part.shape[axis + 1])
+            own.index_copy_(axis, rows, part)
+
+        for own in sorted(set(of_row)):
+            rows = (patches == own).nonzero().squeeze(1).to(spectrogram.device)
+            found = self.features(spectrogram[rows, :, : own * self.patch], **extra)
+            put("patches", found.patches, rows, 1, T)
+            put("cls", found.cls, rows, 1, self.width)
+            put("entry", found.entry, rows, 0, T)
+            if entry and P > 1 and found.cls is not None:
+                pieces = found.cls.unsqueeze(2) if found.pieces is None else found.pieces
+                put("pieces", pieces, rows, 1, P)
+        valid = patches.to(spectrogram.device, torch.int64)
+        return Features(
+            whole["patches"], whole.get("cls"), whole.get("entry"), whole.get("pieces"), valid
+        )
+
+
+class MaskableEncoder(Encoder):
+    """An encoder of patches that can be given a part of them: what objectives that hide patches
+    may ask of it besides. ``gate``, ``pos_layout`` and ``attention`` are what a decoder of the same
+    kind is built with (``bat.nn.decoder``)."""
+
+    gate: bool = False
+    pos_layout: PosLayout = "grid"
+    attention: Backend = "auto"
+
+    @abc.abstractmethod
+    def embed(self, spectrogram: Tensor) -> Tensor:
+        """(B, 1, frames, mels) -> (B, N, D) patch tokens with their position code."""
+
+    @abc.abstractmethod
+    def layers(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run the blocks over (B, n, D) embedded tokens, the class token put in front.
+
+        Yields, block after block, the end-of-block tokens and the MLP outputs, both
+        (B, 1 + n, D), so that a caller keeps only what it needs.
+        """
+
+    @abc.abstractmethod
+    def encode_views(self, spectrogram: Tensor, views: Views) -> tuple[Tensor, Tensor]:
+        """Masked views: (B, 1, frames, mels) and ``rows = B * V`` masks, clip-major ->
+        last-block class tokens (rows, D) and visible patch tokens (rows, n, D)."""
+
+
+def make_frontend(
+    *,
+    kind: Literal["bat", "eat", "beats"] = "bat",
+    sample_rate: int = 16000,
+    n_fft: int = 1024,
+    hop_length: int = 160,
+    n_mels: int = 128,
+    pad: Pad = "spectrogram",
+    clip_seconds: float | None = None,
+    statistics: str = "audioset",
+) -> nn.Module:
+    """The front end ``kind``: ``bat`` (LogMel) or a legacy Kaldi one, ``eat`` or ``beats``.
+
+    ``clip_seconds``: with ``pad="clip"``. Raises ``UserError`` for a setting of another type or out
+    of its range.
+    """
+    check_settings(
+        "frontend",
+        {"sample_rate": sample_rate, "n_fft": n_fft, "hop_length": hop_length, "n_mels": n_mels},
+        {
+            "sample_rate": (int, 1000, 768_000),
+            "n_fft": (int, 2, 32_768),
+            "hop_length": (int, 1, 65_536),
+            "n_mels": (int, 1, 1024),
+        },
+    )
+    for name, value in (("kind", kind), ("pad", pad), ("statistics", statistics)):
+        if not isinstance(value, str):
+            raise UserError(f"frontend: {name} must be text, not a {type(value).__name__}")
+    if kind == "bat":
+        if statistics != "audioset":
+            raise UserError(f"frontend: statistics={statistics}: the front end 'bat' uses none")
+        return LogMel(
+            sample_rate=sample_rate,
+            n_fft=n_fft,
+            hop_length=hop_length,
+            n_mels=n_mels,
+            pad=pad,
+            clip_seconds=clip_seconds,
+        )
+    if kind in ("eat", "beats"):
+        if (n_fft, hop_length) != (1024, 160):
+            raise UserError(
+                f"frontend: n_fft={n_fft}, hop_length={hop_length}: '{kind}' has windows of 25 ms "
+                "every 10 ms; leave both away"
+            )
+        return KaldiFbank(
+            kind=kind,
+            statistics=statistics,
+            sample_rate=sample_rate,
+            n_mels=n_mels,
+            pad=pad,
+            clip_seconds=clip_seconds,
+        )
+    raise UserError(f"unknown front end '{kind}': bat, eat or beats")
+
+
+def load_backbone(name: str, *, trusted: bool = True) -> type[Encoder]:
+    """The class of backbone ``name``: a file of this folder, or a dotted ``module.Class``.
+
+    A name that comes out of a weight file is not ``trusted``: only files of this folder will do.
+    Raises ``UserError`` listing the known ones.
+    """
+    if "." in name:
+        if not trusted:
+            raise UserError(
+                f"the file wants backbone '{name}', code from outside bat: import the class and "
+                "use its from_weights() if you trust it"
+            )
+        module_name, _, class_name = name.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module_name), class_name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"cannot import backbone '{name}': {error}") from error
+        if not (isinstance(found, type) and issubclass(found, Encoder)):
+            raise UserError(f"{name} is not a subclass of bat.encoders.base.Encoder")
+        return found
+    package = importlib.import_module(__package__ or "bat.encoders")
+    known = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+    if name not in known:
+        raise UserError(f"unknown backbone '{name}'. Known: {', '.join(known)}")
+    return importlib.import_module(f"bat.encoders.{name}").BACKBONE
+
+
+Range = type[bool] | tuple[str, ...] | tuple[type[int] | type[float], float, float]
+"""What a setting may be: true or false, one of some words, or a number from least to most."""
+
+
+def check_settings(what: str, given: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+    """Raise ``UserError`` for each setting that ``ranges`` does not have, or is out of its range.
+
+    ``what``: whose settings they are, for the message.
+    """
+    problems = []
+    for name, value in given.items():
+        allowed = ranges.get(name)
+        if allowed is None:
+            problems.append(f"{name[:100]} is not known ({', '.join(ranges)})")
+        elif allowed is bool:
+            if not isinstance(value, bool):
+                problems.append(f"{name}={_shown(value)}: true or false")
+        elif isinstance(allowed, tuple) and isinstance(allowed[0], str):
+            if not isinstance(value, str) or value not in allowed:
+                problems.append(f"{name}={_shown(value)}: one of {', '.join(map(str, allowed))}")
+        else:
+            kind, least, most = allowed
+            if type(value) not in (int, kind) or not least <= value <= most:
+                noun = "a whole number" if kind is int else "a number"
+                problems.append(f"{name}={_shown(value)}: {noun} from {least} to {most}")
+    if problems:
+        raise UserError(f"{what}: {'; '.join(problems)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return "a huge number"
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def keywords_of(cls: Callable[..., Any], given: Any, what: str) -> dict[str, Any]:
+    """``given``, if it is a mapping of keywords that ``cls`` takes. Raises ``UserError``."""
+    known = inspect.signature(cls).parameters
+    if not isinstance(given, Mapping):
+        raise UserError(f"{what} is a {type(given).__name__}, not settings by name")
+    unknown = [str(name)[:100] for name in given if name not in known]
+    if unknown:
+        raise UserError(f"{what}: {', '.join(unknown[:10])}: not known ({', '.join(known)})")
+    return dict(given)
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """``load_state_dict`` that lists every missing, unexpected and misshapen name, and those that
+    are not floating point, or loads all."""
+    own = module.state_dict()
+    problems = [f"missing: {n} {tuple(own[n].shape)}" for n in own if n not in state]
+    problems += [f"unexpected: {n[:200]} {tuple(state[n].shape)}" for n in state if n not in own]
+    problems += [
+        f"shape: {n} is {tuple(state[n].shape)} in the file, {tuple(own[n].shape)} here"
+        for n in own
+        if n in state and own[n].shape != state[n].shape
+    ]
+    problems += [
+        f"type: {n} is {t.dtype}, not floating point"
+        for n, t in state.items()
+        if n in own and not t.is_floating_point()
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:40])
+        more = f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else ""
+        raise UserError(f"{what} does not fit this model; nothing was loaded:\n  {shown}{more}")
+    module.load_state_dict(dict(state))

@@ -1,0 +1,77 @@
+"""EAT and SSLAM encoders (fairseq data2vec 2.0 files): BAT's block without its gate.
+
+Same patches and post-norm blocks; the front end is the legacy Kaldi filter bank with the data
+set's statistics. The file's position table may be longer than the 512 rows that are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from torch import Tensor
+
+from bat.encoders.bat import BAT
+from bat.errors import UserError
+
+PREFIX = "modality_encoders.IMAGE."
+POSITIONS = 512
+
+NAMES = {
+    "extra_tokens": "cls_token",
+    "fixed_positional_encoder.positions": "pos_embed",
+    "local_encoder.proj.weight": "patch_embed.proj.weight",
+    "local_encoder.proj.bias": "patch_embed.proj.bias",
+    "context_encoder.norm.weight": "pre_norm.weight",
+    "context_encoder.norm.bias": "pre_norm.bias",
+}
+"""Names below ``modality_encoders.IMAGE.`` -> the encoder's; ``blocks.*`` keep theirs. The hub
+folders have them without that prefix, and ``pre_norm.*``."""
+
+NOT_THE_ENCODER = (
+    f"{PREFIX}decoder.",
+    "recon_proj.",
+    "cls_proj.",
+    "shared_decoder.",
+)
+"""What a pre-training file holds besides the encoder; and ``center``."""
+
+
+class EAT(BAT):
+    """An EAT or SSLAM encoder."""
+
+    @classmethod
+    def from_weights(
+        cls, state: Mapping[str, Tensor], *, config: dict[str, Any] | None, heads: int | None
+    ) -> Self:
+        """From a file's names or from our own export's; strict either way."""
+        if config is None:
+            state = rename(state)
+        return super().from_weights(state, config=config, heads=heads)
+
+    def __init__(self, **keywords: Any) -> None:
+        keywords.setdefault("gate", False)
+        if keywords.get("frontend") is None:
+            keywords["frontend"] = {"kind": "eat"}
+        super().__init__(**keywords)
+
+
+def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's tensors under the paper's names. An unknown name is an error that lists it."""
+    renamed, unknown = {}, []
+    for name, tensor in state.items():
+        own = NAMES.get(name.removeprefix(PREFIX), name)
+        if own not in renamed and (own in NAMES.values() or name.startswith("blocks.")):
+            renamed[own] = tensor
+        elif name != "center" and not name.startswith(NOT_THE_ENCODER):
+            unknown.append(name[:100])
+    if unknown:
+        raise UserError(
+            f"not an EAT / SSLAM file as we know it; unexpected: {', '.join(unknown[:40])}"
+        )
+    if "pos_embed" in renamed and renamed["pos_embed"].dim() == 3:
+        renamed["pos_embed"] = renamed["pos_embed"][:, :POSITIONS]
+    return renamed
+
+
+BACKBONE = EAT

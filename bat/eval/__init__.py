@@ -1,0 +1,1 @@
+"""Evaluates frozen encoders: features, splits, probes, selection, results."""

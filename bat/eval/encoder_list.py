@@ -1,0 +1,170 @@
+"""Which encoders a probing compares, by what name, and what fine-tuning made of each.
+
+Nothing here needs torch until an encoder is loaded.
+
+``checkpoint=A,B,random``: ``random`` beside others is the same architecture untrained, one control
+for each architecture among them. Names are those of ``checkpoint_name``, numbered where two agree.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import bat
+from bat.config.locate import known_fragments
+from bat.config.schema import Probe, Supervised
+from bat.errors import UserError
+
+RANDOM = "random"
+"""Checkpoint: an untrained encoder; ``random:RUN`` or ``random:S`` names its architecture."""
+
+
+def encoders_of(config: Probe) -> dict[str, str]:
+    """``{name: checkpoint}`` in the order given.
+
+    Raises ``UserError`` for none, an empty one, and one named twice.
+    """
+    names = several(config)
+    trained = [c for c in names if c != RANDOM and not c.startswith(f"{RANDOM}:")]
+    found: dict[str, str] = {}
+    for checkpoint in names:
+        if checkpoint == RANDOM and trained:
+            for source in _architectures(config, trained):
+                _put(found, config, f"{RANDOM}:{source}")
+        else:
+            _put(found, config, checkpoint)
+    return found
+
+
+def given(config: Supervised) -> str:
+    """The checkpoint as the user wrote it; ``UserError`` for none."""
+    if not config.checkpoint:
+        raise UserError(
+            "no checkpoint given: say checkpoint=RUN (a run, an export or a weight file), or "
+            "checkpoint=random for the untrained control"
+        )
+    return config.checkpoint
+
+
+def checkpoint_name(config: Supervised) -> str:
+    """A short name for run folders: ``pretrain-esc10``, ``random-pretrain-esc10``, ``random-S``."""
+    name = given(config)
+    prefix, _, rest = name.partition(":") if name.startswith(f"{RANDOM}:") else ("", "", name)
+    path = Path(rest).expanduser().resolve() if Path(rest).name in ("", "..") else Path(rest)
+    while path.stem in ("export", "checkpoints", "model", "last") and path.parent.name:
+        path = path.parent
+    stem = path.stem if path.suffix in (".pt", ".pth", ".ckpt", ".safetensors") else path.name
+    return f"{prefix}-{stem}" if prefix else stem
+
+
+def check_there(config: Supervised) -> None:
+    """Raise ``UserError`` for a checkpoint of ``config`` that does not exist."""
+    for name in several(config) if isinstance(config, Probe) else [given(config)]:
+        shape = name.removeprefix(f"{RANDOM}:")
+        if name == RANDOM or Path(shape).expanduser().exists():
+            continue
+        if shape == name:
+            raise UserError(
+                f"checkpoint {name} does not exist: give a run, an export or a weight file"
+            )
+        if shape not in (known := known_fragments("model")):
+            raise UserError(
+                f"checkpoint={name}: neither a run nor a model fragment ({', '.join(known)})"
+            )
+
+
+def several(config: Supervised) -> list[str]:
+    """The checkpoints as the user wrote them."""
+    text = (config.checkpoint or "").strip()
+    if not text:
+        raise UserError(
+            "no checkpoint given: say checkpoint=RUN (a run, an export or a weight file), or "
+            "checkpoint=random for the untrained control; several with commas"
+        )
+    parts = [text] if Path(text).expanduser().exists() else [p.strip() for p in text.split(",")]
+    if not all(parts):
+        raise UserError(f"checkpoint={text} has an empty name between its commas")
+    twice = next((p for i, p in enumerate(parts) if p in parts[:i]), None)
+    if twice:
+        raise UserError(f"checkpoint={text} names {twice} twice")
+    return parts
+
+
+def _put(found: dict[str, str], config: Probe, checkpoint: str) -> None:
+    if checkpoint in found.values():
+        return
+    stem = checkpoint_name(replace(config, checkpoint=checkpoint))
+    name, number = stem, 2
+    while name in found:
+        name, number = f"{stem}-{number}", number + 1
+    found[name] = checkpoint
+
+
+def _architectures(config: Probe, checkpoints: list[str]) -> list[str]:
+    """One of ``checkpoints`` for each architecture among them."""
+    found: dict[str, str] = {}
+    for checkpoint in checkpoints:
+        encoder = bat.load_encoder(checkpoint, weights=config.weights, heads=config.heads)
+        shape = json.dumps({**encoder.config(), "drop_path": 0}, sort_keys=True, default=str)
+        found.setdefault(f"{type(encoder).__name__} {shape}", checkpoint)
+    return list(found.values())
+
+
+def finetuned_of(
+    config: Probe, names: list[str], *, task: str, metric: str, data: str
+) -> dict[str, float]:
+    """What fine-tuning reaches, a fraction, for the encoders that ``config.finetuned`` has it of.
+
+    ``data``: hash of the index that is probed on. Raises ``UserError`` for more entries than
+    checkpoints, a number that is no percentage, and a folder that is no finished fine-tuning of
+    this task on these data.
+    """
+    checkpoints = several(config)
+    entries = [part.strip() for entry in config.finetuned for part in entry.split(",")]
+    if len(entries) > len(checkpoints):
+        raise UserError(
+            f"finetuned={','.join(entries)} has {len(entries)} entries for {len(checkpoints)} "
+            "checkpoint(s): give one each, in order, or none"
+        )
+    by_checkpoint = dict(zip(checkpoints, entries, strict=False))
+    found = {}
+    for name, checkpoint in zip(names, encoders_of(config).values(), strict=True):
+        entry = by_checkpoint.get(checkpoint, "none")
+        if entry != "none":
+            found[name] = _finetuned(entry, task=task, metric=metric, data=data)
+    return found
+
+
+def _finetuned(entry: str, *, task: str, metric: str, data: str) -> float:
+    try:
+        percent = float(entry)
+    except ValueError:
+        return _of_run(Path(entry).expanduser(), task=task, metric=metric, data=data)
+    if not 0 <= percent <= 100 or math.isnan(percent):
+        raise UserError(f"finetuned={entry} is no percentage (0 to 100)")
+    return percent / 100
+
+
+def _of_run(folder: Path, *, task: str, metric: str, data: str) -> float:
+    file = folder / "summary.json"
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        results, of = run["results"], run["task"]
+        (entry,) = results.values()
+        value = float(entry["mean"][metric])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"finetuned={folder}: no finished run of bat-finetune with its {metric} there "
+            f"({file}: {error}); give such a run, a number in percent, or none"
+        ) from error
+    if of != task:
+        raise UserError(f"finetuned={folder} is of task '{of}', this probing of '{task}'")
+    if run.get("data", data) != data:
+        raise UserError(
+            f"finetuned={folder} was judged on other clips, labels or folds than this probing: "
+            "give a run on the same data, or its number in percent if you know that they agree"
+        )
+    return value

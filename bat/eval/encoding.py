@@ -1,0 +1,179 @@
+"""One batch of waves through a frozen encoder, to what ``Needs`` says of its features.
+
+In autocast's type, else float32: the type they are stored in, so that a probe sees the same whether
+features were kept or made anew. Each is looked at: one that is not finite is an error which names
+the clip and where in the encoder it began.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bat.data.bad_clips import BadClips
+from bat.encoders.base import Encoder
+from bat.errors import UserError
+from bat.redact import one_line
+from bat.types import Features, Needs, WaveBatch
+
+TargetsOf = Callable[[WaveBatch, int], Tensor]
+"""Labels in time of a batch and its T time patches: (B, T, C), NaN beyond a clip's end. It reads
+keys, lengths, positions and targets, not waves."""
+
+CLIP_AXIS = {"patches": 1, "cls": 1, "entry": 0, "pieces": 1}
+"""The tensors of ``Features`` that are stored, and their axis that counts clips. ``valid`` is known
+from the clips' lengths."""
+
+
+@torch.no_grad()
+def encode(
+    backbone: Encoder,
+    batch: WaveBatch,
+    *,
+    frames: int | None,
+    autocast: torch.dtype | None = None,
+    needs: Needs = Needs(),  # noqa: B008  (immutable)
+) -> Features:
+    """What ``needs`` says of the features, without gradient, on the backbone's device.
+
+    ``frames``: of each clip; None: each clip is encoded at its own length, whatever the others'.
+    In ``autocast``'s type, float32 without one. Raises ``UserError`` that names clip, block and
+    remedy where they are not finite.
+    """
+    device = device_of(backbone)
+    waves, lengths = batch.waves.to(device), batch.lengths.to(device)
+    spectrogram = backbone.spectrogram(waves, lengths, frames=frames)  # float32
+    with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        if frames is None:
+            own = backbone.time_patches(lengths)
+            whole = backbone.features_alone(spectrogram, own, entry=needs.entry)
+        elif needs.entry:
+            whole = backbone.features(spectrogram, entry=True)
+        else:
+            whole = backbone.features(spectrogram)
+    depth, dtype = len(whole.patches), autocast or torch.float32
+    kept = needs.blocks(depth)
+    cut = whole.patches[depth - kept :].to(dtype, copy=kept < depth)  # a view would hold them all
+    cls, entry, pieces = (None if t is None else t.to(dtype) for t in whole[1:4])
+    features = Features(cut, cls, entry, pieces, whole.valid)
+    stored = clips_first(features).values()
+    found = [t.aminmax() for t in stored if t.numel()]  # NaN goes through
+    if not torch.stack([end for pair in found for end in pair]).isfinite().all():
+        raise UserError(_not_finite(features, batch, spectrogram, depth, autocast))
+    return features
+
+
+def _not_finite(
+    features: Features,
+    batch: WaveBatch,
+    spectrogram: Tensor,
+    depth: int,
+    autocast: torch.dtype | None,
+) -> str:
+    """The clip where features stop being finite in the earliest block, that block, the remedy."""
+    wrong = {
+        name: ~getattr(features, name).isfinite().flatten(1 + CLIP_AXIS[name]).all(-1)
+        for name, tensor in clips_first(features).items()
+        if tensor.numel()
+    }  # (B,) of entry, else (blocks, B)
+    sound = torch.ones(depth, len(batch.keys), dtype=torch.bool, device=spectrogram.device)
+    for name, bad in wrong.items():
+        if name != "entry":
+            sound[depth - len(bad) :] &= ~bad
+    if "entry" in wrong and wrong["entry"].any():
+        row, where = int(wrong["entry"].int().argmax()), "the tokens before the first block"
+    else:
+        block, row = (~sound).nonzero()[0].tolist()
+        where = f"block {block + 1} of {depth}"
+    if not spectrogram[row].isfinite().all():
+        remedy = "its spectrogram is not finite to begin with: check the data (bat-shard verify)"
+    elif autocast is not None:
+        remedy = "its weights are damaged, or hardware.precision=32-true is needed"
+    else:
+        remedy = "its weights are damaged: make or fetch the checkpoint again"
+    return f"the encoder's features are not finite: clip {batch.keys[row]}, {where}; {remedy}"
+
+
+def encoded(
+    backbone: Encoder,
+    batches: Iterable[WaveBatch],
+    *,
+    frames: int | None,
+    autocast: torch.dtype | None = None,
+    needs: Needs = Needs(),  # noqa: B008  (immutable)
+    targets_of: TargetsOf | None = None,
+) -> Iterator[tuple[Features, Tensor, WaveBatch]]:
+    """Features and targets of each of ``batches`` that has clips, ``backbone`` in eval mode."""
+    for batch in batches:
+        if not batch.keys:
+            continue
+        with evaluating(backbone):
+            features = encode(backbone, batch, frames=frames, autocast=autocast, needs=needs)
+        targets = batch.targets
+        if targets_of is not None:
+            targets = targets_of(batch, features.patches.shape[2])  # (B, T, C)
+            inside = features.inside()
+            if inside is not None:  # Kaldi's last window ends before the clip does
+                targets = targets.masked_fill(~inside.to(targets.device)[..., None], torch.nan)
+        yield features, targets, batch
+
+
+def counted(
+    batches: Iterable[WaveBatch], bad: BadClips, *, clips: int, progress: bool
+) -> Iterator[WaveBatch]:
+    """``batches`` (of ``eval_loader``, so many ``clips``), their unreadable clips told to ``bad``.
+
+    Raises ``UserError`` at the end where none is readable, or too many are not.
+    """
+    readable = False
+    with progress_bar(clips, "features", unit="clip", show=progress) as bar:
+        for batch in batches:
+            bad.add(batch)
+            bar.update(len(batch.keys) + len(batch.skipped))
+            readable = readable or bool(batch.keys)
+            yield batch
+    bad.check(final=True)
+    if not readable:
+        raise UserError(f"none of the {clips} clips can be read: {bad.summary()}")
+
+
+def clips_first(features: Features) -> dict[str, Tensor]:
+    """The tensors that are there, views of shape (B, ...)."""
+    found = {name: getattr(features, name) for name in CLIP_AXIS}
+    return {name: t.movedim(CLIP_AXIS[name], 0) for name, t in found.items() if t is not None}
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where the module's parameters lie."""
+    return next(module.parameters()).device
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each submodule as it was."""
+    was = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in was.items():
+            m.training = training
+
+
+def progress_bar(total: int, what: str, *, unit: str, show: bool) -> tqdm[Any]:
+    """A bar on stderr that leaves no trace; quiet where stderr is a file."""
+    return tqdm(
+        total=total,
+        desc=one_line(what),
+        unit=unit,
+        leave=False,
+        disable=not show,
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 15,
+    )

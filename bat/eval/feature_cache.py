@@ -1,0 +1,283 @@
+"""Where frozen features are kept between steps: in memory, on disk, or nowhere.
+
+``features.cache=auto`` decides by size, measured on a real clip (all blocks of 10 s at the width of
+Base: 9.4 MB in bfloat16) and only of what the probes need: memory where it fits
+``features.memory_gb``; on a CPU, where the encoder is the dear part, disk where it fits
+``features.disk_gb``. A GPU makes the features of a batch faster than a disk gives them. Clips that
+differ from time to time (``data.roll``, ``pad_offset=random``) are kept nowhere.
+
+Whatever is chosen, the batches are the same (``features.py``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bat import __version__
+from bat.config.probing import FeatureStore
+from bat.config.sections import Data
+from bat.data.bad_clips import BadClips, merged_states
+from bat.data.index import Index
+from bat.data.stream import clip_samples
+from bat.encoders.base import Encoder
+from bat.errors import UserError
+from bat.eval import feature_disk as disk
+from bat.eval.encoding import CLIP_AXIS, TargetsOf, clips_first, counted, encoded
+from bat.eval.features import FeatureBank, FeatureStream, Source
+from bat.types import Needs, WaveBatch
+
+log = logging.getLogger("bat")
+
+Where = Literal["memory", "disk", "off"]
+
+
+class Opened(NamedTuple):
+    source: Source
+    cache: Where
+    why: str
+    """A phrase for the log and the results."""
+    gb: float
+    """Size of the features of all clips, labels included."""
+
+
+def open_features(
+    backbone: Encoder,
+    index: Index,
+    *,
+    ids: np.ndarray,
+    frames: int | None,
+    needs: Needs,
+    batch: int,
+    store: FeatureStore,
+    data: Data,
+    random_offset: bool,
+    autocast: torch.dtype | None,
+    device: torch.device,
+    bad_clips: BadClips,
+    progress: bool,
+    digest: str,
+    targets_of: TargetsOf | None = None,
+) -> Opened:
+    """The features of the clips ``ids`` of ``index``, kept as ``store`` says.
+
+    ``device`` is where ``backbone`` lies; ``digest`` of its weights and keywords
+    (``encoders.weights_digest``). ``bad_clips`` gets the unreadable ones, also of a cache that an
+    earlier run made. Of clips longer than ``data.clip_seconds`` the start is read, from which
+    labels in time (``targets_of``) are counted.
+
+    Raises ``UserError``: a cache asked for that is above its budget or cannot be, a full disk, no
+    readable clip or too many unreadable ones, features that are not finite.
+    """
+    moving = "data.roll=true" if data.roll else "pad_offset=random" if random_offset else ""
+    if moving and targets_of is not None:
+        raise UserError(f"{moving} moves the clips, and labels in time do not move with them: "
+                        "leave it away, or say level=clip")  # fmt: skip
+    stream = FeatureStream(
+        backbone,
+        index,
+        frames=frames,
+        clip_seconds=data.clip_seconds,
+        roll=data.roll,
+        random_offset=random_offset,
+        min_seconds=data.min_seconds,
+        max_seconds=data.max_seconds,
+        workers=data.workers,
+        cache_bytes=int(data.cache_waves_gb * 1e9),
+        autocast=autocast,
+        needs=needs,
+        targets_of=targets_of,
+        bad_clips=bad_clips,
+    )
+    facts = _facts(stream, ids, digest=digest, device=device)
+    folder = disk.folder_for(Path(store.folder), facts)
+    on_gpu = device.type == "cuda"
+    found = None
+    if not moving and (store.cache == "disk" or (store.cache == "auto" and not on_gpu)):
+        found = disk.read(folder, facts)
+    if found is not None:
+        bank = _bank(found, stream, ids)
+        _tell(bad_clips, found.bad_clips)
+        return Opened(bank, "disk", f"found in {folder}", _size(bank) / 1e9)
+
+    each = measured(stream, ids, batch=batch if on_gpu else 1)
+    need = each * len(ids)
+    free = _free(Path(store.folder))
+    where, why = choose(store, clips=len(ids), each=each, moving=moving, on_gpu=on_gpu, free=free)
+    if where == "off":
+        return Opened(stream, where, why, need / 1e9)
+    if where == "memory":
+        room = on_gpu and torch.cuda.mem_get_info(device)[0] >= 2 * need
+        memory = FeatureBank.extract(
+            backbone,
+            stream.loader(ids, batch=batch),
+            ids=ids,
+            frames=frames,
+            autocast=autocast,
+            device=device if room else "cpu",
+            bad_clips=bad_clips,
+            progress=progress,
+            needs=needs,
+            targets_of=targets_of,
+            index=index,
+        )
+        return Opened(memory, where, why, need / 1e9)
+    with disk.alone(folder):
+        found = disk.read(folder, facts, again=True)  # another process may have made it meanwhile
+        if found is None:
+            disk.sweep(folder.parent)
+            bad = BadClips(max_bad=bad_clips.max_bad, file=bad_clips.file)
+            waves = counted(stream.loader(ids, batch=batch), bad, clips=len(ids), progress=progress)
+            made = encoded(backbone, waves, frames=frames, autocast=autocast, needs=needs)
+            disk.write(folder, facts, made, bad=bad)
+            log.info(
+                "all features in %s: %.1f GB", folder.parent, disk.bytes_in(folder.parent) / 1e9
+            )
+            found = disk.read(folder, facts)
+    if found is None:
+        raise UserError(
+            f"{folder} does not give back what was written there: point features.folder to "
+            "another disk, or say features.cache=off"
+        )
+    bank = _bank(found, stream, ids)
+    _tell(bad_clips, found.bad_clips)
+    return Opened(bank, where, why, _size(bank) / 1e9)
+
+
+def choose(
+    store: FeatureStore, *, clips: int, each: int, moving: str, on_gpu: bool, free: int
+) -> tuple[Where, str]:
+    """Where features of ``each`` bytes a clip are kept, and why.
+
+    ``moving``: the setting by which clips differ from time to time; ``free``: bytes in the folder.
+    Raises ``UserError`` where what ``store`` asks for cannot be.
+    """
+    gb, one = clips * each / 1e9, f"{each / 1e6:.3g} MB a clip"
+    size = f"the features of {clips} clips need {gb:.3g} GB ({one})"
+    asked = f"features.cache={store.cache}"
+    if moving:
+        if store.cache in ("memory", "disk"):
+            raise UserError(f"{asked} with {moving}: the clips differ each time, so nothing can be "
+                            "kept; leave one of them away")  # fmt: skip
+        return "off", f"{moving}: the clips differ each time"
+    if store.cache == "off":
+        return "off", asked
+    much = f"more than features.memory_gb={store.memory_gb:g}"
+    if store.cache == "memory" or (store.cache == "auto" and gb <= store.memory_gb):
+        if gb > store.memory_gb:
+            raise UserError(f"{asked}: {size}, {much}. Raise features.memory_gb where the machine "
+                            "has so much, or say features.cache=auto")  # fmt: skip
+        return "memory", f"{gb:.3g} GB fit features.memory_gb={store.memory_gb:g}"
+    if store.cache == "auto" and on_gpu:
+        return "off", (
+            f"{size}, {much}, and a GPU makes them faster than a disk gives them: raise "
+            "features.memory_gb to keep them"
+        )
+    wrong = ""
+    if gb > store.disk_gb:
+        wrong = f"more than features.disk_gb={store.disk_gb:g}"
+    elif clips * each > free:
+        wrong = f"and only {free / 1e9:.3g} GB are free in features.folder={store.folder}"
+    if wrong and store.cache == "disk":
+        raise UserError(f"{asked}: {size}, {wrong}. Raise features.disk_gb, make room, or point "
+                        "features.folder to another disk")  # fmt: skip
+    if wrong:
+        return "off", f"{size}, {much}, {wrong}"
+    return "disk", asked if store.cache == "disk" else f"{size}, {much}"
+
+
+def measured(stream: FeatureStream, ids: np.ndarray, *, batch: int) -> int:
+    """Bytes of the features and labels of one clip, the first of ``ids`` that can be read.
+
+    ``batch``: clips that are run for it (a compiled encoder wants the shape it will be run in).
+    """
+    waves = stream.loader(ids, batch=batch, workers=0)
+    made = encoded(
+        stream.backbone,
+        waves,
+        frames=stream.frames,
+        autocast=stream.autocast,
+        needs=stream.needs,
+        targets_of=stream.targets_of,
+    )
+    for features, targets, found in made:
+        total = sum(t.nbytes for t in (*clips_first(features).values(), targets))
+        return total // len(found.keys)
+    raise UserError(f"none of the {len(ids)} clips can be read: check them (bat-shard verify)")
+
+
+def _facts(
+    stream: FeatureStream, ids: np.ndarray, *, digest: str, device: torch.device
+) -> dict[str, Any]:
+    """All that the features depend on, but for the rounding of one machine and another."""
+    backbone, kind = stream.backbone, type(stream.backbone)
+    return {
+        "bat": __version__,
+        "encoder": f"{kind.__module__}.{kind.__qualname__}",
+        "weights": digest,
+        "front end": type(backbone.frontend).__name__,
+        "padded": str(getattr(backbone.frontend, "pad", None)),
+        "data": stream.index.hash,
+        "clips": hashlib.sha256(np.asarray(ids, "<i8").tobytes()).hexdigest(),
+        "frames": stream.frames,
+        "clip_seconds": stream.clip_seconds,
+        "min_seconds": stream.min_seconds,
+        "max_seconds": stream.max_seconds,
+        "crop": "start",  # of a long clip: caches of the middle, made before, are others
+        "type": str(stream.autocast or torch.float32),
+        "needs": list(stream.needs),
+        "device": device.type,
+    }
+
+
+def _bank(found: disk.Stored, stream: FeatureStream, ids: np.ndarray) -> FeatureBank:
+    """The mapped features with the labels that the index has now."""
+    index, clips = stream.index, np.asarray(ids)[found.places]
+    keys = [index.key(i) for i in clips]
+    targets: Tensor = torch.from_numpy(np.stack([index.targets(i) for i in clips]))
+    tensors = {name: found.tensors.get(name) for name in CLIP_AXIS}
+    patches = found.tensors["patches"]  # (n, L', T, F, D)
+    own = stream.backbone.time_patches(found.lengths) if stream.frames is None else None  # (n,)
+    if stream.targets_of is not None:
+        samples = clip_samples(stream.clip_seconds, stream.backbone.sample_rate)
+        waves = torch.zeros(1, 1).expand(len(keys), samples)  # nobody listens to them
+        places = torch.from_numpy(found.places)
+        batch = WaveBatch(waves, found.lengths, targets, keys, places, skipped=[])
+        targets = stream.targets_of(batch, patches.shape[2])
+        if own is not None:
+            steps = torch.arange(patches.shape[2])
+            targets = targets.masked_fill((steps >= own[:, None])[..., None], torch.nan)
+    return FeatureBank(
+        **tensors,  # type: ignore[arg-type]
+        valid=own,
+        targets=targets,
+        ids=clips,
+        keys=keys,
+        skipped=found.bad_clips["keys"],
+        index=index,
+    )
+
+
+def _tell(bad: BadClips, state: dict[str, Any]) -> None:
+    """Add the unreadable clips of a cache to ``bad``."""
+    bad.load_state_dict(merged_states([bad.state_dict(), state]))
+    bad.check(final=True)
+
+
+def _size(bank: FeatureBank) -> int:
+    """Bytes of its features and labels."""
+    tensors = [getattr(bank, name) for name in CLIP_AXIS]
+    return sum(t.nbytes for t in [*tensors, bank.targets] if t is not None)
+
+
+def _free(folder: Path) -> int:
+    """Bytes free where ``folder`` is or will be."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return shutil.disk_usage(there).free

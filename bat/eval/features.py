@@ -1,0 +1,293 @@
+"""Features of a frozen encoder as the probes take them: of each clip what ``Needs`` says.
+
+``FeatureBank`` runs the encoder once a clip and keeps the features (in memory, or mapped from disk,
+see ``feature_cache.py``); ``FeatureStream`` runs it for each batch, for sets that nothing holds and
+for augmented clips. Both give the same batches in the order of the same plan, in the same type
+(autocast's, else float32), so that a probe trained on one equals a probe trained on the other, up
+to the rounding of an encoder that meets the clips in other company.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bat.audio.decode import MAX_FILE_SECONDS
+from bat.data.bad_clips import BadClips
+from bat.data.index import Index
+from bat.data.loader import LastingLoader
+from bat.data.module import AudioData, eval_loader
+from bat.data.order import make_plan
+from bat.data.plan import MixedPlan, Plan
+from bat.data.stream import STAND_INS
+from bat.encoders.base import Encoder
+from bat.errors import UserError
+from bat.eval.encoding import (
+    CLIP_AXIS,
+    TargetsOf,
+    clips_first,
+    counted,
+    device_of,
+    encode,
+    encoded,
+    evaluating,
+    progress_bar,
+)
+from bat.types import Features, Needs, WaveBatch
+
+__all__ = [
+    "Batches",
+    "FeatureBank",
+    "FeatureStream",
+    "Source",
+    "device_of",
+    "encode",
+    "evaluating",
+    "progress_bar",
+    "to_device",
+]
+
+Batches = Iterator[tuple[Features, Tensor]]
+"""Features of B clips, on the encoder's device or the CPU, and their targets: (B, C), or (B, T, C)
+for labels in time."""
+
+
+class Source(Protocol):
+    """Where probes get features of clips from; clips are ids of an index."""
+
+    def training(self, ids: np.ndarray, *, batch: int, steps: int, seed: int) -> Batches:
+        """``steps`` batches of ``ids`` in the order of the plan of ``seed``, without end."""
+
+    def once(self, ids: np.ndarray, *, batch: int) -> Batches:
+        """Every readable clip of ``ids`` once, in order."""
+
+
+class FeatureBank:
+    """Features of a set of n clips, each computed once; clips first, as many blocks as are needed.
+
+    ``patches`` (n, L', T, F, D); ``cls`` (n, L, D), ``entry`` (n, T, F, D) and ``pieces``
+    (n, L, P, D), each None where there is none; ``valid`` (n,) time patches that are each clip's
+    own, None: all; ``targets`` (n, C) or (n, T, C); ``ids`` (n,) clip ids of the index; ``keys``
+    (n); ``skipped`` ``{key: reason}``. ``index``: its plan is the order of training (remote shards
+    are read in windows); None: an even one.
+    """
+
+    def __init__(
+        self,
+        *,
+        patches: Tensor,
+        cls: Tensor | None,
+        targets: Tensor,
+        ids: np.ndarray,
+        keys: Sequence[str],
+        skipped: Mapping[str, str],
+        entry: Tensor | None = None,
+        pieces: Tensor | None = None,
+        valid: Tensor | None = None,
+        index: Index | None = None,
+    ) -> None:
+        self.patches, self.cls, self.entry, self.pieces = patches, cls, entry, pieces
+        all_own = valid is None or bool((valid == patches.shape[2]).all())
+        self.valid = None if all_own else valid
+        self.targets, self.index = targets, index
+        self.ids, self.keys, self.skipped = np.asarray(ids, np.int64), list(keys), dict(skipped)
+        self._row_of = {int(clip): row for row, clip in enumerate(self.ids)}
+
+    @classmethod
+    def extract(
+        cls,
+        backbone: Encoder,
+        batches: Iterable[WaveBatch],
+        *,
+        ids: np.ndarray,
+        frames: int | None,
+        autocast: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        bad_clips: BadClips | None = None,
+        progress: bool = False,
+        needs: Needs = Needs(),  # noqa: B008  (immutable)
+        targets_of: TargetsOf | None = None,
+        index: Index | None = None,
+    ) -> FeatureBank:
+        """Run ``backbone`` (in eval mode meanwhile) over ``batches`` (of ``eval_loader(ids=ids)``).
+
+        Stored on ``device`` in ``autocast``'s type, float32 without one. Raises ``UserError`` where
+        no clip is readable, too many are not, or features are not finite.
+        """
+        bad = bad_clips or BadClips(max_bad=1.0)
+        stored: dict[str, Tensor] = {}
+        targets: list[Tensor] = []
+        valid: list[Tensor] = []
+        rows: list[int] = []
+        keys: list[str] = []
+        for features, wanted, batch in encoded(
+            backbone,
+            counted(batches, bad, clips=len(ids), progress=progress),
+            frames=frames,
+            autocast=autocast,
+            needs=needs,
+            targets_of=targets_of,
+        ):
+            start, end = len(rows), len(rows) + len(batch.keys)
+            for name, found in clips_first(features).items():
+                if name not in stored:
+                    shape = (len(ids), *found.shape[1:])
+                    stored[name] = torch.empty(shape, dtype=found.dtype, device=device)
+                stored[name][start:end] = found
+            targets.append(wanted)
+            T = features.patches.shape[2]
+            own = torch.full((len(batch.keys),), T) if features.valid is None else features.valid
+            valid.append(own.cpu())
+            rows += batch.positions.tolist()
+            keys += batch.keys
+        kept = {name: stored[name][: len(rows)] if name in stored else None for name in CLIP_AXIS}
+        return cls(
+            **kept,  # type: ignore[arg-type]
+            targets=torch.cat(targets),
+            valid=torch.cat(valid),
+            ids=np.asarray(ids)[rows],
+            keys=keys,
+            skipped=bad.keys,
+            index=index,
+        )
+
+    def training(self, ids: np.ndarray, *, batch: int, steps: int, seed: int) -> Batches:
+        if not any(int(clip) in self._row_of for clip in ids):
+            raise UserError(f"none of the {len(ids)} clips to train on can be read")
+        plan: Plan | MixedPlan = Plan(ids, seed=seed)
+        if self.index is not None:
+            plan = make_plan(self.index, ids, seed=seed)
+        for k in range(steps):
+            positions = np.arange(k * batch, (k + 1) * batch)
+            rows = [
+                self._row_at(plan, position, clip)
+                for position, clip in zip(
+                    positions.tolist(), plan.clips(positions).tolist(), strict=True
+                )
+            ]
+            if found := [row for row in rows if row is not None]:
+                yield self._pick(np.array(found))
+
+    def once(self, ids: np.ndarray, *, batch: int) -> Batches:
+        rows = np.array([self._row_of[int(i)] for i in ids if int(i) in self._row_of], np.int64)
+        for start in range(0, len(rows), batch):
+            yield self._pick(rows[start : start + batch])
+
+    def _row_at(self, plan: Plan | MixedPlan, position: int, clip: int) -> int | None:
+        """Row of ``clip``, or of what stands in for an unreadable one, as in the stream."""
+        row = self._row_of.get(clip)
+        if row is not None:
+            return row
+        others = itertools.islice(plan.stand_ins(position), STAND_INS)
+        return next((self._row_of[other] for other in others if other in self._row_of), None)
+
+    def _pick(self, rows: np.ndarray) -> tuple[Features, Tensor]:
+        at = torch.from_numpy(rows)
+        picked: dict[str, Tensor | None] = {}
+        for name, axis in CLIP_AXIS.items():
+            tensor: Tensor | None = getattr(self, name)
+            own = None if tensor is None else tensor[at.to(tensor.device)]
+            picked[name] = None if own is None else own.movedim(0, axis)
+        valid = None if self.valid is None else self.valid[at]
+        if valid is not None and bool((valid == self.patches.shape[2]).all()):
+            valid = None
+        return Features(**picked, valid=valid), self.targets[at]  # type: ignore[arg-type]
+
+
+class FeatureStream:
+    """The same features made anew for each batch: for sets that nothing holds, and for training
+    clips that differ from time to time (``roll``, ``random_offset``; long clips are then cropped at
+    random too). Without these two it yields what the bank does: long clips from their start.
+
+    ``frames``: of each clip; None: each clip is encoded at its own length (``encoding.encode``).
+    """
+
+    def __init__(
+        self,
+        backbone: Encoder,
+        index: Index,
+        *,
+        frames: int | None,
+        clip_seconds: float,
+        roll: bool = False,
+        random_offset: bool = False,
+        min_seconds: float = 0.0,
+        max_seconds: float = MAX_FILE_SECONDS,
+        workers: int = 0,
+        cache_bytes: int = 0,
+        autocast: torch.dtype | None = None,
+        needs: Needs = Needs(),  # noqa: B008  (immutable)
+        targets_of: TargetsOf | None = None,
+        bad_clips: BadClips | None = None,
+    ) -> None:
+        self.backbone, self.index, self.frames, self.autocast = backbone, index, frames, autocast
+        self.clip_seconds, self.roll, self.random_offset = clip_seconds, roll, random_offset
+        self.min_seconds, self.max_seconds = min_seconds, max_seconds
+        self.workers, self.cache_bytes = workers, cache_bytes
+        self.needs, self.targets_of = needs, targets_of
+        self.bad_clips = bad_clips or BadClips(max_bad=1.0)
+
+    def training(self, ids: np.ndarray, *, batch: int, steps: int, seed: int) -> Batches:
+        data = AudioData(
+            index=self.index,
+            batch=batch,
+            batches=steps,
+            sample_rate=self.backbone.sample_rate,
+            clip_seconds=self.clip_seconds,
+            plan=make_plan(self.index, ids, seed=seed),
+            seed=seed,
+            roll=self.roll,
+            random_offset=self.random_offset,
+            min_seconds=self.min_seconds,
+            max_seconds=self.max_seconds,
+            workers=self.workers,
+            cache_bytes=self.cache_bytes,
+        )
+        if not (self.roll or self.random_offset):
+            data.dataset.crop = "start"  # AudioData's own is random
+        return self._encoded(data.train_dataloader())
+
+    def once(self, ids: np.ndarray, *, batch: int) -> Batches:
+        return self._encoded(self.loader(ids, batch=batch))
+
+    def loader(self, ids: np.ndarray, *, batch: int, workers: int | None = None) -> LastingLoader:
+        """The waves of ``ids`` once, in order."""
+        return eval_loader(
+            self.index,
+            ids,
+            batch=batch,
+            sample_rate=self.backbone.sample_rate,
+            clip_seconds=self.clip_seconds,
+            workers=self.workers if workers is None else workers,
+            cache_bytes=self.cache_bytes,
+            min_seconds=self.min_seconds,
+            max_seconds=self.max_seconds,
+        )
+
+    def _encoded(self, batches: Iterable[WaveBatch]) -> Batches:
+        for features, targets, _ in encoded(
+            self.backbone,
+            self._judged(batches),
+            frames=self.frames,
+            autocast=self.autocast,
+            needs=self.needs,
+            targets_of=self.targets_of,
+        ):
+            yield features, targets
+
+    def _judged(self, batches: Iterable[WaveBatch]) -> Iterator[WaveBatch]:
+        for batch in batches:
+            self.bad_clips.add(batch)
+            self.bad_clips.check()
+            yield batch
+
+
+def to_device(features: Features, device: torch.device) -> Features:
+    """The same features on ``device``."""
+    moved = (None if t is None else t.to(device, non_blocking=True) for t in features)
+    return Features(*moved)  # type: ignore[arg-type]

@@ -1,0 +1,174 @@
+"""The one loop for frozen probes: ``bat-probe`` and the online callback of pre-training use it.
+
+All candidates (``candidates.py``) share each batch of features (``features.py``). A plain loop, so
+that it runs inside Lightning too. Every random number hangs on a seed, the fold, the method and the
+step: a probe's result does not depend on its companions, and the global generators end as they
+began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from bat.config.sections import Optim
+from bat.errors import UserError
+from bat.eval.features import Batches, device_of, evaluating, to_device
+from bat.nn.optim import adamw, param_groups, set_lr
+from bat.probes.base import Probe
+from bat.seeding import derive_seed
+from bat.tasks.losses import Loss, against, to_clip
+
+K = TypeVar("K", bound=Hashable)
+
+
+class Training(NamedTuple):
+    """A probe in training. ``name`` and ``seed`` are what its dropout hangs on."""
+
+    probe: Probe
+    optim: Optim
+    name: str
+    seed: int
+
+
+def fit(
+    trainings: Mapping[K, Training],
+    batches: Batches,
+    *,
+    loss: Loss,
+    steps: int,
+    autocast: torch.dtype | None = None,
+    after_step: Callable[[int, dict[K, Tensor]], set[K]] | None = None,
+) -> None:
+    """Train every probe on the same ``batches``, ``steps`` of them; each has its own AdamW.
+
+    ``after_step(steps done, {key: loss})`` gets the losses on their device and returns the keys of
+    those that are trained no further; with none left the batches end.
+    """
+    device = device_of(next(iter(trainings.values())).probe)
+    active = dict(trainings)
+    optimizers = {key: _optimizer(training) for key, training in trainings.items()}
+
+    def objective(logits: Tensor, targets: Tensor, *, inside: Tensor | None) -> Tensor:
+        if targets.ndim == 3:  # labels of time patches: those beyond a clip's end are nobody's
+            kept = ~targets.isnan().any(-1)  # (B, T)
+            return loss(logits[kept], targets[kept])
+        return against(loss, logits, targets, inside=inside)
+
+    with own_randomness(device):
+        for step, (features, targets) in zip(range(steps), batches, strict=False):
+            features, targets = to_device(features, device), targets.to(device)
+            inside = features.inside() if targets.ndim < 3 else None
+            of_batch = partial(objective, inside=inside)
+            losses = {}
+            for key, (probe, optim, name, seed) in active.items():
+                optimizer = optimizers[key]
+                set_lr(
+                    optimizer,
+                    step,
+                    lr=optim.lr,
+                    warmup_steps=optim.warmup_steps,
+                    total_steps=steps,
+                    min_lr=optim.min_lr,
+                )
+                torch.manual_seed(derive_seed(seed, name, step))
+                with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                    logits = probe.train()(features)
+                value = probe.training_loss(of_batch, logits, targets)
+                optimizer.zero_grad()
+                value.backward()
+                if optim.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(probe.parameters(), optim.clip_norm)
+                optimizer.step()
+                losses[key] = value.detach()
+            if after_step is not None:
+                for key in after_step(step + 1, losses):
+                    active.pop(key, None)
+                if not active:
+                    return
+
+
+def _optimizer(training: Training) -> torch.optim.AdamW:
+    probe, optim = training.probe, training.optim
+    assert optim.layer_decay == 1, "a probe has no layers to decay over"
+    groups = param_groups(
+        probe,
+        weight_decay=optim.weight_decay,
+        decay=optim.decay,
+        no_decay=probe.no_weight_decay(),
+    )
+    return adamw(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+
+class Predictions(NamedTuple):
+    """Of n rows: clips, or at frame level with labels of frames the patches of all clips."""
+
+    logits: dict[tuple[Hashable, str], Tensor]
+    """By probe and answer (``Probe.answers``): (n, C) float32, on the CPU."""
+    targets: Tensor
+    """(n, C)"""
+    clips: Tensor | None
+    """(n,) clip of each row, where a clip has several."""
+
+
+@torch.no_grad()
+def predictions(
+    probes: Mapping[K, Probe],
+    batches: Batches,
+    *,
+    autocast: torch.dtype | None = None,
+    wanted: Callable[[K, str], bool] = lambda key, answer: True,
+) -> Predictions:
+    """What ``probes`` say of ``batches``, in eval mode; afterwards each is in its own mode again.
+
+    Clip labels are met by the mean over time of frame-level logits; of frame labels the patches
+    beyond a clip's end (NaN) are left out. ``wanted``: which answers of which probe are kept.
+    """
+    device = device_of(next(iter(probes.values())))
+    logits: dict[tuple[Hashable, str], list[Tensor]] = {}
+    targets, clips, seen = [], [], 0
+    for features, labels in batches:
+        features = to_device(features, device)
+        frames = labels.ndim == 3
+        kept = ~labels.isnan().any(-1) if frames else None  # (B, T)
+        inside = features.inside()
+        for key, probe in probes.items():
+            auto = torch.autocast(device.type, autocast, enabled=autocast is not None)
+            with evaluating(probe), auto:
+                out = probe(features)
+            for answer, own in probe.answers(out).items():
+                if not wanted(key, answer):
+                    continue
+                rows = own[kept.to(device)] if kept is not None else to_clip(own, inside)
+                logits.setdefault((key, answer), []).append(rows.float().cpu())
+        if kept is not None:
+            number = torch.arange(seen, seen + len(labels))[:, None].expand_as(kept)
+            clips.append(number[kept.cpu()])
+            labels = labels[kept]
+        seen += features.patches.shape[1]
+        targets.append(labels.cpu())
+    if not targets:
+        raise UserError("none of the held-out clips can be read")
+    joined = {key: torch.cat(parts) for key, parts in logits.items()}
+    return Predictions(joined, torch.cat(targets), torch.cat(clips) if clips else None)
+
+
+def predict(
+    probes: Mapping[str, Probe], batches: Batches, *, autocast: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Logits of each probe by its name (and answer), (n, C) float32, and the targets (n, C)."""
+    found = predictions(probes, batches, autocast=autocast)
+    return {f"{key}{answer}": rows for (key, answer), rows in found.logits.items()}, found.targets
+
+
+@contextmanager
+def own_randomness(device: torch.device) -> Iterator[None]:
+    """Leave the global generators as they were found."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield

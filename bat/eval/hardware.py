@@ -1,0 +1,97 @@
+"""What ``hardware`` changes about a model: the precision of its products, and how they are run.
+
+The precision is settled before a run begins (``with_precision``). The rest changes no numbers:
+``torch.compile`` block by block (one small graph for all blocks, and DDP still sends gradients
+while the backward pass runs) and activation checkpointing. State-dict names stay as they are.
+Objectives have further modes (``bat/objectives/base.py``).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from bat.config.schema import Hardware, Pretrain, Supervised
+from bat.eval.run_folder import settings_of
+from bat.nn.attention import describe
+from bat.nn.block import blocks_of
+
+log = logging.getLogger("bat")
+
+C = TypeVar("C", bound=Pretrain | Supervised)
+
+
+def with_precision(config: C, out: Path) -> C:
+    """``config`` with ``hardware.precision=auto`` settled: the precision that the run in ``out``
+    began with, else bfloat16 where the device has instructions for it, else float32. A choice that
+    one would not expect is logged, and so is a slow one that was asked for."""
+    on_cpu = config.hardware.accelerator == "cpu" or not torch.cuda.is_available()
+    fast = has_fast_bfloat16("cpu" if on_cpu else "cuda")
+    asked = config.hardware.precision
+    if asked == "auto":
+        here = "bf16-mixed" if fast else "32-true"
+        then = settings_of(out).get("hardware", {}).get("precision", here)
+        config = replace(config, hardware=replace(config.hardware, precision=then))
+        if then != here:
+            log.info("precision %s, as the run in %s began (a new run here: %s)", then, out, here)
+        elif not fast:
+            log.info("precision 32-true: no fast bfloat16 on this %s", "CPU" if on_cpu else "GPU")
+    if on_cpu and not fast and config.hardware.precision == "bf16-mixed":
+        log.warning(
+            "hardware.precision=bf16-mixed on a CPU without instructions for it: a product of "
+            "matrices takes %.0f times as long as in float32; a new run with "
+            "hardware.precision=32-true is faster",
+            bfloat16_slowdown(),
+        )
+    return config
+
+
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether ``device`` (``cpu`` or ``cuda``) has instructions for bfloat16 products."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def bfloat16_slowdown(size: int = 256) -> float:
+    """Time of a bfloat16 linear layer on one core over that of a float32 one, measured."""
+    best = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # what others do on the machine matters less
+    for dtype in (torch.bfloat16, torch.float32):
+        matrix = torch.ones(size, size, dtype=dtype)
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            torch.nn.functional.linear(matrix, matrix)
+            times.append(time.perf_counter() - began)
+        best.append(min(times))
+    torch.set_num_threads(threads)
+    return best[0] / best[1]
+
+
+def speed_up(module: nn.Module, hardware: Hardware) -> None:
+    """Compile the blocks of an encoder, checkpoint their activations, as ``hardware`` says."""
+    for block in blocks_of(module):
+        block.recompute = hardware.activation_checkpointing
+        if hardware.compile != "off":
+            block.compile()
+
+
+def attention_in_words(module: nn.Module, hardware: Hardware, device: torch.device) -> str:
+    """Which attention kernel the blocks of ``module`` will run, for the log; empty without any."""
+    blocks = blocks_of(module)
+    if not blocks:
+        return ""
+    attention = blocks[0].attn
+    dtype = torch.bfloat16 if hardware.precision == "bf16-mixed" else torch.float32
+    head_width = attention.proj.in_features // attention.heads
+    return describe(attention.backend, device.type, dtype, head_width)

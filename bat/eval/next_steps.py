@@ -1,0 +1,114 @@
+"""The commands that a finished run advises: complete, quoted for a shell, to be run as they stand.
+
+Each carries over what its run was told of data and encoder; one that would fail is not advised.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bat.config import locate
+from bat.config.compose import compose, word, words_of
+from bat.config.schema import Finetune, Pretrain, Probe, Supervised
+from bat.config.sections import Data
+from bat.data.index import Index
+from bat.errors import UserError
+from bat.eval.encoder_list import RANDOM, several
+from bat.eval.prepare import PreparedData, check_data
+from bat.redact import redact
+from bat.tasks.base import Task
+
+SCHEMAS: dict[str, Any] = {"probe": Probe, "finetune": Finetune}
+CARRIED = (
+    "recipe", "task", "data.root", "data.csv", "data.shards", "data.cache", "data.clip_seconds",
+    "weights", "heads", "folds", "frames", "pad", "pad_offset", "statistics", "hardware",
+)  # fmt: skip
+"""Settings (and sections) of a probing or fine-tuning that its successor needs too."""
+
+
+def after_pretraining(config: Pretrain, out: Path, task: Task, index: Index | None) -> list[str]:
+    """Probing and fine-tuning on the labelled data of the run (``task``, ``index``), as far as they
+    have labels and something to hold out; the data are found by the run's ``config.yaml``."""
+    found = []
+    for command, more in (("probe", ["methods=[cgp,linear]"]), ("finetune", [])):
+        known = config.recipe in locate.known_recipes(command)
+        words = [f"recipe={config.recipe if known else 'own'}"]
+        usual = compose(SCHEMAS[command], command, words)
+        words += [f"task={task.name}"] if usual.task != task.name else []
+        if config.data.cache != Data().cache:
+            words.append(word("data.cache", config.data.cache))
+        try:
+            if index is None:
+                raise UserError("without an index nothing is held out")
+            check_data(compose(SCHEMAS[command], command, words), task, index)
+        except UserError:
+            continue
+        found.append(_command(command, [*words, word("checkpoint", out), *more]))
+    return found or [
+        f"# this data has no labels, or nothing to hold out: list labelled audio in a CSV (columns "
+        f"path, label) and give it to bat-probe as data.csv, with checkpoint={out}"
+    ]
+
+
+def after_probing(config: Probe, out: Path, data: PreparedData[Probe]) -> list[str]:
+    """The untrained control, the report and fine-tuning. ``config``: as the user gave it."""
+    names = several(config)
+    found = []
+    own = words_of(config, "probe")
+    if own and len(names) == 1 and RANDOM not in names[0]:
+        own = [w for w in own if not w.startswith("checkpoint=")]
+        control = _command("probe", [*own, word("checkpoint", f"{names[0]},{RANDOM}")])
+        found.append(f"{control}   # and the same encoder untrained: the control")
+    found.append(f"bat-probe report {shlex.quote(str(out))}   # one page with all of it")
+    trained = next((name for name in names if not name.startswith(RANDOM)), names[0])
+    if data.events is not None:
+        found.append("# bat-finetune knows labels of whole clips only: no onsets, no level=frame")
+    elif words := _carried(config, "probe", to="finetune"):
+        source = data.config.data
+        if len(names) > 1 and not (config.data.root or config.data.csv or config.data.shards):
+            given = replace(config, data=source)  # of whichever encoder's run it was
+            words = _carried(given, "probe", to="finetune") or words
+        found.append(_command("finetune", [*words, word("checkpoint", trained)]))
+    return found
+
+
+def after_finetuning(config: Finetune, out: Path) -> list[str]:
+    """Probing of the encoder it began with. ``config``: as the user gave it."""
+    words = _carried(config, "finetune", to="probe")
+    if words is None:
+        return []
+    words += [word("checkpoint", config.checkpoint), word("finetuned", out)]
+    words.append("methods=[cgp,linear]")
+    return [f"{_command('probe', words)}   # the same encoder frozen, and the gap"]
+
+
+def _carried(config: Supervised, command: str, *, to: str) -> list[str] | None:
+    """The words that tell ``bat-TO`` what ``config``, of ``bat-COMMAND``, says of data and encoder;
+    None where it has no such recipe."""
+    words = words_of(config, command)
+    if words is None or config.recipe not in locate.known_recipes(to):
+        return None
+    shared = [w for w in words if w.partition("=")[0] in CARRIED]
+    for kept in (shared, [w for w in shared if not w.startswith("hardware=")]):
+        try:
+            compose(SCHEMAS[to], to, kept)
+        except UserError:
+            continue
+        return kept
+    return None
+
+
+def _command(command: str, words: list[str]) -> str:
+    """``bat-COMMAND`` with ``words``, on the CPU where its recipe wants a GPU that is not here."""
+    wanted = compose(SCHEMAS[command], command, words).hardware.accelerator
+    if wanted in ("gpu", "cuda") and not torch.cuda.is_available():
+        words = [*words, "hardware=cpu"]
+    methods = [w for w in words if w.startswith("methods=")]
+    words = [w for w in words if w not in methods]
+    flags = [f"--method={m[9:-1].replace(' ', '')}" for m in methods]
+    return redact(shlex.join([f"bat-{command}", *words, *flags]))

@@ -1,0 +1,186 @@
+"""What probes reached: outcomes, their summary, and the tables it makes.
+
+An outcome is one training that was judged: an encoder's probe with a seed in a round. Deviations
+are population standard deviations (divided by n, as the reference's over folds): over seeds (of the
+mean over folds) where there are several, else over folds; each summary says which. Confidence
+intervals come from resamples of the held-out clips: the same resamples for every
+method and seed of a round, averaged as the results are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bat.errors import UserError
+from bat.metrics.bootstrap import interval
+from bat.metrics.ranking import summarise
+from bat.report.sections import TITLES
+
+HOW = "weights after the last step, judged on the held-out clips; nothing was selected on them"
+METRICS = ("accuracy", "map", "f1", "f1_micro", "auroc", "dprime")
+SHOWN = ("accuracy", "map", "f1")
+"""Columns of the table of one encoder."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method in one round."""
+
+    method: str
+    fold: str
+    metrics: dict[str, Any]
+    """As ``metrics.evaluate`` returns them, fractions."""
+    gate: list[float] | None = None
+    seed: int = 0
+    probe: str = ""
+    """The method that was trained, where it has several readers (``curve`` of ``curve@3``)."""
+    chosen: dict[str, Any] = field(default_factory=dict)
+    """``lr``, ``weight_decay``, ``step``, ``validation`` (its score or None), ``candidates``."""
+    parameters: int = 0
+    replicates: list[float] | None = None
+    """The main metric on resamples of the held-out clips."""
+
+
+class ResultsFile:
+    """``results.jsonl``: an outcome a line, written as soon as it is there, read when a run goes
+    on, so that nothing is trained twice. ``made_from``: what an encoder's results hang on besides
+    the settings.
+    """
+
+    def __init__(self, path: Path, *, encoder: str, made_from: dict[str, str]) -> None:
+        """Raises ``UserError`` where the file holds this encoder's results of something else."""
+        self.path, self.encoder, self.made_from = path, encoder, made_from
+        self.outcomes: list[Outcome] = []
+        self.written: set[tuple[str, str, int]] = set()
+        for row in _rows(path):
+            if row["encoder"] != encoder:
+                continue
+            other = [k for k, v in made_from.items() if row["made_from"].get(k) != v]
+            if other:
+                raise UserError(
+                    f"{path} holds results of '{encoder}' with other {' and '.join(other)} than "
+                    "now: give another out=, or remove that folder"
+                )
+            kept = {k: v for k, v in row.items() if k not in ("encoder", "made_from")}
+            self.outcomes.append(Outcome(**kept))
+            self.written.add((row["probe"], row["fold"], row["seed"]))
+
+    def done(self, probe: str, fold: str, seed: int) -> bool:
+        """Whether that was trained and judged before."""
+        return (probe, fold, seed) in self.written
+
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        """Append the outcomes of one training, all of them or none."""
+        head = {"encoder": self.encoder, "made_from": self.made_from}
+        lines = [json.dumps({**head, **asdict(outcome)}) + "\n" for outcome in outcomes]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+        self.outcomes += outcomes
+        self.written |= {(o.probe, o.fold, o.seed) for o in outcomes}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results file; a last one that a kill cut off is taken away."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove it to probe again") from error
+
+
+def summary(
+    outcomes: Iterable[Outcome], *, metric: str = "accuracy", confidence: float = 0.95
+) -> dict[str, dict[str, Any]]:
+    """``{method: {"folds": {fold: {seed: metrics}}, "mean", "std", "std_over", "interval", "gate":
+    {"fold-seed": [L]}, "chosen": {"fold-seed": {}}, "parameters"}}``.
+
+    ``interval``: of the mean of ``metric``, None where outcomes hold no resamples.
+    """
+    found: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        found.setdefault(outcome.method, []).append(outcome)
+    return {method: _entry(own, metric, confidence) for method, own in found.items()}
+
+
+def _entry(own: list[Outcome], metric: str, confidence: float) -> dict[str, Any]:
+    """The summary of one method."""
+    folds: dict[str, dict[str, Any]] = {}
+    for o in own:
+        folds.setdefault(o.fold, {})[str(o.seed)] = o.metrics
+    seeds = list(dict.fromkeys(str(o.seed) for o in own))
+    over = "seeds" if len(seeds) > 1 else "folds" if len(folds) > 1 else "none"
+    mean, std = {}, {}
+    for name in (m for m in METRICS if m in own[0].metrics):
+        if over == "seeds":
+            rows = [[f[s][name] for f in folds.values() if s in f] for s in seeds]
+            values = [summarise(row)[0] for row in rows]
+        else:
+            values = [o.metrics[name] for o in own]
+        mean[name], std[name] = summarise(values)
+    tables = [o.replicates for o in own]
+    middle = None
+    if all(tables):
+        middle = list(interval(np.mean(np.array(tables), axis=0), confidence, at=mean[metric]))
+    return {
+        "parameters": own[0].parameters,
+        "mean": mean,
+        "std": std,
+        "std_over": over,
+        "interval": middle,
+        "folds": folds,
+        "gate": {f"{o.fold}-{o.seed}": o.gate for o in own if o.gate is not None},
+        "chosen": {f"{o.fold}-{o.seed}": o.chosen for o in own if o.chosen},
+    }
+
+
+def ranking(encoders: dict[str, dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """Every encoder with every method, the best first, of ``{encoder: results of summary}``."""
+    rows = [
+        {"encoder": name, "method": method, "mean": e["mean"][metric], "interval": e["interval"]}
+        for name, results in encoders.items()
+        for method, e in results.items()
+        if "@" not in method
+    ]
+    return sorted(rows, key=lambda row: -row["mean"])
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Per-fold results (mean over seeds), their mean and deviation, in percent, as text."""
+    lines = []
+    for method, entry in results.items():
+        names = [m for m in SHOWN if m in entry["mean"]]
+        lines.append("".join([f"{method:<12}", *(f"{TITLES[m]:>16}" for m in names)]))
+        for fold, rows in entry["folds"].items():
+            label = f"fold {fold}" if fold.isdigit() else fold
+            means = (100 * summarise([row[m] for row in rows.values()])[0] for m in names)
+            lines.append("".join([f"  {label:<10}", *(f"{value:>16.2f}" for value in means)]))
+        if entry["std_over"] != "none":
+            pairs = (f"{100 * entry['mean'][m]:.2f} ± {100 * entry['std'][m]:.2f}" for m in names)
+            lines.append("".join([f"  {'mean ± std':<10}", *(f"{p:>16}" for p in pairs)]))
+            lines.append(f"  (± is the population standard deviation over {entry['std_over']})")
+        rows = [row for fold in entry["folds"].values() for row in fold.values()]
+        if absent := sorted({c for row in rows for c in row["absent"]}):
+            lines.append(
+                f"  {len(absent)} class(es) without a held-out clip are left out of the means"
+            )
+    return "\n".join(lines)
+
+
+def gate_bars(gate: Sequence[float], *, width: int = 40) -> str:
+    """A layer gate (L,) as text bars, one block a line."""
+    longest = max(gate)
+    return "\n".join(
+        f"  block {i:>2}  {value:.3f}  {'█' * max(1, round(width * value / longest))}"
+        for i, value in enumerate(gate, 1)
+    )

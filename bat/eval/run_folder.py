@@ -1,0 +1,316 @@
+"""The folder of a run, and the data a command was pointed at: what every command does first."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bat.config.compose import to_yaml
+from bat.config.schema import Pretrain, Probe, Supervised
+from bat.config.sections import Data
+from bat.data.index import Index, open_index
+from bat.data.manifest import Manifest
+from bat.data.tar import write_atomic
+from bat.errors import UserError
+from bat.eval.encoder_list import RANDOM, check_there, checkpoint_name, encoders_of
+from bat.lock import LOCK, check_free, hold
+from bat.redact import redact_tree
+from bat.shard.pool import cores
+from bat.shard.toy import make_toy
+from bat.shard.write import ensure_shards
+from bat.tasks import own
+from bat.tasks.base import Task, load_task
+from bat.tasks.own import Own
+
+log = logging.getLogger("bat")
+
+LONG = 80
+"""Letters of the encoders' names in a folder's name."""
+SAFE = (
+    "out:",
+    "recipe:",
+    "hardware.accelerator:",
+    "hardware.devices:",
+    "hardware.num_nodes:",
+    "hardware.strategy:",
+    "hardware.compile:",
+    "hardware.activation_checkpointing:",
+    "log.",
+    "online.",
+    "data.workers:",
+    "data.cache:",
+    "data.cache_gb:",
+    "data.retries:",
+    "data.timeout_seconds:",
+    "data.redirects:",
+    "data.cache_waves_gb:",
+    "data.root:",
+    "data.csv:",
+    "data.shards:",
+    "data.max_bad:",
+    "data.batch:",
+    "data.global_batch:",
+    "train.accumulate:",
+    "train.log_every:",
+    "train.save_every:",
+    "train.save_minutes:",
+    "train.keep:",
+    "train.keep_every:",
+    "health.",
+)
+"""Settings that may change when a run is continued: what is computed stays the same. (That the data
+and the global batch are the same is checked against the checkpoint: by hash, not by path.)"""
+PROBING = (
+    *(name for name in SAFE if name not in ("data.batch:", "data.global_batch:")),
+    "checkpoint:",
+    "methods:",
+    "seeds:",
+    "folds:",
+    "finetuned:",
+    "confidence:",
+    "heads_of:",
+    "features.",
+    "insight.",
+    "train.memory_gb:",
+)
+"""Of a probing: what is there stays as it is, and what is new is added. (A probing's
+batch is no micro-batch: it decides what is computed.)"""
+
+
+def default_out(config: Pretrain | Supervised) -> Path:
+    """``config.out``, or the folder named after what the run is made of."""
+    if config.out:
+        return Path(config.out)
+    if isinstance(config, Pretrain):
+        return Path(f"runs/pretrain-{config.recipe}")
+    of = config.recipe
+    if config.data.csv:  # many a table is called labels.csv
+        csv = os.path.normpath(config.data.csv)
+        of = f"{Path(csv).stem}-{hashlib.sha256(csv.encode()).hexdigest()[:6]}"
+    if not isinstance(config, Probe):
+        return Path(f"runs/finetune-{of}-{checkpoint_name(config)}")
+    who = "+".join(encoders_of(config))
+    if len(who) > LONG:
+        who = f"{who[:LONG]}-{hashlib.sha256(who.encode()).hexdigest()[:8]}"
+    return Path(f"runs/probe-{of}-{who}-{'+'.join(config.methods)}")
+
+
+def check_first(config: Pretrain | Supervised) -> None:
+    """What can be said before torch is imported and before audio is read: raise ``UserError`` for a
+    checkpoint or data that are not there, a faulty CSV, and a run folder in use."""
+    data = config.data
+    if isinstance(config, Supervised):
+        check_there(config)
+    if data.csv:
+        own.read(Path(data.csv))
+    elif data.root or isinstance(config, Pretrain):
+        _check_given(load_task(config.task), data)
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    several = isinstance(config, Probe) and RANDOM in str(config.checkpoint)  # reads the encoders
+    if all(rank == "0" for rank in ranks) and (config.out or not several):
+        check_free(default_out(config))
+
+
+@contextmanager
+def run_folder(
+    config: Pretrain | Supervised, out: Path, *, force: bool = False
+) -> Iterator[Callable[[], None]]:
+    """The run folder ``out``, made or re-opened, held by this run alone.
+
+    Yields ``begin``, to be called once all is checked: it writes ``config.yaml`` and opens
+    ``train.log``. Before that nothing of a run that is there changes, and a folder in which nothing
+    was begun does not stay. Raises ``UserError`` where ``out`` is something else, is in use, or
+    holds a run with other settings: the message shows the difference. ``force`` takes other
+    settings all the same. Only the first of several processes looks and writes.
+    """
+    from bat.logs import is_main, start_logging
+
+    if not is_main():
+        yield lambda: None
+        return
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out} is a file: name a folder")
+    file = out / "config.yaml"
+    left = ("train.log", LOCK, "wandb", ".config.yaml.")  # of a start that was cut off
+    held = [p.name for p in out.iterdir()] if out.is_dir() and not file.is_file() else []
+    if any(not name.startswith(left) for name in held):
+        raise UserError(f"out={out} holds other things than a run: choose another folder")
+    text = to_yaml(redact_tree(config))
+    with hold(out):
+        changes = changed_settings(file.read_text("utf-8"), text) if file.is_file() else []
+        safe = PROBING if isinstance(config, Probe) else SAFE
+        risky = [c for c in changes if not c[2:].startswith(safe)]
+        if risky and not force:
+            raise UserError(
+                f"out={out} holds a run with other settings (- then, + now):\n  "
+                + "\n  ".join(risky)
+                + "\nGive it the same settings to continue it, or another out=; --force continues "
+                "it with these all the same"
+            )
+        if changes:
+            log.warning(
+                "continuing with changed settings%s:\n  %s",
+                ", by --force" if risky else "",
+                "\n  ".join(changes),
+            )
+
+        begun = False
+
+        def begin() -> None:
+            nonlocal begun
+            if not begun:
+                _write(file, text)
+                start_logging(out)
+            begun = True
+
+        yield begin
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        write_atomic(file, text.encode())
+    except OSError as error:
+        remedy = "choose another out="
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "free some space, then run the same command again"
+        raise UserError(f"cannot write to out={file.parent}: {error}; {remedy}") from error
+
+
+def settings_of(out: Path) -> dict[str, Any]:
+    """The settings in ``out/config.yaml``, not checked; empty where there is no run."""
+    import yaml
+
+    try:
+        return dict(yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return {}
+
+
+def changed_settings(before: str, after: str) -> list[str]:
+    """Lines ``- key: value`` / ``+ key: value`` that two configurations differ in, full keys."""
+    diff = difflib.ndiff(_flat(before), _flat(after))
+    return [line for line in diff if line.startswith(("- ", "+ "))]
+
+
+def _flat(text: str) -> list[str]:
+    import yaml
+
+    def walk(tree: Any, prefix: str) -> list[str]:
+        lines = []
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                lines += walk(value, f"{prefix}{key}.")
+            else:
+                lines.append(f"{prefix}{key}: {value}")
+        return lines
+
+    return walk(yaml.safe_load(text) or {}, "")
+
+
+def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Task, Index]:
+    """The task and the index of the shards that ``data`` points at.
+
+    ``data.shards`` is opened as it is; ``data.root`` is written to shards in ``data.cache`` once
+    and found there the next time, and so is what ``data.csv`` lists (the task is then ``own``,
+    whatever ``task_name``); the toy task makes its own clips. Raises ``UserError`` where nothing is
+    given, missing or unreadable (``NotIndexable``: readable from front to end only).
+    """
+    if data.csv:
+        return open_own(data, progress=progress)[:2]
+    task = load_task(task_name)
+    _check_given(task, data)
+    if data.shards:
+        sources = list(data.shards)
+    elif data.root:
+        made = ensure_shards(task, data.root, data.cache, jobs=cores(), progress=progress)
+        sources = [str(made)]
+        manifest = Manifest.load(made)
+        if manifest is not None and manifest.left_out:
+            log.warning(
+                "%d files of %s are left out (the first: %s, %s; all: %s)",
+                len(manifest.left_out),
+                data.root,
+                manifest.left_out[0]["file"],
+                manifest.left_out[0]["reason"],
+                made / "manifest.json",
+            )
+    else:
+        sources = [str(make_toy(Path(data.cache) / "toy"))]
+    return _opened(task, data, sources)
+
+
+def _check_given(task: Task, data: Data) -> None:
+    """Raise ``UserError`` where ``data`` names nothing that ``task`` reads."""
+    if data.root and task.name == own.TASK.name:
+        raise UserError(f"data.root={data.root} with task=own: name its CSV, data.csv=FILE")
+    if data.root and not Path(data.root).exists():
+        raise UserError(f"data.root={data.root} does not exist: name the data of task {task.name}")
+    if not (data.root or data.shards or task.name == "toy"):
+        raise UserError(
+            f"no data given for task '{task.name}': say data.shards=DIR (shards, see bat-shard), "
+            "data.root=DIR (a folder of audio) or data.csv=FILE (your own audio and labels)"
+        )
+
+
+def open_own(data: Data, *, progress: bool = True) -> tuple[Task, Index, Own]:
+    """Task ``own``, the index of what ``data.csv`` lists, and the list itself with its events.
+
+    Raises ``UserError`` as ``own.read``, and where more than ``data.max_bad`` of the files cannot
+    be read; fewer are left out, which is warned of and stands in the list's ``notes``.
+    """
+    assert data.csv is not None
+    listed = own.read(Path(data.csv))
+    task = replace(  # reads the CSV no second time
+        own.TASK, rows=lambda _: listed.rows, vocabulary=lambda _: listed.vocabulary
+    )
+    made = ensure_shards(task, data.csv, data.cache, jobs=cores(), progress=progress)
+    manifest = Manifest.load(made)
+    left_out = manifest.left_out if manifest is not None else []
+    if left_out:
+        shown = "; ".join(
+            f"line {listed.lines[entry['key']]}: {entry['file']}, {entry['reason'].rstrip('.')}"
+            for entry in left_out[: own.SHOWN]
+        )
+        said = (
+            f"{len(left_out)} of the {len(listed.rows)} files of {data.csv} cannot be read "
+            f"({shown}{'; ...' if len(left_out) > own.SHOWN else ''}; all: "
+            f"{made / 'manifest.json'})"
+        )
+        if len(left_out) > data.max_bad * len(listed.rows):
+            raise UserError(
+                f"{said}: more than data.max_bad={data.max_bad:g} of them. Mend or remove them, or "
+                "raise data.max_bad to leave them out"
+            )
+        log.warning("%s: left out", said)
+        listed = replace(listed, notes=[*listed.notes, f"{said}: left out"])
+    task, index = _opened(own.TASK, data, [str(made)])
+    return task, index, listed
+
+
+def _opened(task: Task, data: Data, sources: list[str]) -> tuple[Task, Index]:
+    index = open_index(
+        sources,
+        cache=Path(data.cache),
+        cache_bytes=int(data.cache_gb * 1e9),
+        labels="drop" if data.labels == "drop" else "same",
+        retries=data.retries,
+        timeout_seconds=data.timeout_seconds,
+        redirects=data.redirects,
+    )
+    if index.left_out:
+        name, why = next(iter(index.left_out.items()))
+        log.warning(
+            "%d members of the shards are left out (the first: %s, %s)",
+            len(index.left_out),
+            name,
+            why,
+        )
+    return task.settle(index.labels_per_clip.tolist()), index

@@ -1,0 +1,304 @@
+"""Train, choose, judge: every probe with every seed in every round (SPEC section 5).
+
+Candidates are trained side by side on the training clips; each is looked at on the validation clips
+at the end, or every so many steps, and of each method and seed the best look is judged on the
+held-out clips, once. Where a protocol chooses nothing there is one candidate, and its last step is
+judged. Better is a higher main metric, of equal ones the later step, then the lower loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bat.config.probing import Protocol
+from bat.eval.candidates import EVERY, Candidate, Look, Plan, Score, State, fresh, passes
+from bat.eval.features import Source, progress_bar
+from bat.eval.fit import Predictions, Training, fit, own_randomness, predictions
+from bat.eval.results import Outcome
+from bat.eval.splits import Round
+from bat.metrics.bootstrap import replicates
+from bat.metrics.ranking import evaluate
+from bat.probes.base import Probe
+from bat.seeding import derive_seed
+
+
+def cross_validate(
+    source: Source, rounds: Sequence[Round], methods: Sequence[str], plan: Plan
+) -> list[Outcome]:
+    """Train, choose and judge each of ``methods`` with each seed in each of ``rounds``.
+
+    What diverges at every rate has no outcome and is listed in ``plan.diverged``.
+    """
+    outcomes = []
+    for method in methods:
+        with own_randomness(torch.device(plan.device)):
+            probe = plan.build(method)
+        plan.parameters[method] = sum(p.numel() for p in probe.parameters())
+        plan.prototypes[method] = probe.has_prototypes
+    seeds = range(plan.seed, plan.seed + plan.seeds)
+    once = plan.protocol is not None and plan.protocol.search == "first"
+    for held in rounds:
+        jobs = [(m, s) for m in methods for s in seeds if not plan.done(m, held.name, s)]
+        first = [job for job in jobs if not once or job[1] == plan.seed]
+        outcomes += _round(source, held, first, plan)
+        if others := [job for job in jobs if job not in first]:
+            found = _choices([*plan.before, *outcomes], held, plan.seed)
+            outcomes += _round(source, held, others, plan, found)
+    return outcomes
+
+
+Choices = dict[str, dict[str, tuple[float, float]]]
+"""Learning rate and weight decay by method and answer."""
+
+
+def _choices(outcomes: Sequence[Outcome], held: Round, seed: int) -> Choices:
+    """What the search with ``seed`` chose in ``held``."""
+    found: Choices = {}
+    for o in outcomes:
+        if (o.fold, o.seed) == (held.name, seed):
+            pair = o.chosen["lr"], o.chosen["weight_decay"]
+            found.setdefault(o.probe, {})[o.method.removeprefix(o.probe)] = pair
+    return found
+
+
+def _round(
+    source: Source,
+    held: Round,
+    jobs: Sequence[tuple[str, int]],
+    plan: Plan,
+    given: Choices | None = None,
+) -> list[Outcome]:
+    """Train, choose and judge ``jobs`` in one round: each answer as ``given`` for it, or by a
+    search over the grid of its method."""
+    candidates = []
+    for method, seed in jobs:
+        pairs = plan.grid(method)
+        if given is not None:  # none where the search diverged
+            pairs = list(dict.fromkeys(given.get(method, {}).values()))
+        candidates += [Candidate(method, seed, *pair, order) for order, pair in enumerate(pairs)]
+    left = {job: sum(c.job == job for c in candidates) for job in jobs}
+    tried = dict(left)
+    plan.diverged += [(method, held.name, seed) for method, seed in jobs if not left[method, seed]]
+    best: dict[tuple[str, int], dict[str, Look]] = {job: {} for job in jobs if left[job]}
+    groups = list(passes(candidates, parameters=plan.parameters, memory_bytes=plan.memory_bytes))
+    outcomes = []
+    for number, group in enumerate(groups, start=1):
+        name = f"probes, {held.name} held out"
+        name += f", pass {number} of {len(groups)}" if len(groups) > 1 else ""
+        _train(source, held, group, best, plan, given or {}, name=name)
+        for candidate in group:
+            left[candidate.job] -= 1
+        ready = [job for job in best if not left[job]]
+        looks = {job: best.pop(job) for job in ready}
+        outcomes += _judge(source, held, looks, tried, plan)
+    return outcomes
+
+
+def _train(
+    source: Source,
+    held: Round,
+    group: Sequence[Candidate],
+    best: dict[tuple[str, int], dict[str, Look]],
+    plan: Plan,
+    given: Choices,
+    *,
+    name: str,
+) -> None:
+    """Train ``group`` side by side; keep in ``best`` the best look of each job and answer, or of
+    those with the rate and weight decay that are ``given`` for it."""
+    steps, warmup = plan.run_steps(held)
+    trainings = {}
+    for candidate in group:
+        optim = candidate.optim(plan.optim)
+        optim.warmup_steps = warmup
+        seed = derive_seed(candidate.seed, held.name, "dropout")
+        probe = fresh(plan, held, *candidate.job).to(plan.device)
+        trainings[candidate] = Training(probe, optim, candidate.method, seed)
+    protocol = plan.protocol or Protocol(selection="none")
+    waited: dict[tuple[Candidate, str], int] = {}
+    tops: dict[tuple[Candidate, str], Score] = {}
+
+    def look(step: int, active: Sequence[Candidate]) -> set[Candidate]:
+        """Look at ``active`` on the validation clips; those that have stopped gaining."""
+        scores = _scores(source, held, {c: trainings[c].probe for c in active}, plan)
+        states: dict[Candidate, State] = {}
+        waiting = set(active)
+        for (candidate, answer), score in scores.items():
+            at = candidate, answer
+            pair = candidate.lr, candidate.weight_decay
+            if given and given[candidate.method][answer] != pair:
+                continue
+            if protocol.patience and waited.get(at, 0) >= protocol.patience:
+                continue  # it has stopped, though others of its probe go on
+            kept = best[candidate.job].get(answer)
+            if score is not None and Look(candidate, step, score, {}).better(kept):
+                if candidate not in states:
+                    states[candidate] = _state(trainings[candidate].probe)
+                best[candidate.job][answer] = Look(candidate, step, score, states[candidate])
+            if score is not None and (at not in tops or score > tops[at]):
+                tops[at], waited[at] = score, 0
+            else:
+                waited[at] = waited.get(at, 0) + 1
+            if not protocol.patience or waited[at] < protocol.patience:
+                waiting.discard(candidate)
+        return waiting
+
+    with progress_bar(steps, name, unit="step", show=plan.progress) as bar:
+
+        def after_step(step: int, losses: dict[Candidate, Tensor]) -> set[Candidate]:
+            bar.update(1)
+            plan.on_step()
+            if (
+                plan.on_log
+                and plan.log_every
+                and (step % plan.log_every == 0 or step in (1, steps))
+            ):
+                for c, value in losses.items():
+                    row = {"fold": held.name, "step": step, "method": c.method, "seed": c.seed}
+                    rate = {"lr": c.lr, "weight_decay": c.weight_decay}
+                    plan.on_log({**row, **rate, "loss": float(value)})
+            if held.valid is None:
+                return set()
+            if step == steps or (protocol.look_every and step % protocol.look_every == 0):
+                return look(step, list(losses))
+            return set()
+
+        order = derive_seed(plan.seed, held.name, "order")
+        fit(
+            trainings,
+            source.training(held.train, batch=plan.batch, steps=steps, seed=order),
+            loss=plan.loss,
+            steps=steps,
+            autocast=plan.autocast,
+            after_step=after_step,
+        )
+    if held.valid is None:
+        for candidate, training in trainings.items():
+            assert not best[candidate.job], "nothing chooses among candidates"
+            best[candidate.job][EVERY] = Look(candidate, steps, None, _state(training.probe))
+
+
+def _state(probe: Probe) -> State:
+    return {k: v.detach().to("cpu", copy=True) for k, v in probe.state_dict().items()}
+
+
+def _scores(
+    source: Source, held: Round, probes: dict[Candidate, Probe], plan: Plan
+) -> dict[tuple[Any, str], Score | None]:
+    """Main metric and minus the loss on the validation clips; None for one that diverged."""
+    assert held.valid is not None
+    with own_randomness(torch.device(plan.device)):
+        found = predictions(
+            probes, source.once(held.valid, batch=plan.batch), autocast=plan.autocast
+        )
+    scores: dict[tuple[Any, str], Score | None] = {}
+    for key, logits in found.logits.items():
+        if not logits.isfinite().all():
+            scores[key] = None
+            continue
+        metrics = evaluate(logits, found.targets, multi_label=plan.multi_label)
+        value = metrics[plan.chooses]
+        if math.isnan(value):  # no class of the validation clips has a positive
+            value = 0.0
+        scores[key] = value, -float(plan.loss(logits, found.targets.float()))
+    return scores
+
+
+def _judge(
+    source: Source,
+    held: Round,
+    looks: dict[tuple[str, int], dict[str, Look]],
+    tried: dict[tuple[str, int], int],
+    plan: Plan,
+) -> list[Outcome]:
+    """Judge the chosen look of each job on the held-out clips, each once.
+
+    A job that diverged, or one of whose answers did, has no outcomes: ``plan.diverged`` has it.
+    """
+    probes: dict[tuple[tuple[str, int], int], Probe] = {}  # one of each job and state
+    for job, answers in looks.items():
+        for look in answers.values():
+            if (job, id(look.state)) not in probes:
+                probe = fresh(plan, held, *job)
+                probe.load_state_dict(look.state)
+                probes[job, id(look.state)] = probe.to(plan.device).eval()
+    outcomes: dict[tuple[str, int], list[Outcome]] = {job: [] for job in looks}
+    sound = {job for job in looks if looks[job]}
+    if probes:
+        held_out = source.once(held.test, batch=plan.batch)
+
+        def wanted(key: tuple[tuple[str, int], int], answer: str) -> bool:
+            """Of each state the answers it was chosen for, and those that none was."""
+            look = looks[key[0]].get(answer) or looks[key[0]].get(EVERY)
+            return look is None or id(look.state) == key[1]
+
+        found = predictions(probes, held_out, autocast=plan.autocast, wanted=wanted)
+        for (key, answer), logits in found.logits.items():
+            assert isinstance(key, tuple)
+            job, _ = key
+            chosen = looks[job].get(answer) or looks[job].get(EVERY)
+            if chosen is None or not logits.isfinite().all():
+                sound.discard(job)
+            elif job in sound:
+                outcomes[job].append(
+                    _outcome(
+                        held, job, answer, chosen, probes[key], tried[job], logits, found, plan
+                    )
+                )
+    for job, own in outcomes.items():
+        if job not in sound:
+            plan.diverged.append((job[0], held.name, job[1]))
+        elif plan.on_probe is not None:
+            first = next(iter(looks[job].values()))
+            plan.on_probe(probes[job, id(first.state)], own)
+    return [outcome for job, own in outcomes.items() if job in sound for outcome in own]
+
+
+def _outcome(
+    held: Round,
+    job: tuple[str, int],
+    answer: str,
+    look: Look,
+    probe: Probe,
+    tried: int,
+    logits: Tensor,
+    found: Predictions,
+    plan: Plan,
+) -> Outcome:
+    gate = probe.layer_gate()
+    method, seed = job
+    resampled = None
+    metrics = evaluate(logits, found.targets, multi_label=plan.multi_label)
+    if plan.bootstrap and "@" not in answer:
+        values = replicates(
+            logits,
+            found.targets,
+            metric=plan.metric,
+            multi_label=plan.multi_label,
+            resamples=plan.bootstrap,
+            seed=derive_seed(plan.seed, held.name, "resamples"),
+            groups=found.clips,
+        )
+        resampled = [round(float(v), 6) for v in values]
+    return Outcome(
+        method=f"{method}{answer}",
+        fold=held.name,
+        metrics=metrics,
+        gate=None if gate is None else gate.cpu().tolist(),
+        seed=seed,
+        probe=method,
+        chosen={
+            "lr": look.candidate.lr,
+            "weight_decay": look.candidate.weight_decay,
+            "step": look.step,
+            "validation": None if look.score is None else look.score[0],
+            "candidates": tried,
+        },
+        parameters=plan.parameters[method],
+        replicates=resampled,
+    )

@@ -1,0 +1,83 @@
+"""What is peculiar to data of one's own (``data.csv``): the window, and events that must fit it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bat.config.schema import Supervised
+from bat.data.index import Index
+from bat.data.stream import frames_left_out
+from bat.data.tar import escape_key
+from bat.errors import UserError
+from bat.tasks.events import Events
+
+
+def window(
+    index: Index, clip_seconds: float, events: Events | None = None
+) -> tuple[float, list[str]]:
+    """Seconds of every clip that an encoder sees, and lines to say so.
+
+    ``clip_seconds``, or the longest clip where that is shorter: the rest would be silence. Of a
+    longer clip it is the start, from which the times of ``events`` count.
+    """
+    seconds = _seconds(index)
+    known = seconds[seconds > 0]
+    longest = float(known.max()) if len(known) else clip_seconds
+    chosen = min(clip_seconds, longest)
+    said = []
+    if chosen < clip_seconds:
+        said.append(f"window {chosen:.6g} s, the longest clip (data.clip_seconds={clip_seconds:g})")
+    longer = _longer(index, chosen)
+    if longer:
+        line = (
+            f"{longer} of {len(index)} clips are longer than the window of {chosen:g} s: only "
+            f"their start is judged (the longest: {longest:.6g} s; data.clip_seconds= makes the "
+            "window longer)"
+        )
+        if events is not None:
+            late = sum(e.onset_seconds >= chosen for found in events.values() for e in found)
+            line += f"; {late} event(s) begin after it"
+        said.append(line)
+    return chosen, said
+
+
+def check_events(events: Events, index: Index) -> None:
+    """Raise ``UserError`` where events begin after their recording has ended."""
+    of = {escape_key(key): found for key, found in events.items()}
+    late = [
+        (event.line, f"onset {event.onset_seconds:g}, {index.key(i)} has {end:.6g} s")
+        for i, end in enumerate(_seconds(index).tolist())
+        for event in of[index.key(i)]
+        if 0 < end <= event.onset_seconds
+    ]
+    if late:
+        line, said = min(late)
+        raise UserError(
+            f"{len(late)} event(s) begin after their recording has ended (the first in line "
+            f"{line}: {said}): give times in seconds, not in milliseconds or samples"
+        )
+
+
+def check_in_place(config: Supervised) -> None:
+    """Raise ``UserError`` for what would move clips under their events."""
+    for set_, name, remedy in (
+        (config.data.roll, "data.roll=true", "data.roll=false"),
+        (config.pad_offset == "random", "pad_offset=random", "pad_offset=start"),
+    ):
+        if set_:
+            raise UserError(f"{name} moves clips, not their events: say {remedy}, or level=clip")
+
+
+def _seconds(index: Index) -> np.ndarray:
+    """(n,) lengths of the clips; 0 where they are not known."""
+    known = (index.frames > 0) & (index.rate > 0)
+    return np.where(known, index.frames / np.maximum(index.rate, 1), 0.0)
+
+
+def _longer(index: Index, clip_seconds: float) -> int:
+    """Clips that a window of ``clip_seconds`` does not hold whole."""
+    pairs = zip(index.frames.tolist(), index.rate.tolist(), strict=True)
+    return sum(
+        frames > 0 and rate > 0 and frames_left_out(frames, rate, clip_seconds) > 0
+        for frames, rate in pairs
+    )

@@ -1,0 +1,105 @@
+"""One process a run folder: an exclusive lock that the kernel lets go of when its holder dies.
+
+A POSIX record lock (``lockf``) on ``OUT/.lock``: it works across machines on NFS, and loader
+workers, which inherit the open file, do not hold it on after a kill. The file says who holds it,
+and is removed at the end, with the folder where nothing else came into it; one that a killed run
+left behind is no obstacle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bat.errors import UserError
+
+log = logging.getLogger("bat")
+
+LOCK = ".lock"
+_held: set[str] = set()  # a record lock does not keep out its own process
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` (made where it is missing) while the body runs.
+
+    Raises ``UserError`` naming process, machine and time where another one holds it. On a file
+    system without locks it warns and goes on.
+    """
+    path = folder / LOCK
+    name = str(folder.resolve())
+    if name in _held:  # not even read: closing the file would give up this process' lock
+        raise UserError(f"out={folder} is in use by this very process: give another out=")
+    made = [f for f in (folder, *folder.parents) if not f.exists()]
+    file = _lock(folder, path)
+    _held.add(name)
+    try:
+        if file is not None:
+            who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+                os.ftruncate(file, 0)
+                os.pwrite(file, json.dumps(who).encode() + b"\n", 0)
+        yield
+    finally:
+        _held.discard(name)
+        if file is not None:
+            path.unlink(missing_ok=True)
+            os.close(file)
+        with contextlib.suppress(OSError):  # not empty: somebody uses it
+            for empty in made:
+                empty.rmdir()
+
+
+def check_free(folder: Path) -> None:
+    """Raise ``UserError`` where another process holds ``folder``; makes nothing."""
+    if (folder / LOCK).is_file():
+        with hold(folder):
+            pass
+
+
+def _lock(folder: Path, path: Path) -> int | None:
+    """The open, locked file; None where the file system has no locks."""
+    tries = 0
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            tries += 1
+            if isinstance(error, FileNotFoundError) and tries < 100:
+                continue  # another holder ended, and removed the empty folder
+            raise UserError(f"cannot write to out={folder}: {error}; choose another") from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                message = _in_use(folder, path)
+                os.close(file)
+                raise UserError(message) from error
+            os.close(file)
+            log.warning("no lock on out=%s (%s): see that no other run uses it", folder, error)
+            return None
+        try:
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                return file
+        except FileNotFoundError:
+            pass
+        os.close(file)  # its holder ended, and removed it, between our two calls
+
+
+def _in_use(folder: Path, path: Path) -> str:
+    try:
+        who = json.loads(path.read_text(encoding="utf-8"))
+        holder = f"process {who['pid']} on {who['host']} since {who['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        holder = "another process"
+    return f"out={folder} is in use by {holder}: wait for it to end, or give another out="

@@ -1,0 +1,85 @@
+"""What ``verify`` found: exact counts of each kind, and the first of them by name."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, get_args
+
+from bat.redact import one_line
+from bat.shard.clip_check import Kind
+from bat.shard.info import duration
+
+KEPT = 10_000
+FATAL: tuple[Kind, ...] = ("shard", "corrupt", "label")
+"""Kinds that make a set unfit to be trained on as it is."""
+
+MEANING: dict[Kind, str] = {
+    "shard": "shards not as their manifest or table says",
+    "corrupt": "clips that cannot be decoded whole",
+    "label": "clips wrongly labelled, or whose JSON is untrue",
+    "silent": "clips without a sample above -60 dBFS",
+    "clipped": "clips with over 0.1 % of samples cut off at full scale",
+    "duplicate": "clips whose audio or key is there already",
+    "unread": "members that are left out",
+}
+
+
+class Problem(NamedTuple):
+    kind: Kind
+    shard: str
+    key: str
+    """Of the clip; empty: the shard itself."""
+    why: str
+
+
+@dataclass
+class Report:
+    """The answer of ``verify``."""
+
+    source: str
+    shards: int = 0
+    hashed: int = 0
+    """Shards whose hash a manifest tells."""
+    clips: int = 0
+    seconds: float = 0.0
+    counts: Counter[str] = field(default_factory=Counter)
+    """``{kind: how many}``"""
+    problems: list[Problem] = field(default_factory=list)
+    """The first ``KEPT`` of each kind."""
+
+    def add(self, kind: Kind, shard: str, key: str, why: str, *, times: int = 1) -> None:
+        if self.counts[kind] < KEPT:
+            self.problems.append(Problem(kind, one_line(shard), one_line(key), one_line(why)))
+        self.counts[kind] += times
+
+    @property
+    def ok(self) -> bool:
+        """Nothing corrupt, changed or wrongly labelled."""
+        return not any(self.counts[kind] for kind in FATAL)
+
+    def text(self, *, listed: int = 10) -> list[str]:
+        """Lines for people: each kind with its first ``listed`` findings."""
+        against = f", {self.hashed} of them against the manifest's sha256"
+        lines = [
+            f"read      {self.clips} clips ({duration(self.seconds)}) of {self.shards} shards"
+            + (against if self.hashed else "; no manifest.json tells their hashes")
+        ]
+        for kind in get_args(Kind):
+            count = self.counts[kind]
+            lines.append(f"{kind:<9} {count}" + (f": {MEANING[kind]}" if count else ""))
+            found = [p for p in self.problems if p.kind == kind][:listed]
+            lines += [f"  {p.shard}{'/' if p.key else ''}{p.key}: {p.why}" for p in found]
+            if count > len(found) > 0:
+                lines.append(f"  ... and {count - len(found)} more (--json FILE lists them)")
+        return lines
+
+    def json(self) -> str:
+        """The same as one JSON object."""
+        fields: dict[str, Any] = {k: v for k, v in asdict(self).items() if k != "problems"}
+        fields["seconds"] = round(self.seconds, 3)
+        fields["counts"] = {kind: self.counts[kind] for kind in get_args(Kind)}
+        fields["ok"] = self.ok
+        fields["problems"] = [problem._asdict() for problem in self.problems]
+        return json.dumps(fields, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,255 @@
+"""What a set of shards holds, in numbers: clips, hours, labels and their balance, rates, splits.
+
+Read from the tables beside the shards (``table.py``), so two million clips cost seconds and no
+audio is opened; a shard without a table is scanned. ``Summary.text`` is what ``bat-shard`` prints
+at its end and ``bat-shard info`` alone; ``bat.report.data_plots`` draws the same numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from bat.data.manifest import Manifest
+from bat.data.near import table_places
+from bat.data.sources import Shard, find
+from bat.data.table import ShardTable, scan
+from bat.data.vocabulary import joint_vocabulary
+from bat.errors import UserError
+from bat.tasks.base import AUDIO_SUFFIXES
+
+LISTED = 20
+"""Classes shown by name; of more, the commonest and the rarest ten."""
+BAR = 30  # characters of the longest bar
+
+
+@dataclass
+class Summary:
+    """Counts over the clips of some shards. n clips, C classes."""
+
+    shards: int
+    bytes: int
+    clips: int
+    vocabulary: list[str]
+    label_counts: np.ndarray  # (C,) int64, clips that carry each class
+    labels_per_clip: Counter[int]
+    """``{labels: clips}``"""
+    seconds: np.ndarray  # (n,) float32, NaN where neither JSON nor file tells
+    rates: Counter[str] = field(default_factory=Counter)
+    """``{Hz: clips}``; those of unknown rate are in none."""
+    codecs: Counter[str] = field(default_factory=Counter)
+    splits: Counter[str] = field(default_factory=Counter)
+    folds: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    """``{reason: members}``"""
+
+    @property
+    def total_seconds(self) -> float:
+        """Of the clips whose length is known."""
+        return float(np.nansum(self.seconds, dtype=np.float64))
+
+    @property
+    def unknown(self) -> int:
+        """Clips whose length is not known."""
+        return int(np.isnan(self.seconds).sum())
+
+    @property
+    def headline(self) -> str:
+        """``400 clips, 33.3 min, 10 classes``."""
+        classes = f", {len(self.vocabulary)} classes" if self.label_counts.sum() else ""
+        return f"{self.clips:,} clips, {duration(self.total_seconds)}{classes}"
+
+    def text(self) -> list[str]:
+        """The lines of ``bat-shard info``."""
+        mean = self.clips and sum(k * n for k, n in self.labels_per_clip.items()) / self.clips
+        lines = [
+            f"clips     {self.clips} ({duration(self.total_seconds)}"
+            + (f"; {self.unknown} of unknown length)" if self.unknown else ")"),
+            f"shards    {self.shards} ({self.bytes / 1e6:.2f} MB)",
+            f"length    {self._lengths()}",
+            f"rates     {_counts(self.rates, ' Hz') or 'unknown'}",
+            f"codecs    {_counts(self.codecs)}",
+            f"splits    {_counts(self.splits) or 'none'}",
+            f"folds     {_counts(self.folds) or 'none'}",
+        ]
+        if not self.label_counts.sum():
+            lines.append("labels    none (fine for pre-training)")
+        else:
+            without = self.labels_per_clip.get(0, 0)
+            most = max(self.labels_per_clip)
+            spread = f"{mean:.2f} a clip, {most} at most" if most > 1 else "1 a clip"
+            lines.append(f"labels    {len(self.vocabulary)} classes, {spread}, {without} without")
+            lines += balance(self.vocabulary, self.label_counts)
+        if self.left_out:
+            lines.append(f"left out  {self.left_out.total()} ({_counts(self.left_out)})")
+        return lines
+
+    def histograms(self) -> list[str]:
+        """Bars in text: labels (the commonest and the rarest of many), then durations."""
+        lines = []
+        if self.label_counts.sum():
+            order = np.argsort(-self.label_counts, kind="stable")
+            shown = order if len(order) <= LISTED else [*order[:10], -1, *order[-10:]]
+            pairs = [
+                ("...", 0) if i < 0 else (self.vocabulary[i], int(self.label_counts[i]))
+                for i in shown
+            ]
+            lines += ["", "clips a class", *_bars(pairs)]
+        counts, edges = self.duration_histogram(bins=8)
+        if counts.sum():
+            digits = 2 if edges[-1] < 100 else 0
+            spans = [f"{a:.{digits}f} - {b:.{digits}f} s" for a, b in itertools.pairwise(edges)]
+            lines += ["", "clips by length", *_bars(list(zip(spans, counts.tolist(), strict=True)))]
+        return lines
+
+    def duration_histogram(self, *, bins: int) -> tuple[np.ndarray, np.ndarray]:
+        """``(counts (bins,), edges (bins + 1,))`` in seconds, clips of known length.
+
+        The edges are geometric where the longest clip is over 50 times the shortest; one bin where
+        all are of one length (to a millisecond).
+        """
+        known = self.seconds[~np.isnan(self.seconds)].astype(np.float64)
+        if not len(known):
+            return np.zeros(1, np.int64), np.zeros(2)
+        low, high = float(known.min()), float(known.max())
+        if high - low < 1e-3:
+            return np.array([len(known)]), np.array([low, high])
+        space = np.geomspace if high > 50 * low > 0 else np.linspace
+        edges = space(low, high, bins + 1)
+        edges[0], edges[-1] = low, high  # geomspace rounds
+        return np.histogram(known, edges)[0], edges
+
+    def _lengths(self) -> str:
+        known = self.seconds[~np.isnan(self.seconds)]
+        if not len(known):
+            return "unknown: bat-shard SHARDS indexes them in place and finds out"
+        low, middle, high = (float(f(known)) for f in (np.min, np.median, np.max))
+        return f"{middle:.2f} s at the median, {low:.2f} to {high:.2f}"
+
+
+def balance(vocabulary: Sequence[str], counts: np.ndarray) -> list[str]:
+    """How evenly ``counts`` (C,) lie on the classes: two or three lines."""
+    order = np.argsort(-counts, kind="stable")
+    named = [f"{vocabulary[i]} {counts[i]}" for i in order]
+    lines = [
+        f"balance   {counts.min()} clips in the smallest class, {np.median(counts):g} at the "
+        f"median, {counts.max()} in the largest"
+    ]
+    if counts.min() == counts.max():
+        return lines
+    lines += [f"common    {', '.join(named[:5])}", f"rare      {', '.join(named[:-6:-1])}"]
+    empty = int((counts == 0).sum())
+    return [*lines, f"empty     {empty} of {len(counts)} classes"] if empty else lines
+
+
+def duration(seconds: float) -> str:
+    """``3.0 s``, ``12.5 min`` or ``5.2 h``."""
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def load_table(tar: Path, index_dir: Path | None = None) -> ShardTable | None:
+    """The saved table of ``tar`` that describes it as it is now, if there is one."""
+    tables = (ShardTable.load(place, tar) for place in table_places(tar, index_dir))
+    return next((table for table in tables if table is not None), None)
+
+
+def local_shards(source: Path) -> list[Shard]:
+    """The tars of a folder, of its sub-folders (``train/``, ``test/``), or one tar, or a glob.
+
+    Raises:
+        UserError: nothing there, an unfinished folder, or compressed tars.
+    """
+    shards = find(source)
+    packed = next((shard for shard in shards if shard.compressed), None)
+    if packed is not None:
+        raise UserError(f"{packed.place} is compressed: gunzip it first")
+    return shards
+
+
+def tally(
+    tables: Sequence[ShardTable], *, vocabulary: Sequence[str], splits: Sequence[str] = ()
+) -> Summary:
+    """Counts over ``tables``.
+
+    Args:
+        vocabulary: has all labels of the tables.
+        splits: for each table, the split of clips whose JSON names none; empty: no split.
+    """
+    numbers = {name: i for i, name in enumerate(vocabulary)}
+    total = Summary(
+        len(tables), sum(t.tar_bytes for t in tables), 0, list(vocabulary),
+        np.zeros(len(vocabulary), np.int64), Counter(), np.zeros(0, np.float32),
+    )  # fmt: skip
+    seconds = []
+    for k, table in enumerate(tables):
+        clips = table.clips
+        total.clips += len(clips)
+        known = (clips["frames"] > 0) & (clips["rate"] > 0)
+        rate = np.where(known, clips["rate"], 1)
+        seconds.append(np.where(known, clips["frames"] / rate, np.nan).astype(np.float32))
+        to_global = np.array([numbers[name] for name in table.names], np.int64)
+        total.label_counts += np.bincount(to_global[table.labels], minlength=len(numbers))
+        total.labels_per_clip.update(_tallied(clips["labels"]))
+        total.rates.update({str(r): n for r, n in _tallied(clips["rate"]).items() if r})
+        total.codecs.update({AUDIO_SUFFIXES[c]: n for c, n in _tallied(clips["codec"]).items()})
+        total.folds.update({str(f): n for f, n in _tallied(clips["fold"]).items() if f >= 0})
+        for split, n in _tallied(clips["split"]).items():
+            name = table.splits[split] if split >= 0 else (splits[k] if splits else "")
+            if name:
+                total.splits[name] += n
+        total.left_out.update(why.split(":", 1)[0] for why in table.left_out.values())
+    if seconds:
+        total.seconds = np.concatenate(seconds)
+    return total
+
+
+def summarise(source: Path, *, index_dir: Path | None = None) -> Summary:
+    """The summary of a folder of shards (or of its sub-folders, whose names are then splits).
+
+    Raises:
+        UserError: nothing there, or not shards.
+    """
+    shards = local_shards(source)
+    tars = [Path(shard.place) for shard in shards]
+    tables = [load_table(tar, index_dir) or scan(tar) for tar in tars]
+    manifests = {folder: Manifest.load(folder) for folder in dict.fromkeys(t.parent for t in tars)}
+    given = [m.vocabulary for m in manifests.values() if m and m.vocabulary]
+    total = tally(
+        tables,
+        vocabulary=joint_vocabulary(tables, given),
+        splits=[shard.split for shard in shards],
+    )
+    entries = [entry for m in manifests.values() if m for entry in m.left_out]
+    if entries:  # the writer's list holds what never came into a tar
+        total.left_out = Counter(entry["reason"].split(":", 1)[0] for entry in entries)
+    return total
+
+
+def _tallied(values: np.ndarray) -> dict[int, int]:
+    found, counts = np.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def _counts(counter: Counter[str], unit: str = "", most: int = 8) -> str:
+    """``train 320, test 80``: the largest first, folds in their order."""
+    numeric = not unit and all(name.isdigit() for name in counter)
+    pairs = sorted(counter.items(), key=lambda p: int(p[0]) if numeric else -p[1])
+    shown = ", ".join(f"{name}{unit} {n}" for name, n in pairs[:most])
+    return shown + (f", and {len(pairs) - most} others" if len(pairs) > most else "")
+
+
+def _bars(pairs: Sequence[tuple[str, int]]) -> list[str]:
+    largest = max(n for _, n in pairs)
+    width = min(32, max(len(name) for name, _ in pairs))
+    return [
+        f"  {name[:width]:<{width}}  {'#' * (n and max(1, round(BAR * n / largest)))} {n or ''}"
+        for name, n in pairs
+    ]

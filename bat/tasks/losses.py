@@ -1,0 +1,82 @@
+"""Losses of the tasks (SPEC section 5): cross-entropy, binary cross-entropy, asymmetric.
+
+Every loss takes logits (..., C) and targets (..., C) in [0, 1] (one-hot, multi-hot or mixed) and
+returns a float32 scalar, the mean over examples: ``ce`` sums over classes, ``bce`` and ``asl``
+average over them. The asymmetric loss is timm's with the focusing weight kept out of the
+gradient, as the reference has it: gamma- = 1, gamma+ = 0, no clipping.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from bat.errors import UserError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@functools.cache
+def _asymmetric_of_timm() -> Loss:
+    from timm.loss import AsymmetricLossMultiLabel  # here: importing timm takes a second
+
+    loss: Loss = AsymmetricLossMultiLabel(
+        gamma_neg=1, gamma_pos=0, clip=0, disable_torch_grad_focal_loss=True, reduction="mean"
+    )
+    return loss
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy with target distributions (..., C)."""
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.float().flatten(0, -2))
+
+
+def binary(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of every class on its own."""
+    return F.binary_cross_entropy_with_logits(logits.float(), targets.float())
+
+
+def asymmetric(logits: Tensor, targets: Tensor) -> Tensor:
+    """Asymmetric loss, gamma- = 1, gamma+ = 0 (arXiv 2009.14119; golden section 8)."""
+    return _asymmetric_of_timm()(logits, targets)
+
+
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "bce": binary, "asl": asymmetric}
+
+
+def loss_for(task: Any, name: str = "task") -> Loss:
+    """The loss ``name``, or with ``task`` the one that ``task.loss`` names.
+
+    Raises ``UserError`` for cross-entropy on a task with several labels a clip.
+    """
+    chosen = task.loss if name == "task" else name
+    if chosen not in LOSSES:
+        raise UserError(f"loss={chosen} is not known: {', '.join(LOSSES)} or task")
+    if chosen == "ce" and task.multi_label:
+        raise UserError(f"loss=ce takes one label a clip, task {task.name} has several: bce or asl")
+    return LOSSES[chosen]
+
+
+def against(loss: Loss, logits: Tensor, targets: Tensor, *, inside: Tensor | None = None) -> Tensor:
+    """``loss`` of logits (B, C) or (B, T, C) against labels of the same shape or of the clip.
+
+    Frame-level logits against clip-level labels are averaged over time first (``to_clip``).
+    """
+    return loss(to_clip(logits, inside) if targets.ndim < logits.ndim else logits, targets)
+
+
+def to_clip(logits: Tensor, inside: Tensor | None = None) -> Tensor:
+    """(B, T, C) -> (B, C), the mean over time; (B, C) as it is.
+
+    ``inside`` (B, T): the time patches that are each clip's own (``Features.inside``); None: all.
+    """
+    if logits.ndim != 3:
+        return logits
+    if inside is None:
+        return logits.float().mean(1)
+    total = logits.float().masked_fill(~inside[..., None], 0.0).sum(1)
+    return total / inside.sum(1, keepdim=True)

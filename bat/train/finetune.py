@@ -1,0 +1,174 @@
+"""One fine-tuning from a resolved configuration: fold after fold, each resumable, then the table.
+
+A killed run, started again, reads the finished folds from their results and continues the one it
+was in (``folds.py``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bat import __version__
+from bat.config import schema
+from bat.errors import UserError
+from bat.eval.hardware import with_precision
+from bat.eval.loading import autocast_for
+from bat.eval.next_steps import after_finetuning
+from bat.eval.prepare import prepare
+from bat.eval.results import HOW, Outcome, summary, table
+from bat.eval.run_folder import default_out, run_folder
+from bat.io import write_json
+from bat.logs import is_main, start_logging
+from bat.probes.base import find_probe, takes_encoder
+from bat.report.plots import chance_of, plot_folds
+from bat.report.sections import TITLES
+from bat.train.batching import with_batch
+from bat.train.folds import Folds
+
+log = logging.getLogger("bat")
+
+
+def finetune(config: schema.Finetune, *, dry_run: bool = False, force: bool = False) -> Path:
+    """Fine-tune as ``config`` says; returns the run folder. Continues what is already there.
+
+    Raises ``Interrupted`` where the run was asked to end: it is saved, and can go on.
+    ``force``: continue with other settings all the same.
+    """
+    if takes_encoder(find_probe(config.method)):
+        raise UserError(
+            f"method={config.method} is made of a frozen encoder, and fine-tuning trains it: use "
+            "it with bat-probe, or another head here"
+        )
+    asked, out = config, default_out(config)
+    start_logging()
+    batch = config.data.batch, config.train.accumulate
+    ready = prepare(with_batch(with_precision(config, out)))
+    config = ready.config
+    if ready.frames is None and config.hardware.strategy == "fsdp":
+        raise UserError(
+            "hardware.strategy=fsdp wants the same shapes on all devices, and clips of their own "
+            "length have others: say frames=NUMBER, or hardware.strategy=ddp"
+        )
+    run = Folds(ready, out, force=force)
+    if dry_run:
+        _dry_run(run)
+        return out
+
+    settled = replace(
+        config,
+        data=replace(config.data, batch=batch[0]),
+        train=replace(config.train, accumulate=batch[1]),
+    )
+    with run_folder(settled, out, force=force) as begin:
+        _run(run, out, asked, begin)
+    return out
+
+
+def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None]) -> None:
+    config, ready = run.config, run.ready
+    done = [held.name for held in ready.rounds if run.read(held) is not None]
+    if len(done) == len(ready.rounds):
+        log.info("nothing to do: %s is finished", out)
+        begin()
+    log.info("%s", _headline(run))
+    results = [run.fold(held, begin) for held in ready.rounds]
+    if not is_main():  # the others only trained along
+        return
+    outcomes = [Outcome(config.method, r["held_out"], r["metrics"]) for r in results]
+    found = summary(outcomes)
+    metric = ready.task.metric
+    plot_folds(
+        {config.method: {o.fold: o.metrics[metric] for o in outcomes}},
+        out / "plots" / "folds.png",
+        metric=TITLES[metric],
+        chance=chance_of(metric, ready.index.classes),
+        title=f"Fine-tuned {TITLES[metric]} by held-out fold",
+    )
+    write_json(
+        out / "summary.json",
+        {
+            "checkpoint": config.checkpoint,
+            "weights": config.weights,
+            "task": ready.task.name,
+            "data": ready.index.hash,
+            "how": HOW,
+            "clips": len(ready.index),
+            "labels": ready.index.vocabulary,
+            "bad_clips": {r["held_out"]: r["bad_clips"] for r in results},
+            "held_out_bad": {r["held_out"]: r["held_out_bad"] for r in results},
+            "results": found,
+            "seconds": round(sum(r.get("seconds", 0.0) for r in results), 1),
+            "precision": config.hardware.precision,
+            "version": __version__,
+        },
+    )
+    for result in results:
+        log.info("held out %s: %s", result["held_out"], result["bad"])
+    print(_report(asked, run, found))
+
+
+def _dry_run(run: Folds) -> None:
+    """Build everything, loss and gradient of one batch (one clip, forward only, on the CPU)."""
+    rounds = run.ready.rounds
+    module, data = run.module(rounds[0]), run.data(rounds[0])
+    on_gpu = run.config.hardware.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    module = module.to(device)
+    autocast = autocast_for(run.config.hardware)
+    batch = data.first_batch()
+    if not on_gpu:
+        batch = replace(
+            batch, waves=batch.waves[:1], lengths=batch.lengths[:1], targets=batch.targets[:1]
+        )
+    batch = batch.to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    with (
+        torch.autocast(device.type, autocast, enabled=autocast is not None),
+        torch.set_grad_enabled(on_gpu),
+    ):
+        spectrogram, targets, patches = module.augmented(batch, generator)
+        logits = module.head(module.encoded(spectrogram, patches))
+        loss = module.loss(logits, targets)
+    if on_gpu:
+        loss.backward()
+    size = sum(p.numel() for p in module.parameters())
+    if run.ready.note:
+        print(run.ready.note)
+    print(f"data      {len(run.index)} clips, {run.index.classes} labels, {len(rounds)} round(s)")
+    print(f"input     {tuple(spectrogram.shape)} -> logits {tuple(logits.shape)}")
+    groups = len(module.configure_optimizers().param_groups)
+    print(f"model     {size / 1e6:.1f} M parameters in {groups} groups")
+    print(f"loss      {loss.item():.4f} on {len(batch.waves)} clip(s), {device}")
+    print("dry run: nothing was trained, nothing was written but shards and their index")
+
+
+def _headline(run: Folds) -> str:
+    config = run.config
+    return run.ready.headline(
+        f"bat {__version__}: fine-tuning {config.checkpoint} ({config.weights}) in {run.out}",
+        f"head {config.method}: {len(run.ready.rounds)} round(s), {config.train.steps} steps of "
+        f"{config.data.batch} x {config.train.accumulate} clips a device",
+    )
+
+
+def _report(asked: schema.Finetune, run: Folds, results: dict[str, dict[str, Any]]) -> str:
+    out, folds = run.out, [f"fold-{held.name}" for held in run.ready.rounds]
+    others = f" (and of {', '.join(folds[1:])})" if folds[1:] else ""
+    parts = [
+        table(results),
+        f"({HOW}; computed in {run.config.hardware.precision})",
+        "Where everything is:\n"
+        f"  results   {out}/summary.json, {out}/{folds[0]}/metrics.jsonl{others}\n"
+        f"  encoders  {out}/{folds[0]}/export{others}; bat.load_encoder reads one\n"
+        f"  heads     {out}/{folds[0]}/head{others}\n"
+        f"  pictures  {out}/plots/, {out}/{folds[0]}/plots/{others}",
+    ]
+    if found := after_finetuning(asked, out):
+        parts.append("\n  ".join(["Next:", *found]))
+    return "\n\n".join(parts)

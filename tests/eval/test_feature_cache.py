@@ -1,0 +1,559 @@
+"""Features in memory, on disk or made anew: the same training, and what may go wrong on a disk."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bat.config.probing import FeatureStore
+from bat.config.sections import Data
+from bat.data.bad_clips import BadClips
+from bat.data.index import Index, open_index
+from bat.encoders.bat import BAT
+from bat.errors import UserError
+from bat.eval import feature_cache, feature_disk
+from bat.eval.feature_cache import Opened, choose, open_features
+from bat.eval.features import FeatureBank, FeatureStream
+from bat.eval.loading import weights_digest
+from bat.probes.base import build_probe
+from bat.shard.toy import make_toy
+from bat.types import Grid, Needs
+
+SECONDS = 0.3
+GB = 1_000_000_000
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory) -> Index:
+    return open_index(make_toy(tmp_path_factory.mktemp("toy"), seconds=SECONDS))
+
+
+@pytest.fixture(scope="module")
+def backbone() -> BAT:
+    torch.manual_seed(0)
+    return BAT(width=16, depth=3, heads=2, grid=Grid(2, 8)).eval()
+
+
+@pytest.fixture
+def get(backbone, index, tmp_path):
+    """``get(cache, ...)`` opens the features of all ten clips."""
+
+    def open_them(cache: str = "disk", **settings) -> Opened:
+        data = {"batch": 4, "workers": 0, "roll": False, "clip_seconds": SECONDS}
+        data |= {k: settings.pop(k) for k in list(settings) if k in vars(Data())}
+        store = {"cache": cache, "folder": str(tmp_path / "features")}
+        store |= {k: settings.pop(k) for k in list(settings) if k in vars(FeatureStore())}
+        words = {
+            "ids": np.arange(len(index)),
+            "frames": 32,
+            "needs": Needs(),
+            "batch": 4,
+            "random_offset": False,
+            "autocast": None,
+            "device": torch.device("cpu"),
+            "bad_clips": BadClips(max_bad=0.5),
+            "progress": False,
+            "digest": weights_digest(backbone),
+        }
+        encoder = settings.pop("encoder", backbone)
+        return open_features(
+            encoder, index, store=FeatureStore(**store), data=Data(**data), **words | settings
+        )
+
+    return open_them
+
+
+@pytest.fixture
+def asleep(backbone, monkeypatch):
+    """An encoder that must not run from here on."""
+
+    def rest() -> None:
+        def runs(*_, **__):
+            raise AssertionError("the encoder ran")
+
+        monkeypatch.setattr(backbone, "features", runs)
+
+    return rest
+
+
+def _folder(tmp_path: Path) -> Path:
+    """The one cache that there is."""
+    (found,) = (tmp_path / "features").iterdir()
+    return found
+
+
+def _train(source, *, autocast: torch.dtype | None) -> torch.Tensor:
+    """Logits of a CGP probe after twelve steps of AdamW."""
+    torch.manual_seed(1)
+    probe = build_probe(
+        "cgp", classes=5, width=16, depth=3, has_cls=True, prototypes=8, dropout=0.0
+    )
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=0.01)
+    for features, targets in source.training(
+        np.array([0, 3, 4, 6, 7, 8]), batch=4, steps=12, seed=5
+    ):
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            logits = probe(features)
+        loss = torch.nn.functional.cross_entropy(logits.float(), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad(), torch.autocast("cpu", autocast, enabled=autocast is not None):
+        return torch.cat([probe(f).float() for f, _ in source.once(np.arange(10), batch=3)])
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_training_is_the_same_from_memory_disk_and_stream(get, autocast):
+    opened = {cache: get(cache, autocast=autocast) for cache in ("memory", "disk", "off")}
+    assert [o.cache for o in opened.values()] == list(opened)
+    kinds = [type(o.source) for o in opened.values()]
+    assert kinds == [FeatureBank, FeatureBank, FeatureStream]
+    assert len({o.gb for o in opened.values()}) == 1
+    logits = {cache: _train(o.source, autocast=autocast) for cache, o in opened.items()}
+    assert logits["off"].std() > 0.05
+    assert torch.equal(logits["memory"], logits["disk"])
+    # the encoder meets clips in other batches: float32 rounds otherwise, bfloat16 by a last place
+    near = 1e-4 if autocast is None else 0.03
+    torch.testing.assert_close(logits["off"], logits["memory"], atol=near, rtol=near)
+
+
+def test_the_order_over_remote_shards_is_one(get, index, monkeypatch):
+    sources = [get(cache).source for cache in ("memory", "disk", "off")]
+    words = {"batch": 3, "steps": 4, "seed": 1}
+
+    def order(source) -> torch.Tensor:
+        batches = source.training(np.arange(10), **words)
+        return torch.cat([features.cls[-1] for features, _ in batches])
+
+    even = [order(source) for source in sources]
+    monkeypatch.setattr(type(index), "remote", True)
+    windowed = [order(source) for source in sources]
+    for orders in (even, windowed):
+        assert torch.equal(orders[0], orders[1])
+        torch.testing.assert_close(orders[0], orders[2], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(even[0], windowed[0], atol=1e-2)
+
+
+def test_measured_size_is_that_of_the_files(get, index, tmp_path):
+    opened = get("disk", needs=Needs("last", entry=True))
+    files = {f.name: f.stat().st_size for f in _folder(tmp_path).glob("*.bin")}
+    tokens, labels = 2 * 8 * 16 * 4, 10 * index.classes * 4
+    assert files["patches.bin"] == files["entry.bin"] == 10 * tokens
+    assert files["cls.bin"] == 10 * 3 * 16 * 4
+    assert opened.gb == (2 * files["patches.bin"] + files["cls.bin"] + labels) / GB
+    assert get("off", needs=Needs("last", entry=True)).gb == opened.gb
+    assert get("off", needs=Needs("none")).gb == (files["cls.bin"] + labels) / GB
+
+
+def test_a_second_run_reads_the_disk_and_not_the_encoder(get, asleep, caplog, tmp_path):
+    first = get("disk")
+    before = [f.stat().st_mtime_ns for f in sorted(_folder(tmp_path).iterdir())]
+    asleep()
+    caplog.set_level(logging.INFO, "bat")
+    for cache in ("disk", "auto"):
+        second = get(cache)
+        assert (second.cache, second.gb) == ("disk", first.gb)
+        assert str(_folder(tmp_path)) in second.why
+        assert torch.equal(second.source.patches, first.source.patches)
+        assert second.source.keys == first.source.keys
+    assert "features of 10 clips" in caplog.text
+    assert "checksums of 10 right" in caplog.text
+    assert before == [f.stat().st_mtime_ns for f in sorted(_folder(tmp_path).iterdir())]
+    assert {f.name for f in _folder(tmp_path).iterdir()} == {
+        "patches.bin", "cls.bin", "clips.bin", "crc.bin", "meta.json"
+    }  # fmt: skip
+
+
+def test_features_of_nothing_but_class_tokens_can_be_mapped(get, asleep):
+    get("disk", needs=Needs("none"))
+    asleep()
+    features, _ = next(get("disk", needs=Needs("none")).source.once(np.array([4, 2]), batch=2))
+    assert features.patches.shape == (0, 2, 2, 8, 16)
+    assert features.cls.shape == (3, 2, 16)
+
+
+OTHER = {
+    "weights": {"digest": "another"},
+    "clips": {"ids": np.array([0, 1, 2, 3, 4, 5, 6, 7, 9, 8])},
+    "frames": {"frames": 48},
+    "seconds": {"clip_seconds": 0.25},
+    "shortest": {"min_seconds": 0.1},
+    "longest": {"max_seconds": 9.0},
+    "type": {"autocast": torch.bfloat16},
+    "needs": {"needs": Needs("last")},
+    "entry": {"needs": Needs("all", entry=True)},
+    "front end": {"encoder": BAT(width=16, depth=3, heads=2, grid=Grid(2, 8),
+                                 frontend={"pad": "waveform"}).eval()},
+}  # fmt: skip
+
+
+class Asked(Exception):  # noqa: N818
+    """For which folder."""
+
+
+def test_whatever_features_depend_on_makes_another_cache(get, index, monkeypatch):
+    def ask(folder, facts):
+        raise Asked(folder.name)
+
+    monkeypatch.setattr(feature_disk, "read", ask)
+
+    def name(**words) -> str:
+        with pytest.raises(Asked) as caught:
+            get("disk", **words)
+        assert feature_disk.KEY.fullmatch(str(caught.value))
+        return str(caught.value)
+
+    names = {what: name(**words) for what, words in OTHER.items()}
+    names["nothing"] = name()
+    monkeypatch.setitem(vars(index), "hash", "another")
+    names["data"] = name()
+    monkeypatch.setattr(feature_cache, "__version__", "another")
+    names["version"] = name()
+    assert len(set(names.values())) == len(names) == len(OTHER) + 3
+    monkeypatch.undo()
+    monkeypatch.setattr(feature_disk, "read", ask)
+    alike = {"batch": 2, "memory_gb": 1.0, "max_bad": 0.3, "workers": 1, "progress": False}
+    assert name(**alike) == names["nothing"]
+
+
+def _flip(path: Path, at: int = 100) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def _meta(folder: Path, **changes) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | changes))
+
+
+DAMAGE = {
+    "patches.bin has": lambda f: os.truncate(f / "patches.bin", 5000),
+    "cls.bin is missing": lambda f: (f / "cls.bin").unlink(),
+    r"patches.bin is damaged at clip 9": lambda f: _flip(f / "patches.bin", -1),
+    "cls.bin is damaged at clip 0": lambda f: _flip(f / "cls.bin"),
+    "clips.bin is damaged": lambda f: _flip(f / "clips.bin", 16),
+    "crc.bin is damaged": lambda f: _flip(f / "crc.bin", 3),
+    "meta.json is damaged": lambda f: os.truncate(f / "meta.json", 50),
+    "meta.json is damaged .KeyError": lambda f: (f / "meta.json").write_text("{}"),
+    "meta.json is damaged .*float99": lambda f: _meta(f, dtype="float99"),
+    "of format 0": lambda f: _meta(f, format=0),
+    r"something else \(.*weights": lambda f: _meta(f, facts={}),
+}
+
+
+@pytest.mark.parametrize("said", DAMAGE)
+def test_a_damaged_cache_is_named_and_made_anew(get, asleep, tmp_path, caplog, said):
+    wanted = get("disk").source
+    wanted = (wanted.patches.clone(), wanted.cls.clone())
+    DAMAGE[said](_folder(tmp_path))
+    caplog.clear()
+    found = get("disk").source
+    (warning,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
+    assert str(_folder(tmp_path)) in warning
+    assert re.search(said, warning), warning
+    assert torch.equal(found.patches, wanted[0])
+    assert torch.equal(found.cls, wanted[1])
+    asleep()
+    assert get("disk").why.startswith("found")
+
+
+def test_of_a_large_cache_a_sample_is_checked(get, tmp_path, caplog, monkeypatch):
+    get("disk")
+    caplog.set_level(logging.INFO, "bat")
+    monkeypatch.setattr(feature_disk, "CHECK_BYTES", 1)
+    assert get("disk").why.startswith("found")
+    told = [r.getMessage() for r in caplog.records if "checksums" in r.getMessage()]
+    numbers = [int(re.findall(r"checksums of (\d+)", line)[0]) for line in told]
+    assert 2 <= numbers[-1] <= 3  # the first, the last, one drawn
+    _flip(_folder(tmp_path) / "patches.bin", -1)
+    assert not get("disk").why.startswith("found")
+
+
+def test_a_cached_run_reports_the_same_bad_clips(get, index, monkeypatch):
+    read = index.read
+
+    def broken(i):
+        clip = read(i)
+        return clip if i not in (2, 5) else replace(clip, data=b"nonsense")
+
+    monkeypatch.setattr(index, "read", broken)
+    runs = []
+    for cache in ("memory", "disk", "disk"):
+        bad = BadClips(max_bad=0.5)
+        opened = get(cache, bad_clips=bad)
+        runs.append((bad.state_dict(), opened.source.ids.tolist(), opened.source.skipped))
+        wanted = np.stack([index.targets(i) for i in (0, 1, 3, 4, 6, 7, 8, 9)])
+        assert torch.equal(opened.source.targets, torch.from_numpy(wanted))
+    assert runs[0] == runs[1] == runs[2]
+    assert runs[0][0]["seen"] == 10
+    assert list(runs[0][0]["keys"]) == [index.key(2), index.key(5)]
+    with pytest.raises(UserError, match=r"2 of 10 clips unreadable.*max_bad=0\.1"):
+        get("disk", bad_clips=BadClips(max_bad=0.1))
+    bad.seen = 90  # of another encoder: added up
+    get("disk", bad_clips=bad)
+    assert (bad.seen, bad.bad) == (100, 4)
+
+
+def test_labels_in_time_are_those_of_now_whatever_the_cache(get):
+    def labels(value):
+        def targets_of(batch, time):
+            assert batch.targets.shape == (len(batch.keys), 5)
+            inside = torch.arange(time)[None] * 2560 < batch.lengths[:, None]
+            made = torch.full((len(batch.keys), time, 5), value) * batch.positions[:, None, None]
+            return made.where(inside[..., None], torch.nan)
+
+        return targets_of
+
+    words = {"frames": 64, "clip_seconds": 0.6}
+    memory = get("memory", targets_of=labels(1.0), **words).source
+    first = get("disk", targets_of=labels(1.0), **words).source
+    again = get("disk", targets_of=labels(2.0), **words)
+    assert again.why.startswith("found")
+    assert memory.targets.shape == (10, 4, 5)
+    assert memory.targets.isnan().sum() == 10 * 2 * 5
+    assert torch.equal(memory.targets.nan_to_num(-1), first.targets.nan_to_num(-1))
+    assert torch.equal(again.source.targets.nan_to_num(0), 2 * first.targets.nan_to_num(0))
+    long = {"clip_seconds": 0.2}  # counted from the start of a clip that is cut
+    begins = get("memory", **long).source.cls
+    assert torch.equal(get("memory", targets_of=labels(1.0), **long).source.cls, begins)
+    with pytest.raises(UserError, match=r"data\.roll=true moves the clips"):
+        get("auto", targets_of=labels(1.0), roll=True)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(get, tmp_path, monkeypatch):
+    opens = Path.open
+
+    def full(path, *how, **words):
+        return opens(Path("/dev/full") if path.name == "cls.bin" else path, *how, **words)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match=r"the disk is full .*features\.cache=off"):
+        get("disk")
+    assert list(_folder(tmp_path).iterdir()) == []
+    monkeypatch.undo()
+    assert get("disk").cache == "disk"
+
+
+def test_a_write_that_takes_a_part_only_is_gone_on_with(get, monkeypatch):
+    wanted, opens = get("memory").source, Path.open
+
+    class Slow:
+        """As a file of more than 2 GB: a write takes what it likes."""
+
+        def __init__(self, file) -> None:
+            self.write_all, self.fileno, self.close = file.write, file.fileno, file.close
+
+        def write(self, data) -> int:
+            return self.write_all(data[:1000])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_) -> None:
+            self.close()
+
+    def slow(path, *how, buffering=-1, **words):
+        file = opens(path, *how, buffering=buffering, **words)
+        return file if buffering else Slow(file)
+
+    monkeypatch.setattr(Path, "open", slow)
+    found = get("disk").source
+    assert torch.equal(found.patches, wanted.patches)
+    assert torch.equal(found.cls, wanted.cls)
+
+
+def test_an_interrupted_making_leaves_nothing(get, tmp_path, backbone, monkeypatch):
+    features, calls = backbone.features, []
+
+    def interrupted(spectrogram):
+        calls.append(len(spectrogram))
+        if len(calls) == 3:  # a clip to measure, a batch, a batch
+            raise KeyboardInterrupt
+        return features(spectrogram)
+
+    monkeypatch.setattr(backbone, "features", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        get("disk")
+    assert calls == [1, 4, 4]
+    assert list(_folder(tmp_path).iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_an_error(get, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="nothing can be written there"):
+        get("disk", folder=str(tmp_path / "file" / "features"))
+
+
+HOLD = """
+import fcntl, os, sys, time
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder():
+    """``holder(folder)``: another process that makes features there until its stdin is closed."""
+    started = []
+
+    def hold(folder: Path) -> subprocess.Popen:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "patches.bin").write_bytes(b"half made")
+        child = subprocess.Popen(
+            [sys.executable, "-S", "-c", HOLD, str(folder / ".lock")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        started.append(child)
+        assert child.stdout.readline() == b"held\n"
+        return child
+
+    yield hold
+    for child in started:
+        child.kill()
+        child.communicate()
+
+
+def test_leftovers_are_swept_unless_their_maker_lives(get, tmp_path, holder):
+    root = tmp_path / "features"
+    dead, living, other = root / ("d" * 20), root / ("a" * 20), root / "mine"
+    for folder in (dead, other):
+        folder.mkdir(parents=True)
+        (folder / "patches.bin").write_bytes(b"half made")
+    holder(living)
+    get("disk")
+    assert not dead.exists()
+    assert (living / "patches.bin").exists()
+    assert (other / "patches.bin").exists()
+
+
+def test_what_another_process_makes_is_waited_for(
+    get, asleep, tmp_path, holder, caplog, monkeypatch
+):
+    get("disk")
+    whole = tmp_path / "whole"
+    shutil.copytree(folder := _folder(tmp_path), whole)
+    (folder / "meta.json").unlink()
+    child = holder(folder)
+    caplog.set_level(logging.INFO, "bat")
+
+    def slept(seconds: float) -> None:
+        assert seconds == feature_disk.WAIT_SECONDS
+        for file in whole.iterdir():
+            shutil.copy(file, folder)
+        child.communicate()  # done: the lock is free
+
+    monkeypatch.setattr(feature_disk.time, "sleep", slept)
+    measured, ran = feature_cache.measured, []
+
+    def measure(*given, **words):
+        ran.append(measured(*given, **words))
+        asleep()
+        return ran[-1]
+
+    monkeypatch.setattr(feature_cache, "measured", measure)
+    assert get("disk").cache == "disk"
+    assert len(ran) == 1
+    assert sum("waiting" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_readers_keep_what_they_mapped_when_it_is_made_anew(get, tmp_path):
+    reader = get("disk").source
+    wanted = reader.patches.clone()
+    file = _folder(tmp_path) / "patches.bin"
+    mapped = file.stat().st_ino  # still in use: no new file can have it
+    _flip(_folder(tmp_path) / "crc.bin", 3)
+    get("disk")
+    assert file.stat().st_ino != mapped  # never written over: a shortened mapping kills its reader
+    assert torch.equal(reader.patches, wanted)
+
+
+def _choose(cache: str, gb: float, *, on_gpu=False, free=1000, moving="", **budgets):
+    store = FeatureStore(cache=cache, **budgets)
+    each = int(gb * GB / 100)
+    return choose(store, clips=100, each=each, moving=moving, on_gpu=on_gpu, free=free * GB)
+
+
+@pytest.mark.parametrize(
+    ("cache", "gb", "words", "where", "why"),
+    [
+        ("auto", 4, {}, "memory", "4 GB fit features.memory_gb=4"),
+        ("auto", 4, {"on_gpu": True}, "memory", "fit"),
+        ("auto", 4.1, {}, "disk", "4.1 GB .*more than features.memory_gb=4"),
+        ("auto", 4.1, {"on_gpu": True}, "off", "GPU makes them faster .*features.memory_gb"),
+        ("auto", 50.1, {}, "off", "more than features.disk_gb=50"),
+        ("auto", 20, {"free": 19}, "off", "only 19 GB are free"),
+        ("auto", 1, {"moving": "data.roll=true"}, "off", "data.roll=true: the clips differ"),
+        ("off", 1, {}, "off", "features.cache=off"),
+        ("memory", 4, {}, "memory", "fit"),
+        ("disk", 1, {"free": 1}, "disk", "features.cache=disk"),
+        ("disk", 1, {"on_gpu": True}, "disk", "features.cache=disk"),
+    ],
+)
+def test_where_features_are_kept(cache, gb, words, where, why):
+    found, said = _choose(cache, gb, **words)
+    assert found == where
+    assert re.search(why, said), said
+
+
+@pytest.mark.parametrize(
+    ("cache", "gb", "words", "said"),
+    [
+        (
+            "memory",
+            9.4,
+            {},
+            r"100 clips need 9\.4 GB \(94 MB a clip\), more than .*memory_gb=4.*auto",
+        ),
+        ("disk", 60, {}, r"60 GB .*more than features\.disk_gb=50.*Raise features\.disk_gb"),
+        ("disk", 20, {"free": 19}, r"only 19 GB are free in features\.folder=runs/features"),
+        ("disk", 1, {"moving": "pad_offset=random"}, "features.cache=disk with pad_offset=random"),
+        ("memory", 1, {"moving": "data.roll=true"}, "features.cache=memory with data.roll=true"),
+    ],
+)
+def test_a_cache_that_cannot_be_is_an_error(cache, gb, words, said):
+    with pytest.raises(UserError, match=said):
+        _choose(cache, gb, **words)
+
+
+def test_clips_that_move_are_streamed(get, tmp_path):
+    for words in ({"roll": True}, {"random_offset": True}):
+        opened = get("auto", **words)
+        assert opened.cache == "off"
+        assert isinstance(opened.source, FeatureStream)
+    assert not (tmp_path / "features").exists()
+    with pytest.raises(UserError, match=r"disk with data\.roll=true"):
+        get("disk", roll=True)
+
+
+def test_free_space_is_that_of_the_folder_to_be(get, tmp_path, monkeypatch):
+    asked = []
+
+    def usage(path):
+        asked.append(path)
+        return shutil._ntuple_diskusage(1, 1, 100)
+
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", usage)
+    with pytest.raises(UserError, match="are free"):
+        get("disk")
+    assert asked == [tmp_path]
+
+
+def test_budgets_reach_the_choice(get):
+    assert get("auto").cache == "memory"
+    assert get("auto", memory_gb=0.0, disk_gb=0.0).cache == "off"
+    with pytest.raises(UserError, match="memory_gb=1e-06"):
+        get("memory", memory_gb=1e-6)
+    assert get("auto", memory_gb=1e-6).cache == "disk"

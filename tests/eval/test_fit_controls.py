@@ -1,0 +1,124 @@
+"""What must hold of any probing: planted features are found, permuted labels give chance, and the
+fast CGP operator gives the run that the plain formula gives."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bat.config.probing import Protocol
+from bat.config.sections import Optim
+from bat.eval.candidates import Plan
+from bat.eval.features import FeatureBank
+from bat.eval.results import summary
+from bat.eval.search import cross_validate
+from bat.eval.splits import Round
+from bat.probes.base import Probe, build_probe
+from bat.probes.cgp import CGP
+from bat.tasks.losses import LOSSES
+from bat.types import Features
+from tests.reference.probes import pooled
+
+n, L, T, FREQ, D, C = 240, 4, 3, 2, 16, 4
+OPTIM = Optim(lr=0.02, betas=[0.9, 0.999], decay="matrices", warmup_steps=4, min_lr=1e-6)
+LABELS = torch.arange(n) % C
+
+
+def _bank(*, planted: int | None = None, targets: Tensor | None = None) -> FeatureBank:
+    """Noise; the label written into the class token of block ``planted`` and nothing else."""
+    g = torch.Generator().manual_seed(0)
+    cls = torch.randn(n, L, D, generator=g)
+    if planted is not None:
+        cls[:, planted] += 6 * torch.eye(D)[LABELS]
+    return FeatureBank(
+        patches=torch.randn(n, L, T, FREQ, D, generator=g),
+        cls=cls,
+        targets=torch.eye(C)[LABELS] if targets is None else targets,
+        ids=np.arange(n),
+        keys=[str(i) for i in range(n)],
+        skipped={},
+    )
+
+
+def _rounds() -> list[Round]:
+    part = np.arange(n) // C % 4
+    return [
+        Round(str(k), np.flatnonzero((part != k) & (part != (k + 1) % 4)),
+              np.flatnonzero(part == k), np.flatnonzero(part == (k + 1) % 4))
+        for k in range(4)
+    ]  # fmt: skip
+
+
+def _build(method: str) -> Probe:
+    return build_probe(method, classes=C, width=D, depth=L, has_cls=True, prototypes=24)
+
+
+def _run(bank, *, build=_build, methods=("cgp",), steps=40, folds=4, **words):
+    plan = Plan(build=build, loss=LOSSES["ce"], optim=OPTIM, steps=steps, batch=24,
+                multi_label=False, protocol=Protocol(lrs=[0.005, 0.05]), **words)  # fmt: skip
+    return cross_validate(bank, _rounds()[:folds], list(methods), plan)
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_the_gate_finds_the_block_whose_class_token_holds_the_label(block):
+    entry = summary(_run(_bank(planted=block), folds=1))["cgp"]
+    assert entry["mean"]["accuracy"] > 0.9
+    gates = np.array(list(entry["gate"].values()))
+    assert (gates.argmax(1) == block).all()
+    others = np.delete(gates.mean(0), block)
+    assert gates.mean(0)[block] > 1.5 * others.max()
+
+
+def test_permuted_labels_give_chance_whatever_is_chosen():
+    """Of 240 clips, each held out once: 1/C within four deviations of a fair guess."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(5))
+    bank = _bank(planted=2, targets=torch.eye(C)[LABELS[order]])
+    results = summary(_run(bank, methods=["linear", "cgp"]))
+    deviation = math.sqrt(1 / C * (1 - 1 / C) / n)
+    for method, entry in results.items():
+        assert abs(entry["mean"]["accuracy"] - 1 / C) < 4 * deviation, method
+    honest = summary(_run(_bank(planted=2), folds=1))["cgp"]["mean"]["accuracy"]
+    assert honest > 1 / C + 8 * deviation  # the same features with their own labels
+
+
+class PlainCGP(CGP):
+    """The equation written down: all blocks normalised, all similarities stored."""
+
+    def forward(self, features: Features) -> Tensor:
+        gate = self.layer_logits.softmax(0)
+
+        def mixed(layers: Tensor) -> Tensor:
+            directions = layers / layers.norm(dim=-1, keepdim=True)
+            return (gate.view(-1, *[1] * (layers.ndim - 1)) * directions).sum(0)
+
+        assert features.cls is not None
+        tokens = mixed(features.patches).flatten(1, 2)  # (B, N, D)
+        x = pooled(tokens, self.prototypes, mixed(features.cls))  # (B, K, 3)
+        return self.fc(self.dropout(x.flatten(1)))
+
+
+def test_fast_and_plain_cgp_give_the_same_training_run():
+    """40 steps, two rates, two folds, with dropout, looks and a choice: losses, gates, choices."""
+    rows: dict[str, list] = {}
+    outcomes = {}
+    for name, cls in (("fast", CGP), ("plain", PlainCGP)):
+        rows[name] = []
+        outcomes[name] = _run(
+            _bank(planted=1),
+            build=lambda _, cls=cls: cls(
+                classes=C, width=D, depth=L, has_cls=True, prototypes=24, dropout=0.2
+            ),
+            folds=2,
+            log_every=5,
+            on_log=rows[name].append,
+        )
+    losses = {name: [r["loss"] for r in own] for name, own in rows.items()}
+    assert len(losses["fast"]) == 2 * 2 * 9
+    assert losses["fast"] == pytest.approx(losses["plain"], rel=1e-3, abs=1e-5)
+    assert losses["fast"][0] > 2 * losses["fast"][-1]
+    for fast, plain in zip(outcomes["fast"], outcomes["plain"], strict=True):
+        assert fast.chosen == plain.chosen
+        assert fast.gate == pytest.approx(plain.gate, abs=1e-4)
+        assert fast.metrics["map"] == pytest.approx(plain.metrics["map"], abs=1e-3)

@@ -1,0 +1,90 @@
+"""A run's folder holds the pictures of this run, and none of the one before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bat.eval import pictures as probe_pictures
+from bat.eval.pictures import draw_comparison, draw_encoder
+from tests.report.probe_summaries import METHODS, summary
+
+CLIP = {"label": "dog", "key": "1", "spectrogram": np.ones((32, 16)), "evidence": np.ones((2, 1)),
+        "hop_ms": 10.0, "seconds": 0.32}  # fmt: skip
+
+
+@pytest.fixture
+def draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``draw(maps=..., **summary)``: the names of what lies in ``plots`` afterwards."""
+
+    def run(*, maps: str = "", asked: int = 8, compare: bool = True, **given: Any) -> set[str]:
+        whole = {"multi_label": False, **summary(depth=2, **given)}
+        found = (maps, [CLIP]) if maps else ("", [])
+        monkeypatch.setattr(probe_pictures, "maps_of", lambda lab: found)
+        for name, entry in whole["encoders"].items():
+            lab: Any = SimpleNamespace(
+                index=SimpleNamespace(classes=len(whole["labels"])),
+                ready=SimpleNamespace(
+                    task=SimpleNamespace(metric="accuracy"), rounds=whole["rounds"]
+                ),
+                config=SimpleNamespace(
+                    seeds=len(whole["seeds"]), insight=SimpleNamespace(maps=asked)
+                ),
+            )
+            draw_encoder(tmp_path / "plots" / name, lab, entry)
+        if compare:
+            draw_comparison(tmp_path / "plots", whole)
+        plots = tmp_path / "plots"
+        return {str(p.relative_to(plots)) for p in plots.rglob("*") if p.is_file()}
+
+    return run
+
+
+def test_what_is_no_longer_asked_for_is_removed(draw: Any, tmp_path: Path) -> None:
+    top = {"attention-sinks.png", "comparison.png", "layer-curve.png", "norms-ranks.png"}
+    small = {"folds": ("1", "2"), "seeds": (0, 1)}
+    before = draw(encoders=["A", "random"], maps="cgp", **small)
+    own = ("folds.png", "layer-gates.png", "prototype-maps-cgp.png")
+    assert before == {f"{e}/{name}" for e in ("A", "random") for name in own} | top | {"gates.png"}
+    (tmp_path / "plots" / "mine.png").write_bytes(b"")
+    (tmp_path / "plots" / "A" / "mine.png").write_bytes(b"")
+    (tmp_path / "plots" / "notes").mkdir()
+    (tmp_path / "plots" / "notes" / "mine.txt").write_bytes(b"")
+    after = draw(encoders=["A"], methods=["linear"], **small)  # no gate, no prototypes
+    mine = {"mine.png", "A/mine.png", "notes/mine.txt"}
+    assert after == {"A/folds.png"} | top | mine
+    assert not (tmp_path / "plots" / "random").exists()
+    split = draw(encoders=["A"], methods=["linear"], folds=("test",))
+    assert split == top | mine
+
+
+def test_maps_of_a_head_that_was_not_kept_stay_while_it_is_asked_for(draw: Any) -> None:
+    small = {"encoders": ["A"], "folds": ("1",), "seeds": (0,), "compare": False}
+    assert "A/prototype-maps-cgp.png" in draw(maps="cgp", **small)
+    assert "A/prototype-maps-cgp.png" in draw(**small)
+    assert "A/prototype-maps-cgp.png" not in draw(asked=0, **small)
+    assert "A/prototype-maps-cgp.png" in draw(maps="cgp", **small)
+    other = draw(maps="proto", methods=["cgp", "proto"], **small)
+    assert {name for name in other if "maps" in name} == {"A/prototype-maps-proto.png"}
+
+
+def test_folds_are_drawn_while_there_are_colours(
+    draw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def gates(_: Any, path: Path, *, over: str) -> Path:
+        seen["over"] = over
+        return path
+
+    monkeypatch.setattr(probe_pictures, "plot_layer_gates", gates)
+    methods = [*METHODS, *"abcde"]
+    small = {"encoders": ["A"], "folds": ("1", "2"), "compare": False}
+    assert "A/folds.png" in draw(methods=methods[:7], seeds=(0, 1), **small)
+    assert seen["over"] == "trainings"
+    assert "A/folds.png" not in draw(methods=methods, seeds=(0,), **small)
+    assert seen["over"] == "folds"

@@ -1,0 +1,315 @@
+"""Choosing among candidates: on validation clips, side by side or in passes, never on the test."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from bat.config.probing import Protocol
+from bat.config.sections import Optim
+from bat.errors import UserError
+from bat.eval.candidates import Candidate, Plan, grid, passes
+from bat.eval.features import FeatureBank
+from bat.eval.results import ResultsFile, ranking, summary
+from bat.eval.search import cross_validate
+from bat.eval.splits import Round
+from bat.probes.base import Probe, build_probe
+from bat.probes.curve import LinearCurve
+from bat.probes.linear import Linear
+from bat.tasks.losses import LOSSES
+
+n, L, T, FREQ, D, C = 60, 3, 2, 2, 16, 3
+OPTIM = Optim(lr=0.05, betas=[0.9, 0.999], decay="matrices", warmup_steps=2, min_lr=1e-6)
+
+
+@pytest.fixture(scope="module")
+def bank() -> FeatureBank:
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % C
+    cls = torch.randn(n, L, D, generator=g)
+    cls[:, -1] += 5 * torch.eye(D)[labels]
+    return FeatureBank(
+        patches=torch.randn(n, L, T, FREQ, D, generator=g),
+        cls=cls,
+        targets=torch.eye(C)[labels],
+        ids=np.arange(n),
+        keys=[str(i) for i in range(n)],
+        skipped={},
+    )
+
+
+def _rounds(valid: bool = True) -> list[Round]:
+    part = np.arange(n) // C % 4
+    rounds = []
+    for k in range(2):
+        own = np.flatnonzero((part != k) & ((part != k + 1) | (not valid)))
+        rounds.append(
+            Round(str(k), own, np.flatnonzero(part == k),
+                  np.flatnonzero(part == k + 1) if valid else None)
+        )  # fmt: skip
+    return rounds
+
+
+def _build(method: str) -> Probe:
+    return build_probe(method, classes=C, width=D, depth=L, has_cls=True, prototypes=8, dropout=0.2)
+
+
+def _plan(**words) -> Plan:
+    words = {"build": _build, "optim": OPTIM, "steps": 12, "protocol": Protocol(lrs=[1e-5, 0.05]),
+             **words}  # fmt: skip
+    return Plan(loss=LOSSES["ce"], batch=16, multi_label=False, **words)
+
+
+def _same(a, b) -> bool:
+    return [vars(o) for o in a] == [vars(o) for o in b]
+
+
+def test_the_rate_that_learns_is_chosen_and_said(bank):
+    outcomes = cross_validate(bank, _rounds(), ["linear"], _plan(steps=40))
+    for outcome in outcomes:
+        assert outcome.chosen["lr"] == 0.05
+        assert outcome.chosen["candidates"] == 2
+        assert outcome.chosen["step"] == 40
+        assert 0.5 < outcome.chosen["validation"] <= 1
+        assert outcome.metrics["accuracy"] > 0.7
+
+
+def test_a_candidate_alone_gives_what_it_gives_beside_others(bank):
+    both = cross_validate(bank, _rounds(), ["linear", "cgp"], _plan(steps=4, seeds=2))
+    for method in ("linear", "cgp"):
+        alone = cross_validate(bank, _rounds(), [method], _plan(steps=4, seeds=2))
+        assert _same(alone, [o for o in both if o.method == method])
+    one = cross_validate(bank, _rounds(), ["linear"], _plan(steps=4, protocol=Protocol(lrs=[0.05])))
+    assert [o.metrics for o in one] == [
+        o.metrics for o in both if (o.method, o.seed) == ("linear", 0)
+    ]
+
+
+def test_passes_change_nothing(bank):
+    seen = []
+
+    class Spy(FeatureBank):
+        def training(self, ids, *, batch, steps, seed):
+            seen.append(seed)
+            return super().training(ids, batch=batch, steps=steps, seed=seed)
+
+    spy = Spy(patches=bank.patches, cls=bank.cls, targets=bank.targets, ids=bank.ids,
+              keys=bank.keys, skipped={})  # fmt: skip
+    together = cross_validate(spy, _rounds(), ["linear", "cgp"], _plan(steps=4, seeds=2))
+    assert len(seen) == 2  # one pass a round for eight candidates
+    seen.clear()
+    apart = cross_validate(
+        spy, _rounds(), ["linear", "cgp"], _plan(steps=4, seeds=2, memory_bytes=1)
+    )
+    assert len(seen) == 16
+    assert {id(o) for o in together}.isdisjoint({id(o) for o in apart})
+    order = [(o.fold, o.method, o.seed) for o in together]
+    apart.sort(key=lambda o: order.index((o.fold, o.method, o.seed)))
+    assert _same(together, apart)
+
+
+def test_test_clips_decide_nothing(bank):
+    """With other labels on the test clips the same rates are chosen."""
+    rounds = _rounds()[:1]
+    wrong = bank.targets.clone()
+    wrong[rounds[0].test] = wrong[rounds[0].test].roll(1, -1)
+    other = FeatureBank(patches=bank.patches, cls=bank.cls, targets=wrong, ids=bank.ids,
+                        keys=bank.keys, skipped={})  # fmt: skip
+    a, b = (cross_validate(s, rounds, ["linear"], _plan(steps=40))[0] for s in (bank, other))
+    assert a.chosen == b.chosen
+    assert a.metrics["accuracy"] > 0.7
+    assert b.metrics["accuracy"] < 0.3
+
+
+def test_validation_clips_are_not_trained_on(bank):
+    """Garbage features of the validation clips move the choice, not the trained weights."""
+    rounds, heads = _rounds()[:1], []
+    for spoilt in (False, True):
+        cls = bank.cls.clone()
+        if spoilt:
+            cls[rounds[0].valid] = 1e3
+        source = FeatureBank(patches=bank.patches, cls=cls, targets=bank.targets, ids=bank.ids,
+                             keys=bank.keys, skipped={})  # fmt: skip
+        plan = _plan(
+            protocol=Protocol(lrs=[0.05]),
+            on_probe=lambda probe, own: heads.append(probe.fc.weight.detach().clone()),
+        )
+        cross_validate(source, rounds, ["linear"], plan)
+    assert torch.equal(*heads)
+
+
+class Spiky(Linear):
+    """Good until its step 9, useless from then on."""
+
+    def __init__(self, **words):
+        super().__init__(**words)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, features):
+        if self.training:
+            self.steps += 1
+        out = super().forward(features)
+        return out if self.steps < 9 else -out
+
+
+def _spiky(method: str) -> Probe:
+    torch.manual_seed(0)
+    return Spiky(classes=C, width=D, depth=L, has_cls=True, dropout=0.0)
+
+
+def test_the_best_look_is_kept_and_patience_ends_early(bank):
+    steps = []
+    plan = _plan(
+        build=_spiky,
+        steps=40,
+        protocol=Protocol(lrs=[0.05], look_every=4, patience=2),
+        on_step=lambda: steps.append(1),
+    )
+    (outcome,) = cross_validate(bank, _rounds()[:1], ["spiky"], plan)
+    assert outcome.chosen["step"] in (4, 8)
+    assert outcome.metrics["accuracy"] > 0.6
+    assert len(steps) < 40
+    last = _plan(build=_spiky, steps=16, protocol=Protocol(lrs=[0.05]))
+    (worse,) = cross_validate(bank, _rounds()[:1], ["spiky"], last)
+    assert worse.chosen["step"] == 16
+
+
+def test_a_block_of_the_curve_stops_as_it_would_alone(bank):
+    """Looks and patience of one block do not hang on the others'."""
+
+    def run(blocks):
+        plan = _plan(
+            build=lambda _: First(classes=C, width=D, depth=L, has_cls=True, blocks=blocks),
+            steps=24,
+            protocol=Protocol(lrs=[0.05], look_every=2, patience=1),
+        )
+        found = cross_validate(bank, _rounds()[:1], ["curve"], plan)
+        return {o.method: (o.chosen["step"], o.metrics["map"]) for o in found}
+
+    class First(LinearCurve):
+        """A curve that answers for some of its blocks."""
+
+        def __init__(self, *, blocks, **words):
+            super().__init__(dropout=0.0, **words)
+            self.blocks = blocks
+
+        def answers(self, logits):
+            return {f"@{b}": logits[b - 1] for b in self.blocks}
+
+    every = run([1, 2, 3])
+    assert len({step for step, _ in every.values()}) > 1  # they do stop at different looks
+    for block in (1, 2, 3):
+        assert run([block]) == {f"curve@{block}": every[f"curve@{block}"]}
+
+
+def test_a_diverged_rate_is_passed_over(bank):
+    plan = _plan(protocol=Protocol(lrs=[1e30, 0.05]), optim=Optim(**{**vars(OPTIM),
+                 "warmup_steps": 0}), steps=30)  # fmt: skip
+    (outcome,) = cross_validate(bank, _rounds()[:1], ["linear"], plan)
+    assert outcome.chosen["lr"] == 0.05
+    plan.protocol = Protocol(lrs=[1e30, 1e31])
+    assert cross_validate(bank, _rounds()[:1], ["linear"], plan) == []
+    assert "diverged at every rate tried (1e+30, 1e+31): linear (0" in plan.diverged_line()
+
+
+@pytest.mark.parametrize("protocol", [None, Protocol(lrs=[0.05])])
+def test_what_diverges_costs_only_itself(bank, protocol):
+    """A probe, or one block of a curve, whose outputs are not finite: others are handed over."""
+
+    class Broken(Linear):
+        def forward(self, features):
+            return super().forward(features) * torch.nan
+
+    class Curve(LinearCurve):
+        def forward(self, features):
+            out = super().forward(features)
+            return torch.cat([out[:1] * torch.nan, out[1:]])
+
+    kinds = {"broken": Broken, "curve": Curve}
+    kept = []
+    plan = _plan(
+        protocol=protocol,
+        build=lambda m: (
+            kinds[m](classes=C, width=D, depth=L, has_cls=True) if m in kinds else _build(m)
+        ),
+        on_probe=lambda probe, own: kept.extend(o.method for o in own),
+    )
+    outcomes = cross_validate(bank, _rounds(valid=protocol is not None)[:1],
+                              ["linear", "broken", "curve", "cgp"], plan)  # fmt: skip
+    assert kept == [o.method for o in outcomes] == ["linear", "cgp"]
+    assert plan.diverged == [("broken", "0", 0), ("curve", "0", 0)]
+
+
+def test_epochs_count_passes_over_the_training_clips():
+    held = _rounds()[0]
+    assert _plan(epochs=2.0).run_steps(held) == (math.ceil(2 * len(held.train) / 16), 0)
+    long = _plan(epochs=100.0)
+    assert long.run_steps(held)[1] == 2
+    assert _plan().run_steps(held) == (12, 2)
+
+
+def test_grids():
+    optim = Optim(lr=0.1, weight_decay=0.2)
+    assert grid(None, optim, prototypes=False) == [(0.1, 0.2)]
+    assert grid(Protocol(selection="none"), optim, prototypes=True) == [(0.1, 0.2)]
+    protocol = Protocol(lrs=[1, 2], prototype_lrs=[3], weight_decays=[0.5, 0.6])
+    assert grid(protocol, optim, prototypes=False) == [(1, 0.5), (1, 0.6), (2, 0.5), (2, 0.6)]
+    assert grid(protocol, optim, prototypes=True) == [(3, 0.5), (3, 0.6)]
+    drawn = grid(Protocol(lrs=[1e-4, 7e-3], weight_decays=[1e-5, 5e-4], sobol=50), optim,
+                 prototypes=False)  # fmt: skip
+    assert len(set(drawn)) == 50
+    rates, decays = (np.array(v) for v in zip(*drawn, strict=True))
+    assert ((rates >= 1e-4) & (rates <= 7e-3)).all()
+    assert ((decays >= 1e-5) & (decays <= 5e-4)).all()
+    assert 20 <= (rates < np.sqrt(1e-4 * 7e-3)).sum() <= 30  # even on a log scale
+
+
+def test_passes_fit_the_memory():
+    candidates = [Candidate("a", 0, lr, 0) for lr in (1, 2, 3)] + [Candidate("b", 0, 1, 0)]
+    groups = list(passes(candidates, parameters={"a": 10, "b": 1000}, memory_bytes=350))
+    assert [[c.lr for c in g] for g in groups] == [[1, 2], [3], [1]]
+    assert [c for g in groups for c in g] == candidates
+
+
+def test_results_are_read_back_and_strange_ones_refused(bank, tmp_path):
+    outcomes = cross_validate(bank, _rounds(), ["linear"], _plan(bootstrap=100))
+    path, made = tmp_path / "results.jsonl", {"encoder": "x", "data": "y"}
+    ResultsFile(path, encoder="A", made_from=made).add(outcomes)
+    with path.open("a") as file:
+        file.write('{"encoder": "A", "meth')  # cut off by a kill
+    again = ResultsFile(path, encoder="A", made_from=made)
+    assert _same(again.outcomes, outcomes)
+    assert again.done("linear", "1", 0)
+    assert not again.done("linear", "1", 1)
+    assert not again.done("cgp", "1", 0)
+    assert ResultsFile(path, encoder="B", made_from=made).outcomes == []
+    with pytest.raises(UserError, match="with other data than"):
+        ResultsFile(path, encoder="A", made_from={**made, "data": "z"})
+
+    def never(probe, own):
+        raise AssertionError("trained again")
+
+    plan = _plan(done=again.done, on_probe=never)
+    assert cross_validate(bank, _rounds(), ["linear"], plan) == []
+
+
+def test_summary_says_what_its_deviation_is_over(bank):
+    outcomes = cross_validate(bank, _rounds(), ["linear"], _plan(seeds=3, bootstrap=100))
+    entry = summary(outcomes)["linear"]
+    values = np.array([[row[str(s)]["accuracy"] for s in range(3)]
+                       for row in entry["folds"].values()])  # fmt: skip
+    assert entry["std_over"] == "seeds"
+    assert entry["mean"]["accuracy"] == pytest.approx(values.mean())
+    assert entry["std"]["accuracy"] == pytest.approx(values.mean(0).std())
+    low, high = entry["interval"]
+    assert low <= entry["mean"]["accuracy"] <= high
+    assert high - low < 0.5
+    one = summary([o for o in outcomes if o.seed == 0])["linear"]
+    assert one["std_over"] == "folds"
+    assert one["std"]["accuracy"] == pytest.approx(values[:, 0].std())
+    alone = summary(outcomes[:1])["linear"]
+    assert (alone["std_over"], alone["std"]["accuracy"]) == ("none", 0)
+    rows = ranking({"A": {"linear": entry}, "B": {"linear": alone, "curve@1": entry}}, "accuracy")
+    assert [r["encoder"] for r in rows] in (["A", "B"], ["B", "A"])
+    assert rows[0]["mean"] >= rows[1]["mean"]

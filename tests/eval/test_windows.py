@@ -1,0 +1,473 @@
+"""A CSV of one's own, from its lines to what a probe is trained on."""
+
+import dataclasses
+import json
+import logging
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from bat.audio.decode import encode
+from bat.config.compose import compose, to_yaml
+from bat.config.probing import FeatureStore
+from bat.config.schema import Finetune, Pretrain, Probe
+from bat.data.bad_clips import BadClips
+from bat.data.module import eval_loader
+from bat.data.tar import escape_key
+from bat.encoders.bat import BAT
+from bat.encoders.eat import EAT
+from bat.errors import UserError
+from bat.eval.candidates import Plan
+from bat.eval.feature_cache import open_features
+from bat.eval.features import FeatureBank
+from bat.eval.fit import predictions
+from bat.eval.frame_targets import FrameTargets
+from bat.eval.heads import load_head, save_head
+from bat.eval.prepare import open_probing, prepare, with_encoder
+from bat.eval.probe import probe
+from bat.eval.run_folder import open_data
+from bat.eval.search import cross_validate
+from bat.eval.suite import Laboratory
+from bat.probes.base import build_probe, expand
+from bat.shard.toy import SAMPLE_RATE, toy_wave
+from bat.tasks.base import load_task
+from bat.tasks.events import Event
+from bat.train.finetune import finetune
+from bat.types import Grid, Needs, WaveBatch
+from bat.weights import export
+
+SECONDS = (0.5, 0.7, 1.0)
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """Nine clips, ``0.flac`` ... of 0.5, 0.7 and 1.0 s."""
+    folder = tmp_path_factory.mktemp("sounds")
+    for i in range(9):
+        wave = toy_wave("tone", seed=0, number=i, seconds=SECONDS[i % 3])
+        (folder / f"{i}.flac").write_bytes(encode(wave, sample_rate=SAMPLE_RATE, codec="flac"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    torch.manual_seed(0)
+    model = BAT(width=16, depth=2, heads=2, grid=Grid(8, 8))
+    folder = tmp_path_factory.mktemp("run") / "export"
+    return export(folder, backbone="bat", encoder=model.config(),
+                  weights={"student": model.state_dict()}, meta={})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("shards")
+
+
+@pytest.fixture
+def own(sounds, encoder, cache, tmp_path):
+    """``own(text, "key=value", ...)``: the configuration for a CSV of ``text``."""
+
+    def build(text, *words, schema=Probe, command="probe"):
+        csv = sounds / f"{tmp_path.name}.csv"
+        csv.write_text(text)
+        recipe = "own" if schema is Probe else "esc10"
+        given = [f"recipe={recipe}", f"data.csv={csv}", f"checkpoint={encoder}",
+                 f"data.cache={cache}", "hardware=cpu", "log.progress=false",
+                 "data.workers=0"]  # fmt: skip
+        merged = dict(word.split("=", 1) for word in [*given, *words])
+        return compose(schema, command, [f"{k}={v}" for k, v in merged.items()])
+
+    return build
+
+
+PLAIN = "path,label\n" + "".join(f"{i}.flac,{'ab'[i % 2]}\n" for i in range(9))
+EVENTS = """path,label,onset,offset,fold
+0.flac,a,0.0,0.1,1
+0.flac,b,0.2,0.4,1
+1.flac,a,0.3,0.9,1
+2.flac,,,,1
+3.flac,b,0,0.5,2
+4.flac,a,0.33,0.47,2
+5.flac,b,0.5,1,2
+"""
+
+
+def test_one_label_a_clip_is_one_label_a_clip(own):
+    ready = prepare(own(PLAIN, "task=esc10"))
+    assert (ready.task.name, ready.config.task, ready.task.loss) == ("own", "own", "ce")
+    assert ready.index.vocabulary == ["a", "b"]
+    assert len(ready.rounds) == 4  # the rarer class has four clips
+    assert [len(r.test) for r in ready.rounds] == [3, 2, 2, 2]
+    assert all(r.drawn and r.valid_is == "fold" for r in ready.rounds)
+    assert "learning rate chosen on the fold after the held-out one" in ready.how
+    assert any(line.startswith("folds drawn: ") for line in ready.notices)
+    assert ready.targets_of is None
+
+
+def test_protocol_unmute__one_search_and_the_task_s_prototypes(own, tmp_path):
+    out = tmp_path / "run"
+    probe(own(PLAIN, "protocol=unmute", "protocol.sobol=2", "train.epochs=1", "seeds=2",
+              "folds=[1]", "methods=[protobin,linear]", "insight.encoder=false", "insight.maps=0",
+              "bootstrap=0", f"out={out}"))  # fmt: skip
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["head"]["per_class"] == 20
+    said = "learning rate and weight decay chosen by the first seed on the fold after the held-out"
+    assert summary["how"].startswith(said)
+    (encoder,) = summary["encoders"].values()
+    for entry in encoder["results"].values():
+        first, second = entry["chosen"]["1-0"], entry["chosen"]["1-1"]
+        assert (first["candidates"], second["candidates"]) == (2, 1)
+        same = ("lr", "weight_decay", "step")
+        assert [first[k] for k in same] == [second[k] for k in same]
+    head, _ = load_head(*out.glob("heads/*/protobin-1-0"))
+    assert head.prototypes.shape == (20 * 2, 16)
+    assert head.dropout.p == 0
+    linear, _ = load_head(*out.glob("heads/*/linear-1-0"))
+    assert isinstance(linear.norm, torch.nn.Identity)
+    assert [load_task(name).per_class for name in ("audioset", "esc50", "own")] == [10, 20, 20]
+
+
+def test_the_draw_follows_the_seed(own):
+    first, again, other = (
+        [r.test.tolist() for r in open_probing(own(PLAIN, f"seed={seed}")).rounds]
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_the_window_is_the_longest_clip_and_each_clip_has_its_own_frames(own):
+    ready = prepare(own(PLAIN))
+    assert ready.config.data.clip_seconds == 1.0
+    assert ready.frames is None
+    assert ready.notices[0] == "window 1 s, the longest clip (data.clip_seconds=10)"
+    assert "\n  window 1 s, the longest clip" in ready.headline("first")
+    ready = prepare(own(PLAIN, "data.clip_seconds=0.6"))
+    assert (ready.config.data.clip_seconds, ready.frames) == (0.6, None)
+    assert "6 of 9 clips are longer than the window of 0.6 s: only their start" in ready.notices[0]
+    assert prepare(own(PLAIN, "frames=208")).frames == 208
+    with pytest.raises(UserError, match="makes 101 frames, more than frames=64"):
+        prepare(own(PLAIN, "frames=64"))
+    padded = prepare(own(PLAIN, "pad=clip")).backbone.frontend
+    assert (padded.pad, padded.clip_samples) == ("clip", 16000)  # the window's
+
+
+def test_untrained_encoders_get_the_grid_of_the_window(own):
+    data = open_probing(own(PLAIN))
+    ready = with_encoder(data, data.config, "random")
+    assert (ready.frames, ready.backbone.grid) == (None, Grid(7, 8))
+
+
+class NoClassToken(BAT):
+    has_cls = False
+
+
+@pytest.mark.parametrize(
+    ("words", "cls"),
+    [(["protocol=bat"], "mean"), ([], "patches"), (["protocol=bat", "head.cls=patches"], "patches"),
+     (["head.cls=mean"], "mean")],
+)  # fmt: skip
+def test_what_stands_in_for_a_class_token_is_said_by_the_protocol(own, tmp_path, words, cls):
+    ready = prepare(own(PLAIN, "head.prototypes=4", *words))
+    backbone = NoClassToken(width=16, depth=2, heads=2, grid=Grid(8, 8))
+    lab = Laboratory(
+        dataclasses.replace(ready, backbone=backbone), tmp_path, name="x", methods=["cgp"]
+    )
+    probe = lab.build("cgp")
+    assert probe.cls == cls
+    save_head(tmp_path / "head", probe, name="cgp", head=lab.head, meta={})
+    assert load_head(tmp_path / "head")[0].cls == cls
+    if any(word.startswith("head.cls=") for word in words):
+        with pytest.raises(UserError, match=f"head.cls={cls} .* this encoder has one"):
+            Laboratory(ready, tmp_path, name="x", methods=["cgp"])
+    else:
+        assert Laboratory(ready, tmp_path, name="x", methods=["cgp"]).head["cls"] is None
+
+
+@pytest.mark.parametrize("level", ["clip", "frame"])
+@pytest.mark.parametrize("kind", [BAT, EAT])
+def test_probing_gives_each_clip_what_it_gives_alone(own, tmp_path, level, kind):
+    """Whatever the batch, wherever features are kept, for every probe."""
+    ready = prepare(own(EVENTS if level == "frame" else PLAIN, f"level={level}"))
+    torch.manual_seed(0)
+    encoder = kind(width=16, depth=2, heads=2, grid=Grid(4, 8)).eval()  # of 1 s: two chunks
+    ids, methods = np.arange(len(ready.index)), expand(["all"], level=level)
+    shape = {"classes": 2, "width": 16, "depth": 2, "has_cls": True, "level": level}
+    probes = {
+        m: build_probe(m, **shape, encoder=encoder, prototypes=5, pool_queries=2) for m in methods
+    }
+    found = {}
+    for cache, batch in [("off", 1), ("off", 7), ("memory", 1), ("memory", 7), ("memory", 48),
+                         ("disk", 7), ("disk", 1)]:  # fmt: skip
+        source = open_features(
+            encoder, ready.index, ids=ids, frames=ready.frames, needs=Needs("all", entry=True),
+            batch=batch, store=FeatureStore(cache=cache, folder=str(tmp_path / "features")),
+            data=ready.config.data, random_offset=False, autocast=None,
+            device=torch.device("cpu"), bad_clips=BadClips(max_bad=0.0), progress=False,
+            digest="", targets_of=ready.targets_of,
+        ).source  # fmt: skip
+        found[cache, batch] = predictions(probes, source.once(ids, batch=batch))
+    first = found["off", 1]
+    if level == "frame":  # complete windows of 25 ms alone: two clips lose a patch of 20 ms
+        assert len(first.targets) == (32 if kind is BAT else 30)
+    for other in found.values():
+        assert torch.equal(other.targets, first.targets)
+        for name, logits in first.logits.items():
+            torch.testing.assert_close(other.logits[name], logits, atol=1e-5, rtol=1e-5)
+    loader = eval_loader(ready.index, ids, batch=1, sample_rate=SAMPLE_RATE, clip_seconds=1.0)
+    for row, batch in enumerate(loader if level == "clip" else ()):
+        with torch.no_grad():
+            alone = encoder(batch.waves[0, : batch.lengths[0]])
+            logits = probes["cgp"].eval()(alone)[0]
+        torch.testing.assert_close(first.logits["cgp", ""][row], logits, atol=1e-5, rtol=1e-5)
+
+
+def test_data_are_opened_once_for_several_encoders(own, encoder):
+    config = own(PLAIN)
+    data = open_probing(dataclasses.replace(config, checkpoint=f"{encoder},random"))
+    a, b = (with_encoder(data, config, name) for name in (str(encoder), "random:tiny"))
+    assert a.index is b.index is data.index
+    assert a.rounds is b.rounds
+    assert (a.config.checkpoint, b.config.checkpoint) == (str(encoder), "random:tiny")
+    assert a.config.data == b.config.data == data.config.data
+    assert (a.backbone.width, b.backbone.width) == (16, 192)
+
+
+def test_the_data_of_the_first_checkpoint_that_has_some(own, encoder, sounds):
+    run = encoder.parent
+    words = ["recipe=toy", "task=folder", f"data.root={sounds}", "online.every=0"]
+    (run / "config.yaml").write_text(to_yaml(compose(Pretrain, "pretrain", words)))
+    config = own(PLAIN)
+    config = dataclasses.replace(
+        config, task="folder", data=dataclasses.replace(config.data, csv=None),
+        checkpoint=f"random,{encoder}",
+    )  # fmt: skip
+    try:
+        with pytest.raises(UserError, match=r"the data has 0 class\(es\)"):  # found, unlabelled
+            open_probing(config)
+    finally:
+        (run / "config.yaml").unlink()
+
+
+def test_an_edited_csv_makes_new_shards_and_the_same_one_none(own, tmp_path):
+    where = f"data.cache={tmp_path}/shards"
+
+    def shards():
+        return sorted(p.name for p in (tmp_path / "shards").iterdir() if p.is_dir())
+
+    first = open_probing(own(PLAIN, where)).index.hash
+    made = shards()
+    assert len(made) == 1
+    stamp = os.stat(tmp_path / "shards" / made[0] / "manifest.json").st_mtime_ns
+    assert open_probing(own(PLAIN, where)).index.hash == first
+    assert shards() == made
+    assert os.stat(tmp_path / "shards" / made[0] / "manifest.json").st_mtime_ns == stamp
+    edited = open_probing(own(PLAIN.replace("3.flac,b", "3.flac,a"), where)).index
+    assert edited.hash != first
+    assert len(shards()) == 2
+    assert edited.labels_per_clip.sum() == 9
+
+
+def test_files_that_cannot_be_read_are_counted(own, sounds, caplog):
+    (sounds / "bad.flac").write_bytes(b"fLaC, but not really")
+    text = PLAIN + "bad.flac,a\n"
+    with pytest.raises(UserError, match=r"1 of the 10 files .*bad\.flac, corrupt.*data\.max_bad"):
+        open_probing(own(text))
+    with caplog.at_level(logging.WARNING, logger="bat"):
+        data = open_probing(own(text, "data.max_bad=0.1"))
+    assert len(data.index) == 9
+    assert "1 of the 10 files" in caplog.text
+
+
+def test_files_that_cannot_be_read_are_told_to_who_reads_the_results(own, sounds):
+    text = PLAIN
+    for i in range(6):
+        (sounds / f"bad{i}.flac").write_bytes(b"fLaC, but not really")
+        text += f"bad{i}.flac,a\n"
+    data = open_probing(own(text, "data.max_bad=0.5"))
+    [said] = [line for line in data.notices if "cannot be read" in line]
+    assert said.startswith("6 of the 15 files of ")
+    for i in range(5):
+        assert f"line {11 + i}: bad{i}.flac, corrupt" in said
+    assert "bad5" not in said
+    assert said.endswith("/manifest.json): left out")
+    assert f"\n  {said}" in prepare(own(text, "data.max_bad=0.5")).headline("first")
+    assert not any("cannot be read" in line for line in open_probing(own(PLAIN)).notices)
+
+
+def test_data_mistakes_name_the_remedy(own, sounds):
+    with pytest.raises(UserError, match=r"does not exist: name a CSV"):
+        open_data("own", dataclasses.replace(own(PLAIN).data, csv=f"{sounds}/none.csv"))
+    with pytest.raises(UserError, match=r"with task=own: name its CSV, data\.csv=FILE"):
+        open_data("own", dataclasses.replace(own(PLAIN).data, csv=None, root=str(sounds)))
+    with pytest.raises(UserError, match="class 'c' has a single clip, so no folds can be drawn"):
+        open_probing(own(PLAIN.replace("8.flac,a", "8.flac,c")))
+    folds = "".join(f"{i}.flac,{'ab'[i > 4]},{1 + (i > 4)}\n" for i in range(9))
+    with pytest.raises(UserError, match="has training clips of 1 class"):
+        open_probing(own(f"path,label,fold\n{folds}"))
+
+
+def test_several_labels_are_judged_by_mean_average_precision(own):
+    text = PLAIN.replace("label", "labels").replace("4.flac,a", "4.flac,a;c")
+    data = open_probing(own(text))
+    assert (data.task.multi_label, data.task.metric, data.task.loss) == (True, "map", "bce")
+    said = [line for line in data.notices if line.startswith("no training clip where")]
+    assert said == [
+        "no training clip where they are held out, so chance at best: 'c' (the round of fold "
+        f"{next(r.name for r in data.rounds if 4 in r.test)})"
+    ]
+
+
+def test_events_at_clip_level_are_the_clip_s_labels(own):
+    data = open_probing(own(EVENTS))
+    targets = np.stack([data.index.targets(i) for i in range(6)])
+    assert targets.tolist() == [[1, 1], [1, 0], [0, 0], [0, 1], [1, 0], [0, 1]]
+    assert data.task.multi_label
+    assert data.events is None
+    assert [r.name for r in data.rounds] == ["1", "2"]
+    one = "path,label,onset,offset\n" + "".join(f"{i}.flac,{'ab'[i % 2]},0,0.4\n" for i in range(6))
+    alone = open_probing(own(one))
+    assert (alone.task.multi_label, alone.task.loss) == (False, "ce")
+    quiet = open_probing(own(one + "8.flac,,,\n"))  # one label at most, but none of one
+    assert (quiet.task.multi_label, quiet.task.loss, quiet.task.metric) == (True, "bce", "map")
+
+
+def test_events_at_frame_level(own):
+    """Patches of 160 ms; clip 1 of 0.7 s has five, the last from 0.64 s on; clip 0 has four."""
+    ready = prepare(own(EVENTS, "level=frame"))
+    assert ready.task.multi_label
+    assert ready.task.loss == "bce"
+    assert ready.targets_of is not None
+    loader = eval_loader(ready.index, np.arange(6), batch=6, sample_rate=SAMPLE_RATE,
+                         clip_seconds=ready.config.data.clip_seconds)  # fmt: skip
+    (batch,) = loader
+    targets = ready.targets_of(batch, 7)
+    assert targets.shape == (6, 7, 2)
+    x = float("nan")
+    torch.testing.assert_close(
+        targets,
+        torch.tensor(
+            [
+                [[1, 0], [0, 0], [0, 1], [0, 0], [x, x], [x, x], [x, x]],
+                [[0, 0], [0, 0], [1, 0], [1, 0], [1, 0], [x, x], [x, x]],
+                [[0, 0]] * 7,
+                [[0, 1], [0, 1], [0, 1], [0, 1], [x, x], [x, x], [x, x]],
+                [[0, 0]] * 5 + [[x, x]] * 2,
+                [[0, 0]] * 4 + [[0, 1]] * 3,
+            ]
+        ),
+        equal_nan=True,
+    )
+    assert ready.notices[-1].startswith("1 event(s) begin and end between the starts of two")
+
+
+def test_events_are_probed_by_the_patches_that_lie_in_a_clip(own):
+    """Each fold has clips of 4, 5 and 7 patches; batches are of two clips."""
+    ready = prepare(own(EVENTS, "level=frame"))
+    ids = np.arange(6)
+    loader = eval_loader(ready.index, ids, batch=4, sample_rate=SAMPLE_RATE,
+                         clip_seconds=ready.config.data.clip_seconds)  # fmt: skip
+    bank = FeatureBank.extract(ready.backbone, loader, ids=ids, frames=ready.frames,
+                               targets_of=ready.targets_of)  # fmt: skip
+    plan = Plan(
+        build=lambda m: build_probe(m, classes=2, width=16, depth=2, has_cls=True, level="frame"),
+        loss=ready.loss, optim=ready.config.optim, steps=2, batch=2, multi_label=True, metric="map",
+        bootstrap=200,
+    )  # fmt: skip
+    rounds = [dataclasses.replace(r, valid=None) for r in ready.rounds]
+    found = cross_validate(bank, rounds, ["linear"], plan)
+    assert [o.metrics["per_class"]["positives"] for o in found] == [[4, 1], [0, 7]]
+    assert plan.diverged == []
+    probe = {"linear": plan.build("linear")}
+    rows = predictions(probe, bank.once(ids, batch=2))  # across batches, in order
+    assert rows.clips.bincount().tolist() == [4, 5, 7, 4, 5, 7]
+    assert not rows.targets.isnan().any()
+    for outcome in found:
+        drawn = [v for v in outcome.replicates if not np.isnan(v)]
+        assert 0 < len(set(drawn)) <= 10  # of three clips there are ten draws
+
+
+def test_the_digest_follows_an_edited_onset_though_the_shards_do_not(own):
+    before = prepare(own(EVENTS, "level=frame"))
+    after = prepare(own(EVENTS.replace("0.3,0.9", "0.2,0.9"), "level=frame"))
+    assert before.index.hash == after.index.hash
+    assert before.targets_of.digest != after.targets_of.digest
+    assert before.targets_of.digest == prepare(own(EVENTS, "level=frame")).targets_of.digest
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["data.roll=true"], "data.roll=true moves clips, not their events: say data.roll=false"),
+        (["pad_offset=random"], "pad_offset=random moves clips, not .* say pad_offset=start"),
+    ],
+)
+def test_what_would_move_events_is_refused(own, words, says):
+    with pytest.raises(UserError, match=says):
+        open_probing(own(EVENTS, "level=frame", *words))
+    open_probing(own(EVENTS, *words))
+
+
+def test_recordings_longer_than_the_window_are_judged_at_their_start(own):
+    data = open_probing(own(EVENTS, "level=frame", "data.clip_seconds=0.5"))
+    said = next(line for line in data.notices if "the window of 0.5 s" in line)
+    assert said.startswith("4 of 6 clips are longer")
+    assert "only their start is judged (the longest: 1 s;" in said
+    assert said.endswith("; 1 event(s) begin after it")
+
+
+def test_events_after_the_end_are_an_error(own):
+    with pytest.raises(UserError, match=r"1 event.s. begin after .* line 6: onset 300, 3 has 0.5"):
+        open_probing(own(EVENTS.replace("b,0,0.5", "b,300,500")))
+
+
+def test_patch_times_are_their_starts_and_bounds_belong_to_the_event():
+    """As SPEC section 5: index x 160 ms inside [start, end]; 3 x 160 ms is 0.48 s exactly."""
+    events = {"x.y": (Event(0.16, 0.48, ("b",), 2), Event(0.481, 0.639, ("a",), 3))}
+    made = FrameTargets(events, labels=["a", "b"], patch_hop_ms=160.0, sample_rate=1000)
+    batch = WaveBatch(
+        waves=torch.zeros(1, 960), lengths=torch.tensor([800]), targets=torch.zeros(1, 2),
+        keys=[escape_key("x.y")], positions=torch.zeros(1), skipped=[],
+    )  # fmt: skip
+    (targets,) = made(batch, 6)
+    assert targets[:5, 1].tolist() == [0, 1, 1, 1, 0]
+    assert targets[:5, 0].tolist() == [0] * 5
+    assert made.missed == 1
+    assert targets[5].isnan().all()  # 0.8 s is the clip's end
+    batch.lengths = torch.tensor([801])
+    assert made(batch, 6)[0, 5].tolist() == [0, 0]
+
+
+def test_fine_tuning_of_clips_of_their_own_length_is_not_split_among_devices(own, tmp_path):
+    words = ["hardware.strategy=fsdp", f"out={tmp_path}/run"]
+    with pytest.raises(UserError, match=r"strategy=fsdp .* say frames=NUMBER"):
+        finetune(own(PLAIN, *words, schema=Finetune, command="finetune"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_fine_tuning_takes_a_csv_too(own):
+    ready = prepare(own(PLAIN, schema=Finetune, command="finetune"))
+    assert (ready.task.name, ready.frames) == ("own", None)
+    assert [len(r.train) for r in ready.rounds] == [6, 7, 7, 7]
+    assert all(r.valid is None for r in ready.rounds)
+    assert "nothing was selected" in ready.how
+
+
+def test_clips_without_labels_are_negatives_and_counted(own):
+    text = (
+        PLAIN.replace("label", "labels")
+        .replace("4.flac,a", "4.flac,")
+        .replace("8.flac,a", "8.flac,nan")
+    )
+    data = open_probing(own(text))
+    assert (data.task.multi_label, data.task.loss) == (True, "bce")
+    assert "2 of 9 clips have no label: negatives of every class" in data.notices
+    assert data.index.targets(4).tolist() == [0, 0]
+
+
+def test_spellings_of_a_class_are_told_to_who_reads_the_results(own):
+    notices = open_probing(
+        own(PLAIN.replace("4.flac,a", "4.flac,A").replace("8.flac,a", "8.flac,A"))
+    ).notices
+    assert any("'A' and 'a'" in line for line in notices)

@@ -1,0 +1,127 @@
+"""The pool: order, how far ahead it goes, errors, and that no process outlives its caller."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from bat.errors import UserError
+from bat.shard.pool import AHEAD, cores, ordered_map
+
+
+def slow_square(x: int, *, fail: int = -1) -> tuple[int, int]:
+    time.sleep(0.02 if x % 2 else 0.0)  # the even ones overtake
+    if x == fail:
+        raise KeyError(f"at {x}")
+    return x * x, os.getpid()
+
+
+def die(x: int) -> int:
+    if x == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return x
+
+
+def interrupted(x: int) -> int:
+    os.kill(os.getpid(), signal.SIGINT)  # as a Ctrl-C in the terminal reaches every process
+    return x
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_results_come_in_order_and_few_items_are_taken_ahead(jobs: int) -> None:
+    taken = []
+
+    def items() -> Iterator[int]:
+        for x in range(20):
+            taken.append(x)
+            yield x
+
+    results = ordered_map(slow_square, items(), jobs=jobs)
+    found, processes = [], set()
+    for count, (square, process) in enumerate(results, start=1):
+        assert len(taken) <= count + (AHEAD * jobs if jobs > 1 else 0)
+        found.append(square)
+        processes.add(process)
+    assert found == [x * x for x in range(20)]
+    assert (os.getpid() in processes) == (jobs == 1)
+    assert len(processes) <= jobs
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_exception_arrives_at_its_place(jobs: int) -> None:
+    results = ordered_map(partial(slow_square, fail=3), range(10), jobs=jobs)
+    assert [next(results)[0] for _ in range(3)] == [0, 1, 4]
+    with pytest.raises(KeyError, match="at 3"):
+        next(results)
+
+
+def test_a_dead_process_is_a_clear_error() -> None:
+    with pytest.raises(UserError, match="one of the 2 worker processes died"):
+        list(ordered_map(die, range(10), jobs=2))
+    with pytest.raises(UserError, match="jobs=0"):
+        ordered_map(die, range(10), jobs=0)
+
+
+def test_processes_leave_ctrl_c_to_the_caller() -> None:
+    try:
+        assert list(ordered_map(interrupted, range(4), jobs=2)) == [0, 1, 2, 3]
+    except KeyboardInterrupt:
+        pytest.fail("a process took the Ctrl-C for its own")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_progress_counts_items_and_time_left(jobs: int, capsys: pytest.CaptureFixture[str]) -> None:
+    results = ordered_map(slow_square, [1, 2, 3], jobs=jobs, progress=True, unit="shard")
+    assert [square for square, _ in results] == [1, 4, 9]
+    shown = capsys.readouterr().err
+    assert "3/3" in shown
+    assert "shard/s" in shown or "s/shard" in shown
+
+
+def alive(process: int) -> bool:
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+def test_processes_end_with_a_caller_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "caller.py"
+    script.write_text(
+        "import os, sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from test_pool import slow_square\n"
+        "from bat.shard.pool import ordered_map\n"
+        "if __name__ == '__main__':\n"
+        "    results = ordered_map(slow_square, range(10**6), jobs=2)\n"
+        "    seen = set()\n"
+        "    while len(seen) < 2: seen.add(next(results)[1])\n"
+        "    print(*seen, flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    call = [sys.executable, str(script), str(Path(__file__).parent)]
+    done = subprocess.run(call, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == -9
+    children = [int(word) for word in done.stdout.split()]
+    assert len(children) == 2
+    deadline = time.monotonic() + 10
+    while any(map(alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, children))
+
+
+def test_cores_are_those_of_this_process() -> None:
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        assert cores() == 1
+    finally:
+        os.sched_setaffinity(0, mine)
+    assert cores() == len(mine)
