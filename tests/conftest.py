@@ -1,18 +1,32 @@
-"""Fixtures shared by all tests: where the golden vectors and the real data set lie, if they do."""
+"""Fixtures shared by all tests: golden vectors and real data, if they are there; small runs, shards."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from bat.config.compose import compose
+from bat.config.schema import Pretrain
+from bat.data.index import Index, open_index
+from bat.shard.toy import make_toy
+from bat.shard.write import write_shards
+from bat.tasks.base import Row
+from tests.data.http_server import FaultyServer, wave
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if WORKER:  # one test process a core: what the tests start gets one thread as well
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if WORKER else 2)
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +45,62 @@ def esc10() -> Path:
     if not folder.is_dir():
         pytest.skip("ESC-10 (../shared/data/esc10) is not on this machine")
     return folder
+
+
+SMALL = [
+    "recipe=toy",
+    "model.width=48",
+    "model.depth=2",
+    "model.heads=2",
+    "objective.decoder_depth=1",
+    "objective.mask.views=2",
+    "train.steps=6",
+    "train.log_every=2",
+    "train.save_every=2",
+    "train.keep=2",
+    "online.every=0",
+    "log.progress=false",
+]
+
+
+@pytest.fixture
+def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pretrain]:
+    """``small("key=value", ..., out=folder)`` -> configuration; the toy set is made once."""
+    cache = tmp_path_factory.getbasetemp() / "shards"
+
+    def build(*words: str, out: Path) -> Pretrain:
+        own = [f"out={out}", f"data.cache={cache}"]
+        merged = dict(w.split("=", 1) for w in [*SMALL, *own, *words])
+        return compose(Pretrain, "pretrain", [f"{k}={v}" for k, v in merged.items()])
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_toy(tmp_path_factory.mktemp("toy"), seconds=0.5)
+
+
+@pytest.fixture
+def toy_index(toy_shards: Path) -> Index:
+    return open_index(toy_shards)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[FaultyServer]:
+    (tmp_path / "www").mkdir()
+    with FaultyServer(tmp_path / "www") as running:
+        yield running
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """12 clips in 4 shards, ours, in the server's ``set``; the index as it is here."""
+    (tmp_path / "files").mkdir()
+    rows = []
+    for i in range(12):
+        path = tmp_path / f"files/{i}.wav"
+        path.write_bytes(wave(i))
+        rows.append(Row(path, f"k{i:02d}", ("ab"[i % 2],)))
+    write_shards(rows, tmp_path / "www/set", shard_bytes=17_000)
+    return tmp_path / "www/set"

@@ -12,9 +12,9 @@ from bat.config import locate
 from bat.config.compose import compose, to_yaml
 from bat.config.schema import Finetune, Hardware, Pretrain, Probe
 from bat.errors import UserError
+from bat.eval import hardware as speed
 from bat.eval.hardware import attention_in_words, with_precision
 from bat.nn.block import Block, blocks_of
-from bat.eval import hardware as speed
 from bat.train import run_pretrain
 from bat.train.pretrain import Pretraining
 from bat.types import WaveBatch
