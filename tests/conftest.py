@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: golden vectors and real data, if they are there; small runs, shards."""
+"""Fixtures shared by all tests: golden vectors and real data where they lie, small runs, shards."""
 
 from __future__ import annotations
 
