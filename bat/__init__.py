@@ -21,7 +21,8 @@ def load_encoder(
 ) -> Encoder:
     """Load an encoder, ours or the field's, strictly, in eval mode on the CPU.
 
-    ``path``: a run, export or hub folder, or a weight file (the paper's, EAT's, SSLAM's).
+    ``path``: a run, export or hub folder, or a weight file (the paper's, EAT's, SSLAM's); of an
+    encoder from outside bat ``package.module.Class:PATH``, which imports the class.
     ``weights``: ``student`` or ``teacher`` (EMA), where a file holds both. ``heads``: for a file
     that does not say; default width / 64.
     Raises ``bat.errors.UserError`` (a ValueError) naming every missing or unexpected weight, those
@@ -31,12 +32,8 @@ def load_encoder(
     >>> features = encoder(waveform)                        # (B, S) -> Features
     >>> features = encoder(waveform, lengths)               # (B,) samples: each as it is alone
     """
-    from bat.encoders.base import load_backbone
-    from bat.weights import check_numbers, read_encoder
+    from bat import weights as files
 
-    file = read_encoder(path, weights)  # type: ignore[arg-type]
-    cls = load_backbone(file.backbone, trusted=False)
-    heads = file.heads if heads is None else heads
-    encoder = cls.from_weights(file.state, config=file.config, heads=heads).eval()
-    check_numbers(encoder.state_dict(), str(path))
+    encoder = files.load_encoder(str(path), weights=weights, heads=heads).eval()
+    files.check_numbers(encoder.state_dict(), str(path))
     return encoder

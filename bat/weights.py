@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, _weights_only_unpickler
 
+from bat import registry
+from bat.encoders.base import Encoder, find_encoder
 from bat.errors import UserError
 from bat.io import replace_durably
 
@@ -122,6 +124,24 @@ def read_encoder(path: str | Path, weights: Which = "student") -> EncoderFile:
         )
     backbone, state = _pick(held[inside[0]] if inside else held, path, weights)
     return EncoderFile(path, backbone, None, state, {})
+
+
+def load_encoder(checkpoint: str, *, weights: str, heads: int | None) -> Encoder:
+    """See ``bat.load_encoder``."""
+    name, path = registry.split_checkpoint(checkpoint)
+    where = resolve(path)
+    if name is not None and "." in name and not is_export(where):
+        return find_encoder(name).from_weights(read_tensors(where), config=None, heads=heads)
+    file = read_encoder(where, weights)  # type: ignore[arg-type]
+    if name not in (None, file.backbone):
+        raise UserError(f"{where} holds encoder '{file.backbone}', not '{name}': say {where} alone")
+    if name is None and "." in file.backbone:
+        raise UserError(
+            f"{where} wants encoder '{file.backbone}', code from outside bat: where you trust it, "
+            f"say {file.backbone}:{path}, which imports it"
+        )
+    heads = file.heads if heads is None else heads
+    return find_encoder(file.backbone).from_weights(file.state, config=file.config, heads=heads)
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

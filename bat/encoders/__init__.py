@@ -1,1 +1,1 @@
-"""Encoders, one file each: the file name is the registration (``base.load_backbone``)."""
+"""Encoders, one file each: the file name is the registration (``base.find_encoder``)."""

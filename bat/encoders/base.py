@@ -1,17 +1,17 @@
-"""What every backbone offers, whatever it is inside: waveform or spectrogram in, all layers out."""
+"""The base classes of encoders: waveforms in, the tokens of all blocks out."""
 
 from __future__ import annotations
 
 import abc
-import importlib
 import inspect
-import pkgutil
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
 
+from bat import registry
 from bat.audio.base import Pad
 from bat.audio.frontend import KaldiFbank, LogMel
 from bat.errors import UserError
@@ -21,22 +21,66 @@ from bat.types import Features, Grid, Views
 
 
 class Encoder(nn.Module, abc.ABC):
-    """An encoder with its own front end.
+    """An audio encoder: waveforms in, the tokens of all blocks out.
 
-    Attributes: ``sample_rate`` (Hz), ``width`` D, ``depth`` L, ``heads``, ``patch`` (frames and mel
-    bins a side), ``grid`` (patches of one chunk), ``patch_hop_ms``, ``has_cls``, ``frontend``,
-    ``has_queries`` (whether ``query_blocks`` is there).
+    It sees time in steps of ``hop_seconds`` ("time patches", T of them) and frequency in F patches;
+    an encoder without a frequency axis has F = 1. How to write one: docs/add_an_encoder.md.
+
+    Attributes: ``sample_rate`` (Hz), ``width`` D, ``depth`` L (blocks whose tokens it gives),
+    ``has_cls`` (whether it has a class token), ``has_queries`` (whether ``query_blocks`` is
+    there), ``heads`` (of attention, or None), ``max_patches`` (time patches that it takes at once:
+    of longer clips it encodes one chunk after the other; None: no limit).
     """
 
     sample_rate: int
     width: int
     depth: int
-    heads: int
-    patch: int
-    grid: Grid
+    heads: int | None = None
+    max_patches: int | None = None
     has_cls: ClassVar[bool]
     has_queries: ClassVar[bool] = False
-    frontend: nn.Module
+
+    @property
+    @abc.abstractmethod
+    def hop_seconds(self) -> float:
+        """Seconds from one time patch to the next."""
+
+    @abc.abstractmethod
+    def inputs(
+        self, waveform: Tensor, lengths: Tensor | None = None, *, frames: int | None = None
+    ) -> Tensor:
+        """(B, S) or (S,) at ``sample_rate`` -> what ``features`` takes, (B, ...), float32.
+
+        The part that is not trained and runs without autocast: a log-mel, or the samples scaled.
+
+        Args:
+            waveform: one clip a row, padded on the right.
+            lengths: (B,) samples of each row; None: all S. Row i is what clip i gives alone, in the
+                part that ``first(inputs, time_patches(lengths[i]))`` keeps.
+            frames: give each clip exactly so many frames (``SpectrogramEncoder``).
+        """
+
+    @abc.abstractmethod
+    def features(self, inputs: Tensor, *, entry: bool = False) -> Features:
+        """``inputs`` of clips of one length -> the tokens of all blocks.
+
+        ``entry``: also what enters the first block, and each chunk's class tokens; asked of
+        encoders with ``has_queries`` alone.
+        """
+
+    @overload
+    def time_patches(self, samples: int) -> int: ...
+
+    @overload
+    def time_patches(self, samples: Tensor) -> Tensor: ...
+
+    @abc.abstractmethod
+    def time_patches(self, samples: int | Tensor) -> int | Tensor:
+        """Time patches T of clips of so many samples that are encoded alone, at least 1."""
+
+    @abc.abstractmethod
+    def first(self, inputs: Tensor, patches: int) -> Tensor:
+        """The part of ``inputs`` that the first ``patches`` time patches are made of."""
 
     @classmethod
     @abc.abstractmethod
@@ -47,18 +91,21 @@ class Encoder(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def config(self) -> dict[str, Any]:
-        """Keywords that build this backbone again (JSON values)."""
+        """Keywords that build this encoder again (JSON values)."""
 
-    @abc.abstractmethod
-    def features(self, spectrogram: Tensor, *, entry: bool = False) -> Features:
-        """(B, 1, frames, mels), already through the front end -> all layers.
+    def layer_of(self, name: str) -> int:
+        """Layer of parameter ``name`` for layer-wise learning rates: 0 the embedding, b + 1 block
+        b, L + 1 the rest. Here: ``blocks.B.*`` by their number, the rest is the embedding."""
+        found = re.match(r"blocks\.(\d+)\.", name)
+        return int(found[1]) + 1 if found else 0
 
-        ``entry``: also what enters the first block, and each chunk's class tokens.
-        """
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that never decay in fine-tuning, besides the 1-D ones."""
+        return set()
 
     def query_blocks(self, queries: Tensor, features: Features) -> Tensor:
-        """What ``queries`` (L, q, D) become, (L, B, q, D): those of block l read the tokens that
-        enter it, and no token reads them. Gradients reach the queries alone.
+        """``queries`` (L, q, D) through the frozen blocks, (L, B, q, D): those of block l read the
+        tokens that enter it, and no token reads them. Gradients reach the queries alone.
 
         ``features``: of ``features(..., entry=True)``. Raises ``UserError`` where it is not
         defined.
@@ -67,27 +114,97 @@ class Encoder(nn.Module, abc.ABC):
             f"{type(self).__name__} has no query_blocks: vqt is not defined for this encoder"
         )
 
-    @abc.abstractmethod
-    def layer_of(self, name: str) -> int:
-        """Layer of parameter ``name``: 0 the embedding, b + 1 block b, L + 1 the rest."""
+    def forward(
+        self, waveform: Tensor, lengths: Tensor | None = None, *, frames: int | None = None
+    ) -> Features:
+        """(B, S) float32 at ``sample_rate`` -> ``Features`` of all blocks.
 
-    @abc.abstractmethod
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that never decay in fine-tuning, besides the 1-D ones."""
+        Args:
+            waveform: one clip a row, padded on the right.
+            lengths: (B,) samples of each row; None: all S. Clips of several lengths do not see
+                each other's padding: row i is what clip i gives alone (up to rounding), in its
+                first ``valid[i]`` time patches, and zero after them.
+            frames: give each clip exactly so many, cut or padded with zero frames, which the
+                encoder attends to as it does to sound (the papers' protocol).
+        """
+        inputs = self.inputs(waveform, lengths, frames=frames)
+        if frames is not None or lengths is None:
+            return self.features(inputs)
+        S = waveform.shape[-1]
+        own = self.time_patches(lengths.clamp(1, S))
+        return self.features_alone(inputs, own, total=self.time_patches(S))
+
+    def features_alone(
+        self, inputs: Tensor, patches: Tensor, *, total: int | None = None, entry: bool = False
+    ) -> Features:
+        """``features`` of clips of several lengths, none seeing the padding of its row.
+
+        Rows of equal length run together. ``patches`` (B,): time patches of each row of ``inputs``
+        that are the clip's own, at least 1. ``total``: the T of what is returned, at least
+        ``patches.max()``, which it is by default.
+        """
+        extra = {"entry": True} if entry else {}
+        of_row = patches.tolist()
+        T = max(of_row) if total is None else total
+        if set(of_row) == {T}:
+            return self.features(self.first(inputs, T), **extra)
+        chunks = 1 if self.max_patches is None else -(-T // self.max_patches)
+        whole: dict[str, Tensor] = {}
+
+        def put(name: str, part: Tensor | None, rows: Tensor, axis: int, size: int) -> None:
+            """``part`` to its ``rows`` along ``axis`` of a tensor of all clips, whose next axis has
+            ``size`` entries, zero where ``part`` has none."""
+            if part is None:
+                return
+            if name not in whole:
+                shape = (*part.shape[:axis], len(of_row), size, *part.shape[axis + 2 :])
+                whole[name] = part.new_zeros(shape)
+            own = whole[name].narrow(axis + 1, 0, part.shape[axis + 1])
+            own.index_copy_(axis, rows, part)
+
+        for own in sorted(set(of_row)):
+            rows = (patches == own).nonzero().squeeze(1).to(inputs.device)
+            found = self.features(self.first(inputs[rows], own), **extra)
+            put("patches", found.patches, rows, 1, T)
+            put("cls", found.cls, rows, 1, self.width)
+            put("entry", found.entry, rows, 0, T)
+            if entry and chunks > 1 and found.cls is not None:
+                pieces = found.cls.unsqueeze(2) if found.pieces is None else found.pieces
+                put("pieces", pieces, rows, 1, chunks)
+        valid = patches.to(inputs.device, torch.int64)
+        return Features(
+            whole["patches"], whole.get("cls"), whole.get("entry"), whole.get("pieces"), valid
+        )
+
+
+class SpectrogramEncoder(Encoder):
+    """An encoder of square patches of a spectrogram.
+
+    Attributes: ``frontend`` (waveform to (B, 1, frames, mels), such as ``bat.audio.LogMel``),
+    ``patch`` (frames and mel bins a side), ``grid`` (patches of one chunk: longer clips are cut).
+    """
+
+    frontend: nn.Module
+    patch: int
+    grid: Grid
 
     @property
-    def patch_hop_ms(self) -> float:
-        """Milliseconds from one time patch to the next."""
-        return 1000 * self.patch * self.frontend.hop_length / self.sample_rate  # type: ignore[operator, return-value]
+    def max_patches(self) -> int:  # type: ignore[override]
+        """Time patches of a chunk."""
+        return self.grid.time
 
-    def spectrogram(
+    @property
+    def hop_seconds(self) -> float:
+        """Seconds from one time patch to the next."""
+        return float(self.patch * self.frontend.hop_length / self.sample_rate)  # type: ignore[operator]
+
+    def inputs(
         self, waveform: Tensor, lengths: Tensor | None = None, *, frames: int | None = None
     ) -> Tensor:
         """(B, S) or (S,) at ``sample_rate`` -> (B, 1, frames, mels) float32.
 
-        ``lengths`` (B,): samples of each row. ``frames`` None: as many as S samples give, rounded
-        up to whole patches; row i then is what it is alone, in its first ``time_patches(lengths)``
-        patches, and zero after them.
+        ``frames`` None: as many as S samples give, rounded up to whole patches; row i then is what
+        it is alone, in its first ``time_patches(lengths[i])`` patches, and zero after them.
         """
         waveform = torch.atleast_2d(waveform)
         if waveform.dim() != 2:
@@ -112,67 +229,12 @@ class Encoder(nn.Module, abc.ABC):
         front: Any = self.frontend
         return -(-front.valid_frames(front.padded_samples(samples)) // self.patch)
 
-    def forward(
-        self, waveform: Tensor, lengths: Tensor | None = None, *, frames: int | None = None
-    ) -> Features:
-        """(B, S) float32 at ``sample_rate`` -> ``Features`` of all blocks.
-
-        Args:
-            waveform: one clip a row, padded on the right.
-            lengths: (B,) samples of each row; None: all S. Clips of several lengths do not see
-                each other's padding: row i is what clip i gives alone (up to rounding), in its
-                first ``valid[i]`` time patches, and zero after them.
-            frames: give each clip exactly so many, cut or padded with zero frames, which the
-                encoder attends to as it does to sound (the papers' protocol).
-        """
-        spectrogram = self.spectrogram(waveform, lengths, frames=frames)
-        if frames is not None or lengths is None:
-            return self.features(spectrogram)
-        S = torch.atleast_2d(waveform).shape[1]
-        return self.features_alone(spectrogram, self.time_patches(lengths.clamp(1, S)))
-
-    def features_alone(
-        self, spectrogram: Tensor, patches: Tensor, *, entry: bool = False
-    ) -> Features:
-        """``features`` of clips of several lengths, none seeing the padding of its row.
-
-        Rows of equal length run together. ``patches`` (B,): time patches of each row of
-        ``spectrogram`` (B, 1, frames, mels) that are the clip's own, at least 1.
-        """
-        extra = {"entry": True} if entry else {}
-        T, of_row = spectrogram.shape[2] // self.patch, patches.tolist()
-        if set(of_row) == {T}:
-            return self.features(spectrogram, **extra)
-        P = -(-T // self.grid.time)
-        whole: dict[str, Tensor] = {}
-
-        def put(name: str, part: Tensor | None, rows: Tensor, axis: int, size: int) -> None:
-            """``part`` to its ``rows`` along ``axis`` of a tensor of all clips, whose next axis has
-            ``size`` entries, zero where ``part`` has none."""
-            if part is None:
-                return
-            if name not in whole:
-                shape = (*part.shape[:axis], len(of_row), size, *part.shape[axis + 2 :])
-                whole[name] = part.new_zeros(shape)
-            own = whole[name].narrow(axis + 1, 0, part.shape[axis + 1])
-            own.index_copy_(axis, rows, part)
-
-        for own in sorted(set(of_row)):
-            rows = (patches == own).nonzero().squeeze(1).to(spectrogram.device)
-            found = self.features(spectrogram[rows, :, : own * self.patch], **extra)
-            put("patches", found.patches, rows, 1, T)
-            put("cls", found.cls, rows, 1, self.width)
-            put("entry", found.entry, rows, 0, T)
-            if entry and P > 1 and found.cls is not None:
-                pieces = found.cls.unsqueeze(2) if found.pieces is None else found.pieces
-                put("pieces", pieces, rows, 1, P)
-        valid = patches.to(spectrogram.device, torch.int64)
-        return Features(
-            whole["patches"], whole.get("cls"), whole.get("entry"), whole.get("pieces"), valid
-        )
+    def first(self, inputs: Tensor, patches: int) -> Tensor:
+        """(B, 1, frames, mels) -> the frames of the first ``patches`` time patches."""
+        return inputs[:, :, : patches * self.patch]
 
 
-class MaskableEncoder(Encoder):
+class MaskableEncoder(SpectrogramEncoder):
     """An encoder of patches that can be given a part of them: what objectives that hide patches
     may ask of it besides. ``gate``, ``pos_layout`` and ``attention`` are what a decoder of the same
     kind is built with (``bat.nn.decoder``)."""
@@ -256,31 +318,10 @@ def make_frontend(
     raise UserError(f"unknown front end '{kind}': bat, eat or beats")
 
 
-def load_backbone(name: str, *, trusted: bool = True) -> type[Encoder]:
-    """The class of backbone ``name``: a file of this folder, or a dotted ``module.Class``.
-
-    A name that comes out of a weight file is not ``trusted``: only files of this folder will do.
-    Raises ``UserError`` listing the known ones.
-    """
-    if "." in name:
-        if not trusted:
-            raise UserError(
-                f"the file wants backbone '{name}', code from outside bat: import the class and "
-                "use its from_weights() if you trust it"
-            )
-        module_name, _, class_name = name.rpartition(".")
-        try:
-            found = getattr(importlib.import_module(module_name), class_name)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"cannot import backbone '{name}': {error}") from error
-        if not (isinstance(found, type) and issubclass(found, Encoder)):
-            raise UserError(f"{name} is not a subclass of bat.encoders.base.Encoder")
-        return found
-    package = importlib.import_module(__package__ or "bat.encoders")
-    known = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
-    if name not in known:
-        raise UserError(f"unknown backbone '{name}'. Known: {', '.join(known)}")
-    return importlib.import_module(f"bat.encoders.{name}").BACKBONE
+def find_encoder(name: str) -> type[Encoder]:
+    """The class of encoder ``name``: a file of ``bat/encoders``, or a dotted ``module.Class`` that
+    is imported. Raises ``UserError`` listing the known ones."""
+    return registry.find_class(name, Encoder, folder="encoders", key="encoder")  # type: ignore[type-abstract]
 
 
 Range = type[bool] | tuple[str, ...] | tuple[type[int] | type[float], float, float]

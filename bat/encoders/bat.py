@@ -398,4 +398,4 @@ def _query(block: Block, queries: Tensor, cls: Tensor, patches: Tensor) -> Tenso
     return x + _frozen(block.ls2, _frozen(block.mlp, _frozen(block.norm2, x)))
 
 
-BACKBONE = BAT
+ENCODER = BAT

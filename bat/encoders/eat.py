@@ -74,4 +74,4 @@ def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-BACKBONE = EAT
+ENCODER = EAT

@@ -21,9 +21,9 @@ from bat.config.sections import Optim
 from bat.eval.fit import own_randomness
 from bat.eval.results import Outcome
 from bat.eval.splits import Round
+from bat.nn.losses import Loss
 from bat.probes.base import Probe
 from bat.seeding import derive_seed
-from bat.tasks.losses import Loss
 
 BYTES_A_PARAMETER = 16
 """Weight, gradient and two moments in float32."""

@@ -20,21 +20,25 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from bat.encoders.base import Encoder
+from bat.audio.frontend import LogMel
+from bat.encoders.base import Encoder, SpectrogramEncoder
 from bat.errors import UserError
 from bat.eval.collapse import SAME, plain_float32
 from bat.eval.features import device_of, encode, evaluating, to_device
 from bat.eval.token_statistics import TokenStatistics
 from bat.nn.attention import Attention
+from bat.nn.losses import to_clip
 from bat.nn.sinks import sink_share
 from bat.probes.base import Probe
 from bat.probes.maps import evidence
-from bat.tasks.losses import to_clip
 from bat.types import WaveBatch
 
 CLIPS_AT_A_TIME = 8
+MAX_HOP = 512
+"""Samples from frame to frame in pictures of encoders without a spectrogram."""
 
 
 @torch.no_grad()
@@ -59,24 +63,22 @@ def encoder_statistics(
     sound, sinks = TokenStatistics(), _Sinks(backbone)
     draws = torch.Generator().manual_seed(0)
     with plain_float32(backbone, device.type):
-        for keys, lengths, spectrogram in _spectrograms(backbone, batches, frames):
-            own = torch.full_like(lengths, spectrogram.shape[2] // backbone.patch)
+        for keys, lengths, waves, inputs, T in _first_chunks(backbone, batches, frames):
+            own = torch.full_like(lengths, T)
             if frames is None:
                 own = torch.minimum(own, backbone.time_patches(lengths))
             with sinks.heard("gate on"):
-                features = backbone.features_alone(spectrogram, own)
+                features = backbone.features_alone(inputs, own, total=T)
             if sinks.gated:
                 with sinks.heard("gate off"), opened(sinks.gated):
-                    backbone.features_alone(spectrogram, own)
+                    backbone.features_alone(inputs, own, total=T)
             _check(features.patches, keys)
-            _, B, T, F, _ = features.patches.shape
-            first = backbone.patch * torch.arange(T, device=device)  # frame of each time patch
-            inside = first < backbone.frontend.valid_frames(lengths)[:, None]  # type: ignore[operator]
-            shown = inside.repeat_interleave(backbone.patch, dim=1)  # (B, frames)
-            sound.add(spectrogram[:, 0], shown, shown.float())
-            draw = torch.rand(B, T * F, generator=draws).to(device)
+            B, bands = len(keys), features.patches.shape[3]
+            heard, inside, shown = _sound(backbone, waves, lengths, inputs, T)
+            sound.add(heard, shown, shown.float())
+            draw = torch.rand(B, T * bands, generator=draws).to(device)
             for statistics, block in zip(patches, features.patches, strict=True):
-                statistics.add(block.flatten(1, 2), inside.repeat_interleave(F, dim=1), draw)
+                statistics.add(block.flatten(1, 2), inside.repeat_interleave(bands, dim=1), draw)
             if classes and features.cls is not None:
                 for statistics, block in zip(classes, features.cls, strict=True):
                     statistics.add(block[:, None], inside[:, :1], draw[:, :1])
@@ -136,15 +138,11 @@ def prototype_maps(
     a probe without prototypes.
     """
     found = []
-    hop = backbone.patch_hop_ms / backbone.patch
     with evaluating(backbone), evaluating(probe):
         for batch in batches:
             if not batch.keys:
                 continue
-            spectrogram = backbone.spectrogram(
-                batch.waves.to(device_of(backbone)), batch.lengths.to(device_of(backbone)),
-                frames=frames,
-            )  # fmt: skip
+            pictures, steps = _pictures(backbone, batch, frames)
             features = encode(backbone, batch, frames=frames, autocast=autocast)
             features = to_device(features, device_of(probe))
             with torch.autocast(device_of(probe).type, autocast, enabled=autocast is not None):
@@ -152,7 +150,8 @@ def prototype_maps(
             for row, key in enumerate(batch.keys):
                 wanted = classes[int(batch.positions[row])]
                 one = features.clip(row)
-                picture = spectrogram[row, 0, : one.patches.shape[2] * backbone.patch]
+                picture = pictures[row, : one.patches.shape[2] * steps]
+                hop = 1000 * backbone.hop_seconds / steps
                 seconds = int(batch.lengths[row]) / backbone.sample_rate
                 found.append(
                     {
@@ -168,17 +167,52 @@ def prototype_maps(
     return found
 
 
-def _spectrograms(
+def _first_chunks(
     backbone: Encoder, batches: Iterable[WaveBatch], frames: int | None
-) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-    """Keys, lengths and the first chunk's spectrogram, a few clips at a time."""
-    device, chunk = device_of(backbone), backbone.grid.time * backbone.patch
+) -> Iterator[tuple[list[str], Tensor, Tensor, Tensor, int]]:
+    """Keys, lengths (B,), waves (B, S), the first chunk's inputs and its time patches, a few clips
+    at a time."""
+    device = device_of(backbone)
     for batch in batches:
         for start in range(0, len(batch.keys), CLIPS_AT_A_TIME):
             rows = slice(start, start + CLIPS_AT_A_TIME)
-            lengths = batch.lengths[rows].to(device)
-            x = backbone.spectrogram(batch.waves[rows].to(device), lengths, frames=frames)
-            yield batch.keys[rows], lengths, x[:, :, :chunk]
+            waves, lengths = batch.waves[rows].to(device), batch.lengths[rows].to(device)
+            inputs = backbone.inputs(waves, lengths, frames=frames)
+            if frames is not None and isinstance(backbone, SpectrogramEncoder):
+                T = frames // backbone.patch
+            else:
+                T = backbone.time_patches(waves.shape[1])
+            T = min(T, backbone.max_patches or T)
+            yield batch.keys[rows], lengths, waves, backbone.first(inputs, T), T
+
+
+def _sound(
+    backbone: Encoder, waves: Tensor, lengths: Tensor, inputs: Tensor, T: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sound of the clips, (B, n, numbers); (B, T) which time patches begin within the clip; (B, n)
+    which of the n steps of the sound do."""
+    steps = torch.arange(T, device=inputs.device)
+    if isinstance(backbone, SpectrogramEncoder):
+        front: Any = backbone.frontend
+        inside = steps * backbone.patch < front.valid_frames(lengths)[:, None]
+        return inputs[:, 0], inside, inside.repeat_interleave(backbone.patch, dim=1)
+    inside = steps < backbone.time_patches(lengths)[:, None]
+    hop = round(backbone.hop_seconds * backbone.sample_rate)
+    waves = F.pad(waves, (0, max(0, T * hop - waves.shape[1])))[:, : T * hop]
+    return waves.unflatten(1, (T, hop)), inside, inside
+
+
+def _pictures(backbone: Encoder, batch: WaveBatch, frames: int | None) -> tuple[Tensor, int]:
+    """Spectrograms (B, frames, mels) of a batch, for pictures, and frames a time patch: the
+    encoder's own, or a log-mel where it has none."""
+    waves, lengths = batch.waves.to(device_of(backbone)), batch.lengths.to(device_of(backbone))
+    if isinstance(backbone, SpectrogramEncoder):
+        return backbone.inputs(waves, lengths, frames=frames)[:, 0], backbone.patch
+    hop = round(backbone.hop_seconds * backbone.sample_rate)
+    steps = -(-hop // MAX_HOP)
+    front = LogMel(sample_rate=backbone.sample_rate, hop_length=hop // steps).to(waves.device)
+    count = steps * backbone.time_patches(waves.shape[1])
+    return front(waves, frames=count, lengths=lengths)[:, 0], steps
 
 
 def _check(patches: Tensor, keys: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import bat
+from bat import registry
 from bat.config.locate import known_fragments
 from bat.config.schema import Probe, Supervised
 from bat.errors import UserError
@@ -49,10 +50,18 @@ def given(config: Supervised) -> str:
     return config.checkpoint
 
 
+def path_of(checkpoint: str) -> str:
+    """The path in ``random:ENCODER:PATH``; what stands there instead where there is none."""
+    return registry.split_checkpoint(checkpoint.removeprefix(f"{RANDOM}:"))[1]
+
+
 def checkpoint_name(config: Supervised) -> str:
     """A short name for run folders: ``pretrain-esc10``, ``random-pretrain-esc10``, ``random-S``."""
     name = given(config)
-    prefix, _, rest = name.partition(":") if name.startswith(f"{RANDOM}:") else ("", "", name)
+    prefix = RANDOM if name.startswith(f"{RANDOM}:") else ""
+    rest = path_of(name)
+    if prefix and registry.DOTTED.fullmatch(rest) and not Path(rest).exists():
+        return f"{prefix}-{rest.rpartition('.')[2]}"
     path = Path(rest).expanduser().resolve() if Path(rest).name in ("", "..") else Path(rest)
     while path.stem in ("export", "checkpoints", "model", "last") and path.parent.name:
         path = path.parent
@@ -63,16 +72,18 @@ def checkpoint_name(config: Supervised) -> str:
 def check_there(config: Supervised) -> None:
     """Raise ``UserError`` for a checkpoint of ``config`` that does not exist."""
     for name in several(config) if isinstance(config, Probe) else [given(config)]:
-        shape = name.removeprefix(f"{RANDOM}:")
+        shape = path_of(name)
         if name == RANDOM or Path(shape).expanduser().exists():
             continue
-        if shape == name:
+        if not name.startswith(f"{RANDOM}:"):
             raise UserError(
-                f"checkpoint {name} does not exist: give a run, an export or a weight file"
+                f"checkpoint {shape} does not exist: give a run, an export or a weight file"
             )
-        if shape not in (known := known_fragments("model")):
+        fragments, encoders = known_fragments("model"), registry.known("encoders")
+        if shape not in (*fragments, *encoders) and not registry.DOTTED.fullmatch(shape):
             raise UserError(
-                f"checkpoint={name}: neither a run nor a model fragment ({', '.join(known)})"
+                f"checkpoint={name}: neither a run, a model fragment ({', '.join(fragments)}) nor "
+                f"an encoder ({', '.join(encoders)} or a dotted package.module.Class)"
             )
 
 

@@ -48,15 +48,15 @@ def encode(
     """
     device = device_of(backbone)
     waves, lengths = batch.waves.to(device), batch.lengths.to(device)
-    spectrogram = backbone.spectrogram(waves, lengths, frames=frames)  # float32
+    inputs = backbone.inputs(waves, lengths, frames=frames)  # float32
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         if frames is None:
-            own = backbone.time_patches(lengths)
-            whole = backbone.features_alone(spectrogram, own, entry=needs.entry)
+            own, total = backbone.time_patches(lengths), backbone.time_patches(waves.shape[1])
+            whole = backbone.features_alone(inputs, own, total=total, entry=needs.entry)
         elif needs.entry:
-            whole = backbone.features(spectrogram, entry=True)
+            whole = backbone.features(inputs, entry=True)
         else:
-            whole = backbone.features(spectrogram)
+            whole = backbone.features(inputs)
     depth, dtype = len(whole.patches), autocast or torch.float32
     kept = needs.blocks(depth)
     cut = whole.patches[depth - kept :].to(dtype, copy=kept < depth)  # a view would hold them all
@@ -65,14 +65,14 @@ def encode(
     stored = clips_first(features).values()
     found = [t.aminmax() for t in stored if t.numel()]  # NaN goes through
     if not torch.stack([end for pair in found for end in pair]).isfinite().all():
-        raise UserError(_not_finite(features, batch, spectrogram, depth, autocast))
+        raise UserError(_not_finite(features, batch, inputs, depth, autocast))
     return features
 
 
 def _not_finite(
     features: Features,
     batch: WaveBatch,
-    spectrogram: Tensor,
+    inputs: Tensor,
     depth: int,
     autocast: torch.dtype | None,
 ) -> str:
@@ -82,7 +82,7 @@ def _not_finite(
         for name, tensor in clips_first(features).items()
         if tensor.numel()
     }  # (B,) of entry, else (blocks, B)
-    sound = torch.ones(depth, len(batch.keys), dtype=torch.bool, device=spectrogram.device)
+    sound = torch.ones(depth, len(batch.keys), dtype=torch.bool, device=inputs.device)
     for name, bad in wrong.items():
         if name != "entry":
             sound[depth - len(bad) :] &= ~bad
@@ -91,8 +91,8 @@ def _not_finite(
     else:
         block, row = (~sound).nonzero()[0].tolist()
         where = f"block {block + 1} of {depth}"
-    if not spectrogram[row].isfinite().all():
-        remedy = "its spectrogram is not finite to begin with: check the data (bat-shard verify)"
+    if not inputs[row].isfinite().all():
+        remedy = "its samples are not finite to begin with: check the data (bat-shard verify)"
     elif autocast is not None:
         remedy = "its weights are damaged, or hardware.precision=32-true is needed"
     else:

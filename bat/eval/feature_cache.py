@@ -218,12 +218,13 @@ def _facts(
 ) -> dict[str, Any]:
     """All that the features depend on, but for the rounding of one machine and another."""
     backbone, kind = stream.backbone, type(stream.backbone)
+    front = getattr(backbone, "frontend", None)
     return {
         "bat": __version__,
         "encoder": f"{kind.__module__}.{kind.__qualname__}",
         "weights": digest,
-        "front end": type(backbone.frontend).__name__,
-        "padded": str(getattr(backbone.frontend, "pad", None)),
+        "front end": type(front).__name__,
+        "padded": str(getattr(front, "pad", None)),
         "data": stream.index.hash,
         "clips": hashlib.sha256(np.asarray(ids, "<i8").tobytes()).hexdigest(),
         "frames": stream.frames,

@@ -19,10 +19,10 @@ from torch import Tensor
 from bat.config.sections import Optim
 from bat.errors import UserError
 from bat.eval.features import Batches, device_of, evaluating, to_device
+from bat.nn.losses import Loss, against, to_clip
 from bat.nn.optim import adamw, param_groups, set_lr
 from bat.probes.base import Probe
 from bat.seeding import derive_seed
-from bat.tasks.losses import Loss, against, to_clip
 
 K = TypeVar("K", bound=Hashable)
 

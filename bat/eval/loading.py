@@ -18,15 +18,16 @@ import torch
 from omegaconf.errors import OmegaConfBaseException
 
 import bat
+from bat import registry
 from bat.audio.frontend import KaldiFbank
 from bat.config.compose import from_yaml
 from bat.config.locate import find_fragment, known_fragments
 from bat.config.schema import Finetune, Hardware, Pretrain, Probe, Supervised
 from bat.config.sections import Data, Model
 from bat.data.stream import clip_samples
-from bat.encoders.base import Encoder, load_backbone, make_frontend
+from bat.encoders.base import Encoder, SpectrogramEncoder, find_encoder, make_frontend
 from bat.errors import UserError
-from bat.eval.encoder_list import RANDOM, check_there, given, several
+from bat.eval.encoder_list import RANDOM, check_there, given, path_of, several
 from bat.redact import HIDDEN
 from bat.seeding import derive_seed
 from bat.tasks.base import Task
@@ -45,7 +46,7 @@ def check_weights(config: Supervised) -> None:
     """Raise ``UserError`` for a checkpoint of ``config`` that is not there or holds no weights."""
     check_there(config)
     for name in several(config) if isinstance(config, Probe) else [given(config)]:
-        path = Path(name.removeprefix(f"{RANDOM}:")).expanduser()
+        path = Path(path_of(name)).expanduser()
         if path.exists():
             resolve(path)
 
@@ -67,7 +68,10 @@ def load_for(config: Supervised, task: Task) -> tuple[Encoder, int | None]:
     else:
         backbone = bat.load_encoder(name, weights=config.weights, heads=config.heads)
     backbone = _with_frontend(backbone, config, task)
-    if config.pad_offset == "random" and backbone.frontend.pad == "spectrogram":
+    if not isinstance(backbone, SpectrogramEncoder):
+        frames = config.frames  # those of a task are of spectrograms
+    front = getattr(backbone, "frontend", None)
+    if config.pad_offset == "random" and getattr(front, "pad", "spectrogram") == "spectrogram":
         raise UserError(
             "pad_offset=random with clips padded in the spectrogram: say pad=clip or pad=waveform"
         )
@@ -80,7 +84,15 @@ def _with_frontend(backbone: Encoder, config: Supervised, task: Task) -> Encoder
 
     It is built again where they differ, so that its exports say what it was used with.
     """
-    front, changes = backbone.frontend, dict[str, Any]()
+    if not isinstance(backbone, SpectrogramEncoder):
+        if config.pad != "checkpoint" or config.statistics is not None:
+            raise UserError(
+                f"pad={config.pad}, statistics={config.statistics}: the front end of "
+                f"{type(backbone).__name__} is fixed; leave both out"
+            )
+        return backbone
+    front: Any = backbone.frontend
+    changes = dict[str, Any]()
     pad = front.pad if config.pad == "checkpoint" else config.pad
     seconds = config.data.clip_seconds if pad == "clip" else None
     samples = 0 if seconds is None else clip_samples(seconds, backbone.sample_rate)
@@ -88,7 +100,7 @@ def _with_frontend(backbone: Encoder, config: Supervised, task: Task) -> Encoder
         changes |= {"pad": pad, "clip_seconds": seconds}
     if isinstance(front, KaldiFbank):
         # the field's files and folders do not say what they were trained or tuned with
-        own = is_export(resolve(given(config).removeprefix(f"{RANDOM}:")))
+        own = is_export(resolve(path_of(given(config))))
         usual = front.statistics if own else STATISTICS_OF.get(task.name, "audioset")
         if (config.statistics or usual) != front.statistics:
             changes["statistics"] = config.statistics or usual
@@ -107,7 +119,7 @@ def _with_frontend(backbone: Encoder, config: Supervised, task: Task) -> Encoder
 
 
 def registered_name(backbone: Encoder) -> str:
-    """The name that ``load_backbone`` finds the class of ``backbone`` by."""
+    """The name that ``find_encoder`` finds the class of ``backbone`` by."""
     cls = type(backbone)
     folder, _, name = cls.__module__.rpartition(".")
     return name if folder == "bat.encoders" else f"{cls.__module__}.{cls.__qualname__}"
@@ -178,7 +190,7 @@ def autocast_for(hardware: Hardware) -> torch.dtype | None:
 
 def _config_files(name: str) -> Iterator[Path]:
     """``config.yaml`` of the folders that a checkpoint lies in (RUN/fold-1/export/FILE)."""
-    path = Path(name.removeprefix(f"{RANDOM}:")).expanduser()
+    path = Path(path_of(name)).expanduser()
     if path.exists():
         for folder in (path, *list(path.parents)[:3]):
             if (folder / "config.yaml").is_file():
@@ -195,11 +207,14 @@ def _usual_frames(data: Data) -> int:
 def _untrained(shape: str, config: Supervised, frames: int) -> Encoder:
     """A fresh encoder of the shape of a run, an export, a file or a model fragment."""
     if shape not in known_fragments("model"):
-        trained = bat.load_encoder(resolve(shape), weights="student", heads=config.heads)
+        if shape in registry.known("encoders") or registry.DOTTED.fullmatch(shape):
+            return find_encoder(shape)()
+        trained = bat.load_encoder(shape, weights="student", heads=config.heads)
         keywords = trained.config()
-        return type(trained)(**{**keywords, "grid": Grid(*keywords["grid"])})
+        grid = {"grid": Grid(*keywords["grid"])} if "grid" in keywords else {}
+        return type(trained)(**{**keywords, **grid})
     model = _model(find_fragment(f"model/{shape}"))
-    return load_backbone(model.backbone)(
+    return find_encoder(model.backbone)(
         width=model.width,
         depth=model.depth,
         heads=model.heads,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from bat.audio.frontend import KaldiFbank
 from bat.config.schema import Finetune, Probe, Supervised
 from bat.config.sections import Data
 from bat.data.index import Index
 from bat.data.stream import clip_samples
-from bat.encoders.base import Encoder
+from bat.encoders.base import Encoder, SpectrogramEncoder
 from bat.errors import UserError
 from bat.eval.frame_targets import FrameTargets
 from bat.eval.hardware import attention_in_words
@@ -18,10 +18,10 @@ from bat.eval.loading import check_weights, data_of_run, device_for, load_for
 from bat.eval.run_folder import open_data, open_own
 from bat.eval.splits import DRAWN_FOLDS, Round, check_labels, check_rounds, how, make_rounds
 from bat.eval.windows import check_events, check_in_place, window
+from bat.nn.losses import Loss, loss_for
 from bat.tasks.base import Task, load_task
 from bat.tasks.events import Events
 from bat.tasks.labels import classes_in_words, doubts
-from bat.tasks.losses import Loss, loss_for
 from bat.tasks.own import Own
 
 C = TypeVar("C", bound=Supervised)
@@ -75,13 +75,14 @@ class Prepared(Generic[C]):
         """What a run says when it starts."""
         backbone, index = self.backbone, self.index
         hardware = self.config.hardware
+        front = getattr(backbone, "frontend", None)
         kernel = attention_in_words(backbone, hardware, device_for(hardware))
         lines = [
             first,
             f"data {len(index)} clips (task {self.task.name}; "
             f"{classes_in_words(index.vocabulary)}), encoder {backbone.width} wide, "
             f"{backbone.depth} blocks",
-            *([kaldi_line(backbone.frontend)] if isinstance(backbone.frontend, KaldiFbank) else []),
+            *([kaldi_line(front)] if isinstance(front, KaldiFbank) else []),
             *([f"attention: {kernel}"] if kernel else []),
             *more,
             *([self.note] if self.note else []),
@@ -103,11 +104,14 @@ def check_frames(backbone: Encoder, *, frames: int, clip_seconds: float) -> None
 
     One more is cut off without a word: 120 s are 12,001 frames where a task counts 12,000.
     """
+    if not isinstance(backbone, SpectrogramEncoder):
+        raise UserError(f"frames={frames}: {type(backbone).__name__} takes clips as they are")
     if frames % backbone.patch:
         raise UserError(
             f"frames={frames} is not a multiple of the encoder's patch {backbone.patch}"
         )
-    given = backbone.frontend.valid_frames(clip_samples(clip_seconds, backbone.sample_rate))  # type: ignore[operator]
+    front: Any = backbone.frontend
+    given = front.valid_frames(clip_samples(clip_seconds, backbone.sample_rate))
     if given > frames + 1:
         whole = -(-given // backbone.patch) * backbone.patch
         raise UserError(
@@ -172,13 +176,13 @@ def _together(
         targets_of = FrameTargets(
             data.events,
             labels=data.index.vocabulary,
-            patch_hop_ms=backbone.patch_hop_ms,
+            patch_hop_ms=1000 * backbone.hop_seconds,
             sample_rate=backbone.sample_rate,
         )
         if targets_of.missed:
             notices.append(
                 f"{targets_of.missed} event(s) begin and end between the starts of two patches "
-                f"({backbone.patch_hop_ms:g} ms): no patch is labelled with them"
+                f"({1000 * backbone.hop_seconds:g} ms): no patch is labelled with them"
             )
     return Prepared(
         config=replace(config, task=data.config.task, data=data.config.data, head=data.config.head),

@@ -315,7 +315,7 @@ class Laboratory:
             "depth": backbone.depth,
             "heads": backbone.heads,
             "has_cls": backbone.has_cls,
-            "patch_hop_ms": backbone.patch_hop_ms,
+            "patch_hop_ms": round(1000 * backbone.hop_seconds, 6),
             "frames": "own" if self.ready.frames is None else self.ready.frames,
             "cls_rule": rule,
             "results": results,

@@ -13,16 +13,14 @@ and drop path may use torch's global generator, which is seeded anew for each mi
 from __future__ import annotations
 
 import abc
-import difflib
-import importlib
-import pkgutil
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from bat.encoders.base import Encoder, MaskableEncoder
+from bat import registry
+from bat.encoders.base import Encoder, MaskableEncoder, SpectrogramEncoder
 from bat.errors import UserError
 from bat.nn.block import blocks_of
 from bat.types import WaveBatch
@@ -99,11 +97,13 @@ class Objective(nn.Module, abc.ABC):
 
     def spectrogram(self, batch: WaveBatch) -> Tensor:
         """(B, S) waves -> (B, 1, frames, mels) float32, no gradient: the encoder's front end, cut
-        or padded to the frames of its grid."""
+        or padded to the frames of its grid. For an encoder without one: its ``inputs``."""
         encoder = next(iter(self.encoders().values()))
-        frames = encoder.grid.time * encoder.patch
+        frames = None
+        if isinstance(encoder, SpectrogramEncoder):
+            frames = encoder.grid.time * encoder.patch
         with torch.no_grad():
-            return encoder.frontend(batch.waves, frames=frames, lengths=batch.lengths)
+            return encoder.inputs(batch.waves, batch.lengths, frames=frames)
 
     def speed_up(
         self,
@@ -129,7 +129,9 @@ class Objective(nn.Module, abc.ABC):
                 "say hardware.compile=blocks"
             )
         mode = "reduce-overhead" if compile == "cudagraphs" else "default"
-        next(iter(self.encoders().values())).frontend.compile(dynamic=False)
+        front = getattr(next(iter(self.encoders().values())), "frontend", None)
+        if front is not None:
+            front.compile(dynamic=False)
         for name in self.graphs:
             whole = torch.compile(getattr(self, name), dynamic=False, mode=mode)
             setattr(self, name, whole)
@@ -160,24 +162,8 @@ def find_objective(name: str) -> type[Objective]:
 
     Raises ``UserError`` naming the known ones, or what is wrong with a class from outside.
     """
-    if "." in name:
-        module_name, _, class_name = name.rpartition(".")
-        try:
-            found = getattr(importlib.import_module(module_name), class_name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"cannot import objective.name={name}: {error}") from error
-        if not (isinstance(found, type) and issubclass(found, Objective)):
-            raise UserError(f"objective.name={name} is not a subclass of Objective")
-        config = found.Config
-        if not issubclass(config, Objective.Config) or "__dataclass_fields__" not in vars(config):
-            raise UserError(f"{name}.Config must be a @dataclass, a subclass of Objective.Config")
-        return found
-    package = importlib.import_module(__package__ or "bat.objectives")
-    known = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean '{close[0]}'?)" if close else ""
-        raise UserError(f"unknown objective.name={name}{hint}. Known: {', '.join(known)}")
-    found = importlib.import_module(f"bat.objectives.{name}").OBJECTIVE
-    assert issubclass(found, Objective)
+    found = registry.find_class(name, Objective, folder="objectives", key="objective.name")  # type: ignore[type-abstract]
+    config = found.Config
+    if not issubclass(config, Objective.Config) or "__dataclass_fields__" not in vars(config):
+        raise UserError(f"{name}.Config must be a @dataclass, a subclass of Objective.Config")
     return found

@@ -8,10 +8,8 @@ gate is a result, it tells where the task's information sits.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
-import pkgutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
@@ -19,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from bat import registry
 from bat.errors import UserError
 from bat.types import Features, Needs
 
@@ -130,11 +129,9 @@ def fill_padding(tokens: Tensor, features: Features) -> Tensor:
 
 def known_probes() -> dict[str, type[Probe]]:
     """All probes of this folder by name."""
-    import bat.probes as folder
-
     found: dict[str, type[Probe]] = {}
-    for module in pkgutil.iter_modules(folder.__path__):
-        found |= getattr(importlib.import_module(f"bat.probes.{module.name}"), "PROBES", {})
+    for module in registry.known("probes"):
+        found |= getattr(importlib.import_module(f"bat.probes.{module}"), "PROBES", {})
     return dict(sorted(found.items()))
 
 
@@ -147,19 +144,8 @@ def find_probe(name: str) -> type[Probe]:
     if name in known:
         return known[name]
     if "." in name:
-        module, _, attribute = name.rpartition(".")
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"probe {name} cannot be imported: {error}") from error
-        if not (isinstance(found, type) and issubclass(found, Probe)):
-            raise UserError(f"probe {name} is not a subclass of bat.probes.base.Probe")
-        return found
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    raise UserError(
-        f"unknown probe '{name}'.{hint} Known: {', '.join(known)}; or the dotted path of a class"
-    )
+        return registry.import_class(name, Probe, key="probe")
+    raise registry.unknown(name, list(known), key="probe")
 
 
 def expand(methods: Sequence[str], *, level: Level, encoder: bool = True) -> list[str]:

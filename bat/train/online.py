@@ -27,7 +27,7 @@ from bat.data.bad_clips import BadClips
 from bat.data.index import Index
 from bat.data.module import eval_loader
 from bat.data.splits import TRAIN
-from bat.encoders.base import Encoder, load_backbone
+from bat.encoders.base import Encoder, find_encoder
 from bat.errors import UserError
 from bat.eval.candidates import Plan
 from bat.eval.features import FeatureBank
@@ -37,6 +37,7 @@ from bat.eval.run_folder import open_data
 from bat.eval.search import cross_validate
 from bat.eval.splits import Round, check_rounds, make_rounds
 from bat.io import read_jsonl
+from bat.nn.losses import loss_for
 from bat.probes.base import Probe, build_probe, expand, find_probe
 from bat.report.plots import chance_of, plot_layer_gates, plot_probe_curve
 from bat.report.sections import TITLES
@@ -44,7 +45,6 @@ from bat.seeding import derive_seed
 from bat.tasks.base import Task
 from bat.tasks.folder import TASK as FOLDER
 from bat.tasks.labels import classes_in_words, doubts
-from bat.tasks.losses import loss_for
 from bat.train.callbacks import Metrics, StepCallback
 from bat.train.sharding import whole_encoder
 from bat.train.stopping import Stopping
@@ -232,7 +232,7 @@ class OnlineProbe(StepCallback):
             classes=self.index.classes,
             width=model.width,
             depth=model.depth,
-            has_cls=load_backbone(model.backbone).has_cls,
+            has_cls=find_encoder(model.backbone).has_cls,
             encoder=encoder,
             **asdict(head),
         )

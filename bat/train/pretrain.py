@@ -18,7 +18,7 @@ from torch import Tensor
 from bat import __version__
 from bat.config.compose import to_dict
 from bat.config.schema import Pretrain
-from bat.encoders.base import Encoder, load_backbone
+from bat.encoders.base import Encoder, find_encoder
 from bat.nn.optim import adamw, param_groups, set_lr
 from bat.objectives.base import Objective, find_objective
 from bat.redact import redact_tree
@@ -31,7 +31,7 @@ from bat.types import Grid, WaveBatch
 def build_encoder(config: Pretrain) -> Encoder:
     """A fresh encoder as the configuration says. Works on ``meta`` too."""
     model, front = config.model, config.frontend
-    return load_backbone(model.backbone)(
+    return find_encoder(model.backbone)(
         width=model.width,
         depth=model.depth,
         heads=model.heads,

@@ -17,7 +17,7 @@ from bat import weights as checkpoint
 from bat.config.compose import to_dict
 from bat.config.schema import Pretrain
 from bat.data.base import StreamData
-from bat.encoders.base import Encoder
+from bat.encoders.base import Encoder, SpectrogramEncoder
 from bat.eval.hardware import attention_in_words, with_precision
 from bat.eval.loading import autocast_for
 from bat.eval.next_steps import after_pretraining
@@ -182,14 +182,14 @@ def draw(module: Pretraining, data: StreamData, out: Path) -> None:
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         spectrogram = module.objective.spectrogram(batch)
         masks = module.objective.example_masks(batch)
-    if masks is not None:
-        encoder = module.objective.encoders()["student"]
+    encoder = module.objective.encoders()["student"]
+    if masks is not None and isinstance(encoder, SpectrogramEncoder):
         plot_masks(
             spectrogram.cpu(),
             masks.cpu(),
             plots / "masks.png",
             grid=encoder.grid,
-            hop_ms=encoder.patch_hop_ms / encoder.patch,
+            hop_ms=1000 * encoder.hop_seconds / encoder.patch,
             names=batch.keys,
         )
     plot_curves(read_jsonl(out / "metrics.jsonl"), plots / "curves.png")

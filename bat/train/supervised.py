@@ -22,14 +22,14 @@ from bat import __version__
 from bat.audio.augment import colour_noise, mixup, spec_augment, time_roll
 from bat.config.compose import to_dict
 from bat.config.schema import Finetune
-from bat.encoders.base import Encoder
+from bat.encoders.base import Encoder, SpectrogramEncoder
 from bat.errors import UserError
 from bat.nn.block import blocks_of
+from bat.nn.losses import Loss, against
 from bat.nn.optim import adamw, param_groups, set_lr
 from bat.probes.base import Probe
 from bat.redact import redact_tree
 from bat.seeding import derive_seed
-from bat.tasks.losses import Loss, against
 from bat.train.guard import Guard, poison
 from bat.train.sharding import Shardable
 from bat.types import Features, WaveBatch
@@ -60,6 +60,14 @@ class Supervised(Shardable):
             set_drop_path(config.drop_path)
         elif config.drop_path:
             raise UserError(f"{type(backbone).__name__} has no drop path: drop_path=0")
+        spectral = [
+            n for n in ("time_roll", "spec_freq", "spec_time") if getattr(config.augment, n)
+        ]
+        if spectral and not isinstance(backbone, SpectrogramEncoder):
+            raise UserError(
+                f"{type(backbone).__name__} has no spectrogram to augment: "
+                + " ".join(f"augment.{n}=0" for n in spectral)
+            )
         self.figures: dict[str, Tensor] = {}
         self.clips = 0
         self.guard = Guard(config.optim.clip_norm)
@@ -104,7 +112,7 @@ class Supervised(Shardable):
         waves, targets = batch.waves, batch.targets
         if own.noise_p:
             waves = colour_noise(waves, generator=generator, p=own.noise_p, lengths=batch.lengths)
-        x = self.backbone.spectrogram(waves, batch.lengths, frames=self.frames)
+        x = self.backbone.inputs(waves, batch.lengths, frames=self.frames)
         if own.time_roll:
             front: Any = self.backbone.frontend
             samples = front.padded_samples(batch.lengths)
@@ -114,7 +122,8 @@ class Supervised(Shardable):
         if own.mixup_p:
             y, C = targets, targets.shape[1]
             if patches is not None:  # which patches are a clip's is mixed as its labels are
-                steps = torch.arange(x.shape[2] // self.backbone.patch, device=x.device)
+                T = self.backbone.time_patches(waves.shape[1])
+                steps = torch.arange(T, device=x.device)
                 y = torch.cat([targets, (steps < patches[:, None]).to(targets.dtype)], dim=1)
             x, y = mixup(x, y, generator=generator, p=own.mixup_p, alpha=own.mixup_alpha)
             targets = y[:, :C]

@@ -134,7 +134,7 @@ def test_finetune_prints_a_table_and_leaves_these_files(words, tmp_path, capsys)
     [
         (probe, ["checkpoint=null"], "no checkpoint given"),
         (probe, ["checkpoint=nowhere"], "checkpoint nowhere does not exist"),
-        (probe, ["methods=[cpg]"], "unknown probe 'cpg'. Did you mean 'cgp'?"),
+        (probe, ["methods=[cpg]"], "unknown probe=cpg (did you mean 'cgp'?)"),
         (probe, ["methods=[]"], "methods is empty"),
         (probe, ["methods=[mhca]", "level=frame"], "probe mhca is not defined at frame level"),
         (probe, ["methods=[cgp,cgp]"], "names a probe twice"),
@@ -147,7 +147,7 @@ def test_finetune_prints_a_table_and_leaves_these_files(words, tmp_path, capsys)
         (finetune, ["statistics=esc50"], "(LogMel) uses none"),
         (probe, ["heads=3"], "heads=3"),
         (probe, ["task=esc50", "data.clip_seconds=5"], "no data given for task 'esc50'"),
-        (finetune, ["method=svm"], "unknown probe 'svm'"),
+        (finetune, ["method=svm"], "unknown probe=svm"),
         (finetune, ["loss=mse"], "'loss=mse'"),
         (finetune, ["checkpoint=random:Q"], "neither a run nor a model fragment"),
         (finetune, ["drop_path=2"], "drop_path=2.0: in [0, 1)"),

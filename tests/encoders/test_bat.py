@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from bat.encoders.base import load_backbone, load_strictly
+from bat.encoders.base import find_encoder, load_strictly
 from bat.encoders.bat import BAT
 from bat.errors import UserError
 from bat.nn.block import DropPath
@@ -170,7 +170,7 @@ def test_waveform_in_features_out() -> None:
         features = model(torch.randn(2, 16000) * 0.1)  # 101 frames -> 112 -> 7 time patches
     assert features.patches.shape == (2, 2, 7, 8, 32)
     assert features.cls.shape == (2, 2, 32)
-    assert model.patch_hop_ms == 160.0
+    assert model.hop_seconds == 0.16
 
 
 def test_drop_path_rises_linearly_from_zero() -> None:
@@ -253,14 +253,12 @@ def test_strict_loading_lists_everything_and_loads_nothing() -> None:
     assert torch.equal(model.pre_norm.bias, before)
 
 
-def test_unknown_backbone_lists_the_known() -> None:
-    with pytest.raises(UserError, match=r"unknown backbone 'bert'\. Known: bat, eat"):
-        load_backbone("bert")
-    assert load_backbone("bat.encoders.bat.BAT") is BAT
-    with pytest.raises(UserError, match="is not a subclass"):
-        load_backbone("os.system")
-    with pytest.raises(UserError, match="code from outside bat"):
-        load_backbone("bat.encoders.bat.BAT", trusted=False)
+def test_find_encoder__unknown_lists_the_known_and_dotted_is_imported() -> None:
+    with pytest.raises(UserError, match=r"encoder=bert.*bat, eat"):
+        find_encoder("bert")
+    assert find_encoder("bat.encoders.bat.BAT") is BAT
+    with pytest.raises(UserError, match=r"os\.system is not a subclass"):
+        find_encoder("os.system")
 
 
 def test_no_graph_breaks() -> None:

@@ -10,10 +10,10 @@ from torch import nn
 from bat.encoders.base import Encoder
 from bat.encoders.bat import BAT
 from bat.encoders.eat import EAT
+from bat.nn.losses import against, cross_entropy, to_clip
 from bat.probes.base import Probe, build_probe, known_probes
 from bat.probes.curve import LinearCurve
 from bat.probes.maps import evidence
-from bat.tasks.losses import against, cross_entropy, to_clip
 from bat.types import Features, Grid
 
 L, D, C, K = 3, 16, 5, 7
@@ -64,9 +64,9 @@ def _made(kind: str) -> tuple[Encoder, Features, list[Features]]:
     encoder, waves = _encoder(kind), _waves()
     patches = encoder.time_patches(LENGTHS)
     with torch.no_grad():
-        x = encoder.spectrogram(waves, LENGTHS)
+        x = encoder.inputs(waves, LENGTHS)
         alone = [
-            encoder.features(encoder.spectrogram(wave[:samples]), entry=True)
+            encoder.features(encoder.inputs(wave[:samples]), entry=True)
             for wave, samples in zip(waves, LENGTHS.tolist(), strict=True)
         ]
         return encoder, encoder.features_alone(x, patches, entry=True), alone

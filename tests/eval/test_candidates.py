@@ -6,8 +6,8 @@ from bat.config.sections import Optim
 from bat.eval.candidates import Plan
 from bat.eval.notes import read_note, write_note
 from bat.eval.splits import Round
+from bat.nn.losses import LOSSES
 from bat.probes.base import build_probe
-from bat.tasks.losses import LOSSES
 
 
 def _plan(**words) -> Plan:

@@ -85,7 +85,7 @@ def test_every_number_is_the_plain_formula_s() -> None:
 @torch.no_grad()
 def shares(backbone: BAT, sound: Tensor) -> list[float]:
     """Sink shares by hand, block after block."""
-    x = backbone.enter(backbone.embed(backbone.eval().spectrogram(sound, frames=FRAMES)))
+    x = backbone.enter(backbone.embed(backbone.eval().inputs(sound, frames=FRAMES)))
     found = []
     for block in backbone.blocks:
         seen = x if block.norm_order == "post" else block.norm1(x)
@@ -171,7 +171,7 @@ def test_of_a_long_clip_the_first_chunk_counts() -> None:
     backbone = encoder()
     long = torch.cat([waves(), waves().flip(0)], dim=1)
     found = encoder_statistics(backbone, batches(long), frames=2 * FRAMES)
-    spectrogram = backbone.spectrogram(long, frames=2 * FRAMES)[:, :, :FRAMES]
+    spectrogram = backbone.inputs(long, frames=2 * FRAMES)[:, :, :FRAMES]
     norm = backbone.eval().features(spectrogram).patches.norm(dim=-1).flatten(1).mean(1)
     assert [row[0] for row in found["norms"]["patches"]] == pytest.approx(norm.tolist(), 1e-5)
     assert found["sinks"]["uniform"] == pytest.approx(1 / 17)

@@ -12,9 +12,9 @@ from bat.eval.fit import Training, fit, predict, predictions
 from bat.eval.results import summary
 from bat.eval.search import cross_validate
 from bat.eval.splits import Round
+from bat.nn.losses import LOSSES
 from bat.probes.base import Probe, build_probe, expand
 from bat.probes.curve import LinearCurve
-from bat.tasks.losses import LOSSES
 from bat.types import Features
 
 n, L, T, FREQ, D, C = 60, 4, 3, 2, 16, 3

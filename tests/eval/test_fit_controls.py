@@ -15,9 +15,9 @@ from bat.eval.features import FeatureBank
 from bat.eval.results import summary
 from bat.eval.search import cross_validate
 from bat.eval.splits import Round
+from bat.nn.losses import LOSSES
 from bat.probes.base import Probe, build_probe
 from bat.probes.cgp import CGP
-from bat.tasks.losses import LOSSES
 from bat.types import Features
 from tests.reference.probes import pooled
 

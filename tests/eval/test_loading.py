@@ -62,7 +62,7 @@ def test_random_fragments_and_unknown_shapes():
     assert (tiny.width, tiny.depth, tiny.heads) == (192, 6, 3)
     assert tiny.grid == Grid(13, 8)
     assert _load("random:S")[0].width == 384
-    with pytest.raises(UserError, match=r"neither a run nor a model fragment \(B, L, S, tiny\)"):
+    with pytest.raises(UserError, match=r"neither a run, a model fragment \(B, L, S, tiny\)"):
         _load("random:XL")
 
 

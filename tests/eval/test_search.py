@@ -14,10 +14,10 @@ from bat.eval.features import FeatureBank
 from bat.eval.results import ResultsFile, ranking, summary
 from bat.eval.search import cross_validate
 from bat.eval.splits import Round
+from bat.nn.losses import LOSSES
 from bat.probes.base import Probe, build_probe
 from bat.probes.curve import LinearCurve
 from bat.probes.linear import Linear
-from bat.tasks.losses import LOSSES
 
 n, L, T, FREQ, D, C = 60, 3, 2, 2, 16, 3
 OPTIM = Optim(lr=0.05, betas=[0.9, 0.999], decay="matrices", warmup_steps=2, min_lr=1e-6)

@@ -13,8 +13,8 @@ from bat.eval.candidates import Plan
 from bat.eval.features import FeatureBank
 from bat.eval.search import cross_validate
 from bat.eval.splits import Round
+from bat.nn.losses import LOSSES
 from bat.probes.base import Probe
-from bat.tasks.losses import LOSSES
 from bat.types import Features
 
 n, T, D, C = 30, 3, 8, 3

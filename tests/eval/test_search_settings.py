@@ -12,8 +12,8 @@ from bat.eval.candidates import Plan
 from bat.eval.features import FeatureBank
 from bat.eval.search import cross_validate
 from bat.eval.splits import Round
+from bat.nn.losses import LOSSES
 from bat.probes.base import build_probe
-from bat.tasks.losses import LOSSES
 
 n, L, T, FREQ, D, C = 24, 2, 2, 2, 8, 3
 HELD = Round("0", np.arange(12), np.arange(12, 18), np.arange(18, 24))

@@ -11,8 +11,8 @@ from bat.eval.candidates import Plan
 from bat.eval.features import FeatureBank, to_device
 from bat.eval.search import cross_validate
 from bat.eval.splits import Round
+from bat.nn.losses import LOSSES
 from bat.probes.base import build_probe, expand
-from bat.tasks.losses import LOSSES
 from bat.types import Features, Grid
 
 pytestmark = [

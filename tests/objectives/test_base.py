@@ -146,7 +146,7 @@ def test_old_keys__are_refused_with_the_new_name(tmp_path: Path) -> None:
         ("masked_latnt", "did you mean 'masked_latent'"),
         ("base", "unknown objective.name=base"),
         ("no_such_module.Thing", "cannot import objective.name=no_such_module.Thing"),
-        ("torch.nn.Linear", "torch.nn.Linear is not a subclass of Objective"),
+        ("torch.nn.Linear", "torch.nn.Linear is not a subclass of bat.objectives.base.Objective"),
         (f"{__name__}.Undecorated", "Undecorated.Config must be a @dataclass"),
     ],
 )
@@ -168,7 +168,8 @@ def test_encoder_without_views__is_refused_by_objectives_that_hide_patches(
     from bat.objectives.masked_latent import MaskedLatent
 
     class Whole(Encoder):
-        from_weights = config = features = layer_of = no_weight_decay = None  # type: ignore[assignment]
+        from_weights = config = features = inputs = first = None  # type: ignore[assignment]
+        hop_seconds = time_patches = None  # type: ignore[assignment]
 
     for objective in (MAE, MaskedLatent):
         with pytest.raises(UserError, match=r"Whole cannot do .*model\.backbone"):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bat.nn.losses import against, cross_entropy
 from bat.nn.optim import adamw, param_groups
 from bat.probes.base import Probe, build_probe, known_probes
 from bat.probes.curve import LinearCurve
-from bat.tasks.losses import against, cross_entropy
 from bat.types import Features, Needs
 
 L, B, T, FREQ, D, C = 3, 6, 4, 2, 16, 5

@@ -17,9 +17,9 @@ from bat.errors import UserError
 from bat.eval.fit import predict
 from bat.eval.heads import load_head
 from bat.eval.prepare import prepare
+from bat.nn.losses import LOSSES
 from bat.probes.base import build_probe
 from bat.shard.toy import make_toy
-from bat.tasks.losses import LOSSES
 from bat.train import fitting, folds
 from bat.train.finetune import finetune
 from bat.train.supervised import Supervised
@@ -127,7 +127,7 @@ def test_time_roll__zero_frames_stay_at_the_end(config, encoder, pad, samples, o
     front.pad, front.clip_samples = pad, 32_000 if pad == "clip" else 0
     batch = _batch()
     batch.lengths = torch.full_like(batch.lengths, samples)
-    whole = module.backbone.spectrogram(batch.waves, batch.lengths, frames=208)
+    whole = module.backbone.inputs(batch.waves, batch.lengths, frames=208)
     rolled, *_ = module.augmented(batch, torch.Generator().manual_seed(1))
     shift = next(s for s in range(own) if rolled[0, :, :own].equal(whole[0, :, :own].roll(s, 1)))
     assert shift > 0

@@ -18,8 +18,8 @@ import torch
 from bat.config.sections import Optim
 from bat.encoders.bat import BAT
 from bat.eval.fit import Training, fit
+from bat.nn.losses import LOSSES
 from bat.probes.base import Probe, build_probe, expand
-from bat.tasks.losses import LOSSES
 from bat.types import Features, Grid
 from benchmarks.timing import attempted, here, medians
 

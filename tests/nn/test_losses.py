@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bat.errors import UserError
-from bat.tasks.losses import LOSSES, against, asymmetric, binary, cross_entropy, loss_for, to_clip
+from bat.nn.losses import LOSSES, against, asymmetric, binary, cross_entropy, loss_for, to_clip
 
 
 @pytest.fixture(scope="module")
