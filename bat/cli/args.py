@@ -13,9 +13,8 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
-from typing import Any, NoReturn, TextIO
+from contextlib import AbstractContextManager, ExitStack, redirect_stdout, suppress
+from typing import Any, NoReturn, Self, TextIO
 
 from bat import __version__
 from bat.errors import RESUME_ME, Interrupted, UserError
@@ -68,23 +67,40 @@ def own_recipe(options: argparse.Namespace) -> list[str]:
     return ["recipe=own"] if "data.csv" in words and "recipe" not in words else []
 
 
-def run(
-    body: Callable[[argparse.Namespace], None],
-    p: argparse.ArgumentParser,
-    argv: list[str] | None = None,
-) -> int:
-    """Parse ``argv``, run ``body``; the exit code.
+class Command(AbstractContextManager["Command"]):
+    """One call of a command: ``options`` parsed, and ``code``, what it ends with.
 
-    0; 2 for a user's mistake; 75 for a command that was asked to end by a signal or has saved and
-    ended by itself: the same command continues; 130 for a Ctrl-C that nothing was saved at.
+    ``code``: 0; 2 for a user's mistake; 75 for a command that was asked to end by a signal or has
+    saved and ended by itself: the same command continues; 130 for a Ctrl-C that nothing was saved
+    at.
     """
-    from bat.shutdown import minding_signals
 
-    with minding_signals(), redirect_stdout(_Printable(sys.stdout)):
-        code = _code(body, p, p.parse_intermixed_args(argv))
-        if "bat.train.ranks" in sys.modules:
-            sys.modules["bat.train.ranks"].part()
-    return code
+    def __init__(self, p: argparse.ArgumentParser, argv: list[str] | None) -> None:
+        self.parser, self.code = p, 0
+        self.options = p.parse_intermixed_args(argv)
+        self._around = ExitStack()
+
+    def __enter__(self) -> Self:
+        from bat.shutdown import minding_signals
+
+        self._around.enter_context(minding_signals())
+        self._around.enter_context(redirect_stdout(_Printable(sys.stdout)))
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        with self._around:
+            try:
+                if error is None:
+                    sys.stdout.flush()
+            except BrokenPipeError as broken:
+                error = broken
+            code = 0 if error is None else _code_of(error, self.parser.prog, self.options.debug)
+            if code is None:
+                return False
+            self.code = code
+            if "bat.train.ranks" in sys.modules:
+                sys.modules["bat.train.ranks"].part()
+        return True
 
 
 class _Printable:
@@ -101,50 +117,43 @@ class _Printable:
         return getattr(self._out, name)
 
 
-def _code(
-    body: Callable[[argparse.Namespace], None], p: argparse.ArgumentParser, args: argparse.Namespace
-) -> int:
-    try:
-        body(args)
-        sys.stdout.flush()
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"{p.prog}: error: {shown(str(error))}", file=sys.stderr)
+def _code_of(error: BaseException, prog: str, debug: bool) -> int | None:
+    """The exit code of a command that ``error`` ends, after a line about it on stderr; None for an
+    error of ours, which keeps its traceback."""
+    if isinstance(error, UserError) and not debug:
+        print(f"{prog}: error: {shown(str(error))}", file=sys.stderr)
         return 2
-    except Interrupted as why:
+    if isinstance(error, Interrupted):
         with suppress(ValueError):  # not the main thread
             for number in (signal.SIGTERM, signal.SIGUSR1):  # batch systems send several
                 signal.signal(number, signal.SIG_IGN)
         print(
-            f"{p.prog}: ended by {why}: the same command continues (exit code {RESUME_ME})",
+            f"{prog}: ended by {error}: the same command continues (exit code {RESUME_ME})",
             file=sys.stderr,
         )
         return RESUME_ME
-    except KeyboardInterrupt:
-        print(f"\n{p.prog}: interrupted", file=sys.stderr)
+    if isinstance(error, KeyboardInterrupt):
+        print(f"\n{prog}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head` closed our output
+    if isinstance(error, BrokenPipeError):  # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if args.debug or (not full and error.filename is None):
-            raise
-        if not full:  # a path that somebody gave, and nothing more to say about it
+    if isinstance(error, OSError) and not debug:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             print(
-                f"{p.prog}: error: {shown(os.fsdecode(error.filename))}: {error.strerror}: give "
+                f"{prog}: error: the disk is full ({shown(str(error))}). What was written before "
+                "is whole; free some space, then run the same command again",
+                file=sys.stderr,
+            )
+            return 2
+        if error.filename is not None:  # a path that somebody gave, and nothing more to say of it
+            print(
+                f"{prog}: error: {shown(os.fsdecode(error.filename))}: {error.strerror}: give "
                 "another file or folder (--debug shows where it is used)",
                 file=sys.stderr,
             )
             return 2
-        print(
-            f"{p.prog}: error: the disk is full ({shown(str(error))}). What was written before is "
-            "whole; free some space, then run the same command again",
-            file=sys.stderr,
-        )
-        return 2
-    return 0
+    return None
 
 
 def configure(args: argparse.Namespace, schema: Any, command: str, extra: list[str]) -> Any:

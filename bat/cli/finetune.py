@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from bat.cli import args
@@ -23,21 +22,19 @@ key=value sets a value (see --print-config); out= an existing run continues it.
 
 def main(argv: list[str] | None = None) -> int:
     p = args.recipe_parser("finetune", ABOUT, EPILOG)
-    return args.run(_body, p, argv)
+    with args.Command(p, argv) as call:
+        from bat.config.schema import Finetune
 
+        config = args.configure(call.options, Finetune, "finetune", args.own_recipe(call.options))
+        if config is None:
+            return call.code
+        from bat.eval.run_folder import check_first
 
-def _body(options: argparse.Namespace) -> None:
-    from bat.config.schema import Finetune
+        check_first(config)
+        from bat.train.finetune import finetune
 
-    config = args.configure(options, Finetune, "finetune", args.own_recipe(options))
-    if config is None:
-        return
-    from bat.eval.run_folder import check_first
-
-    check_first(config)
-    from bat.train.finetune import finetune
-
-    finetune(config, dry_run=options.dry_run, force=options.force)
+        finetune(config, dry_run=call.options.dry_run, force=call.options.force)
+    return call.code
 
 
 if __name__ == "__main__":

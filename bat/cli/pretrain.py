@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from bat.cli import args
@@ -25,23 +24,21 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--allow-pipe", action="store_true", help="run the commands of data.shards=pipe:COMMAND"
     )
-    return args.run(_body, p, argv)
+    with args.Command(p, argv) as call:
+        from bat.config.schema import Pretrain
 
+        config = args.configure(call.options, Pretrain, "pretrain", [])
+        if config is None:
+            return call.code
+        from bat.eval.run_folder import check_first
 
-def _body(options: argparse.Namespace) -> None:
-    from bat.config.schema import Pretrain
+        check_first(config)
+        from bat.data.pipes import allow_pipes
+        from bat.train.run_pretrain import pretrain
 
-    config = args.configure(options, Pretrain, "pretrain", [])
-    if config is None:
-        return
-    from bat.eval.run_folder import check_first
-
-    check_first(config)
-    from bat.data.pipes import allow_pipes
-    from bat.train.run_pretrain import pretrain
-
-    allow_pipes(options.allow_pipe)
-    pretrain(config, dry_run=options.dry_run, force=options.force)
+        allow_pipes(call.options.allow_pipe)
+        pretrain(config, dry_run=call.options.dry_run, force=call.options.force)
+    return call.code
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from bat.cli import args
@@ -45,24 +44,22 @@ def main(argv: list[str] | None = None) -> int:
         "--method", metavar="NAME[,NAME]", help="probes to train, or all; as methods=[...]"
     )
     p.add_argument("--seeds", type=int, metavar="N", help="trainings of each probe, as seeds=N")
-    return args.run(_body, p, argv)
+    with args.Command(p, argv) as call:
+        from bat.config.schema import Probe
 
+        extra = [] if call.options.method is None else [f"methods=[{call.options.method}]"]
+        extra += [] if call.options.seeds is None else [f"seeds={call.options.seeds}"]
+        extra += args.own_recipe(call.options)
+        config = args.configure(call.options, Probe, "probe", extra)
+        if config is None:
+            return call.code
+        from bat.eval.run_folder import check_first
 
-def _body(options: argparse.Namespace) -> None:
-    from bat.config.schema import Probe
+        check_first(config)
+        from bat.eval.probe import probe
 
-    extra = [] if options.method is None else [f"methods=[{options.method}]"]
-    extra += [] if options.seeds is None else [f"seeds={options.seeds}"]
-    extra += args.own_recipe(options)
-    config = args.configure(options, Probe, "probe", extra)
-    if config is None:
-        return
-    from bat.eval.run_folder import check_first
-
-    check_first(config)
-    from bat.eval.probe import probe
-
-    probe(config, dry_run=options.dry_run, force=options.force)
+        probe(config, dry_run=call.options.dry_run, force=call.options.force)
+    return call.code
 
 
 if __name__ == "__main__":

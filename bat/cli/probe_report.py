@@ -25,7 +25,9 @@ def main(argv: list[str]) -> int:
         metavar="FOLDER",
         help="where the report goes (the run's folder; probe-report for several runs)",
     )
-    return cli.run(body, p, argv)
+    with cli.Command(p, argv) as call:
+        body(call.options)
+    return call.code
 
 
 def body(args: argparse.Namespace) -> None:

@@ -319,7 +319,9 @@ def main(argv: list[str] | None = None) -> int:
         from bat.cli import shard_info
 
         return shard_info.main(given[1:])
-    return cli.run(body, build_parser(), argv)
+    with cli.Command(build_parser(), argv) as call:
+        body(call.options)
+    return call.code
 
 
 if __name__ == "__main__":

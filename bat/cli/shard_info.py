@@ -20,7 +20,9 @@ def main(argv: list[str]) -> int:
     p.add_argument("shards", metavar="SHARDS", type=Path, help="a folder, a tar or a glob")
     p.add_argument("--plot", metavar="FILE", type=Path, help="the picture (SHARDS/info.png)")
     p.add_argument("--index-dir", metavar="DIR", type=Path, help="tables of read-only shards")
-    return cli.run(body, p, argv)
+    with cli.Command(p, argv) as call:
+        body(call.options)
+    return call.code
 
 
 def body(args: argparse.Namespace) -> None:

@@ -30,7 +30,9 @@ def main(argv: list[str]) -> int:
         nonlocal fit
         fit = _body(args)
 
-    return cli.run(body, p, argv) or int(not fit)
+    with cli.Command(p, argv) as call:
+        body(call.options)
+    return call.code or int(not fit)
 
 
 def _body(args: argparse.Namespace) -> bool:

@@ -242,7 +242,8 @@ class MaskedLatent(Objective):
         return f"masked latent regression of {self.mask.views} views a clip"
 
     def forward(self, batch: WaveBatch) -> dict[str, Tensor]:
-        losses = self.losses(self.spectrogram(batch), self.draw_views(batch.positions))
+        spectrogram, views = self.spectrogram(batch), self.draw_views(batch.positions)
+        losses = self.compare(spectrogram, views, *self.targets(spectrogram))
         return {
             "loss": losses.total,
             "loss_local": losses.local,
@@ -282,12 +283,13 @@ class MaskedLatent(Objective):
         cls, visible = self.student.encoder.encode_views(spectrogram, views)
         predictions = self.student.decoder(visible, views)  # (B V, N - n, D)
 
-        local = local_loss(predictions, targets, views.masked_ids)
+        wanted = gather_patches(targets, views.masked_ids)
+        local = F.mse_loss(predictions.flatten(0, 1).float(), wanted)
         if self.global_target == "none":
             global_ = torch.zeros_like(local)
         else:
-            wanted = targets.mean(1) if self.global_target == "patch_mean" else teacher_cls
-            global_ = global_loss(cls, wanted)
+            whole = targets.mean(1) if self.global_target == "patch_mean" else teacher_cls
+            global_ = global_loss(cls, whole)
         one = targets.shape[0] == 1
         position_only = targets.new_full((), torch.nan) if one else targets.var(0).mean()
         spread = targets.flatten(0, 1).std(0, unbiased=False).mean()
@@ -330,15 +332,11 @@ def standardise(x: Tensor, dim: int, eps: float = EPS) -> Tensor:
     return centred * torch.rsqrt(centred.square().mean(dim, keepdim=True) + eps)
 
 
-def local_loss(predictions: Tensor, targets: Tensor, masked_ids: Tensor) -> Tensor:
-    """Squared error averaged over channels, then over the masked patches of all views.
-
-    ``predictions`` (B V, m, D) of the patches ``masked_ids`` (B V, m), ``targets`` (B, N, D).
-    """
+def gather_patches(targets: Tensor, masked_ids: Tensor) -> Tensor:
+    """Targets of the patches ``masked_ids`` (B V, m) of all views: (B, N, D) -> (B V m, D)."""
     B, N, _ = targets.shape
     ids = masked_ids.reshape(B, -1) + N * torch.arange(B, device=targets.device)[:, None]
-    wanted = targets.flatten(0, 1).index_select(0, ids.flatten())  # (B V m, D)
-    return F.mse_loss(predictions.flatten(0, 1).float(), wanted)
+    return targets.flatten(0, 1).index_select(0, ids.flatten())
 
 
 def global_loss(cls: Tensor, wanted: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ Checkpoints    last: Lightning runs it after the rest
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,38 +103,40 @@ class Fitting:
             resumed=self.newest is not None,
         )
 
-    def run(self) -> None:
-        """Train to the last step.
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around ``trainer.fit(module, datamodule=data, ckpt_path=resume_from)``.
 
         Raises ``Interrupted`` where the run was asked to end (it is saved), ``KeyboardInterrupt``
         at a second Ctrl-C, ``UserError`` for what a user can mend.
         """
         with listening(self.stopping.note):
-            self._fit()
+            try:
+                yield
+                # a launcher ends the others once one has ended: not before all is written
+                self.checkpoints.io.wait()
+                self.ranks.gather(None)
+            except SystemExit as error:
+                if error.code != 1:
+                    raise
+                # Lightning 2.6.6 makes this of a KeyboardInterrupt
+                raise KeyboardInterrupt from error
+            except RuntimeError as error:
+                if "loading state_dict" not in str(error):
+                    raise
+                raise UserError(
+                    f"{self.newest} does not fit this model: {error}. Give the run its old "
+                    "settings, or another out="
+                ) from error
+            finally:
+                self.checkpoints.io.wait()
         self.stopping.finish()
         self._check_clips()
 
-    def _fit(self) -> None:
-        try:
-            path = str(self.newest) if self.newest else None
-            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=path)
-            # a launcher ends the others once one has ended: not before all is written
-            self.checkpoints.io.wait()
-            self.ranks.gather(None)
-        except SystemExit as error:
-            if error.code != 1:
-                raise
-            # Lightning 2.6.6 makes this of a KeyboardInterrupt
-            raise KeyboardInterrupt from error
-        except RuntimeError as error:
-            if "loading state_dict" not in str(error):
-                raise
-            raise UserError(
-                f"{self.newest} does not fit this model: {error}. Give the run its old settings, "
-                "or another out="
-            ) from error
-        finally:
-            self.checkpoints.io.wait()
+    @property
+    def resume_from(self) -> str | None:
+        """The checkpoint that the training continues; None for a new one."""
+        return str(self.newest) if self.newest else None
 
     def _check_clips(self) -> None:
         """Raise on every rank where any of them met too many unreadable clips."""

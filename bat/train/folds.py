@@ -138,7 +138,8 @@ class Folds:
         trainer, newest = fitting.trainer, fitting.newest
         start = f"continuing from {newest}" if newest else "starting"
         log.info("held out %s: %s, %d clips to train on", held.name, start, len(held.train))
-        fitting.run()
+        with fitting.running():
+            trainer.fit(module, datamodule=data, ckpt_path=fitting.resume_from)
         begin()  # a training that was finished before had no start
         module = self._whole(module, held).to(trainer.strategy.root_device)
         metrics, held_out_bad = self._judge(module, held)

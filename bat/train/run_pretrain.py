@@ -57,19 +57,23 @@ def pretrain(config: Pretrain, *, dry_run: bool = False, force: bool = False) ->
         _dry_run(config, module, source)
     else:
         with run_folder(asked, out, force=force) as begin:
-            _run(config, out, module, source, force, begin)
+            fitting, probes = _set_up(config, out, module, source, force, begin)
+            with fitting.running():
+                fitting.trainer.fit(module, datamodule=source.data, ckpt_path=fitting.resume_from)
+            begin()  # a training that was finished before had no start
+            _finish(config, out, module, source, fitting, probes)
     return out
 
 
-def _run(
+def _set_up(
     config: Pretrain,
     out: Path,
     module: Pretraining,
     source: PretrainData,
     force: bool,
     begin: Callable[[], None],
-) -> None:
-    data = source.data
+) -> tuple[Fitting, list[OnlineProbe]]:
+    """The training and its online probes, if there are any; says in the log what it is."""
     probes: list[OnlineProbe] = []
 
     def more(metrics: Metrics, stopping: Stopping) -> list[Callback]:
@@ -88,12 +92,10 @@ def _run(
 
     name = f"pretrain-{config.recipe}"
     fitting = Fitting(
-        config, out, module=module, data=data, name=name, force=force, begin=begin, more=more
+        config, out, module=module, data=source.data, name=name, force=force, begin=begin, more=more
     )
     trainer, newest = fitting.trainer, fitting.newest
-    finished = newest is not None and step_of(newest) >= config.train.steps
-    finished = finished and (out / "summary.json").is_file() and (out / "export").is_dir()
-    if finished:
+    if _is_finished(config, out, fitting):
         log.info("nothing to do: %s is finished", out)
     log.info("%s", _headline(module, source, out, newest))
     clips = config.data.batch * config.train.accumulate
@@ -109,13 +111,31 @@ def _run(
         log.info("  attention %s: %s", config.model.attention, kernel)
     for note in config.optim.notes(config.train.steps):
         log.warning("  %s", note)
-    fitting.run()
-    begin()  # a training that was finished before had no start
+    return fitting, probes
+
+
+def _is_finished(config: Pretrain, out: Path, fitting: Fitting) -> bool:
+    """Whether an earlier start has trained to the last step and left everything."""
+    newest = fitting.newest
+    trained = newest is not None and step_of(newest) >= config.train.steps
+    return trained and (out / "summary.json").is_file() and (out / "export").is_dir()
+
+
+def _finish(
+    config: Pretrain,
+    out: Path,
+    module: Pretraining,
+    source: PretrainData,
+    fitting: Fitting,
+    probes: list[OnlineProbe],
+) -> None:
+    """Export, pictures and summary of a training that is at its last step."""
+    data, trainer = source.data, fitting.trainer
     everybodys = data.bad_clips_all_ranks()
     state = full_state(module)
     if not trainer.is_global_zero:
         return
-    if finished:
+    if _is_finished(config, out, fitting):
         _say_where(module, out, source, probes[0] if probes else None)
         return
     export(module, out, step=trainer.global_step, data=data, state=state)

@@ -149,7 +149,7 @@ def test_finetune_prints_a_table_and_leaves_these_files(words, tmp_path, capsys)
         (probe, ["task=esc50", "data.clip_seconds=5"], "no data given for task 'esc50'"),
         (finetune, ["method=svm"], "unknown probe=svm"),
         (finetune, ["loss=mse"], "'loss=mse'"),
-        (finetune, ["checkpoint=random:Q"], "neither a run nor a model fragment"),
+        (finetune, ["checkpoint=random:Q"], "neither a run, a model fragment"),
         (finetune, ["drop_path=2"], "drop_path=2.0: in [0, 1)"),
         (finetune, ["augment.roll=true"], "unknown key 'augment.roll'"),
     ],

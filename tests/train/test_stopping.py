@@ -170,22 +170,20 @@ def test_errors_outweigh_requests_and_the_first_of_each_counts() -> None:
 
 
 def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
-    def body(what: BaseException):
-        def raises(options) -> None:
-            raise what
+    def code(error: BaseException) -> int:
+        with args.Command(args.parser("x", "about", ""), []) as call:
+            raise error
+        return call.code
 
-        return raises
-
-    p = args.parser("x", "about", "")
-    assert args.run(body(Interrupted("SIGTERM after step 3")), p, []) == 75
+    assert code(Interrupted("SIGTERM after step 3")) == 75
     assert "the same command continues" in capsys.readouterr().err
-    assert args.run(body(UserError("see https://me:secret@host/x")), p, []) == 2
+    assert code(UserError("see https://me:secret@host/x")) == 2
     assert "secret" not in capsys.readouterr().err
-    assert args.run(body(KeyboardInterrupt()), p, []) == 130
-    assert args.run(body(OSError(errno.ENOSPC, "No space left")), p, []) == 2
+    assert code(KeyboardInterrupt()) == 130
+    assert code(OSError(errno.ENOSPC, "No space left")) == 2
     assert "the disk is full" in capsys.readouterr().err
     with pytest.raises(OSError, match="not ours"):
-        args.run(body(OSError(errno.EIO, "not ours")), p, [])
+        code(OSError(errno.EIO, "not ours"))
 
 
 def probing_signal(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
