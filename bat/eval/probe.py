@@ -78,18 +78,16 @@ def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -
         print("dry run: nothing was trained, nothing was written but shards and their index")
         return out
     with run_folder(config, out, force=force) as begin:
-        left, only = 0, None
+        labs = {}
         for name, checkpoint in encoders.items():  # all of them, before the first is probed
-            lab = _laboratory(config, opened, out, name, checkpoint, methods)
-            lab.check()
-            left += lab.left()
-            only = lab if len(encoders) == 1 else None
-            del lab
-        if not left:
+            labs[name] = _laboratory(config, opened, out, name, checkpoint, methods)
+            labs[name].check()
+        steps = {name: lab.steps_left() for name, lab in labs.items()}
+        if not any(steps.values()):
             log.info("nothing to do: %s is finished", out)
         begin()
         try:
-            summary = _run(config, opened, out, encoders, methods, finetuned, only)
+            summary = _run(config, opened, out, encoders, methods, finetuned, labs, steps)
         except (KeyboardInterrupt, Interrupted):
             log.warning(
                 "interrupted: %s/results.jsonl holds what is done, and the same command continues",
@@ -137,19 +135,24 @@ def _run(
     encoders: dict[str, str],
     methods: Sequence[str],
     finetuned: dict[str, float],
-    only: Laboratory | None,
+    labs: dict[str, Laboratory],
+    steps: dict[str, int],
 ) -> dict[str, Any]:
-    """Probe all ``encoders``; the summary, as written to ``summary.json``. ``only``: that of the
-    single encoder, which is not to be loaded twice."""
+    """Probe all ``encoders``; the summary, as written to ``summary.json``. Each of ``labs`` is let
+    go of once it is done; ``steps``: of each, for the progress bar."""
     began = time.perf_counter() - _seconds_before(out)
     found: dict[str, Any] = {}
-    for number, (name, checkpoint) in enumerate(encoders.items(), start=1):
-        lab = only or _laboratory(config, opened, out, name, checkpoint, methods)
+    for number, name in enumerate(encoders, start=1):
+        lab = labs.pop(name)
         of = f", encoder {number} of {len(encoders)}" if len(encoders) > 1 else ""
         log.info("%s", _headline(lab.ready, name, methods, out, of))
         if unfit := _unfit(methods, config, lab.ready):
             log.warning("%s: not defined for this encoder, left out", ", ".join(sorted(unfit)))
-        found[name] = {**lab.run(), "finetuned": finetuned.get(name)}
+        before = sum(steps[other] for other in found)
+        found[name] = {
+            **lab.run(before=before, total=sum(steps.values())),
+            "finetuned": finetuned.get(name),
+        }
         then = time.perf_counter()
         found[name]["insight"] |= statistics_of(lab)
         lab.seconds["insight"] = round(time.perf_counter() - then, 1)
@@ -218,6 +221,7 @@ def _summary(
 def _dry_run(ready: Prepared[schema.Probe], out: Path, name: str, methods: Sequence[str]) -> None:
     """Build everything, one batch through encoder and probes (one clip on the CPU)."""
     lab = Laboratory(ready, out, name=name, methods=methods)
+    lab.to_device()
     config, index, backbone, frames = ready.config, ready.index, ready.backbone, ready.frames
     autocast = autocast_for(config.hardware)
     stream = FeatureStream(
