@@ -31,12 +31,15 @@ def main(argv: list[str] | None = None) -> int:
 def _body(options: argparse.Namespace) -> None:
     from bat.config.schema import Pretrain
 
+    if not options.print_config:  # before torch is imported, for the objective's settings
+        from bat.config.compose import compose_early
+        from bat.eval.run_folder import check_first
+
+        if (early := compose_early(Pretrain, "pretrain", options.settings)) is not None:
+            check_first(early)
     config = args.configure(options, Pretrain, "pretrain", [])
     if config is None:
         return
-    from bat.eval.run_folder import check_first
-
-    check_first(config)
     from bat.data.pipes import allow_pipes
     from bat.train.run_pretrain import pretrain
 

@@ -42,11 +42,23 @@ Source = tuple[str, dict[str, Any]]
 """Where settings come from, for messages, and ``{"section.name": value}``."""
 
 
-def compose(schema: type[T], command: str, overrides: list[str]) -> T:
+def compose_early(schema: type[T], command: str, overrides: list[str]) -> T | None:
+    """As ``compose``, without the section ``objective``, whose settings need torch to be known.
+
+    None where there are problems: ``compose`` names all of them.
+    """
+    try:
+        return compose(schema, command, overrides, objective=False)
+    except UserError:
+        return None
+
+
+def compose(schema: type[T], command: str, overrides: list[str], *, objective: bool = True) -> T:
     """Resolve one configuration of ``bat-COMMAND``.
 
     ``overrides`` are the ``key=value`` words of the command line; ``recipe=`` is required.
-    Raises ``UserError`` naming every unknown key, wrong type and bad value found.
+    Raises ``UserError`` naming every unknown key, wrong type and bad value found. ``objective``:
+    with the section of that name, else without it and the problems that may lie there.
     """
     words = _words(overrides, command)
     recipe = words.pop("recipe", None)
@@ -74,9 +86,9 @@ def compose(schema: type[T], command: str, overrides: list[str]) -> T:
     late = fragments([f"{g}/{leaf}" for g, leaf in picked.items() if g in LATE])
     line = [("command line", words)]
 
-    config = OmegaConf.structured(schema)
+    config = OmegaConf.structured(schema if objective else schema(objective={}))
     problems: list[str] = []
-    if "objective" in config:
+    if objective and "objective" in config:
         first = _objective([*fragments(replaced), *own]) or OBJECTIVE
         chosen = _objective([*new, *line]) or first
         _put_objective(config, chosen)
@@ -84,13 +96,14 @@ def compose(schema: type[T], command: str, overrides: list[str]) -> T:
             own = _without_objective(own, first, chosen)
     for source, leaves in [*own[:-1], *new, own[-1], *late, *line]:
         for key, value in leaves.items():
-            _set(config, key, value, source, problems)
+            if objective or not _is_objective(key):
+                _set(config, key, value, source, problems)
     _set(config, "recipe", path.stem, "command line", problems)
     result: Any = None
     if not problems:
         try:
             result = OmegaConf.to_object(config)
-            problems = list(_problems(result))
+            problems = list(_problems(result, whole=objective))
         except OmegaConfBaseException as error:
             problems = [str(error).splitlines()[0]]
     if problems:
@@ -273,8 +286,9 @@ def _is_section(schema: type, name: str) -> bool:
     return bool(locate.known_fragments(name)) and name in {f.name for f in fields(schema)}
 
 
-def _problems(section: Any) -> Iterator[str]:
-    yield from section.problems() if hasattr(section, "problems") else []
+def _problems(section: Any, *, whole: bool = True) -> Iterator[str]:
+    """Of a section and those inside it; not ``whole``: of those inside it alone."""
+    yield from section.problems() if whole and hasattr(section, "problems") else []
     for f in fields(section):
         value = getattr(section, f.name)
         if is_dataclass(value):

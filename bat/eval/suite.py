@@ -42,7 +42,7 @@ from bat.eval.notes import read_note, write_note
 from bat.eval.prepare import Prepared
 from bat.eval.results import Outcome, ResultsFile, summary
 from bat.eval.search import cross_validate
-from bat.io import read_jsonl, replace_durably
+from bat.io import filter_jsonl
 from bat.probes.base import Probe, build_probe, find_probe
 from bat.probes.cgp import check_cls
 from bat.probes.curve import LinearCurve
@@ -269,16 +269,14 @@ class Laboratory:
         """Remove this encoder's lines of trainings without a result from ``metrics.jsonl``: they
         are trained again."""
         path = self.out / "metrics.jsonl"
-        rows = read_jsonl(path)
-        kept = [
-            r
-            for r in rows
-            if r["encoder"] != self.name or file.done(r["method"], r["fold"], r["seed"])
-        ]
-        if len(kept) < len(rows):
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-            replace_durably(temporary, path)
+        if path.is_file():
+            filter_jsonl(
+                path,
+                lambda row: (
+                    row["encoder"] != self.name
+                    or file.done(row["method"], row["fold"], row["seed"])
+                ),
+            )
 
     def _keep(self, probe: Probe, outcome: Outcome) -> None:
         """Keep the last round's best-liked probe with prototypes, to be drawn."""
