@@ -86,7 +86,8 @@ def compose(schema: type[T], command: str, overrides: list[str], *, objective: b
     late = fragments([f"{g}/{leaf}" for g, leaf in picked.items() if g in LATE])
     line = [("command line", words)]
 
-    config = OmegaConf.structured(schema if objective else schema(objective={}))
+    bare: Any = schema  # one that has a section objective
+    config = OmegaConf.structured(schema if objective else bare(objective={}))
     problems: list[str] = []
     if objective and "objective" in config:
         first = _objective([*fragments(replaced), *own]) or OBJECTIVE
@@ -94,11 +95,12 @@ def compose(schema: type[T], command: str, overrides: list[str], *, objective: b
         _put_objective(config, chosen)
         if chosen != first:
             own = _without_objective(own, first, chosen)
+    known = [key for key, _ in _schema_leaves(config)]
     for source, leaves in [*own[:-1], *new, own[-1], *late, *line]:
         for key, value in leaves.items():
             if objective or not _is_objective(key):
-                _set(config, key, value, source, problems)
-    _set(config, "recipe", path.stem, "command line", problems)
+                _set(config, known, key, value, source, problems)
+    _set(config, known, "recipe", path.stem, "command line", problems)
     result: Any = None
     if not problems:
         try:
@@ -193,8 +195,9 @@ def from_yaml(schema: type[T], path: Path) -> T:
     leaves = dict(_leaves(_read(path)))
     if "objective" in config:
         _put_objective(config, _objective([("", leaves)]) or OBJECTIVE)
+    known = [key for key, _ in _schema_leaves(config)]
     for key, value in leaves.items():
-        _set(config, key, value, str(path), problems)
+        _set(config, known, key, value, str(path), problems)
     if problems:
         raise UserError("\n  ".join([f"{path} does not fit this version:", *problems]))
     result: Any = OmegaConf.to_object(config)
@@ -236,9 +239,10 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _set(config: DictConfig, key: str, value: Any, source: str, problems: list[str]) -> None:
-    """Set one leaf, or say what is wrong with it."""
-    known = [k for k, _ in _schema_leaves(config)]
+def _set(
+    config: DictConfig, known: list[str], key: str, value: Any, source: str, problems: list[str]
+) -> None:
+    """Set one leaf, or say what is wrong with it. ``known``: all of them."""
     if key not in known:
         sections = {k.rpartition(".")[0] for k in known} - {""}
         if key in sections:

@@ -70,7 +70,8 @@ def fit(
             optimizer.zero_grad()  # without a gradient, what is trained no further stays as it is
             for key, (probe, optim, name, seed) in active.items():
                 seed_generators(derive_seed(seed, name, step), device)
-                probe.train()
+                if not probe.training:
+                    probe.train()
                 with torch.autocast(device.type, autocast, enabled=autocast is not None):
                     logits = probe(features)
                 value = probe.training_loss(of_batch, logits, targets)
