@@ -95,12 +95,12 @@ def compose(schema: type[T], command: str, overrides: list[str], *, objective: b
         _put_objective(config, chosen)
         if chosen != first:
             own = _without_objective(own, first, chosen)
-    known = [key for key, _ in _schema_leaves(config)]
+    keys = [key for key, _ in _schema_leaves(config)]
     for source, leaves in [*own[:-1], *new, own[-1], *late, *line]:
         for key, value in leaves.items():
             if objective or not _is_objective(key):
-                _set(config, known, key, value, source, problems)
-    _set(config, known, "recipe", path.stem, "command line", problems)
+                _set(config, keys, key, value, source, problems)
+    _set(config, keys, "recipe", path.stem, "command line", problems)
     result: Any = None
     if not problems:
         try:

@@ -1,4 +1,4 @@
-"""Train, choose, judge: every probe with every seed in every round (SPEC section 5).
+"""Trains, selects and evaluates every probe with every seed in every fold (SPEC section 5).
 
 Candidates are trained side by side on the training clips; each is looked at on the validation clips
 at the end, or every so many steps, and of each method and seed the best look is judged on the
@@ -31,7 +31,7 @@ from bat.seeding import derive_seed
 def cross_validate(
     source: Source, rounds: Sequence[Round], methods: Sequence[str], plan: Plan
 ) -> list[Outcome]:
-    """Train, choose and judge each of ``methods`` with each seed in each of ``rounds``.
+    """Train, select and evaluate each of ``methods`` with each seed in each of ``rounds``.
 
     What diverges at every rate has no outcome and is listed in ``plan.diverged``.
     """
@@ -68,7 +68,7 @@ def _round(
     plan: Plan,
     given: Choices | None = None,
 ) -> list[Outcome]:
-    """Train, choose and judge ``jobs`` in one round: each answer as ``given`` for it, or by a
+    """Train, select and evaluate ``jobs`` in one round: each answer as ``given`` for it, or by a
     search over the grid of its method."""
     candidates = []
     for method, seed in jobs:
@@ -94,7 +94,7 @@ def _round(
             left[candidate.job] -= 1
         ready = [job for job in best if not left[job]]
         looks = {job: best.pop(job) for job in ready}
-        outcomes += _judge(source, held, looks, tried, plan)
+        outcomes += _evaluate(source, held, looks, tried, plan)
     return outcomes
 
 
@@ -199,14 +199,14 @@ def _scores(
     return scores
 
 
-def _judge(
+def _evaluate(
     source: Source,
     held: Round,
     looks: dict[tuple[str, int], dict[str, Look]],
     tried: dict[tuple[str, int], int],
     plan: Plan,
 ) -> list[Outcome]:
-    """Judge the chosen look of each job on the held-out clips, each once.
+    """Evaluate the chosen look of each job on the held-out clips, each once.
 
     A job that diverged, or one of whose answers did, has no outcomes: ``plan.diverged`` has it.
     """

@@ -1,4 +1,4 @@
-"""One encoder of a probing: its features once, all probes and seeds on them.
+"""Trains and evaluates all probes and seeds on one encoder, whose features are made once.
 
 A run's folder holds, besides what every run has:
 
@@ -57,8 +57,8 @@ CURVE = "curve"
 """The method that is a linear probe on every block."""
 
 
-class Laboratory:
-    """An encoder on the bench. ``name``: what results call it; ``methods``: probes, ``CURVE``."""
+class Evaluation:
+    """Evaluates one encoder. ``name``: what results call it; ``methods``: probes, ``CURVE``."""
 
     def __init__(
         self, ready: Prepared[schema.Probe], out: Path, *, name: str, methods: Sequence[str]
