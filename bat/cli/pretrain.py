@@ -27,17 +27,21 @@ def main(argv: list[str] | None = None) -> int:
     with args.Command(p, argv) as call:
         from bat.config.schema import Pretrain
 
-        config = args.configure(call.options, Pretrain, "pretrain", [])
+        options = call.options
+        if not options.print_config:  # before torch is imported, for the objective's settings
+            from bat.config.compose import compose_early
+            from bat.eval.run_folder import check_first
+
+            if (early := compose_early(Pretrain, "pretrain", options.settings)) is not None:
+                check_first(early)
+        config = args.configure(options, Pretrain, "pretrain", [])
         if config is None:
             return call.code
-        from bat.eval.run_folder import check_first
-
-        check_first(config)
         from bat.data.pipes import allow_pipes
         from bat.train.run_pretrain import pretrain
 
-        allow_pipes(call.options.allow_pipe)
-        pretrain(config, dry_run=call.options.dry_run, force=call.options.force)
+        allow_pipes(options.allow_pipe)
+        pretrain(config, dry_run=options.dry_run, force=options.force)
     return call.code
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from bat.cli import args
@@ -39,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         from bat.cli.probe_report import main as report
 
         return report(given[1:])
+    # read when torch is imported: idle threads sleep. By default they spin, and where other
+    # programs want the cores a small step on two threads takes ten times as long
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     p = args.recipe_parser("probe", ABOUT, EPILOG)
     p.add_argument(
         "--method", metavar="NAME[,NAME]", help="probes to train, or all; as methods=[...]"

@@ -42,11 +42,23 @@ Source = tuple[str, dict[str, Any]]
 """Where settings come from, for messages, and ``{"section.name": value}``."""
 
 
-def compose(schema: type[T], command: str, overrides: list[str]) -> T:
+def compose_early(schema: type[T], command: str, overrides: list[str]) -> T | None:
+    """As ``compose``, without the section ``objective``, whose settings need torch to be known.
+
+    None where there are problems: ``compose`` names all of them.
+    """
+    try:
+        return compose(schema, command, overrides, objective=False)
+    except UserError:
+        return None
+
+
+def compose(schema: type[T], command: str, overrides: list[str], *, objective: bool = True) -> T:
     """Resolve one configuration of ``bat-COMMAND``.
 
     ``overrides`` are the ``key=value`` words of the command line; ``recipe=`` is required.
-    Raises ``UserError`` naming every unknown key, wrong type and bad value found.
+    Raises ``UserError`` naming every unknown key, wrong type and bad value found. ``objective``:
+    with the section of that name, else without it and the problems that may lie there.
     """
     words = _words(overrides, command)
     recipe = words.pop("recipe", None)
@@ -74,23 +86,26 @@ def compose(schema: type[T], command: str, overrides: list[str]) -> T:
     late = fragments([f"{g}/{leaf}" for g, leaf in picked.items() if g in LATE])
     line = [("command line", words)]
 
-    config = OmegaConf.structured(schema)
+    bare: Any = schema  # one that has a section objective
+    config = OmegaConf.structured(schema if objective else bare(objective={}))
     problems: list[str] = []
-    if "objective" in config:
+    if objective and "objective" in config:
         first = _objective([*fragments(replaced), *own]) or OBJECTIVE
         chosen = _objective([*new, *line]) or first
         _put_objective(config, chosen)
         if chosen != first:
             own = _without_objective(own, first, chosen)
+    keys = [key for key, _ in _schema_leaves(config)]
     for source, leaves in [*own[:-1], *new, own[-1], *late, *line]:
         for key, value in leaves.items():
-            _set(config, key, value, source, problems)
-    _set(config, "recipe", path.stem, "command line", problems)
+            if objective or not _is_objective(key):
+                _set(config, keys, key, value, source, problems)
+    _set(config, keys, "recipe", path.stem, "command line", problems)
     result: Any = None
     if not problems:
         try:
             result = OmegaConf.to_object(config)
-            problems = list(_problems(result))
+            problems = list(_problems(result, whole=objective))
         except OmegaConfBaseException as error:
             problems = [str(error).splitlines()[0]]
     if problems:
@@ -180,8 +195,9 @@ def from_yaml(schema: type[T], path: Path) -> T:
     leaves = dict(_leaves(_read(path)))
     if "objective" in config:
         _put_objective(config, _objective([("", leaves)]) or OBJECTIVE)
+    known = [key for key, _ in _schema_leaves(config)]
     for key, value in leaves.items():
-        _set(config, key, value, str(path), problems)
+        _set(config, known, key, value, str(path), problems)
     if problems:
         raise UserError("\n  ".join([f"{path} does not fit this version:", *problems]))
     result: Any = OmegaConf.to_object(config)
@@ -223,9 +239,10 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _set(config: DictConfig, key: str, value: Any, source: str, problems: list[str]) -> None:
-    """Set one leaf, or say what is wrong with it."""
-    known = [k for k, _ in _schema_leaves(config)]
+def _set(
+    config: DictConfig, known: list[str], key: str, value: Any, source: str, problems: list[str]
+) -> None:
+    """Set one leaf, or say what is wrong with it. ``known``: all of them."""
     if key not in known:
         sections = {k.rpartition(".")[0] for k in known} - {""}
         if key in sections:
@@ -273,8 +290,9 @@ def _is_section(schema: type, name: str) -> bool:
     return bool(locate.known_fragments(name)) and name in {f.name for f in fields(schema)}
 
 
-def _problems(section: Any) -> Iterator[str]:
-    yield from section.problems() if hasattr(section, "problems") else []
+def _problems(section: Any, *, whole: bool = True) -> Iterator[str]:
+    """Of a section and those inside it; not ``whole``: of those inside it alone."""
+    yield from section.problems() if whole and hasattr(section, "problems") else []
     for f in fields(section):
         value = getattr(section, f.name)
         if is_dataclass(value):

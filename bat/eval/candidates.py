@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from bat.config.probing import Protocol
 from bat.config.sections import Optim
@@ -144,7 +145,8 @@ class Plan:
     memory_bytes: float = 8e9
     autocast: torch.dtype | None = None
     device: torch.device | str = "cpu"
-    progress: bool = False
+    bar: tqdm[Any] | None = None
+    """Moves on with every step of every candidate, ``steps_left`` of them."""
     log_every: int = 0
     on_log: Callable[[dict[str, Any]], None] | None = None
     """Gets ``{"fold", "step", "method", "seed", "lr", "weight_decay", "loss"}`` every
@@ -172,6 +174,37 @@ class Plan:
     def grid(self, method: str) -> list[tuple[float, float]]:
         """Rates and weight decays that are tried."""
         return grid(self.protocol, self.optim, prototypes=self.prototypes[method])
+
+    def measure(self, methods: Sequence[str]) -> None:
+        """Fill in ``parameters`` and ``prototypes`` of ``methods``."""
+        for method in (m for m in methods if m not in self.parameters):
+            with own_randomness(torch.device(self.device)):
+                probe = self.build(method)
+            self.parameters[method] = sum(p.numel() for p in probe.parameters())
+            self.prototypes[method] = probe.has_prototypes
+
+    def jobs(self, held: Round, methods: Sequence[str]) -> list[tuple[str, int]]:
+        """Method and seed of each training that is left to do in a round."""
+        seeds = range(self.seed, self.seed + self.seeds)
+        return [(m, s) for m in methods for s in seeds if not self.done(m, held.name, s)]
+
+    def searches(self, seed: int) -> bool:
+        """Whether a seed searches the grid, or takes what the first seed's search selected."""
+        return not self.protocol or self.protocol.search == "each" or seed == self.seed
+
+    def tries(self, method: str, seed: int) -> int:
+        """Candidates of a job; one where the first seed's search has yet to say."""
+        return len(self.grid(method)) if self.searches(seed) else 1
+
+    def steps_left(self, rounds: Sequence[Round], methods: Sequence[str]) -> int:
+        """Optimiser steps of all candidates that are left to train in ``rounds``."""
+        self.measure(methods)
+        tries = (
+            self.run_steps(held)[0] * self.tries(*job)
+            for held in rounds
+            for job in self.jobs(held, methods)
+        )
+        return sum(tries)
 
     def diverged_line(self) -> str:
         """What diverged, and what to do about it."""

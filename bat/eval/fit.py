@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ from bat.config.sections import Optim
 from bat.errors import UserError
 from bat.eval.features import Batches, device_of, evaluating, to_device
 from bat.nn.losses import Loss, against, to_clip
-from bat.nn.optim import adamw, param_groups, set_lr
+from bat.nn.optim import adamw, param_groups, warmup_cosine
 from bat.probes.base import Probe
-from bat.seeding import derive_seed
+from bat.seeding import derive_seed, seed_generators
 
 K = TypeVar("K", bound=Hashable)
 
@@ -45,14 +45,15 @@ def fit(
     autocast: torch.dtype | None = None,
     after_step: Callable[[int, dict[K, Tensor]], set[K]] | None = None,
 ) -> None:
-    """Train every probe on the same ``batches``, ``steps`` of them; each has its own AdamW.
+    """Train every probe on the same ``batches``, ``steps`` of them, each by AdamW as it says.
 
     ``after_step(steps done, {key: loss})`` gets the losses on their device and returns the keys of
     those that are trained no further; with none left the batches end.
     """
     device = device_of(next(iter(trainings.values())).probe)
     active = dict(trainings)
-    optimizers = {key: _optimizer(training) for key, training in trainings.items()}
+    groups = [g for key, training in trainings.items() for g in _groups(training, key)]
+    optimizer = adamw(groups, lr=0.0)  # one for all: a call costs more than a small probe's update
 
     def objective(logits: Tensor, targets: Tensor, *, inside: Tensor | None) -> Tensor:
         if targets.ndim == 3:  # labels of time patches: those beyond a clip's end are nobody's
@@ -66,26 +67,28 @@ def fit(
             inside = features.inside() if targets.ndim < 3 else None
             of_batch = partial(objective, inside=inside)
             losses = {}
+            optimizer.zero_grad()  # without a gradient, what is trained no further stays as it is
             for key, (probe, optim, name, seed) in active.items():
-                optimizer = optimizers[key]
-                set_lr(
-                    optimizer,
+                seed_generators(derive_seed(seed, name, step), device)
+                if not probe.training:
+                    probe.train()
+                with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                    logits = probe(features)
+                value = probe.training_loss(of_batch, logits, targets)
+                value.backward()
+                if optim.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(probe.parameters(), optim.clip_norm)
+                losses[key] = value.detach()
+            for group in optimizer.param_groups:
+                optim = trainings[group["training"]].optim
+                group["lr"] = warmup_cosine(
                     step,
                     lr=optim.lr,
                     warmup_steps=optim.warmup_steps,
                     total_steps=steps,
                     min_lr=optim.min_lr,
                 )
-                torch.manual_seed(derive_seed(seed, name, step))
-                with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                    logits = probe.train()(features)
-                value = probe.training_loss(of_batch, logits, targets)
-                optimizer.zero_grad()
-                value.backward()
-                if optim.clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(probe.parameters(), optim.clip_norm)
-                optimizer.step()
-                losses[key] = value.detach()
+            optimizer.step()
             if after_step is not None:
                 for key in after_step(step + 1, losses):
                     active.pop(key, None)
@@ -93,7 +96,8 @@ def fit(
                     return
 
 
-def _optimizer(training: Training) -> torch.optim.AdamW:
+def _groups(training: Training, key: Hashable) -> list[dict[str, Any]]:
+    """AdamW's parameter groups of one probe, with what its settings say of them."""
     probe, optim = training.probe, training.optim
     assert optim.layer_decay == 1, "a probe has no layers to decay over"
     groups = param_groups(
@@ -102,7 +106,8 @@ def _optimizer(training: Training) -> torch.optim.AdamW:
         decay=optim.decay,
         no_decay=probe.no_weight_decay(),
     )
-    return adamw(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    own = {"training": key, "betas": tuple(optim.betas), "eps": optim.eps}
+    return [group | own for group in groups]
 
 
 class Predictions(NamedTuple):

@@ -59,8 +59,8 @@ def after_probing(config: Probe, out: Path, data: PreparedData[Probe]) -> list[s
     """The untrained control, the report and fine-tuning. ``config``: as the user gave it."""
     names = several(config)
     found = []
-    own = words_of(config, "probe")
-    if own and len(names) == 1 and RANDOM not in names[0]:
+    alone = len(names) == 1 and RANDOM not in names[0]
+    if alone and (own := words_of(config, "probe")):
         own = [w for w in own if not w.startswith("checkpoint=")]
         control = _command("probe", [*own, word("checkpoint", f"{names[0]},{RANDOM}")])
         found.append(f"{control}   # and the same encoder untrained: the control")

@@ -14,7 +14,7 @@ import numpy as np
 
 from bat.eval.encoder_list import RANDOM
 from bat.eval.run_diagnostics import maps_of
-from bat.eval.suite import Laboratory
+from bat.eval.suite import Evaluation
 from bat.report import insight_plots, probe_plots
 from bat.report.page import COMPARISONS
 from bat.report.plots import COLOURS, chance_of, plot_folds, plot_layer_gates
@@ -24,18 +24,18 @@ MAPS = "prototype-maps-"
 OF_ENCODER = ("layer-gates", "folds", f"{MAPS}*")
 
 
-def draw_encoder(folder: Path, lab: Laboratory, entry: dict[str, Any]) -> None:
+def draw_encoder(folder: Path, evaluation: Evaluation, entry: dict[str, Any]) -> None:
     """Gates, folds and prototype maps of one encoder; ``entry``: its part of the summary.
 
     Folds of so many methods only as there are colours: more are told apart in the comparison.
     """
-    results, metric = entry["results"], lab.ready.task.metric
+    results, metric = entry["results"], evaluation.ready.task.metric
     gates = {m: list(e["gate"].values()) for m, e in results.items() if e["gate"]}
     drawn = []
     if gates:
-        over = "trainings" if lab.config.seeds > 1 else "folds"
+        over = "trainings" if evaluation.config.seeds > 1 else "folds"
         drawn.append(plot_layer_gates(gates, folder / "layer-gates.png", over=over))
-    if len(lab.ready.rounds) > 1 and len(results) <= len(COLOURS):
+    if len(evaluation.ready.rounds) > 1 and len(results) <= len(COLOURS):
         folds = {
             method: {
                 fold: float(np.mean([row[metric] for row in rows.values()]))
@@ -43,14 +43,16 @@ def draw_encoder(folder: Path, lab: Laboratory, entry: dict[str, Any]) -> None:
             }
             for method, e in results.items()
         }
-        chance = chance_of(metric, lab.index.classes)
+        chance = chance_of(metric, evaluation.index.classes)
         path = folder / "folds.png"
         drawn.append(plot_folds(folds, path, metric=TITLES[metric], chance=chance))
-    name, maps = maps_of(lab)
+    name, maps = maps_of(evaluation)
     if maps:
         path = folder / f"{MAPS}{name}.png"
         drawn.append(insight_plots.plot_prototype_maps(maps, path))
-    elif lab.config.insight.maps:  # its head was not kept, but what was drawn of it still holds
+    elif (
+        evaluation.config.insight.maps
+    ):  # its head was not kept, but what was drawn of it still holds
         drawn += [folder / f"{MAPS}{method}.png" for method in results]
     _remove_others(folder, OF_ENCODER, drawn)
 

@@ -1,6 +1,6 @@
-"""One probing from a resolved configuration to its tables, pictures and heads on disk.
+"""Runs ``bat-probe`` from a resolved configuration to tables, pictures and heads on disk.
 
-Encoders one after the other (``laboratory.py``), each with all methods and seeds; then what
+Encoders one after the other (``suite.py``), each with all methods and seeds; then what
 compares them. Data and rounds are the same for all.
 """
 
@@ -35,7 +35,7 @@ from bat.eval.report import differences
 from bat.eval.results import gate_bars, ranking, table
 from bat.eval.run_diagnostics import statistics_of
 from bat.eval.run_folder import default_out, run_folder
-from bat.eval.suite import CURVE, Laboratory
+from bat.eval.suite import CURVE, Evaluation
 from bat.io import write_json
 from bat.logs import start_logging
 from bat.probes.base import check_level, expand, find_probe, takes_encoder
@@ -78,18 +78,16 @@ def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -
         print("dry run: nothing was trained, nothing was written but shards and their index")
         return out
     with run_folder(config, out, force=force) as begin:
-        left, only = 0, None
+        evaluations = {}
         for name, checkpoint in encoders.items():  # all of them, before the first is probed
-            lab = _laboratory(config, opened, out, name, checkpoint, methods)
-            lab.check()
-            left += lab.left()
-            only = lab if len(encoders) == 1 else None
-            del lab
-        if not left:
+            evaluations[name] = _evaluation(config, opened, out, name, checkpoint, methods)
+            evaluations[name].check()
+        steps = {name: evaluation.steps_left() for name, evaluation in evaluations.items()}
+        if not any(steps.values()):
             log.info("nothing to do: %s is finished", out)
         begin()
         try:
-            summary = _run(config, opened, out, encoders, methods, finetuned, only)
+            summary = _run(config, opened, out, encoders, methods, finetuned, evaluations, steps)
         except (KeyboardInterrupt, Interrupted):
             log.warning(
                 "interrupted: %s/results.jsonl holds what is done, and the same command continues",
@@ -100,18 +98,18 @@ def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -
     return out
 
 
-def _laboratory(
+def _evaluation(
     config: schema.Probe,
     opened: PreparedData[schema.Probe],
     out: Path,
     name: str,
     checkpoint: str,
     methods: Sequence[str],
-) -> Laboratory:
+) -> Evaluation:
     """For one encoder, with those of ``methods`` that it lends itself to, unless all were named."""
     ready = with_encoder(opened, config, checkpoint)
     unfit = _unfit(methods, config, ready)
-    return Laboratory(ready, out, name=name, methods=[m for m in methods if m not in unfit])
+    return Evaluation(ready, out, name=name, methods=[m for m in methods if m not in unfit])
 
 
 def _seconds_before(out: Path) -> float:
@@ -137,29 +135,35 @@ def _run(
     encoders: dict[str, str],
     methods: Sequence[str],
     finetuned: dict[str, float],
-    only: Laboratory | None,
+    evaluations: dict[str, Evaluation],
+    steps: dict[str, int],
 ) -> dict[str, Any]:
-    """Probe all ``encoders``; the summary, as written to ``summary.json``. ``only``: that of the
-    single encoder, which is not to be loaded twice."""
+    """Probe all ``encoders``; the summary, as written to ``summary.json``. ``steps`` of each, for
+    the progress bar. Each of ``evaluations`` is let go of once it is done.
+    """
     began = time.perf_counter() - _seconds_before(out)
     found: dict[str, Any] = {}
-    for number, (name, checkpoint) in enumerate(encoders.items(), start=1):
-        lab = only or _laboratory(config, opened, out, name, checkpoint, methods)
+    for number, name in enumerate(encoders, start=1):
+        evaluation = evaluations.pop(name)
         of = f", encoder {number} of {len(encoders)}" if len(encoders) > 1 else ""
-        log.info("%s", _headline(lab.ready, name, methods, out, of))
-        if unfit := _unfit(methods, config, lab.ready):
+        log.info("%s", _headline(evaluation.ready, name, methods, out, of))
+        if unfit := _unfit(methods, config, evaluation.ready):
             log.warning("%s: not defined for this encoder, left out", ", ".join(sorted(unfit)))
-        found[name] = {**lab.run(), "finetuned": finetuned.get(name)}
+        before = sum(steps[other] for other in found)
+        found[name] = {
+            **evaluation.run(before=before, total=sum(steps.values())),
+            "finetuned": finetuned.get(name),
+        }
         then = time.perf_counter()
-        found[name]["insight"] |= statistics_of(lab)
-        lab.seconds["insight"] = round(time.perf_counter() - then, 1)
-        draw_encoder(out / "plots" / name, lab, found[name])
+        found[name]["insight"] |= statistics_of(evaluation)
+        evaluation.seconds["insight"] = round(time.perf_counter() - then, 1)
+        draw_encoder(out / "plots" / name, evaluation, found[name])
         summary = _summary(config, opened, methods, found, time.perf_counter() - began)
         summary["unfinished"] = [other for other in encoders if other not in found]
         if not summary["unfinished"]:
             summary["differences"] = differences(out, summary)
         write_json(out / "summary.json", summary)
-        del lab
+        del evaluation
     draw_comparison(out / "plots", summary)
     return summary
 
@@ -217,7 +221,8 @@ def _summary(
 
 def _dry_run(ready: Prepared[schema.Probe], out: Path, name: str, methods: Sequence[str]) -> None:
     """Build everything, one batch through encoder and probes (one clip on the CPU)."""
-    lab = Laboratory(ready, out, name=name, methods=methods)
+    evaluation = Evaluation(ready, out, name=name, methods=methods)
+    evaluation.to_device()
     config, index, backbone, frames = ready.config, ready.index, ready.backbone, ready.frames
     autocast = autocast_for(config.hardware)
     stream = FeatureStream(
@@ -228,9 +233,9 @@ def _dry_run(ready: Prepared[schema.Probe], out: Path, name: str, methods: Seque
         min_seconds=config.data.min_seconds,
         max_seconds=config.data.max_seconds,
         autocast=autocast,
-        needs=lab.needs(),
+        needs=evaluation.needs(),
     )
-    clips = config.data.batch if lab.device.type == "cuda" else 1
+    clips = config.data.batch if evaluation.device.type == "cuda" else 1
     features, _ = next(iter(stream.once(ready.rounds[0].train[:clips], batch=clips)))
     size = measured(stream, ready.rounds[0].train, batch=clips) * len(index)
     if ready.note:
@@ -242,7 +247,7 @@ def _dry_run(ready: Prepared[schema.Probe], out: Path, name: str, methods: Seque
     )
     print(f"features  {tuple(features.patches.shape)} a batch, {size / 1e9:.3f} GB for all clips")
     for method in methods:
-        trained = lab.build(method).to(lab.device)
+        trained = evaluation.build(method).to(evaluation.device)
         size = sum(p.numel() for p in trained.parameters())
         targets = torch.zeros(features.patches.shape[1], 1)
         logits, _ = predict({method: trained}, iter([(features, targets)]), autocast=autocast)

@@ -1,4 +1,4 @@
-"""Train, choose, judge: every probe with every seed in every round (SPEC section 5).
+"""Trains, selects and evaluates every probe with every seed in every fold (SPEC section 5).
 
 Candidates are trained side by side on the training clips; each is looked at on the validation clips
 at the end, or every so many steps, and of each method and seed the best look is judged on the
@@ -17,34 +17,29 @@ from torch import Tensor
 
 from bat.config.probing import Protocol
 from bat.eval.candidates import EVERY, Candidate, Look, Plan, Score, State, fresh, passes
-from bat.eval.features import Source, progress_bar
+from bat.eval.features import Source
 from bat.eval.fit import Predictions, Training, fit, own_randomness, predictions
 from bat.eval.results import Outcome
 from bat.eval.splits import Round
 from bat.metrics.bootstrap import replicates
 from bat.metrics.ranking import evaluate
 from bat.probes.base import Probe
+from bat.redact import one_line
 from bat.seeding import derive_seed
 
 
 def cross_validate(
     source: Source, rounds: Sequence[Round], methods: Sequence[str], plan: Plan
 ) -> list[Outcome]:
-    """Train, choose and judge each of ``methods`` with each seed in each of ``rounds``.
+    """Train, select and evaluate each of ``methods`` with each seed in each of ``rounds``.
 
     What diverges at every rate has no outcome and is listed in ``plan.diverged``.
     """
     outcomes = []
-    for method in methods:
-        with own_randomness(torch.device(plan.device)):
-            probe = plan.build(method)
-        plan.parameters[method] = sum(p.numel() for p in probe.parameters())
-        plan.prototypes[method] = probe.has_prototypes
-    seeds = range(plan.seed, plan.seed + plan.seeds)
-    once = plan.protocol is not None and plan.protocol.search == "first"
+    plan.measure(methods)
     for held in rounds:
-        jobs = [(m, s) for m in methods for s in seeds if not plan.done(m, held.name, s)]
-        first = [job for job in jobs if not once or job[1] == plan.seed]
+        jobs = plan.jobs(held, methods)
+        first = [job for job in jobs if plan.searches(job[1])]
         outcomes += _round(source, held, first, plan)
         if others := [job for job in jobs if job not in first]:
             found = _choices([*plan.before, *outcomes], held, plan.seed)
@@ -73,7 +68,7 @@ def _round(
     plan: Plan,
     given: Choices | None = None,
 ) -> list[Outcome]:
-    """Train, choose and judge ``jobs`` in one round: each answer as ``given`` for it, or by a
+    """Train, select and evaluate ``jobs`` in one round: each answer as ``given`` for it, or by a
     search over the grid of its method."""
     candidates = []
     for method, seed in jobs:
@@ -87,15 +82,19 @@ def _round(
     best: dict[tuple[str, int], dict[str, Look]] = {job: {} for job in jobs if left[job]}
     groups = list(passes(candidates, parameters=plan.parameters, memory_bytes=plan.memory_bytes))
     outcomes = []
+    if plan.bar is not None and plan.bar.total:  # a search may have said more pairs than one
+        more = len(candidates) - sum(plan.tries(*job) for job in jobs)
+        plan.bar.total += more * plan.run_steps(held)[0]
     for number, group in enumerate(groups, start=1):
-        name = f"probes, {held.name} held out"
-        name += f", pass {number} of {len(groups)}" if len(groups) > 1 else ""
-        _train(source, held, group, best, plan, given or {}, name=name)
+        if plan.bar is not None:
+            part = f", pass {number} of {len(groups)}" if len(groups) > 1 else ""
+            plan.bar.set_description(f"probes, {one_line(held.name)} held out{part}")
+        _train(source, held, group, best, plan, given or {})
         for candidate in group:
             left[candidate.job] -= 1
         ready = [job for job in best if not left[job]]
         looks = {job: best.pop(job) for job in ready}
-        outcomes += _judge(source, held, looks, tried, plan)
+        outcomes += _evaluate(source, held, looks, tried, plan)
     return outcomes
 
 
@@ -106,8 +105,6 @@ def _train(
     best: dict[tuple[str, int], dict[str, Look]],
     plan: Plan,
     given: Choices,
-    *,
-    name: str,
 ) -> None:
     """Train ``group`` side by side; keep in ``best`` the best look of each job and answer, or of
     those with the rate and weight decay that are ``given`` for it."""
@@ -148,35 +145,28 @@ def _train(
                 waiting.discard(candidate)
         return waiting
 
-    with progress_bar(steps, name, unit="step", show=plan.progress) as bar:
+    def after_step(step: int, losses: dict[Candidate, Tensor]) -> set[Candidate]:
+        plan.on_step()
+        if plan.on_log and plan.log_every and (step % plan.log_every == 0 or step in (1, steps)):
+            for c, value in losses.items():
+                row = {"fold": held.name, "step": step, "method": c.method, "seed": c.seed}
+                rate = {"lr": c.lr, "weight_decay": c.weight_decay}
+                plan.on_log({**row, **rate, "loss": float(value)})
+        looks = step == steps or (protocol.look_every and step % protocol.look_every == 0)
+        stopped = look(step, list(losses)) if held.valid is not None and looks else set()
+        if plan.bar is not None:
+            plan.bar.update(len(losses) + len(stopped) * (steps - step))
+        return stopped
 
-        def after_step(step: int, losses: dict[Candidate, Tensor]) -> set[Candidate]:
-            bar.update(1)
-            plan.on_step()
-            if (
-                plan.on_log
-                and plan.log_every
-                and (step % plan.log_every == 0 or step in (1, steps))
-            ):
-                for c, value in losses.items():
-                    row = {"fold": held.name, "step": step, "method": c.method, "seed": c.seed}
-                    rate = {"lr": c.lr, "weight_decay": c.weight_decay}
-                    plan.on_log({**row, **rate, "loss": float(value)})
-            if held.valid is None:
-                return set()
-            if step == steps or (protocol.look_every and step % protocol.look_every == 0):
-                return look(step, list(losses))
-            return set()
-
-        order = derive_seed(plan.seed, held.name, "order")
-        fit(
-            trainings,
-            source.training(held.train, batch=plan.batch, steps=steps, seed=order),
-            loss=plan.loss,
-            steps=steps,
-            autocast=plan.autocast,
-            after_step=after_step,
-        )
+    order = derive_seed(plan.seed, held.name, "order")
+    fit(
+        trainings,
+        source.training(held.train, batch=plan.batch, steps=steps, seed=order),
+        loss=plan.loss,
+        steps=steps,
+        autocast=plan.autocast,
+        after_step=after_step,
+    )
     if held.valid is None:
         for candidate, training in trainings.items():
             assert not best[candidate.job], "nothing chooses among candidates"
@@ -209,14 +199,14 @@ def _scores(
     return scores
 
 
-def _judge(
+def _evaluate(
     source: Source,
     held: Round,
     looks: dict[tuple[str, int], dict[str, Look]],
     tried: dict[tuple[str, int], int],
     plan: Plan,
 ) -> list[Outcome]:
-    """Judge the chosen look of each job on the held-out clips, each once.
+    """Evaluate the chosen look of each job on the held-out clips, each once.
 
     A job that diverged, or one of whose answers did, has no outcomes: ``plan.diverged`` has it.
     """

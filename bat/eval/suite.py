@@ -1,4 +1,4 @@
-"""One encoder of a probing: its features once, all probes and seeds on them.
+"""Trains and evaluates all probes and seeds on one encoder, whose features are made once.
 
 A run's folder holds, besides what every run has:
 
@@ -34,6 +34,7 @@ from bat.data.module import eval_loader
 from bat.errors import UserError
 from bat.eval.candidates import Plan
 from bat.eval.feature_cache import Opened, open_features
+from bat.eval.features import progress_bar
 from bat.eval.hardware import speed_up
 from bat.eval.heads import save_head
 from bat.eval.loading import autocast_for, device_for, registered_name, weights_digest
@@ -41,7 +42,7 @@ from bat.eval.notes import read_note, write_note
 from bat.eval.prepare import Prepared
 from bat.eval.results import Outcome, ResultsFile, summary
 from bat.eval.search import cross_validate
-from bat.io import read_jsonl, replace_durably
+from bat.io import filter_jsonl
 from bat.probes.base import Probe, build_probe, find_probe
 from bat.probes.cgp import check_cls
 from bat.probes.curve import LinearCurve
@@ -56,8 +57,8 @@ CURVE = "curve"
 """The method that is a linear probe on every block."""
 
 
-class Laboratory:
-    """An encoder on the bench. ``name``: what results call it; ``methods``: probes, ``CURVE``."""
+class Evaluation:
+    """Evaluates one encoder. ``name``: what results call it; ``methods``: probes, ``CURVE``."""
 
     def __init__(
         self, ready: Prepared[schema.Probe], out: Path, *, name: str, methods: Sequence[str]
@@ -69,8 +70,7 @@ class Laboratory:
         self.device = device_for(self.config.hardware)
         self.autocast = autocast_for(self.config.hardware)
         self.digest = weights_digest(self.backbone)
-        self.backbone.requires_grad_(False).to(self.device)
-        speed_up(self.backbone, self.config.hardware)
+        self.backbone.requires_grad_(False)
         self.bad = BadClips(max_bad=self.config.data.max_bad)
         self.seconds: dict[str, float] = {}
         self.opened: Opened | None = None
@@ -121,10 +121,14 @@ class Laboratory:
         seeds = range(self.config.seed, self.config.seed + self.config.seeds)
         return {(m, r.name, s) for m in self.methods for r in self.ready.rounds for s in seeds}
 
-    def left(self) -> int:
-        """Trainings that are still to be done."""
-        file = self.results()
-        return sum(not file.done(*job) for job in self.wanted())
+    def steps_left(self) -> int:
+        """Optimiser steps of all candidates that are left to train."""
+        return self._plan(self.results()).steps_left(self.ready.rounds, self.methods)
+
+    def to_device(self) -> None:
+        """Put the encoder where it runs, compiled where that is asked for."""
+        self.backbone.to(self.device)
+        speed_up(self.backbone, self.config.hardware)
 
     def check(self) -> None:
         """Raise ``UserError`` where results are of something else, or a probe cannot be built."""
@@ -133,11 +137,16 @@ class Laboratory:
             for method in self.methods:
                 self.build(method)
 
-    def run(self) -> dict[str, Any]:
-        """Train and judge; this encoder's part of ``summary.json``."""
+    def run(self, *, before: int = 0, total: int | None = None) -> dict[str, Any]:
+        """Train and evaluate; this encoder's part of ``summary.json``.
+
+        The progress bar counts ``total`` steps, of which ``before`` are done: those of all encoders
+        of a command; without them this one's.
+        """
+        self.to_device()
         file, wanted = self.results(), self.wanted()
         plan = self._plan(file)
-        left = self.left()
+        left = sum(not file.done(*job) for job in wanted)
         if left < len(wanted):
             log.info("%s: %d of %d results are there from before",
                      self.name, len(wanted) - left, len(wanted))  # fmt: skip
@@ -145,7 +154,13 @@ class Laboratory:
         if left:
             self._open()
             began = time.perf_counter()
-            found = cross_validate(self.source(), self.ready.rounds, self.methods, plan)
+            rounds = self.ready.rounds
+            total = total or plan.steps_left(rounds, self.methods)
+            show = self.config.log.progress
+            with progress_bar(total, "probes", unit="step", show=show) as plan.bar:
+                plan.bar.initial = plan.bar.n = before
+                plan.bar.smoothing = 0  # the time left by the mean speed: folds are alike
+                found = cross_validate(self.source(), rounds, self.methods, plan)
             if plan.diverged and not found and not file.outcomes:
                 raise UserError(f"{self.name}: {plan.diverged_line()}")
             self.seconds["probes"] = round(time.perf_counter() - began, 1)
@@ -242,7 +257,6 @@ class Laboratory:
             memory_bytes=config.train.memory_gb * 1e9,
             autocast=self.autocast,
             device=self.device,
-            progress=config.log.progress,
             log_every=config.train.log_every,
             on_log=on_log,
             on_probe=on_probe,
@@ -255,16 +269,14 @@ class Laboratory:
         """Remove this encoder's lines of trainings without a result from ``metrics.jsonl``: they
         are trained again."""
         path = self.out / "metrics.jsonl"
-        rows = read_jsonl(path)
-        kept = [
-            r
-            for r in rows
-            if r["encoder"] != self.name or file.done(r["method"], r["fold"], r["seed"])
-        ]
-        if len(kept) < len(rows):
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-            replace_durably(temporary, path)
+        if path.is_file():
+            filter_jsonl(
+                path,
+                lambda row: (
+                    row["encoder"] != self.name
+                    or file.done(row["method"], row["fold"], row["seed"])
+                ),
+            )
 
     def _keep(self, probe: Probe, outcome: Outcome) -> None:
         """Keep the last round's best-liked probe with prototypes, to be drawn."""

@@ -38,8 +38,10 @@ BLOCK_ELEMENTS = 2**21
 """Similarities made at a time: 8 MB in float32, within a CPU's cache; a GPU takes 16x."""
 CPU_ROWS = 1024
 """Prototypes whose gradient is projected at a time: 3 MB of float32 at D = 768."""
-DENSE_TOKENS = 32
+DENSE_TOKENS = 12
 """Groups of at most this many tokens sum their picks by a matrix product."""
+NUMPY_TOKENS = 16
+"""On a CPU, NumPy finds an extreme among more tokens than so many a thread sooner than PyTorch."""
 
 
 def pool_prototypes(
@@ -119,7 +121,7 @@ def _pool(
             used = used.to(kind)
             if kernel == "portable":
                 s = (used @ rows.T).view(-1, G, M)  # (k, G, M)
-                ends = [s.min(-1), s.max(-1)] if low else [s.max(-1)]
+                ends = [_end(s, low=True), _end(s)] if low else [_end(s)]
                 del s  # before the next block's exists
                 for e, (values, index) in enumerate(ends):
                     picks[block, e] = index
@@ -128,6 +130,17 @@ def _pool(
                 out[:, block, int(low)] = centre @ used.T
             out[:, block] /= norm[:, None]
     return out, picks
+
+
+def _end(s: Tensor, *, low: bool = False) -> tuple[Tensor, Tensor]:
+    """The lowest or highest of the last axis, and where it first is: (k, G, M) -> twice (k, G)."""
+    few = s.shape[-1] <= NUMPY_TOKENS * torch.get_num_threads()
+    if few or s.device.type != "cpu" or s.dtype == torch.bfloat16:
+        return tuple(s.min(-1) if low else s.max(-1))  # type: ignore[return-value]
+    index = torch.from_numpy(
+        (s.numpy().argmin if low else s.numpy().argmax)(-1)
+    )  # of NaN the first
+    return s.gather(-1, index.unsqueeze(-1)).squeeze(-1), index
 
 
 @_pool.register_fake

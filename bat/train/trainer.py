@@ -29,7 +29,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from bat.config.schema import Hardware, Log, Train
 from bat.errors import UserError
-from bat.io import read_jsonl, replace_durably, write_json
+from bat.io import filter_jsonl, write_json
 from bat.train.ranks import LAUNCHER
 from bat.train.sharding import check_strategy, devices, nodes, strategy
 
@@ -100,10 +100,7 @@ class JsonLines(Logger):
 
         A half-written last line goes too.
         """
-        rows = [r for r in read_jsonl(self.path) if step and (r.get("step") or 0) <= step]
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-        replace_durably(temporary, self.path)
+        filter_jsonl(self.path, lambda row: bool(step) and (row.get("step") or 0) <= step)
 
 
 def build_trainer(

@@ -1,5 +1,7 @@
 """The probing loop on planted features: it learns, shares, repeats and leaves no trace."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -157,6 +159,30 @@ def test_gradient_clipping_and_rate_act(bank):
     for words in ({"clip_norm": 1e-6, "eps": 1e-3}, {"lr": 0.01}, {"weight_decay": 5.0},
                   {"warmup_steps": 0}, {"betas": [0.1, 0.2]}):  # fmt: skip
         assert not torch.equal(base, trained(**words)), words
+
+
+def test_fit__each_probe_is_updated_by_its_own_settings(bank):
+    features, targets = next(bank.once(bank.ids, batch=16))
+    optims = {
+        "slow": replace(OPTIM, lr=1e-3, warmup_steps=0, weight_decay=0.5),
+        "other": replace(OPTIM, lr=0.02, warmup_steps=0, betas=[0.5, 0.9], eps=0.1),
+    }
+
+    def trained(names: list[str], steps: int, stop: str = "") -> dict[str, dict]:
+        trainings = {}
+        for name in names:
+            torch.manual_seed(0)
+            trainings[name] = Training(_build("linear"), optims[name], "linear", 0)
+        batches = iter([(features, targets)] * steps)
+        fit(trainings, batches, loss=LOSSES["ce"], steps=6, after_step=lambda step, _: {stop})
+        return {name: dict(t.probe.state_dict()) for name, t in trainings.items()}
+
+    together = trained(list(optims), 6)
+    for name in optims:
+        torch.testing.assert_close(together[name], trained([name], 6)[name], rtol=0, atol=0)
+    stopped = trained(list(optims), 6, stop="slow")
+    torch.testing.assert_close(stopped["slow"], trained(["slow"], 1)["slow"], rtol=0, atol=0)
+    torch.testing.assert_close(stopped["other"], together["other"], rtol=0, atol=0)
 
 
 def test_predict_on_nothing_is_an_error():

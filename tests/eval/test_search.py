@@ -10,7 +10,7 @@ from bat.config.probing import Protocol
 from bat.config.sections import Optim
 from bat.errors import UserError
 from bat.eval.candidates import Candidate, Plan, grid, passes
-from bat.eval.features import FeatureBank
+from bat.eval.features import FeatureBank, progress_bar
 from bat.eval.results import ResultsFile, ranking, summary
 from bat.eval.search import cross_validate
 from bat.eval.splits import Round
@@ -84,6 +84,25 @@ def test_a_candidate_alone_gives_what_it_gives_beside_others(bank):
     assert [o.metrics for o in one] == [
         o.metrics for o in both if (o.method, o.seed) == ("linear", 0)
     ]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "words"),
+    [
+        (Protocol(lrs=[1e-5, 0.05], prototype_lrs=[0.01, 0.02, 0.05]), {"memory_bytes": 1.0}),
+        (Protocol(lrs=[1e-5, 0.05], search="first"), {"epochs": 1.0}),
+        (Protocol(lrs=[1e-5, 0.05], look_every=1, patience=1), {}),
+    ],
+)
+def test_progress_bar__counts_all_folds_candidates_and_passes(bank, protocol, words):
+    plan = _plan(**{"steps": 3, "seeds": 2, "protocol": protocol, **words})
+    methods = ["linear", "cgp"]
+    expected = plan.steps_left(_rounds(), methods)
+    with progress_bar(expected, "probes", unit="step", show=True) as plan.bar:
+        cross_validate(bank, _rounds(), methods, plan)
+        assert plan.bar.n == plan.bar.total == expected > 0
+    plan.done = lambda method, fold, seed: (method, fold) == ("cgp", "0")
+    assert 0 < plan.steps_left(_rounds(), methods) < expected
 
 
 def test_passes_change_nothing(bank):

@@ -182,6 +182,7 @@ def test_no_similarity_tensor_ever_exists(monkeypatch, M):
     G, K, D = 512 // M, 2000, 32
     block = 2**14
     monkeypatch.setattr(extremes, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(extremes, "DENSE_TOKENS", 32)
     given = _given(G, M, D, K, middle=True)
     up = torch.ones(G, K, 3)
 
