@@ -30,7 +30,7 @@ from bat.shard.journal import Finished, Journal, Place, claimed
 from bat.shard.pack import Channels, Codec, Outcome, Packed, Recipe, Work, pack, works_of
 from bat.shard.pool import ordered_map
 from bat.shard.shard_file import ShardFile
-from bat.tasks.base import LeftOut, Row, Task
+from bat.tasks.base import LeftOut, Row
 
 
 def write_shards(
@@ -243,44 +243,3 @@ def _source(
 ) -> str:
     options = asdict(recipe) | {"shard_bytes": shard_bytes}
     return source_hash(rows, vocabulary=vocabulary, **options)
-
-
-def ensure_shards(
-    task: Task,
-    root: str | Path,
-    cache: str | Path,
-    *,
-    codec: Codec = "keep",
-    sample_rate: int | None = None,
-    shard_bytes: int = 1_000_000_000,
-    jobs: int = 1,
-    progress: bool = False,
-) -> Path:
-    """The folder of shards of ``root`` in ``cache``, written unless it is there already.
-
-    The folder's name is ``TASK-HASH`` with a hash over files, labels and options
-    (``manifest.source_hash``), so a changed data set gets a new one; one that lost a shard is
-    written again. Several processes may ask at once: one writes, others wait.
-
-    Raises:
-        UserError: as ``Task.read`` and ``write_shards``.
-    """
-    rows, vocabulary = task.read(root)
-    source = _source(rows, Recipe(codec, sample_rate), shard_bytes, vocabulary)
-    out = Path(cache) / f"{task.name}-{source[:12]}"
-    absent: Sequence[LeftOut] = ()
-    if task.left_out is not None and _complete(out, source, mend=True) is None:
-        absent = task.left_out(Path(root))
-    write_shards(
-        rows,
-        out,
-        codec=codec,
-        sample_rate=sample_rate,
-        shard_bytes=shard_bytes,
-        vocabulary=vocabulary,
-        left_out=absent,
-        mend=True,
-        jobs=jobs,
-        progress=progress,
-    )
-    return out
