@@ -116,11 +116,6 @@ class Pretrain:
             )
         if self.optim.layer_decay != 1:
             found.append("optim.layer_decay is for bat-finetune; pre-training has one rate")
-        if self.data.csv:
-            found.append(
-                f"data.csv={self.data.csv} is for bat-probe and bat-finetune: pre-train on it with "
-                f"task=folder data.root={self.data.csv}"
-            )
         if self.hardware.compile == "cudagraphs" and self.train.accumulate > 1:
             found.append(
                 f"train.accumulate={self.train.accumulate} with hardware.compile=cudagraphs: a "

@@ -24,7 +24,7 @@ from bat.errors import UserError
 from bat.eval.encoder_list import RANDOM, check_there, checkpoint_name, encoders_of
 from bat.lock import LOCK, check_free, hold
 from bat.redact import redact_tree
-from bat.tasks import own
+from bat.tasks import folder, own
 from bat.tasks.base import LeftOut, Row, Task, load_task
 from bat.tasks.own import Own
 
@@ -83,6 +83,15 @@ PROBING = (
 batch is no micro-batch: it decides what is computed.)"""
 
 
+def _unlabelled(path: Path) -> list[Row]:
+    rows = folder.listed(path).rows
+    return [replace(row, split=row.split and folder.split_of(row.split)) for row in rows]
+
+
+UNLABELLED = replace(own.TASK, rows=_unlabelled, vocabulary=None)
+"""Task ``own`` for pre-training: the clips of a CSV need no labels."""
+
+
 def default_out(config: Pretrain | Supervised) -> Path:
     """``config.out``, or the folder named after what the run is made of."""
     if config.out:
@@ -108,7 +117,9 @@ def check_first(config: Pretrain | Supervised) -> None:
     if isinstance(config, Supervised):
         check_there(config)
     if data.csv:
-        own.read(Path(data.csv))
+        read: Callable[[Path], object] = folder.listed
+        read = own.read if isinstance(config, Supervised) else read
+        read(Path(data.csv))
     elif data.root or isinstance(config, Pretrain):
         _check_given(load_task(config.task), data)
     ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
@@ -213,21 +224,25 @@ def _flat(text: str) -> list[str]:
     return walk(yaml.safe_load(text) or {}, "")
 
 
-def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Task, Index]:
+def open_data(
+    task_name: str, data: Data, *, labelled: bool = True, progress: bool = True
+) -> tuple[Task, Index]:
     """The task and the index of the clips that ``data`` points at, read where they lie.
 
     ``data.shards``: shards, here or far away; ``data.root``: what the task reads there;
-    ``data.csv``: the files that it lists (the task is then ``own``, whatever ``task_name``); the
-    toy task writes its own clips to ``data.cache``. Raises ``UserError`` where nothing is given,
-    missing or unreadable (``NotIndexable``: readable from front to end only).
+    ``data.csv``: the files that it lists (the task is then ``own``, whatever ``task_name``), not
+    ``labelled``: which need no labels; the toy task writes its own clips to ``data.cache``. Raises
+    ``UserError`` where nothing is given, missing or unreadable (``NotIndexable``: readable from
+    front to end only).
     """
-    if data.csv:
+    if data.csv and labelled:
         return open_own(data, progress=progress)[:2]
-    task = load_task(task_name)
+    task = UNLABELLED if data.csv else load_task(task_name)
     _check_given(task, data)
     if data.shards:
         return _open_shards(task, data)
-    root = Path(data.root) if data.root else make_toy(Path(data.cache) / "toy")
+    given = data.root or data.csv
+    root = Path(given) if given else make_toy(Path(data.cache) / "toy")
     rows, vocabulary = task.read(root)
     absent = task.left_out(root) if task.left_out is not None else []
     index, left_out, listed = _index_files(task, root, rows, vocabulary, data, absent, progress)
@@ -266,7 +281,7 @@ def _check_given(task: Task, data: Data) -> None:
         raise UserError(f"data.root={data.root} with task=own: name its CSV, data.csv=FILE")
     if data.root and not Path(data.root).exists():
         raise UserError(f"data.root={data.root} does not exist: name the data of task {task.name}")
-    if not (data.root or data.shards or task.name == "toy"):
+    if not (data.root or data.csv or data.shards or task.name == "toy"):
         raise UserError(
             f"no data given for task '{task.name}': say data.shards=DIR (shards, see bat-shard), "
             "data.root=DIR (a folder of audio) or data.csv=FILE (your own audio and labels)"

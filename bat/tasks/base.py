@@ -200,6 +200,10 @@ def numbered_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str
     Raises:
         UserError: no such file, not UTF-8 text, a line with more cells than the header.
     """
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder: name the CSV in it, or say task=folder data.root={path}"
+        )
     if not path.is_file():
         raise UserError(f"{path} does not exist: name a CSV")
     data = path.read_bytes()

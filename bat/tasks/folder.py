@@ -200,6 +200,11 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
         return replace(found, notes=found.notes + [called] * bool(found.vocabulary))
     if source.suffix.lower() != ".csv":
         raise UserError(f"{source} is neither a folder nor a .csv file")
+    return listed(source, labels)
+
+
+def listed(source: Path, labels: Labels | None = None) -> Reading:
+    """The clips that a CSV lists; raises as ``read``."""
     rows, notes = _rows_of_csv(source)
     found = named(rows, labels, source.parent)
     return replace(found, notes=notes + found.notes)

@@ -61,10 +61,6 @@ def read(path: Path) -> Own:
     Raises:
         UserError: for every mistake described above, with its line.
     """
-    if path.is_dir():
-        raise UserError(
-            f"data.csv={path} is a folder: name the CSV in it, or say task=folder data.root={path}"
-        )
     columns, lines, labels, said = listed_clips(path)
     _check_columns(columns, path)
     if not ({"label", "labels"} & set(columns) or any(labels)):

@@ -83,9 +83,8 @@ class OnlineProbe(StepCallback):
         split = config.data.split
         if online.root or online.shards:
             split = "auto"
-            source = replace(
-                config.data, root=online.root, shards=online.shards, mix=[], labels="same"
-            )
+            given = {"root": online.root, "shards": online.shards, "csv": None}
+            source = replace(config.data, **given, mix=[], labels="same")
             task, index = open_data(online.task or config.task, source)
         assert index is not None  # ``open_stream`` asks for another set where there is no index
         if index.classes < 2 or not (index.labels_per_clip > 0).any():
