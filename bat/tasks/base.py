@@ -14,7 +14,7 @@ import os
 import pkgutil
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -192,13 +192,13 @@ def load_task(name: str) -> Task:
     return task
 
 
-def numbered_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Columns of a CSV, and its lines with their numbers (a header is line 1), values stripped.
+def csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of each line of a CSV (the first is 1), values stripped.
 
-    Empty lines are passed over; missing cells at the end of a line are empty.
+    Empty lines are passed over.
 
     Raises:
-        UserError: no such file, not UTF-8 text, a line with more cells than the header.
+        UserError: no such file, not UTF-8 text, quotes that do not close.
     """
     if path.is_dir():
         raise UserError(
@@ -216,21 +216,34 @@ def numbered_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str
             "'CSV UTF-8'"
         ) from error
     reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
-    lines = []
     try:
-        columns = [column.strip() for column in next(reader, [])]
-        for cells in reader:
-            number = reader.line_num
-            if len(cells) > len(columns):
-                raise UserError(
-                    f"{path} line {number} has {len(cells)} cells, the header has {len(columns)}: "
-                    'put a value that holds a comma between quotes ("a, b")'
-                )
-            if any(cell.strip() for cell in cells):
-                filled = [*(c.strip() for c in cells), *[""] * (len(columns) - len(cells))]
-                lines.append((number, dict(zip(columns, filled, strict=True))))
+        for line in reader:
+            cells = [cell.strip() for cell in line]
+            if any(cells):
+                yield reader.line_num, cells
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num} is not CSV ({error})") from error
+
+
+def numbered_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Columns of a CSV, and its lines with their numbers (a header is line 1), values stripped.
+
+    Empty lines are passed over; missing cells at the end of a line are empty.
+
+    Raises:
+        UserError: as ``csv_cells``, and for a line with more cells than the header.
+    """
+    cells = csv_cells(path)
+    _, columns = next(cells, (0, []))
+    lines = []
+    for number, line in cells:
+        if len(line) > len(columns):
+            raise UserError(
+                f"{path} line {number} has {len(line)} cells, the header has {len(columns)}: "
+                'put a value that holds a comma between quotes ("a, b")'
+            )
+        filled = [*line, *[""] * (len(columns) - len(line))]
+        lines.append((number, dict(zip(columns, filled, strict=True))))
     return columns, lines
 
 
@@ -238,23 +251,15 @@ def read_csv(path: Path, required: Iterable[str]) -> list[dict[str, str]]:
     """Lines of a CSV with a header, values stripped.
 
     Raises:
-        UserError: no such file, not UTF-8 text, or a column of ``required`` missing.
+        UserError: as ``numbered_lines``, and where a column of ``required`` is missing.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            columns = [c.strip() for c in reader.fieldnames or []]
-            reader.fieldnames = columns
-            missing = [c for c in required if c not in columns]
-            if missing:
-                raise UserError(
-                    f"{path} lacks column {missing[0]!r}; it has: {', '.join(columns) or 'nothing'}"
-                )
-            return [{k: (v or "").strip() for k, v in line.items() if k} for line in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV in UTF-8 ({error})") from error
+    columns, lines = numbered_lines(path)
+    missing = [c for c in required if c not in columns]
+    if missing:
+        raise UserError(
+            f"{path} lacks column {missing[0]!r}; it has: {', '.join(columns) or 'nothing'}"
+        )
+    return [cells for _, cells in lines]
 
 
 def in_order(names: Iterable[str]) -> list[str]:
