@@ -44,7 +44,7 @@ def draw_encoder(folder: Path, lab: Laboratory, entry: dict[str, Any]) -> None:
             }
             for method, e in results.items()
         }
-        chance = chance_of(metric, lab.index.classes)
+        chance = chance_of(metric, len(lab.ready.labels))
         path = folder / "folds.png"
         drawn.append(plot_folds(folds, path, metric=TITLES[metric], chance=chance))
     name, maps = maps_of(lab)

@@ -242,6 +242,10 @@ def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Tas
                 manifest.left_out[0]["reason"],
                 made / "manifest.json",
             )
+    elif task.make is not None:
+        root = Path(data.cache) / task.name
+        task.make(root)
+        sources = [str(ensure_shards(task, root, data.cache, progress=progress))]
     else:
         sources = [str(make_toy(Path(data.cache) / "toy"))]
     return _opened(task, data, sources)
@@ -253,7 +257,7 @@ def _check_given(task: Task, data: Data) -> None:
         raise UserError(f"data.root={data.root} with task=own: name its CSV, data.csv=FILE")
     if data.root and not Path(data.root).exists():
         raise UserError(f"data.root={data.root} does not exist: name the data of task {task.name}")
-    if not (data.root or data.shards or task.name == "toy"):
+    if not (data.root or data.shards or task.make is not None or task.name == "toy"):
         raise UserError(
             f"no data given for task '{task.name}': say data.shards=DIR (shards, see bat-shard), "
             "data.root=DIR (a folder of audio) or data.csv=FILE (your own audio and labels)"

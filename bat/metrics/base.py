@@ -39,6 +39,11 @@ class Value:
     bootstrap: bool = True
     """Whether ``replicates`` can draw the clips anew."""
 
+    @property
+    def worst(self) -> float:
+        """The least, or the greatest where lower is better."""
+        return 0.0 if self.better == "higher" else self.most
+
 
 class Metric(abc.ABC):
     """Collects predictions of clips, then computes its values."""

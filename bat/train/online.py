@@ -95,7 +95,8 @@ class OnlineProbe(StepCallback):
                 + " (data.labels=folders takes the names of the folders for classes)"
                 * (config.task == FOLDER.name)
             )
-        self.task, self.index = task, index
+        self.task = task.asking("tags") if task.target == "events" else task
+        self.index = index
         self.rounds = choose_rounds(
             index,
             folds=online.folds,
