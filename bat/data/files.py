@@ -237,7 +237,12 @@ def index_files(
     numbers: dict[Path, int] = {}
     shard = [numbers.setdefault(row.path, len(numbers)) for row, _ in kept]
     table = _table(kept, list(vocabulary or ()))
-    return FileIndex(list(numbers), shard, table, vocabulary=vocabulary), left_out
+    index = FileIndex(list(numbers), shard, table, vocabulary=vocabulary)
+    if vocabulary is not None:
+        clips = [row for row, _ in kept]
+        index.events = {i: r.events for i, r in enumerate(clips) if r.events is not None}
+        index.texts = {i: one_line(r.text) for i, r in enumerate(clips) if r.text is not None}
+    return index, left_out
 
 
 def _table(kept: Sequence[tuple[Row, Header]], vocabulary: list[str]) -> ShardTable:

@@ -231,9 +231,9 @@ def open_data(
 
     ``data.shards``: shards, here or far away; ``data.root``: what the task reads there;
     ``data.csv``: the files that it lists (the task is then ``own``, whatever ``task_name``), not
-    ``labelled``: which need no labels; the toy task writes its own clips to ``data.cache``. Raises
-    ``UserError`` where nothing is given, missing or unreadable (``NotIndexable``: readable from
-    front to end only).
+    ``labelled``: which need no labels; the toy tasks write their own clips to ``data.cache``.
+    Raises ``UserError`` where nothing is given, missing or unreadable (``NotIndexable``: readable
+    from front to end only).
     """
     if data.csv and labelled:
         return open_own(data, progress=progress)[:2]
@@ -242,7 +242,7 @@ def open_data(
     if data.shards:
         return _open_shards(task, data)
     given = data.root or data.csv
-    root = Path(given) if given else make_toy(Path(data.cache) / "toy")
+    root = Path(given) if given else _made(task, Path(data.cache) / task.name)
     rows, vocabulary = task.read(root)
     absent = task.left_out(root) if task.left_out is not None else []
     index, left_out, listed = _index_files(task, root, rows, vocabulary, data, absent, progress)
@@ -256,6 +256,14 @@ def open_data(
             listed,
         )
     return task.settle(index.labels_per_clip.tolist()), index
+
+
+def _made(task: Task, root: Path) -> Path:
+    """``root`` with the clips of a task that makes its own."""
+    if task.make is None:
+        return make_toy(root)
+    task.make(root)
+    return root
 
 
 def _index_files(
@@ -281,7 +289,8 @@ def _check_given(task: Task, data: Data) -> None:
         raise UserError(f"data.root={data.root} with task=own: name its CSV, data.csv=FILE")
     if data.root and not Path(data.root).exists():
         raise UserError(f"data.root={data.root} does not exist: name the data of task {task.name}")
-    if not (data.root or data.csv or data.shards or task.name == "toy"):
+    made = task.make is not None or task.name == "toy"
+    if not (data.root or data.csv or data.shards or made):
         raise UserError(
             f"no data given for task '{task.name}': say data.shards=DIR (shards, see bat-shard), "
             "data.root=DIR (a folder of audio) or data.csv=FILE (your own audio and labels)"

@@ -31,6 +31,7 @@ from bat.shard.pack import Channels, Codec, Outcome, Packed, Recipe, Work, pack,
 from bat.shard.pool import ordered_map
 from bat.shard.shard_file import ShardFile
 from bat.tasks.base import LeftOut, Row
+from bat.tasks.events import as_json
 
 
 def write_shards(
@@ -226,6 +227,15 @@ def _listed(entry: LeftOut) -> dict[str, str]:
 
 
 def _meta(clip: Packed, row: Row, names: dict[str, int]) -> dict[str, Any]:
+    """The clip's JSON. A piece of a recording has the events in it, and their labels; no text,
+    which is of the whole."""
+    begin, seconds = clip.start_seconds - row.start_seconds, clip.frames / clip.rate
+    piece = clip.id != row.key
+    events = row.events
+    if events is not None and piece:
+        events = tuple(e for event in events if (e := event.within(begin, seconds)) is not None)
+        met = dict.fromkeys(label for event in events for label in event.labels)
+        row = replace(row, labels=tuple(met), mids=())
     meta: dict[str, Any] = {
         "id": clip.id,
         "label": list(row.labels),
@@ -234,7 +244,9 @@ def _meta(clip: Packed, row: Row, names: dict[str, int]) -> dict[str, Any]:
         "num_samples": clip.frames,
         "start_seconds": clip.start_seconds,
     }
-    optional = {"mid": list(row.mids) or None, "fold": row.fold, "split": row.split}
+    optional: dict[str, Any] = {"mid": list(row.mids) or None, "fold": row.fold, "split": row.split}
+    optional["events"] = None if events is None else [as_json(event) for event in events]
+    optional["text"] = None if piece else row.text
     return meta | {k: v for k, v in optional.items() if v is not None}
 
 

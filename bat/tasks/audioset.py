@@ -157,9 +157,8 @@ def vocabulary(root: Path) -> list[str]:
 TASK = Task(
     name="audioset",
     rows=rows,
-    multi_label=True,
+    target="tags",
     loss="asl",
-    metric="map",
     frames=1024,
     classes=527,
     per_class=10,

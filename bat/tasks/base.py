@@ -1,8 +1,9 @@
-"""What a task is: rows (file, key, labels, fold) and a few constants; never a Dataset class.
+"""What a task is: rows (file, key, labels, events or text, fold) and what is asked of them.
 
 The file name is the registration: ``bat/tasks/NAME.py`` holds ``TASK``. A dotted import path
 (``mylab.tasks.frogs``, a module with a ``TASK``) works wherever a name does, so that a task can
-live outside this package. The constants are those of SPEC section 5.
+live outside this package. A task has no Dataset class. docs/add_a_task.md has a complete example;
+the constants are those of SPEC section 5.
 """
 
 from __future__ import annotations
@@ -20,6 +21,18 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from bat.errors import UserError
+from bat.tasks.events import Detection, Event
+
+Target = Literal["class", "tags", "events", "tokens"]
+"""What is asked of a clip: one label; any number of labels; what sounds from when to when; a
+sequence of tokens (a transcript)."""
+USUAL: dict[Target, tuple[str, tuple[str, ...]]] = {
+    "class": ("ce", ("accuracy", "map", "f1")),
+    "tags": ("bce", ("map", "f1", "auroc")),
+    "events": ("bce", ("event_f1", "segment_f1", "map")),
+    "tokens": ("ctc", ("token_error_rate", "wer", "cer")),
+}
+"""Loss and metrics of a task that names none."""
 
 AUDIO_SUFFIXES = (
     *("flac", "mp3", "ogg", "opus", "wav"),
@@ -69,6 +82,10 @@ class Row:
     """``(row group, row)``: the file is this cell of the parquet file ``path``."""
     codec: str = ""
     """Suffix of the bytes where ``path`` does not tell it."""
+    events: tuple[Event, ...] | None = None
+    """What sounds when; ``labels`` is then their union. None: it is not known."""
+    text: str | None = None
+    """The transcript; None: there is none."""
 
     @property
     def suffix(self) -> str:
@@ -99,11 +116,13 @@ class Task:
 
     name: str
     rows: Callable[[Path], list[Row]]
-    multi_label: bool
-    loss: Literal["ce", "bce", "asl"]
-    metric: Literal["accuracy", "map"]
-    """The one a run is selected by."""
-    frames: int | None
+    target: Target
+    loss: str = ""
+    """``ce``, ``bce``, ``asl`` or ``ctc``; empty: that of ``USUAL``."""
+    metrics: tuple[str, ...] = ()
+    """By name (``bat.metrics.base.find_metric``); values are chosen by the first, which is also the
+    one that reports show first. Empty: those of ``USUAL``."""
+    frames: int | None = None
     """Spectrogram frames of every clip, the papers' for their tasks: shorter clips are padded with
     zero frames, which the encoder attends to. None: each clip is encoded at its own length."""
     per_class: int = 20
@@ -117,7 +136,35 @@ class Task:
     label_sets: tuple[frozenset[str], ...] = ()
     """The class names of the published files, in each of their spellings; empty: any names."""
     adapts: bool = False
-    """Whether the labels decide ``multi_label`` (a user's own data), see ``settle``."""
+    """Whether the data decide ``target`` (a user's own data), see ``settle``."""
+    make: Callable[[Path], None] | None = None
+    """Writes the task's synthetic clips to a folder, which ``rows`` then reads, where no data are
+    given; writing them again gives the same bytes."""
+    detection: Detection = Detection()  # noqa: RUF009  (immutable)
+    """Constants of ``events``."""
+    tokens: Literal["characters", "words"] = "characters"
+    """What a text of ``tokens`` is cut into; words are those between blanks."""
+
+    def __post_init__(self) -> None:
+        loss, metrics = USUAL[self.target]
+        object.__setattr__(self, "loss", self.loss or loss)
+        object.__setattr__(self, "metrics", self.metrics or metrics)
+
+    @property
+    def metric(self) -> str:
+        """The name of the main metric's value."""
+        return self.metrics[0].rpartition(".")[2]
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a clip may carry several labels, or none."""
+        return self.target != "class"
+
+    def asking(self, target: Target, *, metrics: tuple[str, ...] = ()) -> Task:
+        """This task with another target, with the usual loss and metrics of it."""
+        if target == self.target:
+            return self
+        return replace(self, target=target, loss="", metrics=metrics)
 
     def read(self, root: str | Path) -> tuple[list[Row], list[str]]:
         """Rows and class names of the data set at ``root``.
@@ -162,7 +209,11 @@ class Task:
                 f"task {self.name!r} takes one label a clip, the data has clips with several: "
                 f"use task=folder or a multi-label task"
             )
-        return replace(self, multi_label=True, loss="bce", metric="map")
+        return self.asking("tags")
+
+
+NO_TASKS = ("base", "events", "labels", "losses", "synthetic")
+"""Files of this folder that are no task."""
 
 
 def known_tasks() -> list[str]:
@@ -170,7 +221,7 @@ def known_tasks() -> list[str]:
     import bat.tasks
 
     names = (m.name for m in pkgutil.iter_modules(bat.tasks.__path__))
-    return sorted(name for name in names if name not in ("base", "events", "labels"))
+    return sorted(name for name in names if name not in NO_TASKS)
 
 
 def load_task(name: str) -> Task:
@@ -217,8 +268,8 @@ def csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
         ) from error
     reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     try:
-        for line in reader:
-            cells = [cell.strip() for cell in line]
+        for raw in reader:
+            cells = [cell.strip() for cell in raw]
             if any(cells):
                 yield reader.line_num, cells
     except csv.Error as error:

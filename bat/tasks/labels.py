@@ -353,11 +353,12 @@ def _twice(values: Sequence[str] | Sequence[int]) -> str | int | None:
     return None
 
 
-COLUMNS = ("path", "label", "labels", "fold", "split", "onset", "offset")
+COLUMNS = ("path", "label", "labels", "fold", "split", "onset", "offset", "text")
 ALSO_CALLED = {
     **dict.fromkeys(("file", "filename", "filepath", "audio", "wav", "clip", "fname"), "path"),
     **dict.fromkeys(("class", "category", "target", "tag", "eventlabel", "classname"), "label"),
     **dict.fromkeys(("classes", "categories", "targets", "tags"), "labels"),
+    **dict.fromkeys(("transcript", "transcription", "sentence"), "text"),
     **dict.fromkeys(("set", "subset", "partition"), "split"),
     **dict.fromkeys(("start", "begin", "starttime", "onsettime", "startseconds"), "onset"),
     **dict.fromkeys(("end", "stop", "endtime", "offsettime", "endseconds"), "offset"),

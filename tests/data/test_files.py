@@ -21,6 +21,7 @@ from bat.errors import UserError
 from bat.shard.rows import open_rows
 from bat.shard.write import write_shards
 from bat.tasks.base import LeftOut, Row, load_task
+from bat.tasks.events import Event
 
 FRAMES, RATE = 800, 8_000
 
@@ -201,6 +202,19 @@ def test_index_files__labels_are_forgotten_on_demand(rows: list[Row]) -> None:
     index, _ = index_files(rows, None)
     assert (index.classes, index.labels(2)) == (0, ())
     assert index.folds == [1, 2]
+
+
+def test_index_files__events_and_texts_as_over_shards(rows: list[Row], tmp_path: Path) -> None:
+    said = [
+        replace(rows[0], events=(Event(0.01, 0.05, ("b",), 7),), text="one two"),
+        replace(rows[1], events=()),
+        *rows[2:],
+    ]
+    write_shards(said, tmp_path / "s", vocabulary=["a", "b"])
+    there, (here, _) = open_index(tmp_path / "s"), index_files(said, ["a", "b"])
+    assert here.texts == there.texts == {0: "one two"}
+    assert list(here.events) == list(there.events) == [0, 1]
+    assert here.events[0][0][:3] == there.events[0][0][:3] == (0.01, 0.05, ("b",))
 
 
 def test_index_files__impossible_folds_and_splits(rows: list[Row]) -> None:
