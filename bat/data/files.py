@@ -45,8 +45,8 @@ SAMPLED_BYTES = 4096
 """At the start, the middle and the end of a file, for its checksum."""
 MAX_SPLITS = 127
 MAX_FOLD = (1 << 15) - 1
-CHUNK = 1024
-"""Files in work at a time: an interrupt waits for so many."""
+PART = 64
+"""Files that a thread takes at a time."""
 
 
 class Header(NamedTuple):
@@ -287,26 +287,33 @@ def _headers(
     before = _recall(cache)
     files = before.get("files", {})
 
-    def ask(row: Row) -> list[Any]:
-        """``[time of change, bytes of the file, *Header]``, or a reason in place of the header."""
-        stamp: list[Any] = []
-        try:
-            state = os.stat(row.path)
-            stamp = [state.st_mtime_ns, state.st_size]
-            known: list[Any] = files.get(_name(row), [])
-            return known if known[:2] == stamp else [*stamp, *_header_of(row)]
-        except DecodeError as error:
-            return [*stamp, reason_of(error, row)]
-        except OSError as error:
-            return [0, -1, reason_of(error, row)]  # asked again at the next start
+    def ask(part: Sequence[tuple[str, Row]]) -> list[list[Any]]:
+        """``[time of change, bytes of the file, *Header]`` each, or a reason in place of the
+        header."""
+        said = []
+        for name, row in part:
+            stamp: list[Any] = []
+            try:
+                state = os.stat(row.path)
+                stamp = [state.st_mtime_ns, state.st_size]
+                known: list[Any] = files.get(name, [])
+                said.append(known if known[:2] == stamp else [*stamp, *_header_of(row)])
+            except DecodeError as error:
+                said.append([*stamp, reason_of(error, row)])
+            except OSError as error:
+                said.append([0, -1, reason_of(error, row)])  # asked again at the next start
+        return said
 
+    named = [(_name(row), row) for row in rows]
+    parts = [named[start : start + PART] for start in range(0, len(rows), PART)]
     found: list[list[Any]] = []
     threads = 1 if any(row.cell is not None for row in rows) else THREADS  # cells come in order
     bar = tqdm(total=len(rows), desc="headers", unit="file", leave=False, disable=not progress)
     with bar, ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(rows), CHUNK):
-            found += pool.map(ask, rows[start : start + CHUNK])
-            bar.update(len(found) - bar.n)
+        for start in range(0, len(parts), 2 * threads):  # so many an interrupt waits for
+            for said in pool.map(ask, parts[start : start + 2 * threads]):
+                found += said
+                bar.update(len(said))
     left_out = [*absent]
     headers: list[Header | None] = []
     for row, (_, _, *said) in zip(rows, found, strict=True):
@@ -315,7 +322,7 @@ def _headers(
             left_out.append(LeftOut(row.key, row.name, said[0], row.split))
     now = {
         "left_out": [{"key": e.key, "file": e.file, "reason": e.reason} for e in left_out],
-        "files": {_name(row): entry for row, entry in zip(rows, found, strict=True)},
+        "files": {name: entry for (name, _), entry in zip(named, found, strict=True)},
     }
     if cache is not None and now != before:
         with suppress(OSError):  # a cache that cannot be written costs time, not the run
@@ -337,7 +344,7 @@ def _recall(cache: Path | None) -> dict[str, Any]:
 def _name(row: Row) -> str:
     """What the cache calls the file of ``row``."""
     place = row.span or row.cell
-    return f"{row.path.absolute()}{f'|{place[0]},{place[1]}' if place else ''}"
+    return f"{os.path.abspath(row.path)}{f'|{place[0]},{place[1]}' if place else ''}"
 
 
 def _header_of(row: Row) -> Header:
