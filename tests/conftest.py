@@ -12,10 +12,10 @@ import torch
 from bat.config.compose import compose
 from bat.config.schema import Pretrain
 from bat.data.index import Index, open_index
-from bat.shard.toy import make_toy
 from bat.shard.write import write_shards
 from bat.tasks.base import Row
 from tests.data.http_server import FaultyServer, wave
+from tests.toy import make_toy_shards
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER:  # one test process a core: what the tests start gets one thread as well
@@ -78,7 +78,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pretrain]:
 
 @pytest.fixture(scope="session")
 def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_toy(tmp_path_factory.mktemp("toy"), seconds=0.5)
+    return make_toy_shards(tmp_path_factory.mktemp("toy"), seconds=0.5)
 
 
 @pytest.fixture

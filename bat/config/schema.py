@@ -116,11 +116,6 @@ class Pretrain:
             )
         if self.optim.layer_decay != 1:
             found.append("optim.layer_decay is for bat-finetune; pre-training has one rate")
-        if self.data.csv:
-            found.append(
-                f"data.csv={self.data.csv} is for bat-probe and bat-finetune: pre-train on it with "
-                f"task=folder data.root={self.data.csv}"
-            )
         if self.hardware.compile == "cudagraphs" and self.train.accumulate > 1:
             found.append(
                 f"train.accumulate={self.train.accumulate} with hardware.compile=cudagraphs: a "
@@ -147,6 +142,9 @@ class Supervised:
     seed: int = 0
     folds: list[int] | None = None
     """Folds held out in turn; null: all of the task's."""
+    level: Literal["clip", "frame"] = "clip"
+    """``frame``: one output a time patch, for events and tokens; averaged over time for labels of
+    whole clips."""
     loss: Literal["task", "ce", "bce", "asl"] = "task"
     frames: int | None = None
     """Frames of every clip; null: the task's number; of a user's own data, which has none, each
@@ -176,8 +174,6 @@ class Probe(Supervised):
 
     methods: list[str] = field(default_factory=lambda: ["cgp"])
     """Probes trained side by side on the same features; ``--method cgp,linear``, ``all``."""
-    level: Literal["clip", "frame"] = "clip"
-    """``frame``: one output a time patch, averaged over time for labels of whole clips."""
     seeds: int = 1
     """Trainings of each probe, ``seed`` and the numbers after it: initialisation and dropout. The
     order of the clips is that of ``seed``, so that all share each batch of features."""

@@ -86,10 +86,10 @@ class Data:
     """Where clips come from and how many a step takes."""
 
     root: str | None = None
-    """Folder of audio as the task reads it; written to shards in ``cache`` once."""
+    """Folder of audio as the task reads it, where it lies."""
     csv: str | None = None
-    """Own labelled audio: a CSV with the columns path, label or labels, and at will split or fold,
-    onset and offset (see ``bat/tasks/own.py``); probing and fine-tuning."""
+    """Audio of your own, where it lies: a CSV with the columns path, label or labels (pre-training:
+    optional), and optional split or fold, onset and offset (see ``bat/tasks/own.py``)."""
     shards: list[str] = field(default_factory=list)
     """Folders of shards, globs, ``shard-{00000..00041}.tar``, or URLs of such; one or several."""
     mix: list[float] = field(default_factory=list)
@@ -101,7 +101,7 @@ class Data:
     """Pre-training. ``drop``: read sets with different labels together, without them; ``folders``:
     with task=folder the names of the folders in ``root`` are classes (else they are no labels)."""
     cache: str = "runs/shards"
-    """Where shards made from ``root`` and copies of remote shards are kept."""
+    """Where lengths of the files of ``root`` and ``csv``, and copies of remote shards, are kept."""
     cache_gb: float = 100.0
     """Disk for copies of remote shards; the least recently used one makes room."""
     retries: int = 5

@@ -114,13 +114,13 @@ class BadClips:
                 f"{self.summary()}{latest}: more than max_bad={self.max_bad:g} (the first: {key}, "
                 f"{why}). Most are in {self._worst()}"
                 + (f"; all are listed in {self.file}" if self.file is not None else "")
-                + ". Check the data (bat-shard verify DIR), or raise data.max_bad"
+                + ". Check the data (shards: bat-shard verify DIR), or raise data.max_bad"
             )
 
     def _worst(self) -> str:
         named = ", ".join(f"{name} ({n})" for name, n in self.shards.most_common(SHARDS_NAMED))
         more = len(self.shards) - SHARDS_NAMED
-        return named + (f" and {more} other shards" if more > 0 else "")
+        return named + (f" and {more} others" if more > 0 else "")
 
     def summary(self) -> str:
         """One line: ``3 of 400 clips unreadable (2 corrupt, 1 short)``."""

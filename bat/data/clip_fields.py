@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from typing import Any
 
 import numpy as np
 
 from bat.data.tar import BLOCK
 from bat.tasks.base import AUDIO_SUFFIXES
+from bat.tasks.events import from_json
 
 MAX_AUDIO_BYTES = 1 << 30
 UNREADABLE = (
@@ -50,6 +52,8 @@ def sound(
     left_out: dict[str, str],
     sha256: str,
     mtime_ns: int,
+    events: dict[str, list[Any]],
+    texts: dict[str, str],
 ) -> bool:
     """Whether what a ``ShardTable`` says is possible; raises ``UNREADABLE`` on strange types.
 
@@ -57,12 +61,14 @@ def sound(
     """
     ends = clips["offset"] + clips["size"]
     arrays = (clips, labels, keys)
-    texts = [names, splits, list(left_out.values()), [sha256]]
+    said = [names, splits, list(left_out.values()), [sha256], list(texts.values())]
     return (
         [array.dtype for array in arrays] == [CLIP, np.int32, np.uint8]
         and all(array.ndim == 1 for array in arrays)
         and all(isinstance(x, int) for x in (tar_bytes, mtime_ns, *ids))
-        and all(isinstance(x, str) for listed in texts for x in listed)
+        and all(isinstance(x, str) for listed in said for x in listed)
+        and all(isinstance(several, list) for several in events.values())
+        and all(from_json(event) for several in events.values() for event in several)
         and len(names) == len(ids)
         and _within(clips["size"], 1, min(MAX_AUDIO_BYTES, tar_bytes))
         and _within(clips["offset"], BLOCK, tar_bytes - clips["size"])

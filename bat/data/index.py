@@ -26,6 +26,7 @@ from bat.data.tar import BLOCK
 from bat.data.vocabulary import joint_vocabulary
 from bat.errors import UserError
 from bat.tasks.base import AUDIO_SUFFIXES
+from bat.tasks.events import Event, from_json
 from bat.types import Clip
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Index:
     file's own ``rate``, -1 and 0 where unknown; ``fold`` and ``split`` (index into ``splits``) -1
     where there is none; ``source``: which of the sources given to ``open_index``. ``label_ids``
     flat, ``label_ptr`` (n + 1,): labels as CSR, into ``vocabulary``. ``shard_bytes``: (m,).
+    ``events`` ``{clip: (Event, ...)}`` and ``texts`` ``{clip: text}`` of the clips that have them.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Index:
         self._keys = np.concatenate([t.keys for t in tables])
         self._key_ptr = _pointers(clips["key"])
         self._files, self._far = Files(), far
+        self.events, self.texts = _said(tables) if vocabulary is not None else ({}, {})
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -219,6 +222,25 @@ def _names(shards: Sequence[Shard]) -> list[str]:
 def _pointers(counts: np.ndarray) -> np.ndarray:
     """(n,) counts -> (n + 1,) int64 offsets."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _said(
+    tables: Sequence[ShardTable],
+) -> tuple[dict[int, tuple[Event, ...]], dict[int, str]]:
+    """Events and texts by the number of the clip."""
+    events: dict[int, tuple[Event, ...]] = {}
+    texts: dict[int, str] = {}
+    first = 0
+    for table in tables:
+        if table.events or table.texts:
+            number = {key: first + i for i, key in enumerate(table.key_list())}
+            for key, several in table.events.items():
+                if key in number:
+                    made = (from_json(event) for event in several)
+                    events[number[key]] = tuple(event for event in made if event is not None)
+            texts |= {number[key]: text for key, text in table.texts.items() if key in number}
+        first += len(table.clips)
+    return events, texts
 
 
 def _splits(shards: Sequence[Shard], tables: Sequence[ShardTable]) -> tuple[list[str], np.ndarray]:

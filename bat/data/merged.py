@@ -20,7 +20,7 @@ from bat.data.tar import temporary
 
 MERGE_FROM = 64
 """Fewer shards are read one by one."""
-HEAD = ("tar_bytes", "names", "ids", "splits", "left_out", "sha256", "mtime_ns")
+HEAD = ("tar_bytes", "names", "ids", "splits", "left_out", "sha256", "mtime_ns", "events", "texts")
 ARRAYS = ("clips", "labels", "keys")
 
 

@@ -1,7 +1,8 @@
 """What is kept of a clip's JSON: the fields that bat reads, and no more memory than it should take.
 
 A shard's JSON may be anybody's (STACK section 6); parsed it takes up to 25 times its bytes. Read
-are labels (``bat.data.table.parse_labels``), length, fold, split and what ``bat-shard`` writes.
+are labels (``bat.data.table.parse_labels``), events, text, length, fold, split and what
+``bat-shard`` writes.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import sys
 from typing import Any
 
 from bat.redact import one_line
+from bat.tasks.events import from_json
 
 VALUES = ("id", "fold", "split", "start_seconds", "num_samples", "sample_rate")
 LISTS = ("label", "labels", "label_id", "mid")
 """Each a value or a list of them."""
+EVENT_BYTES = 300
+"""About what an event takes."""
 
 
 def parse(text: bytes) -> tuple[dict[str, Any], int]:
@@ -32,6 +36,13 @@ def parse(text: bytes) -> tuple[dict[str, Any], int]:
     original = said.get("original_data")  # LAION's
     if isinstance(original, dict) and "class_labels" in original:
         kept["original_data"] = {"class_labels": _listed(original["class_labels"])}
+    if isinstance(said.get("text"), str):
+        kept["text"] = one_line(said["text"])
+    if isinstance(said.get("events"), list):  # those that can be read
+        found = (from_json(entry) for entry in said["events"])
+        kept["events"] = [
+            e._replace(labels=tuple(map(one_line, e.labels))) for e in found if e is not None
+        ]
     return kept, _bytes(kept)
 
 
@@ -50,4 +61,4 @@ def _bytes(kept: dict[str, Any]) -> int:
     for value in kept.values():
         size += _bytes(value) if isinstance(value, dict) else sys.getsizeof(value)
         size += sum(map(sys.getsizeof, value)) if isinstance(value, list) else 0
-    return size
+    return size + EVENT_BYTES * len(kept.get("events", ()))

@@ -70,6 +70,10 @@ class ShardTable:
     """Of the tar, where its writer told it."""
     mtime_ns: int = 0
     """Of the tar, when the table was made."""
+    events: dict[str, list[Any]] = field(default_factory=dict)
+    """By key, of the clips whose JSON has some: ``[[onset_seconds, offset_seconds, [name]]]``."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Transcripts by key."""
 
     def key_list(self) -> list[str]:
         """(n) keys."""
@@ -78,7 +82,8 @@ class ShardTable:
 
     def save(self, path: Path) -> None:
         """Write atomically (temporary file, fsync, ``os.replace``)."""
-        names = ("tar_bytes", "mtime_ns", "names", "ids", "splits", "left_out", "sha256")
+        names = ["tar_bytes", "mtime_ns", "names", "ids", "splits", "left_out", "sha256"]
+        names += [name for name in ("events", "texts") if getattr(self, name)]
         text = json.dumps({"version": VERSION, **{name: getattr(self, name) for name in names}})
         buffer = io.BytesIO()
         np.savez(
@@ -153,6 +158,7 @@ class ShardTable:
             and np.array_equal(self.labels, now.labels)
             and np.array_equal(self.keys, now.keys)
             and (self.names, self.ids, self.splits) == (now.names, now.ids, now.splits)
+            and (self.events, self.texts) == (now.events, now.texts)
         )
 
 
@@ -329,6 +335,16 @@ def tabulate(found: Contents, sha256: str = "") -> ShardTable:
         left_out=found.left_out,
         sha256=sha256,
         mtime_ns=found.mtime_ns,
+        events={
+            key: [[*event[:2], list(event.labels)] for event in found.metas[key]["events"]]
+            for key in found.audio
+            if "events" in found.metas.get(key, {})
+        },
+        texts={
+            key: found.metas[key]["text"]
+            for key in found.audio
+            if "text" in found.metas.get(key, {})
+        },
     )
 
 

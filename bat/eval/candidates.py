@@ -21,6 +21,7 @@ from bat.config.probing import Protocol
 from bat.config.sections import Optim
 from bat.eval.fit import own_randomness
 from bat.eval.results import Outcome
+from bat.eval.scoring import Scorer
 from bat.eval.splits import Round
 from bat.nn.losses import Loss
 from bat.probes.base import Probe
@@ -94,7 +95,7 @@ def passes(
 
 State = dict[str, Tensor]
 Score = tuple[float, float]
-"""The metric that chooses and minus the loss."""
+"""The metric that chooses, minus it where lower is better, and minus the loss."""
 
 
 EVERY = "*"
@@ -134,6 +135,9 @@ class Plan:
     batch: int
     multi_label: bool
     metric: str = "accuracy"
+    """The main one."""
+    scorer: Scorer | None = None
+    """Metrics of predictions; None: those of labels."""
     epochs: float = 0.0
     min_steps: int = 0
     """The least that ``epochs`` come to."""
@@ -165,6 +169,10 @@ class Plan:
     """Of each method; filled in."""
     prototypes: dict[str, bool] = field(default_factory=dict)
     """Whether each method has some; filled in."""
+
+    def __post_init__(self) -> None:
+        if self.scorer is None:
+            self.scorer = Scorer((self.metric,), multi_label=self.multi_label)
 
     @property
     def chooses(self) -> str:

@@ -23,8 +23,8 @@ from bat.redact import one_line
 from bat.types import Features, Needs, WaveBatch
 
 TargetsOf = Callable[[WaveBatch, int], Tensor]
-"""Labels in time of a batch and its T time patches: (B, T, C), NaN beyond a clip's end. It reads
-keys, lengths, positions and targets, not waves."""
+"""Targets of a batch with T time patches: labels in time (B, T, C), NaN beyond a clip's end, or
+tokens (B, U) int64. It reads keys, lengths, positions and targets, not waves."""
 
 CLIP_AXIS = {"patches": 1, "cls": 1, "entry": 0, "pieces": 1}
 """The tensors of ``Features`` that are stored, and their axis that counts clips. ``valid`` is known
@@ -119,7 +119,9 @@ def encoded(
         if targets_of is not None:
             targets = targets_of(batch, features.patches.shape[2])  # (B, T, C)
             inside = features.inside()
-            if inside is not None:  # Kaldi's last window ends before the clip does
+            if (
+                inside is not None and targets.ndim == 3
+            ):  # Kaldi's last window ends before the clip does
                 targets = targets.masked_fill(~inside.to(targets.device)[..., None], torch.nan)
         yield features, targets, batch
 

@@ -252,7 +252,7 @@ def _bank(found: disk.Stored, stream: FeatureStream, ids: np.ndarray) -> Feature
         places = torch.from_numpy(found.places)
         batch = WaveBatch(waves, found.lengths, targets, keys, places, skipped=[])
         targets = stream.targets_of(batch, patches.shape[2])
-        if own is not None:
+        if own is not None and targets.ndim == 3:
             steps = torch.arange(patches.shape[2])
             targets = targets.masked_fill((steps >= own[:, None])[..., None], torch.nan)
     return FeatureBank(

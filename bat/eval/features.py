@@ -53,8 +53,8 @@ __all__ = [
 ]
 
 Batches = Iterator[tuple[Features, Tensor]]
-"""Features of B clips, on the encoder's device or the CPU, and their targets: (B, C), or (B, T, C)
-for labels in time."""
+"""Features of B clips, on the encoder's device or the CPU, and their targets: (B, C), (B, T, C)
+for labels in time, or (B, U) whole numbers for tokens."""
 
 
 class Source(Protocol):
@@ -65,6 +65,9 @@ class Source(Protocol):
 
     def once(self, ids: np.ndarray, *, batch: int) -> Batches:
         """Every readable clip of ``ids`` once, in order."""
+
+    def readable(self, ids: np.ndarray) -> list[str]:
+        """Keys of the clips that ``once`` has yielded."""
 
 
 class FeatureBank:
@@ -178,6 +181,9 @@ class FeatureBank:
         for start in range(0, len(rows), batch):
             yield self._pick(rows[start : start + batch])
 
+    def readable(self, ids: np.ndarray) -> list[str]:
+        return [self.keys[self._row_of[int(i)]] for i in ids if int(i) in self._row_of]
+
     def _row_at(self, plan: Plan | MixedPlan, position: int, clip: int) -> int | None:
         """Row of ``clip``, or of what stands in for an unreadable one, as in the stream."""
         row = self._row_of.get(clip)
@@ -254,6 +260,10 @@ class FeatureStream:
 
     def once(self, ids: np.ndarray, *, batch: int) -> Batches:
         return self._encoded(self.loader(ids, batch=batch))
+
+    def readable(self, ids: np.ndarray) -> list[str]:
+        keys = map(self.index.key, ids)
+        return [key for key in keys if key not in self.bad_clips.keys]
 
     def loader(self, ids: np.ndarray, *, batch: int, workers: int | None = None) -> LastingLoader:
         """The waves of ``ids`` once, in order."""

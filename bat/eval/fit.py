@@ -55,17 +55,11 @@ def fit(
     groups = [g for key, training in trainings.items() for g in _groups(training, key)]
     optimizer = adamw(groups, lr=0.0)  # one for all: a call costs more than a small probe's update
 
-    def objective(logits: Tensor, targets: Tensor, *, inside: Tensor | None) -> Tensor:
-        if targets.ndim == 3:  # labels of time patches: those beyond a clip's end are nobody's
-            kept = ~targets.isnan().any(-1)  # (B, T)
-            return loss(logits[kept], targets[kept])
-        return against(loss, logits, targets, inside=inside)
-
     with own_randomness(device):
         for step, (features, targets) in zip(range(steps), batches, strict=False):
             features, targets = to_device(features, device), targets.to(device)
             inside = features.inside() if targets.ndim < 3 else None
-            of_batch = partial(objective, inside=inside)
+            of_batch = partial(against, loss, inside=inside)
             losses = {}
             optimizer.zero_grad()  # without a gradient, what is trained no further stays as it is
             for key, (probe, optim, name, seed) in active.items():
@@ -111,14 +105,16 @@ def _groups(training: Training, key: Hashable) -> list[dict[str, Any]]:
 
 
 class Predictions(NamedTuple):
-    """Of n rows: clips, or at frame level with labels of frames the patches of all clips."""
+    """Of n rows: clips, or with labels or tokens in time the patches of all clips."""
 
     logits: dict[tuple[Hashable, str], Tensor]
     """By probe and answer (``Probe.answers``): (n, C) float32, on the CPU."""
     targets: Tensor
-    """(n, C)"""
+    """(n, C); of tokens (clips, U)"""
     clips: Tensor | None
     """(n,) clip of each row, where a clip has several."""
+    total: int = 0
+    """Clips."""
 
 
 @torch.no_grad()
@@ -139,9 +135,13 @@ def predictions(
     targets, clips, seen = [], [], 0
     for features, labels in batches:
         features = to_device(features, device)
-        frames = labels.ndim == 3
-        kept = ~labels.isnan().any(-1) if frames else None  # (B, T)
         inside = features.inside()
+        kept = None  # (B, T), the patches that are rows of their own
+        if labels.ndim == 3:
+            kept = ~labels.isnan().any(-1)
+        elif not labels.is_floating_point():
+            T = features.patches.shape[2]
+            kept = torch.ones(len(labels), T, dtype=torch.bool) if inside is None else inside
         for key, probe in probes.items():
             auto = torch.autocast(device.type, autocast, enabled=autocast is not None)
             with evaluating(probe), auto:
@@ -154,13 +154,13 @@ def predictions(
         if kept is not None:
             number = torch.arange(seen, seen + len(labels))[:, None].expand_as(kept)
             clips.append(number[kept.cpu()])
-            labels = labels[kept]
+            labels = labels[kept] if labels.ndim == 3 else labels
         seen += features.patches.shape[1]
         targets.append(labels.cpu())
     if not targets:
         raise UserError("none of the held-out clips can be read")
     joined = {key: torch.cat(parts) for key, parts in logits.items()}
-    return Predictions(joined, torch.cat(targets), torch.cat(clips) if clips else None)
+    return Predictions(joined, torch.cat(targets), torch.cat(clips) if clips else None, seen)
 
 
 def predict(

@@ -41,6 +41,10 @@ class FrameTargets:
         """Events that begin and end between the starts of two patches: no patch has them."""
         self._spans: Mapping[str, np.ndarray] = {}  # (events x labels, 3): first, last, class
         self._spans = {escape_key(key): self._of(found, number) for key, found in events.items()}
+        self._events = {
+            escape_key(key): [(e[0], e[1], number[label]) for e in found for label in e.labels]
+            for key, found in events.items()
+        }
         if len(self._spans) < len(events):
             raise UserError(
                 "two recordings of the CSV have the same key once it is shortened: give them "
@@ -58,6 +62,10 @@ class FrameTargets:
             self.missed += last < first
             spans += [(max(first, 0), last, number[label]) for label in event.labels]
         return np.array(spans, np.int64).reshape(-1, 3)
+
+    def reference(self, key: str) -> list[tuple[float, float, int]]:
+        """``(onset_seconds, offset_seconds, class)`` of the events of clip ``key``."""
+        return self._events[key]
 
     def __call__(self, batch: WaveBatch, patches: int) -> Tensor:
         """(B, T, C) float32 for the ``patches`` T of each clip: 1 active, 0 not, NaN beyond it."""

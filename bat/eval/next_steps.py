@@ -26,7 +26,7 @@ from bat.tasks.base import Task
 SCHEMAS: dict[str, Any] = {"probe": Probe, "finetune": Finetune}
 CARRIED = (
     "recipe", "task", "data.root", "data.csv", "data.shards", "data.cache", "data.clip_seconds",
-    "weights", "heads", "folds", "frames", "pad", "pad_offset", "statistics", "hardware",
+    "weights", "heads", "level", "folds", "frames", "pad", "pad_offset", "statistics", "hardware",
 )  # fmt: skip
 """Settings (and sections) of a probing or fine-tuning that its successor needs too."""
 
@@ -66,9 +66,7 @@ def after_probing(config: Probe, out: Path, data: PreparedData[Probe]) -> list[s
         found.append(f"{control}   # and the same encoder untrained: the control")
     found.append(f"bat-probe report {shlex.quote(str(out))}   # one page with all of it")
     trained = next((name for name in names if not name.startswith(RANDOM)), names[0])
-    if data.events is not None:
-        found.append("# bat-finetune knows labels of whole clips only: no onsets, no level=frame")
-    elif words := _carried(config, "probe", to="finetune"):
+    if words := _carried(config, "probe", to="finetune"):
         source = data.config.data
         if len(names) > 1 and not (config.data.root or config.data.csv or config.data.shards):
             given = replace(config, data=source)  # of whichever encoder's run it was

@@ -15,6 +15,7 @@ import numpy as np
 from bat.eval.encoder_list import RANDOM
 from bat.eval.run_diagnostics import maps_of
 from bat.eval.suite import Evaluation
+from bat.metrics.base import describe
 from bat.report import insight_plots, probe_plots
 from bat.report.page import COMPARISONS
 from bat.report.plots import COLOURS, chance_of, plot_folds, plot_layer_gates
@@ -43,7 +44,7 @@ def draw_encoder(folder: Path, evaluation: Evaluation, entry: dict[str, Any]) ->
             }
             for method, e in results.items()
         }
-        chance = chance_of(metric, evaluation.index.classes)
+        chance = chance_of(metric, len(evaluation.ready.labels))
         path = folder / "folds.png"
         drawn.append(plot_folds(folds, path, metric=TITLES[metric], chance=chance))
     name, maps = maps_of(evaluation)
@@ -65,6 +66,7 @@ def draw_comparison(folder: Path, summary: dict[str, Any]) -> None:
     encoders, metric = summary["encoders"], summary["metric"]
     controls = [n for n, e in encoders.items() if str(e["checkpoint"]).startswith(RANDOM)]
     chance = chance_of(metric, len(summary["labels"]))
+    lower = describe(metric).better == "lower"
     shown = {
         name: {
             method: {"mean": e["mean"][metric], "std": e["std"][metric], "interval": e["interval"]}
@@ -82,6 +84,7 @@ def draw_comparison(folder: Path, summary: dict[str, Any]) -> None:
         confidence=summary["confidence"],
         chance=chance,
         controls=controls,
+        lower=lower,
         finetuned={n: e["finetuned"] for n, e in encoders.items() if e["finetuned"] is not None},
     )
     gates = {
@@ -98,7 +101,7 @@ def draw_comparison(folder: Path, summary: dict[str, Any]) -> None:
     if curves:
         path = folder / "layer-curve.png"
         drawn.append(probe_plots.plot_layer_curve(
-            curves, path, metric=TITLES[metric], chance=chance, controls=controls
+            curves, path, metric=TITLES[metric], chance=chance, controls=controls, lower=lower
         ))  # fmt: skip
     if sinks := {n: i["sinks"] for n, i in inside.items() if i.get("sinks")}:
         path = folder / "attention-sinks.png"

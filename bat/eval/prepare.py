@@ -5,22 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from bat.audio.frontend import KaldiFbank
 from bat.config.schema import Finetune, Probe, Supervised
 from bat.config.sections import Data
 from bat.data.index import Index
 from bat.data.stream import clip_samples
+from bat.data.tar import escape_key
 from bat.encoders.base import Encoder, SpectrogramEncoder
 from bat.errors import UserError
 from bat.eval.frame_targets import FrameTargets
 from bat.eval.hardware import attention_in_words
 from bat.eval.loading import check_weights, data_of_run, device_for, load_for
 from bat.eval.run_folder import open_data, open_own
+from bat.eval.scoring import Scorer
 from bat.eval.splits import DRAWN_FOLDS, Round, check_labels, check_rounds, how, make_rounds
+from bat.eval.token_targets import TokenTargets, digest_texts, outputs
 from bat.eval.windows import check_events, check_in_place, window
 from bat.nn.losses import Loss, loss_for
 from bat.tasks.base import Task, load_task
-from bat.tasks.events import Events
+from bat.tasks.events import Events, digest
 from bat.tasks.labels import classes_in_words, doubts
 from bat.tasks.own import Own
 
@@ -45,7 +50,18 @@ class PreparedData(Generic[C]):
     how: str = ""
     """How results come about: ``held_out.how``."""
     events: Events | None = None
-    """Of recordings by their keys, where labels of time patches are made of them."""
+    """Of clips by their keys, where labels of time patches are made of them."""
+    texts: dict[str, str] | None = None
+    """Of clips by their keys, where tokens are asked for."""
+    labels: tuple[str, ...] = ()
+    """Names of a head's outputs: the classes, or the blank and the tokens."""
+
+    @property
+    def hash(self) -> str:
+        """Of the clips and of all that is asked of them."""
+        more = digest(self.events) if self.events is not None else ""
+        more += digest_texts(self.texts) if self.texts is not None else ""
+        return self.index.hash + more
 
 
 @dataclass(frozen=True)
@@ -68,8 +84,18 @@ class Prepared(Generic[C]):
     """Lines that every user of the results should see."""
     how: str = ""
     """How results come about: ``held_out.how``."""
-    targets_of: FrameTargets | None = None
-    """``(batch, patches) -> (B, T, C)``, labels of time patches; None: those of whole clips."""
+    targets_of: FrameTargets | TokenTargets | None = None
+    """``(batch, patches) -> targets``: labels of time patches (B, T, C) or tokens (B, U); None:
+    labels of whole clips."""
+    labels: tuple[str, ...] = ()
+    """Names of a head's outputs."""
+    hash: str = ""
+    """Of the clips and of all that is asked of them."""
+
+    @property
+    def scorer(self) -> Scorer:
+        """What computes the task's metrics."""
+        return Scorer.of(self.task, self.targets_of)
 
     def headline(self, first: str, *more: str) -> str:
         """What a run says when it starts."""
@@ -171,7 +197,12 @@ def _load(config: C, task: Task, clip_seconds: float | None = None) -> tuple[Enc
 def _together(
     data: PreparedData[C], config: C, backbone: Encoder, frames: int | None
 ) -> Prepared[C]:
-    targets_of, notices = None, list(data.notices)
+    targets_of: FrameTargets | TokenTargets | None = None
+    notices, rounds = list(data.notices), data.rounds
+    if data.texts is not None:
+        targets_of = TokenTargets(data.texts, labels=data.labels, kind=data.task.tokens)
+        rounds, said = _that_fit(data, targets_of, backbone, frames)
+        notices += said
     if data.events is not None:
         targets_of = FrameTargets(
             data.events,
@@ -188,7 +219,7 @@ def _together(
         config=replace(config, task=data.config.task, data=data.config.data, head=data.config.head),
         task=data.task,
         index=data.index,
-        rounds=data.rounds,
+        rounds=rounds,
         backbone=backbone,
         frames=frames,
         loss=data.loss,
@@ -196,7 +227,84 @@ def _together(
         notices=tuple(notices),
         how=data.how,
         targets_of=targets_of,
+        labels=data.labels,
+        hash=data.hash,
     )
+
+
+def _that_fit(
+    data: PreparedData[C], targets_of: TokenTargets, backbone: Encoder, frames: int | None
+) -> tuple[list[Round], list[str]]:
+    """The rounds without the training clips whose text is longer than their time patches, and lines
+    that count them."""
+    index, window = data.index, data.config.data.clip_seconds
+    long = np.zeros(len(index), bool)
+    for i in range(len(index)):
+        if frames is not None:
+            patches = frames // backbone.patch
+        elif index.frames[i] > 0 and index.rate[i] > 0:
+            seconds = min(float(index.frames[i] / index.rate[i]), window)
+            patches = backbone.time_patches(clip_samples(seconds, backbone.sample_rate))
+        else:
+            continue  # a length that is not known: the loss counts it as 0 where it does not fit
+        long[i] = targets_of.too_long(index.key(i), patches)
+    if not long.any():
+        return data.rounds, []
+    rounds = [replace(held, train=held.train[~long[held.train]]) for held in data.rounds]
+    empty = next((held for held in rounds if not len(held.train)), None)
+    first = index.key(int(long.argmax()))
+    why = f"longer than its clip has time patches of {backbone.patch_hop_ms:g} ms"
+    if empty is not None:
+        raise UserError(
+            f"the text of every training clip is {why} (the first: {first}): CTC needs a patch for "
+            "each token; cut the clips at words, or use an encoder with shorter patches"
+        )
+    left = np.unique(np.concatenate([held.train for held in data.rounds]))
+    out = int(long[left].sum())
+    said = f"{int(long.sum())} of {len(index)} clips have a text that is {why} (the first: {first})"
+    return rounds, [f"{said}: {out} left out of training, none of the evaluation"]
+
+
+def _asked(
+    task: Task, level: str, *, events: Events | None, texts: dict[str, str] | None, labels: int
+) -> Task:
+    """``task`` with the target that data of so many ``labels`` are asked for at ``level``.
+
+    Events at clip level are labels of clips, their union. Raises ``UserError`` where the data or
+    the level do not do.
+    """
+    own_text = task.adapts and texts is not None and not labels
+    if (task.target == "tokens" or own_text) and level == "clip":
+        raise UserError(f"task {task.name} has texts, one output a time patch: say level=frame")
+    if level == "clip":
+        return task.asking("tags") if task.target == "events" else task
+    for target, given, what in (
+        ("events", events, "column onset and offset"),
+        ("tokens", texts, "column text"),
+    ):
+        if task.target == target and given is None:
+            raise UserError(
+                f"task {task.name} is of {target}, and no clip has any: the task's rows, the JSON "
+                f"of shards (field {'text' if target == 'tokens' else 'events'}) or a CSV ({what}) "
+                "give them"
+            )
+    if own_text:
+        return task.asking("tokens")
+    if events is not None and task.target in ("class", "tags"):
+        return task.asking("events", metrics=("map", "event_f1", "segment_f1"))
+    return task
+
+
+def _said_of(index: Index, own: Own | None) -> tuple[Events | None, dict[str, str] | None]:
+    """Events and texts of the clips by key; None where no clip has any. Of the clips that have
+    none, where others do: no events, an empty text."""
+    if own is not None:
+        texts = {row.key: row.text for row in own.rows if row.text is not None}
+        return own.events, texts or None
+    keys = [index.key(i) for i in range(len(index))] if index.events or index.texts else []
+    events = {key: index.events.get(i, ()) for i, key in enumerate(keys)}
+    said = {key: index.texts.get(i, "") for i, key in enumerate(keys)}
+    return (events if index.events else None), (said if index.texts else None)
 
 
 def check_data(
@@ -204,27 +312,35 @@ def check_data(
 ) -> PreparedData[C]:
     """The data with its labels, window, events and rounds; ``UserError`` where they do not do."""
     notices: list[str] = list(own.notes) if own is not None else []
-    events = None
+    events, texts = _said_of(index, own)
+    task = _asked(task, config.level, events=events, texts=texts, labels=index.classes)
+    if events is not None:
+        check_events(events, index)
+        if task.target != "events":
+            many = sum(len(found) for found in events.values())
+            notices.append(
+                f"onsets and offsets of {many} event(s) are not used: labels are those of whole "
+                "clips (level=frame uses them)"
+            )
+            events = None
+    if task.target != "tokens":
+        texts = None
+    if task.target in ("events", "tokens"):
+        check_in_place(config)
     if own is not None:
-        if own.events is not None:
-            check_events(own.events, index)
-            if isinstance(config, Probe) and config.level == "frame":
-                check_in_place(config)
-                events = own.events
-            else:
-                many = sum(len(found) for found in own.events.values())
-                notices.append(
-                    f"onsets and offsets of {many} event(s) are not used: labels are those of "
-                    "whole clips (bat-probe with level=frame uses them)"
-                )
-        if events is not None or not index.labels_per_clip.all():  # none at a time, in a clip
-            task = replace(task, multi_label=True, loss="bce", metric="map")
+        if task.target == "class" and not index.labels_per_clip.all():
+            task = task.asking("tags")
         clip_seconds, said = window(index, config.data.clip_seconds, events)
         config = replace(config, data=replace(config.data, clip_seconds=clip_seconds))
         notices += said
     config = replace(config, head=config.head.for_task(task.per_class))
-    check_labels(task, index)
+    if texts is None:
+        check_labels(task, index)
     protocol = config.protocol if isinstance(config, Probe) else None
+    if protocol is not None and protocol.metric == "map" and texts is not None:
+        raise UserError(
+            "protocol.metric=map: a task of tokens has no mAP; say protocol.metric=task"
+        )
     rounds = make_rounds(
         index,
         config.folds,
@@ -236,10 +352,15 @@ def check_data(
     )
     if config.data.split != "auto":
         notices.append(f"trained on split {config.data.split}; {index.counted_splits()}")
-    notices += check_rounds(rounds, index, multi_label=task.multi_label)
+    notices += check_rounds(rounds, index, multi_label=task.multi_label, labelled=texts is None)
+    labels = tuple(index.vocabulary)
+    if texts is not None:
+        trained = np.unique(np.concatenate([held.train for held in rounds]))
+        known = {escape_key(key): text for key, text in texts.items()}
+        labels = tuple(outputs((known[index.key(int(i))] for i in trained), task.tokens))
     notices += doubts(index.vocabulary)
     without = int((index.labels_per_clip == 0).sum())
-    if without:  # ``check_labels`` refused them where each clip is of one class
+    if without and texts is None:  # ``check_labels`` refused them where each clip is of one class
         notices.append(f"{without} of {len(index)} clips have no label: negatives of every class")
     if isinstance(config, Finetune) or (isinstance(config, Probe) and not config.train.epochs):
         notices += config.optim.notes(config.train.steps)
@@ -258,6 +379,8 @@ def check_data(
         notices=tuple(notices),
         how=how(rounds, protocol),
         events=events,
+        texts=texts,
+        labels=labels,
     )
 
 

@@ -38,9 +38,9 @@ from bat.eval.run_folder import default_out, run_folder
 from bat.eval.suite import CURVE, Evaluation
 from bat.io import write_json
 from bat.logs import start_logging
+from bat.metrics.base import describe
 from bat.probes.base import check_level, expand, find_probe, takes_encoder
 from bat.report.tables import as_text
-from bat.tasks.events import digest
 
 log = logging.getLogger("bat")
 
@@ -70,7 +70,7 @@ def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -
         list(encoders),
         task=opened.task.name,
         metric=opened.task.metric,
-        data=opened.index.hash,
+        data=opened.hash,
     )
     if dry_run:
         for name, checkpoint in encoders.items():
@@ -181,6 +181,8 @@ def _summary(
         "task": task.name,
         "recipe": config.recipe,
         "metric": task.metric,
+        "better": describe(task.metric).better,
+        "target": task.target,
         "multi_label": task.multi_label,
         "level": config.level,
         "protocol": to_dict(config.protocol),
@@ -189,7 +191,7 @@ def _summary(
         "notices": list(opened.notices),
         "methods": list(methods),
         "clips": len(opened.index),
-        "labels": opened.index.vocabulary,
+        "labels": list(opened.labels),
         "rounds": [
             {
                 "name": r.name,
@@ -205,7 +207,7 @@ def _summary(
         "min_steps": config.train.min_steps or None,
         "head": to_dict(opened.config.head),
         "optim": to_dict(config.optim),
-        "data": opened.index.hash + (digest(opened.events) if opened.events else ""),
+        "data": opened.hash,
         "clip_seconds": opened.config.data.clip_seconds,
         "batch": config.data.batch,
         "confidence": config.confidence,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bat.errors import UserError
+from bat.metrics.base import families
 from bat.redact import redact_tree
 from bat.report.page import COMPARISONS, Picture, write_page
 from bat.report.sections import TITLES, sections
@@ -135,6 +136,8 @@ RESULT: dict[str, Any] = {
 }  # fmt: skip
 FEATURES: dict[str, Any] = {"cache": str, "why": str, "gb": (int, float)}
 CLASSES: dict[str, Any] = {"ap": list, "auroc": list, "positives": list}
+OF_LABELS = tuple(name for name, metric in families().items() if metric.takes == "labels")
+"""Metrics that come with numbers of each class."""
 ROUND: dict[str, Any] = {"name": str, "train": int, "valid": int, "test": int}
 
 
@@ -142,7 +145,7 @@ def _wrong(summary: dict[str, Any]) -> str:
     """What a summary lacks or holds in another form, in words; empty where it is whole."""
     if found := _misfit(summary, FORM | {k: dict for k in ("head", "optim") if k in summary}):
         return found
-    if summary["metric"] not in TITLES:
+    if summary["metric"] not in TITLES and "better" not in summary:  # of a metric from outside
         return f"has the metric {summary['metric']!r}, not one of {', '.join(TITLES)}"
     for row in summary["rounds"]:
         if found := _misfit(row, ROUND):
@@ -157,7 +160,10 @@ def _wrong(summary: dict[str, Any]) -> str:
             found = _misfit(entry, RESULT) or _misfit(entry["mean"], {summary["metric"]: object})
             for seeds in entry["folds"].values() if not found else ():
                 for metrics in seeds.values() if isinstance(seeds, dict) else [seeds]:
-                    found = found or _misfit(metrics, {"absent": list, "per_class": dict})
+                    found = found or _misfit(metrics, {})
+                    if found or not ("per_class" in metrics or summary["metric"] in OF_LABELS):
+                        continue
+                    found = _misfit(metrics, {"absent": list, "per_class": dict})
                     found = found or _misfit(metrics["per_class"], CLASSES)
                     if not found and len(metrics["per_class"]["ap"]) != len(summary["labels"]):
                         found = f"has {len(metrics['per_class']['ap'])} classes"

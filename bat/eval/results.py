@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from bat.errors import UserError
+from bat.metrics.base import describe, rank_key
 from bat.metrics.bootstrap import interval
 from bat.metrics.ranking import summarise
 from bat.report.sections import TITLES
 
 HOW = "weights after the last step, judged on the held-out clips; nothing was selected on them"
-METRICS = ("accuracy", "map", "f1", "f1_micro", "auroc", "dprime")
-SHOWN = ("accuracy", "map", "f1")
+SHOWN = ("accuracy", "map", "f1", "event_f1", "segment_f1", "token_error_rate", "wer")
 """Columns of the table of one encoder."""
 
 
@@ -121,7 +121,7 @@ def _entry(own: list[Outcome], metric: str, confidence: float) -> dict[str, Any]
     seeds = list(dict.fromkeys(str(o.seed) for o in own))
     over = "seeds" if len(seeds) > 1 else "folds" if len(folds) > 1 else "none"
     mean, std = {}, {}
-    for name in (m for m in METRICS if m in own[0].metrics):
+    for name in (m for m, value in own[0].metrics.items() if isinstance(value, float)):
         if over == "seeds":
             rows = [[f[s][name] for f in folds.values() if s in f] for s in seeds]
             values = [summarise(row)[0] for row in rows]
@@ -131,7 +131,9 @@ def _entry(own: list[Outcome], metric: str, confidence: float) -> dict[str, Any]
     tables = [o.replicates for o in own]
     middle = None
     if all(tables):
-        middle = list(interval(np.mean(np.array(tables), axis=0), confidence, at=mean[metric]))
+        draws = np.mean(np.array(tables), axis=0)
+        most = describe(metric).most
+        middle = list(interval(draws, confidence, at=mean[metric], most=most))
     return {
         "parameters": own[0].parameters,
         "mean": mean,
@@ -152,7 +154,7 @@ def ranking(encoders: dict[str, dict[str, Any]], metric: str) -> list[dict[str, 
         for method, e in results.items()
         if "@" not in method
     ]
-    return sorted(rows, key=lambda row: -row["mean"])
+    return sorted(rows, key=lambda row: -rank_key(metric, row["mean"]))
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -170,7 +172,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             lines.append("".join([f"  {'mean ± std':<10}", *(f"{p:>16}" for p in pairs)]))
             lines.append(f"  (± is the population standard deviation over {entry['std_over']})")
         rows = [row for fold in entry["folds"].values() for row in fold.values()]
-        if absent := sorted({c for row in rows for c in row["absent"]}):
+        if absent := sorted({c for row in rows for c in row.get("absent", ())}):
             lines.append(
                 f"  {len(absent)} class(es) without a held-out clip are left out of the means"
             )

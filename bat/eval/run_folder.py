@@ -7,7 +7,7 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +16,16 @@ from typing import Any
 from bat.config.compose import to_yaml
 from bat.config.schema import Pretrain, Probe, Supervised
 from bat.config.sections import Data
+from bat.data.files import index_files
 from bat.data.index import Index, open_index
-from bat.data.manifest import Manifest
 from bat.data.tar import write_atomic
+from bat.data.toy import make_toy
 from bat.errors import UserError
 from bat.eval.encoder_list import RANDOM, check_there, checkpoint_name, encoders_of
 from bat.lock import LOCK, check_free, hold
 from bat.redact import redact_tree
-from bat.shard.pool import cores
-from bat.shard.toy import make_toy
-from bat.shard.write import ensure_shards
-from bat.tasks import own
-from bat.tasks.base import Task, load_task
+from bat.tasks import folder, own
+from bat.tasks.base import LeftOut, Row, Task, load_task
 from bat.tasks.own import Own
 
 log = logging.getLogger("bat")
@@ -85,6 +83,15 @@ PROBING = (
 batch is no micro-batch: it decides what is computed.)"""
 
 
+def _unlabelled(path: Path) -> list[Row]:
+    rows = folder.listed(path).rows
+    return [replace(row, split=row.split and folder.split_of(row.split)) for row in rows]
+
+
+UNLABELLED = replace(own.TASK, rows=_unlabelled, vocabulary=None)
+"""Task ``own`` for pre-training: the clips of a CSV need no labels."""
+
+
 def default_out(config: Pretrain | Supervised) -> Path:
     """``config.out``, or the folder named after what the run is made of."""
     if config.out:
@@ -110,7 +117,9 @@ def check_first(config: Pretrain | Supervised) -> None:
     if isinstance(config, Supervised):
         check_there(config)
     if data.csv:
-        own.read(Path(data.csv))
+        read: Callable[[Path], object] = folder.listed
+        read = own.read if isinstance(config, Supervised) else read
+        read(Path(data.csv))
     elif data.root or isinstance(config, Pretrain):
         _check_given(load_task(config.task), data)
     ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
@@ -215,36 +224,63 @@ def _flat(text: str) -> list[str]:
     return walk(yaml.safe_load(text) or {}, "")
 
 
-def open_data(task_name: str, data: Data, *, progress: bool = True) -> tuple[Task, Index]:
-    """The task and the index of the shards that ``data`` points at.
+def open_data(
+    task_name: str, data: Data, *, labelled: bool = True, progress: bool = True
+) -> tuple[Task, Index]:
+    """The task and the index of the clips that ``data`` points at, read where they lie.
 
-    ``data.shards`` is opened as it is; ``data.root`` is written to shards in ``data.cache`` once
-    and found there the next time, and so is what ``data.csv`` lists (the task is then ``own``,
-    whatever ``task_name``); the toy task makes its own clips. Raises ``UserError`` where nothing is
-    given, missing or unreadable (``NotIndexable``: readable from front to end only).
+    ``data.shards``: shards, here or far away; ``data.root``: what the task reads there;
+    ``data.csv``: the files that it lists (the task is then ``own``, whatever ``task_name``), not
+    ``labelled``: which need no labels; the toy tasks write their own clips to ``data.cache``.
+    Raises ``UserError`` where nothing is given, missing or unreadable (``NotIndexable``: readable
+    from front to end only).
     """
-    if data.csv:
+    if data.csv and labelled:
         return open_own(data, progress=progress)[:2]
-    task = load_task(task_name)
+    task = UNLABELLED if data.csv else load_task(task_name)
     _check_given(task, data)
     if data.shards:
-        sources = list(data.shards)
-    elif data.root:
-        made = ensure_shards(task, data.root, data.cache, jobs=cores(), progress=progress)
-        sources = [str(made)]
-        manifest = Manifest.load(made)
-        if manifest is not None and manifest.left_out:
-            log.warning(
-                "%d files of %s are left out (the first: %s, %s; all: %s)",
-                len(manifest.left_out),
-                data.root,
-                manifest.left_out[0]["file"],
-                manifest.left_out[0]["reason"],
-                made / "manifest.json",
-            )
-    else:
-        sources = [str(make_toy(Path(data.cache) / "toy"))]
-    return _opened(task, data, sources)
+        return _open_shards(task, data)
+    given = data.root or data.csv
+    root = Path(given) if given else _made(task, Path(data.cache) / task.name)
+    rows, vocabulary = task.read(root)
+    absent = task.left_out(root) if task.left_out is not None else []
+    index, left_out, listed = _index_files(task, root, rows, vocabulary, data, absent, progress)
+    if left_out:
+        log.warning(
+            "%d files of %s are left out (the first: %s, %s; all: %s)",
+            len(left_out),
+            root,
+            left_out[0].file,
+            left_out[0].reason,
+            listed,
+        )
+    return task.settle(index.labels_per_clip.tolist()), index
+
+
+def _made(task: Task, root: Path) -> Path:
+    """``root`` with the clips of a task that makes its own."""
+    if task.make is None:
+        return make_toy(root)
+    task.make(root)
+    return root
+
+
+def _index_files(
+    task: Task,
+    source: Path,
+    rows: Sequence[Row],
+    vocabulary: Sequence[str],
+    data: Data,
+    absent: Sequence[LeftOut],
+    progress: bool,
+) -> tuple[Index, list[LeftOut], Path]:
+    """The index of ``rows``, what is left out, and the file in ``data.cache`` that lists it."""
+    place = hashlib.sha256(os.fsencode(f"{task.name} {source.absolute()}")).hexdigest()[:12]
+    listed = Path(data.cache) / f"{task.name}-{place}.json"
+    names = None if data.labels == "drop" else vocabulary
+    index, left_out = index_files(rows, names, cache=listed, absent=absent, progress=progress)
+    return index, left_out, listed
 
 
 def _check_given(task: Task, data: Data) -> None:
@@ -253,7 +289,8 @@ def _check_given(task: Task, data: Data) -> None:
         raise UserError(f"data.root={data.root} with task=own: name its CSV, data.csv=FILE")
     if data.root and not Path(data.root).exists():
         raise UserError(f"data.root={data.root} does not exist: name the data of task {task.name}")
-    if not (data.root or data.shards or task.name == "toy"):
+    made = task.make is not None or task.name == "toy"
+    if not (data.root or data.csv or data.shards or made):
         raise UserError(
             f"no data given for task '{task.name}': say data.shards=DIR (shards, see bat-shard), "
             "data.root=DIR (a folder of audio) or data.csv=FILE (your own audio and labels)"
@@ -267,37 +304,33 @@ def open_own(data: Data, *, progress: bool = True) -> tuple[Task, Index, Own]:
     be read; fewer are left out, which is warned of and stands in the list's ``notes``.
     """
     assert data.csv is not None
-    listed = own.read(Path(data.csv))
-    task = replace(  # reads the CSV no second time
-        own.TASK, rows=lambda _: listed.rows, vocabulary=lambda _: listed.vocabulary
+    path = Path(data.csv)
+    found = own.read(path)
+    index, left_out, listed = _index_files(
+        own.TASK, path, found.rows, found.vocabulary, data, [], progress
     )
-    made = ensure_shards(task, data.csv, data.cache, jobs=cores(), progress=progress)
-    manifest = Manifest.load(made)
-    left_out = manifest.left_out if manifest is not None else []
     if left_out:
         shown = "; ".join(
-            f"line {listed.lines[entry['key']]}: {entry['file']}, {entry['reason'].rstrip('.')}"
+            f"line {found.lines[entry.key]}: {entry.file}, {entry.reason.rstrip('.')}"
             for entry in left_out[: own.SHOWN]
         )
         said = (
-            f"{len(left_out)} of the {len(listed.rows)} files of {data.csv} cannot be read "
-            f"({shown}{'; ...' if len(left_out) > own.SHOWN else ''}; all: "
-            f"{made / 'manifest.json'})"
+            f"{len(left_out)} of the {len(found.rows)} files of {data.csv} cannot be read "
+            f"({shown}{'; ...' if len(left_out) > own.SHOWN else ''}; all: {listed})"
         )
-        if len(left_out) > data.max_bad * len(listed.rows):
+        if len(left_out) > data.max_bad * len(found.rows):
             raise UserError(
                 f"{said}: more than data.max_bad={data.max_bad:g} of them. Mend or remove them, or "
                 "raise data.max_bad to leave them out"
             )
         log.warning("%s: left out", said)
-        listed = replace(listed, notes=[*listed.notes, f"{said}: left out"])
-    task, index = _opened(own.TASK, data, [str(made)])
-    return task, index, listed
+        found = replace(found, notes=[*found.notes, f"{said}: left out"])
+    return own.TASK.settle(index.labels_per_clip.tolist()), index, found
 
 
-def _opened(task: Task, data: Data, sources: list[str]) -> tuple[Task, Index]:
+def _open_shards(task: Task, data: Data) -> tuple[Task, Index]:
     index = open_index(
-        sources,
+        data.shards,
         cache=Path(data.cache),
         cache_bytes=int(data.cache_gb * 1e9),
         labels="drop" if data.labels == "drop" else "same",

@@ -22,7 +22,7 @@ def draw_folds(index: Index, folds: int, *, seed: int, multi_label: bool) -> np.
     more folds than the rarest class has clips, so that none is without a held-out clip; with
     several, two clips a fold at least. Raises ``UserError`` where that makes fewer than two folds.
     """
-    counts = np.bincount(index.label_ids, minlength=index.classes)
+    counts = np.bincount(index.label_ids, minlength=max(1, index.classes))
     counts[counts == 0] = len(index)  # of classes that do not occur
     rarest = int(counts.argmin())
     least = len(index) // 2 if multi_label else int(counts[rarest])

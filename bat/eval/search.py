@@ -20,9 +20,9 @@ from bat.eval.candidates import EVERY, Candidate, Look, Plan, Score, State, fres
 from bat.eval.features import Source
 from bat.eval.fit import Predictions, Training, fit, own_randomness, predictions
 from bat.eval.results import Outcome
+from bat.eval.scoring import values_of
 from bat.eval.splits import Round
-from bat.metrics.bootstrap import replicates
-from bat.metrics.ranking import evaluate
+from bat.metrics.base import describe
 from bat.probes.base import Probe
 from bat.redact import one_line
 from bat.seeding import derive_seed
@@ -191,12 +191,19 @@ def _scores(
         if not logits.isfinite().all():
             scores[key] = None
             continue
-        metrics = evaluate(logits, found.targets, multi_label=plan.multi_label)
-        value = metrics[plan.chooses]
+        assert plan.scorer is not None
+        value = plan.scorer.values(logits, found, source, held.valid)[plan.chooses]
         if math.isnan(value):  # no class of the validation clips has a positive
-            value = 0.0
-        scores[key] = value, -float(plan.loss(logits, found.targets.float()))
+            value = describe(plan.chooses).worst
+        tokens = not found.targets.is_floating_point()  # CTC wants whole clips
+        loss = 0.0 if tokens else float(plan.loss(logits, found.targets.float()))
+        scores[key] = _signed(value, plan), -loss
     return scores
+
+
+def _signed(value: float, plan: Plan) -> float:
+    """``value`` of the metric that chooses, minus it where lower is better; and back again."""
+    return value if describe(plan.chooses).better == "higher" else -value
 
 
 def _evaluate(
@@ -237,7 +244,16 @@ def _evaluate(
             elif job in sound:
                 outcomes[job].append(
                     _outcome(
-                        held, job, answer, chosen, probes[key], tried[job], logits, found, plan
+                        source,
+                        held,
+                        job,
+                        answer,
+                        chosen,
+                        probes[key],
+                        tried[job],
+                        logits,
+                        found,
+                        plan,
                     )
                 )
     for job, own in outcomes.items():
@@ -250,6 +266,7 @@ def _evaluate(
 
 
 def _outcome(
+    source: Source,
     held: Round,
     job: tuple[str, int],
     answer: str,
@@ -263,22 +280,19 @@ def _outcome(
     gate = probe.layer_gate()
     method, seed = job
     resampled = None
-    metrics = evaluate(logits, found.targets, multi_label=plan.multi_label)
-    if plan.bootstrap and "@" not in answer:
-        values = replicates(
-            logits,
-            found.targets,
-            metric=plan.metric,
-            multi_label=plan.multi_label,
+    assert plan.scorer is not None
+    computed = plan.scorer.computed(logits, found, source, held.test)
+    if plan.bootstrap and "@" not in answer and describe(plan.metric).bootstrap:
+        values = computed[plan.metric].replicates(
+            plan.metric,
             resamples=plan.bootstrap,
             seed=derive_seed(plan.seed, held.name, "resamples"),
-            groups=found.clips,
         )
         resampled = [round(float(v), 6) for v in values]
     return Outcome(
         method=f"{method}{answer}",
         fold=held.name,
-        metrics=metrics,
+        metrics=values_of(computed),
         gate=None if gate is None else gate.cpu().tolist(),
         seed=seed,
         probe=method,
@@ -286,7 +300,7 @@ def _outcome(
             "lr": look.candidate.lr,
             "weight_decay": look.candidate.weight_decay,
             "step": look.step,
-            "validation": None if look.score is None else look.score[0],
+            "validation": None if look.score is None else _signed(look.score[0], plan),
             "candidates": tried,
         },
         parameters=plan.parameters[method],

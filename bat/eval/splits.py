@@ -212,12 +212,15 @@ def _chosen(protocol: Protocol) -> list[str]:
     ]
 
 
-def check_rounds(rounds: Sequence[Round], index: Index, *, multi_label: bool) -> list[str]:
+def check_rounds(
+    rounds: Sequence[Round], index: Index, *, multi_label: bool, labelled: bool = True
+) -> list[str]:
     """Lines to be said about classes that some round cannot judge, or learn.
 
     Raises ``UserError`` where a result would mean nothing: a round without training, validation or
     held-out clips, or with a single held-out one, with one class to train on, or (one label a clip)
-    with held-out clips of a class that it has no training clip of.
+    with held-out clips of a class that it has no training clip of. Without labels (``labelled``)
+    only the numbers of clips are looked at.
     """
     unlearned: dict[str, str] = {}
     unjudged: dict[str, str] = {}
@@ -232,6 +235,8 @@ def check_rounds(rounds: Sequence[Round], index: Index, *, multi_label: bool) ->
                 f"{_round(held)} has a single held-out clip, of which a score says nothing: give "
                 "it more clips, or make fewer folds"
             )
+        if not labelled:
+            continue
         train, test = _classes(index, held.train), _classes(index, held.test)
         if train.sum() < 2:
             raise UserError(

@@ -77,7 +77,8 @@ class Evaluation:
         self.made_from = {"encoder": self.digest, "data": self.index.hash}
         """What results hang on besides the settings."""
         if ready.targets_of is not None:  # an edited onset changes no shard
-            self.made_from["events"] = ready.targets_of.digest
+            what = "events" if ready.task.target == "events" else "texts"
+            self.made_from[what] = ready.targets_of.digest
         self.mapped: tuple[str, Probe] | None = None
         """Of the first seed in the last round so far, the probe whose prototypes are drawn."""
 
@@ -93,7 +94,7 @@ class Evaluation:
         """A fresh probe of this encoder's shape."""
         backbone, head = self.backbone, self.head
         shape: dict[str, Any] = {
-            "classes": self.index.classes,
+            "classes": len(self.ready.labels),
             "width": backbone.width,
             "depth": backbone.depth,
             "has_cls": backbone.has_cls,
@@ -250,6 +251,7 @@ class Evaluation:
             batch=config.data.batch,
             multi_label=task.multi_label,
             metric=task.metric,
+            scorer=self.ready.scorer,
             seed=config.seed,
             seeds=config.seeds,
             protocol=config.protocol,
@@ -298,7 +300,8 @@ class Evaluation:
             meta={
                 "bat_version": __version__,
                 "task": self.ready.task.name,
-                "labels": self.index.vocabulary,
+                "labels": list(self.ready.labels),
+                "target": self.ready.task.target,
                 "held_out": outcome.fold,
                 "metrics": {k: v for k, v in outcome.metrics.items() if k != "per_class"},
                 "chosen": outcome.chosen,

@@ -47,19 +47,28 @@ def check_events(events: Events, index: Index) -> None:
     late = [
         (event.line, f"onset {event.onset_seconds:g}, {index.key(i)} has {end:.6g} s")
         for i, end in enumerate(_seconds(index).tolist())
-        for event in of[index.key(i)]
+        for event in of.get(index.key(i), ())
         if 0 < end <= event.onset_seconds
     ]
+    known = set(index.vocabulary)
+    met = (name for found in of.values() for event in found for name in event.labels)
+    strange = next((name for name in met if name not in known), None)
+    if strange is not None:
+        raise UserError(
+            f"an event has the label {strange!r}, which is not among the classes of the data: give "
+            "its clip that label too (bat-shard does)"
+        )
     if late:
         line, said = min(late)
         raise UserError(
-            f"{len(late)} event(s) begin after their recording has ended (the first in line "
-            f"{line}: {said}): give times in seconds, not in milliseconds or samples"
+            f"{len(late)} event(s) begin after their recording has ended (the first"
+            f"{f' in line {line}' if line else ''}: {said}): give times in seconds, not in "
+            "milliseconds or samples"
         )
 
 
 def check_in_place(config: Supervised) -> None:
-    """Raise ``UserError`` for what would move clips under their events."""
+    """Raise ``UserError`` for what would move clips under their events or texts."""
     for set_, name, remedy in (
         (config.data.roll, "data.roll=true", "data.roll=false"),
         (config.pad_offset == "random", "pad_offset=random", "pad_offset=start"),

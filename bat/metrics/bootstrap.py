@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
-from torch.nn import functional as F
 
 from bat.metrics.ranking import Ranking, judged, ranking
 
-METRICS = ("accuracy", "map")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RESAMPLED = ("accuracy", "map")
 CELLS = 1 << 22
 """Counts held at once (16 MiB); fixed, because it decides how the draws are cut into blocks."""
 
@@ -46,7 +47,9 @@ def replicates(
     frames of one clip) are drawn together. A class that a draw leaves without a positive clip is
     left out of that draw's mean, as ``evaluate`` does; NaN where none is left.
     """
-    assert metric in METRICS, metric
+    import torch
+
+    assert metric in RESAMPLED, metric
     assert not (metric == "accuracy" and multi_label), "several labels a clip have no accuracy"
     scores, hard = judged(logits, targets, multi_label=multi_label)
     n, classes = scores.shape
@@ -84,6 +87,9 @@ def draws(clips: int, *, resamples: int, seed: int) -> Iterator[NDArray[np.int64
 
 def _precision(rank: Ranking, counts: Tensor) -> Tensor:
     """Average precision of one class where clip i counts ``counts[i]`` times: (n, r) -> (r,)."""
+    import torch
+    from torch.nn import functional as F
+
     # clips down to each rank: sums of slices of the order, each from the last rank's end to its own
     edges = torch.from_numpy(np.append(0, rank.ends[:-1]))
     upto = torch.from_numpy(rank.order[: rank.ends[-1]])
@@ -95,7 +101,7 @@ def _precision(rank: Ranking, counts: Tensor) -> Tensor:
 
 
 def interval(
-    values: ArrayLike, confidence: float = 0.95, *, at: float | None = None
+    values: ArrayLike, confidence: float = 0.95, *, at: float | None = None, most: float = 1.0
 ) -> tuple[float, float]:
     """The middle ``confidence`` of replicates (R,); draws without a value (NaN) are left out.
 
@@ -103,10 +109,10 @@ def interval(
     are off on average. For mAP give it: a clip drawn twice ties with itself, which lifts the
     replicates above the metric (by more than half the interval where mAP is low), and the unmoved
     interval then holds the truth in 73% to 95% of simulated cases instead of 93% to 97%. It stays
-    within [0, 1]. NaN where no draw has a value.
+    within [0, ``most``]. NaN where no draw has a value.
     """
     low, high = _middle(values, confidence, at)
-    return (low, high) if math.isnan(low) else (max(low, 0.0), min(high, 1.0))
+    return (low, high) if math.isnan(low) else (max(low, 0.0), min(high, most))
 
 
 def difference(

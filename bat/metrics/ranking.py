@@ -16,13 +16,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from statistics import NormalDist, mean, pstdev
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
+from numpy.typing import ArrayLike, NDArray
 
 from bat.errors import UserError
+from bat.metrics.base import Metric, Value
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -138,3 +141,40 @@ def _dprime(auroc: float, *, pairs: int) -> float:
 def summarise(values: Sequence[float]) -> tuple[float, float]:
     """Mean and population standard deviation (divided by n) of a metric over folds or seeds."""
     return mean(values), pstdev(values)
+
+
+class Classification(Metric):
+    """``update(logits, targets)``: all rows at once, as ``evaluate`` takes them."""
+
+    takes: ClassVar = "labels"
+    values: ClassVar = {
+        "accuracy": Value("accuracy"),
+        "map": Value("mAP"),
+        "f1": Value("F1", bootstrap=False),
+        "f1_micro": Value("micro F1", bootstrap=False),
+        "auroc": Value("AUROC", bootstrap=False),
+        "dprime": Value("d-prime", percent=False, most=math.inf, bootstrap=False),
+    }
+
+    def __init__(self, *, multi_label: bool, groups: ArrayLike | None = None) -> None:
+        """``groups`` (n,): the clip of each row, where a clip has several."""
+        self.multi_label, self.groups = multi_label, groups
+        self._rows: tuple[Tensor, Tensor] | None = None
+
+    def update(self, predicted: Tensor, true: Tensor) -> None:
+        assert self._rows is None, "all rows come at once"
+        self._rows = predicted, true
+
+    def compute(self) -> dict[str, Any]:
+        assert self._rows is not None
+        return evaluate(*self._rows, multi_label=self.multi_label)
+
+    def replicates(self, value: str, *, resamples: int, seed: int) -> Floats:
+        from bat.metrics.bootstrap import replicates
+
+        assert self._rows is not None
+        how = {"multi_label": self.multi_label, "groups": self.groups}
+        return replicates(*self._rows, metric=value, resamples=resamples, seed=seed, **how)  # type: ignore[arg-type]
+
+
+METRICS = (Classification,)

@@ -1,4 +1,4 @@
-"""Losses of the tasks (SPEC section 5): cross-entropy, binary cross-entropy, asymmetric.
+"""Losses of the tasks (SPEC section 5): cross-entropy, binary cross-entropy, asymmetric, CTC.
 
 Every loss takes logits (..., C) and targets (..., C) in [0, 1] (one-hot, multi-hot or mixed) and
 returns a float32 scalar, the mean over examples: ``ce`` sums over classes, ``bce`` and ``asl``
@@ -45,6 +45,32 @@ def asymmetric(logits: Tensor, targets: Tensor) -> Tensor:
     return _asymmetric_of_timm()(logits, targets)
 
 
+NOTHING = -1
+"""Fills up the rows of token targets."""
+
+
+def ctc(logits: Tensor, targets: Tensor, *, inside: Tensor | None = None) -> Tensor:
+    """Connectionist temporal classification, blank 0; each clip's loss over its target length, then
+    the mean over clips. A clip whose target does not fit its time patches counts as 0.
+
+    Args:
+        logits: (B, T, C). targets: (B, U) int64 from 1 on, ``NOTHING`` after each clip's last.
+        inside: (B, T) the time patches that are each clip's own, from the first on; None: all.
+    """
+    B, T = logits.shape[:2]
+    steps = logits.new_full((B,), T).long() if inside is None else inside.sum(1)
+    lengths = (targets != NOTHING).sum(1)
+    each = F.ctc_loss(
+        logits.float().log_softmax(-1).transpose(0, 1),
+        targets.clamp(min=0),
+        steps,
+        lengths,
+        reduction="none",
+        zero_infinity=True,
+    )  # (B,)
+    return (each / lengths.clamp(min=1)).mean()
+
+
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "bce": binary, "asl": asymmetric}
 
 
@@ -54,18 +80,29 @@ def loss_for(task: Any, name: str = "task") -> Loss:
     Raises ``UserError`` for cross-entropy on a task with several labels a clip.
     """
     chosen = task.loss if name == "task" else name
+    if chosen == "ctc":
+        return ctc
     if chosen not in LOSSES:
         raise UserError(f"loss={chosen} is not known: {', '.join(LOSSES)} or task")
-    if chosen == "ce" and task.multi_label:
+    if task.target == "tokens":
+        raise UserError(f"loss={chosen} takes labels, task {task.name} has texts: say loss=task")
+    if chosen == "ce" and task.target != "class":
         raise UserError(f"loss=ce takes one label a clip, task {task.name} has several: bce or asl")
     return LOSSES[chosen]
 
 
 def against(loss: Loss, logits: Tensor, targets: Tensor, *, inside: Tensor | None = None) -> Tensor:
-    """``loss`` of logits (B, C) or (B, T, C) against labels of the same shape or of the clip.
+    """``loss`` of logits (B, C) or (B, T, C) against targets, whose form says what they are:
 
-    Frame-level logits against clip-level labels are averaged over time first (``to_clip``).
+    (B, C): labels of clips, which the mean over time of frame-level logits meets (``to_clip``).
+    (B, T, C): labels of time patches; those that are NaN are left out.
+    (B, U) whole numbers: tokens, for ``ctc``.
     """
+    if not targets.is_floating_point():
+        return ctc(logits, targets, inside=inside)
+    if targets.ndim == 3:
+        kept = ~targets.isnan().any(-1)  # (B, T)
+        return loss(logits[kept], targets[kept])
     return loss(to_clip(logits, inside) if targets.ndim < logits.ndim else logits, targets)
 
 

@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bat.metrics.base import describe
 from bat.report.sections import TITLES, Row, Section
 
-LEADS = "above every other probe of its encoder by the paired interval"
+LEADS = "better than every other probe of its encoder by the paired interval"
 """Which cells of the main table are marked, in words."""
 NOTHING = "–"  # noqa: RUF001 (a dash where there is no number)
 
@@ -21,7 +22,7 @@ def number(value: float | None, metric: str = "map") -> str:
     """A metric as text: percent, d-prime as it is, a dash for none."""
     if value is None or math.isnan(value):
         return NOTHING
-    return f"{value if metric == 'dprime' else 100 * value:.2f}"
+    return f"{100 * value if describe(metric).percent else value:.2f}"
 
 
 def mean(row: Row, metric: str) -> float:

@@ -153,7 +153,7 @@ def _section(section: Section, pictures: Mapping[str, Sequence[Picture]]) -> lis
 
 
 def _tints(section: Section) -> dict[tuple[int, int], float]:
-    """Colour of the cells of the main table: from the least mean to the greatest."""
+    """Colour of the cells of the main table: from the worst mean to the best."""
     if len(section.encoders) < 2 or len(section.rows) < 2:
         return {}
     values = {
@@ -162,7 +162,8 @@ def _tints(section: Section) -> dict[tuple[int, int], float]:
         )
         for row in section.rows
     }
-    return _scaled(values)
+    tints = _scaled(values)
+    return {key: 1 - tint for key, tint in tints.items()} if section.lower else tints
 
 
 def _scaled(values: Mapping[tuple[int, int], float]) -> dict[tuple[int, int], float]:

@@ -205,7 +205,7 @@ def plot_folds(
         axis.set_xlabel("held-out fold")
         axis.set_ylabel(f"{metric} (%)")
         axis.set_title(title or f"{metric[:1].upper()}{metric[1:]} by held-out fold")
-        axis.set_ylim(0, 100)
+        axis.set_ylim(0, max(100, 1.05 * axis.dataLim.y1))  # an error rate may be above 100 %
         said = f"mean ± std over {len(names)} folds" if len(names) > 1 else None
         axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=said, alignment="left")
     return path

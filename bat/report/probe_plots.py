@@ -79,11 +79,13 @@ def plot_layer_curve(
     metric: str,
     chance: float | None = None,
     controls: Collection[str] = CONTROLS,
+    lower: bool = False,
     title: str = "Layer curve: a linear probe on every block alone",
 ) -> Path:
     """A metric by block, one line an encoder, with a band of one standard deviation.
 
-    ``curves``: encoder -> ``{"mean": (L,), "std": (L,) | None}``; ``chance``: drawn where given.
+    ``curves``: encoder -> ``{"mean": (L,), "std": (L,) | None}``; ``chance``: drawn where given;
+    ``lower``: whether lower is better.
     """
     path = Path(path)
     with plain_figure(path, figsize=(8.6, 4.4)) as (_, axes):
@@ -94,9 +96,10 @@ def plot_layer_curve(
             x = np.arange(1, len(y) + 1)
             if curve.get("std") is not None:
                 band = 100 * np.nan_to_num(np.asarray(curve["std"], dtype=float))
-                ends = np.clip([y - band, y + band], 0, 100)
+                ends = np.clip([y - band, y + band], 0, None if lower else 100)
                 axis.fill_between(x, *ends, color=look["color"], alpha=0.15, lw=0)
-            best = f"best {y.max():.1f} %, block {y.argmax() + 1}"
+            at = int(y.argmin() if lower else y.argmax())
+            best = f"best {y[at]:.1f} %, block {at + 1}"
             axis.plot(x, y, label=f"{short(name)}\n{best}", lw=1.8, ms=5, **look)
         if chance is not None:
             axis.axhline(100 * chance, color="#777777", lw=1, ls=":", label="chance")
@@ -152,6 +155,7 @@ def plot_comparison(
     chance: float | None = None,
     controls: Collection[str] = CONTROLS,
     finetuned: Mapping[str, float] | None = None,
+    lower: bool = False,
     title: str = "Probes and encoders",
 ) -> Path:
     """A row a method, the best first; in it a dot an encoder.
@@ -159,14 +163,16 @@ def plot_comparison(
     ``results``: encoder -> method -> ``{"mean", "std", "interval": (lo, hi) | None}``. A thick line
     is one standard deviation over ``std_over`` (``none``: not drawn), a thin one the confidence
     interval at ``confidence``. ``controls``: encoders drawn in grey, which do not count for the
-    order; ``finetuned``: an encoder's fine-tuned number, as a line.
+    order; ``finetuned``: an encoder's fine-tuned number, as a line; ``lower``: whether lower is
+    better.
     """
     path = Path(path)
+    sign, top = (-1, None) if lower else (1, 100)  # an error rate may be above 100 %
     best: dict[str, float] = {}
     for name, methods in results.items():
         for method, row in methods.items():
             if name not in controls or set(results) <= set(controls):
-                best[method] = max(best.get(method, -np.inf), row["mean"])
+                best[method] = max(best.get(method, -np.inf), sign * row["mean"])
             best.setdefault(method, -np.inf)
     order = sorted(best, key=lambda method: -best[method])
     n = max(1, len(results))
@@ -184,11 +190,11 @@ def plot_comparison(
                 found = methods[method]
                 if found.get("interval"):
                     interval = True
-                    ends = np.clip(100 * np.array(found["interval"]), 0, 100)
+                    ends = np.clip(100 * np.array(found["interval"]), 0, top)
                     axis.plot(ends, [at, at], color=colour, lw=1)
                 if found.get("std") and std_over != "none":
                     spread = True
-                    ends = np.clip(np.array([-1, 1]) * 100 * found["std"] + middle, 0, 100)
+                    ends = np.clip(np.array([-1, 1]) * 100 * found["std"] + middle, 0, top)
                     axis.plot(ends, [at, at], color=colour, **THICK)
             label = short(name) + (" (control)" if name in controls else "")
             axis.plot(x, y, ls="", ms=6, label=label, **look)

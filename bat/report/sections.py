@@ -15,15 +15,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-TITLES = {
-    "accuracy": "accuracy",
-    "map": "mAP",
-    "f1": "F1",
-    "f1_micro": "micro F1",
-    "auroc": "AUROC",
-    "dprime": "d-prime",
-}
-"""Metrics in the order of columns; all but d-prime are fractions, shown in percent."""
+from bat.metrics.base import describe, families
+
+
+class _Titles(dict[str, str]):
+    def __missing__(self, name: str) -> str:  # of a metric from outside bat
+        return describe(name).title
+
+
+TITLES = _Titles({name: describe(name).title for name in families()})
+"""Metrics in the order of columns; most are fractions, shown in percent (``describe``)."""
 SETTINGS = ("steps", "epochs", "min_steps", "batch", "clip_seconds", "precision", "confidence")
 PARTS = ("protocol", "head", "optim")
 """Of a summary, what two runs must have in common to be of one protocol."""
@@ -79,6 +80,12 @@ class Section:
         return str(self.summaries[0]["metric"])
 
     @property
+    def lower(self) -> bool:
+        """Whether a lower value of the main metric is better."""
+        first = self.summaries[0]
+        return str(first.get("better") or describe(self.metric).better) == "lower"
+
+    @property
     def labels(self) -> list[str]:
         return [str(label) for label in self.summaries[0]["labels"]]
 
@@ -110,12 +117,19 @@ class Section:
     @property
     def ranking(self) -> list[Row]:
         """The best first; a mean that is not a number comes last."""
-        return sorted(self.rows, key=lambda row: -_finite(row.entry["mean"].get(self.metric)))
+        sign = -1 if self.lower else 1
+
+        def place(row: Row) -> float:
+            value = row.entry["mean"].get(self.metric)
+            return math.inf if value is None or math.isnan(value) else -sign * value
+
+        return sorted(self.rows, key=place)
 
     @property
     def metrics(self) -> list[str]:
         """Metrics that any probe was judged by, the main one first."""
-        found = [m for m in TITLES if any(m in row.entry["mean"] for row in self.rows)]
+        there = dict.fromkeys(m for row in self.rows for m in row.entry["mean"])
+        found = [m for m in TITLES if m in there] + [m for m in there if m not in TITLES]
         return sorted(found, key=lambda m: m != self.metric)
 
     def pairs(self) -> list[tuple[Row, Row]]:
@@ -144,9 +158,11 @@ class Section:
         return one.encoder, one.method, other.encoder, other.method
 
     def leads(self, row: Row, others: Iterable[Row]) -> bool:
-        """Whether ``row`` is above each of ``others`` by the whole paired interval."""
+        """Whether ``row`` is better than each of ``others`` by the whole paired interval."""
         found = [self.difference(row, other) for other in others]
-        return bool(found) and all(d is not None and d["interval"][0] > 0 for d in found)
+        ends = [None if d is None else d["interval"] for d in found]
+        better = [e is not None and (e[1] < 0 if self.lower else e[0] > 0) for e in ends]
+        return bool(better) and all(better)
 
     def best(self, encoder: str) -> Row | None:
         """The best probe of one encoder."""
@@ -188,7 +204,7 @@ class Section:
 
     def absent(self) -> list[str]:
         """Classes that no clip held out has in some round."""
-        found = sorted({c for row in self.rows for m in _each(row) for c in m["absent"]})
+        found = sorted({c for row in self.rows for m in _each(row) for c in m.get("absent", ())})
         return [self.labels[c] for c in found]
 
     def deviation(self) -> set[str]:
@@ -266,7 +282,3 @@ def _unlike(name: str, values: Sequence[Any]) -> list[str]:
 
 def _each(row: Row) -> list[dict[str, Any]]:
     return [metrics for seeds in row.entry["folds"].values() for metrics in seeds.values()]
-
-
-def _finite(value: float | None) -> float:
-    return -math.inf if value is None or math.isnan(value) else value

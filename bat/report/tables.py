@@ -28,8 +28,8 @@ from bat.report.sections import TITLES, Section, sections
 
 RANKS = 10
 """Lines of the ranking in the terminal; files hold all of it."""
-NARROW = ("accuracy", "map", "f1", "auroc")
-"""Columns of one encoder in the terminal."""
+NARROW = ("accuracy", "map", "f1", "auroc", "segment_f1", "wer", "cer")
+"""Columns of one encoder in the terminal, besides the main metric."""
 
 
 def comparison(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -80,19 +80,20 @@ def as_text(summaries: Sequence[dict[str, Any]]) -> str:
 
 def _text(section: Section) -> str:
     summary = section.summaries[0]
+    narrow = [section.metric, *(name for name in NARROW if name != section.metric)]
     title, share = TITLES[section.metric], f"{100 * summary['confidence']:g}%"
     parts = [
         f"{section.title}: {title} in %, {summary['clips']} clips, {len(section.labels)} classes"
     ]
     if len(section.rows) == 1:
         [row] = section.rows
-        parts.append(aligned(*rounds(section, NARROW), words=3))
+        parts.append(aligned(*rounds(section, narrow), words=3))
         line = f"mean {title} {spread(row, section.metric)}"
         if row.entry["interval"]:
             line += f", {share} interval {bounds_of(row.entry['interval'])}"
         parts.append(line)
     else:
-        header, cells, best = grid(section, NARROW)
+        header, cells, best = grid(section, narrow)
         marked = [
             [c + (" *" if (i, j) in best else "  " if j else "") for j, c in enumerate(line)]
             for i, line in enumerate(cells)

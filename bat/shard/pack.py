@@ -30,18 +30,16 @@ from bat.audio.decode import (
     probe,
 )
 from bat.audio.encode import OPUS_RATES_HZ
+from bat.data.files import MAX_SECONDS, check_claim, read_row, reason_of
 from bat.errors import UserError
-from bat.shard.rows import read_row
 from bat.shard.settings import Channels as Channels
 from bat.shard.settings import Codec as Codec
 from bat.shard.settings import Recipe as Recipe
-from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, LeftOut, Row, no_decoder
+from bat.tasks.base import AUDIO_SUFFIXES, LeftOut, Row
 
 CHUNK_SECONDS = 60.0  # 23 MB of 48 kHz stereo float32
 SLACK = 0.02  # a recording longer than clip_seconds by this share at most stays whole
 MAX_DECODE_SECONDS = 3600.0
-MAX_RECORDING_SECONDS = 14 * 86_400.0  # counted by decoding, where a header gives no length
-MAX_FRAMES_PER_BYTE = 8192  # silence in FLAC: 65,535 samples in 13 bytes; in Vorbis, Opus: less
 LOOKS = 16  # places of the rest that are tried before it is given up
 
 
@@ -91,8 +89,8 @@ def works_of(row: Row, recipe: Recipe) -> Iterator[Work]:
         return
     try:
         file = row.path if _is_file(row) else _held(row)
-        info = probe(file, max_file_seconds=MAX_RECORDING_SECONDS)
-        _check_claim(info, len(file) if isinstance(file, bytes) else file.stat().st_size)
+        info = probe(file, max_file_seconds=MAX_SECONDS)
+        check_claim(info, len(file) if isinstance(file, bytes) else file.stat().st_size)
     except (DecodeError, OSError):
         yield Work(row)  # says the same to whoever prepares it
         return
@@ -123,20 +121,13 @@ def pack(work: Work, *, recipe: Recipe) -> Outcome:
     try:
         return Outcome([_whole(row, recipe)])
     except (DecodeError, OSError) as error:
-        return Outcome([LeftOut(row.key, row.name, _reason(error, row))])
-
-
-def _check_claim(info: AudioInfo, size: int) -> None:
-    """Raise a DecodeError for a header that claims more than ``size`` bytes can hold."""
-    if info.frames > size * MAX_FRAMES_PER_BYTE:
-        why = f"its header claims {info.frames} frames, more than {size} bytes can hold"
-        raise DecodeError("corrupt", why)
+        return Outcome([LeftOut(row.key, row.name, reason_of(error, row))])
 
 
 def _whole(row: Row, recipe: Recipe) -> Packed | LeftOut:
     data = read_row(row)
-    info = probe(data, max_file_seconds=MAX_RECORDING_SECONDS)
-    _check_claim(info, len(data))
+    info = probe(data, max_file_seconds=MAX_SECONDS)
+    check_claim(info, len(data))
     rate = recipe.sample_rate or info.sample_rate
     suffix = info.codec if info.codec in AUDIO_SUFFIXES else row.suffix
     same_codec = recipe.codec in ("keep", info.codec) and suffix in AUDIO_SUFFIXES
@@ -205,7 +196,7 @@ def _pieces(work: Work, info: AudioInfo, recipe: Recipe) -> Iterator[Packed | Le
                 piece = wave[begin:end]
             yield _encoded(piece, row, key, rate, start_seconds, recipe)
         except (DecodeError, OSError) as error:
-            yield LeftOut(key, row.name, _reason(error, row))
+            yield LeftOut(key, row.name, reason_of(error, row))
     if brief:
         why = f"brief: the last {rest:.3g} s of the recording, less than {recipe.shortest_rest:g}"
         yield LeftOut(f"{row.key}_{stop - 1:05d}", row.name, why)
@@ -268,11 +259,3 @@ def _is_file(row: Row) -> bool:
 @functools.lru_cache(maxsize=1)  # the chunks of a row come one after the other
 def _held(row: Row) -> bytes:
     return read_row(row)
-
-
-def _reason(error: DecodeError | OSError, row: Row) -> str:
-    if isinstance(error, OSError):
-        return f"unreadable: {error.strerror}"
-    if error.kind == "corrupt" and row.suffix in UNDECODED_SUFFIXES:
-        return no_decoder(row.suffix)
-    return f"{error.kind}: {error}"

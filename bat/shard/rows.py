@@ -1,8 +1,7 @@
-"""From what people can download to rows: which source it is, its clips, their labels and bytes.
+"""From what people can download to rows: which source it is, its clips and their labels.
 
 ``open_rows`` looks at a source, reads it with the module of ``bat.tasks`` that knows it (shards of
-others are read here) and gives the labels their names. ``read_row`` gives the bytes of one row,
-wherever they lie. What decides, in this order:
+others are read here) and gives the labels their names. What decides, in this order:
 
 ==========  ============================================================================
 shards      ``.tar``: in the folder or its sub-folders (then these are the splits), a tar, a glob
@@ -20,7 +19,6 @@ from __future__ import annotations
 import glob
 import os
 import re
-import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -28,8 +26,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bat.audio.decode import DecodeError
-from bat.data.table import MAX_AUDIO_BYTES
 from bat.errors import UserError
 from bat.shard import shard_rows
 from bat.tasks import audioset, eat, folder, parquet
@@ -225,39 +221,3 @@ _READERS: dict[str, Callable[[Path, Labels | None, str | None], Reading]] = {
     "folder": lambda source, labels, split: folder.read(source, labels),
     "csv": lambda source, labels, split: folder.read(source, labels),
 }
-
-
-def read_row(row: Row) -> bytes:
-    """The encoded file of ``row``: a file, a member of a tar, or a cell of a parquet file.
-
-    Raises:
-        OSError: missing or unreadable.
-        DecodeError: ``empty``; ``long`` (over ``MAX_AUDIO_BYTES``); ``short`` where the tar ends
-            inside the member; ``corrupt`` where ``path`` is no regular file.
-    """
-    if row.cell is not None:
-        data = parquet.read_cell(row.path, *row.cell)
-        if data is None:
-            raise DecodeError("empty", "no bytes in this cell: the file is kept elsewhere")
-        _check_size(len(data))
-        return data
-    file = os.open(row.path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for its writer
-    try:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise DecodeError("corrupt", "not a regular file")
-        offset, size = row.span if row.span is not None else (0, status.st_size)
-        _check_size(size)
-        data = os.pread(file, size, offset)
-    finally:
-        os.close(file)
-    if len(data) != size:
-        raise DecodeError("short", f"{row.path.name} ends inside the clip: it was cut")
-    return data
-
-
-def _check_size(size: int) -> None:
-    if size == 0:
-        raise DecodeError("empty", "the file is empty")
-    if size > MAX_AUDIO_BYTES:
-        raise DecodeError("long", f"the file is larger than {MAX_AUDIO_BYTES} bytes")

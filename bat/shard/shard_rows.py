@@ -1,8 +1,8 @@
 """Rows of WebDataset shards: ours, and the layouts of FIELD section 1, to be written anew.
 
 Read of a clip's JSON: the labels (``bat.data.table.parse_labels``), ``mid``, ``id``, ``fold``,
-``split``, ``start_seconds``. Captions and other fields stay behind. Class names are in the order
-of the manifest, else of ``label_id``, else sorted, as in ``bat.data.index``.
+``split``, ``start_seconds``, ``events``, ``text``. Other fields stay behind. Class names are in
+the order of the manifest, else of ``label_id``, else sorted, as in ``bat.data.index``.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
                     mids=_mids(meta.get("mid"), names),
                     span=(member.offset, member.size),
                     codec=suffix,
+                    events=tuple(meta["events"]) if "events" in meta else None,
+                    text=meta.get("text"),
                 )
             )
     if not rows:

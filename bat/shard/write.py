@@ -30,7 +30,8 @@ from bat.shard.journal import Finished, Journal, Place, claimed
 from bat.shard.pack import Channels, Codec, Outcome, Packed, Recipe, Work, pack, works_of
 from bat.shard.pool import ordered_map
 from bat.shard.shard_file import ShardFile
-from bat.tasks.base import LeftOut, Row, Task
+from bat.tasks.base import LeftOut, Row
+from bat.tasks.events import as_json
 
 
 def write_shards(
@@ -226,6 +227,15 @@ def _listed(entry: LeftOut) -> dict[str, str]:
 
 
 def _meta(clip: Packed, row: Row, names: dict[str, int]) -> dict[str, Any]:
+    """The clip's JSON. A piece of a recording has the events in it, and their labels; no text,
+    which is of the whole."""
+    begin, seconds = clip.start_seconds - row.start_seconds, clip.frames / clip.rate
+    piece = clip.id != row.key
+    events = row.events
+    if events is not None and piece:
+        events = tuple(e for event in events if (e := event.within(begin, seconds)) is not None)
+        met = dict.fromkeys(label for event in events for label in event.labels)
+        row = replace(row, labels=tuple(met), mids=())
     meta: dict[str, Any] = {
         "id": clip.id,
         "label": list(row.labels),
@@ -234,7 +244,9 @@ def _meta(clip: Packed, row: Row, names: dict[str, int]) -> dict[str, Any]:
         "num_samples": clip.frames,
         "start_seconds": clip.start_seconds,
     }
-    optional = {"mid": list(row.mids) or None, "fold": row.fold, "split": row.split}
+    optional: dict[str, Any] = {"mid": list(row.mids) or None, "fold": row.fold, "split": row.split}
+    optional["events"] = None if events is None else [as_json(event) for event in events]
+    optional["text"] = None if piece else row.text
     return meta | {k: v for k, v in optional.items() if v is not None}
 
 
@@ -243,44 +255,3 @@ def _source(
 ) -> str:
     options = asdict(recipe) | {"shard_bytes": shard_bytes}
     return source_hash(rows, vocabulary=vocabulary, **options)
-
-
-def ensure_shards(
-    task: Task,
-    root: str | Path,
-    cache: str | Path,
-    *,
-    codec: Codec = "keep",
-    sample_rate: int | None = None,
-    shard_bytes: int = 1_000_000_000,
-    jobs: int = 1,
-    progress: bool = False,
-) -> Path:
-    """The folder of shards of ``root`` in ``cache``, written unless it is there already.
-
-    The folder's name is ``TASK-HASH`` with a hash over files, labels and options
-    (``manifest.source_hash``), so a changed data set gets a new one; one that lost a shard is
-    written again. Several processes may ask at once: one writes, others wait.
-
-    Raises:
-        UserError: as ``Task.read`` and ``write_shards``.
-    """
-    rows, vocabulary = task.read(root)
-    source = _source(rows, Recipe(codec, sample_rate), shard_bytes, vocabulary)
-    out = Path(cache) / f"{task.name}-{source[:12]}"
-    absent: Sequence[LeftOut] = ()
-    if task.left_out is not None and _complete(out, source, mend=True) is None:
-        absent = task.left_out(Path(root))
-    write_shards(
-        rows,
-        out,
-        codec=codec,
-        sample_rate=sample_rate,
-        shard_bytes=shard_bytes,
-        vocabulary=vocabulary,
-        left_out=absent,
-        mend=True,
-        jobs=jobs,
-        progress=progress,
-    )
-    return out

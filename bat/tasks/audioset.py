@@ -16,11 +16,10 @@ Split: ``train-balanced`` for ``balanced_train_segments.csv``, ``train-unbalance
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 from bat.errors import UserError
-from bat.tasks.base import LeftOut, Row, Task
+from bat.tasks.base import LeftOut, Row, Task, csv_cells
 from bat.tasks.folder import find_audio, split_of
 from bat.tasks.labels import Labels, Reading, labels_beside
 
@@ -46,20 +45,16 @@ def class_names(root: Path) -> Labels:
 def read_segments(path: Path) -> list[tuple[str, float, list[str]]]:
     """``[(YTID, start_seconds, mids), ...]`` of a segments CSV."""
     found = []
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for line in csv.reader(file, skipinitialspace=True):
-                if not line or line[0].startswith("#"):
-                    continue
-                try:
-                    name, start, _end, mids = line
-                    found.append((name, float(start), [m.strip() for m in mids.split(",")]))
-                except ValueError:
-                    raise UserError(
-                        f"{path}: {','.join(line)!r} is not 'YTID, start, end, \"mid,mid\"'"
-                    ) from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV in UTF-8 ({error})") from error
+    for number, line in csv_cells(path):
+        if line[0].startswith("#"):
+            continue
+        try:
+            name, start, _end, mids = line
+            found.append((name, float(start), [m.strip() for m in mids.split(",")]))
+        except ValueError:
+            raise UserError(
+                f"{path} line {number}: {','.join(line)!r} is not 'YTID, start, end, \"mid,mid\"'"
+            ) from None
     return found
 
 
@@ -162,9 +157,8 @@ def vocabulary(root: Path) -> list[str]:
 TASK = Task(
     name="audioset",
     rows=rows,
-    multi_label=True,
+    target="tags",
     loss="asl",
-    metric="map",
     frames=1024,
     classes=527,
     per_class=10,

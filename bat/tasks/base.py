@@ -1,8 +1,9 @@
-"""What a task is: rows (file, key, labels, fold) and a few constants; never a Dataset class.
+"""What a task is: rows (file, key, labels, events or text, fold) and what is asked of them.
 
 The file name is the registration: ``bat/tasks/NAME.py`` holds ``TASK``. A dotted import path
 (``mylab.tasks.frogs``, a module with a ``TASK``) works wherever a name does, so that a task can
-live outside this package. The constants are those of SPEC section 5.
+live outside this package. A task has no Dataset class. docs/add_a_task.md has a complete example;
+the constants are those of SPEC section 5.
 """
 
 from __future__ import annotations
@@ -14,12 +15,24 @@ import os
 import pkgutil
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from bat.errors import UserError
+from bat.tasks.events import Detection, Event
+
+Target = Literal["class", "tags", "events", "tokens"]
+"""What is asked of a clip: one label; any number of labels; what sounds from when to when; a
+sequence of tokens (a transcript)."""
+USUAL: dict[Target, tuple[str, tuple[str, ...]]] = {
+    "class": ("ce", ("accuracy", "map", "f1")),
+    "tags": ("bce", ("map", "f1", "auroc")),
+    "events": ("bce", ("event_f1", "segment_f1", "map")),
+    "tokens": ("ctc", ("token_error_rate", "wer", "cer")),
+}
+"""Loss and metrics of a task that names none."""
 
 AUDIO_SUFFIXES = (
     *("flac", "mp3", "ogg", "opus", "wav"),
@@ -69,6 +82,10 @@ class Row:
     """``(row group, row)``: the file is this cell of the parquet file ``path``."""
     codec: str = ""
     """Suffix of the bytes where ``path`` does not tell it."""
+    events: tuple[Event, ...] | None = None
+    """What sounds when; ``labels`` is then their union. None: it is not known."""
+    text: str | None = None
+    """The transcript; None: there is none."""
 
     @property
     def suffix(self) -> str:
@@ -99,11 +116,13 @@ class Task:
 
     name: str
     rows: Callable[[Path], list[Row]]
-    multi_label: bool
-    loss: Literal["ce", "bce", "asl"]
-    metric: Literal["accuracy", "map"]
-    """The one a run is selected by."""
-    frames: int | None
+    target: Target
+    loss: str = ""
+    """``ce``, ``bce``, ``asl`` or ``ctc``; empty: that of ``USUAL``."""
+    metrics: tuple[str, ...] = ()
+    """By name (``bat.metrics.base.find_metric``); values are chosen by the first, which is also the
+    one that reports show first. Empty: those of ``USUAL``."""
+    frames: int | None = None
     """Spectrogram frames of every clip, the papers' for their tasks: shorter clips are padded with
     zero frames, which the encoder attends to. None: each clip is encoded at its own length."""
     per_class: int = 20
@@ -117,7 +136,35 @@ class Task:
     label_sets: tuple[frozenset[str], ...] = ()
     """The class names of the published files, in each of their spellings; empty: any names."""
     adapts: bool = False
-    """Whether the labels decide ``multi_label`` (a user's own data), see ``settle``."""
+    """Whether the data decide ``target`` (a user's own data), see ``settle``."""
+    make: Callable[[Path], None] | None = None
+    """Writes the task's synthetic clips to a folder, which ``rows`` then reads, where no data are
+    given; writing them again gives the same bytes."""
+    detection: Detection = Detection()  # noqa: RUF009  (immutable)
+    """Constants of ``events``."""
+    tokens: Literal["characters", "words"] = "characters"
+    """What a text of ``tokens`` is cut into; words are those between blanks."""
+
+    def __post_init__(self) -> None:
+        loss, metrics = USUAL[self.target]
+        object.__setattr__(self, "loss", self.loss or loss)
+        object.__setattr__(self, "metrics", self.metrics or metrics)
+
+    @property
+    def metric(self) -> str:
+        """The name of the main metric's value."""
+        return self.metrics[0].rpartition(".")[2]
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a clip may carry several labels, or none."""
+        return self.target != "class"
+
+    def asking(self, target: Target, *, metrics: tuple[str, ...] = ()) -> Task:
+        """This task with another target, with the usual loss and metrics of it."""
+        if target == self.target:
+            return self
+        return replace(self, target=target, loss="", metrics=metrics)
 
     def read(self, root: str | Path) -> tuple[list[Row], list[str]]:
         """Rows and class names of the data set at ``root``.
@@ -162,7 +209,11 @@ class Task:
                 f"task {self.name!r} takes one label a clip, the data has clips with several: "
                 f"use task=folder or a multi-label task"
             )
-        return replace(self, multi_label=True, loss="bce", metric="map")
+        return self.asking("tags")
+
+
+NO_TASKS = ("base", "events", "labels", "losses", "synthetic")
+"""Files of this folder that are no task."""
 
 
 def known_tasks() -> list[str]:
@@ -170,7 +221,7 @@ def known_tasks() -> list[str]:
     import bat.tasks
 
     names = (m.name for m in pkgutil.iter_modules(bat.tasks.__path__))
-    return sorted(name for name in names if name not in ("base", "events", "labels"))
+    return sorted(name for name in names if name not in NO_TASKS)
 
 
 def load_task(name: str) -> Task:
@@ -192,14 +243,18 @@ def load_task(name: str) -> Task:
     return task
 
 
-def numbered_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Columns of a CSV, and its lines with their numbers (a header is line 1), values stripped.
+def csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of each line of a CSV (the first is 1), values stripped.
 
-    Empty lines are passed over; missing cells at the end of a line are empty.
+    Empty lines are passed over.
 
     Raises:
-        UserError: no such file, not UTF-8 text, a line with more cells than the header.
+        UserError: no such file, not UTF-8 text, quotes that do not close.
     """
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder: name the CSV in it, or say task=folder data.root={path}"
+        )
     if not path.is_file():
         raise UserError(f"{path} does not exist: name a CSV")
     data = path.read_bytes()
@@ -212,21 +267,34 @@ def numbered_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str
             "'CSV UTF-8'"
         ) from error
     reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
-    lines = []
     try:
-        columns = [column.strip() for column in next(reader, [])]
-        for cells in reader:
-            number = reader.line_num
-            if len(cells) > len(columns):
-                raise UserError(
-                    f"{path} line {number} has {len(cells)} cells, the header has {len(columns)}: "
-                    'put a value that holds a comma between quotes ("a, b")'
-                )
-            if any(cell.strip() for cell in cells):
-                filled = [*(c.strip() for c in cells), *[""] * (len(columns) - len(cells))]
-                lines.append((number, dict(zip(columns, filled, strict=True))))
+        for raw in reader:
+            cells = [cell.strip() for cell in raw]
+            if any(cells):
+                yield reader.line_num, cells
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num} is not CSV ({error})") from error
+
+
+def numbered_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Columns of a CSV, and its lines with their numbers (a header is line 1), values stripped.
+
+    Empty lines are passed over; missing cells at the end of a line are empty.
+
+    Raises:
+        UserError: as ``csv_cells``, and for a line with more cells than the header.
+    """
+    cells = csv_cells(path)
+    _, columns = next(cells, (0, []))
+    lines = []
+    for number, line in cells:
+        if len(line) > len(columns):
+            raise UserError(
+                f"{path} line {number} has {len(line)} cells, the header has {len(columns)}: "
+                'put a value that holds a comma between quotes ("a, b")'
+            )
+        filled = [*line, *[""] * (len(columns) - len(line))]
+        lines.append((number, dict(zip(columns, filled, strict=True))))
     return columns, lines
 
 
@@ -234,23 +302,15 @@ def read_csv(path: Path, required: Iterable[str]) -> list[dict[str, str]]:
     """Lines of a CSV with a header, values stripped.
 
     Raises:
-        UserError: no such file, not UTF-8 text, or a column of ``required`` missing.
+        UserError: as ``numbered_lines``, and where a column of ``required`` is missing.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            columns = [c.strip() for c in reader.fieldnames or []]
-            reader.fieldnames = columns
-            missing = [c for c in required if c not in columns]
-            if missing:
-                raise UserError(
-                    f"{path} lacks column {missing[0]!r}; it has: {', '.join(columns) or 'nothing'}"
-                )
-            return [{k: (v or "").strip() for k, v in line.items() if k} for line in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV in UTF-8 ({error})") from error
+    columns, lines = numbered_lines(path)
+    missing = [c for c in required if c not in columns]
+    if missing:
+        raise UserError(
+            f"{path} lacks column {missing[0]!r}; it has: {', '.join(columns) or 'nothing'}"
+        )
+    return [cells for _, cells in lines]
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -125,9 +125,8 @@ def vocabulary(root: Path) -> list[str]:
 TASK = Task(
     name="eat",
     rows=rows,
-    multi_label=True,
+    target="tags",
     loss="asl",
-    metric="map",
     frames=1024,
     vocabulary=vocabulary,
 )

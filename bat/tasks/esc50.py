@@ -71,9 +71,7 @@ def rows(root: Path) -> list[Row]:
 TASK = Task(
     name="esc50",
     rows=rows,
-    multi_label=False,
-    loss="ce",
-    metric="accuracy",
+    target="class",
     frames=512,
     classes=50,
     label_sets=(frozenset(CATEGORIES.split()),),

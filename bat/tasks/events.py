@@ -1,16 +1,17 @@
-"""Events of recordings: what sounds from when to when, as a CSV of one's own lists them.
+"""Events of recordings: what sounds from when to when.
 
-Times are seconds from the start of the recording (SPEC section 5, ``dcase16``). Labels of whole
-clips are the union of their events'; what is active at a time patch, ``bat.eval.frame_targets``
-says.
+Times are seconds from the start of the clip (SPEC section 5, ``dcase16``). Labels of a whole clip
+are the union of its events'; what is active at a time patch, ``bat.eval.frame_targets`` says, and
+``bat.eval.detection`` makes events of a probe's outputs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Event(NamedTuple):
@@ -19,16 +20,61 @@ class Event(NamedTuple):
     onset_seconds: float
     offset_seconds: float
     labels: tuple[str, ...]
-    line: int
-    """Of the CSV."""
+    line: int = 0
+    """Of the CSV it is from; 0: none."""
+
+    def within(self, start_seconds: float, seconds: float) -> Event | None:
+        """The part of it in the piece of ``seconds`` from ``start_seconds`` on, in its time."""
+        onset = max(self.onset_seconds - start_seconds, 0.0)
+        offset = min(self.offset_seconds - start_seconds, seconds)
+        if offset <= onset:
+            return None
+        return self._replace(onset_seconds=round(onset, 6), offset_seconds=round(offset, 6))
 
 
 Events = Mapping[str, tuple[Event, ...]]
-"""The events of each recording by its key (``Row.key``), in the order of the CSV; a recording
+"""The events of each recording by its key (``Row.key``), in the order of the source; a recording
 without events has an empty entry."""
+
+
+class Detection(NamedTuple):
+    """How outputs become events, and how these are evaluated; constants of a task."""
+
+    threshold: float = 0.5
+    """A class is on in a patch whose probability is at least this."""
+    median: int = 3
+    """Patches of the median filter of each class before the threshold, odd; 1: none."""
+    edge: Literal["start", "end"] = "end"
+    """Where an event ends: at the start of its last patch, or at the end of it."""
+    collar_seconds: float = 0.2
+    """By how much an onset may be off."""
+    segment_seconds: float = 1.0
+    """Of segment F1."""
 
 
 def digest(events: Events) -> str:
     """Hash over keys, times and labels: what targets made of ``events`` depend on."""
     said = [[key, [event[:3] for event in found]] for key, found in sorted(events.items())]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def as_json(event: Event) -> dict[str, Any]:
+    """As an entry of the field ``events`` of a clip's JSON."""
+    onset, offset, labels, _ = event
+    label = labels[0] if len(labels) == 1 else list(labels)
+    return {"onset": onset, "offset": offset, "label": label}
+
+
+def from_json(value: Any) -> Event | None:
+    """An entry of the field ``events`` of a clip's JSON: an object as ``as_json`` makes it, or
+    ``[onset, offset, label]``; None where it is neither."""
+    if isinstance(value, dict):
+        value = [value.get("onset"), value.get("offset"), value.get("label")]
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        return None
+    *times, names = value
+    names = names if isinstance(names, list) else [names]
+    known = all(isinstance(t, (int, float)) and math.isfinite(t) for t in times)
+    if not known or not 0 <= times[0] < times[1] or not all(isinstance(n, str) for n in names):
+        return None
+    return Event(float(times[0]), float(times[1]), tuple(names))

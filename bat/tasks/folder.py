@@ -161,7 +161,12 @@ def _rows_of_folder(root: Path) -> tuple[list[Row], list[LeftOut]]:
 
 def _rows_of_csv(path: Path) -> tuple[list[Row], list[str]]:
     """The clips of a CSV, and notes on how it was read."""
-    _, lines, labels, notes = listed_clips(path, COLUMNS)
+    columns, lines, labels, notes = listed_clips(path, COLUMNS)
+    if "onset" in columns:  # several lines may be one clip
+        from bat.tasks import own
+
+        listed = own.read(path)
+        return listed.rows, listed.notes
     keys = keys_of([line["path"] for _, line in lines])
     rows = []
     for (_, line), names, key in zip(lines, labels, keys, strict=True):
@@ -173,6 +178,7 @@ def _rows_of_csv(path: Path) -> tuple[list[Row], list[str]]:
                 labels=names,
                 fold=whole_number(fold, column="fold", path=path) if fold else None,
                 split=line.get("split") or None,
+                text=line.get("text") or None,
             )
         )
     missing = [row.path for row in rows if not row.path.is_file()]
@@ -200,6 +206,11 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
         return replace(found, notes=found.notes + [called] * bool(found.vocabulary))
     if source.suffix.lower() != ".csv":
         raise UserError(f"{source} is neither a folder nor a .csv file")
+    return listed(source, labels)
+
+
+def listed(source: Path, labels: Labels | None = None) -> Reading:
+    """The clips that a CSV lists; raises as ``read``."""
     rows, notes = _rows_of_csv(source)
     found = named(rows, labels, source.parent)
     return replace(found, notes=notes + found.notes)
@@ -217,9 +228,6 @@ TASK = Task(
     name="folder",
     rows=rows,
     left_out=left_out,
-    multi_label=False,
-    loss="ce",
-    metric="accuracy",
-    frames=None,
+    target="class",
     adapts=True,
 )

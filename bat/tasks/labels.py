@@ -13,7 +13,6 @@ ontology does not, and the vocabulary is what occurs, sorted.
 from __future__ import annotations
 
 import ast
-import csv
 import difflib
 import json
 import math
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 
 from bat.errors import UserError
 from bat.redact import one_line
-from bat.tasks.base import LeftOut, Row, in_order, numbered_lines
+from bat.tasks.base import LeftOut, Row, csv_cells, in_order, numbered_lines
 
 BESIDE = ("class_labels_indices.csv", "label_descriptors.csv", "ontology.json")
 """Label files that are found without being named, the first of them first."""
@@ -282,17 +281,17 @@ def labels_of(path: Path) -> Labels:
     if path.stat().st_size > MAX_FILE_BYTES:
         raise UserError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB: not a label file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() == ".json":
-            labels = _ontology(path, json.loads(text))
-        elif path.suffix.lower() == ".csv":
-            labels = _csv(path, list(csv.reader(text.splitlines(), skipinitialspace=True)))
+        if path.suffix.lower() == ".csv":
+            labels = _csv(path, [cells for _, cells in csv_cells(path)])
+        elif path.suffix.lower() == ".json":
+            labels = _ontology(path, json.loads(path.read_text(encoding="utf-8-sig")))
         else:
-            names = [line.strip() for line in text.splitlines() if line.strip()]
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            names = [line.strip() for line in lines if line.strip()]
             labels = Labels(path, tuple(names), numbers=tuple(range(len(names))))
     except UserError:
         raise
-    except (ValueError, csv.Error, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a label file in UTF-8 ({error})") from error
     if not labels.names:
         raise UserError(f"{path} names no classes")
@@ -323,10 +322,10 @@ def _csv(path: Path, lines: Sequence[Sequence[str]]) -> Labels:
     """A number and a name a line, and a mid in all lines or in none; a header at will."""
     entries: list[tuple[int, str, str]] = []
     for number, line in enumerate(lines):
-        cells = [cell.strip() for cell in line if cell.strip()]
+        cells = [cell for cell in line if cell]
         ids = [cell for cell in cells if re.fullmatch(r"\d{1,9}", cell, re.ASCII)]
         mids = [cell for cell in cells if is_mid(cell)]
-        if not cells or (number == 0 and not ids):
+        if number == 0 and not ids:
             continue
         rest = [cell for cell in cells if cell not in mids]
         if ids:
@@ -354,11 +353,12 @@ def _twice(values: Sequence[str] | Sequence[int]) -> str | int | None:
     return None
 
 
-COLUMNS = ("path", "label", "labels", "fold", "split", "onset", "offset")
+COLUMNS = ("path", "label", "labels", "fold", "split", "onset", "offset", "text")
 ALSO_CALLED = {
     **dict.fromkeys(("file", "filename", "filepath", "audio", "wav", "clip", "fname"), "path"),
     **dict.fromkeys(("class", "category", "target", "tag", "eventlabel", "classname"), "label"),
     **dict.fromkeys(("classes", "categories", "targets", "tags"), "labels"),
+    **dict.fromkeys(("transcript", "transcription", "sentence"), "text"),
     **dict.fromkeys(("set", "subset", "partition"), "split"),
     **dict.fromkeys(("start", "begin", "starttime", "onsettime", "startseconds"), "onset"),
     **dict.fromkeys(("end", "stop", "endtime", "offsettime", "endseconds"), "offset"),

@@ -10,6 +10,7 @@ label, or labels   one, taken as it stands; or several, separated by ``;``, or b
                    names where a label file lies beside the CSV. Or, without such a column, columns
                    of 0 and 1, a class each. Where several are possible a clip may have none
 fold, or split     at will: whole numbers; or train, test and valid (or what else ``SPLITS`` has)
+text               at will: the transcript, as it stands; a column of labels is then not needed
 onset, offset      at will: seconds; then a line is an event, and a clip has as many as it likes.
                    A line with a path alone is a clip without events. A clip's labels are the
                    union of those of its events
@@ -61,13 +62,12 @@ def read(path: Path) -> Own:
     Raises:
         UserError: for every mistake described above, with its line.
     """
-    if path.is_dir():
-        raise UserError(
-            f"data.csv={path} is a folder: name the CSV in it, or say task=folder data.root={path}"
-        )
     columns, lines, labels, said = listed_clips(path)
     _check_columns(columns, path)
-    if not ({"label", "labels"} & set(columns) or any(labels)):
+    spoken = "text" in columns
+    if spoken and "onset" in columns:
+        raise UserError(f"{path} line 1: both 'text' and 'onset': a text belongs to a whole clip")
+    if not (spoken or {"label", "labels"} & set(columns) or any(labels)):
         raise UserError(
             f"{path} line 1: no column 'label' (one a line) or 'labels' (several, 'a;b'), nor "
             "columns of 0 and 1, a class each"
@@ -85,7 +85,7 @@ def read(path: Path) -> Own:
     clips = _joined(reading.rows, places, lines, path)
     keys = dict(zip(clips, _keys(list(clips)), strict=True))
     rows = [replace(row, key=keys[place]) for place, row in clips.items()]
-    if len(reading.vocabulary) < 2:
+    if len(reading.vocabulary) < 2 and not spoken:
         only = f"one class, {reading.vocabulary[0]!r}" if reading.vocabulary else "no labels"
         raise UserError(f"{path} has {only}: a classifier needs two classes or more")
     notes = said + [note.replace(FLAG, BESIDE_IT) for note in reading.notes]
@@ -95,6 +95,8 @@ def read(path: Path) -> Own:
             span = float(line["onset"]), float(line["offset"])
             events[keys[place]].append(Event(*span, row.labels, number))
     found = {key: tuple(several) for key, several in events.items()} if timed else None
+    if found is not None:
+        rows = [replace(row, events=found[row.key]) for row in rows]
     first = dict(zip(reversed(places), (number for number, _ in reversed(lines)), strict=True))
     return Own(rows, reading.vocabulary, found, notes, {keys[p]: first[p] for p in clips})
 
@@ -152,12 +154,15 @@ def _row(
         bare = "; a clip without events has a path alone" if timed else (
             " (where clips may have none, call the column 'labels')")  # fmt: skip
         raise UserError(f"{at}: no label: give it one, or remove the line{bare}")
+    if line.get("text") == "":
+        raise UserError(f"{at}: no text: give it one, or remove the line")
     return Row(
         path=path.parent / line["path"],
         key=line["path"],
         labels=labels,
         fold=None if fold is None else int(fold),
         split=None if split is None else split_of(split),
+        text=line.get("text"),
     )
 
 
@@ -232,9 +237,6 @@ TASK = Task(
     name="own",
     rows=lambda path: read(path).rows,
     vocabulary=lambda path: read(path).vocabulary,
-    multi_label=False,
-    loss="ce",
-    metric="accuracy",
-    frames=None,
+    target="class",
     adapts=True,
 )

@@ -282,10 +282,7 @@ def vocabulary(root: Path) -> list[str]:
 TASK = Task(
     name="parquet",
     rows=rows,
-    multi_label=False,
-    loss="ce",
-    metric="accuracy",
-    frames=None,
+    target="class",
     vocabulary=vocabulary,
     adapts=True,
 )

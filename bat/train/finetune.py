@@ -25,7 +25,8 @@ from bat.eval.results import HOW, Outcome, summary, table
 from bat.eval.run_folder import default_out, run_folder
 from bat.io import write_json
 from bat.logs import is_main, start_logging
-from bat.probes.base import find_probe, takes_encoder
+from bat.nn.losses import against
+from bat.probes.base import check_level, find_probe, takes_encoder
 from bat.report.plots import chance_of, plot_folds
 from bat.report.sections import TITLES
 from bat.train.batching import with_batch
@@ -50,6 +51,14 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False, force: bool = Fa
     batch = config.data.batch, config.train.accumulate
     ready = prepare(with_batch(with_precision(config, out)))
     config = ready.config
+    check_level(find_probe(config.method), config.level)
+    own = config.augment
+    if ready.targets_of is not None and own.time_roll:
+        raise UserError("augment.time_roll=true moves clips, not their events or texts: say false")
+    if ready.task.target == "tokens" and own.mixup_p:
+        raise UserError(
+            f"augment.mixup_p={own.mixup_p}: texts cannot be mixed; say augment.mixup_p=0"
+        )
     if ready.frames is None and config.hardware.strategy == "fsdp":
         raise UserError(
             "hardware.strategy=fsdp wants the same shapes on all devices, and clips of their own "
@@ -81,13 +90,13 @@ def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None
     if not is_main():  # the others only trained along
         return
     outcomes = [Outcome(config.method, r["held_out"], r["metrics"]) for r in results]
-    found = summary(outcomes)
     metric = ready.task.metric
+    found = summary(outcomes, metric=metric)
     plot_folds(
         {config.method: {o.fold: o.metrics[metric] for o in outcomes}},
         out / "plots" / "folds.png",
         metric=TITLES[metric],
-        chance=chance_of(metric, ready.index.classes),
+        chance=chance_of(metric, len(ready.labels)),
         title=f"Fine-tuned {TITLES[metric]} by held-out fold",
     )
     write_json(
@@ -96,10 +105,10 @@ def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None
             "checkpoint": config.checkpoint,
             "weights": config.weights,
             "task": ready.task.name,
-            "data": ready.index.hash,
+            "data": ready.hash,
             "how": HOW,
             "clips": len(ready.index),
-            "labels": ready.index.vocabulary,
+            "labels": list(ready.labels),
             "bad_clips": {r["held_out"]: r["bad_clips"] for r in results},
             "held_out_bad": {r["held_out"]: r["held_out_bad"] for r in results},
             "results": found,
@@ -123,9 +132,7 @@ def _dry_run(run: Folds) -> None:
     autocast = autocast_for(run.config.hardware)
     batch = data.first_batch()
     if not on_gpu:
-        batch = replace(
-            batch, waves=batch.waves[:1], lengths=batch.lengths[:1], targets=batch.targets[:1]
-        )
+        batch = batch.first(1)
     batch = batch.to(device)
     generator = torch.Generator(device).manual_seed(0)
     with (
@@ -133,8 +140,9 @@ def _dry_run(run: Folds) -> None:
         torch.set_grad_enabled(on_gpu),
     ):
         spectrogram, targets, patches = module.augmented(batch, generator)
-        logits = module.head(module.encoded(spectrogram, patches))
-        loss = module.loss(logits, targets)
+        features = module.encoded(spectrogram, patches)
+        logits = module.head(features)
+        loss = against(module.loss, logits, targets, inside=features.inside())
     if on_gpu:
         loss.backward()
     size = sum(p.numel() for p in module.parameters())

@@ -26,7 +26,7 @@ from bat.data.module import AudioData
 from bat.data.order import make_plan
 from bat.errors import UserError
 from bat.eval.features import FeatureStream
-from bat.eval.fit import own_randomness, predict
+from bat.eval.fit import own_randomness, predictions
 from bat.eval.hardware import speed_up
 from bat.eval.heads import save_head
 from bat.eval.loading import autocast_for, registered_name, weights_digest
@@ -35,7 +35,6 @@ from bat.eval.results import HOW
 from bat.eval.splits import Round
 from bat.io import read_jsonl, write_json
 from bat.logs import is_main
-from bat.metrics.ranking import evaluate
 from bat.probes.base import build_probe
 from bat.redact import redact_tree
 from bat.report.plots import plot_curves
@@ -57,6 +56,8 @@ class Folds:
         self.backbone, self.frames = ready.backbone, ready.frames
         self.made_from = {"data": ready.index.hash, "encoder": weights_digest(ready.backbone)}
         """What a finished fold's result hangs on besides the settings."""
+        if ready.targets_of is not None:
+            self.made_from[ready.task.target] = ready.targets_of.digest
 
     def module(self, held: Round) -> Supervised:
         """A fresh copy of the encoder with a fresh head."""
@@ -65,7 +66,8 @@ class Folds:
             torch.manual_seed(derive_seed(self.config.seed, held.name, "init"))
             head = build_probe(
                 self.config.method,
-                classes=self.index.classes,
+                classes=len(self.ready.labels),
+                level=self.config.level,
                 width=backbone.width,
                 depth=backbone.depth,
                 has_cls=backbone.has_cls,
@@ -79,6 +81,7 @@ class Folds:
             frames=self.frames,
             fold=held.name,
             start=self.made_from["encoder"],
+            targets_of=self.ready.targets_of,
         )
         speed_up(backbone, self.config.hardware)
         return module
@@ -86,7 +89,7 @@ class Folds:
     def data(self, held: Round) -> AudioData:
         config, data = self.config, self.config.data
         seed = derive_seed(config.seed, held.name, "order")
-        return AudioData(
+        made = AudioData(
             index=self.index,
             batch=data.batch,
             batches=config.train.steps * config.train.accumulate,
@@ -113,6 +116,9 @@ class Folds:
             max_bad=data.max_bad,
             out=self.out / f"fold-{held.name}",
         )
+        if self.ready.targets_of is not None:  # times count from the start of the clip
+            made.dataset.crop = "start"
+        return made
 
     def fold(self, held: Round, begin: Callable[[], None]) -> dict[str, Any]:
         """Train with ``held`` held out, judge, write its folder; read it where that is done.
@@ -200,12 +206,14 @@ class Folds:
             max_seconds=config.data.max_seconds,
             workers=config.data.workers,
             autocast=autocast,
+            targets_of=self.ready.targets_of,
             bad_clips=bad,
         )
         batches = stream.once(held.test, batch=config.data.batch)
-        logits, targets = predict({"head": module.head}, batches, autocast=autocast)
+        found = predictions({"head": module.head}, batches, autocast=autocast)
         bad.check(final=True)
-        return evaluate(logits["head"], targets, multi_label=self.task.multi_label), bad
+        logits = found.logits["head", ""]
+        return self.ready.scorer.values(logits, found, stream, held.test), bad
 
     def _write(self, module: Supervised, folder: Path, result: dict[str, Any]) -> None:
         """Encoder, head and curves of a finished fold; ``result.json`` last."""
@@ -213,7 +221,8 @@ class Folds:
         meta = {
             "bat_version": __version__,
             "task": self.task.name,
-            "labels": self.index.vocabulary,
+            "target": self.task.target,
+            "labels": list(self.ready.labels),
             "held_out": result["held_out"],
             "metrics": result["metrics"],
         }

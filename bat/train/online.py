@@ -83,9 +83,8 @@ class OnlineProbe(StepCallback):
         split = config.data.split
         if online.root or online.shards:
             split = "auto"
-            source = replace(
-                config.data, root=online.root, shards=online.shards, mix=[], labels="same"
-            )
+            source = replace(config.data, root=online.root, shards=online.shards, csv=None)
+            source = replace(source, mix=[], labels="same")
             task, index = open_data(online.task or config.task, source)
         assert index is not None  # ``open_stream`` asks for another set where there is no index
         if index.classes < 2 or not (index.labels_per_clip > 0).any():
@@ -95,7 +94,8 @@ class OnlineProbe(StepCallback):
                 + " (data.labels=folders takes the names of the folders for classes)"
                 * (config.task == FOLDER.name)
             )
-        self.task, self.index = task, index
+        self.task = task.asking("tags") if task.target == "events" else task
+        self.index = index
         self.rounds = choose_rounds(
             index,
             folds=online.folds,

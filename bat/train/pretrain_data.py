@@ -58,7 +58,7 @@ def open_stream(config: Pretrain, out: Path | None = None) -> PretrainData:
     """
     data = config.data
     try:
-        task, index = open_data(config.task, replace(data, labels=_labels(config)))
+        task, index = open_data(config.task, replace(data, labels=_labels(config)), labelled=False)
     except NotIndexable as error:
         return PretrainData(_sequential(config, out, error), load_task(config.task), None)
     stream = AudioData(

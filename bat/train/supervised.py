@@ -24,6 +24,7 @@ from bat.config.compose import to_dict
 from bat.config.schema import Finetune
 from bat.encoders.base import Encoder, SpectrogramEncoder
 from bat.errors import UserError
+from bat.eval.encoding import TargetsOf
 from bat.nn.block import blocks_of
 from bat.nn.losses import Loss, against
 from bat.nn.optim import adamw, param_groups, set_lr
@@ -48,10 +49,13 @@ class Supervised(Shardable):
         frames: int | None,
         fold: str,
         start: str = "",
+        targets_of: TargetsOf | None = None,
     ) -> None:
         """``frames`` of each clip; None: its own number. ``start``: digest of the encoder's first
-        weights; a checkpoint of others is refused."""
+        weights; a checkpoint of others is refused. ``targets_of``: labels of time patches or tokens
+        of a batch; None: its labels."""
         super().__init__()
+        self.targets_of = targets_of
         self.config, self.loss, self.frames, self.fold = config, loss, frames, fold
         self.start = start
         self.backbone, self.head = backbone, head
@@ -103,8 +107,9 @@ class Supervised(Shardable):
     def augmented(
         self, batch: WaveBatch, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Spectrograms (B, 1, frames, mels), targets (B, C) and time patches (B,) of a training
-        batch; each augmentation acts where it is on.
+        """Spectrograms (B, 1, frames, mels), targets and time patches (B,) of a training batch;
+        each augmentation acts where it is on. Targets are labels (B, C), labels of time patches
+        (B, T, C), NaN beyond a clip's end, or tokens (B, U).
 
         A mixed clip has the patches of the longer one; None with a fixed number of frames.
         """
@@ -119,15 +124,25 @@ class Supervised(Shardable):
             valid = None if front.pad == "waveform" else front.valid_frames(samples)
             x = time_roll(x, generator=generator, frames=valid)
         patches = self.backbone.time_patches(batch.lengths) if self.frames is None else None
+        T = self.backbone.time_patches(waves.shape[1])
+        if isinstance(self.backbone, SpectrogramEncoder) and self.frames is not None:
+            T = self.frames // self.backbone.patch
+        if self.targets_of is not None:
+            targets = self.targets_of(batch, T).to(x.device)
         if own.mixup_p:
-            y, C = targets, targets.shape[1]
-            if patches is not None:  # which patches are a clip's is mixed as its labels are
-                T = self.backbone.time_patches(waves.shape[1])
-                steps = torch.arange(T, device=x.device)
-                y = torch.cat([targets, (steps < patches[:, None]).to(targets.dtype)], dim=1)
+            # which patches are a clip's is mixed as its labels are; so is which have labels
+            y, shape = targets.flatten(1), targets.shape
+            inside = x.new_ones(len(x), T)
+            if patches is not None:
+                inside = (torch.arange(T, device=x.device) < patches[:, None]).to(y.dtype)
+            known = ~targets.isnan().flatten(2).any(-1) if targets.ndim == 3 else inside
+            y = torch.cat([y.nan_to_num(), inside, known.to(y.dtype)], dim=1)
             x, y = mixup(x, y, generator=generator, p=own.mixup_p, alpha=own.mixup_alpha)
-            targets = y[:, :C]
-            patches = None if patches is None else (y[:, C:] > 0).sum(1)
+            y, inside, known = y.split([y.shape[1] - 2 * T, T, T], dim=1)
+            targets = y.reshape(shape)
+            if targets.ndim == 3:
+                targets = targets.masked_fill((known == 0)[..., None], torch.nan)
+            patches = None if patches is None else (inside > 0).sum(1)
         if own.spec_freq or own.spec_time:
             x = spec_augment(
                 x,

@@ -11,16 +11,17 @@ from bat.audio.encode import encode
 from bat.cli import finetune, pretrain, probe, shard
 from bat.config.compose import compose, to_yaml, words_of
 from bat.config.schema import Finetune, Pretrain, Probe
+from bat.data.toy import SAMPLE_RATE, toy_wave
 from bat.encoders.bat import BAT
 from bat.errors import UserError
 from bat.eval.next_steps import after_pretraining
 from bat.eval.run_folder import open_data
-from bat.shard.toy import SAMPLE_RATE, make_toy, toy_wave
 from bat.train.callbacks import Metrics
 from bat.train.online import OnlineProbe
 from bat.train.pretrain_data import open_stream
 from bat.types import Grid
 from bat.weights import export
+from tests.toy import make_toy_shards
 
 MAINS = {
     "bat-pretrain": pretrain.main,
@@ -131,7 +132,7 @@ def test_after_a_frame_level_probing_the_control_is_of_frames_too(here, capsys):
 
 def test_after_probing_fine_tuning_is_told_the_same_data(here, capsys):
     run = encoder_in(here / "run")
-    shards = make_toy(here / "toy")
+    shards = make_toy_shards(here / "toy")
     words = ["recipe=toy", f"data.shards={shards}", "data.cache=elsewhere", *QUICK]
     assert probe.main([*words, f"checkpoint={run},random:{run}", "--method=linear"]) == 0
     found = advised(capsys.readouterr().out)

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from bat.cli.pretrain import main
+from bat.data.toy import make_toy
 from bat.errors import UserError
-from bat.shard.toy import make_toy
+from tests.toy import make_toy_shards
 
 TINY = ["model.width=48", "model.depth=1", "model.heads=2", "objective.decoder_depth=1"]
 TINY += ["objective.mask.views=1", "online.every=0", "log.progress=false"]
@@ -107,7 +108,7 @@ def test_print_config_shows_the_resolved_values(
 def test_corrupt_clips_are_counted_and_printed(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tars = sorted(make_toy(folder / "toy").glob("*.tar"))
+    tars = sorted(make_toy_shards(folder / "toy").glob("*.tar"))
     data = bytearray(tars[0].read_bytes())
     at = data.index(b"fLaC")  # the first clip's audio: its frames become noise
     data[at + 200 : at + 4000] = bytes(range(256)) * 14 + bytes(216)

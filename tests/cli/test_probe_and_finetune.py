@@ -164,10 +164,10 @@ def test_mistakes_are_named_without_a_traceback(words, capsys, command, own, sai
 
 
 def _shards(words) -> str:
-    from bat.shard.toy import make_toy
+    from tests.toy import make_toy_shards
 
     cache = next(w.removeprefix("data.cache=") for w in words if w.startswith("data.cache="))
-    return str(make_toy(f"{cache}/toy"))
+    return str(make_toy_shards(f"{cache}/toy"))
 
 
 @pytest.mark.parametrize(("schema", "command"), [(Probe, "probe"), (Finetune, "finetune")])
@@ -267,7 +267,7 @@ def test_without_heads_on_disk_cgp_is_still_the_one_drawn(words, tmp_path, metho
 
 def listed(folder, labels):
     """A CSV of four toy clips with these labels."""
-    from bat.shard.toy import make_toy
+    from bat.data.toy import make_toy
 
     make_toy(folder / "toy")
     clips = sorted((folder / "toy" / "audio").iterdir())[:4]

@@ -92,7 +92,7 @@ JUDGED = ("encoders", "A", "results", "cgp", "folds", "1", "0")
         (lambda run: (run / "summary.json").write_text("[1]"), "is not of bat-probe"),
         (lambda run: (run / "summary.json").write_text('{"step": 7}'), "is not of bat-probe"),
         (_edited("encoders"), "(of bat 0.6.0) lacks 'encoders': it is of another version"),
-        (_edited("metric", value="wer"), "has the metric 'wer', not one of accuracy"),
+        (_edited("metric", value="purity"), "has the metric 'purity', not one of"),
         (_edited("labels", value="dog"), "holds str as 'labels'"),
         (_edited("head", value=[4]), "holds list as 'head'"),
         (_edited("rounds", value=[3]), "has int where keys with values belong of a round"),

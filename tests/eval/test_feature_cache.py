@@ -25,8 +25,8 @@ from bat.eval.feature_cache import Opened, choose, open_features
 from bat.eval.features import FeatureBank, FeatureStream
 from bat.eval.loading import weights_digest
 from bat.probes.base import build_probe
-from bat.shard.toy import make_toy
 from bat.types import Grid, Needs
+from tests.toy import make_toy_shards
 
 SECONDS = 0.3
 GB = 1_000_000_000
@@ -34,7 +34,7 @@ GB = 1_000_000_000
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> Index:
-    return open_index(make_toy(tmp_path_factory.mktemp("toy"), seconds=SECONDS))
+    return open_index(make_toy_shards(tmp_path_factory.mktemp("toy"), seconds=SECONDS))
 
 
 @pytest.fixture(scope="module")

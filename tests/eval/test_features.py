@@ -10,15 +10,15 @@ from bat.data.module import eval_loader
 from bat.encoders.bat import BAT
 from bat.errors import UserError
 from bat.eval.features import FeatureBank, FeatureStream, encode, evaluating, to_device
-from bat.shard.toy import make_toy
 from bat.types import Features, Grid, Needs
+from tests.toy import make_toy_shards
 
 FRAMES, SECONDS = 32, 0.3
 
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> Index:
-    return open_index(make_toy(tmp_path_factory.mktemp("toy"), seconds=SECONDS))
+    return open_index(make_toy_shards(tmp_path_factory.mktemp("toy"), seconds=SECONDS))
 
 
 @pytest.fixture(scope="module")

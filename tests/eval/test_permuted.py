@@ -4,11 +4,11 @@ import numpy as np
 
 from bat.data.index import open_index
 from bat.eval.permuted import permute_labels
-from bat.shard.toy import make_toy
+from tests.toy import make_toy_shards
 
 
 def test_labels_are_dealt_anew_and_nothing_else_changes(tmp_path):
-    index = open_index(make_toy(tmp_path, seconds=0.2))
+    index = open_index(make_toy_shards(tmp_path, seconds=0.2))
     before = [index.labels(i) for i in range(len(index))]
     other = permute_labels(index, seed=3)
     after = [other.labels(i) for i in range(len(index))]

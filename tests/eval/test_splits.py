@@ -11,17 +11,18 @@ from bat.config.compose import compose
 from bat.config.probing import Protocol
 from bat.config.schema import Finetune, Probe
 from bat.data.index import Index, open_index
+from bat.data.toy import toy_wave
 from bat.errors import UserError
 from bat.eval.prepare import open_probing
 from bat.eval.splits import DRAWN_FOLDS, Round, check_labels, check_rounds, how, make_rounds
-from bat.shard.toy import make_toy, toy_wave
 from bat.shard.write import write_shards
 from bat.tasks.base import Row, load_task
+from tests.toy import make_toy_shards
 
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
-    return open_index(make_toy(tmp_path_factory.mktemp("toy"), seconds=0.2))
+    return open_index(make_toy_shards(tmp_path_factory.mktemp("toy"), seconds=0.2))
 
 
 def test_every_fold_is_held_out_once(index):

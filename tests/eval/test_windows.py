@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from bat.config.schema import Finetune, Pretrain, Probe
 from bat.data.bad_clips import BadClips
 from bat.data.module import eval_loader
 from bat.data.tar import escape_key
+from bat.data.toy import SAMPLE_RATE, toy_wave
 from bat.encoders.bat import BAT
 from bat.encoders.eat import EAT
 from bat.errors import UserError
@@ -31,7 +33,6 @@ from bat.eval.run_folder import open_data
 from bat.eval.search import cross_validate
 from bat.eval.suite import Laboratory
 from bat.probes.base import build_probe, expand
-from bat.shard.toy import SAMPLE_RATE, toy_wave
 from bat.tasks.base import load_task
 from bat.tasks.events import Event
 from bat.train.finetune import finetune
@@ -250,23 +251,17 @@ def test_the_data_of_the_first_checkpoint_that_has_some(own, encoder, sounds):
         (run / "config.yaml").unlink()
 
 
-def test_an_edited_csv_makes_new_shards_and_the_same_one_none(own, tmp_path):
-    where = f"data.cache={tmp_path}/shards"
-
-    def shards():
-        return sorted(p.name for p in (tmp_path / "shards").iterdir() if p.is_dir())
-
+def test_an_edited_csv_is_other_data_and_its_files_are_not_read_again(own, tmp_path):
+    where = f"data.cache={tmp_path}/cache"
     first = open_probing(own(PLAIN, where)).index.hash
-    made = shards()
-    assert len(made) == 1
-    stamp = os.stat(tmp_path / "shards" / made[0] / "manifest.json").st_mtime_ns
+    [kept] = (tmp_path / "cache").iterdir()
+    stamp = os.stat(kept).st_mtime_ns
     assert open_probing(own(PLAIN, where)).index.hash == first
-    assert shards() == made
-    assert os.stat(tmp_path / "shards" / made[0] / "manifest.json").st_mtime_ns == stamp
     edited = open_probing(own(PLAIN.replace("3.flac,b", "3.flac,a"), where)).index
     assert edited.hash != first
-    assert len(shards()) == 2
     assert edited.labels_per_clip.sum() == 9
+    assert list((tmp_path / "cache").iterdir()) == [kept]
+    assert os.stat(kept).st_mtime_ns == stamp
 
 
 def test_files_that_cannot_be_read_are_counted(own, sounds, caplog):
@@ -291,7 +286,8 @@ def test_files_that_cannot_be_read_are_told_to_who_reads_the_results(own, sounds
     for i in range(5):
         assert f"line {11 + i}: bad{i}.flac, corrupt" in said
     assert "bad5" not in said
-    assert said.endswith("/manifest.json): left out")
+    listed = json.loads(Path(said[said.index("all: ") + 5 : said.index("): left out")]).read_text())
+    assert [entry["file"] for entry in listed["left_out"]] == [f"bad{i}.flac" for i in range(6)]
     assert f"\n  {said}" in prepare(own(text, "data.max_bad=0.5")).headline("first")
     assert not any("cannot be read" in line for line in open_probing(own(PLAIN)).notices)
 
@@ -388,7 +384,7 @@ def test_events_are_probed_by_the_patches_that_lie_in_a_clip(own):
         assert 0 < len(set(drawn)) <= 10  # of three clips there are ten draws
 
 
-def test_the_digest_follows_an_edited_onset_though_the_shards_do_not(own):
+def test_the_digest_follows_an_edited_onset_though_the_data_do_not(own):
     before = prepare(own(EVENTS, "level=frame"))
     after = prepare(own(EVENTS.replace("0.3,0.9", "0.2,0.9"), "level=frame"))
     assert before.index.hash == after.index.hash

@@ -53,7 +53,7 @@ def test_frame_logits_against_clip_labels_are_averaged_over_time():
 
 
 def test_loss_for_takes_the_tasks_own_or_the_named_one():
-    task = SimpleNamespace(name="birds", loss="asl", multi_label=True)
+    task = SimpleNamespace(name="birds", loss="asl", target="tags")
     assert loss_for(task) is asymmetric
     assert loss_for(task, "bce") is binary
     with pytest.raises(UserError, match="task birds has several"):

@@ -42,7 +42,7 @@ def test_grid__best_is_marked_only_beyond_the_paired_interval(low: float, leads:
     [section] = sections([given])
     row = section.methods.index(own[0].method)
     assert grid(section, ["accuracy"])[2] == ({(row, 1)} if leads else set())
-    assert ("above every other" in as_text([given])) == leads
+    assert ("better than every other" in as_text([given])) == leads
     assert ("**" in as_markdown([given])) == leads
     [alone] = sections([summary(encoders=["A"], methods=["linear"])])
     assert not grid(alone, ["accuracy"])[2]  # one probe leads nothing

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -13,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from bat.audio.decode import DecodeError
+from bat.data.files import read_row
 from bat.data.tar import escape_key
 from bat.errors import UserError
-from bat.shard import rows as rows_module
-from bat.shard.rows import detect, open_rows, read_row
-from bat.tasks.base import LeftOut, Row, load_task
+from bat.shard.rows import detect, open_rows
+from bat.tasks.base import LeftOut, load_task
 from bat.tasks.parquet import parquet_files
 
 
@@ -280,41 +278,6 @@ def test_shards_without_audio(tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", {"0.txt": b"x"})
     with pytest.raises(UserError, match="its 1 shards hold no audio"):
         open_rows(tmp_path)
-
-
-def test_the_bytes_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.wav"
-    path.write_bytes(b"0123456789")
-    assert read_row(Row(path, "a", ())) == b"0123456789"
-    assert read_row(Row(path, "a", (), span=(2, 5))) == b"23456"
-    for row, kind in (
-        (Row(path, "a", (), span=(8, 5)), "short"),
-        (Row(path, "a", (), span=(8, 0)), "empty"),
-        (Row(tmp_path, "a", ()), "corrupt"),
-    ):
-        with pytest.raises(DecodeError) as error:
-            read_row(row)
-        assert error.value.kind == kind
-    os.mkfifo(tmp_path / "pipe.wav")  # nobody writes: it must not wait
-    with pytest.raises(DecodeError, match="not a regular file"):
-        read_row(Row(tmp_path / "pipe.wav", "a", ()))
-    with pytest.raises(FileNotFoundError):
-        read_row(Row(tmp_path / "none.wav", "a", ()))
-    monkeypatch.setattr(rows_module, "MAX_AUDIO_BYTES", 9)
-    with pytest.raises(DecodeError, match="larger than 9 bytes"):
-        read_row(Row(path, "a", ()))
-
-
-def test_the_bytes_of_a_cell(tmp_path: Path) -> None:
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    rows = [{"audio": b"fLaC", "id": "a"}, {"audio": None, "id": "b"}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
-    for source in (tmp_path, tmp_path / "x.parquet", tmp_path / "*.parquet"):
-        found = open_rows(source)
-        assert (found.kind, [r.key for r in found.rows]) == ("parquet", ["a", "b"])
-    assert read_row(found.rows[0]) == b"fLaC"
-    with pytest.raises(DecodeError, match="no bytes in this cell"):
-        read_row(found.rows[1])
 
 
 def test_no_torch_and_no_pyarrow_until_they_are_needed() -> None:

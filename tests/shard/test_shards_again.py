@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bat.audio.decode import decode, encode
-from bat.data.index import open_index
+from bat.audio.decode import encode
 from bat.data.manifest import Manifest
 from bat.errors import UserError
 from bat.shard.rows import open_rows
-from bat.shard.write import ensure_shards, write_shards
+from bat.shard.write import write_shards
 from bat.tasks.base import LeftOut, Row, load_task
 from tests.shard.test_write import contents, rows, wave_file
 
@@ -33,12 +32,6 @@ def test_a_file_written_again_with_the_same_length_is_another(tmp_path: Path) ->
     for name in ("dog/1.wav", "cat/1.wav"):
         wave_file(tmp_path / "data" / name)
     task = load_task("folder")
-    first = ensure_shards(task, tmp_path / "data", tmp_path / "cache")
-    rewrite(tmp_path / "data/dog/1.wav")
-    second = ensure_shards(task, tmp_path / "data", tmp_path / "cache")
-    assert second != first
-    wave = decode(open_index(second).read(1).data, sample_rate=16_000)
-    np.testing.assert_array_equal(wave, np.full(800, 0.25, np.float32))
     rows, _ = task.read(tmp_path / "data")
     write_shards(rows, tmp_path / "s")
     rewrite(tmp_path / "data/cat/1.wav")
@@ -92,16 +85,6 @@ def test_a_complete_set_that_lost_a_shard_is_told(
     assert contents(tmp_path / "s") == before
 
 
-def test_ensure_shards_mends_its_own_folder(tmp_path: Path) -> None:
-    wave_file(tmp_path / "data/dog/1.wav")
-    task = load_task("folder")
-    out = ensure_shards(task, tmp_path / "data", tmp_path / "cache")
-    before = contents(out)
-    (out / "shard-00000.tar").unlink()
-    assert ensure_shards(task, tmp_path / "data", tmp_path / "cache") == out
-    assert contents(out) == before
-
-
 def test_what_the_source_lacks_is_in_the_manifest(rows: list[Row], tmp_path: Path) -> None:
     rows[1].path.write_bytes(b"no audio at all")
     absent = [LeftOut('Y\'"left_out": []', "Yä", "no file", "train"), LeftOut("b", "c", "d")]
@@ -111,20 +94,3 @@ def test_what_the_source_lacks_is_in_the_manifest(rows: list[Row], tmp_path: Pat
     assert Manifest.load(tmp_path / "s") == manifest
     lines = (tmp_path / "s/manifest.json").read_text().splitlines()
     assert lines.count('  {"key": "b", "file": "c", "reason": "d"},') == 1
-
-
-def test_ensure_shards_lists_what_the_task_lacks(tmp_path: Path) -> None:
-    wave_file(tmp_path / "data/dog/1.wav")
-    asked: list[Path] = []
-
-    def absent(root: Path) -> list[LeftOut]:
-        asked.append(root)
-        return [LeftOut("Yx", "Yx", "no file")]
-
-    task = replace(load_task("folder"), left_out=absent)
-    for _ in range(2):
-        out = ensure_shards(task, tmp_path / "data", tmp_path / "cache")
-    manifest = Manifest.load(out)
-    assert manifest is not None
-    assert manifest.left_out == [{"key": "Yx", "file": "Yx", "reason": "no file"}]
-    assert asked == [tmp_path / "data"]  # not when it was complete

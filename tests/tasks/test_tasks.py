@@ -252,7 +252,7 @@ def test_audioset_lists_what_is_absent(audioset: Path) -> None:
             "'/m/526' of Y--PJ_abc",
         ),
         ({"eval_segments.csv": "xyz-1, 5.000\n"}, "is not 'YTID, start, end"),
-        ({"eval_segments.csv": "caf\udce9"}, "eval_segments.csv is not a CSV in UTF-8"),
+        ({"eval_segments.csv": "caf\udce9"}, "eval_segments.csv line 1 is not UTF-8"),
         ({"clips/Y--PJ_abc.flac": None, "clips/eval/xyz-1_5000.wav": None}, "none of the 3 segm"),
         ({"eval_segments.csv": None, "balanced_train_segments.csv": None}, "no .*_segments.csv"),
     ],

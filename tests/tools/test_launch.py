@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bat.shard.toy import make_toy
+from bat.data.toy import make_toy
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "tools" / "launch"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import bat
 from bat.audio.decode import encode
 from bat.data.index import open_index
-from bat.shard.toy import make_toy, toy_wave
+from bat.data.toy import make_toy, toy_wave
 from bat.shard.write import write_shards
 from bat.tasks.base import Row
 from tests.train.processes import Job, run, seen

@@ -13,12 +13,12 @@ from bat.config.schema import Log, Pretrain
 from bat.errors import UserError
 from bat.io import read_jsonl
 from bat.seeding import derive_seed
-from bat.shard.toy import make_toy
 from bat.train import run_pretrain
 from bat.train.checkpointing import AtomicCheckpointIO, last_checkpoint
 from bat.train.pretrain import Pretraining, build_objective
 from bat.train.run_pretrain import pretrain
 from bat.train.trainer import OneWandbRun
+from tests.toy import make_toy_shards
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -346,7 +346,7 @@ def test_as2m_builds_on_meta_without_touching_memory() -> None:
 
 
 def test_as2m_starts_on_any_shard_set(tmp_path: Path) -> None:
-    shards = make_toy(tmp_path / "toy")
+    shards = make_toy_shards(tmp_path / "toy")
     words = ["recipe=as2m", f"data.shards={shards}", f"out={tmp_path / 'run'}", "hardware=cpu"]
     words += ["model.width=48", "model.depth=1", "model.heads=2", "objective.decoder_depth=1"]
     words += ["data.batch=2", "data.global_batch=4", "data.workers=0", "objective.mask.views=2"]
@@ -494,7 +494,7 @@ def test_a_summary_counts_all_starts_and_a_finished_run_has_nothing_to_do(
     assert before == {p: p.read_bytes() for p in before}
 
     log = (out / "train.log").read_text()
-    other = make_toy(tmp_path / "toy", seed=1)
+    other = make_toy_shards(tmp_path / "toy", seed=1)
     with pytest.raises(UserError, match="was written with"):
         pretrain(small("train.save_every=2", f"data.shards={other}", out=out))
     assert before == {p: p.read_bytes() for p in before}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from bat.audio.encode import encode
 from bat.data.index import open_index
+from bat.data.tar import escape_key
 from bat.errors import UserError
 from bat.io import read_jsonl
 from bat.shard.write import write_shards
@@ -287,6 +288,33 @@ def test_names_of_folders_are_no_labels_unless_told(
     pretrain(run)
     log = (tmp_path / "run/train.log").read_text()
     assert f"online probe: 8 clips, {classes}" in log
+
+
+def test_open_stream__csv_is_read_where_it_lies_and_needs_no_labels(
+    small, tmp_path: Path, recordings: Path
+) -> None:
+    files = sorted(recordings.rglob("*.flac"))
+    csv = tmp_path / "mine.csv"
+    csv.write_text("path\n" + "".join(f"{file}\n" for file in files))
+    cache = tmp_path / "cache"
+    words = (f"data.csv={csv}", "data.batch=2", f"data.cache={cache}")
+    stream = open_stream(small(*words, out=tmp_path / "run"))
+    assert stream.describe() == "8 clips (task own; no labels)"
+    assert sorted(keys_of(stream, 4)) == sorted(
+        escape_key(str(f)[1:-5].replace("/", "__")) for f in files
+    )
+    assert [path.suffix for path in cache.iterdir()] == [".json"]  # no shards
+    splits = ("training", "training", "training", "Eval")
+    lines = [f"{file},{'ab'[i % 2]},{splits[i // 2]}\n" for i, file in enumerate(files)]
+    csv.write_text("path,label,split\n" + "".join(lines))
+    words += ("online.every=1", "online.steps=1", "train.steps=1")
+    pretrain(small(*words, out=tmp_path / "run"))
+    log = (tmp_path / "run/train.log").read_text()
+    assert "pre-training on the 6 clips of split train" in log
+    assert "online probe: 8 clips, 2 classes: a, b" in log
+    csv.write_text("path,lable\na.wav,x\n")
+    with pytest.raises(UserError, match="unknown column 'lable'"):
+        open_stream(small(*words, out=tmp_path / "run"))
 
 
 def test_data_labels_folders_is_for_folders(small, tmp_path: Path) -> None:

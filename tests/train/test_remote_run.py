@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bat.shard.toy import make_toy
 from bat.train.run_pretrain import pretrain
+from tests.toy import make_toy_shards
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -22,7 +22,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    return make_toy(tmp_path / "toy")
+    return make_toy_shards(tmp_path / "toy")
 
 
 @pytest.fixture

@@ -257,10 +257,10 @@ def kill_here(*args, **keywords):
 @pytest.mark.parametrize(
     ("command", "words", "during"),
     [
-        ("pretrain", ["recipe=toy"], "bat.eval.run_folder.open_index"),
-        ("pretrain", ["recipe=toy"], "bat.shard.toy.ensure_shards"),
-        ("probe", ["recipe=toy", "checkpoint=random"], "bat.eval.run_folder.open_index"),
-        ("finetune", ["recipe=toy", "checkpoint=random"], "bat.shard.toy.ensure_shards"),
+        ("pretrain", ["recipe=toy"], "bat.eval.run_folder.index_files"),
+        ("pretrain", ["recipe=toy"], "bat.eval.run_folder.make_toy"),
+        ("probe", ["recipe=toy", "checkpoint=random"], "bat.eval.run_folder.index_files"),
+        ("finetune", ["recipe=toy", "checkpoint=random"], "bat.eval.run_folder.make_toy"),
         ("shard", ["in", "out"], "bat.shard.rows.open_rows"),
         ("shard", ["verify", "in"], "bat.shard.verify.verify"),
     ],

@@ -19,12 +19,12 @@ from bat.eval.heads import load_head
 from bat.eval.prepare import prepare
 from bat.nn.losses import LOSSES
 from bat.probes.base import build_probe
-from bat.shard.toy import make_toy
 from bat.train import fitting, folds
 from bat.train.finetune import finetune
 from bat.train.supervised import Supervised
 from bat.types import Grid, WaveBatch
 from bat.weights import export
+from tests.toy import make_toy_shards
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +326,7 @@ def test_a_finished_fold_of_something_else_is_not_taken(config, tmp_path):
 
 
 def test_held_out_clips_that_cannot_be_read_are_counted(config, tmp_path, capfd):
-    root = make_toy(tmp_path / "toy", seconds=2.0)
+    root = make_toy_shards(tmp_path / "toy", seconds=2.0)
     index = open_index(root)
     bad = int(index.clips_in_fold(1)[0])
     with index.paths[index.shard[bad]].open("r+b") as file:

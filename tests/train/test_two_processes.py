@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bat.shard.toy import make_toy
+from bat.data.toy import make_toy
 
 TINY = [
     "recipe=toy",

@@ -1,13 +1,12 @@
 """The toy set: seeded synthetic sounds of five kinds, for a first run and for tests.
 
-On disk as a small ESC-10 (``audio/*.flac`` + ``meta.csv``: what ``task=toy`` reads) and, beside
-it, as shards. Clip i is of kind ``i % 5`` and fold ``i // 5 % 2 + 1``: ten clips hold every kind
-once in each fold. 16 kHz, 16 bits; amplitude at most 0.8.
+On disk it is a small ESC-10 (``audio/*.flac`` + ``meta.csv``: what ``task=toy`` reads). Clip i is
+of kind ``i % 5`` and fold ``i // 5 % 2 + 1``: ten clips hold every kind once in each fold. 16 kHz,
+16 bits; amplitude at most 0.8.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,6 @@ import numpy as np
 from bat.audio.decode import encode
 from bat.data.tar import write_atomic
 from bat.errors import UserError
-from bat.shard.write import ensure_shards
-from bat.tasks.toy import TASK
 
 SAMPLE_RATE = 16_000
 KINDS = ("tone", "chirp", "noise", "clicks", "mixture")
@@ -58,7 +55,7 @@ def toy_wave(kind: str, *, seed: int, number: int, seconds: float) -> np.ndarray
 
 
 def make_toy(root: str | Path, *, clips: int = 10, seed: int = 0, seconds: float = 2.0) -> Path:
-    """Write the toy set below ``root`` (unless it is there) and return its folder of shards.
+    """Write the toy set to ``root`` (unless it is there), and return ``root``.
 
     Raises:
         UserError: fewer than 10 clips or no multiple of 5, or clips under a tenth of a second; a
@@ -74,7 +71,7 @@ def make_toy(root: str | Path, *, clips: int = 10, seed: int = 0, seconds: float
         raise UserError(
             f"{root} cannot be written ({error.strerror}): set data.cache to another folder"
         ) from error
-    lines, total = ["filename,fold,target,category"], 0
+    lines = ["filename,fold,target,category"]
     for i in range(clips):
         kind, fold = KINDS[i % 5], i // 5 % 2 + 1
         name = f"{kind}-{seed}-{i:02d}.flac"
@@ -83,6 +80,5 @@ def make_toy(root: str | Path, *, clips: int = 10, seed: int = 0, seconds: float
         if not (audio / name).is_file() or (audio / name).read_bytes() != data:
             write_atomic(audio / name, data)
         lines.append(f"{name},{fold},{i % 5},{kind}")
-        total += len(data)
     write_atomic(root / "meta.csv", ("\n".join(lines) + "\n").encode())
-    return ensure_shards(TASK, root, root / "shards", shard_bytes=math.ceil(total / 2))
+    return root

@@ -1,0 +1,365 @@
+"""Reads audio files where they lie: the index of a folder or a CSV, without shards.
+
+``index_files`` makes a ``FileIndex`` of a task's rows: order, exact resume, caches, bad clips and
+metrics are those of shards. A row is a file, a member of an uncompressed tar (``Row.span``) or a
+cell of a parquet file (``Row.cell``). Lengths and sample rates come from the files' headers, once:
+they are kept in the cache folder by path, size and time of change, with a checksum of a few
+kilobytes, which ``read`` compares and ``hash`` includes. Nothing is decoded before its turn.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import stat
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bat.audio.decode import AudioInfo, DecodeError, probe
+from bat.data.clip_fields import CLIP, MAX_AUDIO_BYTES
+from bat.data.index import Index
+from bat.data.sources import Shard
+from bat.data.table import ShardTable
+from bat.data.tar import escape_key, write_atomic
+from bat.errors import UserError
+from bat.redact import one_line
+from bat.tasks import parquet
+from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, LeftOut, Row, as_text, no_decoder
+from bat.types import Clip
+
+THREADS = 8
+"""Headers read at a time."""
+MAX_SECONDS = 14 * 86_400.0
+"""Decoded to count the samples of a file whose header does not give its length."""
+MAX_FRAMES_PER_BYTE = 8192
+"""Silence in FLAC: 65,535 samples in 13 bytes; in Vorbis and Opus less."""
+SAMPLED_BYTES = 4096
+"""At the start, the middle and the end of a file, for its checksum."""
+MAX_SPLITS = 127
+MAX_FOLD = (1 << 15) - 1
+PART = 64
+"""Files that a thread takes at a time."""
+
+
+class Header(NamedTuple):
+    """What is known of a file before it is decoded."""
+
+    size: int
+    frames: int
+    rate: int
+    checksum: int
+    codec: str
+
+
+def read_row(row: Row) -> bytes:
+    """The encoded file of ``row``: a file, a member of a tar, or a cell of a parquet file.
+
+    Raises:
+        OSError: missing or unreadable.
+        DecodeError: ``empty``; ``long`` (over ``MAX_AUDIO_BYTES``); ``short`` where the tar ends
+            inside the member; ``corrupt`` where ``path`` is no regular file.
+    """
+    if row.cell is not None:
+        return _read_cell(row.path, *row.cell)
+    return _read_file(row.path, row.span)
+
+
+def _read_cell(path: Path, group: int, row: int) -> bytes:
+    data = parquet.read_cell(path, group, row)
+    if data is None:
+        raise DecodeError("empty", "no bytes in this cell: the file is kept elsewhere")
+    _check_size(len(data))
+    return data
+
+
+def _read_file(path: Path, span: tuple[int, int] | None) -> bytes:
+    with _opened(path, span) as (file, offset, size):
+        data = os.pread(file, size, offset)
+    if len(data) != size:
+        raise DecodeError("short", f"{path.name} ends inside the clip: it was cut")
+    return data
+
+
+@contextmanager
+def _opened(path: Path, span: tuple[int, int] | None) -> Iterator[tuple[int, int, int]]:
+    """The descriptor of a regular file, and where the clip in it begins and how long it is."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for its writer
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise DecodeError("corrupt", "not a regular file")
+        offset, size = span or (0, status.st_size)
+        _check_size(size)
+        yield file, offset, size
+    finally:
+        os.close(file)
+
+
+def _check_size(size: int) -> None:
+    if size == 0:
+        raise DecodeError("empty", "the file is empty")
+    if size > MAX_AUDIO_BYTES:
+        raise DecodeError("long", f"the file is larger than {MAX_AUDIO_BYTES} bytes")
+
+
+def check_claim(info: AudioInfo, size: int) -> None:
+    """Raise a DecodeError for a header that claims more than ``size`` bytes can hold."""
+    if info.frames > size * MAX_FRAMES_PER_BYTE:
+        why = f"its header claims {info.frames} frames, more than {size} bytes can hold"
+        raise DecodeError("corrupt", why)
+
+
+def reason_of(error: DecodeError | OSError, row: Row) -> str:
+    """Why ``row`` is left out: ``KIND: MESSAGE``."""
+    if isinstance(error, OSError):
+        return f"unreadable: {error.strerror}"
+    if error.kind == "corrupt" and row.suffix in UNDECODED_SUFFIXES:
+        return no_decoder(row.suffix)
+    return f"{error.kind}: {error}"
+
+
+class FileIndex(Index):
+    """The ``Index`` of audio files where they lie; ``index_files`` makes it.
+
+    ``shard`` counts files: ``shard_name`` is the path of one.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        shard: Sequence[int],
+        table: ShardTable,
+        *,
+        vocabulary: Sequence[str] | None,
+    ) -> None:
+        """``table`` of n clips, ``header`` their checksums, ``offset`` as ``_offset_of`` has it;
+        ``shard`` (n): which of ``files`` each lies in."""
+        super().__init__(
+            shards=[Shard(files[0].parent)], tables=[table], vocabulary=vocabulary, sources=[0]
+        )
+        names = [os.fsencode(file.absolute()) for file in files]
+        self._paths = np.frombuffer(b"".join(names), np.uint8)  # no object a file
+        self._path_ptr = np.cumsum([0, *map(len, names)], dtype=np.int64)
+        self.shard = np.array(shard, np.int32)
+        self.shard_bytes = np.bincount(self.shard, self.size).astype(np.int64)
+
+    def place(self, number: int) -> Path:
+        """The path of file ``number``."""
+        begin, end = self._path_ptr[number : number + 2]
+        return Path(os.fsdecode(self._paths[begin:end].tobytes()))
+
+    def shard_name(self, i: int) -> str:
+        """The path of the file that clip ``i`` lies in."""
+        return as_text(str(self.place(int(self.shard[i]))))
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Over keys, lengths, labels, folds, splits and the files' checksums."""
+        return hashlib.sha256(super().hash.encode() + self._header.tobytes()).hexdigest()
+
+    def read(self, i: int) -> Clip:
+        """The encoded clip ``i``.
+
+        Raises:
+            OSError: the file cannot be read, or was changed since it was indexed.
+            DecodeError: it is cut, empty, or no regular file any more.
+        """
+        path, offset, size = self.place(int(self.shard[i])), int(self.offset[i]), int(self.size[i])
+        if offset < 0:
+            data = _read_cell(path, *divmod(-1 - offset, 1 << 32))
+        else:
+            data = _read_file(path, (offset, size) if offset else None)
+        parts = (data[at : at + SAMPLED_BYTES] for at in _samples(size))
+        if len(data) != size or _crc(parts) != self._header[i]:
+            raise OSError(5, f"{path.name} was changed since it was indexed: start again")
+        codec = AUDIO_SUFFIXES[self.codec[i]]
+        return Clip(self.key(i), data, codec, self.labels(i), self.shard_name(i))
+
+
+def _offset_of(row: Row) -> int:
+    """Where the clip lies in its file: 0 for the whole of it; a cell is a negative number."""
+    if row.cell is not None:
+        group, number = row.cell
+        return -1 - (group << 32 | number)
+    assert row.span is None or row.span[0] > 0, "a member of a tar has a header before it"
+    return row.span[0] if row.span else 0
+
+
+def _samples(size: int) -> tuple[int, int, int]:
+    """Where the bytes begin that the checksum of a file of ``size`` bytes is over."""
+    return 0, size // 2, max(0, size - SAMPLED_BYTES)
+
+
+def _crc(parts: Iterable[bytes]) -> int:
+    return functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
+
+
+def index_files(
+    rows: Sequence[Row],
+    vocabulary: Sequence[str] | None,
+    *,
+    cache: Path | None = None,
+    absent: Sequence[LeftOut] = (),
+    progress: bool = False,
+) -> tuple[FileIndex, list[LeftOut]]:
+    """The index of ``rows``, read where they lie.
+
+    Args:
+        rows: of ``Task.read``.
+        vocabulary: class names in the order of their indices; None: forget the labels.
+        cache: JSON file in which lengths, rates and checksums of the files are kept, with a list
+            of what is left out; None, or where it cannot be written: read at each call.
+        absent: what the source lists and does not hold, for that list.
+        progress: show a bar while headers are read.
+
+    Returns:
+        The index, and what it leaves out with the reason: ``absent``, and files that are empty,
+        not audio, too large or without a decoder.
+
+    Raises:
+        UserError: no file can be read; a fold or a number of splits that an index cannot hold.
+    """
+    headers, left_out = _headers(rows, cache, absent, progress)
+    kept = [(row, header) for row, header in zip(rows, headers, strict=True) if header is not None]
+    if not kept:
+        first = left_out[len(absent)]
+        raise UserError(
+            f"none of the {len(rows)} files can be read (the first: {first.file}, {first.reason})"
+        )
+    numbers: dict[Path, int] = {}
+    shard = [numbers.setdefault(row.path, len(numbers)) for row, _ in kept]
+    table = _table(kept, list(vocabulary or ()))
+    index = FileIndex(list(numbers), shard, table, vocabulary=vocabulary)
+    if vocabulary is not None:
+        clips = [row for row, _ in kept]
+        index.events = {i: r.events for i, r in enumerate(clips) if r.events is not None}
+        index.texts = {i: one_line(r.text) for i, r in enumerate(clips) if r.text is not None}
+    return index, left_out
+
+
+def _table(kept: Sequence[tuple[Row, Header]], vocabulary: list[str]) -> ShardTable:
+    """Places, lengths, labels and keys as arrays."""
+    numbers = {name: i for i, name in enumerate(vocabulary)}
+    splits: dict[str, int] = {}
+    labels: list[int] = []
+    keys: dict[str, None] = {}
+    clips = np.zeros(len(kept), CLIP)
+    for i, (row, (size, frames, rate, checksum, codec)) in enumerate(kept):
+        key = escape_key(row.key)
+        if key in keys:
+            key = escape_key(f"{row.key}#{i}")
+        keys[key] = None
+        fold = -1 if row.fold is None else row.fold
+        if not -1 <= fold <= MAX_FOLD:
+            raise UserError(f"{row.name}: fold {fold} is not within 0 and {MAX_FOLD}")
+        split = -1 if row.split is None else splits.setdefault(one_line(row.split), len(splits))
+        if split >= MAX_SPLITS:
+            raise UserError(f"{row.name}: more than {MAX_SPLITS} splits: name fewer")
+        mine = [numbers[label] for label in row.labels] if numbers else []
+        labels += mine
+        place = (_offset_of(row), size, frames, rate, AUDIO_SUFFIXES.index(codec))
+        clips[i] = (*place, fold, split, len(mine), len(key), checksum)
+    return ShardTable(
+        tar_bytes=int(clips["size"].sum()),
+        clips=clips,
+        labels=np.array(labels, np.int32),
+        keys=np.frombuffer("".join(keys).encode("ascii"), np.uint8),
+        names=vocabulary,
+        ids=list(range(len(vocabulary))),
+        splits=list(splits),
+    )
+
+
+def _headers(
+    rows: Sequence[Row], cache: Path | None, absent: Sequence[LeftOut], progress: bool
+) -> tuple[list[Header | None], list[LeftOut]]:
+    """The header of each row, None for one that is left out; and all that is left out."""
+    from tqdm import tqdm
+
+    before = _recall(cache)
+    files = before.get("files", {})
+
+    def ask(part: Sequence[tuple[str, Row]]) -> list[list[Any]]:
+        """``[time of change, bytes of the file, *Header]`` each, or a reason in place of the
+        header."""
+        said = []
+        for name, row in part:
+            stamp: list[Any] = []
+            try:
+                state = os.stat(row.path)
+                stamp = [state.st_mtime_ns, state.st_size]
+                known: list[Any] = files.get(name, [])
+                said.append(known if known[:2] == stamp else [*stamp, *_header_of(row)])
+            except DecodeError as error:
+                said.append([*stamp, reason_of(error, row)])
+            except OSError as error:
+                said.append([0, -1, reason_of(error, row)])  # asked again at the next start
+        return said
+
+    named = [(_name(row), row) for row in rows]
+    parts = [named[start : start + PART] for start in range(0, len(rows), PART)]
+    found: list[list[Any]] = []
+    threads = 1 if any(row.cell is not None for row in rows) else THREADS  # cells come in order
+    bar = tqdm(total=len(rows), desc="headers", unit="file", leave=False, disable=not progress)
+    with bar, ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(parts), 2 * threads):  # so many an interrupt waits for
+            for said in pool.map(ask, parts[start : start + 2 * threads]):
+                found += said
+                bar.update(len(said))
+    left_out = [*absent]
+    headers: list[Header | None] = []
+    for row, (_, _, *said) in zip(rows, found, strict=True):
+        headers.append(Header(*said) if len(said) > 1 else None)
+        if headers[-1] is None:
+            left_out.append(LeftOut(row.key, row.name, said[0], row.split))
+    now = {
+        "left_out": [{"key": e.key, "file": e.file, "reason": e.reason} for e in left_out],
+        "files": {name: entry for (name, _), entry in zip(named, found, strict=True)},
+    }
+    if cache is not None and now != before:
+        with suppress(OSError):  # a cache that cannot be written costs time, not the run
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(cache, json.dumps(now).encode())
+    return headers, left_out
+
+
+def _recall(cache: Path | None) -> dict[str, Any]:
+    """What an earlier call kept; empty where there is none."""
+    if cache is not None:
+        with suppress(OSError, ValueError):
+            kept = json.loads(cache.read_bytes())
+            if isinstance(kept, dict) and isinstance(kept.get("files"), dict):
+                return kept
+    return {}
+
+
+def _name(row: Row) -> str:
+    """What the cache calls the file of ``row``."""
+    place = row.span or row.cell
+    return f"{os.path.abspath(row.path)}{f'|{place[0]},{place[1]}' if place else ''}"
+
+
+def _header_of(row: Row) -> Header:
+    """What the file of ``row`` says of itself; raises as ``read_row``."""
+    if row.span is None and row.cell is None:
+        with _opened(row.path, None) as (file, _, size):
+            parts = [os.pread(file, SAMPLED_BYTES, at) for at in _samples(size)]
+        info = probe(row.path, max_file_seconds=MAX_SECONDS)
+    else:
+        data = read_row(row)
+        size = len(data)
+        parts = [data[at : at + SAMPLED_BYTES] for at in _samples(size)]
+        info = probe(data, max_file_seconds=MAX_SECONDS)
+    check_claim(info, size)
+    if not info.frames:
+        raise DecodeError("empty", "no samples")
+    codec = next((c for c in (info.codec, row.suffix) if c in AUDIO_SUFFIXES), "wav")
+    return Header(size, info.frames, info.sample_rate, _crc(parts), codec)

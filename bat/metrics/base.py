@@ -1,0 +1,159 @@
+"""The base class of metrics, and what their values are called: names, titles, directions.
+
+A metric is fed clip by clip (``update``) and computes one value or several (``compute``), each
+under a name that tasks, results and reports use. One file of this folder holds a family of them in
+``METRICS``; a class from outside is named by ``package.module.Class.value``.
+
+Importing this file and the families does not import torch, so that reports open quickly.
+"""
+
+from __future__ import annotations
+
+import abc
+import difflib
+import functools
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bat.errors import UserError
+
+
+@dataclass(frozen=True)
+class Value:
+    """One number that a metric computes."""
+
+    title: str
+    """For headings and axes."""
+    better: Literal["higher", "lower"] = "higher"
+    percent: bool = True
+    """A fraction, shown in percent."""
+    most: float = 1.0
+    """The greatest value there is; the least is 0."""
+    bootstrap: bool = True
+    """Whether ``replicates`` can draw the clips anew."""
+
+    @property
+    def worst(self) -> float:
+        """The least, or the greatest where lower is better."""
+        return 0.0 if self.better == "higher" else self.most
+
+
+class Metric(abc.ABC):
+    """Collects predictions of clips, then computes its values."""
+
+    takes: ClassVar[Literal["labels", "events", "tokens"]]
+    """What ``update`` is given of each clip, predicted and true.
+
+    ``labels``: logits and labels (n, C) of clips or of their time patches, all at once.
+    ``events``: lists of ``(onset_seconds, offset_seconds, class)``. ``tokens``: lists of texts.
+    """
+    values: ClassVar[dict[str, Value]]
+    """By the names under which ``compute`` returns them."""
+
+    @abc.abstractmethod
+    def update(self, predicted: Any, true: Any) -> None:
+        """Add one clip (``labels``: all rows)."""
+
+    @abc.abstractmethod
+    def compute(self) -> dict[str, Any]:
+        """The values by name, fractions where ``percent``; NaN where undefined."""
+
+    def replicates(self, value: str, *, resamples: int, seed: int) -> NDArray[np.float64]:
+        """``value`` on ``resamples`` draws of the clips with replacement: (R,)."""
+        raise NotImplementedError
+
+
+class Counted(Metric):
+    """A metric whose values are ratios of counts that are summed over clips."""
+
+    ratios: ClassVar[dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]]]
+    """``{value: counts (R, ...) -> (R,)}``"""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, list[NDArray[np.float64]]] = {name: [] for name in self.ratios}
+        """Of every clip, by value."""
+
+    def compute(self) -> dict[str, Any]:
+        return {
+            name: float(ratio(np.sum(self.counts[name], axis=0)[None])[0])
+            if self.counts[name]
+            else math.nan
+            for name, ratio in self.ratios.items()
+        }
+
+    def replicates(self, value: str, *, resamples: int, seed: int) -> NDArray[np.float64]:
+        from bat.metrics.bootstrap import draws
+
+        counts = np.stack(self.counts[value])  # (clips, ...)
+        blocks = draws(len(counts), resamples=resamples, seed=seed)
+        found = [self.ratios[value](np.tensordot(d.astype(float), counts, 1)) for d in blocks]
+        return np.concatenate(found)
+
+
+@functools.cache
+def families() -> dict[str, type[Metric]]:
+    """The metric that computes each value of this folder, by the value's name."""
+    package = importlib.import_module("bat.metrics")
+    found: dict[str, type[Metric]] = {}
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+        for metric in getattr(importlib.import_module(f"bat.metrics.{module}"), "METRICS", ()):
+            found |= dict.fromkeys(metric.values, metric)
+    return found
+
+
+_OUTSIDE: dict[str, Value] = {}
+
+
+def find_metric(name: str) -> tuple[type[Metric], str]:
+    """The metric that computes ``name``, and the value's name in what it computes.
+
+    ``name``: a value of this folder, or ``package.module.Class.value``. Raises ``UserError`` that
+    lists the known ones.
+    """
+    if name in families():
+        return families()[name], name
+    if "." not in name:
+        close = difflib.get_close_matches(name, families(), n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UserError(
+            f"unknown metric {name!r}{hint}. Known: {', '.join(families())}; or the dotted path "
+            "package.module.Class.value"
+        )
+    path, _, value = name.rpartition(".")
+    module, _, attribute = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"metric {name} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Metric)) or value not in found.values:
+        raise UserError(
+            f"metric {name}: {path} is no subclass of bat.metrics.base.Metric with the value "
+            f"{value!r}"
+        )
+    _OUTSIDE.update(found.values)
+    return found, value
+
+
+def describe(name: str) -> Value:
+    """The value called ``name``; one that is not known has its name for a title."""
+    known = families().get(name)
+    return known.values[name] if known else _OUTSIDE.get(name, Value(name))
+
+
+def is_better(name: str, a: float, b: float) -> bool:
+    """Whether ``a`` is a better value of ``name`` than ``b``."""
+    return rank_key(name, a) > rank_key(name, b)
+
+
+def rank_key(name: str, value: float | None) -> float:
+    """Greater where ``value`` is better; the least where it is none."""
+    if value is None or math.isnan(value):
+        return -math.inf
+    return value if describe(name).better == "higher" else -value

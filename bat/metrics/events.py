@@ -1,0 +1,96 @@
+"""Metrics of detected events: event-based F1 by onset, segment-based F1.
+
+Event-based, as sed_eval has it with ``event_matching_type="optimal"`` and onsets alone: in each
+clip and class an estimated event matches a reference event where their onsets are at most
+``collar_seconds`` apart, each at most once, as many as can be. Matches, estimates and references
+are summed over clips:
+
+    P = matches / estimates    R = matches / references    F1 = 2 P R / (P + R)
+
+Segment-based: a class is active in a segment of ``segment_seconds`` that one of its events
+touches; F1 over all segments and classes. The macro mean is over the classes that have a reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bat.metrics.base import Counted, Value
+
+Event = tuple[float, float, int]
+"""Onset and offset in seconds, and the class."""
+Floats = NDArray[np.float64]
+
+
+def matches(estimated: Sequence[float], reference: Sequence[float], collar: float) -> int:
+    """Pairs of onsets at most ``collar`` apart in the largest one-to-one matching."""
+    found = i = j = 0
+    one, other = sorted(estimated), sorted(reference)
+    while i < len(one) and j < len(other):  # the earliest that can pair do: no pairing has more
+        if math.fabs(one[i] - other[j]) <= collar:
+            found, i, j = found + 1, i + 1, j + 1
+        elif one[i] < other[j]:
+            i += 1
+        else:
+            j += 1
+    return found
+
+
+def _f1(counts: Floats) -> Floats:
+    """(..., 3) right, estimated, true -> (...); 0 / 0 is NaN."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return 2 * counts[..., 0] / (counts[..., 1] + counts[..., 2])
+
+
+def _macro(counts: Floats) -> Floats:
+    """(R, C, 3) -> (R,), the mean over classes with a reference."""
+    there = counts[..., 2] > 0
+    scores = np.where(there, np.nan_to_num(_f1(counts)), 0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return scores.sum(-1) / there.sum(-1)
+
+
+class Events(Counted):
+    """``update(estimated, reference)``: the events of one clip."""
+
+    takes: ClassVar = "events"
+    values: ClassVar = {
+        "event_f1": Value("event onset F1"),
+        "event_f1_macro": Value("macro event onset F1"),
+        "segment_f1": Value("segment F1"),
+    }
+    ratios: ClassVar = {"event_f1": _f1, "event_f1_macro": _macro, "segment_f1": _f1}
+
+    def __init__(
+        self, *, classes: int, collar_seconds: float = 0.2, segment_seconds: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.classes, self.collar = classes, collar_seconds
+        self.segment = segment_seconds
+
+    def update(self, predicted: Sequence[Event], true: Sequence[Event]) -> None:
+        each = np.zeros((self.classes, 3))
+        for c in {event[2] for event in (*predicted, *true)}:
+            ours, theirs = ([e[0] for e in events if e[2] == c] for events in (predicted, true))
+            each[c] = matches(ours, theirs, self.collar), len(ours), len(theirs)
+        cells = [self._cells(events) for events in (predicted, true)]
+        right = len(cells[0] & cells[1])
+        self.counts["event_f1"].append(each.sum(0))
+        self.counts["event_f1_macro"].append(each)
+        self.counts["segment_f1"].append(np.array([right, len(cells[0]), len(cells[1])], float))
+
+    def _cells(self, events: Sequence[Event]) -> set[tuple[int, int]]:
+        """``(segment, class)`` that events touch."""
+        return {
+            (segment, c)
+            for onset, offset, c in events
+            for segment in range(math.floor(onset / self.segment), math.ceil(offset / self.segment))
+        }
+
+
+METRICS = (Events,)

@@ -1,0 +1,67 @@
+"""Error rates of token sequences: token, word and character error rate.
+
+    rate = edits / length of the references, both summed over all clips
+
+Edits are the fewest substitutions, insertions and deletions that turn the prediction into the
+reference (Levenshtein distance). Words and characters are those of the joined tokens; spaces count
+as characters. A rate can be above 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bat.metrics.base import Counted, Value
+
+
+def edits(predicted: Sequence[Hashable], true: Sequence[Hashable]) -> int:
+    """The Levenshtein distance of two sequences."""
+    number: dict[Hashable, int] = {}
+    a, b = ([number.setdefault(x, len(number)) for x in part] for part in (predicted, true))
+    target, steps = np.array(b, np.int64), np.arange(len(b) + 1)
+    row = steps.copy()  # distances of what was read of ``a`` to each beginning of ``b``
+    for symbol in a:
+        new = row + 1
+        np.minimum(new[1:], row[:-1] + (target != symbol), out=new[1:])
+        row = np.minimum.accumulate(new - steps) + steps  # insertions, from left to right
+    return int(row[-1])
+
+
+def _rate(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(R, 2) edits and lengths -> (R,)"""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(counts[:, 1] > 0, counts[:, 0] / counts[:, 1], math.nan)
+
+
+class Text(Counted):
+    """``update(predicted, true)``: the tokens of one clip; ``joiner`` makes a text of them."""
+
+    takes: ClassVar = "tokens"
+    values: ClassVar = {
+        "token_error_rate": Value("token error rate", better="lower", most=math.inf),
+        "wer": Value("word error rate", better="lower", most=math.inf),
+        "cer": Value("character error rate", better="lower", most=math.inf),
+    }
+    ratios: ClassVar = {"token_error_rate": _rate, "wer": _rate, "cer": _rate}
+
+    def __init__(self, *, joiner: str = "") -> None:
+        super().__init__()
+        self.joiner = joiner
+
+    def update(self, predicted: Sequence[str], true: Sequence[str]) -> None:
+        texts = self.joiner.join(predicted), self.joiner.join(true)
+        pairs: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+            "token_error_rate": (predicted, true),
+            "wer": (texts[0].split(), texts[1].split()),
+            "cer": texts,
+        }
+        for name, (ours, theirs) in pairs.items():
+            self.counts[name].append(np.array([edits(ours, theirs), len(theirs)], float))
+
+
+METRICS = (Text,)

@@ -1,0 +1,86 @@
+"""Toy sound event detection: which of three sounds is heard from when to when.
+
+Thirty synthetic clips of 3 s with two to four events of 0.4 to 0.7 s in weak noise; classes are
+``low`` (a tone around 300 Hz), ``high`` (around 2 kHz) and ``noise``. Written where no data are
+given, in the layout that ``rows`` reads: ``audio/*.wav`` and ``events.json``, ``{file: {"split":
+train | valid | test, "events": [[onset_seconds, offset_seconds, label], ...]}}``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from bat.errors import UserError
+from bat.tasks.base import Row, Task
+from bat.tasks.events import from_json
+from bat.tasks.synthetic import SAMPLE_RATE, generator, sound, write_bytes, write_wav
+
+CLIPS = {"train": 16, "valid": 6, "test": 8}
+SECONDS = 3.0
+PITCHES_HZ = {"low": (250, 350), "high": (1_800, 2_400)}
+CLASSES = ("high", "low", "noise")
+
+
+def clip(number: int) -> tuple[np.ndarray, list[tuple[float, float, str]]]:
+    """The wave (S,) and the events of clip ``number``: one after the other, no two at a time."""
+    rng = generator(1, number)
+    wave = 1e-3 * rng.standard_normal(round(SECONDS * SAMPLE_RATE))
+    events = []
+    at = rng.uniform(0.1, 0.6)
+    for _ in range(rng.integers(2, 5)):
+        seconds = rng.uniform(0.4, 0.7)
+        if at + seconds > SECONDS:
+            break
+        label = CLASSES[rng.integers(len(CLASSES))]
+        if label == "noise":
+            made = rng.standard_normal(round(seconds * SAMPLE_RATE)) / 4
+        else:
+            made = sound(rng.uniform(*PITCHES_HZ[label]), seconds)
+        start = round(at * SAMPLE_RATE)
+        wave[start : start + len(made)] += 0.5 * made
+        events.append((round(at, 4), round(at + seconds, 4), label))
+        at += seconds + rng.uniform(0.2, 0.6)
+    return wave, events
+
+
+def make(root: Path) -> None:
+    listed = {}
+    for number, split in enumerate(s for s, count in CLIPS.items() for _ in range(count)):
+        wave, events = clip(number)
+        name = f"{split}-{number:02d}.wav"
+        write_wav(root / "audio" / name, wave)
+        listed[name] = {"split": split, "events": events}
+    write_bytes(root / "events.json", json.dumps(listed, indent=1).encode())
+
+
+def rows(root: Path) -> list[Row]:
+    file = root / "events.json"
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: it lists the events of audio/*.wav")
+    found = []
+    for name, entry in json.loads(file.read_text(encoding="utf-8")).items():
+        made = [from_json(event) for event in entry["events"]]
+        events = tuple(event for event in made if event is not None)
+        labels = dict.fromkeys(label for event in events for label in event.labels)
+        found.append(
+            Row(
+                path=root / "audio" / name,
+                key=Path(name).stem,
+                labels=tuple(labels),
+                split=entry["split"],
+                events=events,
+            )
+        )
+    return found
+
+
+TASK = Task(
+    name="toy_events",
+    rows=rows,
+    target="events",
+    vocabulary=lambda root: list(CLASSES),
+    make=make,
+)
