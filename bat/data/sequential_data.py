@@ -1,9 +1,8 @@
 """The training stream over shards that cannot be indexed: **not exactly resumable**.
 
 ``SequentialClips`` decoded and batched in the loader's workers. No position is known beforehand, so
-a resumed run goes on with an epoch it has not begun, some clips of which it has seen; so does one
-whose loader workers were replaced. Unreadable clips are passed over; the next one takes their
-place.
+a resumed run goes on with an epoch it has not begun, some clips of which it has seen. Unreadable
+clips are passed over; the next one takes their place.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from bat.audio.decode import MAX_FILE_SECONDS, DecodeError, decode_into, probe
 from bat.data.base import StreamData
-from bat.data.board import Board
 from bat.data.collate import BatchRows
-from bat.data.loader import LastingLoader
+from bat.data.heartbeat import Heartbeat
+from bat.data.loader import Loader
 from bat.data.plan import ROLL, below, philox
 from bat.data.sequential import SequentialClips
 from bat.data.sources import Patience, Shard, find
@@ -35,16 +34,16 @@ TOO_MANY_IN_A_ROW = 1000
 
 
 class WatchedClips(SequentialClips):
-    """``SequentialClips`` that write on a board of which shard they want the next clip."""
+    """``SequentialClips`` that tell a heartbeat from which shard they want the next clip."""
 
-    board: Board
+    heartbeat: Heartbeat
 
     def _clips(self, shard: Shard) -> Iterator[Clip]:
         number = self.shards.index(shard)
-        self.board.reads(number)
+        self.heartbeat.reads(number)
         for clip in super()._clips(shard):
             yield clip
-            self.board.reads(number)
+            self.heartbeat.reads(number)
 
 
 class SequentialBatches(IterableDataset[WaveBatch]):
@@ -94,7 +93,7 @@ class SequentialBatches(IterableDataset[WaveBatch]):
                 failures = 0
                 keys.append(clip.key)
                 positions.append(position)
-            self.clips.board.rests()
+            self.clips.heartbeat.rests()
             waves, lengths = rows.tensors()
             yield WaveBatch(
                 waves=waves,  # (B, S)
@@ -134,14 +133,12 @@ class SequentialData(StreamData):
         shards: as ``open_index`` takes them, compressed tars too.
         split: as ``choose_split``: a name, ``all``, or ``auto`` (``train`` where there is one).
         batch, sample_rate, clip_seconds, seed, roll, min_seconds, max_seconds, workers, max_bad,
-            worker_restarts, out: as ``AudioData``.
+            out: as ``AudioData``.
         retries, timeout_seconds, redirects: of remote shards, as ``open_index``.
 
     Raises:
         UserError: nothing there, a split that is not there, a value out of range.
     """
-
-    after_a_death = "the stream is not exactly resumable and goes on with an epoch it had not begun"
 
     def __init__(
         self,
@@ -157,7 +154,6 @@ class SequentialData(StreamData):
         max_seconds: float = MAX_FILE_SECONDS,
         workers: int = 0,
         max_bad: float = 0.05,
-        worker_restarts: int | None = None,
         out: Path | None = None,
         retries: int = 5,
         timeout_seconds: float = 30.0,
@@ -167,7 +163,6 @@ class SequentialData(StreamData):
             batch=batch,
             max_bad=max_bad,
             workers=workers,
-            worker_restarts=worker_restarts,
             out=out,
         )
         self.clip_samples = clip_samples(clip_seconds, sample_rate)
@@ -202,7 +197,7 @@ class SequentialData(StreamData):
             world=world,
             **self._patience,
         )
-        clips.board = self.board
+        clips.heartbeat = self.heartbeat
         return clips
 
     def named(self, what: int) -> str:
@@ -218,24 +213,11 @@ class SequentialData(StreamData):
             "order": "front to end, not exactly resumable",
         }
 
-    def train_dataloader(self) -> LastingLoader:
+    def train_dataloader(self) -> Loader:
         self._recount()
-        batches = SequentialBatches(self._clips(epoch=self._epoch()), **self._decoding)
-
-        def renew() -> None:
-            batches.clips = self._clips(epoch=self._epoch())
-
-        return LastingLoader(
-            batches,
-            workers=self.workers,
-            restarts=self._restarts,
-            pin_memory=self._on_cuda(),
-            renew=renew,
-        )
-
-    def _epoch(self) -> int:
-        """The first epoch to read: no number of epochs, but no two resumes begin alike."""
-        return self.batches_done() + self.restarts
+        # the first epoch to read: no number of epochs, but no two resumes begin alike
+        clips = self._clips(epoch=self.batches_done())
+        return self._loader(SequentialBatches(clips, **self._decoding))
 
     def _stream(self) -> dict[str, Any]:
         trainer = self.trainer

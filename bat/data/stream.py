@@ -28,8 +28,8 @@ from bat.audio.decode import (
     write_rolled,
 )
 from bat.audio.reader import check_length
-from bat.data.board import Board
 from bat.data.collate import BatchRows
+from bat.data.heartbeat import Heartbeat
 from bat.data.index import Index
 from bat.data.plan import CROP, OFFSET, ROLL, MixedPlan, Plan, below, philox
 from bat.errors import UserError
@@ -141,7 +141,7 @@ class ClipDataset(Dataset[WaveBatch]):
         cache_bytes: keep up to so many bytes of decoded waves in memory, in each loader process.
             Only clips whose segment does not depend on the position are kept: the cache changes
             no value.
-        board: on which it is written which clip this process reads.
+        heartbeat: takes which clip this process reads.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class ClipDataset(Dataset[WaveBatch]):
         max_seconds: float = MAX_FILE_SECONDS,
         plan: Plan | MixedPlan | None = None,
         cache_bytes: int = 0,
-        board: Board | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         if clip_seconds <= 0 or sample_rate < 1:
             raise UserError(f"clip_seconds={clip_seconds}, sample_rate={sample_rate}: not positive")
@@ -166,7 +166,7 @@ class ClipDataset(Dataset[WaveBatch]):
         self.sample_rate, self.clip_seconds = sample_rate, clip_seconds
         self.seed, self.crop, self.roll, self.plan = seed, crop, roll, plan
         self.random_offset, self.min_seconds = random_offset, min_seconds
-        self.max_seconds, self.board = max_seconds, board
+        self.max_seconds, self.heartbeat = max_seconds, heartbeat
         self._cache: dict[int, np.ndarray] = {}
         self._room = cache_bytes
 
@@ -185,8 +185,8 @@ class ClipDataset(Dataset[WaveBatch]):
         kept: list[Item] = []
         for position, clip in items:
             for candidate in self._candidates(position, clip):
-                if self.board is not None:
-                    self.board.reads(candidate)
+                if self.heartbeat is not None:
+                    self.heartbeat.reads(candidate)
                 try:
                     offset, samples = self._fill(rows.next, candidate, position)
                 except (DecodeError, OSError) as error:
@@ -195,8 +195,8 @@ class ClipDataset(Dataset[WaveBatch]):
                 rows.keep(offset, samples, whole=self.random_offset)
                 kept.append((position, candidate))
                 break
-        if self.board is not None:
-            self.board.rests()
+        if self.heartbeat is not None:
+            self.heartbeat.rests()
         waves, lengths = rows.tensors()
         targets = np.zeros((len(kept), self.index.classes), np.float32)
         for row, (_, clip) in enumerate(kept):

@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.data.test_board import until
 
 from bat.audio.decode import encode
 from bat.data import pipes
 from bat.data.index import open_index
+from bat.data.loader import OUTLIVED
 from bat.data.pipes import allow_pipes, output_of
 from bat.data.sequential import SequentialClips
 from bat.data.sequential_data import SequentialData
 from bat.data.sources import NotIndexable, Patience, Shard, find
 from bat.data.splits import choose_split
 from bat.data.tar_stream import open_stream, stream_members
-from bat.data.workers import OUTLIVED
 from bat.errors import UserError
-from tests.data.test_board import until
 from tests.data.test_loader import gone, processes
 
 WAV = encode(np.ones(1_600, np.float32) * 0.1, sample_rate=16_000, codec="wav")
