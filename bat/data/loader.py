@@ -163,6 +163,8 @@ class Loader(DataLoader[WaveBatch]):
             return super().__iter__()
         children, in_main = set(active_children()), self._in_main_thread()
         handler = signal.getsignal(signal.SIGCHLD)
+        if getattr(handler, "__module__", "").startswith("torch."):  # of another loader
+            handler = signal.SIG_DFL
         # a worker is born deaf to these: one may come before ``worker_init``
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, OUTLIVED)
         try:
@@ -200,8 +202,8 @@ class Loader(DataLoader[WaveBatch]):
         return (
             f"loader worker {worker} {how}{f' at {where}' if where else ''}. Most likely memory "
             "ran out: lower data.workers or data.cache_waves_gb, or give more shared memory "
-            "(/dev/shm; docker run --shm-size). If it is the same clip each time, that file is to blame: "
-            "look at it with bat-shard verify"
+            "(/dev/shm; docker run --shm-size). If it is the same clip each time, that file is "
+            "to blame: look at it with bat-shard verify"
         )
 
     def _rest(self) -> Iterator[WaveBatch]:

@@ -30,7 +30,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from bat.data.lost import LEAST_SPAN, SPAN, Losses
 from bat.data.plan import ORDER, below, philox
-from bat.data.sources import Patience, Shard, find, shown
+from bat.data.sources import RetryPolicy, Shard, find, shown
 from bat.data.splits import split_of
 from bat.data.table import ITS_JSON, MAX_AUDIO_BYTES, MAX_JSON_BYTES, parse_labels
 from bat.data.tar import Member, sample_key
@@ -82,12 +82,12 @@ class SequentialClips(IterableDataset[Clip]):
         if shuffle_clips < 1 or epoch < 0:
             raise UserError(f"{shuffle_clips=}, {epoch=}: at least 1, not negative")
         assert 0 <= rank < world
-        self.patience = Patience(retries, timeout_seconds, redirects=tuple(redirects))
+        self.policy = RetryPolicy(retries, timeout_seconds, redirects=tuple(redirects))
         sources = [shards] if isinstance(shards, (str, Path)) else list(shards)
         self.shards = [
             shard
             for source in sources
-            for shard in ([source] if isinstance(source, Shard) else find(source, self.patience))
+            for shard in ([source] if isinstance(source, Shard) else find(source, self.policy))
         ]
         if not self.shards:
             raise UserError("the list of shards is empty: give a folder, a glob or a URL")
@@ -177,7 +177,7 @@ class SequentialClips(IterableDataset[Clip]):
         sample = _Sample("", "", b"", {})
         self._broke, self._unfit = None, 0
         try:
-            with open_stream(shard, self.patience) as file:
+            with open_stream(shard, self.policy) as file:
                 for member, data in stream_members(file):
                     suffix = os.path.splitext(member.name)[1][1:].lower()
                     key = sample_key(member.name)

@@ -24,7 +24,7 @@ from bat.data.heartbeat import Heartbeat
 from bat.data.loader import Loader
 from bat.data.plan import ROLL, below, philox
 from bat.data.sequential import SequentialClips
-from bat.data.sources import Patience, Shard, find
+from bat.data.sources import RetryPolicy, Shard, find
 from bat.data.splits import choose_split
 from bat.data.stream import clip_samples, frames_left_out, random_start
 from bat.errors import UserError
@@ -176,14 +176,14 @@ class SequentialData(StreamData):
             "min_seconds": min_seconds,
             "max_seconds": max_seconds,
         }
-        self._patience: dict[str, Any] = {
+        self._policy: dict[str, Any] = {
             "retries": retries,
             "timeout_seconds": timeout_seconds,
             "redirects": redirects,
         }
-        patience = Patience(retries, timeout_seconds, redirects=tuple(redirects))
-        found = [shard for source in shards for shard in find(source, patience)]
-        self.shards, self.splits = choose_split(found, split, patience)
+        policy = RetryPolicy(retries, timeout_seconds, redirects=tuple(redirects))
+        found = [shard for source in shards for shard in find(source, policy)]
+        self.shards, self.splits = choose_split(found, split, policy)
         self._hash = _identity(self.shards, self.splits)
 
     def _clips(self, *, epoch: int) -> WatchedClips:
@@ -195,7 +195,7 @@ class SequentialData(StreamData):
             epoch=epoch,
             rank=rank,
             world=world,
-            **self._patience,
+            **self._policy,
         )
         clips.heartbeat = self.heartbeat
         return clips

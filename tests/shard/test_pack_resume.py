@@ -26,7 +26,7 @@ OPTIONS = {"codec": "flac", "clip_seconds": 0.1, "shard_bytes": 20_000}
 RUN = (
     "import os, sys\n"
     "from pathlib import Path\n"
-    "from bat.data import journal, shards\n"
+    "from bat.shard import journal, write as shards\n"
     "from bat.tasks.base import load_task\n"
     "if __name__ == '__main__':\n"
     "    real = journal.Journal.{hook}\n"
