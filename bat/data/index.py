@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from bat.data.near import Files, near_tables
+from bat.data.local_shards import Files, local_tables
 from bat.data.sources import NotIndexable, RetryPolicy, Shard, find
 from bat.data.table import ShardTable
+from bat.data.table_sets import joint_vocabulary
 from bat.data.tar import BLOCK
-from bat.data.vocabulary import joint_vocabulary
 from bat.errors import UserError
 from bat.tasks.base import AUDIO_SUFFIXES
 from bat.types import Clip
@@ -289,7 +289,7 @@ def open_index(
     if packed is not None:
         raise NotIndexable(f"{packed.name} is compressed: give uncompressed WebDataset shards")
 
-    tables, vocabularies = near_tables(given, whole=[Path(s) for s in sources], cache=cache)
+    tables, vocabularies = local_tables(given, whole=[Path(s) for s in sources], cache=cache)
     remote_shards = None
     if any(shard.remote for shard in given):
         from bat.data.remote_shards import RemoteShards

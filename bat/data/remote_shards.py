@@ -1,4 +1,4 @@
-"""Shards elsewhere: their tables, and reading them through the local cache.
+"""Reads remote shards through the local cache; their tables.
 
 Sizes and hashes come from ``manifest.json``, else the server is asked. A table is the
 ``.idx.npz`` beside the remote shard; where there is none and the cache holds the whole set, the
@@ -21,10 +21,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 from bat.data.cache import Prefetcher, ShardCache
 from bat.data.manifest import remote_manifest
-from bat.data.merged import place_of, recall, remember
 from bat.data.remote import download, read, stat
 from bat.data.sources import NotIndexable, RetryPolicy, Shard, identity, shown
 from bat.data.table import MAX_TABLE_BYTES, ShardTable, scan
+from bat.data.table_sets import place_of, recall, remember
 from bat.data.tar import escape_key, is_tar, write_atomic
 from bat.errors import UserError
 

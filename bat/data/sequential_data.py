@@ -19,14 +19,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from bat.audio.decode import MAX_FILE_SECONDS, DecodeError, decode_into, probe
 from bat.data.base import StreamData
-from bat.data.collate import BatchRows
 from bat.data.heartbeat import Heartbeat
 from bat.data.loader import Loader
 from bat.data.plan import ROLL, below, philox
 from bat.data.sequential import SequentialClips
 from bat.data.sources import RetryPolicy, Shard, find
 from bat.data.splits import choose_split
-from bat.data.stream import clip_samples, frames_left_out, random_start
+from bat.data.stream import BatchRows, clip_samples, frames_left_out, random_start
 from bat.errors import UserError
 from bat.types import Clip, Skipped, WaveBatch
 

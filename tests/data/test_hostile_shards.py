@@ -15,7 +15,7 @@ import pytest
 
 from bat.audio.decode import encode
 from bat.cli.shard import main as shard_main
-from bat.data import remote, sequential, table, vocabulary
+from bat.data import remote, sequential, table, table_sets
 from bat.data.bad_clips import BadClips
 from bat.data.index import open_index
 from bat.data.manifest import Manifest
@@ -139,7 +139,7 @@ def test_json_out_of_bounds_is_left_out_with_its_clip(tmp_path: Path) -> None:
 def test_more_class_names_than_a_row_of_targets_can_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vocabulary, "MAX_CLASSES", 3)
+    monkeypatch.setattr(table_sets, "MAX_CLASSES", 3)
     labels = json.dumps({"label": ["a", "b", "c", "d"]}).encode()
     path = tar(tmp_path / "a.tar", [("x.wav", WAV), ("x.json", labels)])
     with pytest.raises(UserError, match=r"have 4 class names, more than 3.*data\.labels=drop"):
