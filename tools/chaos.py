@@ -14,7 +14,7 @@ disk        its disk is full (a tmpfs of its own where one can be mounted, else 
             of its files): it must exit with 2 and say so; then there is room again
 truncate    SIGKILL, and the newest checkpoint cut short
 flip        SIGKILL, and a bit of the newest checkpoint flipped
-worker      SIGKILL of a loader worker: the run itself must survive
+worker      SIGKILL of a loader worker: it must exit with 75, saved
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ class Chaos:
             workers = _workers(process.pid)
             self.check(bool(workers), "no loader worker found")
             os.kill(self.random.choice(workers), signal.SIGKILL)
-            self.wait_for(process, min(fault.step + 2, self.steps))
-            return process
-        if fault.kind == "disk":
+            fault.exit_code = process.wait(PATIENCE)
+            self.check(fault.exit_code == 75, f"worker: exit code {fault.exit_code}, not 75")
+        elif fault.kind == "disk":
             with self.full_disk(process.pid):
                 fault.exit_code = process.wait(PATIENCE)
             self.check(fault.exit_code == 2, f"a full disk: exit code {fault.exit_code}, not 2")

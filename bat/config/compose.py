@@ -37,6 +37,13 @@ LATE = ("protocol",)
 
 MOVED = ("mask", "ema")
 """Sections of earlier versions that belong to an objective now."""
+GONE = {
+    "health.worker_restarts": "a loader worker that dies ends the run with exit code 75, and the "
+    "same command continues it",
+    "head.kernel": "prototypes pool by the portable kernel alone",
+    "online.head.kernel": "prototypes pool by the portable kernel alone",
+}
+"""Keys of earlier versions, and what to do without them."""
 
 Source = tuple[str, dict[str, Any]]
 """Where settings come from, for messages, and ``{"section.name": value}``."""
@@ -252,6 +259,9 @@ def _set(
             return
         if key.partition(".")[0] in MOVED and "objective" in config:
             problems.append(f"'{key}' ({source}) is now 'objective.{key}'")
+            return
+        if key in GONE:
+            problems.append(f"'{key}' ({source}) is gone: {GONE[key]}")
             return
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         if not close:

@@ -19,8 +19,6 @@ class Head:
     """Prototypes a class of ``protobin``, ``protofloat`` and ``proto``; ``task``: as many as
     *Unmute* has for the task (10 on AudioSet, else 20); null: ``prototypes`` in total (BAT's), and
     20 a class for ``proto``, which is bound to classes."""
-    kernel: Literal["portable", "triton"] = "portable"
-    """How prototypes pool: ``triton`` (GPUs only) waits for its first measurement."""
     dropout: float = 0.2
     cls: Literal["patches", "mean"] | None = None
     """What stands in for the class token in ``cgp`` where the encoder has none: ``mean``: each

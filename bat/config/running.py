@@ -95,8 +95,6 @@ class Health:
     """After so long the run ends, to be resumed; 0: it waits for ever."""
     slowdown: float = 0.5
     """A warning below this fraction of the run's own median of clips a second; 0: never."""
-    worker_restarts: int = 10
-    """Loader workers that died and are replaced; one more within 1,000 micro-batches stops."""
 
     def problems(self) -> list[str]:
         found = []
@@ -106,7 +104,6 @@ class Health:
             "min_std",
             "stall_seconds",
             "stall_stop_seconds",
-            "worker_restarts",
         ):
             if getattr(self, name) < 0:
                 found.append(f"health.{name}={getattr(self, name)} must not be negative")

@@ -6,8 +6,7 @@ a checkpoint saved in ``on_train_batch_end`` holds the step of a batch that is n
 ``completed``. Lightning 2.6.6.) A checkpoint also records how many clips a micro-batch was; on a
 resume with another number of ranks or another split of the global batch, Lightning's counts are
 recounted in those of the new size before it reads them. Another data set, seed or global batch is
-refused, and ranks that would read different streams likewise. Loader workers that die are replaced
-(``loader.py``); where each of them stands is on a board (``board.py``).
+refused, and ranks that would read different streams likewise.
 """
 
 from __future__ import annotations
@@ -18,10 +17,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from torch.utils.data import Dataset, Sampler
 
 from bat.data.bad_clips import BadClips, merged_states
-from bat.data.board import Board
-from bat.data.loader import Restarts
+from bat.data.heartbeat import Heartbeat
+from bat.data.loader import Loader
+from bat.data.stream import Item
 from bat.errors import UserError
 from bat.types import WaveBatch
 
@@ -33,15 +34,11 @@ class StreamData(LightningDataModule):
         batch: clips of a micro-batch on one device.
         max_bad: fraction of unreadable clips above which the run stops.
         workers: loader processes; 0 decodes in the training process.
-        worker_restarts: loader workers that died and are replaced within 1,000 micro-batches; None:
-            as many as ``Restarts`` has it.
         out: run folder in which ``bad_clips.jsonl`` lists unreadable clips; None: no list.
     """
 
     clip_samples: int
     """S of every batch."""
-    after_a_death = "no batch is lost or repeated"
-    """What a loader's replacement means for the stream."""
 
     def __init__(
         self,
@@ -49,14 +46,15 @@ class StreamData(LightningDataModule):
         batch: int,
         max_bad: float,
         workers: int,
-        worker_restarts: int | None,
         out: Path | None,
     ) -> None:
         super().__init__()
         self.batch, self.workers, self.out = batch, workers, out
         self.bad_clips = BadClips(max_bad=max_bad)
-        self.board = Board(workers)
-        self._restarts = Restarts(worker_restarts, where=self._where, note=self.after_a_death)
+        self.heartbeat = Heartbeat(workers)
+        self.on_death: Callable[[str], None] | None = None
+        """Told of a loader worker's death, to end the run with a checkpoint; None: the loader
+        raises ``Interrupted``."""
         self.on_error: Callable[[Exception], None] | None = None
         """Told of too many unreadable clips, to end the run on all ranks; None: it is raised."""
         self.gather: Callable[[Any], list[Any]] = lambda thing: [thing]
@@ -76,7 +74,7 @@ class StreamData(LightningDataModule):
         raise NotImplementedError
 
     def named(self, what: int) -> str:
-        """What a number on the board stands for: a clip and its shard, or a shard."""
+        """What a number of the heartbeat stands for: a clip and its shard, or a shard."""
         raise NotImplementedError
 
     def sitting_on(self) -> list[str]:
@@ -86,26 +84,24 @@ class StreamData(LightningDataModule):
         """
         return [
             f"{reader}: {self.named(what)}, for {seconds:.0f} s"
-            for reader, what, seconds in self.board.readings()
+            for reader, what, seconds in self.heartbeat.readings()
         ]
 
-    @property
-    def restarts(self) -> int:
-        """How often loader workers were replaced, in this process and run."""
-        return self._restarts.count
-
-    @property
-    def on_restart(self) -> Callable[[str], None] | None:
-        """Called with the line of each replacement; None: the log is warned."""
-        return self._restarts.tell
-
-    @on_restart.setter
-    def on_restart(self, tell: Callable[[str], None] | None) -> None:
-        self._restarts.tell = tell
-
     def _where(self, worker: int) -> str | None:
-        what = self.board.worker(worker)
+        what = self.heartbeat.worker(worker)
         return None if what is None else self.named(what)
+
+    def _loader(
+        self, dataset: Dataset[WaveBatch], sampler: Sampler[list[Item]] | None = None
+    ) -> Loader:
+        return Loader(
+            dataset,
+            sampler,
+            workers=self.workers,
+            pin_memory=self._on_cuda(),
+            where=self._where,
+            on_death=self.on_death,
+        )
 
     def setup(self, stage: str) -> None:
         """Each process lists its own unreadable clips."""

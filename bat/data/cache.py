@@ -1,125 +1,105 @@
-"""A bounded folder of whole remote shards, shared by all processes of a machine.
+"""Keeps whole remote shards in a bounded folder that all processes of a machine share.
 
 ``open`` gives a file descriptor of a shard, fetching it first where it is missing. One process
-fetches a shard (a lock), the others wait; the file appears whole (``os.replace``); what was used
-longest ago is deleted to make room, which takes nothing from a process that has it open. A fetch
-that was cut off leaves a ``.part`` to go on from. A shard that could not be fetched is left alone
-for a while by every process, longer each time, so that the rest of the data goes on; a new run
-(``forgive``) tries it anew. Where the disk is smaller than the cache may be, shards go earlier.
-
-Locks are ``lockf`` ones (a forked child does not inherit them, as it would with ``flock``) and a
-``threading.Lock`` beside them, because ``lockf`` does not tell the threads of a process apart.
-They are polled: the kernel would take two processes with two threads each for a deadlock.
+fetches a shard (a file lock), the others wait; the file appears whole (``os.replace``); what was
+used longest ago is deleted to make room, which takes nothing from a process that has it open. A
+shard that could not be fetched is left alone by this process for ``hold_seconds``, so that the rest
+of the data goes on. ``Prefetcher`` fetches in the background what will be needed next.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import json
+import logging
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
-from bat.data.ending import go_on
-from bat.data.tar import write_atomic
+from filelock import FileLock, Timeout
 
-POLL_SECONDS = 0.02
+from bat.data.remote import FULL
+
+POLL_SECONDS = 0.05
 TOUCH_SECONDS = 5.0
 """A use is noted on disk at most this often."""
-LONGEST_HOLD_SECONDS = 3600.0
-FULL = (errno.ENOSPC, errno.EDQUOT)
-FULL_TRIES = 3
-"""Tries on a disk that says it is full when there is nothing to delete."""
+THREADS = 2
+T = TypeVar("T", bound=Hashable)
+log = logging.getLogger(__name__)
 
 
 class ShardCache:
     """Shards in ``folder``: at most ``max_bytes``, and what its disk has room for.
 
     Args:
-        hold_seconds: how long a shard that could not be fetched is left alone; doubled each time.
+        hold_seconds: how long a shard that could not be fetched is left alone.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int, hold_seconds: float = 60.0) -> None:
         self.folder, self.max_bytes, self.hold_seconds = folder, max_bytes, hold_seconds
-        for name in (".", "locks", "failed"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        self._forget()
-
-    def _forget(self) -> None:
-        """State of one process."""
-        self._pid, self._root = os.getpid(), os.fspath(self.folder)
-        self._threads: dict[str, threading.Lock] = {}
+        (folder / "locks").mkdir(parents=True, exist_ok=True)
         self._used: dict[str, float] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        return {k: getattr(self, k) for k in ("folder", "hold_seconds", "max_bytes")}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+        self._failed: dict[str, tuple[float, str]] = {}
 
     def room(self) -> int:
         """Bytes that the disk lets the cache hold now: what is in it, and what is free."""
-        held = 0
-        for _, _, path in self._files(".tar") + self._files(".part"):
-            with contextlib.suppress(FileNotFoundError):
-                held += path.stat().st_size
-        return held + self._free()
+        return sum(size for _, size, _ in self._files(".tar")) + self._free()
 
     def _free(self) -> int:
         return shutil.disk_usage(self.folder).free
 
-    def forgive(self, names: Iterable[str]) -> None:
-        """Try ``names`` anew, whatever failed before."""
-        for name in set(os.listdir(self.folder / "failed")).intersection(names):
-            (self.folder / "failed" / name).unlink(missing_ok=True)
+    def _lock(self, name: str) -> FileLock:
+        return FileLock(self.folder / "locks" / f"{name}.lock", poll_interval=POLL_SECONDS)
 
-    def open(self, name: str, size: int, fetch: Callable[[Path, bool], None]) -> int:
+    def open(self, name: str, size: int, fetch: Callable[[Path], None]) -> int:
         """A descriptor of the shard ``name`` of ``size`` bytes; the caller closes it.
 
         Args:
-            fetch: ``fetch(part, again)`` makes the file ``part`` whole, which may hold its
-                beginning; ``again``: it failed not long ago.
+            fetch: ``fetch(path)`` makes the file ``path``.
 
         Raises:
-            OSError: as ``fetch``, or it failed a while ago; no room on the disk; the run ends.
+            OSError: as ``fetch``, or it failed a while ago; no room on the disk.
         """
-        if self._pid != os.getpid():
-            self._forget()
         fd = self._take(name, size)
         if fd is not None:
             return fd
-        self._refuse(name)
-        path = self.folder / f"{name}-{size}.tar"
+        until, reason = self._failed.get(name, (0.0, ""))
+        if time.monotonic() < until:
+            raise OSError(errno.EIO, reason)
+        part = self.folder / f"{name}-{size}.part"
         with self._lock(name):
             fd = self._take(name, size)  # another process fetched it meanwhile
             if fd is not None:
                 return fd
-            failed = self._refuse(name)
-            part = path.with_suffix(".part")
-            self._make_room(part, size)
             try:
-                self._fill(part, size, partial(fetch, part, failed > 0))
+                self._make_room(part, size)
+                fetch(part)
                 if part.stat().st_size != size:
                     raise OSError(errno.EIO, f"{name} has another size than {size} bytes")
+                fd = os.open(part, os.O_RDONLY)
+                os.fsync(fd)
+                os.replace(part, part.with_suffix(".tar"))
+                return fd
             except OSError as error:
-                if error.errno in (*FULL, errno.ECANCELED):
-                    raise
-                why = error.strerror or str(error)
-                note = json.dumps({"times": failed + 1, "why": why})
-                write_atomic(self.folder / "failed" / name, note.encode())
-                text = f"{why}{_later(self._hold(failed + 1))}"
+                part.unlink(missing_ok=True)
+                text = error.strerror or str(error)
+                if error.errno in FULL:
+                    raise self._full(size) from None
+                text += f"; tried again after {self.hold_seconds:.0f} s, or by the next run"
+                self._failed[name] = time.monotonic() + self.hold_seconds, text
                 raise OSError(error.errno or errno.EIO, text) from None
-            fd = os.open(part, os.O_RDONLY)
-            os.replace(part, path)
-            (self.folder / "failed" / name).unlink(missing_ok=True)
-            return fd
+
+    def _full(self, size: int) -> OSError:
+        return OSError(
+            errno.ENOSPC,
+            f"the disk of the cache {self.folder} is full ({self._free()} bytes free, a shard has "
+            f"{size}): make room there, or set data.cache to another disk",
+        )
 
     def holds(self, name: str, size: int) -> bool:
         """Whether the shard is here; if so, that counts as a use."""
@@ -130,7 +110,7 @@ class ShardCache:
 
     def _take(self, name: str, size: int) -> int | None:
         try:
-            fd = os.open(f"{self._root}/{name}-{size}.tar", os.O_RDONLY)  # each read comes by here
+            fd = os.open(f"{self.folder}/{name}-{size}.tar", os.O_RDONLY)  # each read comes by here
         except FileNotFoundError:
             return None
         if os.fstat(fd).st_size != size:
@@ -143,153 +123,99 @@ class ShardCache:
                 os.utime(fd)
         return fd
 
-    def _refuse(self, name: str) -> int:
-        """How often ``name`` has failed; ``OSError`` where the last time is not long ago."""
-        path = self.folder / "failed" / name
-        try:
-            past = time.time() - path.stat().st_mtime
-            note = json.loads(path.read_text())
-            times, why = int(note["times"]), str(note["why"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
-        hold = self._hold(times)
-        if 0 <= past < hold:
-            raise OSError(errno.EIO, f"{why}{_later(hold - past)}")
-        return times
-
-    def _hold(self, times: int) -> float:
-        """Seconds for which what failed so often is left alone."""
-        return min(self.hold_seconds * 2.0 ** min(times - 1, 20), LONGEST_HOLD_SECONDS)
-
-    def _fill(self, part: Path, size: int, fetch: Callable[[], None]) -> None:
-        """``fetch``, again where the disk was full and there was something to delete."""
-        idle = 0
-        while True:
-            try:
-                return fetch()
-            except OSError as error:
-                if error.errno not in FULL:
-                    raise
-                gained = self._squeeze(part, size)
-                idle += not gained
-                if not gained and (idle == FULL_TRIES or self._free() < size - part.stat().st_size):
-                    text = (
-                        f"the disk of the cache {self.folder} is full ({self._free()} bytes free, "
-                        f"a shard has {size}): make room there, or set data.cache to another disk"
-                    )
-                    raise OSError(error.errno, text) from None
-
-    def _squeeze(self, part: Path, size: int) -> bool:
-        """Give ``part`` more of the disk, if anything here can be deleted or waited for."""
-        with self._lock("room"):
-            need = size - part.stat().st_size
-            if self._evict(part, need, reserved=False):
-                return True
-            busy = self._busy(part)
-            if busy:  # those may wait for this one
-                os.truncate(part, 0)
-        waits = bool(busy)
-        while busy:
-            go_on()
-            time.sleep(POLL_SECONDS)
-            busy = self._busy(part)
-        return waits
-
-    def _busy(self, part: Path) -> list[Path]:
-        """The other unfinished fetches that hold some of the disk."""
-        found = []
-        for _, _, path in self._files(".part"):
-            with contextlib.suppress(FileNotFoundError):
-                if path != part and path.stat().st_size and not self._drop_part(path):
-                    found.append(path)
-        return found
-
     def _files(self, suffix: str) -> list[tuple[float, int, Path]]:
-        """(time of last use, bytes when whole, path), the longest unused first."""
+        """(time of last use, bytes on the disk, path), the longest unused first."""
         found = []
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                stem, ending = os.path.splitext(entry.name)
-                whole = stem.rpartition("-")[2]
-                if ending == suffix and whole.isdigit():
-                    with contextlib.suppress(FileNotFoundError):
-                        found.append((entry.stat().st_mtime, int(whole), Path(entry.path)))
+        for path in self.folder.glob(f"*{suffix}"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
         return sorted(found)
 
     def _make_room(self, part: Path, size: int) -> None:
-        """Reserve ``size`` bytes as ``part``; waits for fetches that hold what room there is.
-
-        The disk is to have as much again left for others, if deleting here can give it.
-        """
+        """Delete what is longest unused until ``size`` bytes fit; waits for fetches under way."""
         if size > self.max_bytes:
             raise OSError(errno.EFBIG, f"{size} bytes do not fit in a cache of {self.max_bytes}")
         while True:
             with self._lock("room"):
-                taken = self._files(".part") + self._files(".tar")
-                others = sum(whole for _, whole, path in taken if path != part)
-                over = size + others - self.max_bytes
-                if over <= 0 or self._evict(part, over, reserved=True) >= over:
-                    part.touch()
-                    need = 2 * size - part.stat().st_size - self._free()
-                    self._evict(part, need, reserved=False)
-                    return
-            go_on()
-            time.sleep(POLL_SECONDS)
-
-    def _evict(self, part: Path, need: int, *, reserved: bool) -> int:
-        """Delete dead fetches, then what is longest unused, until ``need`` bytes are gained.
-
-        Args:
-            reserved: count the bytes set aside for a file, not those it has on the disk.
-        """
-        gained = 0
-        for _, whole, path in self._files(".part") + self._files(".tar") if need > 0 else ():
-            if gained >= need:
-                break
-            with contextlib.suppress(FileNotFoundError):
-                size = path.stat().st_size
-                if path.suffix == ".tar":
-                    path.unlink()
-                elif path == part or not self._drop_part(path):
-                    continue
-                gained += whole if reserved else size
-        return gained
-
-    def _drop_part(self, path: Path) -> bool:
-        """Delete an unfinished fetch unless somebody is at it."""
-        with self._lock(path.stem.rpartition("-")[0], wait=False) as got:
-            if got:
-                path.unlink(missing_ok=True)
-            return got
-
-    @contextlib.contextmanager
-    def _lock(self, name: str, *, wait: bool = True) -> Iterator[bool]:
-        """Hold the lock ``name`` of all threads and processes; yields whether it was got."""
-        threads = self._threads.setdefault(name, threading.Lock())
-        while not (got := threads.acquire(blocking=False)) and wait:
-            go_on()
-            time.sleep(POLL_SECONDS)
-        if not got:
-            yield False
-            return
-        try:
-            with (self.folder / "locks" / name).open("a") as file:
-                while got:
-                    try:
-                        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                busy, coming = self._busy(part)
+                tars = self._files(".tar")
+                over = size + busy + sum(n for _, n, _ in tars) - self.max_bytes
+                lacking = size + coming - self._free()
+                for _, n, path in tars:
+                    if over <= 0 and lacking <= 0:
                         break
-                    except OSError as error:
-                        if error.errno not in (errno.EACCES, errno.EAGAIN):
-                            raise
-                        if not wait:
-                            got = False
-                            break
-                        go_on()
-                        time.sleep(POLL_SECONDS)
-                yield got  # closing the file gives the lock back
-        finally:
-            threads.release()
+                    path.unlink(missing_ok=True)
+                    over, lacking = over - n, lacking - n
+                if over <= 0 and lacking <= 0:
+                    part.touch()
+                    return
+                if not busy:
+                    raise self._full(size)
+            time.sleep(POLL_SECONDS)
+
+    def _busy(self, part: Path) -> tuple[int, int]:
+        """Bytes set aside for other fetches, and those of them still to come; dead ones go."""
+        whole = coming = 0
+        for _, size, path in self._files(".part"):
+            name, _, wanted = path.stem.rpartition("-")
+            if path == part or not wanted.isdigit():
+                continue
+            try:
+                with self._lock(name).acquire(blocking=False):
+                    path.unlink(missing_ok=True)
+            except Timeout:
+                whole, coming = whole + int(wanted), coming + int(wanted) - size
+        return whole, coming
 
 
-def _later(seconds: float) -> str:
-    return f"; tried again after {seconds:.0f} s, or by the next run"
+class Prefetcher(Generic[T]):
+    """Calls ``do`` with each of the latest list in background threads, the first ones first."""
+
+    def __init__(self, do: Callable[[T], None]) -> None:
+        self.do = do
+        self._begin()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"do": self.do}
+
+    def __setstate__(self, state: dict[str, Callable[[T], None]]) -> None:
+        self.do = state["do"]
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()  # a forked child inherits none of the threads
+        self._wanted: deque[T] = deque()
+        self._busy: set[T] = set()
+        self._news = threading.Condition()
+        self._threads: list[threading.Thread] = []
+
+    def want(self, things: Sequence[T]) -> None:
+        """Do ``things``, in the order of need, and no more of what an earlier call still waits for.
+
+        What is being done already is not begun again.
+        """
+        if self._pid != os.getpid():
+            self._begin()
+        with self._news:
+            self._wanted = deque(thing for thing in things if thing not in self._busy)
+            self._news.notify_all()
+        while things and len(self._threads) < THREADS:
+            thread = threading.Thread(target=self._work, name="bat-prefetch", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._news:
+                while not self._wanted:
+                    self._news.wait()
+                thing = self._wanted.popleft()
+                self._busy.add(thing)
+            try:
+                self.do(thing)
+            except Exception:
+                log.exception("prefetching failed; who reads the shard fetches it")
+            finally:
+                with self._news:
+                    self._busy.discard(thing)

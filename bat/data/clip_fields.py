@@ -1,11 +1,15 @@
-"""The fields of a clip in a shard's table, and what values they can have.
+"""Defines the fields of a clip in a shard's table, and reads those of a clip's JSON.
 
 A table may come from anywhere (STACK section 6): ``sound`` holds each number to its range before
-anything is read, allocated or looked up by it.
+anything is read, allocated or looked up by it. A clip's JSON may be anybody's and takes up to 25
+times its bytes when parsed: ``parse`` keeps the fields that bat reads (labels, length, fold, split
+and what ``bat-shard`` writes) and says how much memory they take.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 import zipfile
 import zlib
 from typing import Any
@@ -13,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from bat.data.tar import BLOCK
+from bat.redact import one_line
 from bat.tasks.base import AUDIO_SUFFIXES
 from bat.tasks.events import from_json
 
@@ -89,3 +94,53 @@ def sound(
 
 def _within(values: np.ndarray, low: int | np.ndarray, high: int | np.ndarray) -> bool:
     return bool(((values >= low) & (values <= high)).all())
+
+
+VALUES = ("id", "fold", "split", "start_seconds", "num_samples", "sample_rate")
+LISTS = ("label", "labels", "label_id", "mid")
+"""Each a value or a list of them."""
+EVENT_BYTES = 300
+"""About what an event takes."""
+
+
+def parse(text: bytes) -> tuple[dict[str, Any], int]:
+    """The fields of ``text`` that are read, and about how many bytes of memory they take.
+
+    What is nested where a value should be comes as an empty list or object; control characters
+    in texts are spelled out.
+
+    Raises:
+        ValueError, TypeError, RecursionError: not a JSON object.
+    """
+    said = dict(json.loads(text))
+    kept = {name: _flat(said[name]) for name in VALUES if name in said}
+    kept |= {name: _listed(said[name]) for name in LISTS if name in said}
+    original = said.get("original_data")  # LAION's
+    if isinstance(original, dict) and "class_labels" in original:
+        kept["original_data"] = {"class_labels": _listed(original["class_labels"])}
+    if isinstance(said.get("text"), str):
+        kept["text"] = one_line(said["text"])
+    if isinstance(said.get("events"), list):  # those that can be read
+        found = (from_json(entry) for entry in said["events"])
+        kept["events"] = [
+            e._replace(labels=tuple(map(one_line, e.labels))) for e in found if e is not None
+        ]
+    return kept, _bytes(kept)
+
+
+def _flat(value: Any) -> Any:
+    if isinstance(value, str):
+        return one_line(value)
+    return type(value)() if isinstance(value, (list, dict)) else value
+
+
+def _listed(value: Any) -> Any:
+    return [_flat(x) for x in value] if isinstance(value, list) else _flat(value)
+
+
+def _bytes(kept: dict[str, Any]) -> int:
+    size = sys.getsizeof(kept)
+    for value in kept.values():
+        size += _bytes(value) if isinstance(value, dict) else sys.getsizeof(value)
+        size += sum(map(sys.getsizeof, value)) if isinstance(value, list) else 0
+    return size + EVENT_BYTES * len(kept.get("events", ()))

@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from bat.data.near import Files, near_tables
-from bat.data.sources import NotIndexable, Patience, Shard, find
+from bat.data.local_shards import Files, local_tables
+from bat.data.sources import NotIndexable, RetryPolicy, Shard, find
 from bat.data.table import ShardTable
+from bat.data.table_sets import joint_vocabulary
 from bat.data.tar import BLOCK
-from bat.data.vocabulary import joint_vocabulary
 from bat.errors import UserError
 from bat.tasks.base import AUDIO_SUFFIXES
 from bat.tasks.events import Event, from_json
 from bat.types import Clip
 
 if TYPE_CHECKING:
-    from bat.data.far import FarShards
+    from bat.data.remote_shards import RemoteShards
 
 CACHE_BYTES = 100_000_000_000
 
@@ -52,7 +52,7 @@ class Index:
         tables: Sequence[ShardTable],
         vocabulary: Sequence[str] | None,
         sources: Sequence[int],
-        far: FarShards | None = None,
+        remote_shards: RemoteShards | None = None,
     ) -> None:
         self.paths = [shard.place for shard in shards]
         self.vocabulary = list(vocabulary or ())
@@ -84,7 +84,7 @@ class Index:
             self.label_ids, self.label_ptr = np.concatenate(flat), _pointers(clips["labels"])
         self._keys = np.concatenate([t.keys for t in tables])
         self._key_ptr = _pointers(clips["key"])
-        self._files, self._far = Files(), far
+        self._files, self._remote_shards = Files(), remote_shards
         self.events, self.texts = _said(tables) if vocabulary is not None else ({}, {})
 
     def __len__(self) -> int:
@@ -97,17 +97,17 @@ class Index:
     @property
     def remote(self) -> bool:
         """Whether some shards lie elsewhere and are read through the local cache."""
-        return self._far is not None
+        return self._remote_shards is not None
 
     @property
     def fits(self) -> bool:
         """Whether the local cache holds all remote shards at once; True without any."""
-        return self._far is None or self._far.fits
+        return self._remote_shards is None or self._remote_shards.fits
 
     @property
     def cache_bytes(self) -> int | None:
         """How much of remote shards the local cache may hold; None without any."""
-        return None if self._far is None else self._far.cache.max_bytes
+        return None if self._remote_shards is None else self._remote_shards.cache.max_bytes
 
     @property
     def labels_per_clip(self) -> np.ndarray:  # (n,)
@@ -187,8 +187,8 @@ class Index:
         if isinstance(place, Path):
             data = self._files.pread(place, size, offset)
         else:
-            assert self._far is not None
-            data = self._far.pread(number, size, offset)
+            assert self._remote_shards is not None
+            data = self._remote_shards.pread(number, size, offset)
         if len(data) != size:
             name = self.shard_name(i)
             raise OSError(5, f"{name} ends inside the clip: it was cut since it was indexed")
@@ -205,8 +205,8 @@ class Index:
         holds; local shards, and ones that are there already, cost nothing. For the main process:
         a forked worker does not inherit the thread.
         """
-        if self._far is not None:
-            self._far.prefetch(shards)
+        if self._remote_shards is not None:
+            self._remote_shards.prefetch(shards)
 
 
 def _names(shards: Sequence[Shard]) -> list[str]:
@@ -294,9 +294,9 @@ def open_index(
     if retries < 1 or timeout_seconds <= 0 or cache_bytes < 0:
         values = f"{retries=}, {timeout_seconds=:g}, {cache_bytes=}"
         raise UserError(f"{values}: at least 1, more than 0, at least 0")
-    patience = Patience(retries, timeout_seconds, redirects=tuple(redirects))
+    policy = RetryPolicy(retries, timeout_seconds, redirects=tuple(redirects))
     sources = [shards] if isinstance(shards, (str, Path)) else list(shards)
-    found = [(shard, i) for i, source in enumerate(sources) for shard in find(source, patience)]
+    found = [(shard, i) for i, source in enumerate(sources) for shard in find(source, policy)]
     given, numbers = [shard for shard, _ in found], [i for _, i in found]
     if not found:
         raise UserError("the list of shards is empty: give a folder, a glob or shard-{0..9}.tar")
@@ -311,14 +311,14 @@ def open_index(
     if packed is not None:
         raise NotIndexable(f"{packed.name} is compressed: give uncompressed WebDataset shards")
 
-    tables, vocabularies = near_tables(given, whole=[Path(s) for s in sources], cache=cache)
-    far = None
+    tables, vocabularies = local_tables(given, whole=[Path(s) for s in sources], cache=cache)
+    remote_shards = None
     if any(shard.remote for shard in given):
-        from bat.data.far import FarShards
+        from bat.data.remote_shards import RemoteShards
 
-        far = FarShards(given, cache=cache, cache_bytes=cache_bytes, patience=patience)
-        tables |= far.tables()
-        vocabularies += far.vocabularies
+        remote_shards = RemoteShards(given, cache=cache, cache_bytes=cache_bytes, policy=policy)
+        tables |= remote_shards.tables()
+        vocabularies += remote_shards.vocabularies
     ordered = [tables[i] for i in range(len(given))]
     if not sum(len(t.clips) for t in ordered):
         raise UserError(
@@ -326,4 +326,6 @@ def open_index(
             f"({', '.join(AUDIO_SUFFIXES)})"
         )
     names = joint_vocabulary(ordered, vocabularies) if labels == "same" else None
-    return Index(shards=given, tables=ordered, vocabulary=names, sources=numbers, far=far)
+    return Index(
+        shards=given, tables=ordered, vocabulary=names, sources=numbers, remote_shards=remote_shards
+    )

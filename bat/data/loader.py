@@ -1,153 +1,100 @@
-"""A loader that outlives its workers: one that dies is replaced, and no batch is lost or repeated.
+"""Loads batches with torch's DataLoader, and ends the run in order when a loader process dies.
 
-``workers.py`` notices a death; the next ``next()`` makes new workers and hands them first the
-batches that were handed out and never arrived. What a batch holds depends on its places in the plan
-alone, so the stream goes on as if nothing had happened. Shards read from front to end have no
-places: ``renew`` gives that dataset a new beginning.
-
-Bounded: workers that keep dying mean that the machine or a file is to blame, not chance.
-An exception that a worker raises is not a death and comes through as it is.
+A worker that is killed (memory ran out, ``kill -9``) is not replaced. ``Loader`` makes the batches
+that are still missing in the main process and tells ``on_death``, which in a training asks for a
+checkpoint and the end of the run at the next optimiser step (exit code 75); the same command then
+goes on. A batch depends on its positions in the plan alone, so none is lost or repeated.
 """
 
 from __future__ import annotations
 
+import atexit
+import itertools
 import logging
+import os
 import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from multiprocessing import active_children, parent_process
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from bat.data.board import as_user_error
+from bat.data.heartbeat import as_user_error
 from bat.data.stream import Item, as_it_is
-from bat.data.workers import Deaths, Workers, worker_init
-from bat.errors import UserError
+from bat.errors import Interrupted, UserError
 from bat.types import WaveBatch
 
 log = logging.getLogger("bat")
 
-SPAN = 1000
-"""Micro-batches within which deaths are counted together."""
-RESTARTS = 10
-"""Deaths replaced within ``SPAN``, where no setting says how many."""
+POLL_SECONDS = 0.5
+NEWS_SECONDS = 1.0
+"""How long after an error a worker may take to be seen dead."""
+
+OUTLIVED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-class Restarts:
-    """Counts deaths, tells of them, and says when there are too many.
-
-    Args:
-        limit: deaths replaced within ``SPAN`` micro-batches (``health.worker_restarts``); one more
-            raises. None: ``RESTARTS``, which no setting changes.
-        where: what a worker was reading when it died, or None.
-        note: what the replacement means for the stream, after a semicolon.
-    """
-
-    def __init__(
-        self,
-        limit: int | None = None,
-        *,
-        where: Callable[[int], str | None] = lambda worker: None,
-        note: str = "no batch is lost or repeated",
-    ) -> None:
-        if limit is not None and limit < 0:
-            raise UserError(f"worker_restarts={limit} must not be negative")
-        self.limit = RESTARTS if limit is None else limit
-        self.bound = str(RESTARTS) if limit is None else f"health.worker_restarts={limit}"
-        self.where, self.note = where, note
-        self.tell: Callable[[str], None] | None = None
-        """Called with each replacement's line, in place of a warning in the log."""
-        self.count = 0
-        """Replacements so far."""
-        self.batches = 0
-        """Micro-batches that came."""
-        self._recent: deque[int] = deque()  # ``batches`` at each
-
-    def died(self, deaths: Deaths) -> None:
-        """Workers died.
-
-        Raises:
-            UserError: too many have, or the system let none be started.
-        """
-        who = ", ".join(self._who(*death) for death in deaths)
-        self._recent.append(self.batches)
-        while self.batches - self._recent[0] >= SPAN:
-            self._recent.popleft()
-        if len(self._recent) > self.limit:
-            raise UserError(
-                f"loader workers died {len(self._recent)} times within {SPAN} micro-batches, the "
-                f"last time {who}: more than {self.bound}. Most likely "
-                "memory ran out: lower data.workers or data.cache_waves_gb, or give more shared "
-                "memory (/dev/shm; docker run --shm-size). If it was the same clip each time, "
-                "that file is to blame: look at it with bat-shard verify"
-            )
-        self.count += 1
-        line = f"a loader was replaced: {who}; {self.note} (replacement {self.count})"
-        if self.tell is None:
-            log.warning("%s", line)
-        else:
-            self.tell(line)
-
-    def _who(self, worker: int, code: int) -> str:
-        if code < 0:
-            with suppress(ValueError):
-                how = f"was killed by {signal.Signals(-code).name}"
-                return f"worker {worker} {how}{self._at(worker)}"
-            return f"worker {worker} was killed by signal {-code}{self._at(worker)}"
-        return f"worker {worker} ended with exit code {code}{self._at(worker)}"
-
-    def _at(self, worker: int) -> str:
-        where = self.where(worker)
-        return f" at {where}" if where else ""
+def worker_init(worker: int) -> None:
+    """Make a loader process outlive the signals meant for the run, which still has to save, and
+    end with its parent, whatever it is waiting for."""
+    for number in OUTLIVED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTLIVED)  # see ``Loader._start``
+    torch.set_num_threads(1)
+    parent = parent_process()
+    pid = os.getppid() if parent is None or parent.pid is None else parent.pid
+    threading.Thread(target=_end_with, args=(pid,), daemon=True).start()
 
 
-class Replay(Sampler[list[Item]]):
-    """The batches of ``sampler``; a second iterator begins with those that never arrived."""
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os._exit(1)
+
+
+def _kill(processes: list[Any], owner: int) -> None:
+    """Kill ``processes`` of process ``owner``: multiprocessing would wait at exit for workers,
+    having sent a SIGTERM, which they ignore."""
+    for process in processes if os.getpid() == owner else ():
+        process.kill()
+
+
+class _Handed(Sampler[list[Item]]):
+    """The batches of ``sampler``; remembers those that were handed to workers and not taken."""
 
     def __init__(self, sampler: Sampler[list[Item]]) -> None:
         self.sampler = sampler
         self.begin()
 
+    def begin(self) -> None:
+        """Start ``sampler`` again."""
+        self.waiting: deque[list[Item]] = deque()
+        self.rest = iter(self.sampler)
+
     def __len__(self) -> int:
         return len(self.sampler)  # type: ignore[arg-type]
 
-    def begin(self) -> None:
-        """Forget what was; ``sampler`` from its start."""
-        self._rest = iter(self.sampler)
-        self._waiting: deque[list[Item]] = deque()  # handed out, not arrived
-        self._arrived = 0
-
-    def arrived(self) -> None:
-        """The first of those that wait has come."""
-        self._waiting.popleft()
-        self._arrived += 1
-
     def __iter__(self) -> Iterator[list[Item]]:
-        number = self._arrived
-        while True:
-            if number - self._arrived == len(self._waiting):
-                try:
-                    self._waiting.append(next(self._rest))
-                except StopIteration:
-                    return
-            yield self._waiting[number - self._arrived]
-            number += 1
+        for items in self.rest:
+            self.waiting.append(items)
+            yield items
 
 
-class LastingLoader(DataLoader[WaveBatch]):
-    """``DataLoader`` over whole batches, whose workers are replaced when they die.
+class Loader(DataLoader[WaveBatch]):
+    """``DataLoader`` over whole batches that goes on in the main process when a worker dies.
 
     Args:
-        sampler: of the batches of a map-style ``dataset``; None for an iterable one.
+        sampler: of the batches of a map-style ``dataset``; None for an iterable one, which then
+            begins anew in the main process.
         workers: loader processes; 0 decodes in this process.
-        restarts: counts and bounds replacements.
-        renew: called before new workers start, for a dataset without places.
+        where: what a worker was reading when it died, or None.
+        on_death: called with a line about the death, once; None: ``Interrupted`` is raised.
 
     Raises:
-        UserError: from ``next()``: too many deaths.
+        Interrupted: from ``next()``: a worker died, and there is no ``on_death``.
     """
 
     def __init__(
@@ -156,14 +103,15 @@ class LastingLoader(DataLoader[WaveBatch]):
         sampler: Sampler[list[Item]] | None = None,
         *,
         workers: int,
-        restarts: Restarts,
         pin_memory: bool = False,
-        renew: Callable[[], None] | None = None,
+        where: Callable[[int], str | None] = lambda worker: None,
+        on_death: Callable[[str], None] | None = None,
     ) -> None:
-        self.replay = None if sampler is None else Replay(sampler)
-        self.restarts, self.renew = restarts, renew
+        self.handed = None if sampler is None else _Handed(sampler)
+        self.where, self.on_death = where, on_death
+        self._processes: list[Any] = []
         of_batches: dict[str, Any] = (
-            {"batch_size": None} if self.replay is None else {"batch_sampler": self.replay}
+            {"batch_size": None} if self.handed is None else {"batch_sampler": self.handed}
         )
         super().__init__(
             dataset,
@@ -177,55 +125,99 @@ class LastingLoader(DataLoader[WaveBatch]):
         )
 
     def __iter__(self) -> Iterator[WaveBatch]:  # type: ignore[override]
-        if self.replay is not None:
-            self.replay.begin()
-        return _Batches(self)
-
-    def _get_iterator(self) -> _BaseDataLoaderIter:
-        if self.num_workers == 0:
-            return super()._get_iterator()
-        self.check_worker_number_rationality()
-        return Workers(self)
-
-    def start(self) -> _BaseDataLoaderIter:
-        """An iterator from where ``replay`` stands; workers that wait are used again."""
         try:
-            return super().__iter__()
-        except Exception as error:  # torch wakes persistent workers here
-            return self.start_again(self._iterator, error)
+            batches = self._start()
+        except Exception as error:
+            self._failed(error)
+            return self._rest()
+        return self._batches(batches)
 
-    def start_again(
-        self, broken: _BaseDataLoaderIter | None, error: Exception
-    ) -> _BaseDataLoaderIter:
-        """A new iterator after ``error``; raises it where it was not a worker's death."""
-        deaths = broken.deaths() if isinstance(broken, Workers) else []
-        if not isinstance(broken, Workers) or not deaths:
-            raise as_user_error(error)
-        broken.abandon()
-        self._iterator = None
-        self.restarts.died(deaths)
-        if self.renew is not None:
-            self.renew()
-        return self.start()
-
-
-class _Batches(Iterator[WaveBatch]):
-    """One pass over a loader."""
-
-    def __init__(self, loader: LastingLoader) -> None:
-        self.loader = loader
-        self.batches = loader.start()
-
-    def __next__(self) -> WaveBatch:
+    def _batches(self, batches: Iterator[WaveBatch]) -> Iterator[WaveBatch]:
         while True:
             try:
-                batch: WaveBatch = next(self.batches)
+                batch = next(batches)
             except StopIteration:
-                raise
+                return
             except Exception as error:
-                self.batches = self.loader.start_again(self.batches, error)
-                continue
-            if self.loader.replay is not None:
-                self.loader.replay.arrived()
-            self.loader.restarts.batches += 1
-            return batch
+                self._failed(error)
+                break
+            if self.handed is not None:
+                self.handed.waiting.popleft()
+            yield batch
+        yield from self._rest()
+
+    def _failed(self, error: Exception) -> None:
+        """Raise ``error``, unless it came of a worker's death and ``on_death`` takes that."""
+        death = self._death()
+        if death is None:
+            raise _plain(error) from None
+        if self.on_death is None:
+            raise Interrupted(death) from None
+        self.on_death(death)
+
+    def _start(self) -> Iterator[WaveBatch]:
+        """torch's iterator; its processes are noted, its handler of SIGCHLD is taken off."""
+        if self.handed is not None:
+            self.handed.begin()
+        if not self.num_workers:
+            return super().__iter__()
+        children, in_main = set(active_children()), self._in_main_thread()
+        handler = signal.getsignal(signal.SIGCHLD)
+        if getattr(handler, "__module__", "").startswith("torch."):  # of another loader
+            handler = signal.SIG_DFL
+        # a worker is born deaf to these: one may come before ``worker_init``
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, OUTLIVED)
+        try:
+            batches = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if in_main:  # torch's would raise wherever the main thread is: in the midst of a step
+                signal.signal(signal.SIGCHLD, handler)
+            made = sorted(set(active_children()) - children, key=lambda process: process.pid or 0)
+            if made:
+                self._processes = list(made)
+                atexit.register(_kill, self._processes, os.getpid())
+        return batches
+
+    @staticmethod
+    def _in_main_thread() -> bool:
+        return threading.current_thread() is threading.main_thread()
+
+    def _death(self) -> str | None:
+        """What became of the worker that died, if one did."""
+        until = time.monotonic() + NEWS_SECONDS
+        while time.monotonic() < until:
+            for worker, process in enumerate(self._processes):
+                if process.exitcode is not None:
+                    return self._told(worker, int(process.exitcode))
+            time.sleep(0.02)
+        return None
+
+    def _told(self, worker: int, code: int) -> str:
+        how = f"ended with exit code {code}"
+        if code < 0:
+            names = {int(s): s.name for s in signal.Signals}
+            how = f"was killed by {names.get(-code, f'signal {-code}')}"
+        where = self.where(worker)
+        return (
+            f"loader worker {worker} {how}{f' at {where}' if where else ''}. Most likely memory "
+            "ran out: lower data.workers or data.cache_waves_gb, or give more shared memory "
+            "(/dev/shm; docker run --shm-size). If it is the same clip each time, that file is "
+            "to blame: look at it with bat-shard verify"
+        )
+
+    def _rest(self) -> Iterator[WaveBatch]:
+        """The batches that did not arrive, made in this process."""
+        dataset: Any = self.dataset
+        if self.handed is None:
+            yield from dataset
+            return
+        for items in itertools.chain(list(self.handed.waiting), self.handed.rest):
+            yield dataset.__getitems__(items)
+
+
+def _plain(error: Exception) -> Exception:
+    """``error`` as it was raised: torch puts a worker's traceback before a ``UserError``."""
+    if isinstance(error, UserError):
+        return UserError(str(error).rpartition("\nbat.errors.UserError: ")[2].rstrip("\n"))
+    return as_user_error(error)

@@ -7,14 +7,17 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 
+from bat.data.sources import SUFFIXES, RetryPolicy, shown
 from bat.data.table import ShardTable
 from bat.data.tar import write_atomic
 from bat.errors import UserError
@@ -217,3 +220,29 @@ def source_hash(rows: Sequence[Row], *, vocabulary: Sequence[str], **options: An
         said += [part for part in (row.events, row.text) if part is not None]
         digest.update(json.dumps([row.key, *place, *said]).encode())
     return digest.hexdigest()
+
+
+def remote_manifest(folder: str, policy: RetryPolicy) -> Manifest | None:
+    """The manifest of a remote folder; None where there is none.
+
+    Raises:
+        UserError: damaged, or the server cannot be reached.
+    """
+    from bat.data.remote import read
+
+    try:
+        data = read(f"{folder}/manifest.json", limit=MAX_BYTES, policy=policy)
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(error.strerror) from None
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "manifest.json").write_bytes(data)
+        try:
+            manifest = Manifest.load(Path(name))
+        except UserError as error:
+            raise UserError(str(error).replace(name, shown(folder))) from None
+    for entry in manifest.shards if manifest else ():
+        if not re.fullmatch(r"[^/\\]+", entry.name) or not unquote(entry.name).endswith(SUFFIXES):
+            raise UserError(f"{shown(folder)}/manifest.json lists {entry.name!r}: not a shard")
+    return manifest

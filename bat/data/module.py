@@ -15,9 +15,9 @@ import numpy as np
 
 from bat.audio.decode import MAX_FILE_SECONDS
 from bat.data.base import StreamData
-from bat.data.board import Board
+from bat.data.heartbeat import Heartbeat
 from bat.data.index import Index
-from bat.data.loader import LastingLoader, Restarts
+from bat.data.loader import Loader
 from bat.data.order import make_plan
 from bat.data.plan import MixedPlan, Plan
 from bat.data.stream import ClipDataset, EvalSampler, PlanSampler
@@ -35,12 +35,12 @@ def eval_loader(
     cache_bytes: int = 0,
     min_seconds: float = 0.0,
     max_seconds: float = MAX_FILE_SECONDS,
-) -> LastingLoader:
+) -> Loader:
     """Batches of the clips ``ids`` (None: all) once, in order; unreadable ones are left out.
 
     Long clips are cut off at their end; files of more than ``max_seconds`` are unreadable.
     """
-    board = Board(workers)
+    heartbeat = Heartbeat(workers)
     dataset = ClipDataset(
         index,
         sample_rate=sample_rate,
@@ -49,17 +49,15 @@ def eval_loader(
         cache_bytes=cache_bytes,
         min_seconds=min_seconds,
         max_seconds=max_seconds,
-        board=board,
+        heartbeat=heartbeat,
     )
 
     def where(worker: int) -> str | None:
-        clip = board.worker(worker)
+        clip = heartbeat.worker(worker)
         return None if clip is None else f"{index.shard_name(clip)}, clip {index.key(clip)}"
 
     ids = np.arange(len(index)) if ids is None else ids
-    return LastingLoader(
-        dataset, EvalSampler(ids, batch=batch), workers=workers, restarts=Restarts(where=where)
-    )
+    return Loader(dataset, EvalSampler(ids, batch=batch), workers=workers, where=where)
 
 
 class AudioData(StreamData):
@@ -81,8 +79,6 @@ class AudioData(StreamData):
         cache_bytes: decoded waves kept in memory by each loader process (small data sets).
         look_ahead: positions for which remote shards are fetched before their turn.
         max_bad: fraction of unreadable clips above which the run stops.
-        worker_restarts: loader workers that died and are replaced within 1,000 micro-batches; None:
-            as many as ``Restarts`` has it.
         out: run folder in which ``bad_clips.jsonl`` lists unreadable clips; None: no list.
 
     Raises:
@@ -107,14 +103,12 @@ class AudioData(StreamData):
         cache_bytes: int = 0,
         look_ahead: int = 8192,
         max_bad: float = 0.05,
-        worker_restarts: int | None = None,
         out: Path | None = None,
     ) -> None:
         super().__init__(
             batch=batch,
             max_bad=max_bad,
             workers=workers,
-            worker_restarts=worker_restarts,
             out=out,
         )
         self.index, self.look_ahead = index, look_ahead
@@ -131,7 +125,7 @@ class AudioData(StreamData):
             max_seconds=max_seconds,
             plan=self.plan,
             cache_bytes=cache_bytes,
-            board=self.board,
+            heartbeat=self.heartbeat,
         )
         self.clip_samples = self.dataset.clip_samples
         # Lightning 2.6.6 judges by the loader's type; this stream resumes exactly
@@ -148,7 +142,7 @@ class AudioData(StreamData):
     def named(self, what: int) -> str:
         return f"{self.index.shard_name(what)}, clip {self.index.key(what)}"
 
-    def train_dataloader(self) -> LastingLoader:
+    def train_dataloader(self) -> Loader:
         self._recount()
         self._agree()
         rank, world = self._ranks()
@@ -163,13 +157,7 @@ class AudioData(StreamData):
             ahead=self._fetch if looks_ahead else None,
             look_ahead=self.look_ahead,
         )
-        return LastingLoader(
-            self.dataset,
-            sampler,
-            workers=self.workers,
-            restarts=self._restarts,
-            pin_memory=self._on_cuda(),
-        )
+        return self._loader(self.dataset, sampler)
 
     def _fetch(self, clips: np.ndarray) -> None:
         """Have the shards of ``clips``, in the order of their first use, brought here."""

@@ -20,7 +20,6 @@ import time
 from collections.abc import Generator
 
 from bat.data import pipe_guard
-from bat.data.ending import POLL_SECONDS, go_on
 from bat.redact import redact
 
 PREFIX = "pipe:"
@@ -28,6 +27,7 @@ PIECE_BYTES = 1 << 20
 LAST_WORDS_BYTES = 4096
 LEAVE_SECONDS = 30.0
 """How long a command may go on after the end of its output."""
+POLL_SECONDS = 0.5
 
 _allowed = False
 
@@ -43,11 +43,10 @@ def pipes_allowed() -> bool:
 
 
 def output_of(command: str) -> Generator[bytes, None, None]:
-    """What ``command`` writes, in pieces. It is killed where the taker stops, or the run ends.
+    """What ``command`` writes, in pieces. It is killed where the taker stops.
 
     Raises:
-        OSError: at the end, where its exit code is not 0: the code and its last line of errors;
-            the run is ending.
+        OSError: at the end, where its exit code is not 0: the code and its last line of errors.
     """
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", pipe_guard.__file__, command],
@@ -68,7 +67,6 @@ def output_of(command: str) -> Generator[bytes, None, None]:
             until: float | None = None
             while until is None or process.poll() is None:
                 ready = selector.select(POLL_SECONDS if until is None else 0.02)
-                go_on()
                 for key, _ in ready:
                     data = os.read(key.fd, PIECE_BYTES)
                     if key.fd == errors:

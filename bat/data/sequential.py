@@ -10,8 +10,8 @@ resumed run begins with the shards of another ``epoch``.
 
 A sample is ``KEY.flac`` + ``KEY.json`` side by side, as WebDataset writes them; the rules of
 ``bat.data.table`` hold (regular members, known suffixes, size caps, no pickle). A shard that breaks
-off is left there; it counts as about the clips that are lost with it (``bat.data.lost``), each
-member that is no use as one, in ``take_skipped``. Clips of other splits are passed over uncounted.
+off is left there; it counts as about the clips that are lost with it (``Losses``), each member that
+is no use as one, in ``take_skipped``. Clips of other splits are passed over uncounted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import json
 import math
 import os
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from bat.data.lost import LEAST_SPAN, SPAN, Losses
 from bat.data.plan import ORDER, below, philox
-from bat.data.sources import Patience, Shard, find, shown
+from bat.data.sources import RetryPolicy, Shard, find, shown
 from bat.data.splits import split_of
 from bat.data.table import ITS_JSON, MAX_AUDIO_BYTES, MAX_JSON_BYTES, parse_labels
 from bat.data.tar import Member, sample_key
@@ -82,12 +81,12 @@ class SequentialClips(IterableDataset[Clip]):
         if shuffle_clips < 1 or epoch < 0:
             raise UserError(f"{shuffle_clips=}, {epoch=}: at least 1, not negative")
         assert 0 <= rank < world
-        self.patience = Patience(retries, timeout_seconds, redirects=tuple(redirects))
+        self.policy = RetryPolicy(retries, timeout_seconds, redirects=tuple(redirects))
         sources = [shards] if isinstance(shards, (str, Path)) else list(shards)
         self.shards = [
             shard
             for source in sources
-            for shard in ([source] if isinstance(source, Shard) else find(source, self.patience))
+            for shard in ([source] if isinstance(source, Shard) else find(source, self.policy))
         ]
         if not self.shards:
             raise UserError("the list of shards is empty: give a folder, a glob or a URL")
@@ -177,7 +176,7 @@ class SequentialClips(IterableDataset[Clip]):
         sample = _Sample("", "", b"", {})
         self._broke, self._unfit = None, 0
         try:
-            with open_stream(shard, self.patience) as file:
+            with open_stream(shard, self.policy) as file:
                 for member, data in stream_members(file):
                     suffix = os.path.splitext(member.name)[1][1:].lower()
                     key = sample_key(member.name)
@@ -268,3 +267,54 @@ def _unfit(member: Member, suffix: str) -> tuple[str, str] | None:
         return "empty", "the file is empty"
     cap = MAX_JSON_BYTES if suffix == "json" else MAX_AUDIO_BYTES
     return ("long", f"larger than {cap} bytes") if member.size > cap else None
+
+
+SPAN = 100
+"""Shards that a process looks back over."""
+LEAST_SPAN = 8
+MAX_RATE = 100.0
+"""Lost clips told for each one read, at most."""
+
+
+class Losses:
+    """Tells clip by clip what shards that are lost whole cost, so that ``data.max_bad`` sees them.
+
+    Such a shard says nothing of how many clips are gone: as many as the shards read whole have on
+    average, less those it gave, at least one. Told at once, one lost shard of thousands would look
+    like the end of the data set; so its clips are told evenly over the ``span`` shards that follow,
+    those not yet read counting as good. What is told is then, at any time, about the share of clips
+    lost in the latest ``span`` shards.
+
+    Args:
+        span: shards over which a loss is told.
+    """
+
+    def __init__(self, span: int) -> None:
+        self._latest: deque[tuple[int, Skipped | None]] = deque(maxlen=span)
+        self._span, self._whole, self._clips = span, 0, 0
+        self._rate = self._debt = 0.0
+        self._told = 0
+
+    def shard(self, clips: int, broke: Skipped | None) -> None:
+        """A shard gave ``clips`` and then ended, or ``broke`` off (told once already)."""
+        self._latest.append((clips, broke))
+        if broke is None:
+            self._whole, self._clips = self._whole + 1, self._clips + clips
+        else:
+            self._debt -= 1
+        mean = self._clips / self._whole if self._whole else 1.0
+        missing = sum(max(1.0, mean - n) for n, lost in self._latest if lost)
+        there = sum(n for n, _ in self._latest) + mean * (self._span - len(self._latest))
+        self._rate = min(missing / max(there, 1.0), MAX_RATE)
+
+    def due(self) -> list[Skipped]:
+        """What is to be told with the next clip that is read: mostly nothing."""
+        lost = [broke for _, broke in self._latest if broke is not None]
+        if not lost:
+            self._debt = 0.0
+            return []
+        self._debt += self._rate
+        count = max(0, int(self._debt))
+        self._debt -= count
+        self._told += count
+        return [lost[(self._told - i) % len(lost)] for i in range(count)]

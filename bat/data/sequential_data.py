@@ -1,9 +1,8 @@
 """The training stream over shards that cannot be indexed: **not exactly resumable**.
 
 ``SequentialClips`` decoded and batched in the loader's workers. No position is known beforehand, so
-a resumed run goes on with an epoch it has not begun, some clips of which it has seen; so does one
-whose loader workers were replaced. Unreadable clips are passed over; the next one takes their
-place.
+a resumed run goes on with an epoch it has not begun, some clips of which it has seen. Unreadable
+clips are passed over; the next one takes their place.
 """
 
 from __future__ import annotations
@@ -20,14 +19,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from bat.audio.decode import MAX_FILE_SECONDS, DecodeError, decode_into, probe
 from bat.data.base import StreamData
-from bat.data.board import Board
-from bat.data.collate import BatchRows
-from bat.data.loader import LastingLoader
+from bat.data.heartbeat import Heartbeat
+from bat.data.loader import Loader
 from bat.data.plan import ROLL, below, philox
 from bat.data.sequential import SequentialClips
-from bat.data.sources import Patience, Shard, find
+from bat.data.sources import RetryPolicy, Shard, find
 from bat.data.splits import choose_split
-from bat.data.stream import clip_samples, frames_left_out, random_start
+from bat.data.stream import BatchRows, clip_samples, frames_left_out, random_start
 from bat.errors import UserError
 from bat.types import Clip, Skipped, WaveBatch
 
@@ -35,16 +33,16 @@ TOO_MANY_IN_A_ROW = 1000
 
 
 class WatchedClips(SequentialClips):
-    """``SequentialClips`` that write on a board of which shard they want the next clip."""
+    """``SequentialClips`` that tell a heartbeat from which shard they want the next clip."""
 
-    board: Board
+    heartbeat: Heartbeat
 
     def _clips(self, shard: Shard) -> Iterator[Clip]:
         number = self.shards.index(shard)
-        self.board.reads(number)
+        self.heartbeat.reads(number)
         for clip in super()._clips(shard):
             yield clip
-            self.board.reads(number)
+            self.heartbeat.reads(number)
 
 
 class SequentialBatches(IterableDataset[WaveBatch]):
@@ -94,7 +92,7 @@ class SequentialBatches(IterableDataset[WaveBatch]):
                 failures = 0
                 keys.append(clip.key)
                 positions.append(position)
-            self.clips.board.rests()
+            self.clips.heartbeat.rests()
             waves, lengths = rows.tensors()
             yield WaveBatch(
                 waves=waves,  # (B, S)
@@ -134,14 +132,12 @@ class SequentialData(StreamData):
         shards: as ``open_index`` takes them, compressed tars too.
         split: as ``choose_split``: a name, ``all``, or ``auto`` (``train`` where there is one).
         batch, sample_rate, clip_seconds, seed, roll, min_seconds, max_seconds, workers, max_bad,
-            worker_restarts, out: as ``AudioData``.
+            out: as ``AudioData``.
         retries, timeout_seconds, redirects: of remote shards, as ``open_index``.
 
     Raises:
         UserError: nothing there, a split that is not there, a value out of range.
     """
-
-    after_a_death = "the stream is not exactly resumable and goes on with an epoch it had not begun"
 
     def __init__(
         self,
@@ -157,7 +153,6 @@ class SequentialData(StreamData):
         max_seconds: float = MAX_FILE_SECONDS,
         workers: int = 0,
         max_bad: float = 0.05,
-        worker_restarts: int | None = None,
         out: Path | None = None,
         retries: int = 5,
         timeout_seconds: float = 30.0,
@@ -167,7 +162,6 @@ class SequentialData(StreamData):
             batch=batch,
             max_bad=max_bad,
             workers=workers,
-            worker_restarts=worker_restarts,
             out=out,
         )
         self.clip_samples = clip_samples(clip_seconds, sample_rate)
@@ -181,14 +175,14 @@ class SequentialData(StreamData):
             "min_seconds": min_seconds,
             "max_seconds": max_seconds,
         }
-        self._patience: dict[str, Any] = {
+        self._policy: dict[str, Any] = {
             "retries": retries,
             "timeout_seconds": timeout_seconds,
             "redirects": redirects,
         }
-        patience = Patience(retries, timeout_seconds, redirects=tuple(redirects))
-        found = [shard for source in shards for shard in find(source, patience)]
-        self.shards, self.splits = choose_split(found, split, patience)
+        policy = RetryPolicy(retries, timeout_seconds, redirects=tuple(redirects))
+        found = [shard for source in shards for shard in find(source, policy)]
+        self.shards, self.splits = choose_split(found, split, policy)
         self._hash = _identity(self.shards, self.splits)
 
     def _clips(self, *, epoch: int) -> WatchedClips:
@@ -200,9 +194,9 @@ class SequentialData(StreamData):
             epoch=epoch,
             rank=rank,
             world=world,
-            **self._patience,
+            **self._policy,
         )
-        clips.board = self.board
+        clips.heartbeat = self.heartbeat
         return clips
 
     def named(self, what: int) -> str:
@@ -218,24 +212,11 @@ class SequentialData(StreamData):
             "order": "front to end, not exactly resumable",
         }
 
-    def train_dataloader(self) -> LastingLoader:
+    def train_dataloader(self) -> Loader:
         self._recount()
-        batches = SequentialBatches(self._clips(epoch=self._epoch()), **self._decoding)
-
-        def renew() -> None:
-            batches.clips = self._clips(epoch=self._epoch())
-
-        return LastingLoader(
-            batches,
-            workers=self.workers,
-            restarts=self._restarts,
-            pin_memory=self._on_cuda(),
-            renew=renew,
-        )
-
-    def _epoch(self) -> int:
-        """The first epoch to read: no number of epochs, but no two resumes begin alike."""
-        return self.batches_done() + self.restarts
+        # the first epoch to read: no number of epochs, but no two resumes begin alike
+        clips = self._clips(epoch=self.batches_done())
+        return self._loader(SequentialBatches(clips, **self._decoding))
 
     def _stream(self) -> dict[str, Any]:
         trainer = self.trainer

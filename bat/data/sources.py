@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple, overload
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
-import bat.data.ending  # noqa: F401  (before any worker is forked)
 from bat.data.pipes import PREFIX, pipes_allowed
 from bat.errors import UserError
 from bat.tasks.folder import split_of
@@ -43,11 +42,11 @@ class NotIndexable(UserError):  # noqa: N818
     """Shards that can be read from front to end only: see ``bat.data.sequential``."""
 
 
-class Patience(NamedTuple):
+class RetryPolicy(NamedTuple):
     """How long a server is waited for, and where it may lead."""
 
     retries: int = 5
-    """Tries without progress before it counts as unreachable."""
+    """Tries before it counts as unreachable."""
     timeout_seconds: float = 30.0
     """How long it may be silent."""
     backoff_seconds: float = 0.5
@@ -133,7 +132,7 @@ def expand(source: str | Path) -> list[Path] | list[Path | str]:
     return [shard.place for shard in find(source)]
 
 
-def find(source: str | Path, patience: Patience | None = None) -> list[Shard]:
+def find(source: str | Path, policy: RetryPolicy | None = None) -> list[Shard]:
     """The shards that ``source`` names, in order.
 
     Raises:
@@ -154,8 +153,8 @@ def find(source: str | Path, patience: Patience | None = None) -> list[Shard]:
         found = names.split(",") if names else range(int(first), int(last) + 1)
         words = [f"{x:0{width}d}" if isinstance(x, int) else x for x in found]
         before, after = text[: braces.start()], text[braces.end() :]
-        return [shard for word in words for shard in find(before + word + after, patience)]
-    return _remote(text, patience or Patience()) if is_url(source) else _local(Path(text), text)
+        return [shard for word in words for shard in find(before + word + after, policy)]
+    return _remote(text, policy or RetryPolicy()) if is_url(source) else _local(Path(text), text)
 
 
 def _local(path: Path, text: str) -> list[Shard]:
@@ -224,16 +223,17 @@ def _checked(url: str) -> str:
     return f"{'file' if protocol == 'local' else protocol}:{rest}"
 
 
-def _remote(url: str, patience: Patience) -> list[Shard]:
+def _remote(url: str, policy: RetryPolicy) -> list[Shard]:
     """A shard, a glob, or a folder: its manifest, else a listing, else its sub-folders."""
-    from bat.data.listing import join, listing, manifest_of
+    from bat.data.manifest import remote_manifest
+    from bat.data.remote import join, listing
 
     path = urlsplit(url).path
     if "*" in path:
         folder, _, pattern = url.rpartition("/")
         regex = re.escape(pattern).replace(r"\*", ".*")
         names = [
-            n for n in listing(folder, patience) if n.endswith(SUFFIXES) and re.fullmatch(regex, n)
+            n for n in listing(folder, policy) if n.endswith(SUFFIXES) and re.fullmatch(regex, n)
         ]
         if not names:
             raise UserError(f"no shard at {shown(url)}: the server lists none of that name")
@@ -241,15 +241,15 @@ def _remote(url: str, patience: Patience) -> list[Shard]:
     if path.endswith(SUFFIXES):
         return [Shard(url)]
     folder = url.rstrip("/")
-    manifest = manifest_of(folder, patience)
+    manifest = remote_manifest(folder, policy)
     if manifest is not None:
         return [Shard(join(folder, entry.name)) for entry in manifest.shards]
-    names = listing(folder, patience)
+    names = listing(folder, policy)
     found = [Shard(f"{folder}/{name}") for name in names if name.endswith(SUFFIXES)]
     found += [
         Shard(f"{folder}/{name}/{tar}", name)
         for name in (name.rstrip("/") for name in names if name.endswith("/"))
-        for tar in listing(f"{folder}/{name}", patience)
+        for tar in listing(f"{folder}/{name}", policy)
         if tar.endswith(SUFFIXES)
     ]
     if not found:

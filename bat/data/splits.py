@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bat.data.sources import Patience, Shard
+from bat.data.sources import RetryPolicy, Shard
 from bat.data.table import MAX_JSON_BYTES
 from bat.data.tar_stream import open_stream, stream_members
 from bat.errors import UserError
@@ -46,7 +46,7 @@ def split_of(meta: dict[str, Any], shard: Shard) -> str:
     return one_line(split) if isinstance(split, str) and split else shard.split
 
 
-def choose_split(shards: Sequence[Shard], split: str, patience: Patience) -> Choice:
+def choose_split(shards: Sequence[Shard], split: str, policy: RetryPolicy) -> Choice:
     """The shards and clips that ``split`` means: ``all``, a name, several (``a,b``), or ``auto``:
     the first of ``TRAIN`` that is there (told in the log), else all (``check_no_train``).
 
@@ -73,7 +73,7 @@ def choose_split(shards: Sequence[Shard], split: str, patience: Patience) -> Cho
                 ", ".join(others),
             )
         return Choice(kept, frozenset(names))
-    said = _look(shards, patience)
+    said = _look(shards, policy)
     known = sorted(folders | said)
     if split == "auto":
         name = next((n for n in TRAIN if n in said), None)
@@ -117,7 +117,7 @@ def check_no_train(splits: Sequence[str], counted: str) -> None:
     )
 
 
-def _look(shards: Sequence[Shard], patience: Patience) -> set[str]:
+def _look(shards: Sequence[Shard], policy: RetryPolicy) -> set[str]:
     """Splits that the JSON of the first clips of some shards name."""
     found: set[str] = set()
     count = min(LOOKED_AT, len(shards))
@@ -125,7 +125,7 @@ def _look(shards: Sequence[Shard], patience: Patience) -> set[str]:
         shard = shards[number * len(shards) // count]
         seen = room = 0
         try:
-            with open_stream(shard, patience._replace(retries=min(TRIES, patience.retries))) as tar:
+            with open_stream(shard, policy._replace(retries=min(TRIES, policy.retries))) as tar:
                 for member, data in stream_members(tar):
                     room += member.size
                     if os.path.splitext(member.name)[1].lower() != ".json" or not member.regular:

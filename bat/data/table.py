@@ -26,8 +26,7 @@ from bat.audio.decode import probe as read_header
 from bat.data.clip_fields import CLIP as CLIP
 from bat.data.clip_fields import MAX_AUDIO_BYTES as MAX_AUDIO_BYTES
 from bat.data.clip_fields import UNREADABLE as UNREADABLE
-from bat.data.clip_fields import sound
-from bat.data.meta import parse
+from bat.data.clip_fields import parse, sound
 from bat.data.tar import BLOCK, Member, members, sample_key, write_atomic
 from bat.errors import UserError
 from bat.redact import one_line

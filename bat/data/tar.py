@@ -1,27 +1,31 @@
-"""Tar headers and sample keys: what a foreign shard is allowed to say (STACK section 6).
+"""Reads tar headers and makes sample keys: what a foreign shard is allowed to say.
 
-A small ustar-header scanner of our own (pax and GNU long names included): it reads headers only,
-unpacks nothing, and reports which members are regular files. Sample keys are
+Headers are read by ``tarfile`` through ``ForwardFile``, which bounds what a forged header can make
+it do; nothing is unpacked, no link is followed (docs/security.md). Sample keys are
 ``[A-Za-z0-9_-]{1,80}``; others are escaped. A key ends at the *last* dot of a name, so
 ``song.v3.flac`` and ``song.v4.flac`` stay apart.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import secrets
 import socket
+import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from bat.errors import UserError
 
 BLOCK = 512
-MAX_EXTENDED_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 16
+"""Of an extended header, such as one with a long name."""
+SKIP_BYTES = 1 << 20
 
 
 def escape_key(name: str) -> str:
@@ -45,54 +49,93 @@ class Member(NamedTuple):
     """CRC-32 of the header."""
 
 
-def _number(text: bytes) -> int:
-    """A tar number: octal, or base-256 where the first bit is set."""
-    if text[0] & 0x80:
-        return int.from_bytes(bytes([text[0] & 0x7F]) + text[1:], "big")
-    return int(text.split(b"\0", 1)[0].strip() or b"0", 8)
+class TarError(OSError):
+    """A tar that cannot be read on; ``short``: it ends too early."""
+
+    def __init__(self, text: str, *, short: bool = False) -> None:
+        super().__init__(errno.EIO, text)
+        self.short = short
 
 
-def parse_header(block: bytes, offset: int) -> tuple[Member, bytes] | None:
-    """The member that a 512-byte header describes and its type flag; None: not a header."""
-    if len(block) != BLOCK or block[257:262] not in (b"ustar", b"\0\0\0\0\0"):
-        return None
+class ForwardFile:
+    """A file as ``tarfile`` needs it to read headers: forward only, a bounded read at a time.
+
+    Args:
+        file: read from where it stands.
+        seeks: whether it can seek; otherwise it is skipped through by reading.
+    """
+
+    def __init__(self, file: Any, *, seeks: bool = False) -> None:
+        self._file, self._seeks = file, seeks
+        self._at: int = file.tell() if seeks else 0
+        self.block = b""
+        """What was read last: the member's header, when ``tarfile`` names a member."""
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, to: int) -> None:
+        """Raises ``TarError`` for a way back, which only a forged size asks for."""
+        if to < self._at:
+            raise TarError(f"it is damaged at byte {self._at}: it leads back to {to}")
+        if self._seeks:
+            self._file.seek(to)
+            self._at = to
+        while self._at < to:
+            data = self._file.read(min(SKIP_BYTES, to - self._at))
+            if not data:
+                raise TarError(f"it breaks off at byte {self._at}", short=True)
+            self._at += len(data)
+
+    def read(self, size: int) -> bytes:
+        """Raises ``TarError`` for a header of more than ``MAX_HEADER_BYTES``."""
+        if size > MAX_HEADER_BYTES:
+            raise TarError(f"it is damaged at byte {self._at}: a name of {size} bytes")
+        self.block = self._file.read(size)
+        self._at += len(self.block)
+        return self.block
+
+    def take(self, member: Member) -> bytes:
+        """The bytes of ``member``, the one that was named last."""
+        data: bytes = self._file.read(member.size)
+        self._at += len(data)
+        if len(data) != member.size:
+            raise TarError(f"it breaks off at byte {self._at}", short=True)
+        return data
+
+
+def read_members(source: ForwardFile) -> Iterator[Member]:
+    """Members of a tar, in order, headers only (``tarfile`` reads them; nothing is unpacked).
+
+    Raises:
+        TarError: not a tar, damaged, or it ends without an end mark.
+    """
+    start = source.tell()
     try:
-        checksum = sum(block) - sum(block[148:156]) + 8 * 32
-        if _number(block[148:156]) != checksum:
-            return None
-        size = _number(block[124:136])
-        if size < 0:
-            return None
-    except ValueError:
-        return None
-    name = block[:100].split(b"\0", 1)[0]
-    prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
-    full = (prefix + b"/" + name if prefix else name).decode("utf-8", "backslashreplace")
-    kind = block[156:157]
-    regular = kind in (b"0", b"\0")
-    return Member(full, offset + BLOCK, size, regular, zlib.crc32(block)), kind
-
-
-def pax_records(data: bytes) -> dict[str, str]:
-    """Records ``LENGTH KEY=VALUE\\n`` of an extended header."""
-    found = {}
-    while data:
-        length = int(data.split(b" ", 1)[0])
-        if not 4 < length <= len(data):
-            break
-        key, _, value = data[data.index(b" ") + 1 : length - 1].partition(b"=")
-        found[key.decode()] = value.decode("utf-8", "backslashreplace")
-        data = data[length:]
-    return found
-
-
-def long_name(data: bytes) -> str:
-    """Of GNU tar's member ``././@LongLink``."""
-    return data.rstrip(b"\0").decode("utf-8", "backslashreplace")
+        tar = tarfile.TarFile(fileobj=source, encoding="utf-8", errors="backslashreplace")  # type: ignore[arg-type]
+        while (info := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
+            if info.size < 0:
+                at = source.tell() - len(source.block)
+                raise TarError(f"it is damaged at byte {at}: a size of {info.size}")
+            regular = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not info.issparse()
+            crc = zlib.crc32(source.block)
+            yield Member(info.name, info.offset_data, info.size, regular, crc)
+    except tarfile.TarError as error:
+        if "unexpected end" in str(error):
+            raise TarError(f"it breaks off at byte {source.tell()}", short=True) from error
+        at = source.tell() - len(source.block)
+        text = "it is not a tar" if at == start else f"it is damaged at byte {at}: {error}"
+        raise TarError(text) from error
+    at = source.tell() - len(source.block)
+    if len(source.block) < BLOCK:
+        raise TarError(f"it ends at byte {at} without an end mark: it may be cut short", short=True)
+    if source.block.strip(b"\0"):
+        raise TarError(f"it is damaged at byte {at}")
 
 
 def members(file: BinaryIO, path: Path, start: int = 0) -> Iterator[Member]:
-    """Members of a tar, in order, headers only.
+    """Members of the tar ``path``; those of one that was cut short as far as it goes.
 
     Args:
         start: where a header begins.
@@ -100,34 +143,22 @@ def members(file: BinaryIO, path: Path, start: int = 0) -> Iterator[Member]:
     Raises:
         UserError: ``path`` is not a tar, or is damaged between members.
     """
-    end = os.fstat(file.fileno()).st_size
-    fd, at, longer = file.fileno(), start, {}
-    while at + BLOCK <= end:
-        block = os.pread(fd, BLOCK, at)
-        if not block.strip(b"\0"):
-            return
-        parsed = parse_header(block, at)
-        if parsed is None:
-            what = "is not a plain tar" if at == 0 else f"is damaged at byte {at}"
-            raise UserError(f"{path} {what}: give uncompressed WebDataset shards")
-        member, kind = parsed
-        if kind in (b"x", b"L"):
-            data = os.pread(fd, min(member.size, MAX_EXTENDED_BYTES), member.offset)
-            try:
-                longer = pax_records(data) if kind == b"x" else {"path": long_name(data)}
-                longer["size"] = str(int(longer.get("size", -1)))
-            except (ValueError, IndexError) as error:
-                raise UserError(f"{path} is damaged at byte {at}: {error}") from error
-        else:
-            size = int(longer.get("size", -1))
-            member = member._replace(
-                name=longer.get("path", member.name), size=size if size >= 0 else member.size
-            )
-            longer = {}
-            yield member
-        at = member.offset + (member.size + BLOCK - 1) // BLOCK * BLOCK
-    if at == 0:
-        raise UserError(f"{path} is not a tar ({end} bytes)")
+    file.seek(start)
+    source = ForwardFile(file, seeks=True)
+    try:
+        yield from read_members(source)
+    except TarError as error:
+        if not error.short:
+            what = (error.strerror or "").removeprefix("it ")
+            raise UserError(f"{path} {what}: give uncompressed WebDataset shards") from error
+
+
+def is_tar(file: BinaryIO) -> bool:
+    """Whether ``file`` begins as a tar does."""
+    try:
+        return next(read_members(ForwardFile(file)), None) is not None
+    except TarError:
+        return False
 
 
 def sample_key(member: str) -> str:

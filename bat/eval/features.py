@@ -20,7 +20,7 @@ from torch import Tensor
 from bat.audio.decode import MAX_FILE_SECONDS
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index
-from bat.data.loader import LastingLoader
+from bat.data.loader import Loader
 from bat.data.module import AudioData, eval_loader
 from bat.data.order import make_plan
 from bat.data.plan import MixedPlan, Plan
@@ -265,7 +265,7 @@ class FeatureStream:
         keys = map(self.index.key, ids)
         return [key for key in keys if key not in self.bad_clips.keys]
 
-    def loader(self, ids: np.ndarray, *, batch: int, workers: int | None = None) -> LastingLoader:
+    def loader(self, ids: np.ndarray, *, batch: int, workers: int | None = None) -> Loader:
         """The waves of ``ids`` once, in order."""
         return eval_loader(
             self.index,

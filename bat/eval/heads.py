@@ -20,8 +20,6 @@ from bat.probes.base import Probe, build_probe, known_probes
 from bat.weights import CONFIG, WEIGHTS, check_numbers, read_json, read_tensors
 
 FORMAT, VERSION = "bat-head", 1
-HOW = {"kernel"}
-"""Settings that say how a head is computed, not what: not written, so it loads on any machine."""
 SHAPE: dict[str, Range] = {
     "classes": (int, 1, 1 << 17),
     "width": (int, 1, 16_384),
@@ -56,7 +54,7 @@ def save_head(
         "probe": name,
         "settings": {
             **{k: getattr(probe, k) for k in SHAPE},
-            **{k: v for k, v in head.items() if k not in HOW},
+            **head,
         },
         **meta,
     }

@@ -240,7 +240,7 @@ def _that_fit(
     index, window = data.index, data.config.data.clip_seconds
     long = np.zeros(len(index), bool)
     for i in range(len(index)):
-        if frames is not None:
+        if frames is not None and isinstance(backbone, SpectrogramEncoder):
             patches = frames // backbone.patch
         elif index.frames[i] > 0 and index.rate[i] > 0:
             seconds = min(float(index.frames[i] / index.rate[i]), window)
@@ -253,7 +253,7 @@ def _that_fit(
     rounds = [replace(held, train=held.train[~long[held.train]]) for held in data.rounds]
     empty = next((held for held in rounds if not len(held.train)), None)
     first = index.key(int(long.argmax()))
-    why = f"longer than its clip has time patches of {backbone.patch_hop_ms:g} ms"
+    why = f"longer than its clip has time patches of {1000 * backbone.hop_seconds:g} ms"
     if empty is not None:
         raise UserError(
             f"the text of every training clip is {why} (the first: {first}): CTC needs a patch for "

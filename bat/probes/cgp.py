@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from bat.errors import UserError
 from bat.probes.base import Level, Probe, fill_padding, mean_patch
 from bat.probes.extremes import pool_prototypes
-from bat.probes.mixing import Kernel, few_rows, mix_normalised
+from bat.probes.mixing import few_rows, mix_normalised
 from bat.types import Features, Needs
 
 Cls = Literal["patches", "mean"]
@@ -39,7 +39,6 @@ class CGP(Probe):
     """Convex Gated Probing. ``prototypes``: K; ``dropout``: rate before the linear layer; ``cls``:
     what stands in for a class token, see above; None: ``patches``.
 
-    ``kernel``: of mixing and pooling, ``portable`` or ``triton`` (GPUs).
     """
 
     has_prototypes = True
@@ -55,7 +54,6 @@ class CGP(Probe):
         prototypes: int = 10_000,
         dropout: float = 0.2,
         cls: Cls | None = None,
-        kernel: Kernel = "portable",
     ) -> None:
         super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
         check_cls(cls, has_cls=has_cls, level=level)
@@ -63,12 +61,11 @@ class CGP(Probe):
         self.layer_logits = nn.Parameter(torch.ones(depth))  # (L,)
         self.prototypes = nn.Parameter(0.02 * torch.randn(prototypes, width))  # (K, D)
         self.dropout = nn.Dropout(dropout)
-        self.kernel = kernel
         self.fc = nn.Linear(3 * prototypes, classes)
 
     def forward(self, features: Features) -> Tensor:
         gate = self.layer_logits.softmax(0)  # (L,)
-        mixed = mix_normalised(features.patches, gate, kernel=self.kernel)  # (B, T, F, D)
+        mixed = mix_normalised(features.patches, gate)  # (B, T, F, D)
         frame = self.level == "frame"
         if frame:
             tokens = mixed.flatten(0, 1)  # (G, M, D)
@@ -76,12 +73,12 @@ class CGP(Probe):
         elif self.has_cls or self.cls == "mean":
             one = features.cls if self.has_cls else mean_patch(features.patches, features)
             assert one is not None
-            middle = mix_normalised(one, gate, kernel=self.kernel)  # (B, D)
+            middle = mix_normalised(one, gate)  # (B, D)
         else:
             middle = mean_patch(mixed, features)
         if not frame:
             tokens = fill_padding(mixed, features).flatten(1, 2)
-        x = pool_prototypes(tokens, self.prototypes, middle, kernel=self.kernel)  # (G, K, 3)
+        x = pool_prototypes(tokens, self.prototypes, middle)  # (G, K, 3)
         x = x.flatten(1)  # (G, 3 K), prototype-major
         x = self.dropout(x)
         if not frame:

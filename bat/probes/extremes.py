@@ -14,7 +14,7 @@ the picked tokens, a, and projects in place: ``(a - (a . n(p)) n(p)) / ||p||``. 
 (frame level) the picks are no longer sparse: a matrix product sums them.
 
 Operators of PyTorch's library (``bat::pool_prototypes``), so that ``torch.compile`` takes each as
-one node. ``kernel="triton"`` (``extremes_triton.py``) is another forward, on GPUs.
+one node.
 
 Departure: of exactly equal similarities the first token gets the whole gradient, as with
 ``torch.min(dim=...)``; ``torch.amin`` would share it out evenly.
@@ -31,8 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bat.probes.extremes_triton import extremes as triton_extremes
-from bat.probes.mixing import EPS, Kernel, check_kernel, sum_type
+from bat.probes.mixing import EPS, sum_type
 
 BLOCK_ELEMENTS = 2**21
 """Similarities made at a time: 8 MB in float32, within a CPU's cache; a GPU takes 16x."""
@@ -51,19 +50,16 @@ def pool_prototypes(
     *,
     low: bool = True,
     signs: bool = False,
-    kernel: Kernel = "portable",
 ) -> Tensor:
     """Features of each prototype: (G, M, D), (K, D), (G, D) -> (G, K, P), float32.
 
     P is 1 to 3: the minimum where ``low``, the product with ``middle`` where there is one, the
     maximum. ``signs``: the prototypes are their signs (+1 where >= 0, else -1) over sqrt(D), and
-    the gradient passes to the real values unchanged (straight through). Raises ``UserError`` for a
-    ``kernel`` that is not known or cannot run here.
+    the gradient passes to the real values unchanged (straight through).
     """
-    check_kernel(kernel)
     device = tokens.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
-    out, _ = torch.ops.bat.pool_prototypes(tokens, prototypes, middle, low, signs, kind, kernel)
+    out, _ = torch.ops.bat.pool_prototypes(tokens, prototypes, middle, low, signs, kind)
     return out
 
 
@@ -91,8 +87,8 @@ def _norms(used: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _SCHEMA = (
-    "(Tensor tokens, Tensor prototypes, Tensor? middle, bool low, bool signs, ScalarType kind, "
-    "str kernel) -> (Tensor, Tensor)"
+    "(Tensor tokens, Tensor prototypes, Tensor? middle, bool low, bool signs, ScalarType kind) "
+    "-> (Tensor, Tensor)"
 )
 
 
@@ -104,28 +100,23 @@ def _pool(
     low: bool,
     signs: bool,
     kind: torch.dtype,
-    kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """Features (G, K, P) and the picked tokens (K, E, G) int32, E = 2 where ``low``, else 1."""
-    out, picks = _fake_pool(tokens, prototypes, middle, low, signs, kind, kernel)
+    out, picks = _fake_pool(tokens, prototypes, middle, low, signs, kind)
     G, M, D = tokens.shape
     with torch.autocast(tokens.device.type, enabled=False):  # kind says it all
         rows = tokens.reshape(G * M, D).to(kind)  # (G M, D)
         centre = None if middle is None else middle.to(kind)
-        if kernel == "triton":
-            rows, used = rows.contiguous(), _as_used(prototypes, signs).to(kind).contiguous()
-            triton_extremes(rows.view(G, M, D), used, out, picks)
         for block in _blocks(tokens, prototypes):
             used = _as_used(prototypes[block], signs)  # (k, D)
             norm = _norms(used, out.dtype)
             used = used.to(kind)
-            if kernel == "portable":
-                s = (used @ rows.T).view(-1, G, M)  # (k, G, M)
-                ends = [_end(s, low=True), _end(s)] if low else [_end(s)]
-                del s  # before the next block's exists
-                for e, (values, index) in enumerate(ends):
-                    picks[block, e] = index
-                    out[:, block, -1 if e == len(ends) - 1 else 0] = values.T
+            s = (used @ rows.T).view(-1, G, M)  # (k, G, M)
+            ends = [_end(s, low=True), _end(s)] if low else [_end(s)]
+            del s  # before the next block's exists
+            for e, (values, index) in enumerate(ends):
+                picks[block, e] = index
+                out[:, block, -1 if e == len(ends) - 1 else 0] = values.T
             if centre is not None:
                 out[:, block, int(low)] = centre @ used.T
             out[:, block] /= norm[:, None]
@@ -151,7 +142,6 @@ def _fake_pool(
     low: bool,
     signs: bool,
     kind: torch.dtype,
-    kernel: str,
 ) -> tuple[Tensor, Tensor]:
     G, K, E = tokens.shape[0], prototypes.shape[0], 1 + low
     out = tokens.new_empty(G, K, E + (middle is not None), dtype=sum_type(tokens))
@@ -292,7 +282,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tokens, prototypes, middle, _, ctx.signs, ctx.kind, _ = inputs
+    tokens, prototypes, middle, _, ctx.signs, ctx.kind = inputs
     ctx.save_for_backward(tokens, prototypes, middle, output[1])
 
 
@@ -302,7 +292,7 @@ def _back(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         grad, *ctx.saved_tensors, ctx.signs, ctx.kind, wanted
     )
     given = [g if want else None for g, want in zip(grads, wanted, strict=True)]
-    return (*given, None, None, None, None)
+    return (*given, None, None, None)
 
 
 _pool.register_autograd(_back, setup_context=_save)

@@ -10,15 +10,10 @@ Sums and norms are float32 whatever the features are (float64 stays), with no co
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from bat.errors import UserError
-from bat.probes import mixing_triton
-
-Kernel = Literal["portable", "triton"]
 
 EPS = 1e-12
 """Least norm that divides, as in ``torch.nn.functional.normalize``."""
@@ -26,16 +21,14 @@ CPU_TOKENS = 512
 """Tokens at a time on the CPU: 1.6 MB of float32 at D = 768."""
 
 
-def mix_normalised(layers: Tensor, gate: Tensor, *, kernel: Kernel = "portable") -> Tensor:
+def mix_normalised(layers: Tensor, gate: Tensor) -> Tensor:
     """``sum_l gate_l n(layers_l)``: (L, ..., D), (L,) -> (..., D), not normalised again.
 
-    Float32 (float64 of float64 ``layers``). Gradients go to both. ``kernel="triton"``: GPUs. Raises
-    ``UserError`` for a ``kernel`` that is not known or cannot run here.
+    Float32 (float64 of float64 ``layers``). Gradients go to both.
     """
-    check_kernel(kernel)
     rows = layers.unsqueeze(1) if layers.ndim == 3 else layers  # class tokens: one clip's worth
     rows = rows.flatten(2, -2)  # (L, B, N, D)
-    mixed, _ = torch.ops.bat.mix_normalised(rows, gate.to(sum_type(layers)), kernel)
+    mixed, _ = torch.ops.bat.mix_normalised(rows, gate.to(sum_type(layers)))
     return mixed.view(layers.shape[1:])
 
 
@@ -47,12 +40,6 @@ def few_rows(layer: nn.Linear, x: Tensor) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         return layer(x)
-
-
-def check_kernel(kernel: str) -> None:
-    """Raise ``UserError`` for one that is not known."""
-    if kernel not in get_args(Kernel):
-        raise UserError(f"kernel={kernel} is not known: portable or triton")
 
 
 def sum_type(x: Tensor) -> torch.dtype:
@@ -75,12 +62,10 @@ def _pieces(rows: Tensor) -> Iterator[tuple[slice, slice]]:
 @torch.library.custom_op(
     "bat::mix_normalised",
     mutates_args=(),
-    schema="(Tensor rows, Tensor gate, str kernel) -> (Tensor, Tensor)",
+    schema="(Tensor rows, Tensor gate) -> (Tensor, Tensor)",
 )
-def _mix(rows: Tensor, gate: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+def _mix(rows: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (L, B, N, D), gate (L,) -> mixed (B, N, D), norms (L, B, N, 1)."""
-    if kernel == "triton":
-        return mixing_triton.mix(rows, gate, eps=EPS)
     L, B, N, D = rows.shape
     mixed = gate.new_zeros(B, N, D)
     norms = gate.new_empty(L, B, N, 1)
@@ -95,7 +80,7 @@ def _mix(rows: Tensor, gate: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
 
 
 @_mix.register_fake
-def _(rows: Tensor, gate: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+def _(rows: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     L, B, N, D = rows.shape
     return gate.new_empty(B, N, D), gate.new_empty(L, B, N, 1)
 
@@ -103,15 +88,12 @@ def _(rows: Tensor, gate: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "bat::mix_normalised_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor rows, Tensor gate, Tensor norms, bool wanted, str kernel) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor grad, Tensor rows, Tensor gate, Tensor norms, bool wanted) -> (Tensor, Tensor)",
 )
 def _mix_backward(
-    grad: Tensor, rows: Tensor, gate: Tensor, norms: Tensor, wanted: bool, kernel: str
+    grad: Tensor, rows: Tensor, gate: Tensor, norms: Tensor, wanted: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the gate (L,) and, where ``wanted``, of the rows (else an empty tensor)."""
-    if kernel == "triton" and not wanted:
-        return mixing_triton.gate_gradient(grad, rows, norms), rows.new_empty(0)
     to_gate = torch.zeros_like(gate)
     to_rows = torch.empty_like(rows) if wanted else rows.new_empty(0)
     with torch.autocast(rows.device.type, enabled=False):  # as in the forward
@@ -128,23 +110,21 @@ def _mix_backward(
 
 @_mix_backward.register_fake
 def _(
-    grad: Tensor, rows: Tensor, gate: Tensor, norms: Tensor, wanted: bool, kernel: str
+    grad: Tensor, rows: Tensor, gate: Tensor, norms: Tensor, wanted: bool
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(gate), torch.empty_like(rows) if wanted else rows.new_empty(0)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: tuple[Tensor, Tensor]) -> None:
-    rows, gate, ctx.kernel = inputs
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    rows, gate = inputs
     ctx.save_for_backward(rows, gate, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _back(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[0]
-    to_gate, to_rows = torch.ops.bat.mix_normalised_backward(
-        grad, *ctx.saved_tensors, wanted, ctx.kernel
-    )
-    return to_rows if wanted else None, to_gate, None
+    to_gate, to_rows = torch.ops.bat.mix_normalised_backward(grad, *ctx.saved_tensors, wanted)
+    return to_rows if wanted else None, to_gate
 
 
 _mix.register_autograd(_back, setup_context=_save)

@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bat.probes.base import Level, Probe
-from bat.probes.mixing import Kernel
 from bat.probes.protobin import best_match
 from bat.types import Features, Needs
 
@@ -37,10 +36,7 @@ BIAS = -2.0
 
 
 class Proto(Probe):
-    """``per_class``: J, None 20; ``orthogonality``: w; ``dropout``: rate before the weights.
-
-    ``kernel``: of normalising and pooling, ``portable`` or ``triton`` (GPUs).
-    """
+    """``per_class``: J, None 20; ``orthogonality``: w; ``dropout``: rate before the weights."""
 
     has_prototypes = True
 
@@ -55,7 +51,6 @@ class Proto(Probe):
         per_class: int | None = None,
         orthogonality: float = 1.0,
         dropout: float = 0.2,
-        kernel: Kernel = "portable",
     ) -> None:
         super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
         J = PER_CLASS if per_class is None else per_class
@@ -64,7 +59,6 @@ class Proto(Probe):
         self.raw_weights = nn.Parameter(torch.full((classes, J), math.log(math.e - 1)))
         self.bias = nn.Parameter(torch.full((classes,), BIAS))
         self.dropout = nn.Dropout(dropout)
-        self.kernel = kernel
 
     @property
     def class_weights(self) -> Tensor:
@@ -72,7 +66,7 @@ class Proto(Probe):
         return F.softplus(self.raw_weights)
 
     def forward(self, features: Features) -> Tensor:
-        x = best_match(features, self.prototypes, level=self.level, signs=False, kernel=self.kernel)
+        x = best_match(features, self.prototypes, level=self.level, signs=False)
         own = self.dropout(x).unflatten(-1, self.raw_weights.shape)  # (..., C, J) float32
         return (own * self.class_weights).sum(-1) + self.bias  # (B, C) or (B, T, C)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bat.probes.base import Level, Probe, fill_padding
 from bat.probes.extremes import pool_prototypes
-from bat.probes.mixing import Kernel, few_rows, mix_normalised
+from bat.probes.mixing import few_rows, mix_normalised
 from bat.types import Features, Needs
 
 
@@ -29,7 +29,6 @@ class ProtoBin(Probe):
     """Binary prototypes. ``per_class``: J, K = J C; None: K = ``prototypes``. ``dropout``: rate
     before the linear layer.
 
-    ``kernel``: of normalising and pooling, ``portable`` or ``triton`` (GPUs).
     """
 
     has_prototypes = True
@@ -46,19 +45,15 @@ class ProtoBin(Probe):
         prototypes: int = 10_000,
         per_class: int | None = None,
         dropout: float = 0.2,
-        kernel: Kernel = "portable",
     ) -> None:
         super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
         K = prototypes if per_class is None else per_class * classes
         self.prototypes = nn.Parameter(0.02 * torch.randn(K, width))  # (K, D)
         self.dropout = nn.Dropout(dropout)
-        self.kernel = kernel
         self.fc = nn.Linear(K, classes)
 
     def forward(self, features: Features) -> Tensor:
-        x = best_match(
-            features, self.prototypes, level=self.level, signs=self.signs, kernel=self.kernel
-        )
+        x = best_match(features, self.prototypes, level=self.level, signs=self.signs)
         x = self.dropout(x)  # (B, K) or (B, T, K)
         return few_rows(self.fc, x) if self.level == "clip" else self.fc(x)
 
@@ -76,18 +71,16 @@ class ProtoFloat(ProtoBin):
     signs = False
 
 
-def best_match(
-    features: Features, prototypes: Tensor, *, level: Level, signs: bool, kernel: Kernel
-) -> Tensor:
+def best_match(features: Features, prototypes: Tensor, *, level: Level, signs: bool) -> Tensor:
     """Highest cosine of the last block's patches to each prototype (K, D), or to its signs: (B, K)
     at clip level, over frequency (B, T, K) at frame level; float32."""
     last = features.patches[-1:]  # (1, B, T, F, D)
-    tokens = mix_normalised(last, last.new_ones(1), kernel=kernel)  # (B, T, F, D)
+    tokens = mix_normalised(last, last.new_ones(1))  # (B, T, F, D)
     if level == "clip":
         groups = fill_padding(tokens, features).flatten(1, 2)  # (G, M, D)
     else:
         groups = tokens.flatten(0, 1)
-    x = pool_prototypes(groups, prototypes, low=False, signs=signs, kernel=kernel).flatten(1)
+    x = pool_prototypes(groups, prototypes, low=False, signs=signs).flatten(1)
     return x if level == "clip" else x.unflatten(0, tokens.shape[:2])
 
 

@@ -1,10 +1,9 @@
-"""One tar being written: what webdataset's ``TarWriter`` would write, without its torch."""
+"""One tar being written, by webdataset's ``TarWriter``, and its index."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import tarfile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,26 +16,24 @@ class ShardFile:
     """``shard-NUMBER.tar`` of ``out``: under a temporary name, hashed on its way."""
 
     def __init__(self, out: Path, number: int) -> None:
+        os.environ.setdefault("WDS_SECURE", "1")  # no shell from URLs, no pickle
+        from webdataset import TarWriter
+
         self.path = out / f"shard-{number:05d}.tar"
         self.temp = out / f".{self.path.name}.tmp"
         self.file: BinaryIO = self.temp.open("wb")
         self.sha256 = hashlib.sha256()
-        self.clips = self.bytes = 0
+        self.clips = self.bytes = 0  # so far; ``TarWriter`` holds back some of them
+        self._tar = TarWriter(self, user="bat", group="bat", mode=0o644, mtime=0, encoder=False)
 
     def add(self, key: str, clip: Packed, meta: bytes) -> None:
-        for suffix, data in sorted({clip.suffix: clip.data, "json": meta}.items()):
-            header = tarfile.TarInfo(f"{key}.{suffix}")
-            header.size, header.mode, header.mtime = len(data), 0o644, 0
-            header.uname = header.gname = "bat"
-            self._write(header.tobuf(tarfile.USTAR_FORMAT))
-            self._write(data)
-            self._write(bytes(-len(data) % BLOCK))
+        self._tar.write({"__key__": key, clip.suffix: clip.data, "json": meta})
+        self.bytes += sum(BLOCK + -(-len(data) // BLOCK) * BLOCK for data in (clip.data, meta))
         self.clips += 1
 
     def finish(self) -> ShardTable:
         """Close, index, and give the tar its name."""
-        self._write(bytes(2 * BLOCK))
-        self._write(bytes(-self.bytes % tarfile.RECORDSIZE))
+        self._tar.close()
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
@@ -46,7 +43,9 @@ class ShardFile:
         table.save(self.path.with_suffix(".idx.npz"))
         return table
 
-    def _write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> int:
+        """Take the next bytes of the tar."""
+        if self.file.closed:  # given up; ``tarfile`` flushes as it is collected
+            return len(data)
         self.sha256.update(data)
-        self.bytes += len(data)
-        self.file.write(data)
+        return self.file.write(data)

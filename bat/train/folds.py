@@ -110,7 +110,6 @@ class Folds:
             min_seconds=data.min_seconds,
             max_seconds=data.max_seconds,
             workers=data.workers,
-            worker_restarts=config.health.worker_restarts,
             cache_bytes=int(data.cache_waves_gb * 1e9),
             look_ahead=data.window,
             max_bad=data.max_bad,

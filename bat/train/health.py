@@ -5,7 +5,7 @@
 - The clips of a line of metrics a second, against the run's own median.
 - The share of time spent waiting for batches (on a GPU the host runs ahead of the device, so part
   of it may have cost nothing), and the most memory of the GPU in use, a line.
-- Loader workers that died and were replaced (``bat/data/loader.py``).
+- Loader workers that died (``bat/data/loader.py``): the run is saved and ends.
 
 What is wrong goes to the log, to ``metrics.jsonl`` and to the progress bar (``Metrics.event``).
 """
@@ -75,7 +75,11 @@ class HealthMonitor(StepCallback):
         assert order.index(self) < order.index(self.metrics), "HealthMonitor goes before Metrics"
         trainer.profiler = self.clock  # type: ignore[attr-defined]
         self._rank = f"rank {trainer.global_rank}: " if trainer.world_size > 1 else ""
-        self.data.on_restart = lambda line: self._say("worker", line)
+        self.data.on_death = self._worker_died
+
+    def _worker_died(self, line: str) -> None:
+        self._say("worker", line)
+        self.stopping.ask(line)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -84,7 +84,6 @@ def open_stream(config: Pretrain, out: Path | None = None) -> PretrainData:
         workers=data.workers,
         cache_bytes=int(data.cache_waves_gb * 1e9),
         max_bad=data.max_bad,
-        worker_restarts=config.health.worker_restarts,
         out=out,
     )
     return PretrainData(stream, task, index)
@@ -131,7 +130,6 @@ def _sequential(config: Pretrain, out: Path | None, why: NotIndexable) -> Sequen
         max_seconds=data.max_seconds,
         workers=data.workers,
         max_bad=data.max_bad,
-        worker_restarts=config.health.worker_restarts,
         out=out,
         retries=data.retries,
         timeout_seconds=data.timeout_seconds,

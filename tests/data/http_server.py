@@ -24,14 +24,12 @@ class FaultyServer:
     ``faults[name]``: what to do with the next requests of a file, one each: ``"500"`` or another
     status; ``"stall"``: send 10 bytes, then nothing; ``"drop:N"``: promise all, send N and close;
     ``"short:N"``: pretend the rest has N bytes; ``"end:N"``: as drop, without having promised a
-    length; ``"crawl"``: a byte each 20 ms; ``""``: behave. The last one stays where it ends in
-    ``*``, e.g. ``"500*"``. ``ranges=False``: ranges are ignored. Where ``conditions`` is False,
-    ``If-Range`` is.
+    length; ``""``: behave. The last one stays where it ends in ``*``, e.g. ``"500*"``.
+    ``ranges=False``: ranges are ignored.
     """
 
     def __init__(self, folder: Path, *, ranges: bool = True, listing: bool = True) -> None:
         self.folder, self.ranges, self.listing = folder, ranges, listing
-        self.conditions = True
         self.faults: defaultdict[str, list[str]] = defaultdict(list)
         self.requests: list[tuple[str, str]] = []
         """(name, range) of each request."""
@@ -81,6 +79,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
         pass
 
+    def do_HEAD(self) -> None:
+        """Not counted, and without faults."""
+        server = self.server_of
+        name = unquote(urlsplit(self.path).path).lstrip("/")
+        path = server.folder / name
+        self.send_response(302 if name in server.redirects else 200 if path.is_file() else 404)
+        if name in server.redirects:
+            self.send_header("Location", server.redirects[name])
+        if path.is_file():
+            self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+        self.send_header("Content-Length", str(path.stat().st_size if path.is_file() else 0))
+        self.end_headers()
+
     def do_GET(self) -> None:
         server = self.server_of
         name = unquote(urlsplit(self.path).path).lstrip("/")
@@ -109,8 +120,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         data = path.read_bytes()
         whole = len(data)
         tag = f'"{path.stat().st_mtime_ns}"'
-        same = self.headers.get("If-Range", tag) == tag or not server.conditions
-        ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", asked) if server.ranges and same else None
+        ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", asked) if server.ranges else None
         if ranged:
             first = int(ranged[1])
             data = data[first : int(ranged[2]) + 1 if ranged[2] else None]
@@ -135,12 +145,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif kind == "stall":
             self.wfile.write(data[:10])
             server.done.wait(20)
-            self.close_connection = True
-        elif kind == "crawl":
-            for i in range(len(data)):
-                self.wfile.write(data[i : i + 1])
-                if server.done.wait(0.02):
-                    break
             self.close_connection = True
         else:
             self.wfile.write(data)

@@ -1,19 +1,19 @@
-"""The local cache of remote shards: one fetch, bounded, patient with what fails."""
+"""The local cache of remote shards: one fetch, bounded; what is fetched in the background."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from bat.data.cache import ShardCache
+from bat.data.cache import THREADS, Prefetcher, ShardCache
 
 
 def content(name: str, size: int) -> bytes:
@@ -27,7 +27,7 @@ class Fetches:
         self.size, self.slow, self.go, self.begun = size, slow, threading.Event(), list[str]()
 
     def read(self, cache: ShardCache, name: str) -> bytes:
-        def fetch(part: Path, again: bool) -> None:
+        def fetch(part: Path) -> None:
             self.begun.append(name)
             if name in self.slow:
                 assert self.go.wait(10)
@@ -53,7 +53,7 @@ def test_threads_that_want_the_same_shard_fetch_it_once(tmp_path: Path) -> None:
 def test_processes_that_want_the_same_shard_fetch_it_once(tmp_path: Path) -> None:
     cache, log = ShardCache(tmp_path, max_bytes=1000), tmp_path / "log"
 
-    def fetch(part: Path, again: bool) -> None:
+    def fetch(part: Path) -> None:
         with log.open("a") as file:
             file.write("x")
         time.sleep(0.2)
@@ -91,153 +91,105 @@ def test_a_dead_part_makes_room(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob("*-*")) == ["b-100.tar"]
 
 
-def test_what_fails_is_left_alone_longer_each_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = time.time()
-    monkeypatch.setattr("bat.data.cache.time.time", lambda: now)
-    cache = ShardCache(tmp_path, max_bytes=1000, hold_seconds=10)
-    tries: list[bool] = []
-
-    def fetch(part: Path, again: bool) -> None:
-        tries.append(again)
-        raise OSError(5, "no answer")
-
-    for later, count in ((0, 1), (9, 1), (11, 2), (19, 2), (21, 3), (39, 3), (41, 4)):
-        now = time.time_ns() / 1e9 + later  # the clock of the files goes on by itself
-        with pytest.raises(OSError, match="no answer"):
-            cache.open("a", 100, fetch)
-        assert len(tries) == count, later
-    assert tries == [False, True, True, True]
-
-
 def test_too_large_for_the_cache(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="200 bytes do not fit in a cache of 150"):
         Fetches(200).read(ShardCache(tmp_path, max_bytes=150), "a")
 
 
-class Disk:
-    """A disk of ``total`` bytes under ``folder``: fetches of 1 to 100 bytes of a shard each fail
-    once it is full."""
+def test_cache__unreachable_shard_is_left_alone_for_a_while(tmp_path: Path) -> None:
+    cache, tries = ShardCache(tmp_path, max_bytes=1000, hold_seconds=0.3), list[Path]()
 
-    def __init__(self, folder: Path, total: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.total, self.lock, self.full = folder, total, threading.Lock(), 0
-        monkeypatch.setattr(
-            "bat.data.cache.shutil.disk_usage", lambda _: SimpleNamespace(free=self.free())
-        )
-
-    def free(self) -> int:
-        sizes = []
-        for path in self.folder.glob("*-*.*"):
-            with contextlib.suppress(FileNotFoundError):
-                sizes.append(path.stat().st_size)
-        return self.total - sum(sizes)
-
-    def fetch(self, part: Path, again: bool) -> None:
-        name, _, size = part.stem.rpartition("-")
-        while (at := part.stat().st_size) < int(size):
-            with self.lock:
-                if self.free() < 10:
-                    self.full += 1
-                    raise OSError(errno.ENOSPC, "No space left on device")
-                with part.open("ab") as file:
-                    file.write(content(name, int(size))[at : at + 10])
-            time.sleep(0.001)
-
-    def read(self, cache: ShardCache, name: str, size: int) -> bytes:
-        fd = cache.open(name, size, self.fetch)
-        try:
-            return os.pread(fd, size, 0)
-        finally:
-            os.close(fd)
-
-
-def test_a_disk_smaller_than_the_cache_may_be_makes_shards_go_earlier(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disk = Disk(tmp_path, 250, monkeypatch)
-    cache = ShardCache(tmp_path, max_bytes=1 << 60)
-    assert (cache.max_bytes, cache.room()) == (1 << 60, 250)  # what is promised; what there is
-    for name in "abcab":
-        assert disk.read(cache, name, 100) == content(name, 100)
-        assert disk.free() >= 50
-    assert cache.room() == 250
-    assert disk.full == 0  # room was made before
-    (tmp_path / "somebody-elses.bin").write_bytes(b"x" * 180)
-    with pytest.raises(OSError, match=r"is full \(0 bytes free, a shard has 100\): make room"):
-        disk.read(cache, "d", 100)
-    assert not list((tmp_path / "failed").iterdir())  # no fault of the server
-
-
-def test_a_disk_that_fills_up_during_a_fetch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disk = Disk(tmp_path, 300, monkeypatch)
-    cache = ShardCache(tmp_path, max_bytes=1 << 60)
-    disk.read(cache, "a", 100)
-    begun: list[int] = []
-
-    def fetch(part: Path, again: bool) -> None:
-        begun.append(part.stat().st_size)
-        disk.total = 150  # somebody else's
-        disk.fetch(part, again)
-
-    os.close(cache.open("b", 100, fetch))
-    assert begun == [0, 50]  # a went, b went on
-    assert [p.name for p in tmp_path.glob("*.tar")] == ["b-100.tar"]
-
-
-def test_fetches_that_share_a_full_disk_wait_for_one_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disk, cache = Disk(tmp_path, 150, monkeypatch), ShardCache(tmp_path, max_bytes=1 << 60)
-    with ThreadPoolExecutor(3) as pool:
-        reads = {name: pool.submit(disk.read, cache, name, 100) for name in "abc"}
-        for name, read in reads.items():
-            assert read.result(20) == content(name, 100)
-
-
-def test_a_new_run_tries_anew_what_failed(tmp_path: Path) -> None:
-    tries: list[bool] = []
-
-    def fetch(part: Path, again: bool) -> None:
-        tries.append(again)
+    def fetch(part: Path) -> None:
+        tries.append(part)
         raise OSError(5, "no answer")
 
-    cache = ShardCache(tmp_path, max_bytes=1000, hold_seconds=90)
-    with pytest.raises(OSError, match="no answer; tried again after 90 s, or by the next run"):
-        cache.open("a", 100, fetch)
-    with pytest.raises(OSError, match=r"no answer; tried again after (90|89) s, or"):
-        cache.open("a", 100, fetch)
-    cache.forgive(["b"])
+    for _ in range(3):
+        with pytest.raises(OSError, match="no answer; tried again"):
+            cache.open("a", 100, fetch)
+    assert len(tries) == 1
+    time.sleep(0.35)
     with pytest.raises(OSError, match="no answer"):
         cache.open("a", 100, fetch)
-    assert tries == [False]
-    cache.forgive(["a", "b"])
-    with pytest.raises(OSError, match="no answer; tried again after 90 s"):
-        cache.open("a", 100, fetch)
-    assert tries == [False, False]
+    assert len(tries) == 2
+    assert not list(tmp_path.glob("*.part"))
 
 
-def test_an_ending_run_waits_for_nothing_and_blames_nobody(
+def disk(folder: Path, total: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk of ``total`` bytes under ``folder``."""
+
+    def free(_: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=total - sum(p.stat().st_size for p in folder.glob("*-*.*")))
+
+    monkeypatch.setattr("bat.data.cache.shutil.disk_usage", free)
+
+
+def test_cache__small_disk_makes_shards_go_earlier(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, fetches = ShardCache(tmp_path, max_bytes=150), Fetches(100, slow="a")
+    disk(tmp_path, 250, monkeypatch)
+    cache, fetches = ShardCache(tmp_path, max_bytes=1 << 60), Fetches(100)
+    assert cache.room() == 250
+    for name in "abcab":
+        assert fetches.read(cache, name) == content(name, 100)
+        assert len(list(tmp_path.glob("*.tar"))) <= 2
+    assert cache.room() == 250
+    (tmp_path / "somebody-elses.bin").write_bytes(b"x" * 180)
+    for _ in range(2):  # it is not remembered as unreachable
+        with pytest.raises(OSError, match=r"is full \(70 bytes free, a shard has 100\): make room"):
+            fetches.read(cache, "d")
+    (tmp_path / "somebody-elses.bin").unlink()
+    assert fetches.read(cache, "d") == content("d", 100)
 
-    def fetch(part: Path, again: bool) -> None:
-        raise OSError(errno.ECANCELED, "the run is ending")
 
-    with pytest.raises(OSError, match="the run is ending"):
-        cache.open("b", 100, fetch)
-    assert not list((tmp_path / "failed").iterdir())
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(fetches.read, cache, "a")
-        while not fetches.begun:
-            time.sleep(0.01)
-        with monkeypatch.context() as patch:
-            patch.setattr("bat.data.ending.ending", lambda: True)
-            for name in "ab":  # its lock; its room
-                with pytest.raises(OSError, match="the run is ending"):
-                    fetches.read(cache, name)
-        fetches.go.set()
-        assert first.result(10) == content("a", 100)
+def test_cache__disk_that_fills_up_during_a_fetch_is_named(tmp_path: Path) -> None:
+    def fetch(part: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"the disk of the cache .* is full .*data\.cache"):
+        ShardCache(tmp_path, max_bytes=1000).open("a", 100, fetch)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_an_error_ends_no_thread(caplog: pytest.LogCaptureFixture) -> None:
+    done: list[int] = []
+
+    def do(number: int) -> None:
+        done.append(number)
+        if number < 2 * THREADS:
+            raise ValueError(f"bug {number}")
+
+    prefetcher = Prefetcher(do)
+    prefetcher.want(range(2 * THREADS))
+    until(lambda: len(done) == 2 * THREADS)
+    prefetcher.want([10, 11])
+    until(lambda: len(done) == 2 * THREADS + 2)
+    assert sorted(done) == [*range(2 * THREADS), 10, 11]
+    assert sum(record.exc_info is not None for record in caplog.records) == 2 * THREADS
+
+
+def test_a_new_list_replaces_what_waits_and_does_nothing_twice_at_once() -> None:
+    begun, go = list[int](), {0: threading.Event(), 1: threading.Event()}
+
+    def do(number: int) -> None:
+        begun.append(number)
+        if number in go:
+            assert go[number].wait(10)
+
+    prefetcher = Prefetcher(do)
+    prefetcher.want([0, 1, 2, 3])
+    until(lambda: len(begun) == 2)
+    prefetcher.want([0, 1, 5, 6])
+    go[1].set()
+    until(lambda: len(begun) == 4)  # the other thread is still at 0, this one does not wait for it
+    assert begun[2:] == [5, 6]
+    go[0].set()
+    until(lambda: not prefetcher._busy)
+    prefetcher.want([1])
+    until(lambda: begun.count(1) == 2)

@@ -8,8 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bat.audio.decode import write_rolled
-from bat.data.collate import BatchRows
-from bat.data.stream import as_it_is
+from bat.data.stream import BatchRows, as_it_is
 
 WAVE = np.arange(1, 6, dtype=np.float32)
 

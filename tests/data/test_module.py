@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +17,6 @@ from bat.data.index import Index, open_index
 from bat.data.module import AudioData, eval_loader
 from bat.data.order import make_plan
 from bat.data.plan import Plan
-from bat.data.workers import worker_init
 from bat.errors import UserError
 from bat.types import WaveBatch
 
@@ -340,16 +337,6 @@ def test_settings_out_of_range(toy_index: Index) -> None:
         data(toy_index, max_bad=5)
     with pytest.raises(UserError, match="clip_seconds=0"):
         data(toy_index, clip_seconds=0)
-
-
-def test_a_worker_outlives_the_runs_signals() -> None:
-    pid = os.fork()
-    if pid == 0:
-        worker_init(0)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            os.kill(os.getpid(), number)
-        os._exit(7)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
 
 
 def test_ranks_with_different_streams_are_refused(toy_index: Index, monkeypatch) -> None:

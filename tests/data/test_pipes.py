@@ -9,6 +9,7 @@ import signal
 import tarfile
 import time
 from collections.abc import Iterator
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,16 @@ import pytest
 from bat.audio.decode import encode
 from bat.data import pipes
 from bat.data.index import open_index
+from bat.data.loader import OUTLIVED
 from bat.data.pipes import allow_pipes, output_of
 from bat.data.sequential import SequentialClips
 from bat.data.sequential_data import SequentialData
-from bat.data.sources import NotIndexable, Patience, Shard, find
+from bat.data.sources import NotIndexable, RetryPolicy, Shard, find
 from bat.data.splits import choose_split
 from bat.data.tar_stream import open_stream, stream_members
-from bat.data.workers import OUTLIVED
 from bat.errors import UserError
-from tests.data.test_board import until
-from tests.data.test_loader import gone, processes
+from tests.data.test_heartbeat import until
+from tests.data.test_loader import alive, kill_all
 
 WAV = encode(np.ones(1_600, np.float32) * 0.1, sample_rate=16_000, codec="wav")
 
@@ -70,7 +71,7 @@ def test_only_find_makes_a_shard_a_command(tmp_path: Path, allowed: None) -> Non
     assert not Shard(f"pipe:touch {tmp_path}/owned").command
     with (
         pytest.raises((OSError, ValueError)),
-        open_stream(Shard(f"pipe:touch {tmp_path}/owned"), Patience(1, 1.0, 0.0)),
+        open_stream(Shard(f"pipe:touch {tmp_path}/owned"), RetryPolicy(1, 1.0, 0.0)),
     ):
         pass
     assert not (tmp_path / "owned").exists()
@@ -84,7 +85,7 @@ def test_what_a_command_writes_is_read_epoch_after_epoch(tmp_path: Path, allowed
     assert taken(f"{cat} | gzip -c", 3) == ["x", "y", "z"]
     with pytest.raises(NotIndexable, match=r"^pipe-[0-9a-f]{8} is what a command writes"):
         open_index([cat])
-    shards = choose_split(find(cat), "auto", Patience()).shards
+    shards = choose_split(find(cat), "auto", RetryPolicy()).shards
     assert [s.command for s in shards] == [True]
 
 
@@ -175,7 +176,7 @@ def test_a_command_that_stays_after_its_output_is_not_waited_for(
 
 
 def test_a_tar_from_a_command_ends_as_any_other(tmp_path: Path, allowed: None) -> None:
-    with open_stream(find(f"pipe:cat {tar(tmp_path / 'a.tar', 'xy')}")[0], Patience()) as file:
+    with open_stream(find(f"pipe:cat {tar(tmp_path / 'a.tar', 'xy')}")[0], RetryPolicy()) as file:
         assert [member.name for member, _ in stream_members(file)] == ["x.wav", "y.wav"]
 
 
@@ -234,6 +235,16 @@ def stuck(folder: Path) -> SequentialData:
     )
 
 
+def gone(pids: list[int], seconds: float) -> bool:
+    """Whether processes that are not our children end in time."""
+    end = time.monotonic() + seconds
+    while any(alive(pid) for pid in pids):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def pids_of(folder: Path) -> list[int]:
     def read() -> list[int]:
         files = [folder / "shell", folder / "child"]
@@ -243,10 +254,12 @@ def pids_of(folder: Path) -> list[int]:
 
 
 def test_a_command_ends_with_a_killed_worker(tmp_path: Path, allowed: None) -> None:
+    before = set(active_children())
     batches: Any = iter(stuck(tmp_path).train_dataloader())
     pids = pids_of(tmp_path)
-    os.kill(processes(batches)[0].pid, signal.SIGKILL)
+    kill_all(before)
     assert gone(pids, 5)
+    del batches
 
 
 def test_a_command_ends_with_a_killed_run(tmp_path: Path, allowed: None) -> None:
@@ -260,16 +273,6 @@ def test_a_command_ends_with_a_killed_run(tmp_path: Path, allowed: None) -> None
     os.kill(run, signal.SIGKILL)
     os.waitpid(run, 0)
     assert gone(pids, 10)
-
-
-def test_a_command_ends_with_a_loader_that_is_dropped(
-    tmp_path: Path, allowed: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
-    batches: Any = iter(stuck(tmp_path).train_dataloader())
-    pids = pids_of(tmp_path)
-    del batches
-    assert gone(pids, 5)
 
 
 def test_a_command_has_its_signals_as_a_shell_finds_them(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bat.data.lost import Losses
-from bat.data.sequential import SequentialClips
+from bat.data.sequential import Losses, SequentialClips
 from bat.data.sequential_data import SequentialData
 from bat.types import Skipped
 from tests.data.test_sequential import WAV, make, tar_bytes

@@ -1,4 +1,4 @@
-"""``data.max_seconds`` and ``health.worker_restarts`` reach every loader that reads clips.
+"""``data.max_seconds`` reaches every loader that reads clips.
 
 Each caller meets a stand-in that tells what it was called with, and nothing is read.
 """
@@ -17,16 +17,14 @@ import torch
 from bat.config import schema
 from bat.config.probing import FeatureStore
 from bat.data.bad_clips import BadClips
-from bat.data.loader import RESTARTS
 from bat.data.module import AudioData
 from bat.data.sequential_data import SequentialData
-from bat.errors import UserError
 from bat.eval import feature_cache, features
 from bat.train import folds, online
 from bat.train.pretrain_data import open_stream
 from bat.types import Needs
 
-LONGEST, RESTARTED = 77.5, 7  # neither is a default
+LONGEST = 77.5  # not the default
 
 
 class Called(Exception):  # noqa: N818
@@ -52,7 +50,7 @@ def given_by(call: Any) -> dict[str, Any]:
 def finetune(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A ``Folds`` without folds."""
     config = schema.Finetune(hardware=schema.Hardware(precision="32-true"))
-    config.data.max_seconds, config.health.worker_restarts = LONGEST, RESTARTED
+    config.data.max_seconds = LONGEST
     monkeypatch.setattr(folds, "make_plan", lambda *_, **__: None)
     monkeypatch.setattr(folds, "AudioData", stand_in)
     monkeypatch.setattr(folds, "FeatureStream", stand_in)
@@ -67,7 +65,7 @@ def finetune(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_pretraining(small: Any, tmp_path: Path, packed: bool) -> None:
-    words = [f"data.max_seconds={LONGEST}", f"health.worker_restarts={RESTARTED}"]
+    words = [f"data.max_seconds={LONGEST}"]
     if packed:
         (tmp_path / "a.tar.gz").write_bytes(gzip.compress(bytes(1024)))
         words.append(f"data.shards={tmp_path}")
@@ -75,15 +73,11 @@ def test_pretraining(small: Any, tmp_path: Path, packed: bool) -> None:
     assert isinstance(stream, SequentialData if packed else AudioData)
     loader = stream.train_dataloader()
     assert loader.dataset.max_seconds == LONGEST  # type: ignore[attr-defined]
-    for _ in range(RESTARTED):
-        loader.restarts.died([(0, -9)])
-    with pytest.raises(UserError, match=rf"more than health\.worker_restarts={RESTARTED}\."):
-        loader.restarts.died([(0, -9)])
 
 
 def test_training_of_a_fold(finetune: Any) -> None:
     given = given_by(lambda: folds.Folds.data(finetune, SimpleNamespace(name="1", train=None)))
-    assert (given["max_seconds"], given["worker_restarts"]) == (LONGEST, RESTARTED)
+    assert given["max_seconds"] == LONGEST
 
 
 def test_judging_a_fold(finetune: Any) -> None:
@@ -154,16 +148,4 @@ def test_streams_of_features(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = np.arange(2)
     given = given_by(lambda: stream.training(ids, batch=1, steps=1, seed=0))
     assert given["max_seconds"] == LONGEST
-    assert "worker_restarts" not in given  # of probes, which have no health: none is named
     assert given_by(lambda: stream.once(ids, batch=1))["max_seconds"] == LONGEST
-
-
-def test_streams_without_the_setting_name_none(small: Any, tmp_path: Path) -> None:
-    index = open_stream(small(out=tmp_path)).index
-    assert index is not None
-    stream = AudioData(index=index, batch=1, batches=1, sample_rate=16_000, clip_seconds=0.1)
-    restarts = stream.train_dataloader().restarts
-    for _ in range(RESTARTS):
-        restarts.died([(0, -9)])
-    with pytest.raises(UserError, match=rf"more than {RESTARTS}\. Most likely"):
-        restarts.died([(0, -9)])

@@ -54,17 +54,6 @@ def test_a_head_is_of_its_encoder(tmp_path):
         load_head(tmp_path, encoder=_encoder(seed=1))
 
 
-def test_how_a_head_was_computed_is_not_part_of_it(tmp_path):
-    words = {**HEAD, "kernel": "triton"}
-    probe = build_probe("cgp", classes=3, width=8, depth=2, has_cls=True, **words)
-    save_head(tmp_path, probe, name="cgp", head=words, meta={})
-    again, config = load_head(tmp_path)
-    assert "kernel" not in config["settings"]
-    assert again.kernel == "portable"
-    features = Features(patches=torch.randn(2, 4, 3, 2, 8), cls=torch.randn(2, 4, 8))
-    assert again(features).shape == (4, 3)  # kernel=triton would need a GPU
-
-
 def test_a_head_that_does_not_fit_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"config\.json is missing"):
         load_head(tmp_path)

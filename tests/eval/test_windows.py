@@ -31,7 +31,7 @@ from bat.eval.prepare import open_probing, prepare, with_encoder
 from bat.eval.probe import probe
 from bat.eval.run_folder import open_data
 from bat.eval.search import cross_validate
-from bat.eval.suite import Laboratory
+from bat.eval.suite import Evaluation
 from bat.probes.base import build_probe, expand
 from bat.tasks.base import load_task
 from bat.tasks.events import Event
@@ -172,7 +172,7 @@ class NoClassToken(BAT):
 def test_what_stands_in_for_a_class_token_is_said_by_the_protocol(own, tmp_path, words, cls):
     ready = prepare(own(PLAIN, "head.prototypes=4", *words))
     backbone = NoClassToken(width=16, depth=2, heads=2, grid=Grid(8, 8))
-    lab = Laboratory(
+    lab = Evaluation(
         dataclasses.replace(ready, backbone=backbone), tmp_path, name="x", methods=["cgp"]
     )
     probe = lab.build("cgp")
@@ -181,9 +181,9 @@ def test_what_stands_in_for_a_class_token_is_said_by_the_protocol(own, tmp_path,
     assert load_head(tmp_path / "head")[0].cls == cls
     if any(word.startswith("head.cls=") for word in words):
         with pytest.raises(UserError, match=f"head.cls={cls} .* this encoder has one"):
-            Laboratory(ready, tmp_path, name="x", methods=["cgp"])
+            Evaluation(ready, tmp_path, name="x", methods=["cgp"])
     else:
-        assert Laboratory(ready, tmp_path, name="x", methods=["cgp"]).head["cls"] is None
+        assert Evaluation(ready, tmp_path, name="x", methods=["cgp"]).head["cls"] is None
 
 
 @pytest.mark.parametrize("level", ["clip", "frame"])

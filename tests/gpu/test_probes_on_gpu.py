@@ -1,4 +1,4 @@
-"""Probes where only a GPU can show it: Triton kernels, bf16, compiled by Inductor, memory."""
+"""Probes where only a GPU can show it: bf16, compiled by Inductor, memory."""
 
 import pytest
 import torch
@@ -14,8 +14,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-KERNELS = ["portable", "triton"]
-
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -26,21 +24,20 @@ def _gradients(out: torch.Tensor, given: list[torch.Tensor]) -> tuple[torch.Tens
     return torch.autograd.grad(out, given, up)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("G", "M"), [(3, 512), (5, 130), (40, 8)])
-def test_float32_pooling_equals_the_cpu(kernel: str, G: int, M: int) -> None:
+def test_float32_pooling_equals_the_cpu(G: int, M: int) -> None:
     given = [x.requires_grad_() for x in (_random(G, M, 96), _random(300, 96, seed=1),
                                           _random(G, 96, seed=2))]  # fmt: skip
     there = [x.detach().cuda().requires_grad_() for x in given]
     for low, signs in ((True, False), (False, True)):
         words = (low, signs, torch.float32)
         expected = pool_prototypes(*given, low=low, signs=signs)
-        got = pool_prototypes(*there, low=low, signs=signs, kernel=kernel)
+        got = pool_prototypes(*there, low=low, signs=signs)
         torch.testing.assert_close(got.cpu(), expected, atol=2e-5, rtol=1e-4)
 
         # near ties may pick another token: each pick attains its value, and gradients are
         # compared at the GPU's own picks
-        _, picks = torch.ops.bat.pool_prototypes(*there, *words, kernel)
+        _, picks = torch.ops.bat.pool_prototypes(*there, *words)
         p = torch.where(given[1] >= 0, 1.0, -1.0) if signs else given[1]
         exact = given[0].double() @ F.normalize(p.double(), dim=-1).T  # (G, M, K)
         for e, column in enumerate([0, -1] if low else [-1]):
@@ -57,53 +54,35 @@ def test_float32_pooling_equals_the_cpu(kernel: str, G: int, M: int) -> None:
             torch.testing.assert_close(a.cpu(), b, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_bf16_pooling_is_near_float32(kernel: str) -> None:
+def test_bf16_pooling_is_near_float32() -> None:
     tokens = F.normalize(_random(4, 512, 768), dim=-1).cuda()
     prototypes = _random(1000, 768, seed=1).cuda()
     exact = pool_prototypes(tokens, prototypes)
     with torch.autocast("cuda", torch.bfloat16):
-        rough = pool_prototypes(tokens, prototypes, kernel=kernel)
+        rough = pool_prototypes(tokens, prototypes)
     assert rough.dtype == torch.float32
     assert float((rough - exact).abs().max()) < 2e-3
     assert not torch.equal(rough, exact)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mixing_equals_the_cpu(kernel: str, dtype: torch.dtype) -> None:
+def test_mixing_equals_the_cpu(dtype: torch.dtype) -> None:
     layers = _random(12, 3, 16, 8, 768).to(dtype)
     gate = torch.rand(12, generator=torch.Generator().manual_seed(1)).requires_grad_()
     on_gpu = gate.detach().cuda().requires_grad_()
     expected = mix_normalised(layers, gate)
-    got = mix_normalised(layers.cuda(), on_gpu, kernel=kernel)
+    got = mix_normalised(layers.cuda(), on_gpu)
     torch.testing.assert_close(got.cpu(), expected, atol=1e-5, rtol=1e-4)
     (a,), (b,) = _gradients(got, [on_gpu]), _gradients(expected, [gate])
     torch.testing.assert_close(a.cpu(), b, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_strided_input_pools_as_contiguous(kernel: str) -> None:
+def test_strided_input_pools_as_contiguous() -> None:
     tokens = _random(3, 130, 192).cuda()[..., :96]
     prototypes = _random(96, 300, seed=1).cuda().T
-    expected = pool_prototypes(tokens.contiguous(), prototypes.contiguous(), kernel=kernel)
-    got = pool_prototypes(tokens, prototypes, kernel=kernel)
+    expected = pool_prototypes(tokens.contiguous(), prototypes.contiguous())
+    got = pool_prototypes(tokens, prototypes)
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
-
-
-def test_triton_mixing_beyond_32_bits() -> None:
-    far = 2**30 + 2**20  # blocks this far apart; the memory between them is not written
-    rows = torch.empty(2 * far + 64, dtype=torch.bfloat16, device="cuda")
-    rows = rows.as_strided((3, 1, 1, 64), (far, 64, 64, 1))
-    for i, block in enumerate(rows):
-        block.copy_(_random(1, 1, 64, seed=i))
-    gate = torch.tensor([0.5, -0.2, 0.7], device="cuda", requires_grad=True)
-    results = []
-    for kernel in KERNELS:
-        out = mix_normalised(rows.unsqueeze(1), gate, kernel=kernel)
-        results.append((out, *_gradients(out, [gate])))
-    for portable, triton in zip(*results, strict=True):
-        torch.testing.assert_close(triton, portable, atol=1e-5, rtol=1e-4)
 
 
 def test_backward_never_waits_for_the_gpu() -> None:
@@ -119,20 +98,18 @@ def test_backward_never_waits_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def _probe(kernel: str) -> tuple[torch.nn.Module, Features]:
+def _probe() -> tuple[torch.nn.Module, Features]:
     torch.manual_seed(0)
     probe = build_probe(
         "cgp", classes=50, width=768, depth=12, has_cls=True, prototypes=2000, dropout=0.0,
-        kernel=kernel,
     )  # fmt: skip
     patches = _random(12, 4, 64, 8, 768).bfloat16()
     features = Features(patches=patches.cuda(), cls=_random(12, 4, 768, seed=1).bfloat16().cuda())
     return probe.cuda(), features
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_compiled_cgp_equals_itself_and_repeats_bit_for_bit(kernel: str) -> None:
-    probe, features = _probe(kernel)
+def test_compiled_cgp_equals_itself_and_repeats_bit_for_bit() -> None:
+    probe, features = _probe()
     compiled = torch.compile(probe, fullgraph=True)
     results = []
     for call in (probe, probe, compiled):
@@ -146,15 +123,14 @@ def test_compiled_cgp_equals_itself_and_repeats_bit_for_bit(kernel: str) -> None
         assert float((whole - first).norm()) <= 0.03 * float(first.norm())
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_no_similarity_tensor_in_gpu_memory(kernel: str) -> None:
+def test_no_similarity_tensor_in_gpu_memory() -> None:
     G, M, D, K = 32, 512, 768, 10_000
     given = [_random(G, M, D), _random(K, D, seed=1)]
     there = [x.cuda().requires_grad_() for x in given]
 
     def call() -> None:
         with torch.autocast("cuda", torch.bfloat16):
-            out = pool_prototypes(*there, kernel=kernel)
+            out = pool_prototypes(*there)
         _gradients(out, there)
 
     call()

@@ -1,15 +1,10 @@
 """Prototype pooling against the stored similarities, as an operator, and what it must not store."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd.profiler import profile
 
-from bat.errors import UserError
 from bat.probes import extremes
 from bat.probes.extremes import pool_prototypes
 from tests.reference.probes import pooled
@@ -69,7 +64,7 @@ def test_gradcheck_in_float64(M, middle, low):
 def test_the_operator_keeps_pytorch_s_contract(M):
     tokens, prototypes, middle = _given(2, M, 8, 9, middle=True)
     for centre, low, signs in ((middle, True, False), (None, False, True)):
-        words = (centre, low, signs, torch.float32, "portable")
+        words = (centre, low, signs, torch.float32)
         torch.library.opcheck(torch.ops.bat.pool_prototypes, (tokens, prototypes, *words))
 
 
@@ -84,7 +79,7 @@ def test_the_backward_operator_keeps_pytorch_s_contract(G, M, dtype):
     for centre in (middle.to(dtype), None):
         given = (tokens.to(dtype), prototypes, centre)
         words = (False, torch.float32)
-        out, picks = torch.ops.bat.pool_prototypes(*given, True, *words, "portable")
+        out, picks = torch.ops.bat.pool_prototypes(*given, True, *words)
         up = _random(*out.shape, seed=9)
         for wanted in WANTED[: 3 + (centre is not None)]:
             torch.library.opcheck(
@@ -216,68 +211,9 @@ def test_bf16_autocast_returns_float32_near_the_exact_values():
 
 def test_float32_tokens_stay_float32_where_autocast_is_off_inside():
     tokens, prototypes = _random(2, 50, 64), _random(9, 64, seed=1)
-    exact = torch.ops.bat.pool_prototypes(
-        tokens, prototypes, None, True, False, torch.float32, "portable"
-    )[0]
+    exact = torch.ops.bat.pool_prototypes(tokens, prototypes, None, True, False, torch.float32)[0]
     with torch.autocast("cpu", torch.bfloat16):
         inside = torch.ops.bat.pool_prototypes(
-            tokens, prototypes, None, True, False, torch.float32, "portable"
+            tokens, prototypes, None, True, False, torch.float32
         )[0]
     assert torch.equal(inside, exact)
-
-
-def test_an_unfit_kernel_is_a_user_s_mistake():
-    tokens, prototypes = _random(1, 4, 8), _random(3, 8)
-    with pytest.raises(UserError, match="kernel=cuda is not known"):
-        pool_prototypes(tokens, prototypes, kernel="cuda")
-    with pytest.raises(UserError, match=r"kernel=triton.*portable"):
-        pool_prototypes(tokens, prototypes, kernel="triton")
-
-
-TRITON = """
-import torch
-from bat.probes.extremes import pool_prototypes
-def random(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-for G, M, D, K, low, signs, dtype in [
-    (2, 150, 40, 9, True, False, torch.float32),
-    (3, 8, 70, 130, True, False, torch.float32),
-    (1, 129, 64, 128, False, True, torch.float32),
-    (2, 257, 64, 20, True, False, torch.float16),
-    (-2, 150, 40, 9, True, False, torch.float32),  # strided
-]:
-    strided, G = G < 0, abs(G)
-    given = [random(G, M, D, seed=0), random(K, D, seed=1), random(G, D, seed=2)]
-    if strided:
-        wide = [random(*x.shape[:-1], 2 * D, seed=i) for i, x in enumerate(given)]
-        given = [wide[0][..., :D], random(D, K, seed=1).T, wide[2][..., D:]]
-        assert not any(x.is_contiguous() for x in given)
-    given = [x.to(dtype).requires_grad_() for x in given]
-    results = []
-    for kernel in ("portable", "triton"):
-        out = pool_prototypes(*given, low=low, signs=signs, kernel=kernel)
-        results.append([out, *torch.autograd.grad(out, given, torch.ones_like(out))])
-    atol = 1e-5 if dtype == torch.float32 else 2e-2
-    for portable, triton in zip(*results, strict=True):
-        torch.testing.assert_close(triton, portable, atol=atol, rtol=1e-2 if atol > 1e-3 else 1e-5)
-tied = torch.ones(1, 300, 16, requires_grad=True)
-out = pool_prototypes(tied, torch.ones(2, 16), kernel="triton")
-(grad,) = torch.autograd.grad(out.sum(), tied)
-assert grad[0, 0].any() and not grad[0, 1:].any()
-try:
-    pool_prototypes(tied.bfloat16(), torch.ones(2, 16), kernel="triton")
-except ValueError as error:
-    print("refused:", error)
-"""
-
-
-def test_triton_kernel_equals_the_portable_form_in_its_interpreter():
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", TRITON],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "refused: kernel=triton: Triton's interpreter cannot multiply bfloat16" in done.stdout

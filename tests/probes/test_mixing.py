@@ -1,14 +1,9 @@
 """Mixing of normalised blocks against its equation; as an operator; what it must not store."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.autograd.profiler import profile
 
-from bat.errors import UserError
 from bat.probes import mixing
 from bat.probes.mixing import mix_normalised
 from tests.reference.probes import mixed
@@ -59,15 +54,15 @@ def test_gradcheck_in_float64():
 def test_the_operator_keeps_pytorch_s_contract():
     gate = torch.rand(L, requires_grad=True)
     for rows in (_layers(L, B, 4, D), _layers(L, B, 4, D).requires_grad_()):
-        torch.library.opcheck(torch.ops.bat.mix_normalised, (rows, gate, "portable"))
+        torch.library.opcheck(torch.ops.bat.mix_normalised, (rows, gate))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_backward_operator_keeps_pytorch_s_contract(dtype):
     rows, gate, up = _layers(L, B, 4, D).to(dtype), torch.rand(L), _layers(B, 4, D, seed=1)
-    _, norms = torch.ops.bat.mix_normalised(rows, gate, "portable")
+    _, norms = torch.ops.bat.mix_normalised(rows, gate)
     for wanted in (True, False):
-        given = (up, rows, gate, norms, wanted, "portable")
+        given = (up, rows, gate, norms, wanted)
         torch.library.opcheck(torch.ops.bat.mix_normalised_backward, given)
 
 
@@ -120,67 +115,3 @@ def test_no_stack_of_blocks_is_stored_or_made():
     assert sum(size for at, size in stored if at not in inside) < layers[0].numel()
     allocated = [e.nbytes() for e in seen.kineto_results.events() if e.name() == "[memory]"]
     assert 4 * layers[0].numel() <= max(allocated) < 2 * 4 * layers[0].numel()
-
-
-def test_an_unfit_kernel_is_a_user_s_mistake():
-    layers, gate = _layers(L, B, D), torch.ones(L)
-    with pytest.raises(UserError, match="kernel=fast is not known"):
-        mix_normalised(layers, gate, kernel="fast")
-    with pytest.raises(UserError, match="kernel=triton needs a GPU, not cpu"):
-        mix_normalised(layers, gate, kernel="triton")
-
-
-TRITON = """
-import torch
-from bat.probes.mixing import mix_normalised
-g = torch.Generator().manual_seed(0)
-gate = torch.tensor([0.5, -0.2, 0.7], requires_grad=True)
-for shape, dtype in [
-    ((3, 2, 4, 3, 40), torch.float32),
-    ((3, 5, 64), torch.bfloat16),
-    ((2, 3, 4, 2, 20), torch.bfloat16),
-]:
-    layers = torch.randn(shape, generator=g).to(dtype)
-    if len(shape) == 5 and shape[0] == 2:
-        layers = layers.transpose(0, 1)  # strided: blocks inside clips
-    layers[:, 0, 0] = 0
-    results = []
-    for kernel in ("portable", "triton"):
-        out = mix_normalised(layers, gate, kernel=kernel)
-        (grad,) = torch.autograd.grad(out, gate, out.detach().cos())
-        results.append((out, grad))
-    for portable, triton in zip(*results, strict=True):
-        torch.testing.assert_close(triton, portable, atol=1e-5, rtol=1e-5)
-layers = layers.float().requires_grad_()
-a, b = (
-    torch.autograd.grad(mix_normalised(layers, gate, kernel=k).sum(), layers)[0]
-    for k in ("portable", "triton")
-)
-torch.testing.assert_close(a, b)
-far = 2**30 + 2**20  # twice this is beyond 32 bits; the pages between are never touched
-rows = torch.empty(2 * far + 16, dtype=torch.bfloat16).as_strided((3, 1, 1, 16), (far, 16, 16, 1))
-for block in rows:
-    block.copy_(torch.randn(1, 1, 16, generator=g))
-gate = torch.tensor([0.5, -0.2, 0.7], requires_grad=True)
-for a, b in zip(*(
-    (out, *torch.autograd.grad(out.square().sum(), gate))
-    for out in (mix_normalised(rows.unsqueeze(1), gate, kernel=k) for k in ("portable", "triton"))
-)):
-    torch.testing.assert_close(a, b)
-try:
-    mix_normalised(layers.double(), gate, kernel="triton")
-except ValueError as error:
-    print("refused:", error)
-"""
-
-
-def test_triton_kernels_equal_the_portable_form_in_their_interpreter():
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", TRITON],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "refused: kernel=triton does not take torch.float64" in done.stdout

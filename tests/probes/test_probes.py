@@ -230,12 +230,6 @@ def test_dropout_acts_in_training_only():
         assert torch.equal(probe(features), probe(features)), name
 
 
-def test_kernel_reaches_the_pooling():
-    for name in ("cgp", "protobin", "protofloat", "proto"):
-        with pytest.raises(UserError, match="kernel=fast is not known"):
-            _probe(name, kernel="fast")(_features())
-
-
 def test_unknown_probe_lists_the_known():
     with pytest.raises(UserError, match=r"probe=cpg \(did you mean 'cgp'\?\).*linear"):
         _probe("cpg")

@@ -202,7 +202,7 @@ def test_missing_foreign_and_cut_shards(shards: Path) -> None:
         ("shard-00001.tar", "no end marker"),
         ("shard-00001.tar", "2 clips, the manifest says 4"),
         ("shard-00002.tar", "its sha256 is not the manifest's"),
-        ("shard-00002.tar", f"{shards / 'shard-00002.tar'} is not a plain tar"),
+        ("shard-00002.tar", f"{shards / 'shard-00002.tar'} is not a tar"),
         ("shard-00007.tar", "the manifest does not list it"),
     }
     assert found(report, "corrupt") == {"k6.wav": "cut short: the tar ends before it"}

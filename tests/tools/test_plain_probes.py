@@ -32,7 +32,7 @@ def test_same_loss_gradients_and_weights_after_three_steps(cgp, name, level) -> 
     targets = torch.rand(shape, generator=torch.Generator().manual_seed(1)).round()
     ours, plain = (
         cgp.Step(
-            cgp.build(name, way, sizes, level=level, kernel="portable"),
+            cgp.build(name, way, sizes, level=level),
             features,
             targets,
             fused=way == "ours",
@@ -52,10 +52,7 @@ def test_same_loss_gradients_and_weights_after_three_steps(cgp, name, level) -> 
 
 def test_plain_weights_load_into_ours_and_back(cgp) -> None:
     for name in ("cgp", "protobin"):
-        ours, plain = (
-            cgp.build(name, way, cgp.TINY, level="clip", kernel="portable")
-            for way in ("ours", "plain")
-        )
+        ours, plain = (cgp.build(name, way, cgp.TINY, level="clip") for way in ("ours", "plain"))
         ours.load_state_dict(plain.state_dict())
         plain.load_state_dict(ours.state_dict())
 
@@ -122,20 +119,14 @@ def test_the_order_of_a_gpu_s_cases(cgp) -> None:
         found = cgp.cases(gpu=True, quick=quick)
         labels = [case.label() for case in found]
         assert len(set(labels)) == len(labels)
-        triton = [case.kernel == "triton" for case in found]
-        assert any(triton)
-        assert triton == sorted(triton)  # last
         keys = [(case.sizes, case.kind) for case in found]
         assert len(list(itertools.groupby(keys))) == len(set(keys))  # features made once for each
-        for case in found:
-            if case.kernel == "triton":
-                assert case._replace(kernel="portable") in found
 
 
 def test_extra_memory_takes_off_no_gradient_that_is_not_there(cgp, monkeypatch) -> None:
     """All are there at the backward's peak only."""
     step = cgp.Step(
-        cgp.build("cgp", "ours", cgp.TINY, level="clip", kernel="portable"),
+        cgp.build("cgp", "ours", cgp.TINY, level="clip"),
         cgp.make_features(cgp.TINY, torch.float32, CPU),
         torch.zeros(cgp.TINY.clips, cgp.TINY.classes),
         fused=True,

@@ -334,7 +334,7 @@ def test_a_process_that_hangs_in_a_read_ends_with_resume_me_and_takes_its_worker
 
 
 def monitor(events: Events, **settings) -> HealthMonitor:
-    data = SimpleNamespace(sitting_on=list, on_restart=None)
+    data = SimpleNamespace(sitting_on=list, on_death=None)
     return HealthMonitor(
         Health(**settings),
         metrics=events,  # type: ignore[arg-type]

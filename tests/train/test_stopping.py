@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,36 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(
         ]
         assert lines[0] == lines[1]  # that of step 4 spans the end after step 3
     assert [r["step"] for r in read_jsonl(out / "metrics.jsonl") if "loss" in r] == [1, 2, 4, 6]
+
+
+def kill_worker() -> None:
+    (worker,) = active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_pretrain__killed_loader_worker_is_saved_and_resumes_bit_for_bit(
+    small, tmp_path: Path, accumulate: int
+) -> None:
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    words = [f"train.accumulate={accumulate}", "data.batch=2", "data.workers=1", "train.steps=9"]
+    words += ["train.save_every=100", "model.drop_path=0.3"]
+    why = end_and_resume(small(*words, out=out), kill_worker, at=2)
+    assert "worker 0 was killed by SIGKILL" in str(why)
+    rows = read_jsonl(out / "metrics.jsonl")
+    assert [r["event"] for r in rows if "event" in r] == ["worker"]
+    (saved,) = checkpoints(out)
+    pretrain(small(*words, out=out))
+    pretrain(small(*words, out=whole))
+    ours, theirs = (load_file(o / "export/model.safetensors") for o in (out, whole))
+    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+    rows, others = (
+        [(r["step"], r["loss"]) for r in read_jsonl(o / "metrics.jsonl") if "loss" in r]
+        for o in (out, whole)
+    )
+    assert rows == others
+    assert 2 <= int(saved.stem.rpartition("-")[2]) < 9
 
 
 def test_a_second_ctrl_c_ends_at_once(small, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ the Triton kernels. A case that fails is a row with its ``error``; the others go
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bat.probes.base import build_probe
 from bat.probes.extremes import pool_prototypes
-from bat.probes.mixing import Kernel, mix_normalised
+from bat.probes.mixing import mix_normalised
 from bat.types import Features
 from benchmarks import plain_probes
 from benchmarks.memory import peak_mb
@@ -56,9 +56,7 @@ def make_features(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Fea
     return Features(patches=patches, cls=cls)
 
 
-def build(
-    name: str, way: str, sizes: Sizes, *, level: str, kernel: Kernel, dropout: float = 0.2
-) -> nn.Module:
+def build(name: str, way: str, sizes: Sizes, *, level: str, dropout: float = 0.2) -> nn.Module:
     """Probe ``name`` in ``way`` ours or plain; equal weights at equal sizes."""
     words: dict[str, Any] = {
         "classes": sizes.classes,
@@ -70,7 +68,7 @@ def build(
     }
     torch.manual_seed(0)
     if way == "ours":
-        return build_probe(name, has_cls=True, kernel=kernel, **words)
+        return build_probe(name, has_cls=True, **words)
     return plain_probes.PLAIN[name](**words)
 
 
@@ -125,12 +123,11 @@ class Case(NamedTuple):
     sizes: Sizes
     kind: str
     level: str = "clip"
-    kernel: Kernel = "portable"
     compiled: bool = False
 
     def label(self) -> str:
         level = "alone" if self.what in ALONE else self.level
-        more = ", Triton" * (self.kernel == "triton") + ", both compiled" * self.compiled
+        more = ", both compiled" * self.compiled
         return f"{self.what} {level}, B {self.sizes.clips}, {self.kind}{more}"
 
     def row(self, features: Features, *, repeats: int) -> dict[str, Any]:
@@ -146,7 +143,7 @@ def step_row(case: Case, features: Features, *, repeats: int) -> dict[str, Any]:
     targets = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.01).float()
     steps = {
         way: Step(
-            build(case.what, way, sizes, level=case.level, kernel=case.kernel).to(device),
+            build(case.what, way, sizes, level=case.level).to(device),
             features,
             targets.to(device),
             fused=way == "ours",
@@ -165,7 +162,7 @@ def mixing_row(case: Case, features: Features, *, repeats: int) -> dict[str, Any
     gate = torch.full((L,), 1 / L, device=patches.device, requires_grad=True)
     return _alone(
         case,
-        lambda x: mix_normalised(patches, x, kernel=case.kernel),
+        lambda x: mix_normalised(patches, x),
         lambda x: plain_probes.mix(patches, x),
         [gate],
         repeats=repeats,
@@ -182,7 +179,7 @@ def pooling_row(case: Case, features: Features, *, repeats: int) -> dict[str, An
     ]
     return _alone(
         case,
-        lambda *x: pool_prototypes(*x, kernel=case.kernel),
+        lambda *x: pool_prototypes(*x),
         plain_probes.pool,
         given,
         repeats=repeats,
@@ -239,7 +236,7 @@ def _compare(
 
 
 def cases(*, gpu: bool, quick: bool) -> list[Case]:
-    """Those of a CPU or a GPU; equal sizes and kinds lie together, Triton's come last."""
+    """Those of a CPU or a GPU; equal sizes and kinds lie together."""
     sizes = TINY if quick else Sizes()
     probes, alone = ("cgp", "protobin"), tuple(ALONE)
     if not gpu:
@@ -249,14 +246,12 @@ def cases(*, gpu: bool, quick: bool) -> list[Case]:
     found = [Case(what, sizes, kind) for kind in TYPES for what in probes]
     found += [Case("cgp", sizes, "bf16", level="frame")]
     found += [Case(what, large, "float32") for what in alone]
-    for kernel in get_args(Kernel):
-        found += [
-            Case(what, large, "bf16", kernel=kernel, compiled=compiled)
-            for what in probes
-            for compiled in (False, True)
-        ]
-        found += [Case(what, large, "bf16", kernel=kernel) for what in alone]
-    return found
+    found += [
+        Case(what, large, "bf16", compiled=compiled)
+        for what in probes
+        for compiled in (False, True)
+    ]
+    return [*found, *(Case(what, large, "bf16") for what in alone)]
 
 
 def run(*, repeats: int, quick: bool) -> Iterator[dict[str, Any]]:

@@ -1,10 +1,10 @@
-"""Where each reader stands, for whoever wonders why no batch comes.
+"""Tells what each loader process reads and since when, for the message of a stalled run.
 
 One row for the training process and one for each loader worker, in shared memory and without a
-lock: (what it reads, since when), written by the reader before it reads, read by anyone. A row read
-while it is written may mix two clips; nobody steers by it. What is read is a clip's id, or a
-shard's number where shards are read from front to end. Times are ``time.monotonic_ns``, one clock
-for all processes of a machine.
+lock: (what it reads, since when), written by the process before it reads, read by any. A row read
+while it is written may mix two clips, which only a message would show. What is read is a clip's id,
+or a shard's number where shards are read from front to end. Times are ``time.monotonic_ns``, one
+clock for all processes of a machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IDLE = -1
 
 
 class Reading(NamedTuple):
-    """What one reader is at."""
+    """What one process reads."""
 
     reader: str
     """``worker 1``, or ``the training process`` where that decodes."""
@@ -44,7 +44,7 @@ def as_user_error(error: Exception) -> Exception:
     )
 
 
-class Board:
+class Heartbeat:
     """Rows of the training process and of ``workers`` loader processes, idle at first."""
 
     def __init__(self, workers: int) -> None:
@@ -73,11 +73,11 @@ class Board:
         self._rows[_row(), 0] = IDLE
 
     def clear(self) -> None:
-        """All rows idle: the readers are gone."""
+        """All rows idle: the loader processes are gone."""
         self._rows[:, 0] = IDLE
 
     def worker(self, number: int) -> int | None:
-        """What worker ``number`` is at; None: nothing, or it has no row."""
+        """What worker ``number`` reads; None: nothing, or it has no row."""
         row = number + 1
         what = int(self._rows[row, 0]) if row < len(self._rows) else IDLE
         return None if what == IDLE else what

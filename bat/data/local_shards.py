@@ -1,4 +1,4 @@
-"""Shards on this machine: their tables, held to their manifests, and reading them by ``pread``."""
+"""Reads shards on this machine by ``pread``; their tables, held to their manifests."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bat.data.manifest import Manifest, ShardInfo
-from bat.data.merged import place_of, recall, remember
 from bat.data.sources import Shard
 from bat.data.table import ShardTable, scan
+from bat.data.table_sets import place_of, recall, remember
 from bat.errors import UserError
 
 MAX_OPEN_FILES = 256
@@ -40,7 +40,7 @@ class Files:
         return type(self), ()
 
 
-def near_tables(
+def local_tables(
     shards: Sequence[Shard], *, whole: Sequence[Path], cache: Path | None
 ) -> tuple[dict[int, ShardTable], list[list[str]]]:
     """``{number: table}`` of the local ones of ``shards``, and their manifests' vocabularies.

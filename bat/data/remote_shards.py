@@ -1,4 +1,4 @@
-"""Shards elsewhere: their tables, and reading them through the local cache.
+"""Reads remote shards through the local cache; their tables.
 
 Sizes and hashes come from ``manifest.json``, else the server is asked. A table is the
 ``.idx.npz`` beside the remote shard; where there is none and the cache holds the whole set, the
@@ -17,17 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from bat.data.ahead import Ahead
-from bat.data.cache import ShardCache
-from bat.data.listing import manifest_of
-from bat.data.merged import place_of, recall, remember
-from bat.data.remote import ChangedError, fetch, stat, stream
-from bat.data.sources import NotIndexable, Patience, Shard, identity, shown
+from bat.data.cache import Prefetcher, ShardCache
+from bat.data.manifest import remote_manifest
+from bat.data.remote import download, read, stat
+from bat.data.sources import NotIndexable, RetryPolicy, Shard, identity, shown
 from bat.data.table import MAX_TABLE_BYTES, ShardTable, scan
-from bat.data.tar import BLOCK, escape_key, parse_header, write_atomic
+from bat.data.table_sets import place_of, recall, remember
+from bat.data.tar import escape_key, is_tar, write_atomic
 from bat.errors import UserError
 
 ASKERS, FETCHERS = 16, 4
@@ -36,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Far:
+class RemoteShard:
     """A remote shard whose size is known."""
 
     url: str
@@ -51,7 +49,7 @@ class Far:
     """Name in the cache."""
 
 
-class FarShards:
+class RemoteShards:
     """The remote ones of ``shards``.
 
     Raises:
@@ -61,10 +59,10 @@ class FarShards:
     """
 
     def __init__(
-        self, shards: Sequence[Shard], *, cache: Path | None, cache_bytes: int, patience: Patience
+        self, shards: Sequence[Shard], *, cache: Path | None, cache_bytes: int, policy: RetryPolicy
     ) -> None:
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bat"
-        self.folder, self.patience = Path(cache or default) / "remote", patience
+        self.folder, self.policy = Path(cache or default) / "remote", policy
         try:
             self.cache = ShardCache(self.folder, max_bytes=cache_bytes)
             (self.folder / "tables").mkdir(exist_ok=True)
@@ -75,7 +73,7 @@ class FarShards:
             ) from error
         urls = {i: shard.place for i, shard in enumerate(shards) if isinstance(shard.place, str)}
         folders = dict.fromkeys(_folder(url) for url in urls.values())
-        manifests = {folder: manifest_of(folder, patience) for folder in folders}
+        manifests = {folder: remote_manifest(folder, policy) for folder in folders}
         self.vocabularies = [m.vocabulary for m in manifests.values() if m and m.vocabulary]
         entries = {
             (folder, entry.name): entry
@@ -83,7 +81,7 @@ class FarShards:
             for entry in (manifest.shards if manifest else ())
         }
 
-        def ask(item: tuple[int, str]) -> Far:
+        def ask(item: tuple[int, str]) -> RemoteShard:
             number, url = item
             name = shards[number].name
             entry = entries.get((_folder(url), name))
@@ -94,11 +92,12 @@ class FarShards:
                 size, tag, sha, clips = found[0], found[1], "", -1
             what = f"{identity(url)}\n{size}\n{sha or tag}"
             digest = hashlib.sha256(what.encode()).hexdigest()[:16]
-            return Far(url, name, size, tag, sha, clips, f"{escape_key(Path(name).stem)}-{digest}")
+            file = f"{escape_key(Path(name).stem)}-{digest}"
+            return RemoteShard(url, name, size, tag, sha, clips, file)
 
         with ThreadPoolExecutor(ASKERS) as pool:
             self.shards = dict(zip(urls, pool.map(ask, urls.items()), strict=True))
-        sizes = [far.size for far in self.shards.values()]
+        sizes = [shard.size for shard in self.shards.values()]
         if max(sizes) > self.cache.max_bytes:
             raise NotIndexable(
                 f"a shard of {max(sizes)} bytes does not fit in the cache {self.folder} "
@@ -107,8 +106,7 @@ class FarShards:
         self.bytes = sum(sizes)
         self.fits = self.bytes <= self.cache.max_bytes  # not by the disk: it decides the order
         self._check_disk(max(sizes))
-        self.cache.forgive(far.file for far in self.shards.values())
-        self._ahead = Ahead(self.have)
+        self._prefetcher = Prefetcher(self.have)
 
     def _check_disk(self, largest: int) -> None:
         room, most = self.cache.room(), self.cache.max_bytes
@@ -124,16 +122,9 @@ class FarShards:
         if room < min(self.bytes, most):
             log.warning("%s: shards will be fetched again more often", text)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {k: v for k, v in self.__dict__.items() if k != "_ahead"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._ahead = Ahead(self.have)
-
     def _asked(self, url: str) -> tuple[int, str]:
         try:
-            size, tag = stat(url, self.patience)
+            size, tag = stat(url, self.policy)
         except FileNotFoundError:
             raise UserError(f"no shard at {shown(url)}") from None
         except OSError as error:
@@ -149,7 +140,7 @@ class FarShards:
             NotIndexable: a shard without a table beside it, and the cache cannot hold the set.
             UserError: a shard that is not a tar, or not what its manifest says, or out of reach.
         """
-        stamp = [far.file for far in self.shards.values()]
+        stamp = [shard.file for shard in self.shards.values()]
         merged = place_of(self.folder / "tables", stamp)
         known = recall(merged, stamp)
         if known is not None:
@@ -158,94 +149,74 @@ class FarShards:
             found = dict(zip(self.shards, pool.map(self._table, self.shards.values()), strict=True))
         missing = {i: self.shards[i] for i, table in found.items() if table is None}
         if missing and not self.fits:
-            far, need = next(iter(missing.values())), sum(f.size for f in self.shards.values())
+            shard, need = next(iter(missing.values())), sum(f.size for f in self.shards.values())
             raise NotIndexable(
-                f"{shown(far.url)} has no {Path(far.name).stem}.idx.npz of this bat beside it, and "
-                f"the cache "
+                f"{shown(shard.url)} has no {Path(shard.name).stem}.idx.npz of this bat beside it, "
+                f"and the cache "
                 f"({self.cache.max_bytes / 1e9:.3g} GB) cannot hold the set ({need / 1e9:.3g} GB) "
                 f"to make it: run bat-shard where the shards lie, or raise data.cache_gb"
             )
         if missing:
-            gb = sum(far.size for far in missing.values()) / 1e9
+            gb = sum(shard.size for shard in missing.values()) / 1e9
             log.warning("fetching %d remote shards (%.3g GB) to index them", len(missing), gb)
         with ThreadPoolExecutor(FETCHERS) as pool:
             made = dict(zip(missing, pool.map(self._scan, missing.values()), strict=True))
         tables = {i: table or made[i] for i, table in found.items()}
-        for i, far in self.shards.items():
-            if far.clips not in (-1, len(tables[i].clips)):
+        for i, shard in self.shards.items():
+            if shard.clips not in (-1, len(tables[i].clips)):
                 raise UserError(
-                    f"{shown(far.url)} has {len(tables[i].clips)} clips, its manifest.json says "
-                    f"{far.clips}: copy it there again"
+                    f"{shown(shard.url)} has {len(tables[i].clips)} clips, its manifest.json says "
+                    f"{shard.clips}: copy it there again"
                 )
         remember(merged, stamp, list(tables.values()))
         return tables
 
-    def _table(self, far: Far) -> ShardTable | None:
-        path = self.folder / "tables" / f"{far.file}.idx.npz"
-        table = _load(path, far)
+    def _table(self, shard: RemoteShard) -> ShardTable | None:
+        path = self.folder / "tables" / f"{shard.file}.idx.npz"
+        table = _load(path, shard)
         if table is None:
             try:
-                parts = urlsplit(far.url)
+                parts = urlsplit(shard.url)
                 beside = parts.path.removesuffix(".tar") + ".idx.npz"
                 url = urlunsplit(parts._replace(path=beside))
-                write_atomic(path, fetch(url, limit=MAX_TABLE_BYTES, patience=self.patience))
-                table = _load(path, far)
+                write_atomic(path, read(url, limit=MAX_TABLE_BYTES, policy=self.policy))
+                table = _load(path, shard)
             except (FileNotFoundError, PermissionError):
                 return None
             except OSError as error:
                 raise UserError(error.strerror) from None
         return table
 
-    def _scan(self, far: Far) -> ShardTable:
+    def _scan(self, shard: RemoteShard) -> ShardTable:
         try:
-            os.close(self._open(far))
+            os.close(self._open(shard))
         except OSError as error:
-            raise UserError(f"{far.name} cannot be indexed: {error.strerror}") from None
-        path = self.folder / f"{far.file}-{far.size}.tar"
+            raise UserError(f"{shard.name} cannot be indexed: {error.strerror}") from None
+        path = self.folder / f"{shard.file}-{shard.size}.tar"
         try:
-            table = scan(path, far.sha256)
+            table = scan(path, shard.sha256)
         except UserError as error:
-            raise UserError(str(error).replace(str(path), shown(far.url))) from None
-        table.save(self.folder / "tables" / f"{far.file}.idx.npz")
+            raise UserError(str(error).replace(str(path), shown(shard.url))) from None
+        table.save(self.folder / "tables" / f"{shard.file}.idx.npz")
         return table
 
-    def _open(self, far: Far) -> int:
-        return self.cache.open(far.file, far.size, partial(self._fetch, far))
+    def _open(self, shard: RemoteShard) -> int:
+        return self.cache.open(shard.file, shard.size, partial(self._fetch, shard))
 
-    def _fetch(self, far: Far, part: Path, again: bool) -> None:
-        """Make ``part`` whole, from where it ends."""
-        patience = self.patience._replace(retries=1) if again else self.patience
-        good = False
-        for left in reversed(range(self.patience.retries)):
-            start = part.stat().st_size
-            with part.open("r+b") as file:
-                start = start if start <= far.size else 0
-                file.truncate(start)
-                file.seek(start)
-                how: dict[str, Any] = {"size": far.size, "tag": far.tag, "patience": patience}
-                try:
-                    for data in stream(far.url, start=start, **how):
-                        file.write(data)
-                except ChangedError:  # a hash would tell which one is meant
-                    file.truncate(0)
-                    if far.tag or not left:
-                        raise
-                    continue
-                file.flush()
-                os.fsync(file.fileno())
-                file.seek(0)
-                good = (
-                    hashlib.file_digest(file, "sha256").hexdigest() == far.sha256
-                    if far.sha256
-                    else parse_header(file.read(BLOCK), 0) is not None
-                )
-                if good or not start:
-                    break
-                file.truncate(0)  # its beginning may be of another version
+    def _fetch(self, shard: RemoteShard, path: Path) -> None:
+        """Fetch ``shard`` whole to ``path`` and check what came."""
+        download(shard.url, path, size=shard.size, tag=shard.tag, policy=self.policy)
+        with path.open("rb") as file:
+            good = (
+                hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+                if shard.sha256
+                else is_tar(file)
+            )
         if not good:
-            part.unlink()
-            said = "sha256 than its manifest.json says" if far.sha256 else "content than a tar has"
-            raise OSError(5, f"{shown(far.url)} has another {said}: copy it there again")
+            said = (
+                "sha256 than its manifest.json says" if shard.sha256 else "content than a tar has"
+            )
+            raise OSError(5, f"{shown(shard.url)} has another {said}: copy it there again")
 
     def pread(self, number: int, size: int, offset: int) -> bytes:
         """Bytes of shard ``number``, which is fetched where the cache lacks it; ``OSError``."""
@@ -261,27 +232,27 @@ class FarShards:
         room //= 1 if room >= self.bytes else 2
         wanted = []
         for number in dict.fromkeys(int(n) for n in numbers):
-            far = self.shards.get(number)
-            if far is not None:
-                room -= far.size
+            shard = self.shards.get(number)
+            if shard is not None:
+                room -= shard.size
                 if room < 0:
                     break
-                wanted.append(far)
+                wanted.append(shard)
         with contextlib.suppress(OSError):  # who is here counts as used, and stays
-            wanted = [far for far in wanted if not self.cache.holds(far.file, far.size)]
-        self._ahead.want(wanted)
+            wanted = [shard for shard in wanted if not self.cache.holds(shard.file, shard.size)]
+        self._prefetcher.want(wanted)
 
-    def have(self, far: Far) -> None:
-        """Fetch ``far`` into the cache, if it can be had."""
-        with contextlib.suppress(OSError):  # the cache remembers; who reads a clip of it is told
-            os.close(self._open(far))
+    def have(self, shard: RemoteShard) -> None:
+        """Fetch ``shard`` into the cache, if it can be had."""
+        with contextlib.suppress(OSError):  # who reads a clip of it is told
+            os.close(self._open(shard))
 
 
-def _load(path: Path, far: Far) -> ShardTable | None:
+def _load(path: Path, shard: RemoteShard) -> ShardTable | None:
     table = ShardTable.load(path, None)  # its shard is not at hand
-    if table is None or table.tar_bytes != far.size:
+    if table is None or table.tar_bytes != shard.size:
         return None
-    return table if not far.sha256 or table.sha256 in ("", far.sha256) else None
+    return table if not shard.sha256 or table.sha256 in ("", shard.sha256) else None
 
 
 def _folder(url: str) -> str:

@@ -1,4 +1,4 @@
-"""Where readers stand: each writes its own row, anyone reads all of them."""
+"""The heartbeat: each process writes its own row, any reads all of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import time
+from multiprocessing import active_children
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -14,41 +15,41 @@ import numpy as np
 import pytest
 from torch.utils.data import get_worker_info
 
-from bat.data.board import Board
+from bat.data.heartbeat import Heartbeat
 from bat.data.index import Index
 from bat.data.module import AudioData
 from bat.data.sequential_data import SequentialData
-from bat.data.workers import kill_workers
 from bat.types import Clip
+from tests.data.test_loader import kill_all
 
 
 def test_a_reader_stands_where_it_began_last_and_nowhere_when_it_rests() -> None:
-    board = Board(2)
-    assert board.readings() == []
-    board.reads(7)
+    heartbeat = Heartbeat(2)
+    assert heartbeat.readings() == []
+    heartbeat.reads(7)
     time.sleep(0.02)
-    ((reader, what, seconds),) = board.readings()
+    ((reader, what, seconds),) = heartbeat.readings()
     assert (reader, what) == ("the training process", 7)
     assert 0.02 <= seconds < 5
-    board.reads(0)
-    assert board.readings()[0].what == 0
-    assert board.readings()[0].seconds < seconds
-    board.rests()
-    assert board.readings() == []
+    heartbeat.reads(0)
+    assert heartbeat.readings()[0].what == 0
+    assert heartbeat.readings()[0].seconds < seconds
+    heartbeat.rests()
+    assert heartbeat.readings() == []
 
 
 def test_what_another_process_writes_is_seen_here() -> None:
     """By a fork, and through the pickle that torch gives to a process it spawns."""
-    board = Board(1)
-    for other in (board, pickle.loads(bytes(ForkingPickler.dumps(board)))):
+    heartbeat = Heartbeat(1)
+    for other in (heartbeat, pickle.loads(bytes(ForkingPickler.dumps(heartbeat)))):
         pid = os.fork()
         if pid == 0:
             other.reads(41)
             os._exit(0)
         os.waitpid(pid, 0)
-        assert [reading.what for reading in board.readings()] == [41]
-        board.clear()
-        assert board.readings() == []
+        assert [reading.what for reading in heartbeat.readings()] == [41]
+        heartbeat.clear()
+        assert heartbeat.readings() == []
 
 
 def until(what: Any, seconds: float = 20.0) -> Any:
@@ -85,10 +86,11 @@ def stuck(toy_index: Index, monkeypatch: pytest.MonkeyPatch) -> tuple[Index, int
 def test_a_stuck_worker_is_named_with_its_clip_and_shard(stuck: tuple[Index, int]) -> None:
     index, clip = stuck
     data = stream(index, workers=2)
+    before = set(active_children())
     batches = iter(data.train_dataloader())
     name = re.escape(f"worker 1: {index.shard_name(clip)}, clip {index.key(clip)}, for ")
     until(lambda: [bool(re.fullmatch(name + r"\d+ s", s)) for s in data.sitting_on()] == [True])
-    kill_workers()
+    kill_all(before)
     del batches
 
 
@@ -115,8 +117,9 @@ def test_reading_front_to_end_names_the_shard(tmp_path: Path, toy_shards: Path) 
     data = SequentialData(shards, batch=2, sample_rate=16_000, clip_seconds=0.3, workers=2)
     shards[1].unlink()
     os.mkfifo(shards[1])
+    before = set(active_children())
     batches = iter(data.train_dataloader())
     lines = until(lambda: [line for line in data.sitting_on() if "zz.tar, for " in line])
     assert all(re.fullmatch(r"worker [01]: zz.tar, for \d+ s", line) for line in lines)
-    kill_workers()
+    kill_all(before)
     del batches

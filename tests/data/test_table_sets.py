@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bat.data import near
+from bat.data import local_shards
 from bat.data.index import open_index
 from bat.data.table import ShardTable
 from tests.data.test_index import confit, tar_of
@@ -23,7 +23,7 @@ def test_many_tables_are_kept_in_one_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert open_index(shards, cache=cache).hash == plain.hash
     (merged,) = cache.glob("tables-*.npz")
     with monkeypatch.context() as patch:
-        patch.setattr(near, "_table", None)  # nothing is read one by one
+        patch.setattr(local_shards, "_table", None)  # nothing is read one by one
         again = open_index(shards, cache=cache)
         assert again.hash == plain.hash
         assert [again.read(i) for i in (0, 57, 99)] == [plain.read(i) for i in (0, 57, 99)]

@@ -7,6 +7,7 @@ import os
 import pickle
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from bat.data import index
 from bat.data.index import Index, NotIndexable, open_index
-from bat.data.sources import Patience, find
+from bat.data.sources import RetryPolicy, find
 from bat.data.table import ShardTable, scan
 from bat.errors import UserError
 from tests.data.http_server import FaultyServer, wave
 from tests.data.test_index import tar_of
 
-QUICK = Patience(retries=3, timeout_seconds=0.5, backoff_seconds=0.01)
+QUICK = RetryPolicy(retries=3, timeout_seconds=0.5, backoff_seconds=0.01)
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        index, "Patience", lambda *_, redirects: QUICK._replace(redirects=redirects)
+        index, "RetryPolicy", lambda *_, redirects: QUICK._replace(redirects=redirects)
     )
 
 
@@ -68,8 +69,7 @@ def test_a_set_without_tables_is_fetched_and_scanned_where_it_fits(
     assert same(here, there)
     server.requests.clear()
     assert same(here, open_index(source, cache=tmp_path / "cache"))
-    assert {asked for _, asked in server.requests} <= {"bytes=0-0", ""}
-    assert all(name.endswith(".tar") for name, asked in server.requests if asked)
+    assert not [name for name, _ in server.requests if name.endswith(".tar")]
 
 
 def test_the_many_ways_to_name_remote_shards(
@@ -130,58 +130,19 @@ def test_what_the_manifest_says_is_checked(
     assert not list((tmp_path / "cache/remote").glob("*.part"))
 
 
-def test_a_shard_out_of_reach_is_left_alone_for_a_while(
+def test_remote_shards__one_out_of_reach_leaves_the_others(
     server: FaultyServer, shards: Path, tmp_path: Path
 ) -> None:
     there = open_index(f"{server.url}/set", cache=tmp_path / "cache")
     server.faults["set/shard-00001.tar"] = ["500*"]
-    with pytest.raises(OSError, match=r"shard-00001.tar cannot be reached: HTTP 500 \(3 tries\)"):
-        there.read(3)
-    assert server.count("set/shard-00001.tar") == 3
-    start = time.perf_counter()
     for _ in range(20):
-        with pytest.raises(OSError, match="cannot be reached: HTTP 500"):
+        with pytest.raises(OSError, match=r"shard-00001.tar cannot be reached: HTTP 500 \(3 tri"):
             there.read(4)
-    other = pickle.loads(pickle.dumps(there))  # another process of this machine
-    with pytest.raises(OSError, match="cannot be reached: HTTP 500"):
-        other.read(5)
-    assert time.perf_counter() - start < 0.5
     assert server.count("set/shard-00001.tar") == 3
     assert [there.read(i).data for i in (0, 6, 9)] == [wave(0), wave(6), wave(9)]
-    there._far.cache.hold_seconds = 0  # later: one try, not three
-    with pytest.raises(OSError, match=r"HTTP 500 \(1 tries\)"):
-        there.read(3)
     server.faults.clear()
-    assert there.read(3).data == wave(3)
-    assert not list((tmp_path / "cache/remote/failed").iterdir())
-
-
-def test_a_new_run_asks_the_server_anew(server: FaultyServer, shards: Path, tmp_path: Path) -> None:
-    there = open_index(f"{server.url}/set", cache=tmp_path / "cache")
-    server.faults["set/shard-00001.tar"] = ["500*"]
-    with pytest.raises(OSError, match=r"HTTP 500 \(3 tries\); tried again after 60 s, or by the"):
-        there.read(3)
-    server.faults.clear()
-    with pytest.raises(OSError, match="HTTP 500"):
-        there.read(3)
-    assert open_index(f"{server.url}/set", cache=tmp_path / "cache").read(3).data == wave(3)
-
-
-def test_a_fetch_that_was_cut_off_goes_on_in_another_run(
-    server: FaultyServer, shards: Path, tmp_path: Path
-) -> None:
-    there = open_index(f"{server.url}/set", cache=tmp_path / "cache")
-    server.faults["set/shard-00000.tar"] = ["drop:4000", "500*"]
-    with pytest.raises(OSError, match="cannot be reached"):
-        there.read(0)
-    (part,) = (tmp_path / "cache/remote").glob("*.part")
-    assert part.stat().st_size == 4000
-    server.faults.clear()
-    server.requests.clear()
     later = open_index(f"{server.url}/set", cache=tmp_path / "cache")
-    later._far.cache.hold_seconds = 0
-    assert later.read(0).data == wave(0)
-    assert ("set/shard-00000.tar", "bytes=4000-") in server.requests
+    assert later.read(3).data == wave(3)
 
 
 def test_a_shard_that_changed_is_not_mistaken_for_the_old_one(
@@ -244,36 +205,6 @@ def another(tar: Path) -> bytes:
     return bytes(data)
 
 
-def test_a_shard_that_changes_between_two_requests_is_fetched_from_the_start(
-    server: FaultyServer, shards: Path, tmp_path: Path
-) -> None:
-    """The manifest tells the hash of the new one."""
-    tar = shards / "shard-00000.tar"
-    right, wrong = tar.read_bytes(), another(tar)
-    tar.write_bytes(wrong)
-    there = open_index(f"{server.url}/set", cache=tmp_path / "cache")
-    server.faults["set/shard-00000.tar"] = ["drop:4000"]
-    server.requests.clear()
-    server.before[2] = lambda: tar.write_bytes(right)
-    assert there.read(0).data == wave(0)
-
-
-def test_the_beginning_of_another_version_from_an_earlier_run_is_thrown_away(
-    server: FaultyServer, shards: Path, tmp_path: Path
-) -> None:
-    tar = shards / "shard-00000.tar"
-    right = tar.read_bytes()
-    tar.write_bytes(another(tar))
-    there = open_index(f"{server.url}/set", cache=tmp_path / "cache")
-    server.faults["set/shard-00000.tar"] = ["drop:4000", "500*"]
-    with pytest.raises(OSError, match="cannot be reached"):
-        there.read(0)
-    server.faults.clear()
-    tar.write_bytes(right)
-    later = open_index(f"{server.url}/set", cache=tmp_path / "cache")
-    assert later.read(0).data == wave(0)
-
-
 def test_a_shard_without_a_hash_that_changes_is_not_read(
     server: FaultyServer, shards: Path, tmp_path: Path
 ) -> None:
@@ -295,3 +226,94 @@ def test_redirects_are_followed_where_the_index_is_told(
             open_index(f"{second.url}/set", cache=tmp_path / "cache")
         how: Any = {"cache": tmp_path / "cache", "redirects": ["127.0.0.1"]}
         assert open_index(f"{second.url}/set", **how).read(0).data == wave(0)
+
+
+def test_prefetch_fetches_in_the_background_what_the_cache_holds(
+    server: FaultyServer, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = int(open_index(shards).shard_bytes.max())
+    there = open_index(f"{server.url}/set", cache=tmp_path / "c", cache_bytes=3 * size + 100)
+    assert not there.fits
+    tars = tmp_path / "c/remote"
+
+    def wait_for(name: str) -> None:
+        until = time.monotonic() + 10
+        while not list(tars.glob(f"{name}*.tar")):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+    jobs: list[int] = []
+    with monkeypatch.context() as patch:
+        prefetcher = there._remote_shards._prefetcher
+        patch.setattr(prefetcher, "want", lambda found: jobs.append(len(found)))
+        there.prefetch([3, 2, 1, 0])
+        there.prefetch([2, 2])
+        there.prefetch([])
+    assert jobs == [1, 1, 0]  # half of the cache; each once
+    server.faults["set/shard-00003.tar"] = ["500*"]
+    for number in (3, 2):  # 3 fails, quietly
+        there.prefetch([number])
+    wait_for("shard-00002")
+    server.requests.clear()
+    assert there.read(6).data == wave(6)
+    assert server.requests == []
+    pid = os.fork()
+    if pid == 0:  # a child has no thread of its parent's: it starts its own
+        there.prefetch([1])
+        wait_for("shard-00001")
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert there.read(3).data == wave(3)
+    assert server.count("set/shard-00001.tar") == 1
+
+
+def test_the_least_recently_used_shard_goes(
+    server: FaultyServer, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bat.data.cache.TOUCH_SECONDS", 0.0)
+    room = int(np.sort(open_index(shards).shard_bytes)[-2:].sum())
+    there = open_index(f"{server.url}/set", cache=tmp_path / "cache", cache_bytes=room)
+    for clip in (0, 3, 0, 6):  # shards 0, 1, 0, 2: 1 goes
+        there.read(clip)
+        time.sleep(0.02)
+    kept = sorted(p.name[:11] for p in (tmp_path / "cache/remote").glob("*.tar"))
+    assert kept == ["shard-00000", "shard-00002"]
+    (damaged,) = (tmp_path / "cache/remote").glob("shard-00000*.tar")
+    os.truncate(damaged, 100)
+    assert there.read(1).data == wave(1)  # fetched anew
+
+
+def test_the_disk_does_not_decide_the_order(
+    server: FaultyServer,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sizes, free = open_index(shards).shard_bytes, 1 << 40
+    usage = "bat.data.cache.shutil.disk_usage"
+    monkeypatch.setattr(usage, lambda _: SimpleNamespace(free=free))
+    source = f"{server.url}/set"
+    need = 2 * int(sizes.max())
+    for free, warns in ((1 << 40, 0), (need, 1)):
+        caplog.clear()
+        there = open_index(source, cache=tmp_path / "cache")
+        assert there.fits
+        assert [r.message.count(f"room for {free} bytes") for r in caplog.records] == [1] * warns
+    assert not open_index(source, cache=tmp_path / "cache", cache_bytes=need).fits
+    free = need - 1
+    says = rf"room for {free} bytes, data.cache_gb=100 is more, .* two .*data.cache to a folder"
+    with pytest.raises(UserError, match=says):
+        open_index(source, cache=tmp_path / "cache")
+    one = f"{source}/shard-00000.tar"  # the set itself is smaller
+    assert open_index(one, cache=tmp_path / "cache").read(0).data == wave(0)
+    free = need - int(sizes[0])  # with what the cache could give back
+    assert len(open_index(source, cache=tmp_path / "cache")) == 12
+
+
+@pytest.mark.parametrize("cache", ["/dev/null", "/dev/null/x", "/proc/x"])
+def test_a_cache_that_cannot_be_written_is_named(
+    server: FaultyServer, shards: Path, cache: str
+) -> None:
+    with pytest.raises(UserError, match=rf"{cache}/remote cannot be written .* set data\.cache"):
+        open_index(f"{server.url}/set", cache=Path(cache))
