@@ -21,6 +21,7 @@ from bat.eval.probe import probe
 from bat.eval.report import report
 from bat.eval.scoring import detected
 from bat.eval.token_targets import TokenTargets, greedy, outputs, steps_needed
+from bat.report.sections import sections
 from bat.shard.rows import open_rows
 from bat.shard.write import write_shards
 from bat.tasks import toy_events, toy_tokens
@@ -166,6 +167,13 @@ def test_probe__toy_task_runs_resumes_and_is_reported(recipe: str, settings, tmp
     assert (summary["metric"], summary["target"]) == (metric, recipe.removeprefix("toy_"))
     ranks = [row["mean"] for row in summary["ranking"]]
     assert ranks == sorted(ranks, reverse=not lower)
+    (section,) = sections([summary])
+    means = [row.entry["mean"][metric] for row in section.ranking]
+    assert means == ranks
+    best, other = section.ranking
+    for low, high in ((-0.2, -0.1), (0.1, 0.2)):  # of the best minus the other
+        section.difference = lambda one, two, low=low, high=high: {"interval": [low, high]}
+        assert section.leads(best, [other]) == ((high < 0) if lower else (low > 0))
     (entry,) = summary["encoders"].values()
     for method in ("linear", "cgp"):
         result = entry["results"][method]
@@ -221,6 +229,18 @@ def test_csv__texts_are_tokens_for_both_commands(settings, tmp_path) -> None:
     toy = prepare(settings("recipe=toy_tokens", schema=Finetune))
     assert tuned.labels == toy.labels
     assert tuned.task.metrics == toy.task.metrics
+
+
+def test_csv__is_packed_with_its_events_and_texts(rows: list[Row], tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text(
+        "path,label,onset,offset\n0.wav,a,0.1,0.4\n0.wav,b,1,1.5\n1.wav,,,\n"
+    )
+    found = open_rows(tmp_path / "e.csv").rows
+    assert [[e[:3] for e in row.events or ()] for row in found] == [
+        [(0.1, 0.4, ("a",)), (1.0, 1.5, ("b",))], [],
+    ]  # fmt: skip
+    (tmp_path / "t.csv").write_text("path,text\n0.wav,hello\n1.wav,there you\n")
+    assert [row.text for row in open_rows(tmp_path / "t.csv").rows] == ["hello", "there you"]
 
 
 def test_csv__events_are_for_fine_tuning_too(settings, tmp_path) -> None:
