@@ -9,18 +9,25 @@ import pytest
 import torch
 
 from bat.config.compose import compose
+from bat.config.probing import Protocol
 from bat.config.schema import Finetune, Probe
+from bat.config.sections import Optim
 from bat.data.index import open_index
 from bat.data.table import ShardTable, scan
 from bat.encoders.bat import BAT
 from bat.errors import UserError
+from bat.eval.candidates import Plan
+from bat.eval.features import FeatureBank
 from bat.eval.heads import load_head
 from bat.eval.permuted import permuted
 from bat.eval.prepare import open_probing, prepare
 from bat.eval.probe import probe
 from bat.eval.report import report
-from bat.eval.scoring import detected
+from bat.eval.scoring import Scorer, detected
+from bat.eval.search import cross_validate
+from bat.eval.splits import Round
 from bat.eval.token_targets import TokenTargets, greedy, outputs, steps_needed
+from bat.probes.base import build_probe
 from bat.report.sections import sections
 from bat.shard.rows import open_rows
 from bat.shard.write import write_shards
@@ -325,10 +332,36 @@ def test_augmented__labels_of_patches_are_mixed_and_stay_nan_beyond_both_clips(s
     assert targets[:, 3:].isnan().all()
 
 
+def test_cross_validate__the_rate_with_the_lowest_error_is_chosen() -> None:
+    """Patches that say their token: a rate of next to nothing learns none of it, 0.3 all."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 4, (12, 5), generator=generator)  # one every second patch
+    patches = torch.zeros(12, 1, 11, 1, 4)
+    for i, row in enumerate(tokens.tolist()):
+        spread = [n for token in row for n in (0, token)] + [0]
+        patches[i, 0, torch.arange(11), 0, torch.tensor(spread)] = 5.0
+    texts = {f"k{i}": "".join("abc"[n - 1] for n in row) for i, row in enumerate(tokens.tolist())}
+    labels = outputs(texts.values(), "characters")
+    targets_of = TokenTargets(texts, labels=labels, kind="characters")
+    bank = FeatureBank(patches=patches, cls=None, targets=tokens, ids=np.arange(12),
+                       keys=list(texts), skipped={})  # fmt: skip
+    scorer = Scorer(("token_error_rate",), multi_label=True, targets_of=targets_of)
+    plan = Plan(
+        build=lambda m: build_probe(m, classes=4, width=4, depth=1, has_cls=False, level="frame",
+                                    norm=False, dropout=0.0),
+        loss=ctc, optim=Optim(warmup_steps=0, weight_decay=0.0), steps=60, batch=8,
+        multi_label=True, metric="token_error_rate", scorer=scorer, bootstrap=100,
+        protocol=Protocol(lrs=[1e-6, 0.3]),
+    )  # fmt: skip
+    held = Round("test", np.arange(6), np.arange(9, 12), np.arange(6, 9), "part")
+    (outcome,) = cross_validate(bank, [held], ["linear"], plan)
+    assert outcome.chosen["lr"] == 0.3
+    assert outcome.chosen["validation"] == outcome.metrics["token_error_rate"] == 0.0
+    assert outcome.replicates == [0.0] * 100
+
+
 def test_metrics__a_task_may_name_its_own(settings) -> None:
     data = open_probing(settings("recipe=toy_events"))
     wrong = replace(data.task, metrics=("wer",))
-    from bat.eval.scoring import Scorer
-
     with pytest.raises(UserError, match="wer"):
         Scorer.of(wrong, None)
