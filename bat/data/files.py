@@ -317,7 +317,7 @@ def _headers(
     left_out = [*absent]
     headers: list[Header | None] = []
     for row, entry in zip(rows, found, strict=True):
-        said = entry[2:]
+        said: Any = entry[2:]
         headers.append(Header(*said) if len(said) > 1 else None)
         if headers[-1] is None:
             left_out.append(LeftOut(row.key, row.name, said[0], row.split))

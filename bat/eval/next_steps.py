@@ -71,8 +71,19 @@ def after_probing(config: Probe, out: Path, data: PreparedData[Probe]) -> list[s
         if len(names) > 1 and not (config.data.root or config.data.csv or config.data.shards):
             given = replace(config, data=source)  # of whichever encoder's run it was
             words = _carried(given, "probe", to="finetune") or words
+        if data.events is not None or data.texts is not None:
+            words = [*words, *_in_place(words, texts=data.texts is not None)]
         found.append(_command("finetune", [*words, word("checkpoint", trained)]))
     return found
+
+
+def _in_place(words: list[str], *, texts: bool) -> list[str]:
+    """What a fine-tuning of ``words`` must leave away for clips to stay under their times; of
+    ``texts`` also what mixes them."""
+    own = compose(Finetune, "finetune", words)
+    found = ["data.roll=false"] if own.data.roll else []
+    found += ["augment.time_roll=false"] if own.augment.time_roll else []
+    return found + (["augment.mixup_p=0"] if texts and own.augment.mixup_p else [])
 
 
 def after_finetuning(config: Finetune, out: Path) -> list[str]:

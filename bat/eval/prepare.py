@@ -97,6 +97,13 @@ class Prepared(Generic[C]):
         """What computes the task's metrics."""
         return Scorer.of(self.task, self.targets_of)
 
+    @property
+    def in_words(self) -> str:
+        """``3 classes: cat, dog, frog``, or the tokens likewise."""
+        if self.task.target == "tokens":
+            return classes_in_words(self.labels[1:]).replace("classes", "tokens", 1)
+        return classes_in_words(self.index.vocabulary)
+
     def headline(self, first: str, *more: str) -> str:
         """What a run says when it starts."""
         backbone, index = self.backbone, self.index
@@ -106,7 +113,7 @@ class Prepared(Generic[C]):
         lines = [
             first,
             f"data {len(index)} clips (task {self.task.name}; "
-            f"{classes_in_words(index.vocabulary)}), encoder {backbone.width} wide, "
+            f"{self.in_words}), encoder {backbone.width} wide, "
             f"{backbone.depth} blocks",
             *([kaldi_line(front)] if isinstance(front, KaldiFbank) else []),
             *([f"attention: {kernel}"] if kernel else []),

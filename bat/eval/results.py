@@ -161,14 +161,17 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """Per-fold results (mean over seeds), their mean and deviation, in percent, as text."""
     lines = []
     for method, entry in results.items():
-        names = [m for m in SHOWN if m in entry["mean"]]
+        names = [m for i, m in enumerate(entry["mean"]) if not i or m in SHOWN]  # the main one
         lines.append("".join([f"{method:<12}", *(f"{TITLES[m]:>16}" for m in names)]))
         for fold, rows in entry["folds"].items():
             label = f"fold {fold}" if fold.isdigit() else fold
-            means = (100 * summarise([row[m] for row in rows.values()])[0] for m in names)
+            means = (_scale(m) * summarise([row[m] for row in rows.values()])[0] for m in names)
             lines.append("".join([f"  {label:<10}", *(f"{value:>16.2f}" for value in means)]))
         if entry["std_over"] != "none":
-            pairs = (f"{100 * entry['mean'][m]:.2f} ± {100 * entry['std'][m]:.2f}" for m in names)
+            pairs = (
+                f"{_scale(m) * entry['mean'][m]:.2f} ± {_scale(m) * entry['std'][m]:.2f}"
+                for m in names
+            )
             lines.append("".join([f"  {'mean ± std':<10}", *(f"{p:>16}" for p in pairs)]))
             lines.append(f"  (± is the population standard deviation over {entry['std_over']})")
         rows = [row for fold in entry["folds"].values() for row in fold.values()]
@@ -177,6 +180,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 f"  {len(absent)} class(es) without a held-out clip are left out of the means"
             )
     return "\n".join(lines)
+
+
+def _scale(metric: str) -> int:
+    return 100 if describe(metric).percent else 1
 
 
 def gate_bars(gate: Sequence[float], *, width: int = 40) -> str:

@@ -42,7 +42,6 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """Folders that are taken for splits, in lower case, and what the split is called then."""
-COLUMNS = ("path", "label", "labels", "fold", "split")
 
 
 def split_of(folder: str) -> str:
@@ -161,7 +160,7 @@ def _rows_of_folder(root: Path) -> tuple[list[Row], list[LeftOut]]:
 
 def _rows_of_csv(path: Path) -> tuple[list[Row], list[str]]:
     """The clips of a CSV, and notes on how it was read."""
-    columns, lines, labels, notes = listed_clips(path, COLUMNS)
+    columns, lines, labels, notes = listed_clips(path)
     if "onset" in columns:  # several lines may be one clip
         from bat.tasks import own
 

@@ -111,10 +111,11 @@ def test_after_a_frame_level_probing_the_control_is_of_frames_too(here, capsys):
     run = encoder_in(here / "runs" / "pretrain-a")
     words = ["recipe=toy", "data.csv=my events.csv", f"checkpoint={run}", *QUICK]
     assert probe.main([*words, "level=frame", "--method", "lcgp"]) == 0
-    control, report = advised(capsys.readouterr().out)  # and no fine-tuning, which has no frames
+    control, report, tuned = advised(capsys.readouterr().out)
     assert report[:2] == ["bat-probe", "report"]
     assert {"level=frame", "data.csv=my events.csv", "--method=lcgp"} <= set(control)
-    for command in (control, report):
+    assert {"level=frame", "data.roll=false"} <= set(tuned)
+    for command in (control, report, tuned):
         runs(command)
     capsys.readouterr()
     assert finetune.main([*words, "--dry-run"]) == 0

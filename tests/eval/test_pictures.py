@@ -27,9 +27,10 @@ def draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(probe_pictures, "maps_of", lambda lab: found)
         for name, entry in whole["encoders"].items():
             lab: Any = SimpleNamespace(
-                index=SimpleNamespace(classes=len(whole["labels"])),
                 ready=SimpleNamespace(
-                    task=SimpleNamespace(metric="accuracy"), rounds=whole["rounds"]
+                    labels=whole["labels"],
+                    task=SimpleNamespace(metric="accuracy"),
+                    rounds=whole["rounds"],
                 ),
                 config=SimpleNamespace(
                     seeds=len(whole["seeds"]), insight=SimpleNamespace(maps=asked)
