@@ -317,10 +317,10 @@ def _headers(
     left_out = [*absent]
     headers: list[Header | None] = []
     for row, entry in zip(rows, found, strict=True):
-        said: Any = entry[2:]
-        headers.append(Header(*said) if len(said) > 1 else None)
+        header: Any = entry[2:]
+        headers.append(Header(*header) if len(header) > 1 else None)
         if headers[-1] is None:
-            left_out.append(LeftOut(row.key, row.name, said[0], row.split))
+            left_out.append(LeftOut(row.key, row.name, header[0], row.split))
     now = {
         "left_out": [{"key": e.key, "file": e.file, "reason": e.reason} for e in left_out],
         "files": {name: entry for (name, _), entry in zip(named, found, strict=True)},
