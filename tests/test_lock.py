@@ -88,7 +88,7 @@ def test_of_many_that_come_at_once_one_holds_at_a_time(tmp_path: Path) -> None:
     script = """
 import sys, time
 from pathlib import Path
-from bat.types import UserError
+from bat.errors import UserError
 from bat.lock import hold
 folder = Path(sys.argv[1])
 done = 0

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the device (SPEC section 5): mixup, SpecAugment, colour noise,
+"""Augmentation of whole batches on the device (docs/method.md 5): mixup, SpecAugment, colour noise,
 time roll, roll of waves.
 
 Every random number comes from the ``torch.Generator`` that is handed in, drawn on the generator's

@@ -1,11 +1,11 @@
-"""Waveform to log-mel spectrogram, batched, on the device, differentiable (SPEC section 1).
+"""Waveform to log-mel spectrogram, batched, on the device, differentiable (docs/method.md 1).
 
 ``LogMel`` is the paper's "reworked fbank": power mel, decibels with a floor 80 dB under the clip's
 own maximum, min-max of the clip to [0, 1]; no data-set statistics. ``KaldiFbank`` is the front end
 of EAT, SSLAM and BEATs, standardised with the data set's statistics, needed to probe those fairly.
 
-Rows of a batch may be clips of different length, zero-padded on the right, with ``lengths``. SPEC
-section 8, "mend": **what a clip becomes depends on that clip alone**. Reflections are taken at each
+Rows of a batch may be clips of different length, zero-padded on the right, with ``lengths``.
+**What a clip becomes depends on that clip alone**. Reflections are taken at each
 row's own end by index arithmetic, floor, minimum and maximum run over its own frames, and frames
 beyond them are zero. Samples beyond ``lengths`` are never looked at.
 
@@ -57,7 +57,7 @@ STATISTICS: dict[str, dict[str, tuple[float, float]]] = {
         "dcase16": (10.01597327, 3.07065857),
     },
 }
-"""Mean and standard deviation of the log filter bank by front end and data set (SPEC section 1)."""
+"""Mean and deviation of the log filter bank by front end and data set (docs/method.md 1)."""
 
 
 class LogMel(FrontEnd):

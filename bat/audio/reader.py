@@ -6,7 +6,7 @@ so what a clip costs in memory is what it holds and never what its header claims
 longer than ``max_file_seconds`` is refused by its header; one without a length is not read further,
 nor further than as many samples of ``UNTOLD_HZ``: its seconds may be of 8 x 655,350 Hz.
 
-Damaged files (STACK section 3). A cut FLAC raises in libsndfile. A cut OGG, MP3, Opus or WAV is
+Damaged files. A cut FLAC raises in libsndfile. A cut OGG, MP3, Opus or WAV is
 read short **without a word**, and for all but MP3 the reported length shrinks with the file. So the
 frames that were read are held to the header, and the header to ``expected_frames``, the length that
 an index recorded when the clip was whole.

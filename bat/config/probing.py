@@ -11,7 +11,7 @@ from typing import Literal
 
 @dataclass
 class Head:
-    """Settings of the probes (SPEC section 4, FIELD section 2); each takes its own of these."""
+    """Settings of the probes (docs/method.md 4); each takes its own of these."""
 
     prototypes: int = 10_000
     """K of ``cgp``; of ``protobin`` and ``protofloat`` where ``per_class`` is null."""

@@ -1,7 +1,7 @@
 """Every setting once: its name, type, default, unit and check.
 
 Precedence: these defaults < fragments (``configs/``) < recipe (``recipes/``) < command line.
-The defaults are the paper's Base pre-training (SPEC section 3); whatever a recipe does not say is
+The defaults are the paper's Base pre-training (docs/method.md 3); whatever a recipe does not say is
 said here. ``problems()`` of a section returns what is wrong with its values, in words; all of them
 are reported at once (``compose.py``). Plain dataclasses: importing this imports no torch; the
 settings of an objective lie beside it (``bat/objectives``) and are looked up when a ``Pretrain`` is

@@ -11,7 +11,7 @@ from typing import Literal
 
 @dataclass
 class Model:
-    """The encoder (SPEC section 2). Sizes S, B, L and tiny are fragments: ``model=S``."""
+    """The encoder (docs/method.md 2). Sizes S, B, L and tiny are fragments: ``model=S``."""
 
     backbone: str = "bat"
     """File in ``bat/encoders`` or a dotted import path."""
@@ -47,7 +47,7 @@ class Model:
 
 @dataclass
 class Frontend:
-    """Waveform to log-mel (SPEC section 1)."""
+    """Waveform to log-mel (docs/method.md 1)."""
 
     kind: Literal["bat", "eat", "beats"] = "bat"
     """``bat``: the reworked log-mel; ``eat`` / ``beats``: the legacy Kaldi filter banks."""
@@ -116,7 +116,7 @@ class Data:
     window: int = 8192
     """Clips of a shuffle window."""
     balance: Literal["none", "class"] = "none"
-    """``class``: clips drawn by one over the count of their classes (SPEC section 5)."""
+    """``class``: clips drawn by one over the count of their classes (docs/method.md 5)."""
     epoch_clips: int | None = None
     """Clips of an epoch, drawn without replacement; null: all."""
     clip_seconds: float = 10.0
@@ -183,7 +183,7 @@ class Data:
 
 @dataclass
 class Optim:
-    """AdamW with linear warm-up and cosine decay (SPEC section 3)."""
+    """AdamW with linear warm-up and cosine decay (docs/method.md 3)."""
 
     lr: float = 5e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])

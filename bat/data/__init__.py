@@ -1,1 +1,1 @@
-"""Shards and the stream: from files to batches of waveforms on the host (STACK section 2)."""
+"""Shards and the stream: from files to batches of waveforms on the host."""

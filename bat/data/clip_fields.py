@@ -1,6 +1,6 @@
 """Defines the fields of a clip in a shard's table, and reads those of a clip's JSON.
 
-A table may come from anywhere (STACK section 6): ``sound`` holds each number to its range before
+A table may come from anywhere: ``sound`` holds each number to its range before
 anything is read, allocated or looked up by it. A clip's JSON may be anybody's and takes up to 25
 times its bytes when parsed: ``parse`` keeps the fields that bat reads (labels, length, fold, split
 and what ``bat-shard`` writes) and says how much memory they take.

@@ -1,4 +1,4 @@
-"""The index of a data set: every clip of every shard, in a few numpy arrays (STACK section 2).
+"""The index of a data set: every clip of every shard, in a few numpy arrays.
 
 About 70 bytes a clip and nothing but arrays, so that forked workers share it. ``read`` is one
 ``pread``, of the shard or of its copy in the local cache where the shard is remote. The order of

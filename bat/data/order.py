@@ -13,7 +13,7 @@ from bat.errors import UserError
 
 
 def class_balance(label_ids: np.ndarray, label_ptr: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Weights of ``ids`` for class-balanced sampling (SPEC section 5): (n,) float64.
+    """Weights of ``ids`` for class-balanced sampling (docs/method.md 5): (n,) float64.
 
     A class weighs ``1 / clips that carry it`` (among ``ids``), a clip the mean over its labels; a
     clip without labels weighs nothing.
@@ -53,7 +53,7 @@ def make_plan(
         shuffle: ``exact``: an even permutation of an epoch; ``window``: shards in a random order,
             clips shuffled within ``window`` of them; ``auto``: ``window`` where shards are remote
             (an even order wants all of them at once), else ``exact``.
-        balance: ``class``: weights of SPEC section 5; needs ``epoch_clips``.
+        balance: ``class``: weights of docs/method.md 5; needs ``epoch_clips``.
         epoch_clips: clips of an epoch, without replacement; None: all.
         mix: shares of the sources that the index was opened with; empty: one set of all of them.
 

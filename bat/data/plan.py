@@ -1,4 +1,4 @@
-"""The stateless plan: which clip comes at which place of an endless stream (STACK section 2).
+"""The stateless plan: which clip comes at which place of an endless stream.
 
 Epoch e is an arrangement of the clips, a pure function of (seed, e); the stream is the epochs one
 after the other, so nothing is dropped at an epoch's end and a batch may reach across it. Global

@@ -1,9 +1,9 @@
-"""One shard's index: where each clip's bytes lie and what its JSON said (STACK section 2).
+"""One shard's index: where each clip's bytes lie and what its JSON said.
 
 A shard is a plain WebDataset tar: ``KEY.flac`` + ``KEY.json`` side by side. Its ``ShardTable``
 lets training read by ``pread`` and never parse a tar; it lies beside the shard as
 ``shard-00000.idx.npz``. ``scan`` makes it for any shard, ours or foreign: regular members only,
-suffixes of an allow-list, size caps, no pickle, nothing unpacked (STACK section 6).
+suffixes of an allow-list, size caps, no pickle, nothing unpacked.
 A foreign JSON seldom says how long a clip is: ``scan(probe=True)`` asks the clips themselves.
 """
 
@@ -162,7 +162,7 @@ class ShardTable:
 
 
 def parse_labels(meta: dict[str, Any]) -> list[tuple[str, int]]:
-    """``[(name, label_id or -1), ...]`` of a sample's JSON (FIELD section 1).
+    """``[(name, label_id or -1), ...]`` of a sample's JSON (docs/data.md).
 
     Read: ``label`` (or ``labels``) and ``label_id``, each a list or a single value;
     ``original_data.class_labels`` (LAION). Names are what ``bat.tasks.labels.names_of`` makes of

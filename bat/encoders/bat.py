@@ -1,4 +1,4 @@
-"""The Better Audio Transformer's encoder (SPEC section 2).
+"""The Better Audio Transformer's encoder (docs/method.md 2).
 
 16 x 16 patches of the log-mel -> linear embedding -> fixed sin-cos position code -> visible tokens
 kept -> class token (no code) -> LayerNorm -> L gated blocks. State-dict names are the paper's.

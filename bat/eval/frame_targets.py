@@ -1,4 +1,4 @@
-"""Labels of every time patch, made from the events of recordings (SPEC section 5, ``dcase16``).
+"""Labels of every time patch, made from the events of recordings (docs/method.md 5, ``dcase16``).
 
 Patch t stands for its start, ``t x patch_hop_ms``: a class is active where that time lies in
 ``[onset, offset]`` of one of its events. Patches that start at or beyond a clip's end are nobody's:

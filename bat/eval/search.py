@@ -1,4 +1,4 @@
-"""Trains, selects and evaluates every probe with every seed in every fold (SPEC section 5).
+"""Trains, selects and evaluates every probe with every seed in every fold (docs/method.md 5).
 
 Candidates are trained side by side on the training clips; each is looked at on the validation clips
 at the end, or every so many steps, and of each method and seed the best look is judged on the

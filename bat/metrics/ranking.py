@@ -1,4 +1,4 @@
-"""What a classifier is judged by (SPEC section 5): accuracy, macro mAP, F1, AUROC, d-prime.
+"""What a classifier is judged by (docs/method.md 5): accuracy, macro mAP, F1, AUROC, d-prime.
 
 One sort a class gives average precision and AUROC, exact with ties, in float64 so that confident
 logits do not tie; 527 classes of 20,000 clips take a second, where a library call for each class

@@ -1,4 +1,4 @@
-"""Gated self-attention on fused attention kernels (SPEC section 2).
+"""Gated self-attention on fused attention kernels (docs/method.md 2).
 
     out = proj( concat_heads(softmax(q k^T / sqrt(d)) v)  *  sigmoid(x W_G + b_G) )
 

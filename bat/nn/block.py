@@ -1,4 +1,4 @@
-"""One transformer block, post-norm as in the paper or pre-norm as an option (SPEC section 2).
+"""One transformer block, post-norm as in the paper or pre-norm as an option (docs/method.md 2).
 
     post:  x = LN1(x + Attn(x));       x = LN2(x + MLP(x))
     pre:   x = x + Attn(LN1(x));       x = x + MLP(LN2(x))

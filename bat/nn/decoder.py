@@ -1,7 +1,7 @@
 """Decoders of masked latent regression: visible tokens in, a prediction a *masked* patch out.
 
-``ViTDecoder`` (SPEC section 3): visible tokens (no class token) are placed in a canvas of a learned
-mask token, a *trained* position code is added, post-norm gated blocks, a linear without bias back
+``ViTDecoder`` (docs/method.md 3): visible tokens (no class token) in a canvas of a learned mask
+token, a *trained* position code is added, post-norm gated blocks, a linear without bias back
 to the encoder's width. ``CNNDecoder`` is data2vec 2.0's, for the ablation: on the (T, F) grid, each
 layer 3 x 3 grouped convolution -> LayerNorm over channels without affine -> GELU, with a residual
 around it where widths agree, and a linear with bias at the end.

@@ -1,4 +1,4 @@
-"""The teacher: an exponential moving average of the student (SPEC section 3).
+"""The teacher: an exponential moving average of the student (docs/method.md 3).
 
 The decay rises linearly from ``start`` to ``end`` over ``steps`` optimiser steps; float32 as the
 paper's table. Parameters and buffers alike are averaged, all in one ``foreach`` call; where both

@@ -6,7 +6,7 @@ D/4 frequencies ``10000^(-k / (D/4))``.
 ``grid``: token (t, f) carries (t, f), as one would draw it.
 ``reference``: the paper's released code generates the table on an (F, T) grid flattened
 frequency-major and adds it to *time-major* tokens, so row n carries time ``n mod T`` and frequency
-``n div T``. Its checkpoints depend on this bijection (SPEC section 2).
+``n div T``. Its checkpoints depend on this bijection (docs/method.md 2).
 """
 
 from __future__ import annotations

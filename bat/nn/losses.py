@@ -1,4 +1,4 @@
-"""Losses of the tasks (SPEC section 5): cross-entropy, binary cross-entropy, asymmetric, CTC.
+"""Losses of the tasks (docs/method.md 5): cross-entropy, binary cross-entropy, asymmetric, CTC.
 
 Every loss takes logits (..., C) and targets (..., C) in [0, 1] (one-hot, multi-hot or mixed) and
 returns a float32 scalar, the mean over examples: ``ce`` sums over classes, ``bce`` and ``asl``

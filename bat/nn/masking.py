@@ -1,4 +1,4 @@
-"""Inverse block masks (SPEC section 3), all rows in one batched, seeded operation on the device.
+"""Inverse block masks (docs/method.md 3), all rows in one batched, seeded operation on the device.
 
 For every row: ``c = int(N (r + adjust) / block^2)`` centres, uniform over the N patches with
 replacement; the ``block x block`` squares around them (clipped at the borders) are what is *kept*;

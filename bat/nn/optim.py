@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups and its rate: linear warm-up, then cosine (SPEC sections 3 to 5).
+"""AdamW, its parameter groups and its rate: linear warm-up, then cosine (docs/method.md 3 to 5).
 
 The rate is a plain function of the optimiser step, set at the start of each batch by ``set_lr``:
 no scheduler object, hence nothing to save and nothing to resume. A parameter group carries its

@@ -1,4 +1,4 @@
-"""Masked latent regression with an EMA teacher (SPEC section 3).
+"""Masked latent regression with an EMA teacher (docs/method.md 3).
 
 The student sees V masked views of a clip, the decoder predicts every patch, and the teacher, an EMA
 copy of the encoder run on the clean spectrogram, says what they should have been:
@@ -40,14 +40,14 @@ DECODERS: dict[str, dict[str, Any]] = {
     "vit12h": {"heads": 12, "mlp_ratio": 4.0},
     "vit6h": {"heads": 6, "mlp_ratio": 2.0},
 }
-"""Heads and MLP ratio of the transformer decoders (SPEC section 3, ablations)."""
+"""Heads and MLP ratio of the transformer decoders (docs/method.md 3, ablations)."""
 WIDEST = 768
 """Of a decoder whose width is not given: the paper's Large, 1024 wide, has one of 768."""
 
 
 @dataclass
 class Mask:
-    """Inverse block mask (SPEC section 3)."""
+    """Inverse block mask (docs/method.md 3)."""
 
     views: int = 16
     """Masked views of each clip."""
@@ -124,7 +124,7 @@ class MaskedLatent(Objective):
 
     @dataclass
     class Config(Objective.Config):
-        """Masked latent regression and the paper's ablations of it (SPEC section 3)."""
+        """Masked latent regression and the paper's ablations of it (docs/method.md 3)."""
 
         name: str = "masked_latent"
         target: Literal["eob", "mlp"] = "eob"

@@ -1,4 +1,4 @@
-"""``abmilp``: multiple-instance attention over the last block's patches (FIELD section 2).
+"""``abmilp``: multiple-instance attention over the last block's patches (arXiv 2509.24901).
 
     a = softmax over tokens of w . tanh(W_a z + b_a) + b,   x = sum_i a_i z_i,   logits = W x
 

@@ -1,8 +1,8 @@
-"""What the attentive probes of *Unmute the Patch Tokens* share (FIELD section 2).
+"""What the attentive probes of *Unmute the Patch Tokens* share (arXiv 2509.24901).
 
 ``mhca``, ``ep``, ``simpool`` and ``abmilp`` pool the last block's patches into one vector a clip,
 each by its own ``pool``; dropout and a linear layer follow. Dropout is the head setting that all
-probes share (FIELD names none). They are defined at clip level only.
+probes share (the paper names none). They are defined at clip level only.
 
 Scores of a learned query need no keys, means of values no values of each token:
 ``q . (W_k z) = (W_k^T q) . z`` and ``sum_i w_i W_v z_i = W_v sum_i w_i z_i``. With A queries in all

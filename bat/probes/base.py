@@ -1,4 +1,4 @@
-"""What every probe is: ``Features`` of all blocks in, logits out (SPEC section 4).
+"""What every probe is: ``Features`` of all blocks in, logits out (docs/method.md 4).
 
 At ``clip`` level a probe answers once a clip, (B, C); at ``frame`` level once a time patch,
 (B, T, C). The optimiser decays matrices only; a probe names the matrices that are none

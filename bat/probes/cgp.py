@@ -1,4 +1,4 @@
-"""``cgp``: Convex Gated Probing, the probe that sees every block and every patch (SPEC section 4).
+"""``cgp``: Convex Gated Probing, which reads every block and every patch (docs/method.md 4).
 
 ``alpha = softmax(a)``, a learned and 1 at start; ``n`` is division by the L2 norm:
 

@@ -1,10 +1,10 @@
-"""``ep``, efficient probing: learned queries, each pooling its own channels (FIELD section 2).
+"""``ep``, efficient probing: learned queries, each pooling its own channels (arXiv 2509.24901).
 
     x = concat_q softmax(u_q Z^T / sqrt(D)) V_q,   V = Z W_v^T split into Q chunks of channels
 
 Q = 32 queries u_q (D), one head, no key projection, W_v (D_out x D) without bias; then a linear
-layer. FIELD leaves open: D_out, which is D here, rounded up to a multiple of Q so that every width
-works; the queries' start, 0.02 N(0, 1), and the scale 1 / sqrt(D), that of one head of width D.
+layer. The paper leaves open: D_out, which is D here, rounded up to a multiple of Q so that every
+width works; the queries' start, 0.02 N(0, 1), and the scale 1 / sqrt(D), that of one head of width D.
 The values of single tokens are not made (``attention.py``).
 
 Parameters at D = 768, C = 527, L = 12 (Q = 32): 1,019,663.

@@ -4,7 +4,7 @@ With ``n(p) = p / ||p||`` and groups of M tokens (a clip's patches; at frame lev
 
     out[g, k] = [min_m tokens[g, m] . n(p_k),  middle[g] . n(p_k),  max_m tokens[g, m] . n(p_k)]
 
-(SPEC section 4, "what CGP really costs"). A plain implementation stores the similarities (G, M, K),
+(docs/method.md 4, "Cost of CGP"). A plain implementation stores the similarities (G, M, K),
 pays three products of their size, and keeps ``n(p)`` and its gradient besides. Here they are made
 for a few prototypes at a time and only the index tables are kept; the gradient passes through the
 picked tokens alone, so backward is O(G K D), not O(G M K D). A positive factor changes neither

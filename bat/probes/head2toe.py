@@ -1,4 +1,4 @@
-"""``h2t``: a linear layer on the class tokens of all blocks, with a group lasso (SPEC section 4).
+"""``h2t``: a linear layer on the class tokens of all blocks, with a group lasso (docs/method.md 4).
 
     x = [o_1, ..., o_L]  (L D),   logits = W dropout(LN(x)) + b
     loss = loss(logits) + w sqrt(C) sum_j ||W_:,j||_2,   w = 1e-4

@@ -1,4 +1,4 @@
-"""``linear`` (LP) and ``lcgp``: LayerNorm, dropout and a linear layer on one vector (SPEC 4).
+"""``linear`` (LP) and ``lcgp``: LayerNorm, dropout, linear layer on one vector (docs/method.md 4).
 
 ``linear`` reads the last block: its class token, or the mean patch of an encoder without one; at
 frame level the mean over frequency of its patches. ``lcgp`` reads ``sum_l alpha_l o_l`` with

@@ -1,5 +1,4 @@
-"""``mhca``: multi-head cross-attention of one learned query over the last block's patches (FIELD
-section 2).
+"""``mhca``: multi-head cross-attention of one learned query over the last block's patches.
 
     x = concat_h softmax(q_h K_h^T / sqrt(d)) V_h,   K = Z W_k^T,   V = Z W_v^T,   logits = W x
 

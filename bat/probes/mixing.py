@@ -1,4 +1,4 @@
-"""Mixing the blocks: ``sum_l alpha_l n(z_l)``, ``n`` the L2 norm's direction (SPEC section 4, CGP).
+"""Mixing the blocks: ``sum_l alpha_l n(z_l)``, ``n(x) = x / ||x||`` (docs/method.md 4).
 
 Written plainly this makes two float32 stacks of all blocks, one normalised and one weighted, and
 keeps both for the backward pass. Here tokens pass a few at a time (all at once on a GPU) through

@@ -1,8 +1,8 @@
-"""``mlp``: one hidden layer on the class token (FIELD section 2).
+"""``mlp``: one hidden layer on the class token (arXiv 2509.24901).
 
     logits = W_2 dropout(GELU(W_1 LN(o_L) + b_1)) + b_2
 
-on the last block's class token, or the mean patch of an encoder without one. FIELD says no more
+on the last block's class token, or the mean patch of an encoder without one. The paper says no more
 than "one hidden layer on the class token"; GELU, the LayerNorm and the place of dropout are ours,
 and so is frame level: the mean over frequency of the last block's patches, as in ``linear``.
 

@@ -1,4 +1,4 @@
-"""``proto``: prototypes that belong to classes, with an orthogonality loss (FIELD section 2).
+"""``proto``: prototypes that belong to classes, with an orthogonality loss (arXiv 2509.24901).
 
 J prototypes p_cj a class (20), ``s_cj = max over patches of n(z) . n(p_cj)`` on the last block, at
 frame level the maximum over frequency. A class sees its own similarities only, with weights that
@@ -7,7 +7,7 @@ are not negative, so that a logit is evidence for its class and nothing else:
     logit_c = sum_j softplus(v_cj) s_cj + b_c
     loss    = loss(logits) + w mean over c of ||P_c P_c^T - I||_F^2,   P_c the (J, D) of n(p_cj)
 
-FIELD names the parts and leaves open how weights are kept from being negative, how the loss is
+The paper names the parts and leaves open how weights are kept from being negative, how the loss is
 summed, and the start. Ours: softplus, which a weight can leave again, where a clamped one stops
 learning at 0 for good; the mean over classes, so that w = 1 means the same for 2 classes as for
 527; weights start at 1, prototypes at 0.02 N(0, 1), biases at -2 (most classes are absent from a

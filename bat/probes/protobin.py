@@ -1,4 +1,4 @@
-"""``protobin`` (PB) and ``protofloat``: prototypes against the last block's patches (SPEC 4).
+"""``protobin`` (PB) and ``protofloat``: prototypes for the last block's patches (docs/method.md 4).
 
 Features of ``protobin`` are ``max over patches of n(z) . n(sign(p_k))`` with ``sign(0) = +1`` and
 ``n`` the division by the L2 norm, at frame level the maximum over frequency; then dropout and a

@@ -1,4 +1,4 @@
-"""``simpool``: patches weighted by their likeness to the mean patch (FIELD section 2).
+"""``simpool``: patches weighted by their likeness to the mean patch (arXiv 2509.24901).
 
     X = LN(Z),   q = mean token of X,   x = softmax(q X^T / sqrt(D)) X,   logits = W x + b
 

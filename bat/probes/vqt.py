@@ -1,4 +1,4 @@
-"""``vqt``, visual query tuning: learned tokens that read every block (SPEC section 4).
+"""``vqt``, visual query tuning: learned tokens that read every block (docs/method.md 4).
 
 q = 10 queries a block join its input as queries only: they attend to the tokens and pass through
 the block, no token attends to them, and what becomes of them, h_l (q D), is collected.
@@ -7,7 +7,7 @@ the block, no token attends to them, and what becomes of them, h_l (q D), is col
 
 Without a class token o_L is the mean patch. A clip of several chunks has the mean of its chunks'
 h_l. Queries start uniform in +-sqrt(6 / (3 * 256 + D)) (256 = 16 * 16 values of a patch) and do not
-decay. Dropout is applied; the reference ignores it here (SPEC section 8).
+decay. Dropout is applied; the reference ignores it here (docs/method.md 8).
 
 The probe is handed the encoder and does not own it: no parameter of it is trained, saved or moved.
 

@@ -1,6 +1,6 @@
 """Foreign shards, used where they lie: a table beside each, a manifest for the folder.
 
-WebDataset shards as people publish them (FIELD section 1) say seldom how long a clip is and never
+WebDataset shards as people publish them (docs/data.md) say seldom how long a clip is and never
 what their tar should hash to. ``index_in_place`` reads each tar once: its hash, its headers and
 JSON, and the header of every clip whose length is unknown. Nothing of theirs is changed. A second
 run keeps what still describes its shard.

@@ -1,4 +1,4 @@
-"""Rows of WebDataset shards: ours, and the layouts of FIELD section 1, to be written anew.
+"""Rows of WebDataset shards: ours, and the layouts of docs/data.md, to be written anew.
 
 Read of a clip's JSON: the labels (``bat.data.table.parse_labels``), ``mid``, ``id``, ``fold``,
 ``split``, ``start_seconds``, ``events``, ``text``. Other fields stay behind. Class names are in

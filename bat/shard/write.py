@@ -1,4 +1,4 @@
-"""Writing shards: files of any folder become WebDataset tars with a manifest (FIELD section 1).
+"""Writing shards: files of any folder become WebDataset tars with a manifest (docs/data.md).
 
 ``shard-%05d.tar`` holds ``KEY.ext`` + ``KEY.json`` (``id, label, label_id, sample_rate,
 num_samples, start_seconds`` and, where there are such, ``mid, fold, split``), beside it its index

@@ -3,7 +3,7 @@
 The file name is the registration: ``bat/tasks/NAME.py`` holds ``TASK``. A dotted import path
 (``mylab.tasks.frogs``, a module with a ``TASK``) works wherever a name does, so that a task can
 live outside this package. A task has no Dataset class. docs/add_a_task.md has a complete example;
-the constants are those of SPEC section 5.
+the constants are those of docs/method.md 5.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Events of recordings: what sounds from when to when.
 
-Times are seconds from the start of the clip (SPEC section 5, ``dcase16``). Labels of a whole clip
+Times are seconds from the start of the clip (docs/method.md 5, ``dcase16``). Labels of a whole clip
 are the union of its events'; what is active at a time patch, ``bat.eval.frame_targets`` says, and
 ``bat.eval.detection`` makes events of a probe's outputs.
 """

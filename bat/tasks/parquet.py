@@ -1,4 +1,4 @@
-"""Parquet with the audio inside: files of the Hugging Face hub, and the like (FIELD section 1).
+"""Parquet with the audio inside: files of the Hugging Face hub, and the like (docs/data.md).
 
 Columns: ``audio`` (bytes, or a struct with ``bytes`` and at will ``path``); ``labels``, ``label``
 or ``label_id`` (names, mids or numbers, one or a list); where labels are mids, ``human_labels``

@@ -1,4 +1,4 @@
-"""Fine-tuning: encoder and head trained together on labels (SPEC section 5).
+"""Fine-tuning: encoder and head trained together on labels (docs/method.md 5).
 
     wave -> colour noise -> front end -> time roll -> mixup -> SpecAugment
          -> encoder with drop path -> head

@@ -51,7 +51,7 @@ def test_esc50_pads_as_the_papers_supervised_tasks(command: str) -> None:
 
 
 def test_as2m_is_the_paper_s_base_configuration() -> None:
-    """SPEC section 3, number by number."""
+    """docs/method.md 3, number by number."""
     c = compose(Pretrain, "pretrain", ["recipe=as2m"])
     assert (c.model.width, c.model.depth, c.model.heads, c.model.gate) == (768, 12, 12, True)
     assert (c.model.norm_order, c.model.pos_layout, c.model.mlp_ratio) == ("post", "reference", 4)
@@ -217,7 +217,7 @@ def test_what_is_held_out_is_no_setting_of_the_stream(command: str, word: str) -
 
 
 def test_as2m_fine_tuning_is_balanced_as_in_the_paper() -> None:
-    """SPEC section 5."""
+    """docs/method.md 5."""
     c = compose(Finetune, "finetune", ["recipe=as2m"])
     assert (c.data.balance, c.data.epoch_clips, c.data.batch) == ("class", 200_000, 96)
     assert (c.train.steps, c.optim.warmup_steps, c.optim.lr) == (200_000, 20_000, 5e-5)

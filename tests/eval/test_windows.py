@@ -419,7 +419,7 @@ def test_events_after_the_end_are_an_error(own):
 
 
 def test_patch_times_are_their_starts_and_bounds_belong_to_the_event():
-    """As SPEC section 5: index x 160 ms inside [start, end]; 3 x 160 ms is 0.48 s exactly."""
+    """As docs/method.md 5: index x 160 ms inside [start, end]; 3 x 160 ms is 0.48 s exactly."""
     events = {"x.y": (Event(0.16, 0.48, ("b",), 2), Event(0.481, 0.639, ("a",), 3))}
     made = FrameTargets(events, labels=["a", "b"], patch_hop_ms=160.0, sample_rate=1000)
     batch = WaveBatch(

@@ -27,7 +27,7 @@ def test_layouts_are_the_stated_bijection_of_each_other() -> None:
     grid = Grid(64, 8)
     reference, faithful = (position_code(32, grid, layout)[0] for layout in ("reference", "grid"))
     for t, f in ((0, 0), (1, 0), (8, 3), (63, 7), (10, 5)):
-        cell_f, cell_t = t // 8, 8 * (t % 8) + f  # SPEC section 2
+        cell_f, cell_t = t // 8, 8 * (t % 8) + f  # docs/method.md 2
         assert torch.equal(reference[t * 8 + f], faithful[cell_t * 8 + cell_f])
 
 

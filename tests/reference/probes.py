@@ -1,4 +1,4 @@
-"""The probes of SPEC section 4 and FIELD section 2 the slow way: loops over everything.
+"""The probes of docs/method.md 4 the slow way: loops over everything.
 
 Tokens are (L, B, T, F, D), class tokens (L, B, D); weights are those of ``bat.probes``.
 """

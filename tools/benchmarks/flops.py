@@ -1,4 +1,4 @@
-"""What a pre-training step costs: SPEC section 3's hand count, and PyTorch's counter.
+"""What a pre-training step costs: docs/method.md 3's hand count, and PyTorch's counter.
 
 A block costs ``2 (5 + 2 r) D^2`` FLOP a token (r the MLP's ratio; 26 D^2 at r = 4) and ``4 n D``
 for attention over n tokens; training is three forwards, the teacher one. The counter runs the model

@@ -3,8 +3,8 @@
 Patch convolution over all patches of every view, then the visible ones gathered; separate ``qkv``
 and ``gate`` linears; matmul-softmax-matmul; mask tokens appended and shuffled back (MAE); all
 blocks of the decoder over all patches; every block's output kept for the targets. Names are the
-paper's (SPEC section 7), so weights go both ways strictly. Post-norm BAT only: no ablation, no drop
-path.
+paper's (docs/method.md 7), so weights go both ways strictly. Post-norm BAT only, no ablation, no
+drop path.
 """
 
 from __future__ import annotations
