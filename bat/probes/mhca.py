@@ -1,4 +1,5 @@
-"""``mhca``: multi-head cross-attention of one learned query over the last block's patches.
+"""``mhca``: multi-head cross-attention of one learned query over the last block's patches
+(arXiv 2509.24901).
 
     x = concat_h softmax(q_h K_h^T / sqrt(d)) V_h,   K = Z W_k^T,   V = Z W_v^T,   logits = W x
 

@@ -1,7 +1,7 @@
 """The pre-training step, whole: from waveforms on the device to the teacher's EMA.
 
 Front end, masks, forward, backward, AdamW, EMA; *plain* is ``plain_step.py``, from the same
-weights. ``tflop_per_clip`` is counted by hand (docs/method.md 3), and what ``tflops`` and ``mfu`` go by;
+weights. ``tflop_per_clip`` is counted by hand (docs/method.md 3); ``tflops`` and ``mfu`` go by it;
 ``mfu`` is against a large bf16 matrix product measured in the same run. ``counted_tflop`` is what
 PyTorch's counter finds (ours does less than the hand count), ``mfu_counted`` goes by that.
 ``loss_difference`` is relative, on the same masks before any step. ``outside_share``: front end and
