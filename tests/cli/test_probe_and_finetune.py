@@ -172,7 +172,7 @@ def _shards(words) -> str:
 
 @pytest.mark.parametrize(("schema", "command"), [(Probe, "probe"), (Finetune, "finetune")])
 def test_every_recipe_composes(schema, command):
-    more = ["as2m", "own"] if command == "finetune" else ["own"]
+    more = ["toy_events", "toy_tokens", "own", *["as2m"] * (command == "finetune")]
     assert known_recipes(command) == sorted(["as20k", "esc10", "esc50", "toy", *more])
     for name in known_recipes(command):
         compose(schema, command, [f"recipe={name}"])
