@@ -311,9 +311,9 @@ def _headers(
     bar = tqdm(total=len(rows), desc="headers", unit="file", leave=False, disable=not progress)
     with bar, ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(parts), 2 * threads):  # so many an interrupt waits for
-            for said in pool.map(ask, parts[start : start + 2 * threads]):
-                found += said
-                bar.update(len(said))
+            for answers in pool.map(ask, parts[start : start + 2 * threads]):
+                found += answers
+                bar.update(len(answers))
     left_out = [*absent]
     headers: list[Header | None] = []
     for row, entry in zip(rows, found, strict=True):
