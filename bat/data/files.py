@@ -308,7 +308,9 @@ def _headers(
     parts = [named[start : start + PART] for start in range(0, len(rows), PART)]
     found: list[list[Any]] = []
     threads = 1 if any(row.cell is not None for row in rows) else THREADS  # cells come in order
-    bar = tqdm(total=len(rows), desc="headers", unit="file", leave=False, disable=not progress)
+    bar = tqdm(
+        total=len(rows), desc="headers", unit="file", leave=False, delay=1.0, disable=not progress
+    )
     with bar, ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(parts), 2 * threads):  # so many an interrupt waits for
             for answers in pool.map(ask, parts[start : start + 2 * threads]):

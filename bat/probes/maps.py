@@ -54,7 +54,7 @@ def evidence(probe: Probe, features: Features, class_id: int, *, top: int = 10) 
     S, E = T if frame else 1, weight.shape[1]
     groups = tokens.flatten(0, 1) if frame else fill_padding(tokens, features).flatten(1, 2)
     similarity, picks = torch.ops.bat.pool_prototypes(
-        groups, prototypes, None, E == 2, signs, tokens.dtype, "portable"
+        groups, prototypes, None, E == 2, signs, tokens.dtype
     )  # of groups (B S, M, D): (B S, K, E), (K, E, B S)
     value = (similarity * weight / S).unflatten(0, (B, S)).permute(0, 2, 3, 1)  # (B, K, E, S)
     inside = features.inside()

@@ -140,7 +140,8 @@ def _dry_run(run: Folds) -> None:
         torch.set_grad_enabled(on_gpu),
     ):
         spectrogram, targets, patches = module.augmented(batch, generator)
-        features = module.encoded(spectrogram, patches)
+        total = module.backbone.time_patches(batch.waves.shape[1])
+        features = module.encoded(spectrogram, patches, total=total)
         logits = module.head(features)
         loss = against(module.loss, logits, targets, inside=features.inside())
     if on_gpu:

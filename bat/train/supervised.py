@@ -86,7 +86,8 @@ class Supervised(Shardable):
         torch.manual_seed(seed)  # dropout, drop path
         generator = torch.Generator(self.device).manual_seed(seed)
         spectrogram, targets, patches = self.augmented(batch, generator)
-        features = self.encoded(spectrogram, patches)
+        total = self.backbone.time_patches(batch.waves.shape[1])
+        features = self.encoded(spectrogram, patches, total=total)
         loss_of = partial(against, self.loss, inside=features.inside())
         loss = self.head.training_loss(loss_of, self.head(features), targets)
         self.clips = spectrogram.shape[0]
@@ -97,11 +98,13 @@ class Supervised(Shardable):
         self.guard.note(batch, loss)
         return poison(loss)
 
-    def encoded(self, spectrogram: Tensor, patches: Tensor | None) -> Features:
+    def encoded(
+        self, spectrogram: Tensor, patches: Tensor | None, *, total: int | None = None
+    ) -> Features:
         """What the head reads of ``augmented``'s clips."""
         if patches is None:
             return self.backbone.features(spectrogram)
-        return self.backbone.features_alone(spectrogram, patches)
+        return self.backbone.features_alone(spectrogram, patches, total=total)
 
     @torch.no_grad()
     def augmented(

@@ -60,6 +60,7 @@ def finetune(monkeypatch: pytest.MonkeyPatch) -> Any:
         frames=16,
         out=Path("nowhere"),
         backbone=SimpleNamespace(sample_rate=16_000),
+        ready=SimpleNamespace(targets_of=None),
     )
 
 

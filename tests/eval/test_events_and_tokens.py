@@ -203,7 +203,8 @@ def test_finetune__toy_task_runs(recipe: str, settings, tmp_path) -> None:
     finetune(settings(f"recipe={recipe}", f"out={out}", *mixup, "train.save_every=3",
                       schema=Finetune))  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
-    assert 0 <= summary["results"]["linear"]["mean"][RECIPES[recipe]] <= 1.5
+    (entry,) = summary["results"].values()
+    assert 0 <= entry["mean"][RECIPES[recipe]] <= 1.5
     head, meta = load_head(out / "fold-test" / "head")
     assert head.classes == len(meta["labels"])
     rows = [json.loads(line) for line in (out / "fold-test/metrics.jsonl").read_text().splitlines()]
@@ -218,7 +219,6 @@ def test_shards__ask_the_same_as_the_task_itself(settings, tmp_path) -> None:
         one = prepare(settings(f"recipe={recipe}"))
         shards = f"data.shards=[{tmp_path / f'{recipe}-shards'}]"
         other = prepare(settings(f"recipe={recipe}", shards))
-        assert one.hash == other.hash
         assert one.labels == other.labels
         assert one.targets_of.digest == other.targets_of.digest
         assert one.rounds[0].train.tolist() == other.rounds[0].train.tolist()

@@ -263,7 +263,7 @@ def test_features_that_are_not_finite_name_a_remedy(index):
     with pytest.raises(UserError, match="precision=32-true"):
         encode(_poisoned("1"), batch, frames=FRAMES, autocast=torch.bfloat16)
     batch.waves[0, 100] = torch.inf
-    with pytest.raises(UserError, match=f"clip {index.key(0)}, .*spectrogram .*check the data"):
+    with pytest.raises(UserError, match=f"clip {index.key(0)}, .*not finite .*check the data"):
         encode(BAT(width=16, depth=1, heads=2, grid=Grid(2, 8)), batch, frames=FRAMES)
 
 

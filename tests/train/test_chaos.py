@@ -36,7 +36,7 @@ def test_after_ten_faults_the_weights_are_those_of_an_undisturbed_run(
         "disk": 2,
         "truncate": -9,
         "flip": -9,
-        "worker": None,
+        "worker": 75,
     }
 
 

@@ -131,16 +131,17 @@ def test_a_signal_within_a_probing_cuts_it_off_and_it_is_made_up_for(
     words = ["online.every=2", "online.steps=4", "train.save_every=100"]
     from bat.eval import fit as probing
 
-    original, calls = probing.set_lr, []
+    original, calls = probing.warmup_cosine, []
 
-    def set_lr(*a, **k):
-        calls.append(1)
-        if len(calls) == 2 * 4 + 6:  # the second fold of the probing at step 2
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*a, **k)
+    def warmup_cosine(step, **k):
+        if calls[-1:] != [step]:  # once a step
+            calls.append(step)
+            if len(calls) == 2 * 4 + 6:  # the second fold of the probing at step 2
+                os.kill(os.getpid(), signal.SIGTERM)
+        return original(step, **k)
 
     with monkeypatch.context() as patch:
-        patch.setattr(probing, "set_lr", set_lr)
+        patch.setattr(probing, "warmup_cosine", warmup_cosine)
         with pytest.raises(Interrupted, match="SIGTERM after step 2"):
             pretrain(small(*words, out=tmp_path / "parts"))
     assert len(calls) == 2 * 4 + 6
@@ -221,15 +222,16 @@ def probing_signal(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """SIGTERM within the ``at``-th step of the probes."""
     from bat.eval import fit as probing
 
-    original, calls = probing.set_lr, []
+    original, calls = probing.warmup_cosine, []
 
-    def set_lr(*a, **k):
-        calls.append(1)
-        if len(calls) == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*a, **k)
+    def warmup_cosine(step, **k):
+        if calls[-1:] != [step]:  # once a step
+            calls.append(step)
+            if len(calls) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return original(step, **k)
 
-    monkeypatch.setattr(probing, "set_lr", set_lr)
+    monkeypatch.setattr(probing, "warmup_cosine", warmup_cosine)
 
 
 def accuracies(out: Path) -> list[tuple[int, float]]:
