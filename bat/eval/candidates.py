@@ -1,8 +1,8 @@
-"""What is trained side by side: every probe, with every seed, rate and weight decay of its grid.
+"""Lists the candidates of the search: each probe with each seed, rate and decay of its grid.
 
-A candidate's random numbers hang on its method, seed and round alone, so that candidates of one
-method and seed differ in nothing but rate and decay, and may be trained together or in several
-passes (``passes``) with the same result.
+The random numbers of a candidate depend only on its method, seed and fold. Candidates of one method
+and seed therefore differ only in rate and decay, and can be trained together or in several passes
+(``passes``) with the same result.
 """
 
 from __future__ import annotations
@@ -28,33 +28,35 @@ from bat.probes.base import Probe
 from bat.seeding import derive_seed
 
 BYTES_A_PARAMETER = 16
-"""Weight, gradient and two moments in float32."""
+"""Bytes per parameter: weight, gradient and two moments in float32."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One training: ``method`` with ``seed``, at ``lr`` and ``weight_decay``."""
+    """One training run of ``method`` with ``seed``, at ``lr`` and ``weight_decay``."""
 
     method: str
     seed: int
     lr: float
     weight_decay: float
     order: int = 0
-    """Place in its grid."""
+    """Position in its grid."""
 
     @property
     def job(self) -> tuple[str, int]:
-        """What it competes for: candidates of one job are chosen among."""
+        """The pair (method, seed); one candidate is selected per job."""
         return self.method, self.seed
 
     def optim(self, base: Optim) -> Optim:
-        """``base`` with this candidate's values."""
+        """Returns ``base`` with this candidate's learning rate and weight decay."""
         return replace(base, lr=self.lr, weight_decay=self.weight_decay)
 
 
 def grid(protocol: Protocol | None, optim: Optim, *, prototypes: bool) -> list[tuple[float, float]]:
-    """Pairs (rate, weight decay) that ``protocol`` tries; without one, or where it chooses
-    nothing, that of ``optim`` alone. ``prototypes``: of a probe that has some.
+    """Returns the pairs (learning rate, weight decay) that ``protocol`` tries.
+
+    Without a protocol, or where it selects nothing, the only pair is that of ``optim``.
+    ``prototypes``: the probe has prototypes.
     """
     if protocol is None or protocol.selection == "none":
         return [(optim.lr, optim.weight_decay)]
@@ -68,7 +70,7 @@ def grid(protocol: Protocol | None, optim: Optim, *, prototypes: bool) -> list[t
 
 
 def _between(values: Sequence[float], share: float) -> float:
-    """The point at ``share`` of the way from the least to the greatest, on a log scale."""
+    """Returns the point at ``share`` of the way from the least to the greatest, on a log scale."""
     low, high = math.log(min(values)), math.log(max(values))
     return math.exp(low + share * (high - low))
 
@@ -76,9 +78,9 @@ def _between(values: Sequence[float], share: float) -> float:
 def passes(
     candidates: Sequence[Candidate], *, parameters: dict[str, int], memory_bytes: float
 ) -> Iterator[list[Candidate]]:
-    """``candidates`` in order, in groups that need at most ``memory_bytes``, one each at least.
+    """Yields ``candidates`` in order, in groups of at least one that need at most ``memory_bytes``.
 
-    ``parameters``: of each method.
+    ``parameters``: number of parameters per method.
     """
     group: list[Candidate] = []
     taken = 0
@@ -95,27 +97,29 @@ def passes(
 
 State = dict[str, Tensor]
 Score = tuple[float, float]
-"""The metric that chooses, minus it where lower is better, and minus the loss."""
+"""The selection metric, negated where lower is better, and the negated loss."""
 
 
 EVERY = "*"
-"""Stands for all answers of a probe."""
+"""Key that stands for all answers of a probe."""
 
 
 @dataclass
 class Look:
-    """A candidate after so many steps, as the validation clips saw it."""
+    """Result of one validation step of a candidate."""
 
     candidate: Candidate
     step: int
     score: Score | None
-    """None where nothing chooses."""
+    """Validation score; None where nothing is selected."""
     state: State
 
     def better(self, other: Look | None) -> bool:
-        """Whether this look is chosen before ``other``: by the metric; of equal ones the later
-        step (as the reference does), then the lower loss, then the earlier in the grid, whatever
-        was trained first."""
+        """Return True if this validation step is preferred to ``other``.
+
+        The metric decides; ties go to the later step (as in the reference), then to the lower loss,
+        then to the earlier candidate of the grid, independent of the order of training.
+        """
         if other is None or self.score is None or other.score is None:
             return other is None
         (mine, loss), (theirs, other_loss) = self.score, other.score
@@ -125,24 +129,24 @@ class Look:
 
 @dataclass
 class Plan:
-    """What of a round does not change from pass to pass."""
+    """Settings and callbacks that are the same for all passes of a fold."""
 
     build: Callable[[str], Probe]
     loss: Loss
     optim: Optim
     steps: int
-    """Optimiser steps of a round, unless ``epochs`` says how many passes over its clips."""
+    """Optimiser steps per fold, unless ``epochs`` gives the number of passes over its clips."""
     batch: int
     multi_label: bool
     metric: str = "accuracy"
-    """The main one."""
+    """Main metric."""
     scorer: Scorer | None = None
-    """Metrics of predictions; None: those of labels."""
+    """Scorer of the predictions; None: metrics of labels."""
     epochs: float = 0.0
     min_steps: int = 0
-    """The least that ``epochs`` come to."""
+    """Lower bound on the steps that ``epochs`` amount to."""
     seed: int = 0
-    """Of the order of the clips; and with the numbers after it, of initialisation and dropout."""
+    """Seed of the clip order; it and the numbers after it seed initialisation and dropout."""
     seeds: int = 1
     protocol: Protocol | None = None
     bootstrap: int = 0
@@ -150,25 +154,25 @@ class Plan:
     autocast: torch.dtype | None = None
     device: torch.device | str = "cpu"
     bar: tqdm[Any] | None = None
-    """Moves on with every step of every candidate, ``steps_left`` of them."""
+    """Progress bar, advanced by every step of every candidate (``steps_left`` in total)."""
     log_every: int = 0
     on_log: Callable[[dict[str, Any]], None] | None = None
-    """Gets ``{"fold", "step", "method", "seed", "lr", "weight_decay", "loss"}`` every
-    ``log_every`` steps."""
+    """Callback that receives ``{"fold", "step", "method", "seed", "lr", "weight_decay", "loss"}``
+    every ``log_every`` steps."""
     on_probe: Callable[[Probe, list[Outcome]], None] | None = None
-    """Gets each judged probe with its outcomes."""
+    """Callback that receives each evaluated probe with its results."""
     on_step: Callable[[], None] = lambda: None
-    """Called after each step; may end it all by raising."""
+    """Callback after each step; it may stop the run by raising."""
     before: Sequence[Outcome] = ()
-    """Outcomes of an earlier run, whose choices the other seeds take (``protocol.search``)."""
+    """Results of an earlier run; other seeds use its selected values (``protocol.search``)."""
     done: Callable[[str, str, int], bool] = lambda method, fold, seed: False
-    """Whether a method, in a round, with a seed needs no training."""
+    """Predicate (method, fold, seed); True if no training is needed."""
     diverged: list[tuple[str, str, int]] = field(default_factory=list)
-    """Method, round and seed of what diverged at every rate; filled in."""
+    """Method, fold and seed of trainings that diverged at every rate; filled in."""
     parameters: dict[str, int] = field(default_factory=dict)
-    """Of each method; filled in."""
+    """Number of parameters per method; filled in."""
     prototypes: dict[str, bool] = field(default_factory=dict)
-    """Whether each method has some; filled in."""
+    """True for each method that has prototypes; filled in."""
 
     def __post_init__(self) -> None:
         if self.scorer is None:
@@ -176,15 +180,15 @@ class Plan:
 
     @property
     def chooses(self) -> str:
-        """The metric that candidates are chosen by."""
+        """The metric by which candidates are selected."""
         return "map" if self.protocol and self.protocol.metric == "map" else self.metric
 
     def grid(self, method: str) -> list[tuple[float, float]]:
-        """Rates and weight decays that are tried."""
+        """Returns the learning rates and weight decays that are tried."""
         return grid(self.protocol, self.optim, prototypes=self.prototypes[method])
 
     def measure(self, methods: Sequence[str]) -> None:
-        """Fill in ``parameters`` and ``prototypes`` of ``methods``."""
+        """Fills in ``parameters`` and ``prototypes`` of ``methods``."""
         for method in (m for m in methods if m not in self.parameters):
             with own_randomness(torch.device(self.device)):
                 probe = self.build(method)
@@ -192,20 +196,20 @@ class Plan:
             self.prototypes[method] = probe.has_prototypes
 
     def jobs(self, held: Round, methods: Sequence[str]) -> list[tuple[str, int]]:
-        """Method and seed of each training that is left to do in a round."""
+        """Returns method and seed of each training that is still to be done in a fold."""
         seeds = range(self.seed, self.seed + self.seeds)
         return [(m, s) for m in methods for s in seeds if not self.done(m, held.name, s)]
 
     def searches(self, seed: int) -> bool:
-        """Whether a seed searches the grid, or takes what the first seed's search selected."""
+        """Return True if a seed searches the grid, False if it takes the first seed's selection."""
         return not self.protocol or self.protocol.search == "each" or seed == self.seed
 
     def tries(self, method: str, seed: int) -> int:
-        """Candidates of a job; one where the first seed's search has yet to say."""
+        """Returns the number of candidates of a job; 1 before the first seed's search is done."""
         return len(self.grid(method)) if self.searches(seed) else 1
 
     def steps_left(self, rounds: Sequence[Round], methods: Sequence[str]) -> int:
-        """Optimiser steps of all candidates that are left to train in ``rounds``."""
+        """Returns the optimiser steps of all candidates still to be trained in ``rounds``."""
         self.measure(methods)
         tries = (
             self.run_steps(held)[0] * self.tries(*job)
@@ -215,7 +219,7 @@ class Plan:
         return sum(tries)
 
     def diverged_line(self) -> str:
-        """What diverged, and what to do about it."""
+        """Returns a message that names what diverged and suggests a remedy."""
         jobs = ", ".join(f"{m} ({fold} held out, seed {seed})" for m, fold, seed in self.diverged)
         methods = dict.fromkeys(method for method, _, _ in self.diverged)
         rates = sorted({lr for method in methods for lr, _ in self.grid(method)})
@@ -225,7 +229,7 @@ class Plan:
         )
 
     def run_steps(self, held: Round) -> tuple[int, int]:
-        """Optimiser steps and warm-up steps of a round."""
+        """Returns the optimiser steps and warm-up steps of a fold."""
         if not self.epochs:
             return self.steps, self.optim.warmup_steps
         steps = max(1, self.min_steps, math.ceil(self.epochs * len(held.train) / self.batch))
@@ -233,7 +237,7 @@ class Plan:
 
 
 def fresh(plan: Plan, held: Round, method: str, seed: int) -> Probe:
-    """An untrained probe: that of its method, seed and round, whatever else is trained."""
+    """Builds an untrained probe; its weights depend only on method, seed and fold."""
     with own_randomness(torch.device(plan.device)):
         torch.manual_seed(derive_seed(seed, held.name, method, "init"))
         return plan.build(method)

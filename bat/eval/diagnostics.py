@@ -1,15 +1,15 @@
-"""What an encoder's blocks are like, and which patches a probe's prototypes listen to.
+"""Diagnostics: statistics of an encoder's blocks and the patches a probe's prototypes select.
 
-``sinks``: the share of attention that the most attended token draws (``nn/sinks.py``), mean over
+``sinks``: share of the attention that the most attended token receives (``nn/sinks.py``), mean over
 clips and heads; also with every gate of the encoder opened (factor 1 instead of the sigmoid), which
-tells how much of it the trained gates take upon themselves. ``norms``, ``rank`` and ``spread`` of
-patches and class tokens: see ``token_statistics.py``; the latter two are None where too few clips
-were given to say, or all of them sound the same.
+shows how much of it the trained gates account for. ``norms``, ``rank`` and ``spread`` of patches
+and class tokens: see ``token_statistics.py``; the latter two are None if there are too few clips,
+or if all of them sound the same.
 
-Of clips in chunks the first chunk counts. With a fixed number of ``frames``, patches that begin
-behind a clip's end are left out of norms, rank and spread; attention sees them, so in sinks they
-count.
-In float32, whatever the run computes in (``collapse.py`` says why).
+For clips in chunks only the first chunk is used. With a fixed number of ``frames``, patches that
+begin after a clip's end are excluded from norms, rank and spread; attention includes them, so they
+count in sinks.
+Computed in float32 whatever the run's precision (see ``collapse.py`` for the reason).
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from bat.types import WaveBatch
 
 CLIPS_AT_A_TIME = 8
 MAX_HOP = 512
-"""Samples from frame to frame in pictures of encoders without a spectrogram."""
+"""Largest hop in samples between frames of pictures of encoders without a spectrogram."""
 
 
 @torch.no_grad()
 def encoder_statistics(
     backbone: Encoder, batches: Iterable[WaveBatch], *, frames: int | None
 ) -> dict[str, Any]:
-    """The statistics above over all clips of ``batches``: JSON values, lists by block.
+    """Returns the statistics above over all clips of ``batches``: JSON values, lists by block.
 
     ``frames`` of each clip; None: each clip has its own number.
 
@@ -53,8 +53,8 @@ def encoder_statistics(
     over clips} | None,
     "norms": {"patches": [[mean, std, max]], "cls": ...}, "rank": {"patches": [L], "cls": ...},
     "spread": {"patches": [L], "cls": ...}}``; ``cls`` is None without class token, ``sinks`` for an
-    encoder that does not attend by ``bat.nn.attention`` once a block. Weights, modes and random
-    state stay as they were. Raises ``UserError`` where no clip is readable or features are not
+    encoder that does not attend by ``bat.nn.attention`` once per block. Weights, modes and random
+    state are left unchanged. Raises ``UserError`` if no clip is readable or features are not
     finite.
     """
     device, L = device_of(backbone), backbone.depth
@@ -102,13 +102,13 @@ def encoder_statistics(
 
 
 def choose_clips(logits: Tensor, targets: Tensor, *, count: int) -> list[tuple[int, int]]:
-    """Pairs (class, row): for each of ``count`` classes the clip of that class that scores highest.
+    """Returns pairs (class, row): for each of ``count`` classes its clip with the highest score.
 
     ``logits`` and ``targets`` (n, C), or (n, T, C) at frame level. The classes are those with most
-    clips, in order of the labels among equals; fewer where fewer have any.
+    clips, ties in order of the labels; there are fewer pairs if fewer classes have any clip.
     """
     logits = to_clip(logits).float()  # (n, C)
-    has = targets > 0  # where targets are NaN: False
+    has = targets > 0  # False where targets are NaN
     has = has.any(1) if has.ndim == 3 else has  # (n, C)
     clips = has.sum(0)
     order = clips.argsort(descending=True, stable=True)[:count]
@@ -129,13 +129,13 @@ def prototype_maps(
     autocast: torch.dtype | None = None,
     top: int = 10,
 ) -> list[dict[str, Any]]:
-    """What the prototypes of a class select in a clip, for ``report.insight_plots``.
+    """Returns the patches that a class's prototypes select in clips, for ``report.insight_plots``.
 
     ``batches`` of ``eval_loader(index, ids)``; ``classes[i]`` is the class to explain in the
-    i-th of these; ``labels`` names all classes. A dictionary a readable clip: ``label``, ``key``,
-    ``logit``, ``spectrogram`` (frames, mels), ``evidence`` (T, F) (``probes/maps.py``), ``hop_ms``
-    between frames and ``seconds``, how much of the picture the clip fills. Raises ``UserError`` for
-    a probe without prototypes.
+    i-th of these; ``labels`` names all classes. One dictionary per readable clip: ``label``,
+    ``key``, ``logit``, ``spectrogram`` (frames, mels), ``evidence`` (T, F) (``probes/maps.py``),
+    ``hop_ms`` between frames and ``seconds``, the length of the clip in the picture. Raises
+    ``UserError`` for a probe without prototypes.
     """
     found = []
     with evaluating(backbone), evaluating(probe):
@@ -170,8 +170,8 @@ def prototype_maps(
 def _first_chunks(
     backbone: Encoder, batches: Iterable[WaveBatch], frames: int | None
 ) -> Iterator[tuple[list[str], Tensor, Tensor, Tensor, int]]:
-    """Keys, lengths (B,), waves (B, S), the first chunk's inputs and its time patches, a few clips
-    at a time."""
+    """Yields keys, lengths (B,), waves (B, S), the first chunk's inputs and its number of time
+    patches, a few clips at a time."""
     device = device_of(backbone)
     for batch in batches:
         for start in range(0, len(batch.keys), CLIPS_AT_A_TIME):
@@ -189,8 +189,8 @@ def _first_chunks(
 def _sound(
     backbone: Encoder, waves: Tensor, lengths: Tensor, inputs: Tensor, T: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sound of the clips, (B, n, numbers); (B, T) which time patches begin within the clip; (B, n)
-    which of the n steps of the sound do."""
+    """Returns the sound of the clips (B, n, numbers), a mask (B, T) of the time patches that begin
+    within the clip, and a mask (B, n) of the n steps of the sound that do."""
     steps = torch.arange(T, device=inputs.device)
     if isinstance(backbone, SpectrogramEncoder):
         front: Any = backbone.frontend
@@ -203,8 +203,10 @@ def _sound(
 
 
 def _pictures(backbone: Encoder, batch: WaveBatch, frames: int | None) -> tuple[Tensor, int]:
-    """Spectrograms (B, frames, mels) of a batch, for pictures, and frames a time patch: the
-    encoder's own, or a log-mel where it has none."""
+    """Returns spectrograms (B, frames, mels) of a batch, for pictures, and frames per time patch.
+
+    The spectrogram is the encoder's own, or a log-mel if it has none.
+    """
     waves, lengths = batch.waves.to(device_of(backbone)), batch.lengths.to(device_of(backbone))
     if isinstance(backbone, SpectrogramEncoder):
         return backbone.inputs(waves, lengths, frames=frames)[:, 0], backbone.patch
@@ -238,7 +240,7 @@ class _Sinks:
 
     @contextmanager
     def heard(self, name: str) -> Iterator[None]:
-        """Count what passes through the encoder as ``name``."""
+        """Records the attention of forward passes of the encoder under ``name``."""
         total = self.total.setdefault(name, torch.zeros(len(self.attentions), dtype=torch.float64))
 
         def hear(attention: Attention, inputs: tuple[Tensor, ...]) -> None:
@@ -264,7 +266,7 @@ class _Sinks:
 
 @contextmanager
 def opened(attentions: Sequence[Attention]) -> Iterator[None]:
-    """Without gates, which is a factor of 1; no weight is touched."""
+    """Opens the gates (factor 1) without changing any weight."""
     gates = [part.gate for part in attentions]
     try:
         for part in attentions:

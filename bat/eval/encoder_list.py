@@ -1,9 +1,10 @@
-"""Which encoders a probing compares, by what name, and what fine-tuning made of each.
+"""Lists the encoders of a probe run with their names and their fine-tuning results.
 
-Nothing here needs torch until an encoder is loaded.
+torch is needed only when an encoder is loaded.
 
-``checkpoint=A,B,random``: ``random`` beside others is the same architecture untrained, one control
-for each architecture among them. Names are those of ``checkpoint_name``, numbered where two agree.
+``checkpoint=A,B,random``: ``random`` beside others is the same architecture untrained, one
+random-init baseline for each architecture among them. Names are those of ``checkpoint_name``,
+numbered if two are equal.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from bat.config.schema import Probe, Supervised
 from bat.errors import UserError
 
 RANDOM = "random"
-"""Checkpoint: an untrained encoder; ``random:RUN`` or ``random:S`` names its architecture."""
+"""Checkpoint name of the random-init baseline; ``random:RUN`` or ``random:S``: its architecture."""
 
 
 def encoders_of(config: Probe) -> dict[str, str]:
-    """``{name: checkpoint}`` in the order given.
+    """Returns ``{name: checkpoint}`` in the order given.
 
-    Raises ``UserError`` for none, an empty one, and one named twice.
+    Raises ``UserError`` if there is none, one is empty, or one is named twice.
     """
     names = several(config)
     trained = [c for c in names if c != RANDOM and not c.startswith(f"{RANDOM}:")]
@@ -41,7 +42,7 @@ def encoders_of(config: Probe) -> dict[str, str]:
 
 
 def given(config: Supervised) -> str:
-    """The checkpoint as the user wrote it; ``UserError`` for none."""
+    """Returns the checkpoint as the user wrote it; raises ``UserError`` if there is none."""
     if not config.checkpoint:
         raise UserError(
             "no checkpoint given: say checkpoint=RUN (a run, an export or a weight file), or "
@@ -51,12 +52,12 @@ def given(config: Supervised) -> str:
 
 
 def path_of(checkpoint: str) -> str:
-    """The path in ``random:ENCODER:PATH``; what stands there instead where there is none."""
+    """Returns the path in ``random:ENCODER:PATH``; without one, the text in its place."""
     return registry.split_checkpoint(checkpoint.removeprefix(f"{RANDOM}:"))[1]
 
 
 def checkpoint_name(config: Supervised) -> str:
-    """A short name for run folders: ``pretrain-esc10``, ``random-pretrain-esc10``, ``random-S``."""
+    """Returns a name for folders: ``pretrain-esc10``, ``random-pretrain-esc10``, ``random-S``."""
     name = given(config)
     prefix = RANDOM if name.startswith(f"{RANDOM}:") else ""
     rest = path_of(name)
@@ -88,7 +89,7 @@ def check_there(config: Supervised) -> None:
 
 
 def several(config: Supervised) -> list[str]:
-    """The checkpoints as the user wrote them."""
+    """Returns the checkpoints as the user wrote them."""
     text = (config.checkpoint or "").strip()
     if not text:
         raise UserError(
@@ -115,7 +116,7 @@ def _put(found: dict[str, str], config: Probe, checkpoint: str) -> None:
 
 
 def _architectures(config: Probe, checkpoints: list[str]) -> list[str]:
-    """One of ``checkpoints`` for each architecture among them."""
+    """Returns one of ``checkpoints`` for each architecture among them."""
     found: dict[str, str] = {}
     for checkpoint in checkpoints:
         encoder = bat.load_encoder(checkpoint, weights=config.weights, heads=config.heads)
@@ -127,9 +128,9 @@ def _architectures(config: Probe, checkpoints: list[str]) -> list[str]:
 def finetuned_of(
     config: Probe, names: list[str], *, task: str, metric: str, data: str
 ) -> dict[str, float]:
-    """What fine-tuning reaches, a fraction, for the encoders that ``config.finetuned`` has it of.
+    """Returns the fine-tuning result (a fraction) of the encoders listed in ``config.finetuned``.
 
-    ``data``: hash of the index that is probed on. Raises ``UserError`` for more entries than
+    ``data``: hash of the index of the probe run. Raises ``UserError`` for more entries than
     checkpoints, a number that is no percentage, and a folder that is no finished fine-tuning of
     this task on these data.
     """

@@ -1,8 +1,8 @@
-"""One batch of waves through a frozen encoder, to what ``Needs`` says of its features.
+"""Encodes one batch of waves with a frozen encoder, to the features that ``Needs`` names.
 
-In autocast's type, else float32: the type they are stored in, so that a probe sees the same whether
-features were kept or made anew. Each is looked at: one that is not finite is an error which names
-the clip and where in the encoder it began.
+The type is autocast's, else float32. It is also the type features are stored in, so a probe sees
+the same values whether features are stored or computed again. Features are checked: a value that is
+not finite is an error that names the clip and the block where it first occurs.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from bat.redact import one_line
 from bat.types import Features, Needs, WaveBatch
 
 TargetsOf = Callable[[WaveBatch, int], Tensor]
-"""Targets of a batch with T time patches: labels in time (B, T, C), NaN beyond a clip's end, or
-tokens (B, U) int64. It reads keys, lengths, positions and targets, not waves."""
+"""Targets of a batch with T time patches: frame labels (B, T, C), NaN beyond a clip's end, or
+tokens (B, U) int64. Only keys, lengths, positions and targets of the batch are read, not waves."""
 
 CLIP_AXIS = {"patches": 1, "cls": 1, "entry": 0, "pieces": 1}
-"""The tensors of ``Features`` that are stored, and their axis that counts clips. ``valid`` is known
-from the clips' lengths."""
+"""The tensors of ``Features`` that are stored, and the axis of each that counts clips. ``valid``
+follows from the clips' lengths."""
 
 
 @torch.no_grad()
@@ -40,11 +40,11 @@ def encode(
     autocast: torch.dtype | None = None,
     needs: Needs = Needs(),  # noqa: B008  (immutable)
 ) -> Features:
-    """What ``needs`` says of the features, without gradient, on the backbone's device.
+    """Returns the features that ``needs`` names, without gradient, on the backbone's device.
 
-    ``frames``: of each clip; None: each clip is encoded at its own length, whatever the others'.
-    In ``autocast``'s type, float32 without one. Raises ``UserError`` that names clip, block and
-    remedy where they are not finite.
+    ``frames``: of each clip; None: each clip is encoded at its own length, independent of the
+    others. Computed in ``autocast``'s type, float32 without one. Raises ``UserError`` that names
+    clip, block and remedy if they are not finite.
     """
     device = device_of(backbone)
     waves, lengths = batch.waves.to(device), batch.lengths.to(device)
@@ -59,11 +59,11 @@ def encode(
             whole = backbone.features(inputs)
     depth, dtype = len(whole.patches), autocast or torch.float32
     kept = needs.blocks(depth)
-    cut = whole.patches[depth - kept :].to(dtype, copy=kept < depth)  # a view would hold them all
+    cut = whole.patches[depth - kept :].to(dtype, copy=kept < depth)  # a view holds all
     cls, entry, pieces = (None if t is None else t.to(dtype) for t in whole[1:4])
     features = Features(cut, cls, entry, pieces, whole.valid)
     stored = clips_first(features).values()
-    found = [t.aminmax() for t in stored if t.numel()]  # NaN goes through
+    found = [t.aminmax() for t in stored if t.numel()]  # NaN propagates
     if not torch.stack([end for pair in found for end in pair]).isfinite().all():
         raise UserError(_not_finite(features, batch, inputs, depth, autocast))
     return features
@@ -76,7 +76,8 @@ def _not_finite(
     depth: int,
     autocast: torch.dtype | None,
 ) -> str:
-    """The clip where features stop being finite in the earliest block, that block, the remedy."""
+    """Returns a message that names the earliest block and the clip with values that are not finite,
+    and the remedy."""
     wrong = {
         name: ~getattr(features, name).isfinite().flatten(1 + CLIP_AXIS[name]).all(-1)
         for name, tensor in clips_first(features).items()
@@ -109,7 +110,7 @@ def encoded(
     needs: Needs = Needs(),  # noqa: B008  (immutable)
     targets_of: TargetsOf | None = None,
 ) -> Iterator[tuple[Features, Tensor, WaveBatch]]:
-    """Features and targets of each of ``batches`` that has clips, ``backbone`` in eval mode."""
+    """Yields features and targets of each non-empty batch, with ``backbone`` in eval mode."""
     for batch in batches:
         if not batch.keys:
             continue
@@ -129,9 +130,9 @@ def encoded(
 def counted(
     batches: Iterable[WaveBatch], bad: BadClips, *, clips: int, progress: bool
 ) -> Iterator[WaveBatch]:
-    """``batches`` (of ``eval_loader``, so many ``clips``), their unreadable clips told to ``bad``.
+    """Yields ``batches`` of ``eval_loader`` (``clips`` in total); adds unreadable clips to ``bad``.
 
-    Raises ``UserError`` at the end where none is readable, or too many are not.
+    Raises ``UserError`` at the end if no clip is readable, or too many are not.
     """
     readable = False
     with progress_bar(clips, "features", unit="clip", show=progress) as bar:
@@ -146,19 +147,19 @@ def counted(
 
 
 def clips_first(features: Features) -> dict[str, Tensor]:
-    """The tensors that are there, views of shape (B, ...)."""
+    """Returns the tensors that are present, as views of shape (B, ...)."""
     found = {name: getattr(features, name) for name in CLIP_AXIS}
     return {name: t.movedim(CLIP_AXIS[name], 0) for name, t in found.items() if t is not None}
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
-    """Where the module's parameters lie."""
+    """Returns the device of the module's parameters."""
     return next(module.parameters()).device
 
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each submodule as it was."""
+    """Sets eval mode within the context; restores the mode of each submodule afterwards."""
     was = {m: m.training for m in module.modules()}
     module.eval()
     try:
@@ -169,7 +170,7 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 def progress_bar(total: int, what: str, *, unit: str, show: bool) -> tqdm[Any]:
-    """A bar on stderr that leaves no trace; quiet where stderr is a file."""
+    """Returns a progress bar on stderr, cleared when done; disabled if stderr is a file."""
     return tqdm(
         total=total,
         desc=one_line(what),

@@ -1,12 +1,12 @@
-"""Where frozen features are kept between steps: in memory, on disk, or nowhere.
+"""Chooses where frozen features are stored between steps: in memory, on disk, or not at all.
 
 ``features.cache=auto`` decides by size, measured on a real clip (all blocks of 10 s at the width of
-Base: 9.4 MB in bfloat16) and only of what the probes need: memory where it fits
-``features.memory_gb``; on a CPU, where the encoder is the dear part, disk where it fits
-``features.disk_gb``. A GPU makes the features of a batch faster than a disk gives them. Clips that
-differ from time to time (``data.roll``, ``pad_offset=random``) are kept nowhere.
+Base: 9.4 MB in bfloat16), counting only what the probes need. Memory is used if the features fit
+``features.memory_gb``. On a CPU, where the encoder is the expensive part, the disk is used if they
+fit ``features.disk_gb``; a GPU computes the features of a batch faster than a disk reads them.
+Clips that differ from epoch to epoch (``data.roll``, ``pad_offset=random``) are never stored.
 
-Whatever is chosen, the batches are the same (``features.py``).
+The batches are the same whatever is chosen (``features.py``).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Opened(NamedTuple):
     source: Source
     cache: Where
     why: str
-    """A phrase for the log and the results."""
+    """Reason, as a phrase for the log and the results."""
     gb: float
     """Size of the features of all clips, labels included."""
 
@@ -66,15 +66,15 @@ def open_features(
     digest: str,
     targets_of: TargetsOf | None = None,
 ) -> Opened:
-    """The features of the clips ``ids`` of ``index``, kept as ``store`` says.
+    """Returns the features of the clips ``ids`` of ``index``, stored as ``store`` says.
 
-    ``device`` is where ``backbone`` lies; ``digest`` of its weights and keywords
-    (``encoders.weights_digest``). ``bad_clips`` gets the unreadable ones, also of a cache that an
-    earlier run made. Of clips longer than ``data.clip_seconds`` the start is read, from which
-    labels in time (``targets_of``) are counted.
+    ``device`` is the device of ``backbone``; ``digest`` is that of its weights and keywords
+    (``encoders.weights_digest``). ``bad_clips`` receives the unreadable clips, also those recorded
+    in a cache of an earlier run. Clips longer than ``data.clip_seconds`` are read from their start,
+    from which frame labels (``targets_of``) are counted.
 
-    Raises ``UserError``: a cache asked for that is above its budget or cannot be, a full disk, no
-    readable clip or too many unreadable ones, features that are not finite.
+    Raises ``UserError`` if a requested cache is above its budget or impossible, the disk is full,
+    no clip is readable or too many are not, or features are not finite.
     """
     moving = "data.roll=true" if data.roll else "pad_offset=random" if random_offset else ""
     if moving and targets_of is not None:
@@ -130,7 +130,7 @@ def open_features(
         )
         return Opened(memory, where, why, need / 1e9)
     with disk.alone(folder):
-        found = disk.read(folder, facts, again=True)  # another process may have made it meanwhile
+        found = disk.read(folder, facts, again=True)  # may exist meanwhile
         if found is None:
             disk.sweep(folder.parent)
             bad = BadClips(max_bad=bad_clips.max_bad, file=bad_clips.file)
@@ -154,10 +154,10 @@ def open_features(
 def choose(
     store: FeatureStore, *, clips: int, each: int, moving: str, on_gpu: bool, free: int
 ) -> tuple[Where, str]:
-    """Where features of ``each`` bytes a clip are kept, and why.
+    """Returns where features of ``each`` bytes per clip are stored, and why.
 
-    ``moving``: the setting by which clips differ from time to time; ``free``: bytes in the folder.
-    Raises ``UserError`` where what ``store`` asks for cannot be.
+    ``moving``: the setting by which clips differ from epoch to epoch; ``free``: bytes free in the
+    folder. Raises ``UserError`` if what ``store`` asks for is impossible.
     """
     gb, one = clips * each / 1e9, f"{each / 1e6:.3g} MB a clip"
     size = f"the features of {clips} clips need {gb:.3g} GB ({one})"
@@ -194,9 +194,9 @@ def choose(
 
 
 def measured(stream: FeatureStream, ids: np.ndarray, *, batch: int) -> int:
-    """Bytes of the features and labels of one clip, the first of ``ids`` that can be read.
+    """Returns the bytes of features and labels of one clip, the first readable one of ``ids``.
 
-    ``batch``: clips that are run for it (a compiled encoder wants the shape it will be run in).
+    ``batch``: clips encoded for the measurement (a compiled encoder needs the shape of the run).
     """
     waves = stream.loader(ids, batch=batch, workers=0)
     made = encoded(
@@ -216,7 +216,7 @@ def measured(stream: FeatureStream, ids: np.ndarray, *, batch: int) -> int:
 def _facts(
     stream: FeatureStream, ids: np.ndarray, *, digest: str, device: torch.device
 ) -> dict[str, Any]:
-    """All that the features depend on, but for the rounding of one machine and another."""
+    """Returns everything the features depend on, except rounding differences between machines."""
     backbone, kind = stream.backbone, type(stream.backbone)
     front = getattr(backbone, "frontend", None)
     return {
@@ -231,7 +231,7 @@ def _facts(
         "clip_seconds": stream.clip_seconds,
         "min_seconds": stream.min_seconds,
         "max_seconds": stream.max_seconds,
-        "crop": "start",  # of a long clip: caches of the middle, made before, are others
+        "crop": "start",  # of long clips; differs from older caches, which cropped the middle
         "type": str(stream.autocast or torch.float32),
         "needs": list(stream.needs),
         "device": device.type,
@@ -239,7 +239,7 @@ def _facts(
 
 
 def _bank(found: disk.Stored, stream: FeatureStream, ids: np.ndarray) -> FeatureBank:
-    """The mapped features with the labels that the index has now."""
+    """Returns the mapped features with the current labels of the index."""
     index, clips = stream.index, np.asarray(ids)[found.places]
     keys = [index.key(i) for i in clips]
     targets: Tensor = torch.from_numpy(np.stack([index.targets(i) for i in clips]))
@@ -248,7 +248,7 @@ def _bank(found: disk.Stored, stream: FeatureStream, ids: np.ndarray) -> Feature
     own = stream.backbone.time_patches(found.lengths) if stream.frames is None else None  # (n,)
     if stream.targets_of is not None:
         samples = clip_samples(stream.clip_seconds, stream.backbone.sample_rate)
-        waves = torch.zeros(1, 1).expand(len(keys), samples)  # nobody listens to them
+        waves = torch.zeros(1, 1).expand(len(keys), samples)  # the waves are not used
         places = torch.from_numpy(found.places)
         batch = WaveBatch(waves, found.lengths, targets, keys, places, skipped=[])
         targets = stream.targets_of(batch, patches.shape[2])
@@ -267,18 +267,18 @@ def _bank(found: disk.Stored, stream: FeatureStream, ids: np.ndarray) -> Feature
 
 
 def _tell(bad: BadClips, state: dict[str, Any]) -> None:
-    """Add the unreadable clips of a cache to ``bad``."""
+    """Adds the unreadable clips of a cache to ``bad``."""
     bad.load_state_dict(merged_states([bad.state_dict(), state]))
     bad.check(final=True)
 
 
 def _size(bank: FeatureBank) -> int:
-    """Bytes of its features and labels."""
+    """Returns the bytes of features and labels."""
     tensors = [getattr(bank, name) for name in CLIP_AXIS]
     return sum(t.nbytes for t in [*tensors, bank.targets] if t is not None)
 
 
 def _free(folder: Path) -> int:
-    """Bytes free where ``folder`` is or will be."""
+    """Returns the bytes free on the disk of ``folder``, which need not exist."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     return shutil.disk_usage(there).free

@@ -1,15 +1,15 @@
-"""Frozen features on disk: raw files that are mapped, and one JSON file that vouches for them.
+"""Stores frozen features on disk: raw files that are memory-mapped, and a JSON file with checksums.
 
     FOLDER/KEY/patches.bin  (n, L', T, F, D)   cls.bin  entry.bin  pieces.bin   likewise
                clips.bin    (n, 2) int64: place of the clip among those asked for, its samples
                crc.bin      (n, files) uint32: CRC-32 of each clip's record in each file above
                meta.json    what they were made from, shapes, unreadable clips; written last
 
-KEY is a hash of all that the features depend on (``facts``). A folder without ``meta.json`` is half
-made. Its maker holds a lock (``lock.py``); another process that wants the same waits for it.
-Records are written by plain writes, since a full disk kills a process that writes to a mapping, and
-they are on the disk before ``meta.json`` is. Reading maps the files: of a batch only its own clips
-are copied.
+KEY is a hash of everything the features depend on (``facts``). A folder without ``meta.json`` is
+incomplete. The process that writes it holds a lock (``lock.py``); another process that needs the
+same features waits for it. Records are written by plain writes, since a full disk kills a process
+that writes to a mapping, and they are flushed to disk before ``meta.json`` is written. Reading maps
+the files, so that only the clips of a batch are copied.
 """
 
 from __future__ import annotations
@@ -48,38 +48,38 @@ META, CLIPS, CRC = "meta.json", "clips.bin", "crc.bin"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KEY = re.compile("[0-9a-f]{20}")
 CHECK_BYTES = 256_000_000
-"""So much is held against its checksums when a cache is opened: all of a smaller one."""
+"""Bytes verified against their checksums when a cache is opened; all of a smaller cache."""
 WAIT_SECONDS = 1.0
-"""Between two looks whether another process is done."""
+"""Seconds between checks if another process is done."""
 
 
 class Damaged(Exception):  # noqa: N818
-    """What is wrong with a cache."""
+    """Raised for a damaged cache; its text names the damage."""
 
 
 class Stored(NamedTuple):
     """An open cache of n clips."""
 
     tensors: dict[str, Tensor]
-    """By name in ``Features``, clips first: mapped from disk, read-only."""
+    """Tensors by name in ``Features``, clips first: mapped from disk, read-only."""
     places: np.ndarray
-    """(n,) int64: of each clip, its place among those asked for."""
+    """Position of each clip among those asked for, (n,) int64."""
     lengths: Tensor
-    """(n,) int64 samples."""
+    """Lengths in samples, (n,) int64."""
     bad_clips: dict[str, Any]
-    """``BadClips.state_dict()`` of those that could not be read."""
+    """``BadClips.state_dict()`` of the clips that could not be read."""
 
 
 def folder_for(root: Path, facts: dict[str, Any]) -> Path:
-    """The folder below ``root`` of features made from ``facts`` (JSON values)."""
+    """Returns the folder below ``root`` of features made from ``facts`` (JSON values)."""
     text = json.dumps([FORMAT, facts], sort_keys=True)
     return root / hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def read(folder: Path, facts: dict[str, Any], *, again: bool = False) -> Stored | None:
-    """The features in ``folder``; None where there are none.
+    """Returns the features in ``folder``; None if there are none.
 
-    None also where something is wrong with them, which one warning says (not ``again``).
+    None also if they are damaged, which is warned of once (not with ``again``).
     """
     try:
         return _opened(folder, facts)
@@ -91,9 +91,9 @@ def read(folder: Path, facts: dict[str, Any], *, again: bool = False) -> Stored 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold ``folder``, made where it is missing; wait while another process does.
+    """Holds the lock of ``folder``, created if missing; waits while another process holds it.
 
-    Raises ``UserError`` where it cannot be written to.
+    Raises ``UserError`` if it cannot be written to.
     """
     said = False
     with ExitStack() as stack:
@@ -125,10 +125,10 @@ def write(
     *,
     bad: BadClips,
 ) -> None:
-    """Put the features of ``batches`` into ``folder``, which this process holds.
+    """Writes the features of ``batches`` to ``folder``, whose lock this process holds.
 
-    ``bad`` is complete when ``batches`` end. Whatever goes wrong, nothing is left. Raises
-    ``UserError`` where the disk is full.
+    ``bad`` is complete when ``batches`` end. After any error nothing is left behind. Raises
+    ``UserError`` if the disk is full.
     """
     _clear(folder)
     shapes: dict[str, list[int]] = {}
@@ -181,24 +181,24 @@ def write(
 
 
 def sweep(root: Path) -> None:
-    """Remove what makers that died left below ``root``: half-made folders that nobody holds."""
+    """Removes incomplete folders below ``root`` that no process holds (their writers died)."""
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
         if not KEY.fullmatch(folder.name) or (folder / META).exists():
             continue
-        with contextlib.suppress(UserError, OSError):  # held, or not ours to remove
+        with contextlib.suppress(UserError, OSError):  # held by another, or not ours
             with hold(folder):
                 if not (folder / META).exists():
                     _clear(folder)
-            folder.rmdir()  # it stays where it is whole, or somebody has just come in
+            folder.rmdir()  # kept if complete or just entered by another process
 
 
 def bytes_in(root: Path) -> int:
-    """Of all features below ``root``."""
+    """Returns the bytes of all features below ``root``."""
     return sum(file.stat().st_size for file in root.glob("*/*.bin"))
 
 
 def _opened(folder: Path, facts: dict[str, Any]) -> Stored | None:
-    """As ``read``; raises ``Damaged`` or ``OSError``."""
+    """Reads as ``read`` does, but raises ``Damaged`` or ``OSError``."""
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         made, found, clips = meta["format"], meta["facts"], int(meta["clips"])
@@ -240,17 +240,18 @@ def _opened(folder: Path, facts: dict[str, Any]) -> Stored | None:
 
 
 def _mapped(path: Path, shape: tuple[int, int]) -> Tensor:
-    """(clips, bytes) uint8; reading only, so that features larger than memory can be mapped."""
+    """Maps a file as (clips, bytes) uint8, read-only, so that it may be larger than memory."""
     if not math.prod(shape):
         return torch.empty(shape, dtype=torch.uint8)
-    with warnings.catch_warnings():  # torch 2.11: "not writable"; nobody writes to features
+    with warnings.catch_warnings():  # torch 2.11: "not writable"; features are never written to
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(np.memmap(path, np.uint8, "r", shape=shape))
 
 
 def _check(raw: dict[str, Tensor], sums: np.ndarray) -> int:
-    """Hold clips against their checksums (clips, files): all, or ``CHECK_BYTES`` of them, the first
-    and the last with others drawn anew each time. Returns how many; raises ``Damaged``."""
+    """Compares clips with their checksums (clips, files): all, or ``CHECK_BYTES`` of them, the
+    first and the last with others drawn anew each time. Returns their number; raises
+    ``Damaged``."""
     clips = len(sums)
     size = sum(tensor.shape[1] for tensor in raw.values())
     rows = np.arange(clips)
@@ -265,7 +266,7 @@ def _check(raw: dict[str, Tensor], sums: np.ndarray) -> int:
 
 
 def _clear(folder: Path) -> None:
-    """Remove the files of ``folder``, ``meta.json`` first; readers keep what they have mapped."""
+    """Removes the files of ``folder``, ``meta.json`` first; readers keep what they have mapped."""
     (folder / META).unlink(missing_ok=True)
     for path in folder.iterdir():
         if path.name != LOCK and path.is_file():
@@ -274,7 +275,7 @@ def _clear(folder: Path) -> None:
 
 @contextmanager
 def _told(folder: Path) -> Iterator[None]:
-    """``UserError`` with a remedy for what the file system refuses."""
+    """Turns errors of the file system into a ``UserError`` with a remedy."""
     try:
         yield
     except OSError as error:

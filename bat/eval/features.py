@@ -1,10 +1,10 @@
-"""Features of a frozen encoder as the probes take them: of each clip what ``Needs`` says.
+"""Features of a frozen encoder for the probes: for each clip the features that ``Needs`` names.
 
-``FeatureBank`` runs the encoder once a clip and keeps the features (in memory, or mapped from disk,
-see ``feature_cache.py``); ``FeatureStream`` runs it for each batch, for sets that nothing holds and
-for augmented clips. Both give the same batches in the order of the same plan, in the same type
-(autocast's, else float32), so that a probe trained on one equals a probe trained on the other, up
-to the rounding of an encoder that meets the clips in other company.
+``FeatureBank`` runs the encoder once per clip and stores the features (in memory, or mapped from
+disk, see ``feature_cache.py``); ``FeatureStream`` runs it for each batch, for data sets too large
+to store and for augmented clips. Both give the same batches in the order of the same plan, in the
+same type (autocast's, else float32), so a probe trained on one equals a probe trained on the other,
+up to rounding where the encoder sees clips batched differently.
 """
 
 from __future__ import annotations
@@ -54,30 +54,30 @@ __all__ = [
 
 Batches = Iterator[tuple[Features, Tensor]]
 """Features of B clips, on the encoder's device or the CPU, and their targets: (B, C), (B, T, C)
-for labels in time, or (B, U) whole numbers for tokens."""
+for frame labels, or (B, U) integers for tokens."""
 
 
 class Source(Protocol):
-    """Where probes get features of clips from; clips are ids of an index."""
+    """Protocol of objects that give probes the features of clips; clips are ids of an index."""
 
     def training(self, ids: np.ndarray, *, batch: int, steps: int, seed: int) -> Batches:
-        """``steps`` batches of ``ids`` in the order of the plan of ``seed``, without end."""
+        """Yields ``steps`` batches of ``ids`` in the order of the plan of ``seed``, without end."""
 
     def once(self, ids: np.ndarray, *, batch: int) -> Batches:
-        """Every readable clip of ``ids`` once, in order."""
+        """Yields every readable clip of ``ids`` once, in order."""
 
     def readable(self, ids: np.ndarray) -> list[str]:
-        """Keys of the clips that ``once`` has yielded."""
+        """Returns the keys of the clips that ``once`` has yielded."""
 
 
 class FeatureBank:
     """Features of a set of n clips, each computed once; clips first, as many blocks as are needed.
 
     ``patches`` (n, L', T, F, D); ``cls`` (n, L, D), ``entry`` (n, T, F, D) and ``pieces``
-    (n, L, P, D), each None where there is none; ``valid`` (n,) time patches that are each clip's
-    own, None: all; ``targets`` (n, C) or (n, T, C); ``ids`` (n,) clip ids of the index; ``keys``
-    (n); ``skipped`` ``{key: reason}``. ``index``: its plan is the order of training (remote shards
-    are read in windows); None: an even one.
+    (n, L, P, D), each None if absent; ``valid`` (n,) number of time patches within each clip,
+    None: all; ``targets`` (n, C) or (n, T, C); ``ids`` (n,) clip ids of the index; ``keys`` (n);
+    ``skipped`` ``{key: reason}``. ``index``: its plan gives the order of training (remote shards
+    are read in windows); None: a uniform shuffle.
     """
 
     def __init__(
@@ -117,10 +117,10 @@ class FeatureBank:
         targets_of: TargetsOf | None = None,
         index: Index | None = None,
     ) -> FeatureBank:
-        """Run ``backbone`` (in eval mode meanwhile) over ``batches`` (of ``eval_loader(ids=ids)``).
+        """Runs ``backbone`` (in eval mode meanwhile) over ``batches`` of ``eval_loader(ids=ids)``.
 
-        Stored on ``device`` in ``autocast``'s type, float32 without one. Raises ``UserError`` where
-        no clip is readable, too many are not, or features are not finite.
+        Stored on ``device`` in ``autocast``'s type, float32 without one. Raises ``UserError`` if no
+        clip is readable, too many are not, or features are not finite.
         """
         bad = bad_clips or BadClips(max_bad=1.0)
         stored: dict[str, Tensor] = {}
@@ -185,7 +185,7 @@ class FeatureBank:
         return [self.keys[self._row_of[int(i)]] for i in ids if int(i) in self._row_of]
 
     def _row_at(self, plan: Plan | MixedPlan, position: int, clip: int) -> int | None:
-        """Row of ``clip``, or of what stands in for an unreadable one, as in the stream."""
+        """Returns the row of ``clip``, or of an unreadable one's substitute, as in the stream."""
         row = self._row_of.get(clip)
         if row is not None:
             return row
@@ -206,9 +206,11 @@ class FeatureBank:
 
 
 class FeatureStream:
-    """The same features made anew for each batch: for sets that nothing holds, and for training
-    clips that differ from time to time (``roll``, ``random_offset``; long clips are then cropped at
-    random too). Without these two it yields what the bank does: long clips from their start.
+    """Features computed anew for each batch, for data sets too large to store and augmented clips.
+
+    Training clips differ from epoch to epoch with ``roll`` or ``random_offset``; long clips are
+    then also cropped at random. Without these two it yields what the bank does: long clips from
+    their start.
 
     ``frames``: of each clip; None: each clip is encoded at its own length (``encoding.encode``).
     """
@@ -255,7 +257,7 @@ class FeatureStream:
             cache_bytes=self.cache_bytes,
         )
         if not (self.roll or self.random_offset):
-            data.dataset.crop = "start"  # AudioData's own is random
+            data.dataset.crop = "start"  # the default of AudioData is random
         return self._encoded(data.train_dataloader())
 
     def once(self, ids: np.ndarray, *, batch: int) -> Batches:
@@ -266,7 +268,7 @@ class FeatureStream:
         return [key for key in keys if key not in self.bad_clips.keys]
 
     def loader(self, ids: np.ndarray, *, batch: int, workers: int | None = None) -> Loader:
-        """The waves of ``ids`` once, in order."""
+        """Returns a loader of the waves of ``ids``, each once, in order."""
         return eval_loader(
             self.index,
             ids,
@@ -298,6 +300,6 @@ class FeatureStream:
 
 
 def to_device(features: Features, device: torch.device) -> Features:
-    """The same features on ``device``."""
+    """Returns the same features on ``device``."""
     moved = (None if t is None else t.to(device, non_blocking=True) for t in features)
     return Features(*moved)  # type: ignore[arg-type]

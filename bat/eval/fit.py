@@ -1,9 +1,9 @@
-"""The one loop for frozen probes: ``bat-probe`` and the online callback of pre-training use it.
+"""Trains frozen probes: the loop that ``bat-probe`` and the online callback of pre-training share.
 
 All candidates (``candidates.py``) share each batch of features (``features.py``). A plain loop, so
-that it runs inside Lightning too. Every random number hangs on a seed, the fold, the method and the
-step: a probe's result does not depend on its companions, and the global generators end as they
-began.
+that it also runs inside Lightning. Every random number depends on a seed, the fold, the method and
+the step only: the result of a probe does not depend on the others trained with it, and the state of
+the global generators is restored at the end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 class Training(NamedTuple):
-    """A probe in training. ``name`` and ``seed`` are what its dropout hangs on."""
+    """A probe in training. ``name`` and ``seed`` determine its dropout."""
 
     probe: Probe
     optim: Optim
@@ -45,10 +45,10 @@ def fit(
     autocast: torch.dtype | None = None,
     after_step: Callable[[int, dict[K, Tensor]], set[K]] | None = None,
 ) -> None:
-    """Train every probe on the same ``batches``, ``steps`` of them, each by AdamW as it says.
+    """Trains every probe on the same ``batches``, ``steps`` of them, each by its AdamW settings.
 
-    ``after_step(steps done, {key: loss})`` gets the losses on their device and returns the keys of
-    those that are trained no further; with none left the batches end.
+    ``after_step(steps done, {key: loss})`` receives the losses on their device and returns the keys
+    of those that stop training; when all have stopped no more batches are drawn.
     """
     device = device_of(next(iter(trainings.values())).probe)
     active = dict(trainings)
@@ -61,7 +61,7 @@ def fit(
             inside = features.inside() if targets.ndim < 3 else None
             of_batch = partial(against, loss, inside=inside)
             losses = {}
-            optimizer.zero_grad()  # without a gradient, what is trained no further stays as it is
+            optimizer.zero_grad()  # without a gradient, stopped probes are not updated
             for key, (probe, optim, name, seed) in active.items():
                 seed_generators(derive_seed(seed, name, step), device)
                 if not probe.training:
@@ -91,7 +91,7 @@ def fit(
 
 
 def _groups(training: Training, key: Hashable) -> list[dict[str, Any]]:
-    """AdamW's parameter groups of one probe, with what its settings say of them."""
+    """Returns AdamW's parameter groups of one probe, with its settings."""
     probe, optim = training.probe, training.optim
     assert optim.layer_decay == 1, "a probe has no layers to decay over"
     groups = param_groups(
@@ -105,16 +105,16 @@ def _groups(training: Training, key: Hashable) -> list[dict[str, Any]]:
 
 
 class Predictions(NamedTuple):
-    """Of n rows: clips, or with labels or tokens in time the patches of all clips."""
+    """Predictions of n rows: clips, or with frame labels or tokens the patches of all clips."""
 
     logits: dict[tuple[Hashable, str], Tensor]
-    """By probe and answer (``Probe.answers``): (n, C) float32, on the CPU."""
+    """Logits (n, C) by probe and answer (``Probe.answers``), float32, on the CPU."""
     targets: Tensor
-    """(n, C); of tokens (clips, U)"""
+    """Targets (n, C); for tokens (clips, U)."""
     clips: Tensor | None
-    """(n,) clip of each row, where a clip has several."""
+    """Clip of each row, (n,), if clips have several rows."""
     total: int = 0
-    """Clips."""
+    """Number of clips."""
 
 
 @torch.no_grad()
@@ -125,10 +125,10 @@ def predictions(
     autocast: torch.dtype | None = None,
     wanted: Callable[[K, str], bool] = lambda key, answer: True,
 ) -> Predictions:
-    """What ``probes`` say of ``batches``, in eval mode; afterwards each is in its own mode again.
+    """Returns the predictions of ``probes`` on ``batches``, in eval mode; restores their modes.
 
-    Clip labels are met by the mean over time of frame-level logits; of frame labels the patches
-    beyond a clip's end (NaN) are left out. ``wanted``: which answers of which probe are kept.
+    For clip labels, frame-level logits are averaged over time. For frame labels, patches beyond a
+    clip's end (NaN) are excluded. ``wanted``: predicate (key, answer) of the answers to keep.
     """
     device = device_of(next(iter(probes.values())))
     logits: dict[tuple[Hashable, str], list[Tensor]] = {}
@@ -136,7 +136,7 @@ def predictions(
     for features, labels in batches:
         features = to_device(features, device)
         inside = features.inside()
-        kept = None  # (B, T), the patches that are rows of their own
+        kept = None  # (B, T), mask of the patches that become rows
         if labels.ndim == 3:
             kept = ~labels.isnan().any(-1)
         elif not labels.is_floating_point():
@@ -166,14 +166,14 @@ def predictions(
 def predict(
     probes: Mapping[str, Probe], batches: Batches, *, autocast: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Logits of each probe by its name (and answer), (n, C) float32, and the targets (n, C)."""
+    """Returns logits of each probe by name (and answer), (n, C) float32, and targets (n, C)."""
     found = predictions(probes, batches, autocast=autocast)
     return {f"{key}{answer}": rows for (key, answer), rows in found.logits.items()}, found.targets
 
 
 @contextmanager
 def own_randomness(device: torch.device) -> Iterator[None]:
-    """Leave the global generators as they were found."""
+    """Restores the state of the global generators on exit."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield

@@ -1,8 +1,8 @@
-"""Labels of every time patch, made from the events of recordings (docs/method.md 5, ``dcase16``).
+"""Makes labels of every time patch from the events of recordings (docs/method.md 5, ``dcase16``).
 
-Patch t stands for its start, ``t x patch_hop_ms``: a class is active where that time lies in
-``[onset, offset]`` of one of its events. Patches that start at or beyond a clip's end are nobody's:
-their rows are NaN, to be left out of the loss and of the metrics.
+Patch t stands for its start, ``t x patch_hop_ms``: a class is active if that time lies in
+``[onset, offset]`` of one of its events. The rows of patches that start at or beyond a clip's end
+are NaN and are excluded from the loss and the metrics.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from bat.tasks.events import Events
 from bat.types import WaveBatch
 
 SLACK_SECONDS = 1e-6
-"""0.48 s is patch 3 of 160 ms, whatever a float makes of the product."""
+"""Tolerance for floating-point products: 0.48 s is patch 3 of 160 ms."""
 
 
 class FrameTargets:
-    """``targets_of(batch, patches)`` of a data set with events.
+    """Callable ``targets_of(batch, patches)`` for a data set with events.
 
     ``labels``: class names in the order of their indices; ``patch_hop_ms`` and ``sample_rate`` are
     the encoder's. Waves must begin where their recordings do: no roll, no random crop or offset.
@@ -38,7 +38,7 @@ class FrameTargets:
         self.classes, self.hop_seconds = len(labels), patch_hop_ms / 1000
         self.sample_rate = sample_rate
         self.missed = 0
-        """Events that begin and end between the starts of two patches: no patch has them."""
+        """Number of events between the starts of two patches, which no patch's label contains."""
         self._spans: Mapping[str, np.ndarray] = {}  # (events x labels, 3): first, last, class
         self._spans = {escape_key(key): self._of(found, number) for key, found in events.items()}
         self._events = {
@@ -52,7 +52,7 @@ class FrameTargets:
             )
         said = f"{listed.digest(events)} {list(labels)} {patch_hop_ms} {sample_rate}"
         self.digest = hashlib.sha256(said.encode()).hexdigest()
-        """What stored targets depend on: an edited CSV has another one."""
+        """Digest of all that stored targets depend on; an edited CSV has another one."""
 
     def _of(self, found: Sequence[listed.Event], number: Mapping[str, int]) -> np.ndarray:
         spans = []
@@ -64,11 +64,11 @@ class FrameTargets:
         return np.array(spans, np.int64).reshape(-1, 3)
 
     def reference(self, key: str) -> list[tuple[float, float, int]]:
-        """``(onset_seconds, offset_seconds, class)`` of the events of clip ``key``."""
+        """Returns ``(onset_seconds, offset_seconds, class)`` of the events of clip ``key``."""
         return self._events[key]
 
     def __call__(self, batch: WaveBatch, patches: int) -> Tensor:
-        """(B, T, C) float32 for the ``patches`` T of each clip: 1 active, 0 not, NaN beyond it."""
+        """Returns (B, T, C) float32, T = ``patches``: 1 active, 0 not, NaN beyond the clip."""
         made = np.zeros((len(batch.keys), patches, self.classes), np.float32)
         for row, key in zip(made, batch.keys, strict=True):
             for first, last, label in self._spans[key]:

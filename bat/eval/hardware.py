@@ -1,9 +1,9 @@
-"""What ``hardware`` changes about a model: the precision of its products, and how they are run.
+"""Applies the ``hardware`` settings to a model: precision, compilation, activation checkpointing.
 
-The precision is settled before a run begins (``with_precision``). The rest changes no numbers:
-``torch.compile`` block by block (one small graph for all blocks, and DDP still sends gradients
-while the backward pass runs) and activation checkpointing. State-dict names stay as they are.
-Objectives have further modes (``bat/objectives/base.py``).
+The precision is resolved before a run begins (``with_precision``). The other settings change no
+numbers: ``torch.compile`` block by block (one small graph for all blocks, and DDP still sends
+gradients while the backward pass runs) and activation checkpointing. State-dict names are
+unchanged. Objectives have further modes (``bat/objectives/base.py``).
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ C = TypeVar("C", bound=Pretrain | Supervised)
 
 
 def with_precision(config: C, out: Path) -> C:
-    """``config`` with ``hardware.precision=auto`` settled: the precision that the run in ``out``
-    began with, else bfloat16 where the device has instructions for it, else float32. A choice that
-    one would not expect is logged, and so is a slow one that was asked for."""
+    """Returns ``config`` with ``hardware.precision=auto`` resolved.
+
+    The precision is that with which the run in ``out`` began, else bfloat16 if the device has
+    instructions for it, else float32. An unexpected choice is logged, and so is a slow one that was
+    set explicitly.
+    """
     on_cpu = config.hardware.accelerator == "cpu" or not torch.cuda.is_available()
     fast = has_fast_bfloat16("cpu" if on_cpu else "cuda")
     asked = config.hardware.precision
@@ -53,7 +56,7 @@ def with_precision(config: C, out: Path) -> C:
 
 
 def has_fast_bfloat16(device: str) -> bool:
-    """Whether ``device`` (``cpu`` or ``cuda``) has instructions for bfloat16 products."""
+    """Return True if ``device`` (``cpu`` or ``cuda``) has instructions for bfloat16 products."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.backends.mkldnn.is_available() and bool(
@@ -62,10 +65,10 @@ def has_fast_bfloat16(device: str) -> bool:
 
 
 def bfloat16_slowdown(size: int = 256) -> float:
-    """Time of a bfloat16 linear layer on one core over that of a float32 one, measured."""
+    """Measures the time of a bfloat16 linear layer on one core over that of a float32 one."""
     best = []
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # what others do on the machine matters less
+    torch.set_num_threads(1)  # reduces the influence of other processes on the machine
     for dtype in (torch.bfloat16, torch.float32):
         matrix = torch.ones(size, size, dtype=dtype)
         times = []
@@ -79,7 +82,7 @@ def bfloat16_slowdown(size: int = 256) -> float:
 
 
 def speed_up(module: nn.Module, hardware: Hardware) -> None:
-    """Compile the blocks of an encoder, checkpoint their activations, as ``hardware`` says."""
+    """Compiles the blocks of an encoder and checkpoints their activations, as ``hardware`` says."""
     for block in blocks_of(module):
         block.recompute = hardware.activation_checkpointing
         if hardware.compile != "off":
@@ -87,7 +90,7 @@ def speed_up(module: nn.Module, hardware: Hardware) -> None:
 
 
 def attention_in_words(module: nn.Module, hardware: Hardware, device: torch.device) -> str:
-    """Which attention kernel the blocks of ``module`` will run, for the log; empty without any."""
+    """Returns the attention kernel of ``module``'s blocks, for the log; empty if it has none."""
     blocks = blocks_of(module)
     if not blocks:
         return ""

@@ -1,7 +1,7 @@
-"""Trained heads on disk: ``model.safetensors`` and ``config.json``, enough to use one again.
+"""Saves and loads trained heads: ``model.safetensors`` and ``config.json``.
 
-Strict both ways, as encoders are. ``config.json`` says how the probe is built, on which encoder,
-for which labels, and what it reached.
+Loading is strict: missing and unexpected weights are both errors, as for encoders. ``config.json``
+says how the probe is built, for which encoder and labels, and its results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHAPE: dict[str, Range] = {
     "has_cls": bool,
     "level": ("clip", "frame"),
 }
-"""What every probe is given, and what it may be."""
+"""Arguments of every probe, with the allowed types and values."""
 SETTINGS: dict[str, Range] = {
     **SHAPE,
     **dict.fromkeys(("prototypes", "per_class", "hidden"), (int, 1, 1 << 18)),
@@ -42,7 +42,7 @@ OR_NULL = {"per_class", "hidden", "attention_heads"}
 def save_head(
     folder: Path, probe: Probe, *, name: str, head: dict[str, Any], meta: dict[str, Any]
 ) -> Path:
-    """Write probe ``name``, built with the ``head`` settings, to ``folder``; returns it."""
+    """Writes probe ``name``, built with the ``head`` settings, to ``folder``; returns that."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous() for k, v in probe.state_dict().items()}
     temporary = folder / f".{WEIGHTS}.tmp"
@@ -67,12 +67,12 @@ def save_head(
 def load_head(
     folder: str | Path, *, trust: bool = False, encoder: Encoder | None = None
 ) -> tuple[Probe, dict[str, Any]]:
-    """The probe in ``folder``, in eval mode, and its ``config.json``.
+    """Loads the probe in ``folder``, in eval mode, and its ``config.json``.
 
-    ``encoder``: the frozen encoder it was trained on; ``vqt``, which is made of it, wants it.
-    ``trust``: import a probe from outside ``bat.probes`` where the file names one: that runs code
+    ``encoder``: the frozen encoder the probe was trained on; needed by ``vqt``, which is built from
+    it. ``trust``: import a probe from outside ``bat.probes`` if the file names one: this runs code
     of the file's choosing. Raises ``UserError`` for a missing, foreign or damaged file, a probe
-    from outside without ``trust``, weights that do not fit, and another encoder than that.
+    from outside without ``trust``, weights that do not fit, and an encoder other than that one.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG)

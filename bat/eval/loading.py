@@ -1,8 +1,8 @@
-"""The encoder a probe or a fine-tuning starts from, and the data its run was made with.
+"""Loads the encoder that a probe run or a fine-tuning starts from, and finds the data of its run.
 
-``checkpoint=`` names a run, an export or a weight file, or the control that is easily forgotten:
-``random``, the same architecture untrained. ``random:RUN`` takes its shape from a run or export,
-``random:S`` from a model fragment; ``random`` alone is ``random:tiny``.
+``checkpoint=`` names a run, an export or a weight file, or the random-init baseline: ``random``,
+the same architecture untrained. ``random:RUN`` takes its shape from a run or export, ``random:S``
+from a model fragment; ``random`` alone is ``random:tiny``.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from bat.types import Grid
 from bat.weights import is_export, resolve
 
 OWN = "own"
-"""The task of ``data.csv``."""
+"""Task name of ``data.csv``."""
 PATCH = 16
 """Side of a patch of the encoders in the model fragments, in frames."""
 STATISTICS_OF = {"esc10": "esc50", "esc50": "esc50"}
-"""Task -> data set whose statistics suit it (``bat.audio.frontend``); others: AudioSet's."""
+"""Data set by task whose normalisation suits it (``bat.audio.frontend``); others: AudioSet's."""
 
 
 def check_weights(config: Supervised) -> None:
-    """Raise ``UserError`` for a checkpoint of ``config`` that is not there or holds no weights."""
+    """Raise ``UserError`` if a checkpoint of ``config`` is missing or holds no weights."""
     check_there(config)
     for name in several(config) if isinstance(config, Probe) else [given(config)]:
         path = Path(path_of(name)).expanduser()
@@ -52,10 +52,11 @@ def check_weights(config: Supervised) -> None:
 
 
 def load_for(config: Supervised, task: Task) -> tuple[Encoder, int | None]:
-    """The encoder that ``config.checkpoint`` names, in eval mode, and the frames of a clip; None
-    where neither ``config`` nor ``task`` has a number: each clip is encoded at its own length.
+    """Loads the encoder that ``config.checkpoint`` names, in eval mode.
 
-    Raises ``UserError``: nothing given, nothing there, settings that its front end does not have.
+    Returns it with the frames of a clip, None if neither ``config`` nor ``task`` sets a number:
+    each clip is then encoded at its own length. Raises ``UserError`` if no checkpoint is given, it
+    does not exist, or settings are given that its front end does not have.
     """
     check_there(config)
     name = given(config)
@@ -69,7 +70,7 @@ def load_for(config: Supervised, task: Task) -> tuple[Encoder, int | None]:
         backbone = bat.load_encoder(name, weights=config.weights, heads=config.heads)
     backbone = _with_frontend(backbone, config, task)
     if not isinstance(backbone, SpectrogramEncoder):
-        frames = config.frames  # those of a task are of spectrograms
+        frames = config.frames  # the frames of a task are those of spectrograms
     front = getattr(backbone, "frontend", None)
     if config.pad_offset == "random" and getattr(front, "pad", "spectrogram") == "spectrogram":
         raise UserError(
@@ -79,10 +80,10 @@ def load_for(config: Supervised, task: Task) -> tuple[Encoder, int | None]:
 
 
 def _with_frontend(backbone: Encoder, config: Supervised, task: Task) -> Encoder:
-    """The encoder with ``pad`` and ``statistics`` as ``config`` says; with ``pad=clip``, to
+    """Returns the encoder with ``pad`` and ``statistics`` as ``config`` says; ``pad=clip`` pads to
     ``data.clip_seconds``.
 
-    It is built again where they differ, so that its exports say what it was used with.
+    It is built again if they differ, so that its exports record what it was used with.
     """
     if not isinstance(backbone, SpectrogramEncoder):
         if config.pad != "checkpoint" or config.statistics is not None:
@@ -99,7 +100,7 @@ def _with_frontend(backbone: Encoder, config: Supervised, task: Task) -> Encoder
     if (pad, samples) != (front.pad, getattr(front, "clip_samples", 0)):
         changes |= {"pad": pad, "clip_seconds": seconds}
     if isinstance(front, KaldiFbank):
-        # the field's files and folders do not say what they were trained or tuned with
+        # checkpoint formats of other projects do not record what they were trained or tuned with
         own = is_export(resolve(path_of(given(config))))
         usual = front.statistics if own else STATISTICS_OF.get(task.name, "audioset")
         if (config.statistics or usual) != front.statistics:
@@ -119,14 +120,14 @@ def _with_frontend(backbone: Encoder, config: Supervised, task: Task) -> Encoder
 
 
 def registered_name(backbone: Encoder) -> str:
-    """The name that ``find_encoder`` finds the class of ``backbone`` by."""
+    """Returns the name under which ``find_encoder`` finds the class of ``backbone``."""
     cls = type(backbone)
     folder, _, name = cls.__module__.rpartition(".")
     return name if folder == "bat.encoders" else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def weights_digest(backbone: Encoder) -> str:
-    """SHA-256 over the encoder's keywords, and the names and bytes of its weights."""
+    """Returns the SHA-256 over the encoder's keywords and the names and bytes of its weights."""
     digest = hashlib.sha256(json.dumps(backbone.config(), sort_keys=True, default=str).encode())
     for name, tensor in sorted(backbone.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -135,10 +136,10 @@ def weights_digest(backbone: Encoder) -> str:
 
 
 def data_of_run(config: Supervised) -> tuple[Data, str]:
-    """``config.data``; where it names no data, the root, CSV or shards of the checkpoint's own run.
+    """Returns ``config.data``, filled in with the data of the checkpoint's run if it names none.
 
-    And a line to print where the run's were taken, else nothing. A ``config.yaml`` that is none of
-    ours is passed over.
+    These are root, CSV or shards. The second value is a line to print if they were taken from the
+    run, else empty. A ``config.yaml`` of another program is ignored.
     """
     data = config.data
     if data.root or data.shards or data.csv:
@@ -157,7 +158,7 @@ def data_of_run(config: Supervised) -> tuple[Data, str]:
 
 
 def _sources(file: Path) -> list[tuple[str, str | None, str | None, list[str]]]:
-    """Task, root, CSV and shards of the data that the run with this configuration used."""
+    """Reads task, root, CSV and shards of the data from the configuration file of a run."""
     for schema in (Pretrain, Finetune, Probe):
         try:
             run: Any = from_yaml(schema, file)
@@ -173,7 +174,7 @@ def _sources(file: Path) -> list[tuple[str, str | None, str | None, list[str]]]:
 
 
 def device_for(hardware: Hardware) -> torch.device:
-    """The one device of a plain loop; ``UserError`` where it is not there."""
+    """Returns the one device of a plain loop; raises ``UserError`` if it is not available."""
     wanted = hardware.accelerator
     if wanted in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(f"hardware.accelerator={wanted}: no GPU here; try hardware=cpu")
@@ -183,13 +184,13 @@ def device_for(hardware: Hardware) -> torch.device:
 
 
 def autocast_for(hardware: Hardware) -> torch.dtype | None:
-    """Autocast's type, None for float32."""
+    """Returns autocast's type, None for float32."""
     assert hardware.precision != "auto", "settled by with_precision, before a run begins"
     return torch.bfloat16 if hardware.precision == "bf16-mixed" else None
 
 
 def _config_files(name: str) -> Iterator[Path]:
-    """``config.yaml`` of the folders that a checkpoint lies in (RUN/fold-1/export/FILE)."""
+    """Yields ``config.yaml`` of the folders that contain a checkpoint (RUN/fold-1/export/FILE)."""
     path = Path(path_of(name)).expanduser()
     if path.exists():
         for folder in (path, *list(path.parents)[:3]):
@@ -198,14 +199,14 @@ def _config_files(name: str) -> Iterator[Path]:
 
 
 def _usual_frames(data: Data) -> int:
-    """Frames of ``data.clip_seconds`` by the usual front end, rounded up to whole patches."""
+    """Returns the frames of ``data.clip_seconds`` by the usual front end, in whole patches."""
     front = make_frontend()
     samples = clip_samples(data.clip_seconds, front.sample_rate)  # type: ignore[arg-type]
     return int(-(-front.valid_frames(samples) // PATCH) * PATCH)  # type: ignore[operator]
 
 
 def _untrained(shape: str, config: Supervised, frames: int) -> Encoder:
-    """A fresh encoder of the shape of a run, an export, a file or a model fragment."""
+    """Builds an untrained encoder of the shape of a run, an export, a file or a model fragment."""
     if shape not in known_fragments("model"):
         if shape in registry.known("encoders") or registry.DOTTED.fullmatch(shape):
             return find_encoder(shape)()
@@ -228,7 +229,7 @@ def _untrained(shape: str, config: Supervised, frames: int) -> Encoder:
 
 
 def _model(fragment: Path) -> Model:
-    """The ``model`` section that a fragment makes of the defaults."""
+    """Returns the ``model`` section of the defaults, overridden by a fragment."""
     from omegaconf import OmegaConf
 
     merged = OmegaConf.merge(OmegaConf.structured(Pretrain), OmegaConf.load(fragment))

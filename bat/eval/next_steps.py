@@ -1,6 +1,7 @@
-"""The commands that a finished run advises: complete, quoted for a shell, to be run as they stand.
+"""Suggests the commands to run next after a run: complete and quoted for a shell.
 
-Each carries over what its run was told of data and encoder; one that would fail is not advised.
+Each carries over the run's settings of data and encoder; a command that would fail is not
+suggested.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ CARRIED = (
     "recipe", "task", "data.root", "data.csv", "data.shards", "data.cache", "data.clip_seconds",
     "weights", "heads", "level", "folds", "frames", "pad", "pad_offset", "statistics", "hardware",
 )  # fmt: skip
-"""Settings (and sections) of a probing or fine-tuning that its successor needs too."""
+"""Settings (and sections) of a probe run or fine-tuning that its follow-up needs too."""
 
 
 def after_pretraining(config: Pretrain, out: Path, task: Task, index: Index | None) -> list[str]:
-    """Probing and fine-tuning on the labelled data of the run (``task``, ``index``), as far as they
-    have labels and something to hold out; the data are found by the run's ``config.yaml``."""
+    """Suggests probing and fine-tuning on the labelled data of the run (``task``, ``index``), if
+    they have labels and something to hold out; the data are found by the run's ``config.yaml``."""
     found = []
     for command, more in (("probe", ["methods=[cgp,linear]"]), ("finetune", [])):
         known = config.recipe in locate.known_recipes(command)
@@ -56,7 +57,7 @@ def after_pretraining(config: Pretrain, out: Path, task: Task, index: Index | No
 
 
 def after_probing(config: Probe, out: Path, data: PreparedData[Probe]) -> list[str]:
-    """The untrained control, the report and fine-tuning. ``config``: as the user gave it."""
+    """Suggests the random-init baseline, the report and fine-tuning (``config`` as given)."""
     names = several(config)
     found = []
     alone = len(names) == 1 and RANDOM not in names[0]
@@ -69,7 +70,7 @@ def after_probing(config: Probe, out: Path, data: PreparedData[Probe]) -> list[s
     if words := _carried(config, "probe", to="finetune"):
         source = data.config.data
         if len(names) > 1 and not (config.data.root or config.data.csv or config.data.shards):
-            given = replace(config, data=source)  # of whichever encoder's run it was
+            given = replace(config, data=source)  # independent of which encoder's run it came from
             words = _carried(given, "probe", to="finetune") or words
         if data.events is not None or data.texts is not None:
             words = [*words, *_in_place(words, texts=data.texts is not None)]
@@ -78,8 +79,8 @@ def after_probing(config: Probe, out: Path, data: PreparedData[Probe]) -> list[s
 
 
 def _in_place(words: list[str], *, texts: bool) -> list[str]:
-    """What a fine-tuning of ``words`` must leave away for clips to stay under their times; of
-    ``texts`` also what mixes them."""
+    """Returns the settings a fine-tuning with ``words`` must omit to keep clips aligned with their
+    times; with ``texts`` also those that mix clips."""
     own = compose(Finetune, "finetune", words)
     found = ["data.roll=false"] if own.data.roll else []
     found += ["augment.time_roll=false"] if own.augment.time_roll else []
@@ -87,7 +88,7 @@ def _in_place(words: list[str], *, texts: bool) -> list[str]:
 
 
 def after_finetuning(config: Finetune, out: Path) -> list[str]:
-    """Probing of the encoder it began with. ``config``: as the user gave it."""
+    """Suggests probing of the encoder it began with. ``config``: as the user gave it."""
     words = _carried(config, "finetune", to="probe")
     if words is None:
         return []
@@ -97,8 +98,8 @@ def after_finetuning(config: Finetune, out: Path) -> list[str]:
 
 
 def _carried(config: Supervised, command: str, *, to: str) -> list[str] | None:
-    """The words that tell ``bat-TO`` what ``config``, of ``bat-COMMAND``, says of data and encoder;
-    None where it has no such recipe."""
+    """Returns the words that give ``bat-TO`` the data and encoder settings of ``config``, which is
+    of ``bat-COMMAND``; None if it has no such recipe."""
     words = words_of(config, command)
     if words is None or config.recipe not in locate.known_recipes(to):
         return None
@@ -113,7 +114,7 @@ def _carried(config: Supervised, command: str, *, to: str) -> list[str] | None:
 
 
 def _command(command: str, words: list[str]) -> str:
-    """``bat-COMMAND`` with ``words``, on the CPU where its recipe wants a GPU that is not here."""
+    """Returns ``bat-COMMAND`` with ``words``, on the CPU if its recipe's GPU is missing."""
     wanted = compose(SCHEMAS[command], command, words).hardware.accelerator
     if wanted in ("gpu", "cuda") and not torch.cuda.is_available():
         words = [*words, "hardware=cpu"]

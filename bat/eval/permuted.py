@@ -1,8 +1,7 @@
-"""The control of permuted labels: every clip has another clip's, so that only chance is left.
+"""Permuted labels: every clip gets the label of another clip, so that only chance is left.
 
-Events and texts are dealt anew likewise. What a probe reaches on them is what it reaches by the
-sizes of the classes alone. Better than that means that held-out clips were seen in training, or
-chosen on.
+Events and texts are permuted likewise. The result of a probe on them is what the class sizes alone
+give. A better one means that held-out clips were seen in training or used for selection.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ T = TypeVar("T")
 
 
 def permuted(data: PreparedData[C], *, seed: int) -> PreparedData[C]:
-    """``data`` with its labels dealt anew among the clips; rounds and clips stay."""
+    """Returns ``data`` with its labels permuted among the clips; folds and clips are unchanged."""
     if data.events is not None:
         return replace(data, events=_dealt(dict(data.events), seed))
     if data.texts is not None:
@@ -30,17 +29,17 @@ def permuted(data: PreparedData[C], *, seed: int) -> PreparedData[C]:
 
 
 def _dealt(given: dict[str, T], seed: int) -> dict[str, T]:
-    """``given`` with the values dealt anew among the keys."""
+    """Returns ``given`` with the values permuted among the keys."""
     values = list(given.values())
     order = np.random.default_rng(derive_seed(seed, "permuted")).permutation(len(values))
     return dict(zip(given, (values[i] for i in order), strict=True))
 
 
 def permute_labels(index: Index, *, seed: int) -> Index:
-    """``index`` with the labels of each clip given to another, by ``seed``."""
+    """Returns ``index`` with labels permuted among the clips, by ``seed``."""
     order = np.random.default_rng(seed).permutation(len(index))
     other = copy.copy(index)
-    other.__dict__.pop("hash", None)  # of the labels, too
+    other.__dict__.pop("hash", None)  # the hash covers the labels, too
     counts = index.labels_per_clip[order]
     other.label_ptr = np.concatenate([[0], np.cumsum(counts)]).astype(index.label_ptr.dtype)
     parts = [index.label_ids[index.label_ptr[i] : index.label_ptr[i + 1]] for i in order]

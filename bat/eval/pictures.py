@@ -1,7 +1,7 @@
-"""The pictures of a probing: of each encoder, and of all side by side.
+"""Draws the plots of a probe run: those of each encoder, and comparisons of all.
 
-A run may be asked for other methods or encoders than before: pictures that are not drawn this time
-are removed, lest they be taken for part of it. Files of other names are left alone.
+A run may be started again with other methods or encoders: plots that are not drawn this time are
+removed, so that none are mistaken for results of this run. Files of other names are left alone.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ OF_ENCODER = ("layer-gates", "folds", f"{MAPS}*")
 
 
 def draw_encoder(folder: Path, evaluation: Evaluation, entry: dict[str, Any]) -> None:
-    """Gates, folds and prototype maps of one encoder; ``entry``: its part of the summary.
+    """Draws gates, folds and prototype maps of one encoder; ``entry``: its part of the summary.
 
-    Folds of so many methods only as there are colours: more are told apart in the comparison.
+    Results by fold are drawn for as many methods as there are colours; the comparison has the rest.
     """
     results, metric = entry["results"], evaluation.ready.task.metric
     gates = {m: list(e["gate"].values()) for m, e in results.items() if e["gate"]}
@@ -53,15 +53,15 @@ def draw_encoder(folder: Path, evaluation: Evaluation, entry: dict[str, Any]) ->
         drawn.append(insight_plots.plot_prototype_maps(maps, path))
     elif (
         evaluation.config.insight.maps
-    ):  # its head was not kept, but what was drawn of it still holds
+    ):  # its head was not kept, but the existing plot is still valid
         drawn += [folder / f"{MAPS}{method}.png" for method in results]
     _remove_others(folder, OF_ENCODER, drawn)
 
 
 def draw_comparison(folder: Path, summary: dict[str, Any]) -> None:
-    """All encoders in one picture each: results, gates, curves, sinks, norms and ranks.
+    """Draws comparisons of all encoders: results, gates, curves, sinks, norms and ranks.
 
-    Pictures of encoders that ``summary`` does not have are removed.
+    Plots of encoders that are not in ``summary`` are removed.
     """
     encoders, metric = summary["encoders"], summary["metric"]
     controls = [n for n, e in encoders.items() if str(e["checkpoint"]).startswith(RANDOM)]
@@ -118,7 +118,7 @@ def draw_comparison(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def _remove_others(folder: Path, stems: Sequence[str], drawn: Sequence[Path]) -> None:
-    """Remove pictures of ours in ``folder`` that are not among ``drawn``."""
+    """Removes plots of ours in ``folder`` that are not among ``drawn``."""
     for stem in stems:
         for path in folder.glob(f"{stem}.png"):
             if path not in drawn:

@@ -1,4 +1,4 @@
-"""What probing and fine-tuning do first: encoder, data, labels, rounds, each mistake named."""
+"""Prepares a probe run or fine-tuning: checks and opens encoder, data, labels and folds."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ C = TypeVar("C", bound=Supervised)
 
 @dataclass(frozen=True)
 class PreparedData(Generic[C]):
-    """What is probed on, whatever the encoder: opened and checked; ``open_probing`` makes it."""
+    """Opened and checked data of a probe run, independent of the encoder; see ``open_probing``."""
 
     config: C
-    """``data`` says where the clips came from, be it a checkpoint's run, and how long the window
-    is; ``task`` is that of the data."""
+    """Configuration; its ``data`` names the source of the clips, also if taken from a checkpoint's
+    run, and the length of the window, its ``task`` that of the data."""
     task: Task
     index: Index
     rounds: list[Round]
     loss: Loss
     note: str
-    """A line to print where the data were taken from the checkpoint's run, or nothing."""
+    """Line to print if the data were taken from the checkpoint's run, else empty."""
     notices: tuple[str, ...] = ()
     """Lines that every user of the results should see."""
     how: str = ""
-    """How results come about: ``held_out.how``."""
+    """Sentence on how results are obtained, see ``splits.how``."""
     events: Events | None = None
-    """Of clips by their keys, where labels of time patches are made of them."""
+    """Events of clips by key, for frame labels."""
     texts: dict[str, str] | None = None
-    """Of clips by their keys, where tokens are asked for."""
+    """Texts of clips by key, for token targets."""
     labels: tuple[str, ...] = ()
     """Names of a head's outputs: the classes, or the blank and the tokens."""
 
     @property
     def hash(self) -> str:
-        """Of the clips and of all that is asked of them."""
+        """Hash of the clips and all their targets."""
         more = digest(self.events) if self.events is not None else ""
         more += digest_texts(self.texts) if self.texts is not None else ""
         return self.index.hash + more
@@ -66,46 +66,47 @@ class PreparedData(Generic[C]):
 
 @dataclass(frozen=True)
 class Prepared(Generic[C]):
-    """A resolved configuration with all that it names, opened and checked."""
+    """A resolved configuration with everything it names, opened and checked."""
 
     config: C
-    """``data`` says where the clips came from, be it the checkpoint's run."""
+    """Configuration; its ``data`` names the source of the clips, also if taken from the
+    checkpoint's run."""
     task: Task
     index: Index
     rounds: list[Round]
     backbone: Encoder
-    """In eval mode, on the CPU."""
+    """Encoder in eval mode, on the CPU."""
     frames: int | None
-    """Of one clip; None: each clip is encoded at its own length."""
+    """Frames of one clip; None: each clip is encoded at its own length."""
     loss: Loss
     note: str
-    """A line to print where the data were taken from the checkpoint's run, or nothing."""
+    """Line to print if the data were taken from the checkpoint's run, else empty."""
     notices: tuple[str, ...] = ()
     """Lines that every user of the results should see."""
     how: str = ""
-    """How results come about: ``held_out.how``."""
+    """Sentence on how results are obtained, see ``splits.how``."""
     targets_of: FrameTargets | TokenTargets | None = None
-    """``(batch, patches) -> targets``: labels of time patches (B, T, C) or tokens (B, U); None:
+    """Callable ``(batch, patches) -> targets``: frame labels (B, T, C) or tokens (B, U); None:
     labels of whole clips."""
     labels: tuple[str, ...] = ()
     """Names of a head's outputs."""
     hash: str = ""
-    """Of the clips and of all that is asked of them."""
+    """Hash of the clips and all their targets."""
 
     @property
     def scorer(self) -> Scorer:
-        """What computes the task's metrics."""
+        """Returns the object that computes the task's metrics."""
         return Scorer.of(self.task, self.targets_of)
 
     @property
     def in_words(self) -> str:
-        """``3 classes: cat, dog, frog``, or the tokens likewise."""
+        """Returns ``3 classes: cat, dog, frog``, or the tokens likewise."""
         if self.task.target == "tokens":
             return classes_in_words(self.labels[1:]).replace("classes", "tokens", 1)
         return classes_in_words(self.index.vocabulary)
 
     def headline(self, first: str, *more: str) -> str:
-        """What a run says when it starts."""
+        """Returns the message that a run prints when it starts."""
         backbone, index = self.backbone, self.index
         hardware = self.config.hardware
         front = getattr(backbone, "frontend", None)
@@ -125,7 +126,7 @@ class Prepared(Generic[C]):
 
 
 def kaldi_line(frontend: KaldiFbank) -> str:
-    """Which statistics a legacy front end standardises by."""
+    """Returns a line on the statistics by which a legacy front end standardises."""
     return (
         f"front end: Kaldi filter bank ({frontend.kind}), statistics={frontend.statistics}: mean "
         f"{frontend.mean:.4f}, deviation {frontend.std:.4f}"
@@ -133,9 +134,9 @@ def kaldi_line(frontend: KaldiFbank) -> str:
 
 
 def check_frames(backbone: Encoder, *, frames: int, clip_seconds: float) -> None:
-    """Raise ``UserError`` where ``frames`` are no whole patches, or whole clips have more.
+    """Raise ``UserError`` if ``frames`` are no whole patches, or whole clips have more.
 
-    One more is cut off without a word: 120 s are 12,001 frames where a task counts 12,000.
+    One more frame is cut off silently: 120 s are 12,001 frames where a task counts 12,000.
     """
     if not isinstance(backbone, SpectrogramEncoder):
         raise UserError(f"frames={frames}: {type(backbone).__name__} takes clips as they are")
@@ -154,19 +155,19 @@ def check_frames(backbone: Encoder, *, frames: int, clip_seconds: float) -> None
 
 
 def prepare(config: C) -> Prepared[C]:
-    """Load and check everything that ``config`` names; ``UserError`` for what does not fit."""
-    if config.data.csv:  # the clips decide how many frames the encoder is to have
+    """Loads and checks all that ``config`` names; raises ``UserError`` for what does not fit."""
+    if config.data.csv:  # the clips decide how many frames the encoder needs
         return with_encoder(open_probing(config), config)
-    # what is wrong with the encoder is said before any shard is written
+    # errors of the encoder are raised before any shard is written
     backbone, frames = _load(config, load_task(config.task))
     return _together(open_probing(config), config, backbone, frames)
 
 
 def open_probing(config: C) -> PreparedData[C]:
-    """Data, labels and rounds that ``config`` names, for any number of encoders.
+    """Opens the data, labels and folds that ``config`` names, for any number of encoders.
 
-    ``config.checkpoint`` may name several, separated by commas: where no data are given, they are
-    those of the first one's run that has some. ``UserError`` for what does not fit.
+    ``config.checkpoint`` may name several, separated by commas: if no data are given, they are
+    those of the first checkpoint whose run has some. Raises ``UserError`` for what does not fit.
     """
     check_weights(config)  # before audio is read
     if config.data.csv:
@@ -181,10 +182,10 @@ def open_probing(config: C) -> PreparedData[C]:
 
 
 def with_encoder(data: PreparedData[C], config: C, checkpoint: str | None = None) -> Prepared[C]:
-    """``data`` with the encoder ``checkpoint`` (None: that of ``config``), loaded and checked.
+    """Loads and checks the encoder ``checkpoint`` (None: that of ``config``) for ``data``.
 
-    What ``config`` says of the encoder counts, and of the data what ``data`` holds. ``UserError``
-    for what does not fit.
+    Encoder settings are those of ``config``, data settings those held by ``data``. Raises
+    ``UserError`` for what does not fit.
     """
     config = replace(config, checkpoint=checkpoint or config.checkpoint)
     backbone, frames = _load(config, data.task, data.config.data.clip_seconds)
@@ -192,7 +193,7 @@ def with_encoder(data: PreparedData[C], config: C, checkpoint: str | None = None
 
 
 def _load(config: C, task: Task, clip_seconds: float | None = None) -> tuple[Encoder, int | None]:
-    """The encoder and the frames of a clip, None where each clip has its own."""
+    """Loads the encoder and returns it with the frames of a clip, None if each clip has its own."""
     if clip_seconds is not None:
         config = replace(config, data=replace(config.data, clip_seconds=clip_seconds))
     backbone, frames = load_for(config, task)
@@ -242,8 +243,8 @@ def _together(
 def _that_fit(
     data: PreparedData[C], targets_of: TokenTargets, backbone: Encoder, frames: int | None
 ) -> tuple[list[Round], list[str]]:
-    """The rounds without the training clips whose text is longer than their time patches, and lines
-    that count them."""
+    """Returns the folds without the training clips whose text is longer than their time patches,
+    and lines that count these."""
     index, window = data.index, data.config.data.clip_seconds
     long = np.zeros(len(index), bool)
     for i in range(len(index)):
@@ -253,7 +254,7 @@ def _that_fit(
             seconds = min(float(index.frames[i] / index.rate[i]), window)
             patches = backbone.time_patches(clip_samples(seconds, backbone.sample_rate))
         else:
-            continue  # a length that is not known: the loss counts it as 0 where it does not fit
+            continue  # unknown length: the loss counts the clip as 0 if its text does not fit
         long[i] = targets_of.too_long(index.key(i), patches)
     if not long.any():
         return data.rounds, []
@@ -275,10 +276,10 @@ def _that_fit(
 def _asked(
     task: Task, level: str, *, events: Events | None, texts: dict[str, str] | None, labels: int
 ) -> Task:
-    """``task`` with the target that data of so many ``labels`` are asked for at ``level``.
+    """Returns ``task`` with the target for data of ``labels`` many labels at ``level``.
 
-    Events at clip level are labels of clips, their union. Raises ``UserError`` where the data or
-    the level do not do.
+    Events at clip level become labels of clips, their union. Raises ``UserError`` if the data or
+    the level do not allow it.
     """
     own_text = task.adapts and texts is not None and not labels
     if (task.target == "tokens" or own_text) and level == "clip":
@@ -303,8 +304,8 @@ def _asked(
 
 
 def _said_of(index: Index, own: Own | None) -> tuple[Events | None, dict[str, str] | None]:
-    """Events and texts of the clips by key; None where no clip has any. Of the clips that have
-    none, where others do: no events, an empty text."""
+    """Returns events and texts of the clips by key; None if no clip has any. Where only some clips
+    have them, the others get no events or an empty text."""
     if own is not None:
         texts = {row.key: row.text for row in own.rows if row.text is not None}
         return own.events, texts or None
@@ -317,7 +318,7 @@ def _said_of(index: Index, own: Own | None) -> tuple[Events | None, dict[str, st
 def check_data(
     config: C, task: Task, index: Index, *, note: str = "", own: Own | None = None
 ) -> PreparedData[C]:
-    """The data with its labels, window, events and rounds; ``UserError`` where they do not do."""
+    """Returns the data with labels, window, events and folds; ``UserError`` if unsuitable."""
     notices: list[str] = list(own.notes) if own is not None else []
     events, texts = _said_of(index, own)
     task = _asked(task, config.level, events=events, texts=texts, labels=index.classes)
@@ -367,7 +368,7 @@ def check_data(
         labels = tuple(outputs((known[index.key(int(i))] for i in trained), task.tokens))
     notices += doubts(index.vocabulary)
     without = int((index.labels_per_clip == 0).sum())
-    if without and texts is None:  # ``check_labels`` refused them where each clip is of one class
+    if without and texts is None:  # refused by ``check_labels`` where each clip is of one class
         notices.append(f"{without} of {len(index)} clips have no label: negatives of every class")
     if isinstance(config, Finetune) or (isinstance(config, Probe) and not config.train.epochs):
         notices += config.optim.notes(config.train.steps)
@@ -392,7 +393,7 @@ def check_data(
 
 
 def _data_of_runs(config: Supervised) -> tuple[Data, str]:
-    """``data_of_run`` of the first of the checkpoints that has data."""
+    """Returns ``data_of_run`` of the first of the checkpoints that has data."""
     names = (config.checkpoint or "").split(",")
     for name in [config.checkpoint, *(names if len(names) > 1 else [])]:
         data, note = data_of_run(replace(config, checkpoint=name))

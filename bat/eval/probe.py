@@ -1,7 +1,7 @@
 """Runs ``bat-probe`` from a resolved configuration to tables, pictures and heads on disk.
 
-Encoders one after the other (``suite.py``), each with all methods and seeds; then what
-compares them. Data and rounds are the same for all.
+Encoders are evaluated one after the other (``suite.py``), each with all methods and seeds, and then
+compared. Data and folds are the same for all.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from bat.report.tables import as_text
 log = logging.getLogger("bat")
 
 FEW = 3
-"""Methods of one encoder whose results are told fold by fold."""
+"""Most methods per encoder for which results are printed fold by fold."""
 
 
 def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -> Path:
-    """Probe frozen encoders as ``config`` says; returns the run folder.
+    """Probes frozen encoders as ``config`` says; returns the run folder.
 
-    ``force``: in a folder of other settings all the same.
+    ``force``: write to a folder of other settings, too.
     """
     start_logging()
     asked = config
@@ -79,7 +79,7 @@ def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -
         return out
     with run_folder(config, out, force=force) as begin:
         evaluations = {}
-        for name, checkpoint in encoders.items():  # all of them, before the first is probed
+        for name, checkpoint in encoders.items():  # all of them, before the first is evaluated
             evaluations[name] = _evaluation(config, opened, out, name, checkpoint, methods)
             evaluations[name].check()
         steps = {name: evaluation.steps_left() for name, evaluation in evaluations.items()}
@@ -106,14 +106,14 @@ def _evaluation(
     checkpoint: str,
     methods: Sequence[str],
 ) -> Evaluation:
-    """For one encoder, with those of ``methods`` that it lends itself to, unless all were named."""
+    """Builds the evaluation of one encoder, without methods of ``all`` that do not suit it."""
     ready = with_encoder(opened, config, checkpoint)
     unfit = _unfit(methods, config, ready)
     return Evaluation(ready, out, name=name, methods=[m for m in methods if m not in unfit])
 
 
 def _seconds_before(out: Path) -> float:
-    """Of earlier starts, as far as their summary says."""
+    """Returns the seconds of earlier starts, as recorded in their summary."""
     try:
         return float(json.loads((out / "summary.json").read_text(encoding="utf-8"))["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -121,11 +121,11 @@ def _seconds_before(out: Path) -> float:
 
 
 def _unfit(methods: Sequence[str], config: schema.Probe, ready: Prepared[schema.Probe]) -> set[str]:
-    """Of ``methods``, those of ``all`` that the encoder does not lend itself to."""
+    """Returns those of ``methods`` that ``all`` stands for and that do not suit the encoder."""
     if ready.backbone.has_queries:
         return set()
     unfit = {m for m in methods if m != CURVE and takes_encoder(find_probe(m))}
-    return unfit - set(config.methods)  # asked for by name: an error that says why
+    return unfit - set(config.methods)  # methods named by the user raise an error that says why
 
 
 def _run(
@@ -138,8 +138,9 @@ def _run(
     evaluations: dict[str, Evaluation],
     steps: dict[str, int],
 ) -> dict[str, Any]:
-    """Probe all ``encoders``; the summary, as written to ``summary.json``. ``steps`` of each, for
-    the progress bar. Each of ``evaluations`` is let go of once it is done.
+    """Probes all ``encoders`` and returns the summary, as written to ``summary.json``.
+
+    ``steps`` of each encoder, for the progress bar. Each of ``evaluations`` is released once done.
     """
     began = time.perf_counter() - _seconds_before(out)
     found: dict[str, Any] = {}
@@ -175,7 +176,7 @@ def _summary(
     encoders: dict[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    """``summary.json``: of the encoders that are done so far."""
+    """Returns the content of ``summary.json`` for the encoders that are done so far."""
     task, device = opened.task, device_for(config.hardware)
     return {
         "task": task.name,
@@ -222,7 +223,7 @@ def _summary(
 
 
 def _dry_run(ready: Prepared[schema.Probe], out: Path, name: str, methods: Sequence[str]) -> None:
-    """Build everything, one batch through encoder and probes (one clip on the CPU)."""
+    """Builds everything and runs one batch through encoder and probes (one clip on the CPU)."""
     evaluation = Evaluation(ready, out, name=name, methods=methods)
     evaluation.to_device()
     config, index, backbone, frames = ready.config, ready.index, ready.backbone, ready.frames

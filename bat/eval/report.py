@@ -1,9 +1,9 @@
-"""``bat-probe report``: runs of ``bat-probe`` read, checked and put together.
+"""Reads, checks and combines runs of ``bat-probe`` for ``bat-probe report``.
 
-A run is a folder with a ``summary.json``; pictures come from its ``plots`` (``plots/ENCODER`` are
-that encoder's; of encoders that are not in the summary, none). Where ``results.jsonl`` holds
-resamples, the differences between the best probe and all others are taken on the same draws
-(paired). Nothing here needs torch, unless resamples do.
+A run is a folder with a ``summary.json``; pictures come from its ``plots`` (``plots/ENCODER`` holds
+those of one encoder; folders of encoders missing from the summary are ignored). If
+``results.jsonl`` holds resamples, the differences between the best probe and all others are taken
+on the same draws (paired). torch is needed only for resamples.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ OUT = "probe-report"
 
 
 class Report(NamedTuple):
-    """What was made."""
+    """Files and text of a report."""
 
     html: Path
     markdown: Path
     text: str
-    """The same for the terminal."""
+    """The report as text for the terminal."""
 
 
 def report(runs: Sequence[str | Path], *, out: str | Path | None = None) -> Report:
-    """Write ``report.html`` and ``report.md`` of probing runs.
+    """Writes ``report.html`` and ``report.md`` of probe runs.
 
-    ``out``: a folder; left away, the run's own where there is one run, else ``probe-report``.
-    Raises ``UserError`` for what is no finished probing run of this version, or cannot be written.
+    ``out``: a folder; if omitted, the run's own for one run, else ``probe-report``. Raises
+    ``UserError`` for a folder that is no finished probe run of this version, or cannot be written.
     """
     folders = [_folder(Path(run)) for run in runs]
     twice = [f for i, f in enumerate(folders) if f.resolve() in [g.resolve() for g in folders[:i]]]
@@ -87,7 +87,7 @@ def _folder(run: Path) -> Path:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, whole paths where two are alike."""
+    """Returns the folders' own names, or whole paths if two are equal."""
     names = [folder.resolve().name for folder in folders]
     return [
         name if names.count(name) == 1 else str(folder)
@@ -96,9 +96,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The ``summary.json`` of a probing run, without credentials.
+    """Reads the ``summary.json`` of a probe run, with credentials removed.
 
-    Raises ``UserError`` where it is damaged, of another command, or of another version's form.
+    Raises ``UserError`` if it is damaged, of another command, or in another version's format.
     """
     path = folder / "summary.json"
     try:
@@ -137,15 +137,15 @@ RESULT: dict[str, Any] = {
 FEATURES: dict[str, Any] = {"cache": str, "why": str, "gb": (int, float)}
 CLASSES: dict[str, Any] = {"ap": list, "auroc": list, "positives": list}
 OF_LABELS = tuple(name for name, metric in families().items() if metric.takes == "labels")
-"""Metrics that come with numbers of each class."""
+"""Metrics that come with values per class."""
 ROUND: dict[str, Any] = {"name": str, "train": int, "valid": int, "test": int}
 
 
 def _wrong(summary: dict[str, Any]) -> str:
-    """What a summary lacks or holds in another form, in words; empty where it is whole."""
+    """Returns what a summary lacks or has in another form, in words; empty if it is valid."""
     if found := _misfit(summary, FORM | {k: dict for k in ("head", "optim") if k in summary}):
         return found
-    if summary["metric"] not in TITLES and "better" not in summary:  # of a metric from outside
+    if summary["metric"] not in TITLES and "better" not in summary:  # a metric from outside
         return f"has the metric {summary['metric']!r}, not one of {', '.join(TITLES)}"
     for row in summary["rounds"]:
         if found := _misfit(row, ROUND):
@@ -184,9 +184,10 @@ def _misfit(values: Any, form: dict[str, Any]) -> str:
 
 
 def _pictures(folder: Path, summary: dict[str, Any]) -> list[Picture]:
-    """Those of all encoders first; a file that is no PNG is left out and named.
+    """Returns the pictures, those of all encoders first; a file that is no PNG is left out.
 
-    Of a run that is not finished, comparisons are left out: they are of the run before.
+    Such a file is named in the log. For an unfinished run, comparisons are left out: they belong
+    to the run before.
     """
     plots = folder / "plots"
     old = COMPARISONS if summary.get("unfinished") else ()
@@ -204,8 +205,8 @@ def _pictures(folder: Path, summary: dict[str, Any]) -> list[Picture]:
 
 
 def differences(folder: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """``Section.pairs`` on the same draws of the same held-out clips: ``{"of": [encoder, method],
-    "minus": [encoder, method], "difference", "interval"}``."""
+    """Returns ``Section.pairs`` on the same draws of the same held-out clips: ``{"of": [encoder,
+    method], "minus": [encoder, method], "difference", "interval"}``."""
     path = folder / "results.jsonl"
     section = sections([summary])[0]
     if len(section.rows) < 2 or not path.is_file():
@@ -216,7 +217,7 @@ def differences(folder: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
             row = json.loads(line)
             place = (str(row["fold"]), str(row["seed"]))
             of = summary["encoders"].get(row["encoder"], {}).get("results", {})
-            judged = of.get(row["method"], {}).get("folds", {})  # what was asked for this time
+            judged = of.get(row["method"], {}).get("folds", {})  # those requested this time
             if row.get("replicates") and place[1] in judged.get(place[0], {}):
                 values = (row["metrics"][summary["metric"]], row["replicates"])
                 draws.setdefault((row["encoder"], row["method"]), {})[place] = values

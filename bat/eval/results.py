@@ -1,10 +1,10 @@
-"""What probes reached: outcomes, their summary, and the tables it makes.
+"""Stores the results of probes, summarises them, and formats them as tables.
 
-An outcome is one training that was judged: an encoder's probe with a seed in a round. Deviations
-are population standard deviations (divided by n, as the reference's over folds): over seeds (of the
-mean over folds) where there are several, else over folds; each summary says which. Confidence
-intervals come from resamples of the held-out clips: the same resamples for every
-method and seed of a round, averaged as the results are.
+A result is one evaluated training: an encoder's probe with a seed in a fold. Deviations are
+population standard deviations (divided by n, as the reference's over folds): over seeds (of the
+mean over folds) if there are several, else over folds; each summary says which. Confidence
+intervals come from resamples of the held-out clips: the same resamples for every method and seed of
+a fold, averaged as the results are.
 """
 
 from __future__ import annotations
@@ -30,31 +30,33 @@ SHOWN = ("accuracy", "map", "f1", "event_f1", "segment_f1", "token_error_rate", 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One method in one round."""
+    """Result of one method in one fold."""
 
     method: str
     fold: str
     metrics: dict[str, Any]
-    """As ``metrics.evaluate`` returns them, fractions."""
+    """Metrics as ``metrics.evaluate`` returns them, fractions."""
     gate: list[float] | None = None
     seed: int = 0
     probe: str = ""
-    """The method that was trained, where it has several readers (``curve`` of ``curve@3``)."""
+    """Method that was trained, if it has several readers (``curve`` of ``curve@3``)."""
     chosen: dict[str, Any] = field(default_factory=dict)
-    """``lr``, ``weight_decay``, ``step``, ``validation`` (its score or None), ``candidates``."""
+    """Selected values: ``lr``, ``weight_decay``, ``step``, ``validation`` (its score or None),
+    ``candidates``."""
     parameters: int = 0
     replicates: list[float] | None = None
-    """The main metric on resamples of the held-out clips."""
+    """Main metric on resamples of the held-out clips."""
 
 
 class ResultsFile:
-    """``results.jsonl``: an outcome a line, written as soon as it is there, read when a run goes
-    on, so that nothing is trained twice. ``made_from``: what an encoder's results hang on besides
-    the settings.
+    """The file ``results.jsonl``: one result per line, written as soon as it is available.
+
+    A resumed run reads it, so that nothing is trained twice. ``made_from``: what an encoder's
+    results depend on besides the settings.
     """
 
     def __init__(self, path: Path, *, encoder: str, made_from: dict[str, str]) -> None:
-        """Raises ``UserError`` where the file holds this encoder's results of something else."""
+        """Raises ``UserError`` if the file holds this encoder's results of something else."""
         self.path, self.encoder, self.made_from = path, encoder, made_from
         self.outcomes: list[Outcome] = []
         self.written: set[tuple[str, str, int]] = set()
@@ -72,11 +74,11 @@ class ResultsFile:
             self.written.add((row["probe"], row["fold"], row["seed"]))
 
     def done(self, probe: str, fold: str, seed: int) -> bool:
-        """Whether that was trained and judged before."""
+        """Return True if this training was done and evaluated before."""
         return (probe, fold, seed) in self.written
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
-        """Append the outcomes of one training, all of them or none."""
+        """Appends the results of one training, all of them or none."""
         head = {"encoder": self.encoder, "made_from": self.made_from}
         lines = [json.dumps({**head, **asdict(outcome)}) + "\n" for outcome in outcomes]
         with self.path.open("a", encoding="utf-8") as file:
@@ -86,7 +88,7 @@ class ResultsFile:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a results file; a last one that a kill cut off is taken away."""
+    """Reads the lines of a results file; removes an incomplete last line left by a killed run."""
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
@@ -102,10 +104,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def summary(
     outcomes: Iterable[Outcome], *, metric: str = "accuracy", confidence: float = 0.95
 ) -> dict[str, dict[str, Any]]:
-    """``{method: {"folds": {fold: {seed: metrics}}, "mean", "std", "std_over", "interval", "gate":
-    {"fold-seed": [L]}, "chosen": {"fold-seed": {}}, "parameters"}}``.
+    """Returns ``{method: {"folds": {fold: {seed: metrics}}, "mean", "std", "std_over", "interval",
+    "gate": {"fold-seed": [L]}, "chosen": {"fold-seed": {}}, "parameters"}}``.
 
-    ``interval``: of the mean of ``metric``, None where outcomes hold no resamples.
+    ``interval``: of the mean of ``metric``, None if the results hold no resamples.
     """
     found: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
@@ -114,7 +116,7 @@ def summary(
 
 
 def _entry(own: list[Outcome], metric: str, confidence: float) -> dict[str, Any]:
-    """The summary of one method."""
+    """Returns the summary of one method."""
     folds: dict[str, dict[str, Any]] = {}
     for o in own:
         folds.setdefault(o.fold, {})[str(o.seed)] = o.metrics
@@ -147,7 +149,7 @@ def _entry(own: list[Outcome], metric: str, confidence: float) -> dict[str, Any]
 
 
 def ranking(encoders: dict[str, dict[str, Any]], metric: str) -> list[dict[str, Any]]:
-    """Every encoder with every method, the best first, of ``{encoder: results of summary}``."""
+    """Returns every encoder with every method, best first, of ``{encoder: results of summary}``."""
     rows = [
         {"encoder": name, "method": method, "mean": e["mean"][metric], "interval": e["interval"]}
         for name, results in encoders.items()
@@ -158,10 +160,10 @@ def ranking(encoders: dict[str, dict[str, Any]], metric: str) -> list[dict[str, 
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Per-fold results (mean over seeds), their mean and deviation, in percent, as text."""
+    """Formats results per fold (mean over seeds), their mean and deviation, in percent, as text."""
     lines = []
     for method, entry in results.items():
-        names = [m for i, m in enumerate(entry["mean"]) if not i or m in SHOWN]  # the main one
+        names = [m for i, m in enumerate(entry["mean"]) if not i or m in SHOWN]  # main metric
         lines.append("".join([f"{method:<12}", *(f"{TITLES[m]:>16}" for m in names)]))
         for fold, rows in entry["folds"].items():
             label = f"fold {fold}" if fold.isdigit() else fold
@@ -187,7 +189,7 @@ def _scale(metric: str) -> int:
 
 
 def gate_bars(gate: Sequence[float], *, width: int = 40) -> str:
-    """A layer gate (L,) as text bars, one block a line."""
+    """Formats a layer gate (L,) as text bars, one block per line."""
     longest = max(gate)
     return "\n".join(
         f"  block {i:>2}  {value:.3f}  {'█' * max(1, round(width * value / longest))}"

@@ -1,4 +1,4 @@
-"""Inside an encoder on the bench: statistics of its blocks, and what prototypes select."""
+"""Runs the diagnostics of an encoder: statistics of its blocks, and prototype maps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ log = logging.getLogger("bat")
 
 
 def statistics_of(evaluation: Evaluation) -> dict[str, Any]:
-    """``insight.encoder_statistics`` on held-out clips, kept in ``insight/ENCODER.json``."""
+    """Returns ``diagnostics.encoder_statistics`` on held-out clips, kept in
+    ``insight/ENCODER.json``."""
     if not evaluation.config.insight.encoder:
         return {}
     clips = evaluation.config.insight.clips
@@ -37,10 +38,10 @@ def statistics_of(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def maps_of(evaluation: Evaluation) -> tuple[str, list[dict[str, Any]]]:
-    """The probe, and what its prototypes select in held-out clips of the last round.
+    """Returns the probe, and what its prototypes select in held-out clips of the last fold.
 
-    As ``report.probe_plots.plot_prototype_maps`` takes it; ("", []) where nothing can be drawn: no
-    trained probe with prototypes, labels of frames, or unreadable clips that are not all known.
+    In the form of ``report.insight_plots.plot_prototype_maps``; ("", []) if nothing can be drawn:
+    no trained probe with prototypes, frame labels, or unreadable clips that are not all known.
     """
     count, held = evaluation.config.insight.maps, evaluation.ready.rounds[-1]
     found = _mapped(evaluation) if count else None
@@ -68,7 +69,7 @@ def maps_of(evaluation: Evaluation) -> tuple[str, list[dict[str, Any]]]:
 
 
 def _mapped(evaluation: Evaluation) -> tuple[str, Probe] | None:
-    """The best-liked probe with prototypes, trained now or, in a run that goes on, before."""
+    """Returns the preferred probe with prototypes, trained now or, in a resumed run, before."""
     for name in (m for m in MAPPED if m in evaluation.methods):
         if evaluation.mapped is not None and evaluation.mapped[0] == name:
             return evaluation.mapped
@@ -81,7 +82,7 @@ def _mapped(evaluation: Evaluation) -> tuple[str, Probe] | None:
 
 
 def _stream(evaluation: Evaluation) -> FeatureStream:
-    """Features of a run that goes on and had nothing to train: only the drawn clips are encoded."""
+    """Returns the features of a resumed run with nothing to train: encodes only the drawn clips."""
     data = evaluation.config.data
     return FeatureStream(
         evaluation.backbone,

@@ -1,4 +1,4 @@
-"""The folder of a run, and the data a command was pointed at: what every command does first."""
+"""Opens the run folder and the data of a command, the first steps of every command."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from bat.tasks.own import Own
 log = logging.getLogger("bat")
 
 LONG = 80
-"""Letters of the encoders' names in a folder's name."""
+"""Longest part of a folder's name that encoder names take, in characters."""
 SAFE = (
     "out:",
     "recipe:",
@@ -64,8 +64,8 @@ SAFE = (
     "train.keep_every:",
     "health.",
 )
-"""Settings that may change when a run is continued: what is computed stays the same. (That the data
-and the global batch are the same is checked against the checkpoint: by hash, not by path.)"""
+"""Settings that may change when a run is resumed, since they do not change what is computed. (Data
+and global batch are checked against the checkpoint: by hash, not by path.)"""
 PROBING = (
     *(name for name in SAFE if name not in ("data.batch:", "data.global_batch:")),
     "checkpoint:",
@@ -79,8 +79,8 @@ PROBING = (
     "insight.",
     "train.memory_gb:",
 )
-"""Of a probing: what is there stays as it is, and what is new is added. (A probing's
-batch is no micro-batch: it decides what is computed.)"""
+"""Settings that may change when a probe run is resumed: existing results stay, new ones are added.
+(The batch of a probe run is no micro-batch: it affects the results.)"""
 
 
 def _unlabelled(path: Path) -> list[Row]:
@@ -93,13 +93,13 @@ UNLABELLED = replace(own.TASK, rows=_unlabelled, vocabulary=None)
 
 
 def default_out(config: Pretrain | Supervised) -> Path:
-    """``config.out``, or the folder named after what the run is made of."""
+    """Returns ``config.out``, or a folder named after the parts of the run."""
     if config.out:
         return Path(config.out)
     if isinstance(config, Pretrain):
         return Path(f"runs/pretrain-{config.recipe}")
     of = config.recipe
-    if config.data.csv:  # many a table is called labels.csv
+    if config.data.csv:  # many tables are called labels.csv
         csv = os.path.normpath(config.data.csv)
         of = f"{Path(csv).stem}-{hashlib.sha256(csv.encode()).hexdigest()[:6]}"
     if not isinstance(config, Probe):
@@ -111,8 +111,11 @@ def default_out(config: Pretrain | Supervised) -> Path:
 
 
 def check_first(config: Pretrain | Supervised) -> None:
-    """What can be said before torch is imported and before audio is read: raise ``UserError`` for a
-    checkpoint or data that are not there, a faulty CSV, and a run folder in use."""
+    """Checks what can be checked before torch is imported and audio is read.
+
+    Raises ``UserError`` for a checkpoint or data that do not exist, a faulty CSV, and a run folder
+    in use.
+    """
     data = config.data
     if isinstance(config, Supervised):
         check_there(config)
@@ -132,13 +135,13 @@ def check_first(config: Pretrain | Supervised) -> None:
 def run_folder(
     config: Pretrain | Supervised, out: Path, *, force: bool = False
 ) -> Iterator[Callable[[], None]]:
-    """The run folder ``out``, made or re-opened, held by this run alone.
+    """Creates or re-opens the run folder ``out`` and holds its lock.
 
     Yields ``begin``, to be called once all is checked: it writes ``config.yaml`` and opens
-    ``train.log``. Before that nothing of a run that is there changes, and a folder in which nothing
-    was begun does not stay. Raises ``UserError`` where ``out`` is something else, is in use, or
-    holds a run with other settings: the message shows the difference. ``force`` takes other
-    settings all the same. Only the first of several processes looks and writes.
+    ``train.log``. Before that nothing of an existing run changes, and a folder in which nothing was
+    begun is removed. Raises ``UserError`` if ``out`` is something else, is in use, or holds a run
+    with other settings: the message shows the difference. ``force`` accepts other settings. Only
+    the first of several processes checks and writes.
     """
     from bat.logs import is_main, start_logging
 
@@ -148,7 +151,7 @@ def run_folder(
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out} is a file: name a folder")
     file = out / "config.yaml"
-    left = ("train.log", LOCK, "wandb", ".config.yaml.")  # of a start that was cut off
+    left = ("train.log", LOCK, "wandb", ".config.yaml.")  # of an interrupted start
     held = [p.name for p in out.iterdir()] if out.is_dir() and not file.is_file() else []
     if any(not name.startswith(left) for name in held):
         raise UserError(f"out={out} holds other things than a run: choose another folder")
@@ -194,7 +197,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def settings_of(out: Path) -> dict[str, Any]:
-    """The settings in ``out/config.yaml``, not checked; empty where there is no run."""
+    """Reads the settings in ``out/config.yaml``, not checked; empty if there is no run."""
     import yaml
 
     try:
@@ -204,7 +207,7 @@ def settings_of(out: Path) -> dict[str, Any]:
 
 
 def changed_settings(before: str, after: str) -> list[str]:
-    """Lines ``- key: value`` / ``+ key: value`` that two configurations differ in, full keys."""
+    """Returns lines ``- key: value`` / ``+ key: value`` for full keys that differ."""
     diff = difflib.ndiff(_flat(before), _flat(after))
     return [line for line in diff if line.startswith(("- ", "+ "))]
 
@@ -227,13 +230,13 @@ def _flat(text: str) -> list[str]:
 def open_data(
     task_name: str, data: Data, *, labelled: bool = True, progress: bool = True
 ) -> tuple[Task, Index]:
-    """The task and the index of the clips that ``data`` points at, read where they lie.
+    """Returns the task and the index of the clips that ``data`` names, read in place.
 
-    ``data.shards``: shards, here or far away; ``data.root``: what the task reads there;
-    ``data.csv``: the files that it lists (the task is then ``own``, whatever ``task_name``), not
-    ``labelled``: which need no labels; the toy tasks write their own clips to ``data.cache``.
-    Raises ``UserError`` where nothing is given, missing or unreadable (``NotIndexable``: readable
-    from front to end only).
+    ``data.shards``: shards, local or remote; ``data.root``: the files that the task reads there;
+    ``data.csv``: the files that it lists (the task is then ``own``, whatever ``task_name``), which
+    need no labels unless ``labelled``; the toy tasks write their own clips to ``data.cache``.
+    Raises ``UserError`` if nothing is given, or it is missing or unreadable (``NotIndexable``:
+    shards that can only be read sequentially).
     """
     if data.csv and labelled:
         return open_own(data, progress=progress)[:2]
@@ -259,7 +262,7 @@ def open_data(
 
 
 def _made(task: Task, root: Path) -> Path:
-    """``root`` with the clips of a task that makes its own."""
+    """Returns ``root`` after writing the clips of a task that makes its own."""
     if task.make is None:
         return make_toy(root)
     task.make(root)
@@ -275,7 +278,7 @@ def _index_files(
     absent: Sequence[LeftOut],
     progress: bool,
 ) -> tuple[Index, list[LeftOut], Path]:
-    """The index of ``rows``, what is left out, and the file in ``data.cache`` that lists it."""
+    """Returns the index of ``rows``, what is left out, and its list, a file in ``data.cache``."""
     place = hashlib.sha256(os.fsencode(f"{task.name} {source.absolute()}")).hexdigest()[:12]
     listed = Path(data.cache) / f"{task.name}-{place}.json"
     names = None if data.labels == "drop" else vocabulary
@@ -284,7 +287,7 @@ def _index_files(
 
 
 def _check_given(task: Task, data: Data) -> None:
-    """Raise ``UserError`` where ``data`` names nothing that ``task`` reads."""
+    """Raise ``UserError`` if ``data`` names nothing that ``task`` reads."""
     if data.root and task.name == own.TASK.name:
         raise UserError(f"data.root={data.root} with task=own: name its CSV, data.csv=FILE")
     if data.root and not Path(data.root).exists():
@@ -298,10 +301,10 @@ def _check_given(task: Task, data: Data) -> None:
 
 
 def open_own(data: Data, *, progress: bool = True) -> tuple[Task, Index, Own]:
-    """Task ``own``, the index of what ``data.csv`` lists, and the list itself with its events.
+    """Returns task ``own``, the index of what ``data.csv`` lists, and the list with its events.
 
-    Raises ``UserError`` as ``own.read``, and where more than ``data.max_bad`` of the files cannot
-    be read; fewer are left out, which is warned of and stands in the list's ``notes``.
+    Raises ``UserError`` as ``own.read``, and if more than ``data.max_bad`` of the files cannot be
+    read; fewer are skipped with a warning and recorded in the list's ``notes``.
     """
     assert data.csv is not None
     path = Path(data.csv)

@@ -1,8 +1,8 @@
-"""Seeded draws over the clips of an index, even over its classes: folds, and clips to choose on.
+"""Draws folds and validation clips of an index by a seed, balanced over its classes.
 
 A clip of several classes counts for the rarest of them (the first criterion of Sechidis et al.
-2011), so that rare classes are dealt evenly. The draw hangs on the seed and the clip's place in the
-index alone; its bits are those of a counter-based generator, the same in every numpy.
+2011), so that rare classes are spread evenly. The draw depends only on the seed and the clip's
+position in the index; its bits come from a counter-based generator, the same in every numpy.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from bat.seeding import derive_seed
 
 
 def draw_folds(index: Index, folds: int, *, seed: int, multi_label: bool) -> np.ndarray:
-    """Folds from 1 on, (n,), even over the clips and over each class; at most ``folds`` of them.
+    """Returns folds from 1 on, (n,), balanced in clips and in each class; at most ``folds``.
 
-    A clip of several classes counts for the rarest of them. With one label a clip there are no
-    more folds than the rarest class has clips, so that none is without a held-out clip; with
-    several, two clips a fold at least. Raises ``UserError`` where that makes fewer than two folds.
+    A clip of several classes counts for the rarest of them. With one label per clip there are no
+    more folds than the rarest class has clips, so that every fold has a held-out clip of it; with
+    several, at least two clips per fold. Raises ``UserError`` if that makes fewer than two folds.
     """
     counts = np.bincount(index.label_ids, minlength=max(1, index.classes))
-    counts[counts == 0] = len(index)  # of classes that do not occur
+    counts[counts == 0] = len(index)  # classes that do not occur
     rarest = int(counts.argmin())
     least = len(index) // 2 if multi_label else int(counts[rarest])
     if least < 2:
@@ -40,9 +40,9 @@ def draw_folds(index: Index, folds: int, *, seed: int, multi_label: bool) -> np.
 
 
 def draw_part(index: Index, ids: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
-    """``fraction`` of the clips ``ids``, ascending, even over their classes; one clip at least.
+    """Returns ``fraction`` of the clips ``ids``, ascending, balanced over classes; at least one.
 
-    One clip of each class is never taken; empty where there is no other.
+    One clip of each class is never taken; empty if there is no other.
     """
     order = _even_order(index, ids, seed=seed)
     strata = _strata(index)[order]
@@ -53,13 +53,13 @@ def draw_part(index: Index, ids: np.ndarray, fraction: float, *, seed: int) -> n
 
 
 def _even_order(index: Index, ids: np.ndarray, *, seed: int) -> np.ndarray:
-    """``ids`` class after class, the rarest first, each class shuffled."""
+    """Returns ``ids`` class by class, the rarest first, each class shuffled."""
     bits = philox(seed, 0, 0).random_raw(len(index))
     return ids[np.lexsort((bits[ids], _strata(index)[ids]))]
 
 
 def _strata(index: Index) -> np.ndarray:
-    """(n,) the rarest class of each clip, numbered from the rarest on; without a label: C."""
+    """Returns the rarest class of each clip, (n,), numbered from the rarest; C without label."""
     counts = np.bincount(index.label_ids, minlength=index.classes)
     rank = np.empty(index.classes, np.int64)
     rank[np.argsort(counts, kind="stable")] = np.arange(index.classes)

@@ -1,8 +1,8 @@
-"""From a probe's outputs to metrics, whatever a task asks for.
+"""Computes the metrics of a task from the outputs of a probe.
 
-Labels go to their metrics as they are. Outputs of time patches become events: probabilities, a
-median filter over time (0 beyond the ends), a threshold; each run of patches that are on is an
-event. Or tokens: the best output of each patch, repeats as one, without blanks.
+Labels go to their metrics unchanged. For events, outputs of time patches become probabilities, pass
+a median filter over time (0 beyond the ends) and a threshold; each run of active patches is an
+event. For tokens, the best output of each patch is taken, repeats are merged and blanks removed.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Scorer:
     def computed(
         self, logits: Tensor, found: Predictions, source: Source, ids: NDArray[np.int64]
     ) -> dict[str, Metric]:
-        """The metrics by the names of their values, fed with what was predicted of ``ids``.
+        """Returns the metrics by the names of their values, updated with predictions of ``ids``.
 
-        Raises ``UserError`` where outputs are not finite.
+        Raises ``UserError`` if outputs are not finite.
         """
         if not logits.isfinite().all():
             raise UserError(
@@ -86,7 +86,7 @@ class Scorer:
     def values(
         self, logits: Tensor, found: Predictions, source: Source, ids: NDArray[np.int64]
     ) -> dict[str, Any]:
-        """All values that the metrics compute, those of the task first."""
+        """Returns all values that the metrics compute, those of the task first."""
         return values_of(self.computed(logits, found, source, ids))
 
     def _made(self, metric: type[Metric], found: Predictions) -> Metric:
@@ -130,7 +130,7 @@ class Scorer:
 
 
 def values_of(computed: dict[str, Metric]) -> dict[str, Any]:
-    """All that metrics compute, in their order, each computed once."""
+    """Returns all values of the metrics, in their order, each metric computed once."""
     found: dict[str, Any] = {}
     for metric in dict.fromkeys(computed.values()):
         found |= metric.compute()
@@ -139,7 +139,7 @@ def values_of(computed: dict[str, Metric]) -> dict[str, Any]:
 
 
 def _by_clip(rows: Tensor, found: Predictions) -> list[NDArray[np.float64]]:
-    """(n, C) rows of all clips -> (T, C) of each."""
+    """Splits the (n, C) rows of all clips into (T, C) of each."""
     assert found.clips is not None
     counts = found.clips.bincount(minlength=found.total).tolist()
     return [part.double().numpy() for part in rows.split(counts)]
@@ -148,7 +148,7 @@ def _by_clip(rows: Tensor, found: Predictions) -> list[NDArray[np.float64]]:
 def detected(
     probabilities: NDArray[np.float64], how: Detection, *, hop_seconds: float
 ) -> list[Event]:
-    """The events in (T, C) probabilities of time patches of ``hop_seconds``."""
+    """Returns the events in (T, C) probabilities of time patches of ``hop_seconds``."""
     T, C = probabilities.shape
     side = how.median // 2
     padded = np.pad(probabilities, ((side, side), (0, 0)))  # (T + median - 1, C)

@@ -1,9 +1,9 @@
 """Trains, selects and evaluates every probe with every seed in every fold (docs/method.md 5).
 
-Candidates are trained side by side on the training clips; each is looked at on the validation clips
-at the end, or every so many steps, and of each method and seed the best look is judged on the
-held-out clips, once. Where a protocol chooses nothing there is one candidate, and its last step is
-judged. Better is a higher main metric, of equal ones the later step, then the lower loss.
+Candidates are trained side by side on the training clips. Each has a validation step at the end, or
+every so many steps; of each method and seed the best one is selected and evaluated on the held-out
+clips, once. If a protocol selects nothing there is one candidate, evaluated after its last step.
+The higher main metric is better; ties go to the later step, then to the lower loss.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from bat.seeding import derive_seed
 def cross_validate(
     source: Source, rounds: Sequence[Round], methods: Sequence[str], plan: Plan
 ) -> list[Outcome]:
-    """Train, select and evaluate each of ``methods`` with each seed in each of ``rounds``.
+    """Trains, selects and evaluates each of ``methods`` with each seed in each of ``rounds``.
 
-    What diverges at every rate has no outcome and is listed in ``plan.diverged``.
+    A training that diverges at every rate has no result and is listed in ``plan.diverged``.
     """
     outcomes = []
     plan.measure(methods)
@@ -52,7 +52,7 @@ Choices = dict[str, dict[str, tuple[float, float]]]
 
 
 def _choices(outcomes: Sequence[Outcome], held: Round, seed: int) -> Choices:
-    """What the search with ``seed`` chose in ``held``."""
+    """Returns the values that the search with ``seed`` selected in ``held``."""
     found: Choices = {}
     for o in outcomes:
         if (o.fold, o.seed) == (held.name, seed):
@@ -68,12 +68,14 @@ def _round(
     plan: Plan,
     given: Choices | None = None,
 ) -> list[Outcome]:
-    """Train, select and evaluate ``jobs`` in one round: each answer as ``given`` for it, or by a
-    search over the grid of its method."""
+    """Trains, selects and evaluates ``jobs`` in one fold.
+
+    Each answer uses the values ``given`` for it, or a search over the grid of its method.
+    """
     candidates = []
     for method, seed in jobs:
         pairs = plan.grid(method)
-        if given is not None:  # none where the search diverged
+        if given is not None:  # missing if the search diverged
             pairs = list(dict.fromkeys(given.get(method, {}).values()))
         candidates += [Candidate(method, seed, *pair, order) for order, pair in enumerate(pairs)]
     left = {job: sum(c.job == job for c in candidates) for job in jobs}
@@ -82,7 +84,7 @@ def _round(
     best: dict[tuple[str, int], dict[str, Look]] = {job: {} for job in jobs if left[job]}
     groups = list(passes(candidates, parameters=plan.parameters, memory_bytes=plan.memory_bytes))
     outcomes = []
-    if plan.bar is not None and plan.bar.total:  # a search may have said more pairs than one
+    if plan.bar is not None and plan.bar.total:  # a search may have selected several pairs
         more = len(candidates) - sum(plan.tries(*job) for job in jobs)
         plan.bar.total += more * plan.run_steps(held)[0]
     for number, group in enumerate(groups, start=1):
@@ -106,8 +108,8 @@ def _train(
     plan: Plan,
     given: Choices,
 ) -> None:
-    """Train ``group`` side by side; keep in ``best`` the best look of each job and answer, or of
-    those with the rate and weight decay that are ``given`` for it."""
+    """Trains ``group`` side by side; keeps in ``best`` the best validation step of each job and
+    answer, only among those with the rate and weight decay ``given`` for it."""
     steps, warmup = plan.run_steps(held)
     trainings = {}
     for candidate in group:
@@ -121,7 +123,7 @@ def _train(
     tops: dict[tuple[Candidate, str], Score] = {}
 
     def look(step: int, active: Sequence[Candidate]) -> set[Candidate]:
-        """Look at ``active`` on the validation clips; those that have stopped gaining."""
+        """Runs a validation step of ``active``; returns those that no longer improve."""
         scores = _scores(source, held, {c: trainings[c].probe for c in active}, plan)
         states: dict[Candidate, State] = {}
         waiting = set(active)
@@ -131,7 +133,7 @@ def _train(
             if given and given[candidate.method][answer] != pair:
                 continue
             if protocol.patience and waited.get(at, 0) >= protocol.patience:
-                continue  # it has stopped, though others of its probe go on
+                continue  # this answer has stopped, others of its probe have not
             kept = best[candidate.job].get(answer)
             if score is not None and Look(candidate, step, score, {}).better(kept):
                 if candidate not in states:
@@ -180,7 +182,7 @@ def _state(probe: Probe) -> State:
 def _scores(
     source: Source, held: Round, probes: dict[Candidate, Probe], plan: Plan
 ) -> dict[tuple[Any, str], Score | None]:
-    """Main metric and minus the loss on the validation clips; None for one that diverged."""
+    """Returns main metric and negated loss on the validation clips; None if one diverged."""
     assert held.valid is not None
     with own_randomness(torch.device(plan.device)):
         found = predictions(
@@ -195,14 +197,14 @@ def _scores(
         value = plan.scorer.values(logits, found, source, held.valid)[plan.chooses]
         if math.isnan(value):  # no class of the validation clips has a positive
             value = describe(plan.chooses).worst
-        tokens = not found.targets.is_floating_point()  # CTC wants whole clips
+        tokens = not found.targets.is_floating_point()  # CTC needs whole clips
         loss = 0.0 if tokens else float(plan.loss(logits, found.targets.float()))
         scores[key] = _signed(value, plan), -loss
     return scores
 
 
 def _signed(value: float, plan: Plan) -> float:
-    """``value`` of the metric that chooses, minus it where lower is better; and back again."""
+    """Returns ``value`` of the selection metric, negated if lower is better (its own inverse)."""
     return value if describe(plan.chooses).better == "higher" else -value
 
 
@@ -213,11 +215,11 @@ def _evaluate(
     tried: dict[tuple[str, int], int],
     plan: Plan,
 ) -> list[Outcome]:
-    """Evaluate the chosen look of each job on the held-out clips, each once.
+    """Evaluates the selected step of each job on the held-out clips, once each.
 
-    A job that diverged, or one of whose answers did, has no outcomes: ``plan.diverged`` has it.
+    A job that diverged, or has an answer that did, has no results and is in ``plan.diverged``.
     """
-    probes: dict[tuple[tuple[str, int], int], Probe] = {}  # one of each job and state
+    probes: dict[tuple[tuple[str, int], int], Probe] = {}  # one for each job and state
     for job, answers in looks.items():
         for look in answers.values():
             if (job, id(look.state)) not in probes:
@@ -230,7 +232,7 @@ def _evaluate(
         held_out = source.once(held.test, batch=plan.batch)
 
         def wanted(key: tuple[tuple[str, int], int], answer: str) -> bool:
-            """Of each state the answers it was chosen for, and those that none was."""
+            """Return True for answers selected at this state, or never selected."""
             look = looks[key[0]].get(answer) or looks[key[0]].get(EVERY)
             return look is None or id(look.state) == key[1]
 

@@ -1,9 +1,9 @@
-"""What is trained on, what is chosen on and what is held out: rounds.
+"""Splits an index into training, validation and held-out clips.
 
 A data set with folds is cross-validated, each fold held out in turn; one with ``train`` and
-``test`` splits has a single round. Where a protocol chooses (a learning rate, a step), it does so
-on clips of its own: those of a split ``valid``; the fold after the held-out one, where there are
-three or more; else a part of the training clips, drawn evenly over the classes.
+``test`` splits has a single evaluation. A protocol that selects (a learning rate, a step) does so
+on separate validation clips: those of a split ``valid``; the fold after the held-out one, if there
+are three or more; else a part of the training clips, drawn evenly over the classes.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from bat.tasks.base import Task
 from bat.tasks.folder import split_of
 
 DRAWN_FOLDS = 5
-"""Of data of one's own that has neither folds nor splits."""
+"""Number of folds drawn for custom data that has neither folds nor splits."""
 SHOWN, MANY = 5, 10
-"""Classes, folds that a message names."""
+"""Most classes and most folds that a message names."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """One training and what it is judged on: clip ids of an index."""
+    """A fold or split: the clip ids for one training and its evaluation."""
 
     name: str
-    """The held-out fold's number, or ``test``."""
+    """Number of the held-out fold, or ``test``."""
     train: np.ndarray
     test: np.ndarray
     valid: np.ndarray | None = None
-    """Clips that values are chosen on: none of ``train``, none of ``test``. None: nothing is."""
+    """Validation clips, disjoint from ``train`` and ``test``; None: nothing is selected."""
     valid_is: Literal["", "split", "fold", "part"] = ""
-    """Where ``valid`` comes from."""
+    """Source of ``valid``."""
     drawn: bool = False
-    """Whether the fold was drawn here: the data names none."""
+    """True if the fold was drawn because the data names none."""
 
 
 def make_rounds(
@@ -54,16 +54,16 @@ def make_rounds(
     draw: int = 0,
     split: str = "auto",
 ) -> list[Round]:
-    """The rounds of ``index``, in order.
+    """Returns the folds or splits of ``index``, in order.
 
     Args:
         folds: some of its folds (None: all).
-        protocol: whether clips are kept out to choose on; None: they are not.
+        protocol: decides whether validation clips are kept out; None: they are not.
         seed: of what is drawn: folds, and parts of the training clips.
         multi_label: clips may carry several labels, or none.
-        draw: folds to draw where the data has neither folds nor splits: at most so many, no more
+        draw: folds to draw if the data has neither folds nor splits: at most so many, no more
             than the rarest class has clips (single label); 0: such data is an error.
-        split: to train on where there are splits (several: ``a,b``); ``auto``: ``train``.
+        split: split to train on if there are splits (several: ``a,b``); ``auto``: ``train``.
 
     Raises:
         UserError: nothing to hold out, a fold or split that does not exist, a class with a single
@@ -104,7 +104,7 @@ def make_rounds(
 def _by_fold(
     fold: np.ndarray, chosen: Sequence[int] | None, *, keep: bool, drawn: bool = False
 ) -> list[Round]:
-    """A round for each of ``chosen`` (None: all); ``fold``: (n,), -1 where a clip is in none."""
+    """Returns a fold for each of ``chosen`` (None: all); ``fold``: (n,), -1 for clips in none."""
     known = np.unique(fold[fold >= 0]).tolist()
     chosen = known if chosen is None else list(dict.fromkeys(chosen))
     if not chosen:
@@ -134,7 +134,7 @@ def _by_fold(
 
 def _by_split(index: Index, split: str, *, keep: bool) -> Round:
     def called(wanted: str) -> str | None:
-        """The split that means ``wanted``, that very name first."""
+        """Returns the split that means ``wanted``; that very name takes precedence."""
         return next((s for s in [wanted, *index.splits] if s in index.splits
                      and split_of(s) == wanted), None)  # fmt: skip
 
@@ -160,7 +160,7 @@ def _by_split(index: Index, split: str, *, keep: bool) -> Round:
 
 
 def _with_part(index: Index, held: Round, fraction: float, *, seed: int) -> Round:
-    """``held`` with a part of its training clips kept out."""
+    """Returns ``held`` with a part of its training clips kept out for validation."""
     valid = draw_part(index, held.train, fraction, seed=seed)
     if not len(valid):
         raise UserError(
@@ -172,7 +172,7 @@ def _with_part(index: Index, held: Round, fraction: float, *, seed: int) -> Roun
 
 
 def how(rounds: Sequence[Round], protocol: Protocol | None = None) -> str:
-    """How the results came about, in one sentence without a full stop."""
+    """Describes how the results were obtained, in one sentence without a full stop."""
     first = rounds[0]
     if first.name == "test":
         judged = "judged on the clips of the test split"
@@ -199,7 +199,7 @@ def how(rounds: Sequence[Round], protocol: Protocol | None = None) -> str:
 
 
 def _chosen(protocol: Protocol) -> list[str]:
-    """What a protocol with validation chooses."""
+    """Returns what a protocol with validation selects."""
     most = max(len(protocol.lrs), len(protocol.prototype_lrs))
     return [
         what
@@ -215,12 +215,12 @@ def _chosen(protocol: Protocol) -> list[str]:
 def check_rounds(
     rounds: Sequence[Round], index: Index, *, multi_label: bool, labelled: bool = True
 ) -> list[str]:
-    """Lines to be said about classes that some round cannot judge, or learn.
+    """Returns lines about classes that some fold cannot evaluate or learn.
 
-    Raises ``UserError`` where a result would mean nothing: a round without training, validation or
-    held-out clips, or with a single held-out one, with one class to train on, or (one label a clip)
-    with held-out clips of a class that it has no training clip of. Without labels (``labelled``)
-    only the numbers of clips are looked at.
+    Raises ``UserError`` if a result would be meaningless: a fold without training, validation or
+    held-out clips, or with a single held-out one, with one class to train on, or (one label per
+    clip) with held-out clips of a class that has no training clip. Without labels (``labelled``)
+    only the numbers of clips are checked.
     """
     unlearned: dict[str, str] = {}
     unjudged: dict[str, str] = {}
@@ -283,14 +283,14 @@ def _round(held: Round) -> str:
 
 
 def _some(where: dict[str, str]) -> str:
-    """``'dog' (the round of fold 1), ... and 3 more``"""
+    """Formats names and folds: ``'dog' (the round of fold 1), ... and 3 more``."""
     shown = [f"{name!r} ({held})" for name, held in list(where.items())[:SHOWN]]
     more = f" and {len(where) - SHOWN} more" if len(where) > SHOWN else ""
     return ", ".join(shown) + more
 
 
 def _classes(index: Index, ids: np.ndarray) -> np.ndarray:
-    """(C,) bool: the classes that clips ``ids`` carry."""
+    """Returns a mask (C,) of the classes that clips ``ids`` have."""
     chosen = np.zeros(len(index), bool)
     chosen[ids] = True
     owner = np.repeat(np.arange(len(index)), index.labels_per_clip)
@@ -298,7 +298,7 @@ def _classes(index: Index, ids: np.ndarray) -> np.ndarray:
 
 
 def check_labels(task: Task, index: Index) -> None:
-    """Raise ``UserError`` where the labels of ``index`` are not those of ``task``."""
+    """Raise ``UserError`` if the labels of ``index`` are not those of ``task``."""
     if task.classes is not None and index.classes != task.classes:
         some = ", ".join(index.vocabulary[:4]) or "none"
         raise UserError(

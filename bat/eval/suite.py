@@ -1,16 +1,16 @@
-"""Trains and evaluates all probes and seeds on one encoder, whose features are made once.
+"""Trains and evaluates all probes and seeds on one encoder, computing its features once.
 
 A run's folder holds, besides what every run has:
 
-    results.jsonl               an outcome a line, as soon as it is there (``results.py``)
+    results.jsonl               a result per line, as soon as it is available (``results.py``)
     metrics.jsonl               training losses
     heads/ENCODER/METHOD-ROUND-SEED/    trained heads
-    insight/ENCODER.json        sinks, norms and ranks of every block (``inside.py``)
+    insight/ENCODER.json        sinks, norms and ranks of every block (``diagnostics.py``)
     plots/ENCODER/              its gates, folds and maps
     summary.json                all of it together; plots/: the comparison
 
-What is in ``results.jsonl`` is not trained again: the same command goes on where it was killed, and
-one with more methods, seeds or encoders adds them.
+Results in ``results.jsonl`` are not trained again: the same command resumes a killed run, and one
+with more methods, seeds or encoders adds theirs.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ from bat.types import Needs
 log = logging.getLogger("bat")
 
 MAPPED = ("cgp", "protobin", "proto", "protofloat")
-"""Probes whose prototypes are drawn, the most wanted first."""
+"""Probes whose prototypes are drawn, in order of preference."""
 WHERE = {"memory": "in memory", "disk": "on disk", "off": "made for each batch"}
 CURVE = "curve"
-"""The method that is a linear probe on every block."""
+"""Method that trains a linear probe on every block."""
 
 
 class Evaluation:
-    """Evaluates one encoder. ``name``: what results call it; ``methods``: probes, ``CURVE``."""
+    """Evaluates one encoder. ``name``: its name in results; ``methods``: probes, ``CURVE``."""
 
     def __init__(
         self, ready: Prepared[schema.Probe], out: Path, *, name: str, methods: Sequence[str]
@@ -75,23 +75,23 @@ class Evaluation:
         self.seconds: dict[str, float] = {}
         self.opened: Opened | None = None
         self.made_from = {"encoder": self.digest, "data": self.index.hash}
-        """What results hang on besides the settings."""
+        """Inputs that results depend on besides the settings."""
         if ready.targets_of is not None:  # an edited onset changes no shard
             what = "events" if ready.task.target == "events" else "texts"
             self.made_from[what] = ready.targets_of.digest
         self.mapped: tuple[str, Probe] | None = None
-        """Of the first seed in the last round so far, the probe whose prototypes are drawn."""
+        """Probe whose prototypes are drawn: of the first seed in the last fold so far."""
 
     @property
     def head(self) -> dict[str, Any]:
-        """Settings of the probes; ``cls``, where it is open, as the protocol has it."""
+        """Settings of the probes; an unset ``cls`` is taken from the protocol."""
         head = asdict(self.config.head)
         if not self.backbone.has_cls and self.config.level == "clip" and head["cls"] is None:
             head["cls"] = "mean" if self.config.protocol.name == "bat" else "patches"
         return head
 
     def build(self, method: str) -> Probe:
-        """A fresh probe of this encoder's shape."""
+        """Builds an untrained probe of this encoder's shape."""
         backbone, head = self.backbone, self.head
         shape: dict[str, Any] = {
             "classes": len(self.ready.labels),
@@ -105,7 +105,7 @@ class Evaluation:
         return build_probe(method, **shape, encoder=backbone, **head)
 
     def needs(self) -> Needs:
-        """The features that the methods want together."""
+        """Returns the features that the methods need together."""
         wanted = Needs("none")
         for method in self.methods:
             cls = LinearCurve if method == CURVE else find_probe(method)
@@ -113,36 +113,36 @@ class Evaluation:
         return wanted
 
     def results(self) -> ResultsFile:
-        """What is there already; ``UserError`` where it is of another encoder or other data."""
+        """Opens the existing results; raises ``UserError`` if of another encoder or other data."""
         file = self.out / "results.jsonl"
         return ResultsFile(file, encoder=self.name, made_from=self.made_from)
 
     def wanted(self) -> set[tuple[str, str, int]]:
-        """Method, round and seed of every training that is asked for."""
+        """Returns method, fold and seed of every requested training."""
         seeds = range(self.config.seed, self.config.seed + self.config.seeds)
         return {(m, r.name, s) for m in self.methods for r in self.ready.rounds for s in seeds}
 
     def steps_left(self) -> int:
-        """Optimiser steps of all candidates that are left to train."""
+        """Returns the optimiser steps of all candidates that are still to be trained."""
         return self._plan(self.results()).steps_left(self.ready.rounds, self.methods)
 
     def to_device(self) -> None:
-        """Put the encoder where it runs, compiled where that is asked for."""
+        """Moves the encoder to its device, and compiles it if requested."""
         self.backbone.to(self.device)
         speed_up(self.backbone, self.config.hardware)
 
     def check(self) -> None:
-        """Raise ``UserError`` where results are of something else, or a probe cannot be built."""
+        """Raise ``UserError`` if results are of something else or a probe cannot be built."""
         self.results()
         with torch.random.fork_rng(devices=[]):
             for method in self.methods:
                 self.build(method)
 
     def run(self, *, before: int = 0, total: int | None = None) -> dict[str, Any]:
-        """Train and evaluate; this encoder's part of ``summary.json``.
+        """Trains and evaluates; returns this encoder's part of ``summary.json``.
 
         The progress bar counts ``total`` steps, of which ``before`` are done: those of all encoders
-        of a command; without them this one's.
+        of a command; if omitted, this one's.
         """
         self.to_device()
         file, wanted = self.results(), self.wanted()
@@ -160,7 +160,7 @@ class Evaluation:
             show = self.config.log.progress
             with progress_bar(total, "probes", unit="step", show=show) as plan.bar:
                 plan.bar.initial = plan.bar.n = before
-                plan.bar.smoothing = 0  # the time left by the mean speed: folds are alike
+                plan.bar.smoothing = 0  # time left by the mean speed: folds are alike
                 found = cross_validate(self.source(), rounds, self.methods, plan)
             if plan.diverged and not found and not file.outcomes:
                 raise UserError(f"{self.name}: {plan.diverged_line()}")
@@ -268,7 +268,7 @@ class Evaluation:
         return plan
 
     def _forget_unfinished(self, file: ResultsFile) -> None:
-        """Remove this encoder's lines of trainings without a result from ``metrics.jsonl``: they
+        """Removes this encoder's lines of unfinished trainings from ``metrics.jsonl``, since they
         are trained again."""
         path = self.out / "metrics.jsonl"
         if path.is_file():
@@ -281,7 +281,7 @@ class Evaluation:
             )
 
     def _keep(self, probe: Probe, outcome: Outcome) -> None:
-        """Keep the last round's best-liked probe with prototypes, to be drawn."""
+        """Keeps the last fold's preferred probe with prototypes, to be drawn."""
         held, rank = self.ready.rounds[-1].name, MAPPED.index
         if outcome.fold == held and (
             self.mapped is None or rank(outcome.probe) < rank(self.mapped[0])
@@ -290,7 +290,7 @@ class Evaluation:
 
     def _save(self, probe: Probe, outcome: Outcome) -> None:
         if outcome.probe == CURVE:
-            return  # one reader a block, each with values of its own: the curve is the result
+            return  # one reader per block, each with its own values: the result is the curve
         config = self.config
         save_head(
             self.head_folder(outcome.probe, outcome.fold, outcome.seed),
@@ -337,8 +337,8 @@ class Evaluation:
         }
 
     def _opened_with(self) -> dict[str, Any]:
-        """Where the features were and which clips could not be read; of a run that goes on and has
-        nothing left to do, as it was then."""
+        """Returns where the features were stored and which clips could not be read; for a resumed
+        run with nothing left to do, as recorded before."""
         file = self.out / "insight" / f"{self.name}-features.json"
         found: dict[str, Any] = {"features": None, "bad_clips": self.bad.state_dict()}
         if self.opened is None:
@@ -348,7 +348,7 @@ class Evaluation:
         return found
 
     def _curve(self, results: dict[str, Any]) -> dict[str, list[float]]:
-        """The main metric of the linear probe on each block, and its deviation."""
+        """Returns the main metric of the linear probe on each block, and its deviation."""
         metric = self.ready.task.metric
         blocks = [results[f"{CURVE}@{b}"] for b in range(1, self.backbone.depth + 1)]
         return {

@@ -1,12 +1,12 @@
-"""Norms, effective rank and spread of tokens that come batch by batch.
+"""Computes norms, effective rank and spread of tokens, batch by batch.
 
-``norms``: mean, standard deviation and maximum of the L2 norms. ``spread`` and ``rank`` are what
-``collapse.py`` calls ``std`` and ``rank``, of content, which is what a token says beyond the mean
-at its position over the clips. (A class token has no companions to vary among: its spread is in
-units of its root mean square.) The rank is taken over 512 tokens drawn evenly from all; 0 says that
-the clips give the same tokens, and what is left is rounding.
+``norms``: mean, standard deviation and maximum of the L2 norms. ``spread`` and ``rank`` are
+``std`` and ``rank`` of ``collapse.py``, computed on content, the difference of a token from the
+mean at its position over the clips. (A class token is alone in its clip: its spread is in units of
+its root mean square.) The rank is taken over 512 tokens drawn evenly from all; it is 0 if the clips
+give the same tokens up to rounding.
 
-Nothing but those 512 tokens and a total a position is kept, so the clips may be many.
+Only those 512 tokens and a sum per position are kept, so any number of clips is possible.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from torch import Tensor
 from bat.eval.collapse import FEWEST, ROWS, effective_rank
 
 ROUNDING = 1e-5
-"""Deviation between clips, against the tokens' root mean square, that is rounding alone."""
+"""Deviation between clips, relative to the tokens' root mean square, that is due to rounding."""
 
 
 class TokenStatistics:
     """Statistics of one kind of token, gathered batch by batch.
 
-    Content is measured from the first batch's mean at each position, so that float32 tells tokens
-    apart that are nearly the same; totals are float64.
+    Content is measured from the first batch's mean at each position, so that float32 resolves
+    tokens that are nearly the same; sums are float64.
     """
 
     def __init__(self) -> None:
         self.clips = 0
-        self.rows = torch.empty(0)  # sampled: from the reference
+        self.rows = torch.empty(0)  # sampled, relative to the reference
         self.places = torch.empty(0, dtype=torch.int64)
         self.draws = torch.empty(0)
 
     def add(self, y: Tensor, inside: Tensor, draw: Tensor) -> None:
-        """Tokens (B, n, D); which of them count (B, n); in which order they are sampled (B, n)."""
+        """Adds tokens (B, n, D); ``inside`` (B, n): mask; ``draw`` (B, n): sampling order."""
         B, n, D = y.shape
         keep = inside.unsqueeze(-1)
         count = inside.sum(0).double().cpu()  # (n,)
@@ -57,7 +57,7 @@ class TokenStatistics:
         self._sample(content, inside, draw)
 
     def _sample(self, content: Tensor, inside: Tensor, draw: Tensor) -> None:
-        """Keep the ``ROWS`` tokens with the lowest draws of all batches."""
+        """Keeps the ``ROWS`` tokens with the lowest draws of all batches."""
         order = draw.masked_fill(~inside, math.inf).flatten()
         lowest, at = order.topk(min(ROWS, int(inside.sum())), largest=False)
         rows = content.flatten(0, 1)[at].cpu()
@@ -68,18 +68,21 @@ class TokenStatistics:
         self.draws, self.places = draws[keep], places[keep]
 
     def norms(self) -> list[float]:
-        """Mean, standard deviation and maximum of the L2 norms."""
+        """Returns mean, standard deviation and maximum of the L2 norms."""
         n = float(self.count.sum())
         mean = self.norm / n
         return [mean, math.sqrt(max(0.0, self.energy / n - mean**2)), self.highest]
 
     def spread(self) -> float | None:
-        """Deviation between clips in units of that between tokens; None for fewer than two."""
+        """Returns the deviation between clips in units of that between tokens.
+
+        None for fewer than two clips.
+        """
         between = self._between()
         if between is None:
             return None
         n, D = float(self.count.sum()), self.sum.shape[1]
-        power = max(self.energy / (n * D), 1e-30)  # zeros say the same everywhere, too
+        power = max(self.energy / (n * D), 1e-30)  # zeros are the same everywhere, too
         if len(self.count) == 1:
             return math.sqrt(between / power)
         centre = self._mean() + self.reference.double().cpu()  # (n, D): of tokens
@@ -89,24 +92,24 @@ class TokenStatistics:
         return math.sqrt(between / max(whole, 1e-4 * power))
 
     def rank(self) -> float | None:
-        """Effective rank of content; None for fewer than ``FEWEST`` clips, 0 for rounding."""
+        """Returns the effective rank of content; None below ``FEWEST`` clips, 0 for rounding."""
         between = self._between()
         if between is None or self.clips < FEWEST:
             return None
         if between <= ROUNDING**2 * self.energy / self.sum.shape[1] / float(self.count.sum()):
             return 0.0
-        told = self.count[self.places] > 1  # of one clip alone nothing is beyond the mean
+        told = self.count[self.places] > 1  # a single clip equals the mean
         return effective_rank((self.rows - self._mean()[self.places])[told])
 
     def _mean(self) -> Tensor:
-        """Of content at each position, (n, D)."""
+        """Returns the mean content at each position, (n, D)."""
         return self.sum / self.count.clamp(min=1)[:, None]
 
     def _degrees(self) -> float:
         return float((self.count - 1).clamp(min=0).sum()) * self.sum.shape[1]
 
     def _between(self) -> float | None:
-        """Variance of content over clips."""
+        """Returns the variance of content over clips."""
         if not self._degrees():
             return None
         squares = self.squares - float((self.count[:, None] * self._mean().square()).sum())

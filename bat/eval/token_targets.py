@@ -1,8 +1,8 @@
-"""Token targets: texts as the numbers that CTC learns, and outputs as tokens again.
+"""Converts texts to token targets for CTC, and outputs back to tokens.
 
 Output 0 is the blank, the others are the tokens that occur in training texts, sorted. Tokens that
-occur in other texts alone are numbered after them: no output stands for them, so they count as
-errors wherever they are.
+occur only in other texts are numbered after them: no output stands for them, so they always count
+as errors.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ Kind = Literal["characters", "words"]
 
 
 def tokens_of(text: str, kind: Kind) -> list[str]:
-    """What ``text`` is cut into: its characters, or what stands between blanks."""
+    """Splits ``text`` into its characters, or into words at blanks."""
     return list(text) if kind == "characters" else text.split()
 
 
 def outputs(texts: Iterable[str], kind: Kind) -> list[str]:
-    """The names of a head's outputs: the blank, then the tokens of the training ``texts``."""
+    """Returns the names of a head's outputs: the blank, then the tokens of training ``texts``."""
     return [BLANK, *sorted({token for text in texts for token in tokens_of(text, kind)})]
 
 
 def digest_texts(texts: Mapping[str, str]) -> str:
-    """Hash over keys and texts."""
+    """Returns a hash over keys and texts."""
     return hashlib.sha256(json.dumps(sorted(texts.items())).encode()).hexdigest()
 
 
 def steps_needed(tokens: Sequence[object]) -> int:
-    """Time patches that CTC needs: one a token, and one between two that are equal."""
+    """Returns the time patches that CTC needs: one per token, and one between two equal ones."""
     return len(tokens) + sum(a == b for a, b in pairwise(tokens))
 
 
 def greedy(best: Sequence[int]) -> list[int]:
-    """Tokens of the best output of each time patch: repeats as one, without blanks."""
+    """Decodes the best output of each time patch: repeats merged, blanks removed."""
     changed = [n for i, n in enumerate(best) if not i or n != best[i - 1]]
     return [n for n in changed if n]
 
 
 class TokenTargets:
-    """``targets_of(batch, patches)`` of a data set with texts: (B, U) int64, U the longest.
+    """Callable ``targets_of(batch, patches)`` for texts: (B, U) int64, U the longest.
 
     ``texts`` by key; ``labels``: the names of the outputs.
     """
@@ -69,7 +69,7 @@ class TokenTargets:
         }
         self._longest = max(map(len, self._numbers.values()), default=0)
         self.digest = digest_texts({"": "\n".join([kind, *labels]), **texts})
-        """What stored targets depend on: an edited text has another one."""
+        """Digest of all that stored targets depend on; an edited text has another one."""
 
     def __call__(self, batch: WaveBatch, patches: int) -> Tensor:
         made = np.full((len(batch.keys), self._longest), NOTHING, np.int64)
@@ -78,5 +78,5 @@ class TokenTargets:
         return torch.from_numpy(made)
 
     def too_long(self, key: str, patches: int) -> bool:
-        """Whether the text of clip ``key`` does not fit so many time patches."""
+        """Return True if the text of clip ``key`` does not fit into ``patches`` time patches."""
         return steps_needed(self._numbers[key].tolist()) > patches

@@ -1,4 +1,4 @@
-"""What is peculiar to data of one's own (``data.csv``): the window, and events that must fit it."""
+"""Chooses the window of custom data (``data.csv``) and checks that events fit it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from bat.tasks.events import Events
 def window(
     index: Index, clip_seconds: float, events: Events | None = None
 ) -> tuple[float, list[str]]:
-    """Seconds of every clip that an encoder sees, and lines to say so.
+    """Returns the seconds of every clip that an encoder sees, and lines that say so.
 
-    ``clip_seconds``, or the longest clip where that is shorter: the rest would be silence. Of a
-    longer clip it is the start, from which the times of ``events`` count.
+    ``clip_seconds``, or the longest clip if that is shorter: the rest would be silence. Longer
+    clips are cut to their start, from which the times of ``events`` count.
     """
     seconds = _seconds(index)
     known = seconds[seconds > 0]
@@ -42,7 +42,7 @@ def window(
 
 
 def check_events(events: Events, index: Index) -> None:
-    """Raise ``UserError`` where events begin after their recording has ended."""
+    """Raise ``UserError`` if events begin after their recording has ended."""
     of = {escape_key(key): found for key, found in events.items()}
     late = [
         (event.line, f"onset {event.onset_seconds:g}, {index.key(i)} has {end:.6g} s")
@@ -68,7 +68,7 @@ def check_events(events: Events, index: Index) -> None:
 
 
 def check_in_place(config: Supervised) -> None:
-    """Raise ``UserError`` for what would move clips under their events or texts."""
+    """Raise ``UserError`` for settings that would shift clips against their events or texts."""
     for set_, name, remedy in (
         (config.data.roll, "data.roll=true", "data.roll=false"),
         (config.pad_offset == "random", "pad_offset=random", "pad_offset=start"),
@@ -78,13 +78,13 @@ def check_in_place(config: Supervised) -> None:
 
 
 def _seconds(index: Index) -> np.ndarray:
-    """(n,) lengths of the clips; 0 where they are not known."""
+    """Returns the lengths of the clips, (n,); 0 if unknown."""
     known = (index.frames > 0) & (index.rate > 0)
     return np.where(known, index.frames / np.maximum(index.rate, 1), 0.0)
 
 
 def _longer(index: Index, clip_seconds: float) -> int:
-    """Clips that a window of ``clip_seconds`` does not hold whole."""
+    """Returns the number of clips longer than a window of ``clip_seconds``."""
     pairs = zip(index.frames.tolist(), index.rate.tolist(), strict=True)
     return sum(
         frames > 0 and rate > 0 and frames_left_out(frames, rate, clip_seconds) > 0

@@ -1,4 +1,4 @@
-"""The base class of metrics, and what their values are called: names, titles, directions.
+"""Base class of metrics, and the names, titles and directions of their values.
 
 A metric is fed clip by clip (``update``) and computes one value or several (``compute``), each
 under a name that tasks, results and reports use. One file of this folder holds a family of them in
@@ -30,18 +30,18 @@ class Value:
     """One number that a metric computes."""
 
     title: str
-    """For headings and axes."""
+    """Title for headings and axes."""
     better: Literal["higher", "lower"] = "higher"
     percent: bool = True
-    """A fraction, shown in percent."""
+    """True for a fraction, shown in percent."""
     most: float = 1.0
-    """The greatest value there is; the least is 0."""
+    """Greatest possible value; the least is 0."""
     bootstrap: bool = True
-    """Whether ``replicates`` can draw the clips anew."""
+    """True if ``replicates`` can resample the clips."""
 
     @property
     def worst(self) -> float:
-        """The least, or the greatest where lower is better."""
+        """Returns the least value, or the greatest if lower is better."""
         return 0.0 if self.better == "higher" else self.most
 
 
@@ -49,24 +49,24 @@ class Metric(abc.ABC):
     """Collects predictions of clips, then computes its values."""
 
     takes: ClassVar[Literal["labels", "events", "tokens"]]
-    """What ``update`` is given of each clip, predicted and true.
+    """Kind of input that ``update`` takes for each clip, predicted and true.
 
     ``labels``: logits and labels (n, C) of clips or of their time patches, all at once.
     ``events``: lists of ``(onset_seconds, offset_seconds, class)``. ``tokens``: lists of texts.
     """
     values: ClassVar[dict[str, Value]]
-    """By the names under which ``compute`` returns them."""
+    """Values by the names under which ``compute`` returns them."""
 
     @abc.abstractmethod
     def update(self, predicted: Any, true: Any) -> None:
-        """Add one clip (``labels``: all rows)."""
+        """Adds one clip (``labels``: all rows)."""
 
     @abc.abstractmethod
     def compute(self) -> dict[str, Any]:
-        """The values by name, fractions where ``percent``; NaN where undefined."""
+        """Returns the values by name, fractions if ``percent``; NaN if undefined."""
 
     def replicates(self, value: str, *, resamples: int, seed: int) -> NDArray[np.float64]:
-        """``value`` on ``resamples`` draws of the clips with replacement: (R,)."""
+        """Returns ``value`` on ``resamples`` draws of the clips with replacement: (R,)."""
         raise NotImplementedError
 
 
@@ -74,11 +74,11 @@ class Counted(Metric):
     """A metric whose values are ratios of counts that are summed over clips."""
 
     ratios: ClassVar[dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]]]
-    """``{value: counts (R, ...) -> (R,)}``"""
+    """Ratio of each value: ``{value: counts (R, ...) -> (R,)}``."""
 
     def __init__(self) -> None:
         self.counts: dict[str, list[NDArray[np.float64]]] = {name: [] for name in self.ratios}
-        """Of every clip, by value."""
+        """Counts of every clip, by value."""
 
     def compute(self) -> dict[str, Any]:
         return {
@@ -99,7 +99,7 @@ class Counted(Metric):
 
 @functools.cache
 def families() -> dict[str, type[Metric]]:
-    """The metric that computes each value of this folder, by the value's name."""
+    """Returns the metric that computes each value of this folder, by the value's name."""
     package = importlib.import_module("bat.metrics")
     found: dict[str, type[Metric]] = {}
     for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
@@ -112,7 +112,7 @@ _OUTSIDE: dict[str, Value] = {}
 
 
 def find_metric(name: str) -> tuple[type[Metric], str]:
-    """The metric that computes ``name``, and the value's name in what it computes.
+    """Returns the metric that computes ``name``, and the value's name within that metric.
 
     ``name``: a value of this folder, or ``package.module.Class.value``. Raises ``UserError`` that
     lists the known ones.
@@ -142,18 +142,18 @@ def find_metric(name: str) -> tuple[type[Metric], str]:
 
 
 def describe(name: str) -> Value:
-    """The value called ``name``; one that is not known has its name for a title."""
+    """Returns the value called ``name``; an unknown one has its name as title."""
     known = families().get(name)
     return known.values[name] if known else _OUTSIDE.get(name, Value(name))
 
 
 def is_better(name: str, a: float, b: float) -> bool:
-    """Whether ``a`` is a better value of ``name`` than ``b``."""
+    """Return True if ``a`` is a better value of ``name`` than ``b``."""
     return rank_key(name, a) > rank_key(name, b)
 
 
 def rank_key(name: str, value: float | None) -> float:
-    """Greater where ``value`` is better; the least where it is none."""
+    """Returns a sort key that is greater if ``value`` is better, and the least if it is None."""
     if value is None or math.isnan(value):
         return -math.inf
     return value if describe(name).better == "higher" else -value

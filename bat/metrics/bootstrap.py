@@ -1,15 +1,15 @@
-"""Bootstrap confidence intervals: how far a metric moves when other clips had been held out.
+"""Computes bootstrap confidence intervals: the spread of a metric over resampled held-out clips.
 
-The held-out clips are drawn anew with replacement, the metric is taken on each draw, and the
+The held-out clips are drawn again with replacement, the metric is computed on each draw, and the
 interval is the middle share of these values (the percentile bootstrap of Efron; moved to the
 metric's own value, see ``interval``). A draw is a count for each clip, so no row is copied:
-accuracy is one product with the counts, and mAP sorts a class once and sums the counts between its
-positive clips, exact with ties. Each value equals ``metrics.evaluate`` of the drawn rows.
+accuracy is one product with the counts, and mAP sorts each class once and sums the counts between
+its positive clips, exact with ties. Each value equals ``metrics.evaluate`` of the drawn rows.
 
-The draws hang on ``seed`` and the number of clips alone: two methods judged on the same clips get
-the same draws, so their difference can be taken draw by draw (paired). Give different folds
-different seeds, or their draws move together. What these intervals do **not** hold is the
-variation of training: seeds and folds tell that.
+The draws depend only on ``seed`` and the number of clips: two methods evaluated on the same clips
+get the same draws, so their difference can be taken draw by draw (paired). Give different folds
+different seeds, or their draws are correlated. These intervals do **not** include the variation of
+training; seeds and folds show that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 RESAMPLED = ("accuracy", "map")
 CELLS = 1 << 22
-"""Counts held at once (16 MiB); fixed, because it decides how the draws are cut into blocks."""
+"""Counts held at once (16 MiB); fixed, because it determines how draws are split into blocks."""
 
 
 def replicates(
@@ -41,11 +41,11 @@ def replicates(
     seed: int,
     groups: ArrayLike | None = None,
 ) -> NDArray[np.float64]:
-    """``metric`` (``accuracy`` or ``map``) of ``resamples`` draws of the rows: (R,).
+    """Returns ``metric`` (``accuracy`` or ``map``) of ``resamples`` draws of the rows: (R,).
 
     logits, targets (n, C) as for ``metrics.evaluate``. ``groups`` (n,): rows of equal value (the
-    frames of one clip) are drawn together. A class that a draw leaves without a positive clip is
-    left out of that draw's mean, as ``evaluate`` does; NaN where none is left.
+    frames of one clip) are drawn together. A class without a positive clip in a draw is excluded
+    from that draw's mean, as in ``evaluate``; NaN if none is left.
     """
     import torch
 
@@ -76,7 +76,7 @@ def replicates(
 
 
 def draws(clips: int, *, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """How often each of ``clips`` is drawn: (r, clips) blocks, ``resamples`` rows in all."""
+    """Yields how often each of ``clips`` is drawn: (r, clips) blocks, ``resamples`` rows in all."""
     generator = np.random.default_rng(seed)
     block = max(1, CELLS // clips)
     for start in range(0, resamples, block):
@@ -86,30 +86,33 @@ def draws(clips: int, *, resamples: int, seed: int) -> Iterator[NDArray[np.int64
 
 
 def _precision(rank: Ranking, counts: Tensor) -> Tensor:
-    """Average precision of one class where clip i counts ``counts[i]`` times: (n, r) -> (r,)."""
+    """Returns the average precision of one class, clip i counted ``counts[i]`` times.
+
+    (n, r) -> (r,).
+    """
     import torch
     from torch.nn import functional as F
 
-    # clips down to each rank: sums of slices of the order, each from the last rank's end to its own
+    # cumulative clips at each rank: sums of slices of the order between consecutive rank ends
     edges = torch.from_numpy(np.append(0, rank.ends[:-1]))
     upto = torch.from_numpy(rank.order[: rank.ends[-1]])
     every = F.embedding_bag(upto, counts, edges, mode="sum").double().cumsum(0)  # (k, r)
     edges = torch.from_numpy(np.append(0, rank.tops[:-1]))
     hits = F.embedding_bag(torch.from_numpy(rank.hits), counts, edges, mode="sum").double()
-    precision = hits.cumsum(0) / every.clamp(min=1)  # a rank that no draw reached has no hit either
+    precision = hits.cumsum(0) / every.clamp(min=1)  # a rank without a draw has no hit
     return (hits * precision).sum(0) / hits.sum(0)  # 0 / 0: no positive clip was drawn
 
 
 def interval(
     values: ArrayLike, confidence: float = 0.95, *, at: float | None = None, most: float = 1.0
 ) -> tuple[float, float]:
-    """The middle ``confidence`` of replicates (R,); draws without a value (NaN) are left out.
+    """Returns the middle ``confidence`` of replicates (R,), excluding draws without a value (NaN).
 
-    ``at``: the metric on the clips themselves, and the interval is moved by what the replicates
-    are off on average. For mAP give it: a clip drawn twice ties with itself, which lifts the
-    replicates above the metric (by more than half the interval where mAP is low), and the unmoved
-    interval then holds the truth in 73% to 95% of simulated cases instead of 93% to 97%. It stays
-    within [0, ``most``]. NaN where no draw has a value.
+    ``at``: the metric on the clips themselves; the interval is shifted by the mean deviation of the
+    replicates from it. Give it for mAP: a clip drawn twice ties with itself, which lifts the
+    replicates above the metric (by more than half the interval if mAP is low), and the unshifted
+    interval then covers the true value in 73% to 95% of simulated cases instead of 93% to 97%. The
+    result stays within [0, ``most``]. NaN if no draw has a value.
     """
     low, high = _middle(values, confidence, at)
     return (low, high) if math.isnan(low) else (max(low, 0.0), min(high, most))
@@ -118,10 +121,10 @@ def interval(
 def difference(
     a: ArrayLike, b: ArrayLike, confidence: float = 0.95, *, at: float | None = None
 ) -> tuple[float, float]:
-    """Interval of a - b, replicates (R,) of two methods on the same draws of the same clips.
+    """Returns the interval of a - b, replicates (R,) of two methods on the same draws of clips.
 
-    Above or below 0 throughout: one is better than the other on such clips, as trained here.
-    ``at``: the difference on the clips themselves, as for ``interval``.
+    If it lies entirely above or below 0, one method is better than the other on such clips, as
+    trained here. ``at``: the difference on the clips themselves, as for ``interval``.
     """
     one, two = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     assert one.shape == two.shape, "paired replicates are equally many"

@@ -1,14 +1,14 @@
-"""Metrics of detected events: event-based F1 by onset, segment-based F1.
+"""Computes metrics of detected events: event-based F1 by onset, segment-based F1.
 
-Event-based, as sed_eval has it with ``event_matching_type="optimal"`` and onsets alone: in each
-clip and class an estimated event matches a reference event where their onsets are at most
-``collar_seconds`` apart, each at most once, as many as can be. Matches, estimates and references
-are summed over clips:
+Event-based, as in sed_eval with ``event_matching_type="optimal"`` and onsets only: in each clip and
+class an estimated event matches a reference event if their onsets are at most ``collar_seconds``
+apart, each at most once, in the largest possible matching. Matches, estimates and references are
+summed over clips:
 
     P = matches / estimates    R = matches / references    F1 = 2 P R / (P + R)
 
-Segment-based: a class is active in a segment of ``segment_seconds`` that one of its events
-touches; F1 over all segments and classes. The macro mean is over the classes that have a reference.
+Segment-based: a class is active in a segment of ``segment_seconds`` if one of its events overlaps
+it; F1 over all segments and classes. The macro mean is over the classes that have a reference.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Floats = NDArray[np.float64]
 
 
 def matches(estimated: Sequence[float], reference: Sequence[float], collar: float) -> int:
-    """Pairs of onsets at most ``collar`` apart in the largest one-to-one matching."""
+    """Counts pairs of onsets at most ``collar`` apart in the largest one-to-one matching."""
     found = i = j = 0
     one, other = sorted(estimated), sorted(reference)
-    while i < len(one) and j < len(other):  # the earliest that can pair do: no pairing has more
+    while i < len(one) and j < len(other):  # pairing the earliest is optimal
         if math.fabs(one[i] - other[j]) <= collar:
             found, i, j = found + 1, i + 1, j + 1
         elif one[i] < other[j]:
@@ -42,13 +42,13 @@ def matches(estimated: Sequence[float], reference: Sequence[float], collar: floa
 
 
 def _f1(counts: Floats) -> Floats:
-    """(..., 3) right, estimated, true -> (...); 0 / 0 is NaN."""
+    """Returns F1 of counts (..., 3), right, estimated, true -> (...); 0 / 0 is NaN."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return 2 * counts[..., 0] / (counts[..., 1] + counts[..., 2])
 
 
 def _macro(counts: Floats) -> Floats:
-    """(R, C, 3) -> (R,), the mean over classes with a reference."""
+    """Returns the macro F1, (R, C, 3) -> (R,), the mean over classes with a reference."""
     there = counts[..., 2] > 0
     scores = np.where(there, np.nan_to_num(_f1(counts)), 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -56,7 +56,7 @@ def _macro(counts: Floats) -> Floats:
 
 
 class Events(Counted):
-    """``update(estimated, reference)``: the events of one clip."""
+    """Event metrics; ``update(estimated, reference)`` takes the events of one clip."""
 
     takes: ClassVar = "events"
     values: ClassVar = {
@@ -85,7 +85,7 @@ class Events(Counted):
         self.counts["segment_f1"].append(np.array([right, len(cells[0]), len(cells[1])], float))
 
     def _cells(self, events: Sequence[Event]) -> set[tuple[int, int]]:
-        """``(segment, class)`` that events touch."""
+        """Returns the pairs ``(segment, class)`` that events overlap."""
         return {
             (segment, c)
             for onset, offset, c in events

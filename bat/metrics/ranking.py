@@ -1,14 +1,14 @@
-"""What a classifier is judged by (docs/method.md 5): accuracy, macro mAP, F1, AUROC, d-prime.
+"""Computes metrics of classifiers (docs/method.md 5): accuracy, macro mAP, F1, AUROC, d-prime.
 
-One sort a class gives average precision and AUROC, exact with ties, in float64 so that confident
-logits do not tie; 527 classes of 20,000 clips take a second, where a library call for each class
-and metric takes many. Tests hold every number equal to torchmetrics' and to scikit-learn's.
+One sort per class gives average precision and AUROC, exact with ties, in float64 so that confident
+logits do not tie; 527 classes of 20,000 clips take a second, while a library call for each class
+and metric takes many. The tests compare every value with torchmetrics and scikit-learn.
 
-A class without a positive clip has no average precision, F1 or AUROC: it is left out of the macro
-means and reported, never silently zero. A class without a *negative* clip has no AUROC either.
-d-prime is that of the macro AUROC: ``sqrt(2)`` times the inverse normal distribution of it. Where
-nothing is confused AUROC is 1 and d-prime would be infinite; it is then taken at half a pair short
-of all (positive, negative) pairs, so that it stays a number that grows with the evidence.
+A class without a positive clip has no average precision, F1 or AUROC: it is excluded from the macro
+means and reported, never counted as zero. A class without a *negative* clip has no AUROC either.
+d-prime is that of the macro AUROC: ``sqrt(2)`` times the inverse normal distribution of it. For a
+perfect ranking AUROC is 1 and d-prime would be infinite; it is then computed from an AUROC half a
+pair short of all (positive, negative) pairs, so that it is finite and grows with their number.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ Whole = NDArray[np.int64]
 
 
 def evaluate(logits: Tensor, targets: Tensor, *, multi_label: bool) -> dict[str, Any]:
-    """Metrics of logits (n, C) against targets (n, C) in {0, 1}: fractions, not percent.
+    """Returns metrics of logits (n, C) against targets (n, C) in {0, 1}: fractions, not percent.
 
     ``map``, ``auroc`` (one class against the rest) and ``f1``: means over classes; ``f1_micro``:
-    of all decisions together; ``dprime``. One label a clip: scores are softmax probabilities and
-    the class decided for is the greatest; ``accuracy`` besides, which ``f1_micro`` then equals.
-    Several: scores are sigmoid probabilities, and those above 0.5 are decided for.
-    ``absent``: the indices of classes that no clip has, which the means leave out. ``per_class``:
-    ``ap`` and ``auroc`` (C, None where undefined) and ``positives`` (C, clips that have it).
-    A mean over no class is NaN. Outputs that are not finite raise ``UserError``.
+    over all decisions together; ``dprime``. One label per clip: scores are softmax probabilities
+    and the predicted class is the greatest; also ``accuracy``, which ``f1_micro`` then equals.
+    Several: scores are sigmoid probabilities, and classes above 0.5 are predicted.
+    ``absent``: the indices of classes that no clip has, which the means exclude. ``per_class``:
+    ``ap`` and ``auroc`` (C, None if undefined) and ``positives`` (C, clips that have it).
+    A mean over no class is NaN. Raises ``UserError`` if outputs are not finite.
     """
     scores, hard = judged(logits, targets, multi_label=multi_label)
     n, classes = scores.shape
@@ -69,9 +69,9 @@ def evaluate(logits: Tensor, targets: Tensor, *, multi_label: bool) -> dict[str,
 
 
 def judged(logits: Tensor, targets: Tensor, *, multi_label: bool) -> tuple[Floats, Flags]:
-    """Probabilities (n, C) in float64 and what is true (n, C), both on the CPU.
+    """Returns probabilities (n, C) in float64 and true labels (n, C), both on the CPU.
 
-    Raises ``UserError`` where an output is not finite.
+    Raises ``UserError`` if an output is not finite.
     """
     if not logits.isfinite().all():
         raise UserError(
@@ -83,29 +83,29 @@ def judged(logits: Tensor, targets: Tensor, *, multi_label: bool) -> tuple[Float
 
 
 class Ranking(NamedTuple):
-    """One class's clips by falling score; clips of equal score are one rank.
+    """Clips of one class by falling score; clips of equal score share a rank.
 
-    Only the ranks that hold a positive clip matter; there are k of them.
+    Only the ranks that hold a positive clip are kept; there are k of them.
     """
 
     order: Whole
-    """(n,) clips, best first."""
+    """Clips (n,), best first."""
     starts: Whole
-    """(k,) where in ``order`` those ranks begin."""
+    """Start of each of those ranks in ``order``, (k,)."""
     ends: Whole
-    """(k,) where they end, exclusive."""
+    """End of each of them, exclusive, (k,)."""
     tops: Whole
-    """(k,) positive clips down to each rank's end."""
+    """Positive clips down to each rank's end, (k,)."""
     hits: Whole
-    """(positives,) the positive clips, best first."""
+    """Positive clips, best first, (positives,)."""
 
     def average_precision(self) -> float:
-        """Mean over the positive clips of the precision at their rank."""
+        """Returns the mean over the positive clips of the precision at their rank."""
         gained = np.diff(self.tops, prepend=0)
         return float((gained * self.tops / self.ends).sum() / self.tops[-1])
 
     def auroc(self) -> float | None:
-        """Share of (positive, negative) pairs in the right order, ties by half."""
+        """Returns the share of (positive, negative) pairs in the right order; ties count half."""
         gained = np.diff(self.tops, prepend=0)
         negatives = len(self.order) - self.tops[-1]
         if not negatives:
@@ -116,10 +116,10 @@ class Ranking(NamedTuple):
 
 
 def ranking(scores: Floats, hard: Flags) -> Ranking:
-    """Rank the clips of one class: scores (n,), positives (n,), at least one of them."""
+    """Ranks the clips of one class: scores (n,), positives (n,), at least one of them."""
     order = np.argsort(-scores)  # (n,)
     falling, positive = scores[order], hard[order]
-    ends = np.append(np.flatnonzero(np.diff(falling)) + 1, len(order))  # of every rank
+    ends = np.append(np.flatnonzero(np.diff(falling)) + 1, len(order))  # ends of all ranks
     starts = np.append(0, ends[:-1])
     tops = positive.cumsum()[ends - 1]
     held = np.diff(tops, prepend=0) > 0
@@ -139,12 +139,12 @@ def _dprime(auroc: float, *, pairs: int) -> float:
 
 
 def summarise(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and population standard deviation (divided by n) of a metric over folds or seeds."""
+    """Returns mean and population standard deviation (divided by n) over folds or seeds."""
     return mean(values), pstdev(values)
 
 
 class Classification(Metric):
-    """``update(logits, targets)``: all rows at once, as ``evaluate`` takes them."""
+    """Classification metrics; ``update(logits, targets)`` takes all rows, as ``evaluate`` does."""
 
     takes: ClassVar = "labels"
     values: ClassVar = {
@@ -157,7 +157,7 @@ class Classification(Metric):
     }
 
     def __init__(self, *, multi_label: bool, groups: ArrayLike | None = None) -> None:
-        """``groups`` (n,): the clip of each row, where a clip has several."""
+        """``groups`` (n,): the clip of each row, if clips have several rows."""
         self.multi_label, self.groups = multi_label, groups
         self._rows: tuple[Tensor, Tensor] | None = None
 

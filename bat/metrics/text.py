@@ -1,4 +1,4 @@
-"""Error rates of token sequences: token, word and character error rate.
+"""Computes error rates of token sequences: token, word and character error rate.
 
     rate = edits / length of the references, both summed over all clips
 
@@ -20,11 +20,11 @@ from bat.metrics.base import Counted, Value
 
 
 def edits(predicted: Sequence[Hashable], true: Sequence[Hashable]) -> int:
-    """The Levenshtein distance of two sequences."""
+    """Returns the Levenshtein distance of two sequences."""
     number: dict[Hashable, int] = {}
     a, b = ([number.setdefault(x, len(number)) for x in part] for part in (predicted, true))
     target, steps = np.array(b, np.int64), np.arange(len(b) + 1)
-    row = steps.copy()  # distances of what was read of ``a`` to each beginning of ``b``
+    row = steps.copy()  # distances of the read part of ``a`` to each prefix of ``b``
     for symbol in a:
         new = row + 1
         np.minimum(new[1:], row[:-1] + (target != symbol), out=new[1:])
@@ -33,13 +33,13 @@ def edits(predicted: Sequence[Hashable], true: Sequence[Hashable]) -> int:
 
 
 def _rate(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(R, 2) edits and lengths -> (R,)"""
+    """Returns the error rate of counts (R, 2), edits and lengths -> (R,)."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(counts[:, 1] > 0, counts[:, 0] / counts[:, 1], math.nan)
 
 
 class Text(Counted):
-    """``update(predicted, true)``: the tokens of one clip; ``joiner`` makes a text of them."""
+    """Text metrics; ``update(predicted, true)``: tokens of one clip, joined by ``joiner``."""
 
     takes: ClassVar = "tokens"
     values: ClassVar = {

@@ -2,7 +2,7 @@
 
     a = softmax over tokens of w . tanh(W_a z + b_a) + b,   x = sum_i a_i z_i,   logits = W x
 
-W_a is D x D, W has no bias. (b shifts all scores alike and changes nothing; it is part of the
+W_a is D x D, W has no bias. (b shifts all scores alike and has no effect; it is part of the
 definition, Linear(D, 1).)
 
 Parameters at D = 768, C = 527, L = 12: 996,097.
@@ -18,7 +18,7 @@ from bat.probes.base import Level, Probe
 
 
 class ABMILP(Attentive):
-    """``dropout``: rate before the output layer."""
+    """Attention-based multiple-instance probe. ``dropout``: rate before the output layer."""
 
     biased = False
 

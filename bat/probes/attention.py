@@ -1,12 +1,12 @@
-"""What the attentive probes of *Unmute the Patch Tokens* share (arXiv 2509.24901).
+"""Base of the attentive probes of *Unmute the Patch Tokens* (arXiv 2509.24901).
 
-``mhca``, ``ep``, ``simpool`` and ``abmilp`` pool the last block's patches into one vector a clip,
-each by its own ``pool``; dropout and a linear layer follow. Dropout is the head setting that all
-probes share (the paper names none). They are defined at clip level only.
+``mhca``, ``ep``, ``simpool`` and ``abmilp`` pool the last block's patches into one vector per clip,
+each by its own ``pool``, followed by dropout and a linear layer. Dropout is the head setting that
+all probes share (the paper names none). They are defined at clip level only.
 
-Scores of a learned query need no keys, means of values no values of each token:
+With a learned query neither the keys nor the values of single tokens have to be computed:
 ``q . (W_k z) = (W_k^T q) . z`` and ``sum_i w_i W_v z_i = W_v sum_i w_i z_i``. With A queries in all
-heads that is 2 N A D multiplications a clip, where projecting the tokens takes 2 N D^2.
+heads that is 2 N A D multiplications per clip, while projecting the tokens takes 2 N D^2.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Attentive(Probe):
 
     levels: ClassVar[tuple[Level, ...]] = ("clip",)
     biased: ClassVar[bool] = True
-    """Whether the output layer has a bias."""
+    """True if the output layer has a bias."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Attentive(Probe):
 
     def forward(self, features: Features) -> Tensor:
         tokens = features.patches[-1].flatten(1, 2)  # (B, N, D)
-        if not torch.is_autocast_enabled(tokens.device.type):  # autocast does it itself
+        if not torch.is_autocast_enabled(tokens.device.type):  # autocast casts by itself
             tokens = tokens.to(self.fc.weight.dtype)
         inside = features.inside()  # (B, T)
         if inside is not None:
@@ -52,8 +52,8 @@ class Attentive(Probe):
         return self.fc(self.dropout(self.pool(tokens, inside)))  # (B, C)
 
     def pool(self, tokens: Tensor, inside: Tensor | None) -> Tensor:
-        """(B, N, D) -> one vector a clip, (B, pooled width). ``inside`` (B, N) bool: which tokens
-        count; None: all."""
+        """Pools tokens (B, N, D) to one vector per clip, (B, pooled width). ``inside`` (B, N) bool:
+        mask of the tokens that count; None: all."""
         raise NotImplementedError
 
     @classmethod
@@ -62,20 +62,22 @@ class Attentive(Probe):
 
 
 def attended(tokens: Tensor, directions: Tensor, inside: Tensor | None) -> Tensor:
-    """``softmax over tokens of (directions . tokens)``-weighted means of the tokens: (B, N, D),
-    (A, D) or (B, A, D) -> (B, A, D). ``inside`` (B, N): which tokens count."""
+    """Returns ``softmax over tokens of (directions . tokens)``-weighted means of the tokens.
+
+    (B, N, D), (A, D) or (B, A, D) -> (B, A, D). ``inside`` (B, N): mask of tokens that count.
+    """
     return shares(directions @ tokens.transpose(1, 2), inside) @ tokens
 
 
 def shares(scores: Tensor, inside: Tensor | None) -> Tensor:
-    """Softmax over tokens of (B, A, N), 0 for those that do not count (``inside``, (B, N))."""
+    """Returns the softmax over tokens of (B, A, N), 0 outside the mask ``inside`` (B, N)."""
     if inside is not None:
         scores = scores.masked_fill(~inside[:, None], -torch.inf)
     return scores.softmax(-1)
 
 
 def project_heads(weight: Tensor, read: Tensor) -> Tensor:
-    """Rows of ``weight`` (H d, D) split into H heads, each applied to its own vector: (B, H, D)
-    -> (B, H d)."""
+    """Splits the rows of ``weight`` (H d, D) into H heads and applies each to its own vector:
+    (B, H, D) -> (B, H d)."""
     heads = weight.unflatten(0, (read.shape[1], -1))  # (H, d, D)
     return torch.einsum("bhc,hdc->bhd", read, heads).flatten(1)

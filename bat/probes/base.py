@@ -1,9 +1,9 @@
-"""What every probe is: ``Features`` of all blocks in, logits out (docs/method.md 4).
+"""Base class of probes: ``Features`` of all blocks to logits (docs/method.md 4).
 
-At ``clip`` level a probe answers once a clip, (B, C); at ``frame`` level once a time patch,
-(B, T, C). The optimiser decays matrices only; a probe names the matrices that are none
-(prototypes) in ``no_weight_decay``. A probe that mixes the blocks shows how in ``layer_gate``: the
-gate is a result, it tells where the task's information sits.
+At ``clip`` level a probe gives one answer per clip, (B, C); at ``frame`` level one per time patch,
+(B, T, C). The optimiser decays matrices only; a probe lists matrices without decay (prototypes) in
+``no_weight_decay``. A probe that mixes the blocks returns their weights in ``layer_gate``; the gate
+is a result of its own, it shows in which blocks the task's information lies.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ ORDER = (
     *("linear", "mlp", "lcgp", "h2t", "mhca", "ep", "simpool", "abmilp", "vqt"),
     *("proto", "protofloat", "protobin", "cgp"),
 )
-"""How ``all`` lists the probes: class tokens, attention over patches, prototypes."""
+"""Order of the probes in ``all``: class tokens, attention over patches, prototypes."""
 
 
 class Probe(nn.Module):
-    """Base of all probes.
+    """Base class of all probes.
 
-    ``classes`` C; ``width`` D and ``depth`` L of the encoder; ``has_cls``: whether it has a class
-    token. Subclasses add the head settings they use (``prototypes``, ``dropout``, ``norm``) as
-    keyword-only arguments; one that takes ``encoder`` is handed the frozen backbone itself.
+    ``classes`` C; ``width`` D and ``depth`` L of the encoder; ``has_cls``: it has a class token.
+    Subclasses add the head settings they use (``prototypes``, ``dropout``, ``norm``) as
+    keyword-only arguments; one that takes ``encoder`` is given the frozen backbone itself.
     """
 
     levels: ClassVar[tuple[Level, ...]] = ("clip", "frame")
-    """Where the probe is defined."""
+    """Levels at which the probe is defined."""
     has_prototypes: ClassVar[bool] = False
-    """Prototypes want a higher learning rate: they have a grid of their own."""
+    """True for probes with prototypes: they need a higher learning rate and a grid of their own."""
 
     def __init__(
         self, *, classes: int, width: int, depth: int, has_cls: bool, level: Level = "clip"
@@ -57,39 +57,39 @@ class Probe(nn.Module):
         self.level = level
 
     def forward(self, features: Features) -> Tensor:
-        """Logits (B, C) at clip level, (B, T, C) at frame level.
+        """Computes logits (B, C) at clip level, (B, T, C) at frame level.
 
-        What a clip's own patches (``features.inside()``) say, however many of padding the batch
-        has; at frame level the answers in padding are nobody's.
+        They depend only on a clip's own patches (``features.inside()``), however much padding the
+        batch has; at frame level the answers in padding are not used.
         """
         raise NotImplementedError
 
     @classmethod
     def needs(cls, *, has_cls: bool, level: Level) -> Needs:
-        """Which features the probe reads of an encoder of this kind."""
+        """Returns the features that the probe reads of an encoder of this kind."""
         return Needs("all")
 
     def training_loss(
         self, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor
     ) -> Tensor:
-        """What is minimised: ``loss(logits, targets)``, and what the probe adds to it."""
+        """Returns the loss to minimise: ``loss(logits, targets)`` plus terms of the probe."""
         return loss(logits, targets)
 
     def answers(self, logits: Tensor) -> dict[str, Tensor]:
-        """What is judged, by the end of its name: a probe of several readers has several."""
+        """Returns the logits to evaluate, by name suffix: one entry per reader of the probe."""
         return {"": logits}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two or more axes that must not decay all the same."""
+        """Returns the names of parameters with two or more axes that must not decay."""
         return set()
 
     def layer_gate(self) -> Tensor | None:
-        """Weights of the blocks (L,), summing to 1, detached; None where blocks are not mixed."""
+        """Returns the block weights (L,), summing to 1, detached; None if blocks are not mixed."""
         return None
 
 
 def check_level(probe: type[Probe], level: Level) -> None:
-    """Raise ``UserError`` where ``probe`` is not defined at ``level``."""
+    """Raise ``UserError`` if ``probe`` is not defined at ``level``."""
     if level not in probe.levels:
         raise UserError(
             f"probe {_name_of(probe)} is not defined at {level} level. Those that are: "
@@ -102,14 +102,14 @@ def _name_of(probe: type[Probe]) -> str:
 
 
 def mix_blocks(layers: Tensor, gate: Tensor) -> Tensor:
-    """``sum_l gate_l layers_l`` in float32: (L, ...), (L,) -> (...)."""
+    """Returns ``sum_l gate_l layers_l`` in float32: (L, ...), (L,) -> (...)."""
     return torch.tensordot(gate.float(), layers.float(), dims=1)
 
 
 def mean_patch(tokens: Tensor, features: Features) -> Tensor:
-    """Mean over each clip's own patches: (..., B, T, F, D) -> (..., B, D), at least float32.
+    """Returns the mean over each clip's own patches: (..., B, T, F, D) -> (..., B, D).
 
-    ``tokens`` are zero where ``features`` have padding.
+    The type is at least float32. ``tokens`` must be zero where ``features`` have padding.
     """
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     if features.valid is None:
@@ -119,7 +119,7 @@ def mean_patch(tokens: Tensor, features: Features) -> Tensor:
 
 
 def fill_padding(tokens: Tensor, features: Features) -> Tensor:
-    """``tokens`` (B, T, F, D) with the clip's first one in the place of padding, which changes no
+    """Replaces padding in ``tokens`` (B, T, F, D) by the clip's first token, which changes no
     minimum and no maximum over a clip's patches."""
     inside = features.inside()
     if inside is None:
@@ -128,7 +128,7 @@ def fill_padding(tokens: Tensor, features: Features) -> Tensor:
 
 
 def known_probes() -> dict[str, type[Probe]]:
-    """All probes of this folder by name."""
+    """Returns all probes of this folder by name."""
     found: dict[str, type[Probe]] = {}
     for module in registry.known("probes"):
         found |= getattr(importlib.import_module(f"bat.probes.{module}"), "PROBES", {})
@@ -136,7 +136,7 @@ def known_probes() -> dict[str, type[Probe]]:
 
 
 def find_probe(name: str) -> type[Probe]:
-    """The class of probe ``name``, or of a dotted path ``package.module.Class``.
+    """Returns the class of probe ``name``, or of a dotted path ``package.module.Class``.
 
     Raises ``UserError`` that lists the known ones.
     """
@@ -149,10 +149,10 @@ def find_probe(name: str) -> type[Probe]:
 
 
 def expand(methods: Sequence[str], *, level: Level, encoder: bool = True) -> list[str]:
-    """``methods`` with ``all`` spelt out: every probe of this folder that is defined at ``level``.
+    """Returns ``methods`` with ``all`` replaced by every probe of this folder defined at ``level``.
 
-    ``encoder``: whether a frozen encoder is at hand; without one ``all`` leaves out the probes that
-    are made of it (``vqt``). Raises ``UserError`` for one named twice.
+    ``encoder``: a frozen encoder is available; without one ``all`` omits the probes built from it
+    (``vqt``). Raises ``UserError`` for one named twice.
     """
     known = known_probes()
     ordered = [n for n in ORDER if n in known] + [n for n in known if n not in ORDER]
@@ -167,7 +167,7 @@ def expand(methods: Sequence[str], *, level: Level, encoder: bool = True) -> lis
 
 
 def takes_encoder(probe: type[Probe]) -> bool:
-    """Whether the probe is made of the frozen encoder itself, not of its features alone."""
+    """Return True if the probe is built from the frozen encoder, not only from its features."""
     return "encoder" in inspect.signature(probe).parameters
 
 
@@ -182,11 +182,11 @@ def build_probe(
     encoder: nn.Module | None = None,
     **head: Any,
 ) -> Probe:
-    """Probe ``name`` for an encoder of ``width`` D, ``depth`` L; ``head``: see ``config.Head``.
+    """Builds probe ``name`` for an encoder of ``width`` D and ``depth`` L.
 
-    Each probe takes the head settings it has an argument for, and the frozen ``encoder`` where it
-    is made of it. Raises ``UserError`` for an unknown name or level, settings that do not fit the
-    encoder, and an encoder that is needed and not given.
+    ``head``: see ``config.Head``; each probe gets the settings it has an argument for, and the
+    frozen ``encoder`` if it is built from it. Raises ``UserError`` for an unknown name or level,
+    settings that do not fit the encoder, and an encoder that is needed and not given.
     """
     cls = find_probe(name)
     takes = inspect.signature(cls).parameters

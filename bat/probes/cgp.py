@@ -7,11 +7,11 @@
                                obar . n(p_k),
                                max over patches of zbar . n(p_k)]
 
-interleaved as (K, 3), dropout, a linear layer 3K -> C with bias. Of an encoder without class token
-the middle one is, by ``cls``, the mean over patches of ``zbar . n(p_k)`` (``patches``), or as above
-with o_l the mean of block l's patches (``mean``, as in the paper's numbers for BEATs; of a clip in
-chunks the paper takes the plain mean of the chunks' means, here it is that of all patches). At
-frame level min, mean and max run over frequency at each time patch.
+interleaved as (K, 3), dropout, a linear layer 3K -> C with bias. For an encoder without class token
+``cls`` selects the middle feature: the mean over patches of ``zbar . n(p_k)`` (``patches``), or as
+above with o_l the mean of block l's patches (``mean``, as in the paper's numbers for BEATs; for a
+clip in chunks the paper takes the plain mean of the chunks' means, here it is that of all patches).
+At frame level min, mean and max run over frequency at each time patch.
 K = 10,000 prototypes start at 0.02 N(0, 1) and do not decay.
 The (B, K, N) similarities are never stored (``extremes.py``), nor the normalised stack of all
 blocks (``mixing.py``).
@@ -37,9 +37,7 @@ Cls = Literal["patches", "mean"]
 
 class CGP(Probe):
     """Convex Gated Probing. ``prototypes``: K; ``dropout``: rate before the linear layer; ``cls``:
-    what stands in for a class token, see above; None: ``patches``.
-
-    """
+    substitute for a missing class token, see above; None: ``patches``."""
 
     has_prototypes = True
 
@@ -97,7 +95,7 @@ class CGP(Probe):
 
 
 def check_cls(cls: str | None, *, has_cls: bool, level: Level) -> None:
-    """Raise ``UserError`` for a ``head.cls`` that is not known, or would be ignored."""
+    """Raise ``UserError`` for a ``head.cls`` that is unknown or would be ignored."""
     if cls not in (None, *get_args(Cls)):
         raise UserError(f"head.cls={cls} is not known: {' or '.join(get_args(Cls))}")
     if cls is not None and (has_cls or level == "frame"):

@@ -1,11 +1,12 @@
-"""The layer curve: what ``linear`` would read in each block, all blocks trained at once.
+"""The layer curve: one ``linear`` probe on each block, all blocks trained at once.
 
 For block l the probe of ``linear.py``: LN, dropout, linear on o_l, or on the mean patch of an
 encoder without class token; at frame level on the mean over frequency of z_l. The blocks share no
 parameter and the loss is the sum of theirs, so under AdamW each is trained as it would be alone;
-one batched product serves all. They also share the dropout mask, which makes blocks comparable.
+all are computed by one batched product. They also share the dropout mask, which makes blocks
+comparable.
 
-It is no probe of the table, so ``PROBES`` leaves it out: it is judged as L of them (``answers``).
+It is not in ``PROBES``, since it is evaluated as L separate probes (``answers``).
 Departure: ``optim.clip_norm`` would bound the norm of all blocks' gradients together.
 
 Parameters at D = 768, C = 527, L = 12: 4,881,588.
@@ -24,7 +25,7 @@ from bat.probes.linear import one_vector, one_vector_needs
 from bat.types import Features, Needs
 
 EPS = 1e-6
-"""Of the LayerNorm, as in ``linear.py``."""
+"""Epsilon of the LayerNorm, as in ``linear.py``."""
 
 
 class LinearCurve(Probe):
@@ -42,7 +43,7 @@ class LinearCurve(Probe):
         dropout: float = 0.2,
     ) -> None:
         super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
-        layers = [nn.Linear(width, classes) for _ in range(depth)]  # for their initialisation
+        layers = [nn.Linear(width, classes) for _ in range(depth)]  # only for their initialisation
         self.weight = nn.Parameter(torch.stack([layer.weight.detach() for layer in layers]))
         self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]))  # (L, C)
         self.scale = nn.Parameter(torch.ones(depth, width)) if norm else None  # (L, D)
@@ -50,7 +51,7 @@ class LinearCurve(Probe):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: Features) -> Tensor:
-        """Logits of every block: (L, B, C) at clip level, (L, B, T, C) at frame level."""
+        """Computes logits of every block: (L, B, C) at clip level, (L, B, T, C) at frame level."""
         x = one_vector(features, has_cls=self.has_cls, level=self.level, all_blocks=True)
         shape = x.shape[1:-1]  # of (L, B, D) or (L, B, T, D)
         x = x.flatten(1, -2)  # (L, R, D)
@@ -64,11 +65,11 @@ class LinearCurve(Probe):
     def training_loss(
         self, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor
     ) -> Tensor:
-        """The sum of the blocks' losses."""
+        """Returns the sum of the blocks' losses."""
         return torch.stack([loss(block, targets) for block in logits]).sum()
 
     def answers(self, logits: Tensor) -> dict[str, Tensor]:
-        """``{"@1": ..., "@L": ...}``, the logits after each block."""
+        """Returns ``{"@1": ..., "@L": ...}``, the logits after each block."""
         return {f"@{number}": block for number, block in enumerate(logits, start=1)}
 
     @classmethod

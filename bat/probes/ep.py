@@ -4,8 +4,8 @@
 
 Q = 32 queries u_q (D), one head, no key projection, W_v (D_out x D) without bias; then a linear
 layer. The paper leaves open: D_out, which is D here, rounded up to a multiple of Q so that every
-width works; the queries' start, 0.02 N(0, 1), and the scale 1 / sqrt(D), that of one head of width
-D. The values of single tokens are not made (``attention.py``).
+width works; the initial queries, 0.02 N(0, 1); and the scale 1 / sqrt(D), that of one head of width
+D. The values of single tokens are not computed (``attention.py``).
 
 Parameters at D = 768, C = 527, L = 12 (Q = 32): 1,019,663.
 """
@@ -20,7 +20,7 @@ from bat.probes.base import Level, Probe
 
 
 class EP(Attentive):
-    """``pool_queries``: Q; ``dropout``: rate before the output layer."""
+    """Efficient probing. ``pool_queries``: Q; ``dropout``: rate before the output layer."""
 
     def __init__(
         self,

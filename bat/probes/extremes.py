@@ -5,16 +5,16 @@ With ``n(p) = p / ||p||`` and groups of M tokens (a clip's patches; at frame lev
     out[g, k] = [min_m tokens[g, m] . n(p_k),  middle[g] . n(p_k),  max_m tokens[g, m] . n(p_k)]
 
 (docs/method.md 4, "Cost of CGP"). A plain implementation stores the similarities (G, M, K),
-pays three products of their size, and keeps ``n(p)`` and its gradient besides. Here they are made
-for a few prototypes at a time and only the index tables are kept; the gradient passes through the
-picked tokens alone, so backward is O(G K D), not O(G M K D). A positive factor changes neither
-minimum nor maximum: the product is with p itself, and out is divided by its norms. Backward sums
-the picked tokens, a, and projects in place: ``(a - (a . n(p)) n(p)) / ||p||``. Such sums are what
-``embedding_bag`` computes, in a fixed order: bit-for-bit repeatable. Where a group has few tokens
+computes three products of their size, and also keeps ``n(p)`` and its gradient. Here similarities
+are computed for a few prototypes at a time and only the index tables are kept; the gradient passes
+through the picked tokens only, so backward is O(G K D), not O(G M K D). A positive factor changes
+neither minimum nor maximum: the product is with p itself, and out is divided by its norms. Backward
+sums the picked tokens, a, and projects in place: ``(a - (a . n(p)) n(p)) / ||p||``. Such sums are
+computed by ``embedding_bag``, in a fixed order: bit-for-bit repeatable. If a group has few tokens
 (frame level) the picks are no longer sparse: a matrix product sums them.
 
-Operators of PyTorch's library (``bat::pool_prototypes``), so that ``torch.compile`` takes each as
-one node.
+Registered as a PyTorch library operator (``bat::pool_prototypes``), so that ``torch.compile``
+treats each call as one node.
 
 Departure: of exactly equal similarities the first token gets the whole gradient, as with
 ``torch.min(dim=...)``; ``torch.amin`` would share it out evenly.
@@ -34,13 +34,13 @@ from torch import Tensor
 from bat.probes.mixing import EPS, sum_type
 
 BLOCK_ELEMENTS = 2**21
-"""Similarities made at a time: 8 MB in float32, within a CPU's cache; a GPU takes 16x."""
+"""Similarities computed at a time: 8 MB in float32, within a CPU's cache; a GPU takes 16x."""
 CPU_ROWS = 1024
 """Prototypes whose gradient is projected at a time: 3 MB of float32 at D = 768."""
 DENSE_TOKENS = 12
-"""Groups of at most this many tokens sum their picks by a matrix product."""
+"""Largest group, in tokens, whose picks are summed by a matrix product."""
 NUMPY_TOKENS = 16
-"""On a CPU, NumPy finds an extreme among more tokens than so many a thread sooner than PyTorch."""
+"""Tokens per thread above which NumPy finds an extreme faster than PyTorch on a CPU."""
 
 
 def pool_prototypes(
@@ -51,10 +51,10 @@ def pool_prototypes(
     low: bool = True,
     signs: bool = False,
 ) -> Tensor:
-    """Features of each prototype: (G, M, D), (K, D), (G, D) -> (G, K, P), float32.
+    """Returns the features of each prototype: (G, M, D), (K, D), (G, D) -> (G, K, P), float32.
 
-    P is 1 to 3: the minimum where ``low``, the product with ``middle`` where there is one, the
-    maximum. ``signs``: the prototypes are their signs (+1 where >= 0, else -1) over sqrt(D), and
+    P is 1 to 3: the minimum if ``low``, the product with ``middle`` if given, the maximum.
+    ``signs``: the prototypes are replaced by their signs (+1 where >= 0, else -1) over sqrt(D), and
     the gradient passes to the real values unchanged (straight through).
     """
     device = tokens.device.type
@@ -64,7 +64,7 @@ def pool_prototypes(
 
 
 def _blocks(tokens: Tensor, prototypes: Tensor) -> Iterator[slice]:
-    """Prototypes that are worked on together."""
+    """Yields slices of prototypes that are processed together."""
     size = BLOCK_ELEMENTS * (1 if tokens.device.type == "cpu" else 16)
     step = max(1, size // max(1, tokens.shape[0] * tokens.shape[1]))
     for start in range(0, len(prototypes), step):
@@ -72,17 +72,17 @@ def _blocks(tokens: Tensor, prototypes: Tensor) -> Iterator[slice]:
 
 
 def signs_of(x: Tensor) -> Tensor:
-    """+1 where ``x >= 0``, else -1, in x's type."""
+    """Returns +1 where ``x >= 0``, else -1, in x's type."""
     return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
 
 
 def _as_used(prototypes: Tensor, signs: bool) -> Tensor:
-    """The matrix whose rows are multiplied: the prototypes, or their signs."""
+    """Returns the matrix whose rows are multiplied: the prototypes, or their signs."""
     return signs_of(prototypes) if signs else prototypes
 
 
 def _norms(used: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of each row, (k,)."""
+    """Returns the norm of each row, (k,)."""
     return torch.linalg.vector_norm(used, dim=-1, dtype=dtype).clamp_(min=EPS)
 
 
@@ -101,10 +101,10 @@ def _pool(
     signs: bool,
     kind: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Features (G, K, P) and the picked tokens (K, E, G) int32, E = 2 where ``low``, else 1."""
+    """Returns features (G, K, P) and picked tokens (K, E, G) int32, E = 2 if ``low``, else 1."""
     out, picks = _fake_pool(tokens, prototypes, middle, low, signs, kind)
     G, M, D = tokens.shape
-    with torch.autocast(tokens.device.type, enabled=False):  # kind says it all
+    with torch.autocast(tokens.device.type, enabled=False):  # types are set by ``kind``
         rows = tokens.reshape(G * M, D).to(kind)  # (G M, D)
         centre = None if middle is None else middle.to(kind)
         for block in _blocks(tokens, prototypes):
@@ -113,7 +113,7 @@ def _pool(
             used = used.to(kind)
             s = (used @ rows.T).view(-1, G, M)  # (k, G, M)
             ends = [_end(s, low=True), _end(s)] if low else [_end(s)]
-            del s  # before the next block's exists
+            del s  # freed before the next block
             for e, (values, index) in enumerate(ends):
                 picks[block, e] = index
                 out[:, block, -1 if e == len(ends) - 1 else 0] = values.T
@@ -124,13 +124,16 @@ def _pool(
 
 
 def _end(s: Tensor, *, low: bool = False) -> tuple[Tensor, Tensor]:
-    """The lowest or highest of the last axis, and where it first is: (k, G, M) -> twice (k, G)."""
+    """Returns the minimum or maximum of the last axis and its first index.
+
+    (k, G, M) -> twice (k, G).
+    """
     few = s.shape[-1] <= NUMPY_TOKENS * torch.get_num_threads()
     if few or s.device.type != "cpu" or s.dtype == torch.bfloat16:
         return tuple(s.min(-1) if low else s.max(-1))  # type: ignore[return-value]
     index = torch.from_numpy(
         (s.numpy().argmin if low else s.numpy().argmax)(-1)
-    )  # of NaN the first
+    )  # the first NaN, if any
     return s.gather(-1, index.unsqueeze(-1)).squeeze(-1), index
 
 
@@ -165,7 +168,7 @@ def _pool_backward(
     kind: torch.dtype,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of tokens, prototypes and middle; an empty tensor for one not ``wanted``."""
+    """Returns gradients of tokens, prototypes, middle; an empty tensor if not ``wanted``."""
     E = picks.shape[1]
     weight = grad.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)  # (K, P, G)
     with torch.autocast(tokens.device.type, enabled=False):  # as in the forward
@@ -202,7 +205,8 @@ def _sparse_sums(
     kind: torch.dtype,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sums of the picked tokens (K, D), and of the prototypes that picked (G, M, D)."""
+    """Returns weighted sums of the picked tokens (K, D), and of the prototypes by the token they
+    picked (G, M, D)."""
     G, M, D = tokens.shape
     K, bag = len(weight), weight[0].numel()
     to_tokens, to_prototypes = weight.new_empty(0), weight.new_empty(0)
@@ -236,7 +240,7 @@ def _dense_sums(
     kind: torch.dtype,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """The same by products with the weights spread out, in ``kind``: (k, G M) at a time."""
+    """Returns the same by products with the dense weights, in ``kind``: (k, G M) at a time."""
     G, M, D = tokens.shape
     to_tokens = weight.new_zeros((G * M, D) if wanted[0] else 0)
     to_prototypes = weight.new_empty((len(weight), D) if wanted[1] else 0)
@@ -255,7 +259,7 @@ def _dense_sums(
 
 
 def _project(grad: Tensor, prototypes: Tensor, signs: bool) -> None:
-    """Through ``n``, in place; ``grad`` (K, D) is divided by the norms already."""
+    """Projects through ``n``, in place; ``grad`` (K, D) is divided by the norms already."""
     step = CPU_ROWS if grad.device.type == "cpu" else max(1, len(grad))
     for rows, p in zip(grad.split(step), prototypes.split(step), strict=True):
         used = _as_used(p, signs).to(grad.dtype)

@@ -3,9 +3,9 @@
     x = [o_1, ..., o_L]  (L D),   logits = W dropout(LN(x)) + b
     loss = loss(logits) + w sqrt(C) sum_j ||W_:,j||_2,   w = 1e-4
 
-A group is a column of W, all weights of one input feature: the lasso chooses which features of
+A group is a column of W, all weights of one input feature: the lasso selects which features of
 which block are used at all. (The paper's text has w = 0 on AudioSet.) Without a class token the
-mean patch of each block, at frame level the mean over frequency, takes its place.
+mean patch of each block, at frame level the mean over frequency, is used instead.
 Dropout before the layer is the head setting that all probes share.
 
 Parameters at D = 768, C = 527, L = 12: 4,875,791.
@@ -25,8 +25,8 @@ from bat.types import Features, Needs
 
 
 class Head2Toe(Probe):
-    """``lasso``: w; ``norm``: LayerNorm (eps 1e-6) over all L D features; ``dropout``: rate before
-    the layer."""
+    """Linear probe with group lasso. ``lasso``: w; ``norm``: LayerNorm (eps 1e-6) over all L D
+    features; ``dropout``: rate before the layer."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Head2Toe(Probe):
         return few_rows(self.fc, x) if self.level == "clip" else self.fc(x)
 
     def penalty(self) -> Tensor:
-        """``sqrt(C) sum_j ||W_:,j||_2``, a scalar."""
+        """Returns ``sqrt(C) sum_j ||W_:,j||_2``, a scalar."""
         return self.classes**0.5 * torch.linalg.vector_norm(self.fc.weight, dim=0).sum()
 
     def training_loss(

@@ -66,11 +66,10 @@ class LCGP(Linear):
 
 
 def one_vector(features: Features, *, has_cls: bool, level: Level, all_blocks: bool) -> Tensor:
-    """A vector a clip or time patch, of each block or of the last one (l = 1): (l, B, D) at clip
-    level, (l, B, T, D) at frame level; float32.
+    """Returns a vector per clip or time patch, of each block or of the last one (l = 1).
 
-    The class token, or the mean patch of an encoder without one; at frame level the mean over
-    frequency.
+    (l, B, D) at clip level, (l, B, T, D) at frame level; float32. It is the class token, or the
+    mean patch of an encoder without one; at frame level the mean over frequency.
     """
     blocks = slice(None) if all_blocks else slice(-1, None)
     if level == "frame":
@@ -82,7 +81,7 @@ def one_vector(features: Features, *, has_cls: bool, level: Level, all_blocks: b
 
 
 def one_vector_needs(*, has_cls: bool, level: Level, all_blocks: bool) -> Needs:
-    """What ``one_vector`` reads."""
+    """Returns the features that ``one_vector`` reads."""
     if has_cls and level == "clip":
         return Needs("none")
     return Needs("all" if all_blocks else "last")

@@ -1,16 +1,16 @@
-"""Which patches speak for a class: the evidence map of a probe with prototypes.
+"""Evidence maps: the patches that speak for a class, for probes with prototypes.
 
-A prototype k looks at a clip through the patches it picks: the one with the highest similarity and,
-in ``cgp``, also the one with the lowest. What such a pick gives to class c's logit is
+A prototype k depends on a clip through the patches it picks: the one with the highest similarity
+and, in ``cgp``, also the one with the lowest. The contribution of a pick to class c's logit is
 
     v[c, k, e] = w[c, k, e] * s[k, e],                  e: lowest or highest
 
 the output layer's weight times the similarity there, with its own sign. The contribution of a
 prototype is the sum of its v; the ``top`` prototypes with the largest are the strongest of this
-class on this clip, and the map is the sum of their v at the patches they picked. Everything else in
-the logit (the other prototypes, the bias, the class token of ``cgp`` or its mean over patches) has
-no place among the patches and is left out. At frame level a prototype picks one patch in every time
-patch, over frequency; v is divided by T there, as in the clip's mean logit.
+class on this clip, and the map is the sum of their v at the patches they picked. All other terms of
+the logit (the other prototypes, the bias, the class token of ``cgp`` or its mean over patches) have
+no position among the patches and are omitted. At frame level a prototype picks one patch in every
+time patch, over frequency; v is divided by T there, as in the clip's mean logit.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ from bat.types import Features
 
 
 class Evidence(NamedTuple):
-    """E is 2 (lowest, highest) for ``cgp``, else 1; S is 1, at frame level T."""
+    """Evidence for a class. E is 2 (lowest, highest) for ``cgp``, else 1; S is 1, or T at frame
+    level."""
 
     map: Tensor
-    """(B, T, F): what is said for the class at each patch."""
+    """Evidence for the class at each patch, (B, T, F)."""
     prototypes: Tensor
-    """(B, top): the strongest prototypes, the strongest first."""
+    """The strongest prototypes, the strongest first, (B, top)."""
     contribution: Tensor
-    """(B, top): what each adds to the logit."""
+    """Contribution of each to the logit, (B, top)."""
     patches: Tensor
-    """(B, top, E, S): the patches they pick, as ``t * F + f``."""
+    """Patches they pick, as ``t * F + f``, (B, top, E, S)."""
 
 
 @torch.no_grad()
 def evidence(probe: Probe, features: Features, class_id: int, *, top: int = 10) -> Evidence:
-    """The map above for ``class_id`` on each clip of ``features``, float32.
+    """Returns the map above for ``class_id`` on each clip of ``features``, float32.
 
     Raises ``UserError`` for a probe without prototypes.
     """
@@ -74,14 +75,14 @@ def evidence(probe: Probe, features: Features, class_id: int, *, top: int = 10) 
 
 
 class _Reading(NamedTuple):
-    """How a probe reads a class off the patches."""
+    """Tokens, prototypes and output weights by which a probe scores a class."""
 
     tokens: Tensor
-    """(B, T, F, D)."""
+    """Tokens (B, T, F, D)."""
     prototypes: Tensor
-    """(K, D)."""
+    """Prototypes (K, D)."""
     weight: Tensor
-    """(K, E)."""
+    """Weights (K, E)."""
     signs: bool = False
     first: int = 0
     """Number of the first of these prototypes among the probe's."""

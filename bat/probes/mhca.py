@@ -5,7 +5,7 @@
 
 q (D) is learned, 0.02 N(0, 1) at start; W_k and W_v are D x D without bias, W has none either;
 H = 12 heads (16 at D = 1024), hence d = 64, the rule here at any other width: D / 64 heads, at
-least one. Keys and values are not made (``attention.py``).
+least one. Keys and values are not computed (``attention.py``).
 
 Parameters at D = 768, C = 527, L = 12 (12 heads): 1,585,152.
 """
@@ -23,8 +23,8 @@ HEAD_WIDTH = 64
 
 
 class MHCA(Attentive):
-    """``attention_heads``: H, which must divide D; None: D / 64. ``dropout``: rate before the
-    output layer."""
+    """Multi-head cross-attention probe. ``attention_heads``: H, which must divide D; None: D / 64.
+    ``dropout``: rate before the output layer."""
 
     biased = False
 

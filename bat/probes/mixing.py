@@ -1,9 +1,9 @@
-"""Mixing the blocks: ``sum_l alpha_l n(z_l)``, ``n(x) = x / ||x||`` (docs/method.md 4).
+"""Mixes the blocks: ``sum_l alpha_l n(z_l)``, ``n(x) = x / ||x||`` (docs/method.md 4).
 
-Written plainly this makes two float32 stacks of all blocks, one normalised and one weighted, and
-keeps both for the backward pass. Here tokens pass a few at a time (all at once on a GPU) through
-norm and weighted sum while they lie in the cache; kept are the norms, (L, tokens). An operator of
-PyTorch's library (``bat::mix_normalised``), so that ``torch.compile`` takes it as one node.
+A plain implementation makes two float32 stacks of all blocks, one normalised and one weighted, and
+keeps both for the backward pass. Here tokens are normalised and summed a few at a time (all at once
+on a GPU) while they are in the cache; only the norms, (L, tokens), are kept. Registered as a
+PyTorch library operator (``bat::mix_normalised``), so that ``torch.compile`` treats it as one node.
 Sums and norms are float32 whatever the features are (float64 stays), with no copy of all blocks.
 """
 
@@ -16,44 +16,44 @@ import torch
 from torch import Tensor, nn
 
 EPS = 1e-12
-"""Least norm that divides, as in ``torch.nn.functional.normalize``."""
+"""Lower bound of the norm in divisions, as in ``torch.nn.functional.normalize``."""
 CPU_TOKENS = 512
-"""Tokens at a time on the CPU: 1.6 MB of float32 at D = 768."""
+"""Tokens processed at a time on the CPU: 1.6 MB of float32 at D = 768."""
 
 
 def mix_normalised(layers: Tensor, gate: Tensor) -> Tensor:
-    """``sum_l gate_l n(layers_l)``: (L, ..., D), (L,) -> (..., D), not normalised again.
+    """Returns ``sum_l gate_l n(layers_l)``: (L, ..., D), (L,) -> (..., D), not normalised again.
 
-    Float32 (float64 of float64 ``layers``). Gradients go to both.
+    Float32 (float64 for float64 ``layers``). Both inputs receive gradients.
     """
-    rows = layers.unsqueeze(1) if layers.ndim == 3 else layers  # class tokens: one clip's worth
+    rows = layers.unsqueeze(1) if layers.ndim == 3 else layers  # class tokens: as of one clip
     rows = rows.flatten(2, -2)  # (L, B, N, D)
     mixed, _ = torch.ops.bat.mix_normalised(rows, gate.to(sum_type(layers)))
     return mixed.view(layers.shape[1:])
 
 
 def few_rows(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``layer(x)`` in the layer's own type also under autocast: (G, I) -> (G, O).
+    """Applies ``layer`` in its own type, also under autocast: (G, I) -> (G, O).
 
-    For few rows G: the product costs nothing, and autocast's copies of a wide weight and of its
-    gradient would be the largest memory of a training step.
+    For few rows G: the product is cheap, and autocast's copies of a wide weight and of its gradient
+    would be the largest memory of a training step.
     """
     with torch.autocast(x.device.type, enabled=False):
         return layer(x)
 
 
 def sum_type(x: Tensor) -> torch.dtype:
-    """The type that norms and sums are made in."""
+    """Returns the type of norms and sums."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _pieces(rows: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Indices (clips, tokens) of the pieces that are worked on together."""
+    """Yields indices (clips, tokens) of the pieces that are processed together."""
     _, B, N, _ = rows.shape
     if rows.device.type != "cpu":
         yield slice(None), slice(None)
         return
-    clips = max(1, CPU_TOKENS // max(1, N))  # short clips: several, or the calls would cost most
+    clips = max(1, CPU_TOKENS // max(1, N))  # several short clips per call
     for b in range(0, B, clips):
         for start in range(0, N, CPU_TOKENS):
             yield slice(b, b + clips), slice(start, start + CPU_TOKENS)
@@ -65,7 +65,7 @@ def _pieces(rows: Tensor) -> Iterator[tuple[slice, slice]]:
     schema="(Tensor rows, Tensor gate) -> (Tensor, Tensor)",
 )
 def _mix(rows: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (L, B, N, D), gate (L,) -> mixed (B, N, D), norms (L, B, N, 1)."""
+    """Mixes rows (L, B, N, D) by gate (L,); returns mixed (B, N, D) and norms (L, B, N, 1)."""
     L, B, N, D = rows.shape
     mixed = gate.new_zeros(B, N, D)
     norms = gate.new_empty(L, B, N, 1)
@@ -93,7 +93,7 @@ def _(rows: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
 def _mix_backward(
     grad: Tensor, rows: Tensor, gate: Tensor, norms: Tensor, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the gate (L,) and, where ``wanted``, of the rows (else an empty tensor)."""
+    """Returns gradients of the gate (L,) and, if ``wanted``, of the rows (else an empty tensor)."""
     to_gate = torch.zeros_like(gate)
     to_rows = torch.empty_like(rows) if wanted else rows.new_empty(0)
     with torch.autocast(rows.device.type, enabled=False):  # as in the forward

@@ -3,8 +3,9 @@
     logits = W_2 dropout(GELU(W_1 LN(o_L) + b_1)) + b_2
 
 on the last block's class token, or the mean patch of an encoder without one. The paper says no more
-than "one hidden layer on the class token"; GELU, the LayerNorm and the place of dropout are ours,
-and so is frame level: the mean over frequency of the last block's patches, as in ``linear``.
+than "one hidden layer on the class token"; GELU, the LayerNorm and the position of dropout are our
+choice, and so is frame level: the mean over frequency of the last block's patches, as in
+``linear``.
 
 Parameters at D = 768, C = 527, L = 12 (hidden 768): 997,391.
 """
@@ -20,8 +21,8 @@ from bat.types import Features, Needs
 
 
 class MLP(Probe):
-    """``hidden``: width of the hidden layer, None the encoder's; ``norm``: LayerNorm (eps 1e-6)
-    first; ``dropout``: rate before the output layer."""
+    """MLP probe. ``hidden``: width of the hidden layer, None: the encoder's; ``norm``: LayerNorm
+    (eps 1e-6) first; ``dropout``: rate before the output layer."""
 
     def __init__(
         self,

@@ -1,17 +1,17 @@
 """``proto``: prototypes that belong to classes, with an orthogonality loss (arXiv 2509.24901).
 
-J prototypes p_cj a class (20), ``s_cj = max over patches of n(z) . n(p_cj)`` on the last block, at
-frame level the maximum over frequency. A class sees its own similarities only, with weights that
-are not negative, so that a logit is evidence for its class and nothing else:
+J prototypes p_cj per class (20), ``s_cj = max over patches of n(z) . n(p_cj)`` on the last block,
+at frame level the maximum over frequency. A class depends on its own similarities only, with
+weights that are not negative, so that a logit is evidence for its class only:
 
     logit_c = sum_j softplus(v_cj) s_cj + b_c
     loss    = loss(logits) + w mean over c of ||P_c P_c^T - I||_F^2,   P_c the (J, D) of n(p_cj)
 
-The paper names the parts and leaves open how weights are kept from being negative, how the loss is
-summed, and the start. Ours: softplus, which a weight can leave again, where a clamped one stops
-learning at 0 for good; the mean over classes, so that w = 1 means the same for 2 classes as for
-527; weights start at 1, prototypes at 0.02 N(0, 1), biases at -2 (most classes are absent from a
-clip). Neither prototypes nor weights decay: decay would pull the weights to softplus(0) = 0.69.
+The paper names the parts and leaves open how weights are kept non-negative, how the loss is summed,
+and the initial values. Our choices: softplus, since a weight clamped at 0 would never learn again;
+the mean over classes, so that w = 1 means the same for 2 classes as for 527; weights start at 1,
+prototypes at 0.02 N(0, 1), biases at -2 (most classes are absent from a clip). Neither prototypes
+nor weights decay: decay would pull the weights to softplus(0) = 0.69.
 Dropout, a head setting, acts on the similarities.
 
 Parameters at D = 768, C = 527, L = 12 (J = 20): 8,105,787.
@@ -31,12 +31,13 @@ from bat.probes.protobin import best_match
 from bat.types import Features, Needs
 
 PER_CLASS = 20
-"""J where it is not given."""
+"""Default of J."""
 BIAS = -2.0
 
 
 class Proto(Probe):
-    """``per_class``: J, None 20; ``orthogonality``: w; ``dropout``: rate before the weights."""
+    """Class prototypes. ``per_class``: J, None: 20; ``orthogonality``: w; ``dropout``: rate before
+    the weights."""
 
     has_prototypes = True
 
@@ -62,7 +63,7 @@ class Proto(Probe):
 
     @property
     def class_weights(self) -> Tensor:
-        """(C, J), positive."""
+        """Returns the weights (C, J), positive."""
         return F.softplus(self.raw_weights)
 
     def forward(self, features: Features) -> Tensor:
@@ -71,7 +72,10 @@ class Proto(Probe):
         return (own * self.class_weights).sum(-1) + self.bias  # (B, C) or (B, T, C)
 
     def penalty(self) -> Tensor:
-        """Mean over classes of ``||P_c P_c^T - I||_F^2``, a scalar; float32 also under autocast."""
+        """Returns the mean over classes of ``||P_c P_c^T - I||_F^2``, a scalar.
+
+        Computed in float32, also under autocast.
+        """
         with torch.autocast(self.prototypes.device.type, enabled=False):
             P = F.normalize(self.prototypes, dim=-1).view(*self.raw_weights.shape, -1)  # (C, J, D)
             excess = P @ P.transpose(1, 2) - torch.eye(P.shape[1], device=P.device)

@@ -3,9 +3,9 @@
 Features of ``protobin`` are ``max over patches of n(z) . n(sign(p_k))`` with ``sign(0) = +1`` and
 ``n`` the division by the L2 norm, at frame level the maximum over frequency; then dropout and a
 linear layer K -> C. The gradient is computed for the +-1 matrix, through its normalisation, and
-handed to the real-valued prototypes unchanged (straight through; golden README section 6).
+passed to the real-valued prototypes unchanged (straight through; golden README section 6).
 ``protofloat`` is the same without the sign: ``n(z) . n(p_k)``. Prototypes do not decay and start at
-0.02 N(0, 1). K is given in total (BAT: 10,000), or as J a class (*Unmute*: 20): then K = J C; the
+0.02 N(0, 1). K is given in total (BAT: 10,000), or as J per class (*Unmute*: 20): then K = J C; the
 linear layer is dense either way.
 
 Parameters at D = 768, C = 527, L = 12 (K = 10,000): ``protobin`` 12,950,527; ``protofloat``
@@ -27,9 +27,7 @@ from bat.types import Features, Needs
 
 class ProtoBin(Probe):
     """Binary prototypes. ``per_class``: J, K = J C; None: K = ``prototypes``. ``dropout``: rate
-    before the linear layer.
-
-    """
+    before the linear layer."""
 
     has_prototypes = True
     signs: ClassVar[bool] = True
@@ -72,8 +70,10 @@ class ProtoFloat(ProtoBin):
 
 
 def best_match(features: Features, prototypes: Tensor, *, level: Level, signs: bool) -> Tensor:
-    """Highest cosine of the last block's patches to each prototype (K, D), or to its signs: (B, K)
-    at clip level, over frequency (B, T, K) at frame level; float32."""
+    """Returns the highest cosine of the last block's patches to each prototype or to its signs.
+
+    Prototypes (K, D) -> (B, K) at clip level, over frequency (B, T, K) at frame level; float32.
+    """
     last = features.patches[-1:]  # (1, B, T, F, D)
     tokens = mix_normalised(last, last.new_ones(1))  # (B, T, F, D)
     if level == "clip":

@@ -1,4 +1,4 @@
-"""``simpool``: patches weighted by their likeness to the mean patch (arXiv 2509.24901).
+"""``simpool``: patches weighted by their similarity to the mean patch (arXiv 2509.24901).
 
     X = LN(Z),   q = mean token of X,   x = softmax(q X^T / sqrt(D)) X,   logits = W x + b
 
@@ -16,7 +16,7 @@ from bat.probes.base import Level, Probe
 
 
 class SimPool(Attentive):
-    """``dropout``: rate before the output layer."""
+    """SimPool probe. ``dropout``: rate before the output layer."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """``vqt``, visual query tuning: learned tokens that read every block (docs/method.md 4).
 
-q = 10 queries a block join its input as queries only: they attend to the tokens and pass through
-the block, no token attends to them, and what becomes of them, h_l (q D), is collected.
+q = 10 queries per block join its input as queries only: they attend to the tokens and pass through
+the block, no token attends to them, and their outputs, h_l (q D), are collected.
 
     x = [n(o_L), n(h_1), ..., n(h_L)],   logits = W dropout(LN(x)) + b,   n(x) = x / ||x||_2
 
@@ -9,7 +9,8 @@ Without a class token o_L is the mean patch. A clip of several chunks has the me
 h_l. Queries start uniform in +-sqrt(6 / (3 * 256 + D)) (256 = 16 * 16 values of a patch) and do not
 decay. Dropout is applied; the reference ignores it here (docs/method.md 8).
 
-The probe is handed the encoder and does not own it: no parameter of it is trained, saved or moved.
+The probe refers to the encoder but does not contain it: none of the encoder's parameters is
+trained, saved or moved with the probe.
 
 Parameters at D = 768, C = 527, L = 12 (q = 10): 49,251,599.
 """
@@ -35,13 +36,13 @@ class Queried(Protocol):
     has_queries: ClassVar[bool]
 
     def query_blocks(self, queries: Tensor, features: Features) -> Tensor:
-        """(L, q, D) and features with ``entry`` -> (L, B, q, D)."""
+        """Passes queries (L, q, D) through the blocks; needs ``features.entry``. (L, B, q, D)."""
 
 
 class VQT(Probe):
-    """``encoder``: the frozen encoder that the features are of. ``queries``: q; ``vqt_norm``:
-    LayerNorm (eps 1e-6) over all features, None: as ``norm``; ``dropout``: rate before the output
-    layer.
+    """Visual query tuning. ``encoder``: the frozen encoder of the features. ``queries``: q;
+    ``vqt_norm``: LayerNorm (eps 1e-6) over all features, None: as ``norm``; ``dropout``: rate
+    before the output layer.
 
     Raises ``UserError`` without an encoder, or with one whose blocks cannot be queried.
     """
@@ -87,8 +88,7 @@ class VQT(Probe):
         return few_rows(self.fc, self.dropout(self.norm(torch.cat(parts, dim=-1))))  # (B, C)
 
     def read(self, features: Features) -> list[Tensor]:
-        """The last class token (B, D), then of each block what its queries became (B, q D);
-        float32."""
+        """Returns the last class token (B, D) and each block's query outputs (B, q D), float32."""
         cls = one_vector(features, has_cls=self.has_cls, level=self.level, all_blocks=False)[0]
         became = self._held.encoder.query_blocks(self.queries, features)  # (L, B, q, D)
         return [cls, *became.float().flatten(2)]
@@ -102,7 +102,7 @@ class VQT(Probe):
 
 
 class _Held:
-    """Keeps an encoder out of its probe's parameters, and out of the probe's copies."""
+    """Holder that keeps an encoder out of its probe's parameters and copies."""
 
     def __init__(self, encoder: Queried) -> None:
         self.encoder = encoder
