@@ -217,8 +217,7 @@ def _blend(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _bands(batch: int, repeats: int, size: int, width: int, generator: torch.Generator) -> Tensor:
-    """Returns which of ``size`` places lie in one of ``repeats`` random bands: (batch, size)
-    bool."""
+    """Returns which of ``size`` places lie in ``repeats`` random bands: (batch, size) bool."""
     draws = _uniform(2, batch, repeats, 1, generator=generator)
     widths = draws[0] * min(width, size)  # (B, repeats, 1)
     starts = (draws[1] * (size - widths)).long()

@@ -150,7 +150,7 @@ class FrontEnd(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def _transform(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Transforms (B, S) to all frames (B, T, F), and a mask of each clip's own frames (B, T, 1)
+        """Transforms (B, S) to all frames (B, T, F), and a mask of the valid ones (B, T, 1)
         bool."""
 
     @abc.abstractmethod

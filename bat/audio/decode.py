@@ -164,8 +164,7 @@ def decode_into(
 
 
 def write_rolled(row: np.ndarray, wave: np.ndarray, roll: int) -> None:
-    """Computes ``row[:n] = np.roll(wave, roll)`` for a ``wave`` (n,), without an intermediate
-    copy."""
+    """Computes ``row[:n] = np.roll(wave, roll)`` for a ``wave`` (n,), without a copy between."""
     n = len(wave)
     row[roll:n] = wave[: n - roll]
     row[:roll] = wave[n - roll :]

@@ -82,7 +82,7 @@ def stamp_ogg(data: bytes, serial: int) -> bytes:
 
 
 def _ogg_crc(page: bytes | bytearray) -> int:
-    """Computes the CRC-32 of RFC 3533: zlib's polynomial, most significant bit first, no
-    inversions."""
+    """Computes the CRC-32 of RFC 3533: zlib's polynomial, most significant bit first, not
+    inverted."""
     mirrored = zlib.crc32(page.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{mirrored:032b}"[::-1], 2)

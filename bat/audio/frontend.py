@@ -215,7 +215,7 @@ class KaldiFbank(FrontEnd):
 
 
 def _power(spectrum: Tensor) -> Tensor:
-    """Computes the squared magnitude without ``abs()``: no root to differentiate, and no sum over
+    """Computes the squared magnitude without ``abs()``: no root to differentiate, no sum over
     two."""
     return spectrum.real.square() + spectrum.imag.square()
 

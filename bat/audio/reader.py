@@ -270,8 +270,7 @@ def channel_mean(block: np.ndarray) -> np.ndarray:
 
 
 def blocks(file: Reader, start: int, frames: int) -> Iterator[np.ndarray]:
-    """Yields (<= BLOCK_SAMPLES / channels, channels) float32, until ``frames`` or the file's
-    end."""
+    """Yields (<= BLOCK_SAMPLES / channels, channels) float32, until ``frames`` or the end."""
     try:
         if start:
             file.seek(start)
@@ -339,6 +338,5 @@ def check_samples(wave: np.ndarray, subtype: str = "") -> None:
 
 
 def reason(error: Exception) -> str:
-    """Returns libsndfile's own words, without the BytesIO's address that soundfile puts before
-    them."""
+    """Returns libsndfile's own words, without the BytesIO's address that soundfile adds."""
     return getattr(error, "error_string", "") or str(error)

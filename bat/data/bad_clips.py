@@ -72,8 +72,7 @@ class BadClips:
             self._recent_bad -= old_bad
 
     def _list(self, file: Path, clips: list[Skipped]) -> None:
-        """Add those of ``clips`` that ``file`` does not list yet; a truncated last line is
-        repaired."""
+        """Add those of ``clips`` that ``file`` does not list yet; repairs a truncated last line."""
         if self._listed is None:
             self._listed = set()
             text = file.read_text("utf-8", "replace") if file.is_file() else ""

@@ -194,8 +194,7 @@ class StreamData(LightningDataModule):
         return batch.to(device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state for a checkpoint: the identity of the stream (Lightning keeps the
-        position)."""
+        """Returns the identity of the stream for a checkpoint (Lightning keeps the position)."""
         return {
             "clips_a_micro_batch": self._size,
             "stream": self._stream(),
@@ -203,8 +202,7 @@ class StreamData(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume where the checkpoint was written; raises UserError if its stream is another
-        one."""
+        """Resume where the checkpoint was written; UserError if its stream is another one."""
         before = state_dict["stream"]
         for name, now in self._stream().items():
             then = before.get(name, "nothing of it")

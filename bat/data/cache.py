@@ -49,8 +49,7 @@ class ShardCache:
         self._failed: dict[str, tuple[float, str]] = {}
 
     def room(self) -> int:
-        """Returns the bytes that the disk lets the cache hold now: its present content plus free
-        space."""
+        """Returns the bytes that the disk lets the cache hold now: its content plus free space."""
         return sum(size for _, size, _ in self._files(".tar")) + self._free()
 
     def _free(self) -> int:
@@ -128,8 +127,7 @@ class ShardCache:
         return fd
 
     def _files(self, suffix: str) -> list[tuple[float, int, Path]]:
-        """Returns (time of last use, bytes on the disk, path) of each file, least recently used
-        first."""
+        """Returns (time of last use, bytes on disk, path) of each file, oldest use first."""
         found = []
         for path in self.folder.glob(f"*{suffix}"):
             with contextlib.suppress(FileNotFoundError):
@@ -138,8 +136,7 @@ class ShardCache:
         return sorted(found)
 
     def _make_room(self, part: Path, size: int) -> None:
-        """Delete the least recently used shards until ``size`` bytes fit; waits for fetches under
-        way."""
+        """Delete the least recently used shards until ``size`` bytes fit; waits for fetches."""
         if size > self.max_bytes:
             raise OSError(errno.EFBIG, f"{size} bytes do not fit in a cache of {self.max_bytes}")
         while True:
@@ -161,7 +158,7 @@ class ShardCache:
             time.sleep(POLL_SECONDS)
 
     def _busy(self, part: Path) -> tuple[int, int]:
-        """Returns the bytes reserved for other fetches and those still to come; removes abandoned
+        """Returns the bytes reserved for other fetches and those to come; removes abandoned
         ones."""
         whole = coming = 0
         for _, size, path in self._files(".part"):

@@ -186,8 +186,7 @@ class FileIndex(Index):
 
 
 def _offset_of(row: Row) -> int:
-    """Returns the offset of the clip in its file: 0 for a whole file; a negative number for a
-    cell."""
+    """Returns the offset of the clip in its file: 0 for a whole file; negative for a cell."""
     if row.cell is not None:
         group, number = row.cell
         return -1 - (group << 32 | number)

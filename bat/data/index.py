@@ -146,8 +146,7 @@ class Index:
         return hot
 
     def clips_in_fold(self, fold: int) -> np.ndarray:
-        """Returns the ids of the clips of ``fold``, ascending; raises UserError if there are
-        none."""
+        """Returns the ids of the clips of ``fold``, ascending; UserError if there are none."""
         if fold not in self.folds:
             raise UserError(f"no clip has fold {fold}: folds are {self.folds or 'not given'}")
         return np.flatnonzero(self.fold == fold)

@@ -217,8 +217,7 @@ class Loader(DataLoader[WaveBatch]):
 
 
 def _plain(error: Exception) -> Exception:
-    """Returns ``error`` as it was raised: torch puts a worker's traceback before a
-    ``UserError``."""
+    """Returns ``error`` as it was raised: torch puts a traceback before a ``UserError``."""
     if isinstance(error, UserError):
         return UserError(str(error).rpartition("\nbat.errors.UserError: ")[2].rstrip("\n"))
     return as_user_error(error)

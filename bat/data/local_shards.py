@@ -1,5 +1,4 @@
-"""Reads shards on this machine by ``pread``, and their tables, which are checked against
-manifests."""
+"""Reads shards on this machine by ``pread``, and their tables, checked against manifests."""
 
 from __future__ import annotations
 

@@ -137,8 +137,7 @@ class Manifest:
         write_atomic(folder / "manifest.json", data)
 
     def damage(self, folder: Path) -> str | None:
-        """Returns which shards are missing from ``folder`` or differ in size; None if there are
-        none."""
+        """Returns which shards ``folder`` lacks or has in another size; None if there are none."""
         for shard in self.shards:
             try:
                 size = (folder / shard.name).stat().st_size

@@ -28,8 +28,7 @@ ORDER, CROP, ROLL, STAND_IN, OFFSET, CHOICE, SHARDS, MIX = range(8)
 """Independent random streams of one seed."""
 
 MIX_BLOCK = 1000
-"""Block of positions within which a mixture's shares are exact; weights are rounded to a
-thousandth."""
+"""Positions within which a mixture's shares are exact; weights are rounded to a thousandth."""
 
 
 def philox(seed: int, number: int, purpose: int) -> np.random.Philox:
@@ -132,8 +131,8 @@ class Plan:
     def stand_ins(self, position: int) -> Iterator[int]:
         """Yields clips, without end, that may replace the one at ``position``.
 
-        They are from the same epoch and window, so clips of weight zero or from other shards never
-        occur.
+        They are from the same epoch and window, so clips of weight zero, or from shards outside the
+        window, never occur.
         """
         bits = philox(self.seed, position, STAND_IN)
         if self.weights is None and self.window is None and self.epoch_clips == len(self.ids):
@@ -147,8 +146,7 @@ class Plan:
             yield int(among[below(len(among), bits)])
 
     def identity(self) -> str:
-        """Returns what the order depends on besides seed and index; compared with that of a
-        checkpoint."""
+        """Returns what the order depends on besides seed and index, to compare with checkpoints."""
         chosen = hashlib.sha256(self.ids.tobytes()).hexdigest()[:8]
         text = f"{len(self.ids)} clips ({chosen})"
         if self.weights is not None:
@@ -191,8 +189,7 @@ class MixedPlan:
         return max(blocks) * MIX_BLOCK
 
     def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the data set of each position of ``block`` and the index of its clip:
-        (MIX_BLOCK,) each."""
+        """Returns data set and clip index for each position of ``block``: (MIX_BLOCK,) each."""
         bits = philox(self.seed, block, MIX).random_raw(MIX_BLOCK)
         which = np.repeat(np.arange(len(self.plans)), self.counts)[np.argsort(bits, kind="stable")]
         nth = np.empty(MIX_BLOCK, np.int64)

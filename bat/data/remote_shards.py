@@ -219,8 +219,7 @@ class RemoteShards:
             raise OSError(5, f"{shown(shard.url)} has another {said}: copy it there again")
 
     def pread(self, number: int, size: int, offset: int) -> bytes:
-        """Reads bytes of shard ``number``, fetching it if the cache lacks it; raises
-        ``OSError``."""
+        """Reads bytes of shard ``number``, fetching it if necessary; raises ``OSError``."""
         fd = self._open(self.shards[number])
         try:
             return os.pread(fd, size, offset)
@@ -228,8 +227,7 @@ class RemoteShards:
             os.close(fd)
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """Prefetch as ``Index.prefetch``. Uses half the cache if the set does not fit: the rest is
-        in use."""
+        """Prefetch as ``Index.prefetch``; at most half the cache if the set does not fit."""
         room = min(self.cache.max_bytes, self.cache.room())
         room //= 1 if room >= self.bytes else 2
         wanted = []

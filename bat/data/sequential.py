@@ -104,8 +104,7 @@ class SequentialClips(IterableDataset[Clip]):
         self._yielded = 0
 
     def take_skipped(self) -> list[Skipped]:
-        """Returns the clips skipped since the last call, in this process; ``position``: clips
-        before it."""
+        """Returns the clips skipped since the last call; ``position``: clips before it."""
         taken, self._skipped = self._skipped, []
         return taken
 
@@ -298,7 +297,7 @@ class Losses:
         self._told = 0
 
     def shard(self, clips: int, broke: Skipped | None) -> None:
-        """Record that a shard gave ``clips`` and ended, or that it ``broke`` off (reported once
+        """Record that a shard gave ``clips`` and ended, or ``broke`` off (reported once
         already)."""
         self._latest.append((clips, broke))
         if broke is None:

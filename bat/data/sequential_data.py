@@ -33,8 +33,7 @@ TOO_MANY_IN_A_ROW = 1000
 
 
 class WatchedClips(SequentialClips):
-    """``SequentialClips`` that record in a heartbeat the shard from which they read the next
-    clip."""
+    """``SequentialClips`` that record in a heartbeat the shard they read the next clip from."""
 
     heartbeat: Heartbeat
 

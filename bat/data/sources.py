@@ -203,8 +203,7 @@ def _one_kind(folder: str, shards: list[Shard]) -> list[Shard]:
 
 
 def _checked(url: str) -> str:
-    """Returns ``url`` with its protocol in lower case; raises ``UserError`` if it is not
-    allowed."""
+    """Returns ``url`` with its protocol in lower case; ``UserError`` if it is not allowed."""
     protocol, rest = url.split(":", 1)
     protocol = protocol.lower()
     why = "chained URLs may run anything" if "::" in url else REFUSED.get(protocol)

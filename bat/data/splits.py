@@ -42,8 +42,7 @@ class Choice(NamedTuple):
 
 
 def split_of(meta: dict[str, Any], shard: Shard) -> str:
-    """Returns the split of a clip: that of its JSON, else that of its shard; empty where there is
-    none."""
+    """Returns the split of a clip: that of its JSON, else of its shard; empty if there is none."""
     split = meta.get("split")
     return one_line(split) if isinstance(split, str) and split else shard.split
 

@@ -179,8 +179,7 @@ class ClipDataset(Dataset[WaveBatch]):
         return clip_samples(self.clip_seconds, self.sample_rate)
 
     def batch(self, items: Sequence[Item]) -> WaveBatch:
-        """Returns the clips of ``items``; those that are unreadable and have no stand-in are left
-        out."""
+        """Returns the clips of ``items``; unreadable ones without a stand-in are left out."""
         rows = BatchRows(len(items), self.clip_samples)
         skipped: list[Skipped] = []
         kept: list[Item] = []
@@ -269,8 +268,7 @@ class ClipDataset(Dataset[WaveBatch]):
         return offset, len(wave)
 
     def _segment(self, clip: int, position: int, encoded: Clip) -> tuple[float, int]:
-        """Returns the start of the segment in seconds, and the number of source frames it leaves
-        out."""
+        """Returns the start of the segment in seconds, and the source frames it leaves out."""
         frames, rate = int(self.index.frames[clip]), int(self.index.rate[clip])
         if self.crop == "start":
             return 0.0, 0
@@ -284,8 +282,7 @@ class ClipDataset(Dataset[WaveBatch]):
 
 
 def frames_left_out(frames: int, rate: int, clip_seconds: float) -> int:
-    """Returns the source frames of a clip that a segment of ``clip_seconds`` lacks; 0: it is read
-    whole."""
+    """Returns the source frames of a clip that a segment lacks; 0: it is read whole."""
     wanted = math.ceil(clip_seconds * rate - 1e-6)  # as many as decode reads
     extra = frames - wanted
     return extra if extra > CROP_SLACK * wanted else 0

@@ -70,8 +70,7 @@ class ShardTable:
     mtime_ns: int = 0
     """Modification time of the tar when the table was made."""
     events: dict[str, list[Any]] = field(default_factory=dict)
-    """Events by key, of the clips whose JSON has some: ``[[onset_seconds, offset_seconds,
-    [name]]]``."""
+    """Events by key, of the clips that have some: ``[[onset_seconds, offset_seconds, [name]]]``."""
     texts: dict[str, str] = field(default_factory=dict)
     """Transcripts by key."""
 

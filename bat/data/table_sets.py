@@ -93,8 +93,7 @@ def _digest(stamp: Sequence[object]) -> str:
 
 
 MAX_CLASSES = 100_000
-"""Greatest number of classes; a row of targets has one entry for each, for every clip of a
-batch."""
+"""Greatest number of classes; the targets of each clip of a batch have one entry for each."""
 
 
 def joint_vocabulary(tables: Sequence[ShardTable], given: Sequence[list[str]]) -> list[str]:

@@ -174,8 +174,7 @@ def temporary(path: Path) -> Path:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace ``path`` by a file of ``data`` atomically: readers see the old file or the new
-    one."""
+    """Replace ``path`` by a file of ``data`` atomically: readers see the old or the new one."""
     temp = temporary(path)
     try:
         with temp.open("wb") as file:

@@ -20,8 +20,7 @@ KINDS = ("tone", "chirp", "noise", "clicks", "mixture")
 
 
 def toy_wave(kind: str, *, seed: int, number: int, seconds: float) -> np.ndarray:
-    """Returns a sound of ``kind``, its pitch, rate and timing drawn from (seed, number): (S,)
-    float32."""
+    """Returns a sound of ``kind``; pitch, rate, timing drawn from (seed, number): (S,) float32."""
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
     samples = round(seconds * SAMPLE_RATE)
     t = np.arange(samples) / SAMPLE_RATE  # (S,) seconds

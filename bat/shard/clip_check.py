@@ -109,8 +109,7 @@ def label_faults(
 
 
 def missing_end(data: bytes) -> str | None:
-    """Returns why the file must be truncated, from its container alone; None if nothing shows
-    it."""
+    """Returns why the file must be truncated, from its container; None if nothing shows it."""
     if data[:4] == b"RIFF":
         claimed = int.from_bytes(data[4:8], "little") + 8
         streamed = claimed >= 0x7FFFF000  # a program that wrote to a pipe does not know its length

@@ -184,8 +184,7 @@ def _place(row: np.ndarray) -> tuple[int, int]:
 
 
 def _leak(one: _Named, other: _Named) -> str:
-    """Returns a remark if two clips lie in different splits or folds (test data would be trained
-    on)."""
+    """Returns a remark if two clips lie in different splits or folds (a leak of test data)."""
     if one.split != other.split:
         return f" (leak: splits {other.split or 'none'} and {one.split or 'none'})"
     return f" (leak: folds {other.fold} and {one.fold})" if one.fold != other.fold else ""

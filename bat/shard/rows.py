@@ -125,8 +125,8 @@ def detect(source: Path) -> str:
 
 
 def _held(root: Path) -> set[str]:
-    """Returns where ``root`` holds ``tar`` and ``parquet`` files: in it (``tar``), below it
-    (``*/tar``, ...)."""
+    """Returns where ``tar`` and ``parquet`` files lie: in ``root`` (``tar``), below (``*/tar``,
+    ...)."""
     found = set()
     for place, names, files in os.walk(root, followlinks=True):  # two levels: links cannot loop
         depth = len(Path(place).relative_to(root).parts)

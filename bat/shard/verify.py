@@ -201,8 +201,7 @@ class _Checker:
             self._hold(tar, checked.table, entry)
 
     def _hold(self, tar: Path, table: ShardTable, entry: ShardInfo | None) -> None:
-        """Compare the table beside the tar, and the manifest's number of clips, with the tar
-        itself."""
+        """Compare the table beside the tar, and the manifest's number of clips, with the tar."""
         if entry is not None and entry.clips != len(table.clips):
             self._shard(tar, f"{len(table.clips)} clips, the manifest says {entry.clips}")
         places = table_places(tar, self.index_dir)

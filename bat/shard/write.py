@@ -108,8 +108,7 @@ def write_shards(
 
 
 def _complete(out: Path, source: str, mend: bool) -> Manifest | None:
-    """Returns the manifest of ``out`` if it holds this set; None also if the set is to be
-    repaired."""
+    """Returns the manifest of ``out`` if it holds this set; None also if it is to be repaired."""
     done = Manifest.load(out)
     damage = None if done is None or done.source != source else done.damage(out)
     if damage is not None and not mend:

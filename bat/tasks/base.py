@@ -334,8 +334,7 @@ def other_form(path: str | Path) -> str:
 
 
 def whole_number(value: str, *, column: str, path: Path) -> int:
-    """Converts ``value`` of a CSV to an int; raises a UserError that names the file and the
-    column."""
+    """Converts ``value`` to an int; raises a UserError that names the file and the column."""
     try:
         return int(value)
     except ValueError:

@@ -24,8 +24,7 @@ MAX_LINE = 1 << 16
 
 
 def manifests(source: Path) -> list[Path]:
-    """Returns the ``.tsv`` files of a folder that are manifests, or the one given; empty if
-    none."""
+    """Returns the ``.tsv`` files of a folder that are manifests, or the one given; may be empty."""
     tables = sorted(source.glob("*.tsv")) if source.is_dir() else [source]
     return [t for t in tables if t.suffix.lower() == ".tsv" and t.is_file() and _is_manifest(t)]
 

@@ -24,8 +24,7 @@ class Event(NamedTuple):
     """Line of the CSV that it is from; 0: none."""
 
     def within(self, start_seconds: float, seconds: float) -> Event | None:
-        """Returns its part in the piece of ``seconds`` from ``start_seconds`` on, in the piece's
-        time."""
+        """Returns its part in the piece of ``seconds`` from ``start_seconds``, in that time."""
         onset = max(self.onset_seconds - start_seconds, 0.0)
         offset = min(self.offset_seconds - start_seconds, seconds)
         if offset <= onset:
@@ -54,8 +53,7 @@ class Detection(NamedTuple):
 
 
 def digest(events: Events) -> str:
-    """Returns a hash over keys, times and labels, on which the targets made of ``events``
-    depend."""
+    """Returns a hash over keys, times and labels, on which targets of ``events`` depend."""
     said = [[key, [event[:3] for event in found]] for key, found in sorted(events.items())]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 

@@ -45,8 +45,7 @@ SPLITS = {
 
 
 def split_of(folder: str) -> str:
-    """Returns the split whose clips lie in ``folder``: ``Training`` -> ``train``; others
-    unchanged."""
+    """Returns the split of the clips in ``folder``: ``Training`` -> ``train``; others unchanged."""
     return SPLITS.get(folder.lower(), one_line(folder))
 
 

@@ -119,8 +119,7 @@ def doubts(names: Sequence[str]) -> list[str]:
 
 
 def _alike(name: str) -> str:
-    """Returns the same for names that differ in case, blanks, Unicode form, or as ``1`` and
-    ``01``."""
+    """Returns the same for names that differ in case, blanks, Unicode form, or as ``1``, ``01``."""
     if re.fullmatch(r"[+-]?\d{1,15}(\.\d{1,15})?", name, re.ASCII):
         return str(float(name))
     return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", name).casefold()).strip()
@@ -326,8 +325,7 @@ def _ontology(path: Path, entries: object) -> Labels:
 
 
 def _csv(path: Path, lines: Sequence[Sequence[str]]) -> Labels:
-    """Reads a number and a name a line, and a mid in all lines or in none; the header is
-    optional."""
+    """Reads a number and a name a line, and a mid in all lines or none; the header is optional."""
     entries: list[tuple[int, str, str]] = []
     for number, line in enumerate(lines):
         cells = [cell for cell in line if cell]

@@ -170,8 +170,7 @@ class _File:
 
 
 def _by_human_labels(found: list[tuple[Row, list[str], list[str]]]) -> list[Row] | None:
-    """Returns rows whose mids are named by ``human_labels``; None if they do not match one to
-    one."""
+    """Returns rows with mids named by ``human_labels``; None if these do not match one to one."""
     names: dict[str, str] = {}
     for row, _, human in found:
         if len(row.labels) != len(human):
