@@ -104,7 +104,7 @@ class SequentialClips(IterableDataset[Clip]):
         self._yielded = 0
 
     def take_skipped(self) -> list[Skipped]:
-        """Returns the clips skipped since the last call; ``position``: clips before it."""
+        """Returns this process's skipped clips since the last call; ``position``: clips before."""
         taken, self._skipped = self._skipped, []
         return taken
 

@@ -8,7 +8,7 @@ path               of the audio file, relative to the CSV, or absolute
 label, or labels   one, unchanged; or several, separated by ``;``, or by ``,`` where the
                    column has no ``;``; either may be a list (``['dog', 'cat']``). Mids become
                    names where a label file lies beside the CSV. Or, without such a column, columns
-                   of 0 and 1, a class each. If several are possible, a clip may have none
+                   of 0 and 1, a class each. If several are possible a clip may have none
 fold, or split     optional: whole numbers; or train, test and valid (or synonyms of ``SPLITS``)
 text               optional: the transcript, unchanged; a column of labels is then not needed
 onset, offset      optional: seconds; then a line is an event, and a clip has any number of them.
