@@ -227,7 +227,7 @@ class RemoteShards:
             os.close(fd)
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """Prefetch as ``Index.prefetch``; half the cache (the rest is in use) if the set is larger."""
+        """Prefetch as ``Index.prefetch``; half the cache (the rest is in use) for larger sets."""
         room = min(self.cache.max_bytes, self.cache.room())
         room //= 1 if room >= self.bytes else 2
         wanted = []
