@@ -1,11 +1,11 @@
-"""Augmentation of whole batches on the device (docs/method.md 5): mixup, SpecAugment, colour noise,
-time roll, roll of waves.
+"""Augments whole batches on the device (docs/method.md 5).
 
-Every random number comes from the ``torch.Generator`` that is handed in, drawn on the generator's
-own device: give it one on the GPU and nothing leaves it, or a CPU one for draws that are the same
-on every machine. Each clip draws for itself, but for ``time_roll``; there is no loop over clips and
-no host synchronisation. What is random and what is computed are kept apart: ``mix`` and
-``add_noise`` are the deterministic cores that the golden vectors hold.
+Mixup, SpecAugment, colour noise, time roll, roll of waves. Every random number is drawn from the
+given ``torch.Generator``, on the generator's own device: with one on the GPU no data leave it, with
+a CPU one the draws are the same on every machine. Each clip has its own draws, except in
+``time_roll``; there is no loop over clips and no host synchronisation. Random draws and
+computation are separate: ``mix`` and ``add_noise`` are the deterministic parts, which the golden
+vectors cover.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ def mixup(
 ) -> tuple[Tensor, Tensor]:
     """Mix each clip, with probability ``p``, with its counterpart in the reversed batch.
 
-    The share of the counterpart is drawn from Beta(alpha, alpha), for each clip its own; an odd
-    batch's middle clip is its own counterpart and stays.
+    The share of the counterpart is drawn from Beta(alpha, alpha), separately for each clip; an odd
+    batch's middle clip is its own counterpart and stays unchanged.
 
     Args:
         x: (B, ...) inputs; the recipes mix spectrograms, after the front end.
         y: (B, C) targets in [0, 1].
 
     Returns:
-        mixed inputs and targets, shaped as they came.
+        Mixed inputs and targets, of the same shapes.
     """
     _check_probability(p)
     if not alpha > 0:
@@ -43,7 +43,7 @@ def mixup(
 
 
 def mix(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``(1 - w) x + w reversed(x)``, the targets alike, clamped to [0, 1].
+    """Returns ``(1 - w) x + w reversed(x)``, and the same for the targets, clamped to [0, 1].
 
     Args:
         x: (B, ...). y: (B, C). weight: (B,) in [0, 1], the share of the reversed batch.
@@ -62,7 +62,7 @@ def spec_augment(
     time_width: int,
     repeats: int = 1,
 ) -> Tensor:
-    """Set random bands of mels and of frames to zero, ``repeats`` of each, each clip its own.
+    """Set random bands of mels and frames to zero, ``repeats`` of each, for each clip separately.
 
     Widths are uniform in [0, width) and starts uniform over the places left, both rounded down, as
     torchaudio's ``mask_along_axis_iid``. A width beyond the axis counts as the whole axis; 0
@@ -99,7 +99,7 @@ def time_roll(
 
     Args:
         spectrogram: (B, 1, T, F).
-        frames: (B,) each clip's own frames, what lies beyond stays; None: all T.
+        frames: (B,) each clip's own frames, later frames are unchanged; None: all T.
 
     Returns:
         (B, 1, T, F), a new tensor.
@@ -170,7 +170,7 @@ def add_noise(
         lengths = lengths.to(waves.device)
         noise = noise.masked_fill(~_inside(samples, lengths), 0.0)
         valid = lengths[:, None].to(waves.dtype)
-    with torch.no_grad():  # the scale is a constant to gradients: at silence its root has none
+    with torch.no_grad():  # the scale is a constant: at silence its root has no gradient
         noise_power = noise.square().sum(1, keepdim=True) / valid
         wave_power = waves.square().sum(1, keepdim=True) / valid
         wanted = wave_power / 10.0 ** (snr_db.to(waves.dtype)[:, None] / 10.0)
@@ -191,7 +191,7 @@ def roll(
         waves: (B, S).
         generator: draws each shift uniformly in [0, length); or
         shifts: (B,) integer, samples, any sign. Exactly one of the two.
-        lengths: (B,) valid samples of each row: what lies beyond stays; None: all S.
+        lengths: (B,) valid samples of each row: later samples are unchanged; None: all S.
 
     Returns:
         (B, S).
@@ -217,7 +217,7 @@ def _blend(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _bands(batch: int, repeats: int, size: int, width: int, generator: torch.Generator) -> Tensor:
-    """Which of ``size`` places lie in one of ``repeats`` random bands: (batch, size) bool."""
+    """Returns which of ``size`` places lie in ``repeats`` random bands: (batch, size) bool."""
     draws = _uniform(2, batch, repeats, 1, generator=generator)
     widths = draws[0] * min(width, size)  # (B, repeats, 1)
     starts = (draws[1] * (size - widths)).long()

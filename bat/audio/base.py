@@ -1,6 +1,6 @@
-"""What every front end does the same way: check, crop, pad, mask, and stay in float32.
+"""Base class of the front ends: checks, crops, pads and masks in float32.
 
-``frontend`` says what the settings ``pad`` and ``crop`` mean and why.
+See ``frontend`` for the meaning of the settings ``pad`` and ``crop``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Crop = Literal["waveform", "spectrogram"]
 
 
 class FrontEnd(nn.Module, abc.ABC):
-    """What the two front ends share: the call, the cutting and padding, the float32 tables.
+    """Base of the two front ends: the call, cropping and padding, the float32 tables.
 
     Attributes:
         sample_rate: Hz the waveform must have.
@@ -76,14 +76,14 @@ class FrontEnd(nn.Module, abc.ABC):
         *,
         row_frames: Tensor | None = None,
     ) -> Tensor:
-        """The batch as spectrograms of ``frames`` frames.
+        """Returns the batch as spectrograms of ``frames`` frames.
 
         Args:
             waveform: (B, S) floating point in [-1, 1] at ``sample_rate``.
             frames: time frames of the result.
             lengths: (B,) integer, valid samples of each row (0 counts as 1); None: all S.
-            row_frames: (B,) integer, at most ``frames``: what each row would be given as ``frames``
-                by itself (``pad="waveform"`` pads to it); None: ``frames``.
+            row_frames: (B,) integer, at most ``frames``: the value of ``frames`` if each row were
+                computed alone (``pad="waveform"`` pads to it); None: ``frames``.
 
         Returns:
             (B, 1, frames, n_mels) float32, zero beyond each clip's valid frames.
@@ -125,7 +125,7 @@ class FrontEnd(nn.Module, abc.ABC):
     def valid_frames(self, lengths: Tensor) -> Tensor: ...
 
     def valid_frames(self, lengths: Tensor | int) -> Tensor | int:
-        """Frames that clips of ``lengths`` samples have, before any cropping or padding."""
+        """Returns the frames of clips of ``lengths`` samples, before any cropping or padding."""
         return self._count(lengths)
 
     @overload
@@ -135,8 +135,8 @@ class FrontEnd(nn.Module, abc.ABC):
     def padded_samples(self, lengths: Tensor) -> Tensor: ...
 
     def padded_samples(self, lengths: Tensor | int) -> Tensor | int:
-        """Samples of signal in clips of ``lengths`` samples once ``pad="clip"`` has padded them;
-        else ``lengths``."""
+        """Returns the signal samples of clips of ``lengths`` samples after ``pad="clip"`` has
+        padded them; else ``lengths``."""
         if isinstance(lengths, Tensor):
             return lengths.clamp(min=self.clip_samples)
         return max(lengths, self.clip_samples)
@@ -146,15 +146,16 @@ class FrontEnd(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def max_samples(self, frames: int) -> int:
-        """Samples beyond which a clip would have more than ``frames`` frames."""
+        """Returns the samples beyond which a clip would have more than ``frames`` frames."""
 
     @abc.abstractmethod
     def _transform(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S) -> all frames (B, T, F), and which of them are each clip's own (B, T, 1) bool."""
+        """Transforms (B, S) to all frames (B, T, F), and a mask of the valid ones (B, T, 1)
+        bool."""
 
     @abc.abstractmethod
     def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Window and filter bank, float32."""
+        """Returns window and filter bank, float32."""
 
     def _centre(self, x: Tensor, lengths: Tensor) -> Tensor:
         return x
@@ -196,5 +197,5 @@ def zero_beyond(x: Tensor, lengths: Tensor) -> Tensor:
 
 
 def extend(x: Tensor, lengths: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """Clips shorter than ``samples`` get zeros up to there, which count as theirs."""
+    """Pads clips shorter than ``samples`` with zeros up to there, which count as signal."""
     return F.pad(x, (0, max(0, samples - x.shape[1]))), lengths.clamp(min=samples)

@@ -1,7 +1,7 @@
-"""Encoded audio to float32 at the wanted rate (and back to bytes: ``encode.py``).
+"""Decodes encoded audio to float32 at the requested rate (encoding: ``encode.py``).
 
-Only the asked segment is read, by seeking, mixed to mono and resampled by soxr HQ (44.1k to 16k:
-90 dB of stop band). How files are opened, and what damage is noticed: ``reader.py``.
+Only the requested segment is read, by seeking, mixed to mono and resampled by soxr HQ (44.1k to
+16k: 90 dB of stop band). ``reader.py`` opens files and detects damage.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from bat.errors import UserError
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a file's header says."""
+    """Properties of a file from its header."""
 
     frames: int
     """Samples per channel at ``sample_rate``; counted by decoding where the header has none."""
     sample_rate: int
-    """Hz, of the file."""
+    """Sample rate of the file, Hz."""
     channels: int
     codec: str
     """``wav``, ``flac``, ``ogg`` (Vorbis), ``opus``, ``mp3``, ``aiff``, ..."""
@@ -69,20 +69,20 @@ def decode(
     expected_rate: int | None = None,
     min_seconds: float = 0.0,
 ) -> np.ndarray:
-    """The clip, or a segment of it, as mono float32.
+    """Decodes a clip, or a segment of it, to mono float32.
 
     Args:
-        data: the whole file as it lies in the shard, or where it is on disk.
+        data: the whole file as it lies in the shard, or its path.
         sample_rate: Hz of the result. Channels are mixed with equal weights, then resampled; a
             segment is resampled alone: its first and last millisecond differ from the whole clip's.
-        start_seconds: where the segment begins, to the nearest source frame.
-        max_seconds: length of the segment at most; None: to the end.
+        start_seconds: start of the segment, to the nearest source frame.
+        max_seconds: greatest length of the segment; None: to the end.
         max_decode_seconds: bound on what one call decodes; a file with more to read is refused.
-        max_file_seconds: longest file, whatever part of it is asked: by its header before anything
-            is decoded; where that gives no length, no further is read. ``inf``: no bound.
+        max_file_seconds: longest file, for any segment: checked by its header before anything is
+            decoded; if that gives no length, no more than this is read. ``inf``: no bound.
         expected_frames: source frames (``probe(...).frames``) that the index recorded.
         expected_rate: Hz of the source that the index recorded.
-        min_seconds: shortest clip (the whole of it, not the segment) that is of use.
+        min_seconds: shortest usable clip (the whole of it, not the segment).
 
     Returns:
         (S,) float32, contiguous, finite, ``1 <= S <= ceil(max_seconds * sample_rate)``.
@@ -115,17 +115,17 @@ def decode_into(
     expected_rate: int | None = None,
     min_seconds: float = 0.0,
 ) -> tuple[int, int]:
-    """As ``decode``, written into ``row`` (S,) float32, shifted circularly where it comes to lie.
+    """Decodes as ``decode`` into ``row`` (S,) float32, shifted circularly within its place.
 
     A mono file at ``sample_rate`` is decoded straight into the row: no wave is copied.
 
     Args:
-        place: the samples n of the wave (at most S) -> (offset, roll): where it begins in the row,
-            ``0 .. S - n``, and by how many samples it is shifted, ``0 .. n - 1``. Called once.
+        place: maps the samples n of the wave (at most S) to (offset, roll): its start in the row,
+            ``0 .. S - n``, and the samples by which it is shifted, ``0 .. n - 1``. Called once.
 
     Returns:
-        (offset, n). What the row holds outside ``[offset, offset + n)`` is not touched; after an
-        error it holds anything.
+        (offset, n). The row outside ``[offset, offset + n)`` is not changed; after an error its
+        content is undefined.
     """
     _check_arguments(sample_rate, start_seconds, max_seconds, max_decode_seconds)
     _check_bound(max_file_seconds)
@@ -164,7 +164,7 @@ def decode_into(
 
 
 def write_rolled(row: np.ndarray, wave: np.ndarray, roll: int) -> None:
-    """``row[:n] = np.roll(wave, roll)`` for a ``wave`` (n,), without the copy between."""
+    """Computes ``row[:n] = np.roll(wave, roll)`` for a ``wave`` (n,), without a copy between."""
     n = len(wave)
     row[roll:n] = wave[: n - roll]
     row[:roll] = wave[n - roll :]
@@ -182,7 +182,7 @@ def decode_channels(
     expected_rate: int | None = None,
     min_seconds: float = 0.0,
 ) -> np.ndarray:
-    """As ``decode``, channels kept: (S, channels) float32."""
+    """Decodes as ``decode``, with channels kept: (S, channels) float32."""
     _check_arguments(sample_rate, start_seconds, max_seconds, max_decode_seconds)
     _check_bound(max_file_seconds)
     with open_reader(data) as file:
@@ -193,11 +193,11 @@ def decode_channels(
 
 
 def probe(data: bytes | Path, *, max_file_seconds: float = MAX_FILE_SECONDS) -> AudioInfo:
-    """Length, rate, channels and codec of a file (its bytes or its path), from its header.
+    """Returns length, rate, channels and codec of a file (its bytes or its path), from its header.
 
     Args:
-        max_file_seconds: where the header gives no length, so much is decoded to count it at most.
-            A length that the header gives is told, however long.
+        max_file_seconds: if the header gives no length, at most this much is decoded to count it.
+            A length that the header gives is returned, however long.
 
     Raises:
         DecodeError: ``corrupt`` where the file is not audio; ``long`` beyond ``max_file_seconds``.
@@ -221,7 +221,7 @@ def probe(data: bytes | Path, *, max_file_seconds: float = MAX_FILE_SECONDS) -> 
 def _finish(
     wave: np.ndarray, rate: int, sample_rate: int, max_seconds: float | None, subtype: str
 ) -> np.ndarray:
-    """Checked, resampled, and not a sample longer than asked."""
+    """Checks and resamples ``wave``, and limits it to the requested number of samples."""
     check_samples(wave, subtype)
     if rate != sample_rate:
         wave = soxr.resample(wave, rate, sample_rate, quality="HQ")

@@ -1,7 +1,7 @@
-"""Float samples to the bytes of an audio file, the same bytes each time.
+"""Encodes float samples to the bytes of an audio file, reproducibly.
 
 libsndfile (soundfile) writes all four codecs. It stamps OGG pages with a random serial number, so
-``encode`` replaces it and mends the pages' checksums (RFC 3533): equal waves give equal bytes.
+``encode`` replaces it and corrects the pages' checksums (RFC 3533): equal waves give equal bytes.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 def encode(
     wave: np.ndarray, *, sample_rate: int, codec: Literal["flac", "wav", "ogg", "opus"]
 ) -> bytes:
-    """A wave as a file; the same wave gives the same bytes.
+    """Encodes a wave as a file; the same wave gives the same bytes.
 
-    ``flac`` and ``wav`` hold 16-bit PCM, clipped to [-1, 1): a wave on the grid k / 32768 comes
-    back bit for bit. ``ogg`` is Vorbis, ``opus`` is Opus in OGG, each at libsndfile's default
+    ``flac`` and ``wav`` hold 16-bit PCM, clipped to [-1, 1): a wave on the grid k / 32768 is
+    restored bit for bit. ``ogg`` is Vorbis, ``opus`` is Opus in OGG, each at libsndfile's default
     quality.
 
     Args:
         wave: (S,) or (S, channels) float, nominally in [-1, 1]; S >= 1.
-        sample_rate: Hz; Opus knows 8000, 12000, 16000, 24000 and 48000.
+        sample_rate: Hz; Opus supports 8000, 12000, 16000, 24000 and 48000.
 
     Raises:
         UserError: another shape, an empty or non-finite wave, an unknown codec, a rate that Opus
@@ -68,7 +68,7 @@ def encode(
 
 
 def stamp_ogg(data: bytes, serial: int) -> bytes:
-    """The same OGG stream with ``serial`` in every page header, checksums mended."""
+    """Returns the same OGG stream with ``serial`` in every page header and corrected checksums."""
     out, at = bytearray(data), 0
     while at < len(out):
         assert out[at : at + 4] == b"OggS"
@@ -82,6 +82,7 @@ def stamp_ogg(data: bytes, serial: int) -> bytes:
 
 
 def _ogg_crc(page: bytes | bytearray) -> int:
-    """CRC-32 of RFC 3533: zlib's polynomial, most significant bit first, no inversions."""
+    """Computes the CRC-32 of RFC 3533: zlib's polynomial, most significant bit first, not
+    inverted."""
     mirrored = zlib.crc32(page.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{mirrored:032b}"[::-1], 2)

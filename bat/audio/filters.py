@@ -1,8 +1,8 @@
-"""The two triangular mel filter banks, as matrices (bins, mels).
+"""Computes the two triangular mel filter banks, as matrices (bins, mels).
 
 Both are computed in float32 in the order of operations of torchaudio (2.11), whose banks the
-published checkpoints were trained on: equal to the last bit on the same machine, which a "better"
-float64 bank is not.
+published checkpoints were trained on: equal to the last bit on the same machine, unlike a bank
+computed in float64.
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
 ``LogMel`` is the paper's "reworked fbank": power mel, decibels with a floor 80 dB under the clip's
 own maximum, min-max of the clip to [0, 1]; no data-set statistics. ``KaldiFbank`` is the front end
-of EAT, SSLAM and BEATs, standardised with the data set's statistics, needed to probe those fairly.
+of EAT, SSLAM and BEATs, standardised with the data set's statistics, needed to probe them fairly.
 
 Rows of a batch may be clips of different length, zero-padded on the right, with ``lengths``.
-**What a clip becomes depends on that clip alone**. Reflections are taken at each
+**The spectrogram of a clip depends on that clip alone**. Reflections are taken at each
 row's own end by index arithmetic, floor, minimum and maximum run over its own frames, and frames
-beyond them are zero. Samples beyond ``lengths`` are never looked at.
+beyond them are zero. Samples beyond ``lengths`` are never used.
 
-Two settings decide what the paper's own pipelines decided in passing:
+Two settings select behaviour that differs among the paper's own pipelines:
 
 * ``pad``: a clip too short for ``frames`` frames gets zero frames (``spectrogram``, as the paper's
   pre-training), or zero samples that count as signal, up to ``(frames - 1) * hop_length``
@@ -21,7 +21,7 @@ Two settings decide what the paper's own pipelines decided in passing:
   dropped part still sets floor and range).
 
 Everything is float32, whatever the autocast state or the precision that the module was cast to
-(``.double()`` is honoured: tests use it). One thing is the user's to decide: with
+(``.double()`` is honoured: tests use it). One choice is left to the user: with
 ``torch.set_float32_matmul_precision("high")`` CUDA does the mel product in TF32, which moves values
 of ``LogMel`` by up to 6e-5, 2e-4 for clips of little range (emulated). There is no loop over clips
 and no host synchronisation.
@@ -122,7 +122,7 @@ class LogMel(FrontEnd):
         return (db - low) / (high - low + 1e-8), shown
 
     def _reflect(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """n_fft / 2 mirrored samples before each row and behind its own last sample."""
+        """Returns n_fft / 2 mirrored samples before each row and after its own last sample."""
         half = self.n_fft // 2
         steps = torch.arange(half, device=x.device)
         ends = lengths[:, None]  # (B, 1)
@@ -140,7 +140,7 @@ class KaldiFbank(FrontEnd):
     the clip are zero *after* that. ``eat``: the clip's mean removed first, symmetric Hann window.
     ``beats``: samples times 2^15, "povey" window (Hann to the power 0.85).
 
-    Departure: a clip shorter than one window, of which Kaldi makes nothing, is extended with zeros
+    Departure: a clip shorter than one window, for which Kaldi gives no frame, is padded with zeros
     to one window.
 
     Args:
@@ -215,12 +215,13 @@ class KaldiFbank(FrontEnd):
 
 
 def _power(spectrum: Tensor) -> Tensor:
-    """Squared magnitude without ``abs()``: no root to differentiate, and no sum over two."""
+    """Computes the squared magnitude without ``abs()``: no root to differentiate, no sum over
+    two."""
     return spectrum.real.square() + spectrum.imag.square()
 
 
 def _mirror(position: Tensor, lengths: Tensor) -> Tensor:
-    """Where reflection at 0 and at ``lengths - 1``, as often as needed, puts a position."""
+    """Maps positions into a clip by reflection at 0 and at ``lengths - 1``, as often as needed."""
     period = (2 * (lengths - 1)).clamp(min=1)  # of a single sample: always that sample
     position = position.remainder(period)
     return torch.minimum(position, period - position)

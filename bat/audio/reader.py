@@ -1,20 +1,21 @@
-"""Audio files through libsndfile, on guard: the segment that is asked for, or a ``DecodeError``.
+"""Reads audio files safely by libsndfile: returns the requested segment or raises ``DecodeError``.
 
 soundfile (libsndfile) reads WAV, FLAC, OGG Vorbis, Opus, MP3, AIFF and more, from memory or a path
-(a day-long recording is read by seeking, never whole). Only the asked segment is read, in blocks,
-so what a clip costs in memory is what it holds and never what its header claims. A file that is
-longer than ``max_file_seconds`` is refused by its header; one without a length is not read further,
-nor further than as many samples of ``UNTOLD_HZ``: its seconds may be of 8 x 655,350 Hz.
+(a day-long recording is read by seeking, never whole). Only the requested segment is read, in
+blocks, so the memory for a clip depends on its actual content and never on its header's claims. A
+file that is longer than ``max_file_seconds`` is refused by its header; one without a length is not
+read further, nor further than as many samples of ``UNTOLD_HZ``: its seconds may be of
+8 x 655,350 Hz.
 
-Damaged files. A cut FLAC raises in libsndfile. A cut OGG, MP3, Opus or WAV is
-read short **without a word**, and for all but MP3 the reported length shrinks with the file. So the
-frames that were read are held to the header, and the header to ``expected_frames``, the length that
-an index recorded when the clip was whole.
+Damaged files. A truncated FLAC raises in libsndfile. A truncated OGG, MP3, Opus or WAV is read
+short **without an error**, and for all but MP3 the reported length shrinks with the file. So the
+frames that were read are compared with the header, and the header with ``expected_frames``, the
+length that an index recorded when the clip was whole.
 
 Departures from plain soundfile: it seeks after every read, which fails at the true end of a file
 whose header has a wrong or no length (FLAC written to a pipe, MP3 without a Xing frame; seen with
-soundfile 0.13, libsndfile 1.2.2): ``Reader`` reads as if from a pipe. And it makes its
-callbacks anew for each file, see ``_Callbacks``.
+soundfile 0.13, libsndfile 1.2.2): ``Reader`` reads as if from a pipe. And it makes its callbacks
+anew for each file, see ``_Callbacks``.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ Kind = Literal["corrupt", "empty", "short", "mismatch", "long", "nan", "range", 
 BLOCK_SAMPLES = 2**22  # samples (all channels) read at once: 16 MiB
 UNKNOWN_FRAMES = 2**62  # libsndfile answers 2^63 - 1 where a header gives no length
 MP3_SLACK_FRAMES = 3 * 1152  # encoder delay and padding: decoders count them differently
-MAX_FILE_SECONDS = 3600.0  # a longer file is not what a clip is: see docs/security.md
+MAX_FILE_SECONDS = 3600.0  # a longer file is not a clip: see docs/security.md
 UNTOLD_HZ = 2 * 192_000  # samples a second (all channels) read of a file without a length
 RATES_HZ = (1_000, 768_000)
 PEAK = 1e6  # samples beyond this are no audio, and their power would overflow float32
 
 
 class DecodeError(ValueError):
-    """A clip that cannot be used; ``kind`` says why, in one word, for counting.
+    """A clip that cannot be used; ``kind`` gives the reason in one word, for counting.
 
-    ``corrupt`` unreadable; ``empty`` no samples (at the asked place); ``short`` fewer frames than
-    the header or the index promises; ``mismatch`` more frames than the index recorded; ``long``
+    ``corrupt`` unreadable; ``empty`` no samples (at the requested position); ``short`` fewer frames
+    than the header or the index states; ``mismatch`` more frames than the index recorded; ``long``
     beyond ``max_file_seconds`` or ``max_decode_seconds``; ``nan`` samples that are not finite;
     ``range`` beyond 1e6; ``rate`` another sample rate than the index recorded; ``brief`` whole, but
-    shorter than asked.
+    shorter than requested.
     """
 
     def __init__(self, kind: Kind, message: str) -> None:
@@ -57,11 +58,11 @@ class DecodeError(ValueError):
         self.kind = kind
 
     def __reduce__(self) -> tuple[type[DecodeError], tuple[str, str]]:
-        return type(self), (self.kind, str(self))  # crosses from loader workers intact
+        return type(self), (self.kind, str(self))  # pickled intact from loader workers
 
 
 class _Callbacks:
-    """How libsndfile reads a file object, made once and lent from file to file.
+    """Callbacks by which libsndfile reads a file object, made once and reused from file to file.
 
     soundfile 0.13 makes five of them for each file, at a tenth of the time a FLAC clip takes.
     """
@@ -83,11 +84,12 @@ class _Callbacks:
 
 
 class _Hushed:
-    """While it is entered, what C libraries write to their ``stderr`` is lost.
+    """Context manager that discards what C libraries write to their ``stderr``.
 
-    libmpg123 has a line for every damaged frame of an MP3, and libsndfile no switch for that. The
-    variable ``stderr`` of C points to ``/dev/null`` then; file descriptor 2, which Python writes
-    to, is not touched. Where C's library has no such variable nothing is hushed.
+    libmpg123 writes a line for every damaged frame of an MP3, and libsndfile has no switch for
+    that. Within the context, the variable ``stderr`` of C points to ``/dev/null``; file descriptor
+    2, which Python writes to, is not touched. If the C library has no such variable, nothing is
+    discarded.
     """
 
     def __init__(self) -> None:
@@ -100,7 +102,7 @@ class _Hushed:
             self._null = None
         self._loud = self._stderr.value if self._null else None
         self._begin()
-        os.register_at_fork(after_in_child=self._begin)  # the threads within stay behind
+        os.register_at_fork(after_in_child=self._begin)  # threads inside do not survive a fork
 
     def _begin(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
@@ -168,7 +170,7 @@ def open_reader(data: bytes | Path) -> Reader:
             file = Reader(io.BytesIO(data))
     except (soundfile.SoundFileError, RuntimeError, TypeError, UnicodeError) as error:
         if isinstance(data, Path):
-            data.open("rb").close()  # libsndfile says "System error": let the system say which
+            data.open("rb").close()  # raises the specific error, not "System error"
         raise DecodeError("corrupt", f"not a readable audio file: {reason(error)}") from error
     if not RATES_HZ[0] <= file.samplerate <= RATES_HZ[1]:
         rate = file.samplerate
@@ -185,7 +187,8 @@ def read_segment(
     expected: tuple[int | None, int | None, float, float],
     read: Callable[[Reader, int, int], np.ndarray],
 ) -> np.ndarray:
-    """What ``read(file, first frame, frames)`` makes of the segment, at the file's own rate.
+    """Applies ``read(file, first frame, frames)`` to the segment, at the file's own rate, with
+    checks.
 
     ``expected``: frames and rate that the index recorded; shortest and longest file in seconds.
     """
@@ -204,7 +207,7 @@ def read_segment(
     if total is None:
         max_file_seconds, note = untold_seconds(file, max_file_seconds)
         check_length(start, rate, max_file_seconds, note)
-        wanted = frames_within(max_file_seconds, rate) + 1 - start  # one more tells it is longer
+        wanted = frames_within(max_file_seconds, rate) + 1 - start  # one more shows an excess
     else:
         _check_brief(total, rate, min_seconds)
         wanted = total - start
@@ -220,7 +223,7 @@ def read_segment(
             "max_seconds, or raise the bound",
         )
     if total is None and len(wave) < wanted and (len(wave) or not start):
-        _check_total(start + len(wave), frames, slack)  # read to the end: now it is known
+        _check_total(start + len(wave), frames, slack)  # read to the end: now the length is known
         if len(wave):
             _check_brief(start + len(wave), rate, min_seconds)
     elif total is not None and len(wave) < min(wanted, cap) - slack:
@@ -239,7 +242,7 @@ def apart(file: Reader, start: int, frames: int) -> np.ndarray:
 
 
 def _read(file: Reader, start: int, frames: int, *, mix: bool) -> np.ndarray:
-    """Up to ``frames`` frames from ``start`` on, float32: mixed (n,), or (n, channels)."""
+    """Reads up to ``frames`` frames from ``start`` on, float32: mixed (n,), or (n, channels)."""
     channels = file.channels
     found = blocks(file, start, frames)
     parts = [channel_mean(block) for block in found] if mix else list(found)
@@ -250,10 +253,11 @@ def _read(file: Reader, start: int, frames: int, *, mix: bool) -> np.ndarray:
 
 
 def channel_mean(block: np.ndarray) -> np.ndarray:
-    """The mean over the channels: (n, channels) -> (n,).
+    """Returns the mean over the channels: (n, channels) -> (n,).
 
-    Channel by channel: ``mean(1)`` takes twenty times as long, and a matrix product, which is as
-    fast, wakes BLAS threads that spin: 8 ms instead of 0.3 in a loader worker on its own core.
+    It adds channel by channel: ``mean(1)`` takes twenty times as long, and a matrix product, which
+    is as fast, wakes BLAS threads that spin: 8 ms instead of 0.3 in a loader worker on its own
+    core.
     """
     channels = block.shape[1]
     if channels == 1:
@@ -266,7 +270,7 @@ def channel_mean(block: np.ndarray) -> np.ndarray:
 
 
 def blocks(file: Reader, start: int, frames: int) -> Iterator[np.ndarray]:
-    """(<= BLOCK_SAMPLES / channels, channels) float32 each, until ``frames`` or the file's end."""
+    """Yields (<= BLOCK_SAMPLES / channels, channels) float32, until ``frames`` or the end."""
     try:
         if start:
             file.seek(start)
@@ -282,7 +286,7 @@ def blocks(file: Reader, start: int, frames: int) -> Iterator[np.ndarray]:
 
 
 def samples_of(seconds: float, rate: int) -> int:
-    return math.ceil(seconds * rate - 1e-6)  # not a sample more for a last bit of the product
+    return math.ceil(seconds * rate - 1e-6)  # no extra sample for a rounding error of the product
 
 
 def _check_total(total: int, expected: int | None, slack: int) -> None:
@@ -293,13 +297,13 @@ def _check_total(total: int, expected: int | None, slack: int) -> None:
 
 
 def frames_within(seconds: float, rate: int) -> int:
-    """Frames of a file that lasts ``seconds``, which may be ``inf``."""
+    """Returns the frames of a file that lasts ``seconds``, which may be ``inf``."""
     return samples_of(seconds, rate) if seconds < UNKNOWN_FRAMES / rate else UNKNOWN_FRAMES
 
 
 def untold_seconds(file: Reader, max_file_seconds: float) -> tuple[float, str]:
-    """``max_file_seconds`` of a file whose header gives no length, and a note if these are fewer:
-    ``UNTOLD_HZ`` samples for each second asked."""
+    """Returns ``max_file_seconds`` of a file whose header gives no length, and a note if it is
+    reduced: ``UNTOLD_HZ`` samples for each requested second."""
     samples = file.samplerate * file.channels
     if samples <= UNTOLD_HZ:
         return max_file_seconds, ""
@@ -308,7 +312,7 @@ def untold_seconds(file: Reader, max_file_seconds: float) -> tuple[float, str]:
 
 
 def check_length(frames: int, rate: int, max_file_seconds: float, note: str = "") -> None:
-    """Raise ``DecodeError`` ("long") for so many frames of a file."""
+    """Raise ``DecodeError`` ("long") for a file with too many frames."""
     if frames > frames_within(max_file_seconds, rate):
         raise DecodeError(
             "long",
@@ -323,10 +327,10 @@ def _check_brief(total: int, rate: int, min_seconds: float) -> None:
 
 
 def check_samples(wave: np.ndarray, subtype: str = "") -> None:
-    """Raise ``DecodeError`` for samples that are no audio; integers (``PCM_16``) are always."""
+    """Raise ``DecodeError`` for invalid samples; integers (``PCM_16``) are always valid."""
     if subtype.startswith("PCM_"):
         return
-    peak = max(float(wave.max()), -float(wave.min()))  # a NaN comes through both
+    peak = max(float(wave.max()), -float(wave.min()))  # a NaN propagates through both
     if not math.isfinite(peak):
         raise DecodeError("nan", "samples that are not finite")
     if peak > PEAK:
@@ -334,5 +338,5 @@ def check_samples(wave: np.ndarray, subtype: str = "") -> None:
 
 
 def reason(error: Exception) -> str:
-    """libsndfile's own words, without the BytesIO's address that soundfile puts before them."""
+    """Returns libsndfile's own words, without the BytesIO's address that soundfile adds."""
     return getattr(error, "error_string", "") or str(error)

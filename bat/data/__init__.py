@@ -1,1 +1,1 @@
-"""Shards and the stream: from files to batches of waveforms on the host."""
+"""Reads shards and audio files, and makes batches of waveforms on the host."""

@@ -1,4 +1,4 @@
-"""Counting unreadable clips, listing them, and when there are too many of them."""
+"""Counts and lists unreadable clips, and raises when there are too many of them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class BadClips:
 
     Args:
         max_bad: fraction of ``seen`` above which ``check`` raises.
-        judge_after: clips seen before ``check`` judges; ``check(final=True)`` always does.
+        judge_after: clips seen before ``check`` evaluates; ``check(final=True)`` always does.
         file: ``bad_clips.jsonl``, to which each bad clip is added once: ``{key, shard, kind, why,
-            position}``. Lines of an earlier run of the same folder stay.
+            position}``. Lines of an earlier run in the same folder are kept.
     """
 
     KEYS_KEPT = 10_000
@@ -40,16 +40,16 @@ class BadClips:
         self.seen = 0
         self.kinds: Counter[str] = Counter()
         self.shards: Counter[str] = Counter()
-        """Failures of each shard."""
+        """Number of failures of each shard."""
         self.keys: dict[str, str] = {}
-        """``{key: "kind: why"}``, each bad clip once, the first ``KEYS_KEPT`` of them."""
+        """``{key: "kind: why"}``: each bad clip once, the first ``KEYS_KEPT`` of them."""
         self._recent: deque[tuple[int, int]] = deque()  # (seen, bad) of the latest batches
         self._recent_seen = self._recent_bad = 0
         self._listed: set[tuple[str, str]] | None = None
 
     @property
     def bad(self) -> int:
-        """Failures counted; a clip that is met again counts again."""
+        """Number of failures; a clip that is read again counts again."""
         return self.kinds.total()
 
     def add(self, batch: WaveBatch) -> None:
@@ -72,7 +72,7 @@ class BadClips:
             self._recent_bad -= old_bad
 
     def _list(self, file: Path, clips: list[Skipped]) -> None:
-        """Add those of ``clips`` that ``file`` does not list yet; a cut last line is mended."""
+        """Add those of ``clips`` that ``file`` does not list yet; repairs a truncated last line."""
         if self._listed is None:
             self._listed = set()
             text = file.read_text("utf-8", "replace") if file.is_file() else ""
@@ -96,13 +96,14 @@ class BadClips:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with file.open("a", encoding="utf-8", errors="backslashreplace") as out:
                     out.write("".join(lines))
-            except OSError as error:  # a full disk ends no run here; the counts are kept
+            except OSError as error:  # a full disk does not end the run; the counts are kept
                 log.warning("cannot write %s (%s): %s", file, error, "".join(lines).strip())
 
     def check(self, *, final: bool = False) -> None:
         """Raise UserError where more than ``max_bad`` of the clips seen were unreadable.
 
-        Of all of them, or of the latest ``RECENT_CLIPS``: a disk that fails late is noticed too.
+        The fraction is taken over all clips and over the latest ``RECENT_CLIPS``, so that a disk
+        that fails late is noticed too.
         """
         judged = final or self.seen >= self.judge_after
         recent = self._recent_seen >= RECENT_CLIPS
@@ -123,7 +124,7 @@ class BadClips:
         return named + (f" and {more} others" if more > 0 else "")
 
     def summary(self) -> str:
-        """One line: ``3 of 400 clips unreadable (2 corrupt, 1 short)``."""
+        """Returns one line: ``3 of 400 clips unreadable (2 corrupt, 1 short)``."""
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.kinds.items()))
         return f"{self.bad} of {self.seen} clips unreadable" + (f" ({kinds})" if kinds else "")
 
@@ -141,7 +142,7 @@ class BadClips:
 
 
 def merged_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The ``BadClips.state_dict`` of all ranks together."""
+    """Merges the ``BadClips.state_dict`` of all ranks."""
     merged: dict[str, Any] = {"seen": sum(state["seen"] for state in states)}
     for name in ("kinds", "shards"):
         counts: Counter[str] = Counter()

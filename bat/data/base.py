@@ -1,12 +1,12 @@
-"""What training streams have in common: where a run goes on, what it checks, what it counts.
+"""Base class of the training streams: position and resume, checks across ranks, unreadable clips.
 
 The position is read from Lightning's own count of finished micro-batches whenever an iterator is
 made: ``fit_loop.epoch_loop.batch_progress.total.processed``. (``processed``, not ``completed``:
 a checkpoint saved in ``on_train_batch_end`` holds the step of a batch that is not yet
-``completed``. Lightning 2.6.6.) A checkpoint also records how many clips a micro-batch was; on a
-resume with another number of ranks or another split of the global batch, Lightning's counts are
-recounted in those of the new size before it reads them. Another data set, seed or global batch is
-refused, and ranks that would read different streams likewise.
+``completed``. Lightning 2.6.6.) A checkpoint also records the number of clips of a micro-batch; on
+a resume with another number of ranks or another division of the global batch, Lightning's counts
+are converted to the new size before it reads them. A resume with another data set, seed or global
+batch is refused, and so are ranks that would read different streams.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bat.types import WaveBatch
 
 
 class StreamData(LightningDataModule):
-    """What training streams have in common: place, ranks, unreadable clips, what a checkpoint says.
+    """Base of a training stream: position, ranks, unreadable clips and checkpoint state.
 
     Args:
         batch: clips of a micro-batch on one device.
@@ -38,7 +38,7 @@ class StreamData(LightningDataModule):
     """
 
     clip_samples: int
-    """S of every batch."""
+    """Samples S of every batch."""
 
     def __init__(
         self,
@@ -53,34 +53,36 @@ class StreamData(LightningDataModule):
         self.bad_clips = BadClips(max_bad=max_bad)
         self.heartbeat = Heartbeat(workers)
         self.on_death: Callable[[str], None] | None = None
-        """Told of a loader worker's death, to end the run with a checkpoint; None: the loader
+        """Called when a loader worker has died, to end the run with a checkpoint; None: the loader
         raises ``Interrupted``."""
         self.on_error: Callable[[Exception], None] | None = None
-        """Told of too many unreadable clips, to end the run on all ranks; None: it is raised."""
+        """Called with the error of too many unreadable clips, to end the run on all ranks; None: it
+        is raised."""
         self.gather: Callable[[Any], list[Any]] = lambda thing: [thing]
-        """``thing`` of every rank; every rank asks."""
-        self._size_then: int | None = None  # clips a micro-batch, where a checkpoint was loaded
+        """Gathers an object from every rank; all ranks must call it."""
+        self._size_then: int | None = None  # clips of a micro-batch in the loaded checkpoint
 
     def first_batch(self) -> WaveBatch:
-        """The first micro-batch of the stream, made in this process."""
+        """Returns the first micro-batch of the stream, made in this process."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """What the stream is of, for an export and a summary."""
+        """Returns a description of the data for an export and a summary."""
         raise NotImplementedError
 
     def _stream(self) -> dict[str, Any]:
-        """What must be the same when a run goes on."""
+        """Returns everything that must be the same when a run resumes."""
         raise NotImplementedError
 
     def named(self, what: int) -> str:
-        """What a number of the heartbeat stands for: a clip and its shard, or a shard."""
+        """Returns the name of a number of the heartbeat: a clip and its shard, or a shard."""
         raise NotImplementedError
 
     def sitting_on(self) -> list[str]:
-        """What each reader has been at for how long, longest first; empty where all are idle.
+        """Returns what each reader has been reading and for how long, longest first; empty if all
+        are idle.
 
-        Such as ``worker 1: shard-000003.tar, clip dog-17, for 131 s``. From any thread.
+        For example ``worker 1: shard-000003.tar, clip dog-17, for 131 s``. Safe from any thread.
         """
         return [
             f"{reader}: {self.named(what)}, for {seconds:.0f} s"
@@ -104,7 +106,7 @@ class StreamData(LightningDataModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Each process lists its own unreadable clips."""
+        """Prepare the list of unreadable clips; each process writes its own."""
         if self.out is not None:
             rank, _ = self._ranks()
             name = "bad_clips.jsonl" if rank == 0 else f"bad_clips-rank{rank}.jsonl"
@@ -116,18 +118,18 @@ class StreamData(LightningDataModule):
 
     @property
     def _size(self) -> int:
-        """Clips of a micro-batch over all ranks."""
+        """Number of clips of a micro-batch over all ranks."""
         return self.batch * self._ranks()[1]
 
     def batches_done(self) -> int:
-        """Micro-batches behind us, by Lightning's count."""
+        """Returns the number of finished micro-batches, by Lightning's count."""
         if self.trainer is None:
             return 0
         total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         return int(total.processed)
 
     def _agree(self) -> None:
-        """Raise ``UserError`` on every rank where the ranks would read different streams."""
+        """Raise ``UserError`` on every rank if the ranks would read different streams."""
         _, world = self._ranks()
         if world == 1 or not torch.distributed.is_initialized():
             return
@@ -142,7 +144,7 @@ class StreamData(LightningDataModule):
                     )
 
     def bad_clips_all_ranks(self) -> dict[str, int]:
-        """``{"seen", "bad"}`` summed over the ranks, each of which must ask."""
+        """Returns ``{"seen", "bad"}`` summed over the ranks; all ranks must call it."""
         counts = torch.tensor([self.bad_clips.seen, self.bad_clips.bad])
         trainer = self.trainer
         if trainer is not None and trainer.world_size > 1:
@@ -151,7 +153,7 @@ class StreamData(LightningDataModule):
         return {"seen": int(counts[0]), "bad": int(counts[1])}
 
     def _recount(self) -> None:
-        """Make Lightning's counts, as loaded, those of micro-batches of this run's size."""
+        """Convert Lightning's loaded counts to micro-batches of this run's size."""
         then, now, self._size_then = self._size_then, self._size, None
         if self.trainer is None or then in (None, now):
             return
@@ -192,7 +194,7 @@ class StreamData(LightningDataModule):
         return batch.to(device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: which stream it is of (where it stands, Lightning knows)."""
+        """Returns the identity of the stream for a checkpoint (Lightning keeps the position)."""
         return {
             "clips_a_micro_batch": self._size,
             "stream": self._stream(),
@@ -200,7 +202,7 @@ class StreamData(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was written; UserError where the stream is another one."""
+        """Resume where the checkpoint was written; UserError if its stream is another one."""
         before = state_dict["stream"]
         for name, now in self._stream().items():
             then = before.get(name, "nothing of it")
@@ -210,5 +212,5 @@ class StreamData(LightningDataModule):
                     f"with the same, or start a new run with another out="
                 )
         self._size_then = state_dict["clips_a_micro_batch"]
-        if self._ranks()[0] == 0:  # the others count on from nothing: it is the sum that counts
+        if self._ranks()[0] == 0:  # the others start at zero: only the sum is used
             self.bad_clips.load_state_dict(state_dict["bad_clips"])

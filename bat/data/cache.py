@@ -1,10 +1,11 @@
 """Keeps whole remote shards in a bounded folder that all processes of a machine share.
 
-``open`` gives a file descriptor of a shard, fetching it first where it is missing. One process
-fetches a shard (a file lock), the others wait; the file appears whole (``os.replace``); what was
-used longest ago is deleted to make room, which takes nothing from a process that has it open. A
-shard that could not be fetched is left alone by this process for ``hold_seconds``, so that the rest
-of the data goes on. ``Prefetcher`` fetches in the background what will be needed next.
+``open`` returns a file descriptor of a shard and fetches the shard first if it is missing. One
+process fetches a shard (a file lock) while the others wait; the file appears whole
+(``os.replace``). The least recently used shards are deleted to make room; a process that has one
+open keeps it. A shard that could not be fetched is not tried again by this process for
+``hold_seconds``, so that reading of the other data continues. ``Prefetcher`` fetches in the
+background the shards that are needed next.
 """
 
 from __future__ import annotations
@@ -27,17 +28,18 @@ from bat.data.remote import FULL
 
 POLL_SECONDS = 0.05
 TOUCH_SECONDS = 5.0
-"""A use is noted on disk at most this often."""
+"""Least time between two updates on disk of a shard's time of use."""
 THREADS = 2
 T = TypeVar("T", bound=Hashable)
 log = logging.getLogger(__name__)
 
 
 class ShardCache:
-    """Shards in ``folder``: at most ``max_bytes``, and what its disk has room for.
+    """A cache of shards in ``folder``: at most ``max_bytes``, and at most what its disk has room
+    for.
 
     Args:
-        hold_seconds: how long a shard that could not be fetched is left alone.
+        hold_seconds: time for which a shard that could not be fetched is not tried again.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int, hold_seconds: float = 60.0) -> None:
@@ -47,7 +49,7 @@ class ShardCache:
         self._failed: dict[str, tuple[float, str]] = {}
 
     def room(self) -> int:
-        """Bytes that the disk lets the cache hold now: what is in it, and what is free."""
+        """Returns the bytes that the disk lets the cache hold now: its content plus free space."""
         return sum(size for _, size, _ in self._files(".tar")) + self._free()
 
     def _free(self) -> int:
@@ -57,13 +59,14 @@ class ShardCache:
         return FileLock(self.folder / "locks" / f"{name}.lock", poll_interval=POLL_SECONDS)
 
     def open(self, name: str, size: int, fetch: Callable[[Path], None]) -> int:
-        """A descriptor of the shard ``name`` of ``size`` bytes; the caller closes it.
+        """Returns a descriptor of the shard ``name`` of ``size`` bytes; the caller closes it.
 
         Args:
             fetch: ``fetch(path)`` makes the file ``path``.
 
         Raises:
-            OSError: as ``fetch``, or it failed a while ago; no room on the disk.
+            OSError: as ``fetch``; the fetch failed less than ``hold_seconds`` ago; no room on the
+                disk.
         """
         fd = self._take(name, size)
         if fd is not None:
@@ -73,7 +76,7 @@ class ShardCache:
             raise OSError(errno.EIO, reason)
         part = self.folder / f"{name}-{size}.part"
         with self._lock(name):
-            fd = self._take(name, size)  # another process fetched it meanwhile
+            fd = self._take(name, size)  # another process may have fetched it meanwhile
             if fd is not None:
                 return fd
             try:
@@ -102,7 +105,7 @@ class ShardCache:
         )
 
     def holds(self, name: str, size: int) -> bool:
-        """Whether the shard is here; if so, that counts as a use."""
+        """Return True if the shard is in the cache; this counts as a use."""
         fd = self._take(name, size)
         if fd is not None:
             os.close(fd)
@@ -110,7 +113,7 @@ class ShardCache:
 
     def _take(self, name: str, size: int) -> int | None:
         try:
-            fd = os.open(f"{self.folder}/{name}-{size}.tar", os.O_RDONLY)  # each read comes by here
+            fd = os.open(f"{self.folder}/{name}-{size}.tar", os.O_RDONLY)  # called for each read
         except FileNotFoundError:
             return None
         if os.fstat(fd).st_size != size:
@@ -124,7 +127,7 @@ class ShardCache:
         return fd
 
     def _files(self, suffix: str) -> list[tuple[float, int, Path]]:
-        """(time of last use, bytes on the disk, path), the longest unused first."""
+        """Returns (time of last use, bytes on disk, path) of each file, oldest use first."""
         found = []
         for path in self.folder.glob(f"*{suffix}"):
             with contextlib.suppress(FileNotFoundError):
@@ -133,7 +136,7 @@ class ShardCache:
         return sorted(found)
 
     def _make_room(self, part: Path, size: int) -> None:
-        """Delete what is longest unused until ``size`` bytes fit; waits for fetches under way."""
+        """Delete the least recently used shards until ``size`` bytes fit; waits for fetches."""
         if size > self.max_bytes:
             raise OSError(errno.EFBIG, f"{size} bytes do not fit in a cache of {self.max_bytes}")
         while True:
@@ -155,7 +158,8 @@ class ShardCache:
             time.sleep(POLL_SECONDS)
 
     def _busy(self, part: Path) -> tuple[int, int]:
-        """Bytes set aside for other fetches, and those of them still to come; dead ones go."""
+        """Returns the bytes reserved for other fetches and those to come; removes abandoned
+        ones."""
         whole = coming = 0
         for _, size, path in self._files(".part"):
             name, _, wanted = path.stem.rpartition("-")
@@ -170,7 +174,7 @@ class ShardCache:
 
 
 class Prefetcher(Generic[T]):
-    """Calls ``do`` with each of the latest list in background threads, the first ones first."""
+    """Calls ``do`` on each item of the latest list in background threads, in order."""
 
     def __init__(self, do: Callable[[T], None]) -> None:
         self.do = do
@@ -191,9 +195,10 @@ class Prefetcher(Generic[T]):
         self._threads: list[threading.Thread] = []
 
     def want(self, things: Sequence[T]) -> None:
-        """Do ``things``, in the order of need, and no more of what an earlier call still waits for.
+        """Call ``do`` on ``things``, in order; replaces those of an earlier call that have not
+        begun.
 
-        What is being done already is not begun again.
+        An item that is already in progress is not started again.
         """
         if self._pid != os.getpid():
             self._begin()

@@ -1,9 +1,9 @@
 """Defines the fields of a clip in a shard's table, and reads those of a clip's JSON.
 
-A table may come from anywhere: ``sound`` holds each number to its range before
-anything is read, allocated or looked up by it. A clip's JSON may be anybody's and takes up to 25
-times its bytes when parsed: ``parse`` keeps the fields that bat reads (labels, length, fold, split
-and what ``bat-shard`` writes) and says how much memory they take.
+A table may come from an untrusted source: ``sound`` checks that each number is within its range
+before it is used to read, allocate or look up anything. A clip's JSON is untrusted too and takes up
+to 25 times its bytes when parsed: ``parse`` keeps the fields that bat reads (labels, length, fold,
+split and what ``bat-shard`` writes) and returns how much memory they take.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ UNREADABLE = (
     *(OSError, ArithmeticError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error),
     *(ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError),
 )
-"""What numpy, zipfile and json raise on files that are not what they should be."""
+"""Exceptions that numpy, zipfile and json raise on damaged or foreign files."""
 KEY_BYTES = np.zeros(256, bool)
 KEY_BYTES[list(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")] = True
 CLIP = np.dtype(
@@ -38,8 +38,8 @@ CLIP = np.dtype(
         ("codec", "u1"),  # index into AUDIO_SUFFIXES
         ("fold", "<i2"),  # -1 none
         ("split", "i1"),  # index into ``splits``; -1 none
-        ("labels", "<u2"),  # how many
-        ("key", "u1"),  # bytes of the key
+        ("labels", "<u2"),  # number of labels
+        ("key", "u1"),  # length of the key, bytes
         ("header", "<u4"),  # CRC-32 of its header in the tar
     ]
 )
@@ -60,9 +60,10 @@ def sound(
     events: dict[str, list[Any]],
     texts: dict[str, str],
 ) -> bool:
-    """Whether what a ``ShardTable`` says is possible; raises ``UNREADABLE`` on strange types.
+    """Return True if the values of a ``ShardTable`` are valid; raises ``UNREADABLE`` on wrong
+    types.
 
-    Clips lie one after the other, and each label is that of a clip.
+    Clips must lie one after the other, and each label must belong to a clip.
     """
     ends = clips["offset"] + clips["size"]
     arrays = (clips, labels, keys)
@@ -98,16 +99,17 @@ def _within(values: np.ndarray, low: int | np.ndarray, high: int | np.ndarray) -
 
 VALUES = ("id", "fold", "split", "start_seconds", "num_samples", "sample_rate")
 LISTS = ("label", "labels", "label_id", "mid")
-"""Each a value or a list of them."""
+"""Fields that hold a single value or a list."""
 EVENT_BYTES = 300
-"""About what an event takes."""
+"""Approximate memory of an event, bytes."""
 
 
 def parse(text: bytes) -> tuple[dict[str, Any], int]:
-    """The fields of ``text`` that are read, and about how many bytes of memory they take.
+    """Returns the fields of ``text`` that bat reads, and approximately the memory they take in
+    bytes.
 
-    What is nested where a value should be comes as an empty list or object; control characters
-    in texts are spelled out.
+    A nested object where a value is expected becomes an empty list or object; control characters in
+    texts are escaped.
 
     Raises:
         ValueError, TypeError, RecursionError: not a JSON object.
@@ -115,12 +117,12 @@ def parse(text: bytes) -> tuple[dict[str, Any], int]:
     said = dict(json.loads(text))
     kept = {name: _flat(said[name]) for name in VALUES if name in said}
     kept |= {name: _listed(said[name]) for name in LISTS if name in said}
-    original = said.get("original_data")  # LAION's
+    original = said.get("original_data")  # LAION's layout
     if isinstance(original, dict) and "class_labels" in original:
         kept["original_data"] = {"class_labels": _listed(original["class_labels"])}
     if isinstance(said.get("text"), str):
         kept["text"] = one_line(said["text"])
-    if isinstance(said.get("events"), list):  # those that can be read
+    if isinstance(said.get("events"), list):  # keeps the valid ones
         found = (from_json(entry) for entry in said["events"])
         kept["events"] = [
             e._replace(labels=tuple(map(one_line, e.labels))) for e in found if e is not None

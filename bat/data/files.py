@@ -1,10 +1,10 @@
 """Reads audio files where they lie: the index of a folder or a CSV, without shards.
 
-``index_files`` makes a ``FileIndex`` of a task's rows: order, exact resume, caches, bad clips and
-metrics are those of shards. A row is a file, a member of an uncompressed tar (``Row.span``) or a
-cell of a parquet file (``Row.cell``). Lengths and sample rates come from the files' headers, once:
-they are kept in the cache folder by path, size and time of change, with a checksum of a few
-kilobytes, which ``read`` compares and ``hash`` includes. Nothing is decoded before its turn.
+``index_files`` makes a ``FileIndex`` of a task's rows; order, exact resume, caches, bad clips and
+metrics work as with shards. A row is a file, a member of an uncompressed tar (``Row.span``) or a
+cell of a parquet file (``Row.cell``). Lengths and sample rates are read once from the files'
+headers: they are kept in the cache folder by path, size and modification time, with a checksum of a
+few kilobytes, which ``read`` compares and ``hash`` includes. Audio is decoded only when it is read.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, LeftOut, Row, as_
 from bat.types import Clip
 
 THREADS = 8
-"""Headers read at a time."""
+"""Threads that read headers."""
 MAX_SECONDS = 14 * 86_400.0
-"""Decoded to count the samples of a file whose header does not give its length."""
+"""Longest part that is decoded to count the samples of a file whose header gives no length."""
 MAX_FRAMES_PER_BYTE = 8192
-"""Silence in FLAC: 65,535 samples in 13 bytes; in Vorbis and Opus less."""
+"""Bound on frames per byte of a file: silence in FLAC has 65,535 samples in 13 bytes, Vorbis and
+Opus fewer."""
 SAMPLED_BYTES = 4096
-"""At the start, the middle and the end of a file, for its checksum."""
+"""Bytes at the start, the middle and the end of a file that its checksum covers."""
 MAX_SPLITS = 127
 MAX_FOLD = (1 << 15) - 1
 PART = 64
-"""Files that a thread takes at a time."""
+"""Number of files that a thread takes at a time."""
 
 
 class Header(NamedTuple):
-    """What is known of a file before it is decoded."""
+    """Properties of a file that are known before it is decoded."""
 
     size: int
     frames: int
@@ -60,7 +61,7 @@ class Header(NamedTuple):
 
 
 def read_row(row: Row) -> bytes:
-    """The encoded file of ``row``: a file, a member of a tar, or a cell of a parquet file.
+    """Reads the encoded file of ``row``: a file, a member of a tar, or a cell of a parquet file.
 
     Raises:
         OSError: missing or unreadable.
@@ -90,8 +91,8 @@ def _read_file(path: Path, span: tuple[int, int] | None) -> bytes:
 
 @contextmanager
 def _opened(path: Path, span: tuple[int, int] | None) -> Iterator[tuple[int, int, int]]:
-    """The descriptor of a regular file, and where the clip in it begins and how long it is."""
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for its writer
+    """Yields the descriptor of a regular file, and the offset and the size of the clip in it."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would block without it
     try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
@@ -118,7 +119,7 @@ def check_claim(info: AudioInfo, size: int) -> None:
 
 
 def reason_of(error: DecodeError | OSError, row: Row) -> str:
-    """Why ``row`` is left out: ``KIND: MESSAGE``."""
+    """Returns the reason why ``row`` is left out: ``KIND: MESSAGE``."""
     if isinstance(error, OSError):
         return f"unreadable: {error.strerror}"
     if error.kind == "corrupt" and row.suffix in UNDECODED_SUFFIXES:
@@ -127,9 +128,9 @@ def reason_of(error: DecodeError | OSError, row: Row) -> str:
 
 
 class FileIndex(Index):
-    """The ``Index`` of audio files where they lie; ``index_files`` makes it.
+    """The ``Index`` of audio files that are read where they lie; made by ``index_files``.
 
-    ``shard`` counts files: ``shard_name`` is the path of one.
+    A ``shard`` is one file here, and ``shard_name`` is its path.
     """
 
     def __init__(
@@ -140,37 +141,37 @@ class FileIndex(Index):
         *,
         vocabulary: Sequence[str] | None,
     ) -> None:
-        """``table`` of n clips, ``header`` their checksums, ``offset`` as ``_offset_of`` has it;
-        ``shard`` (n): which of ``files`` each lies in."""
+        """Make the index of n clips from ``table`` (``header`` holds checksums, ``offset`` the
+        values of ``_offset_of``); ``shard`` (n): index into ``files`` of each clip's file."""
         super().__init__(
             shards=[Shard(files[0].parent)], tables=[table], vocabulary=vocabulary, sources=[0]
         )
         names = [os.fsencode(file.absolute()) for file in files]
-        self._paths = np.frombuffer(b"".join(names), np.uint8)  # no object a file
+        self._paths = np.frombuffer(b"".join(names), np.uint8)  # avoids one object per file
         self._path_ptr = np.cumsum([0, *map(len, names)], dtype=np.int64)
         self.shard = np.array(shard, np.int32)
         self.shard_bytes = np.bincount(self.shard, self.size).astype(np.int64)
 
     def place(self, number: int) -> Path:
-        """The path of file ``number``."""
+        """Returns the path of file ``number``."""
         begin, end = self._path_ptr[number : number + 2]
         return Path(os.fsdecode(self._paths[begin:end].tobytes()))
 
     def shard_name(self, i: int) -> str:
-        """The path of the file that clip ``i`` lies in."""
+        """Returns the path of the file that clip ``i`` lies in."""
         return as_text(str(self.place(int(self.shard[i]))))
 
     @functools.cached_property
     def hash(self) -> str:
-        """Over keys, lengths, labels, folds, splits and the files' checksums."""
+        """Hash over keys, lengths, labels, folds, splits and the files' checksums."""
         return hashlib.sha256(super().hash.encode() + self._header.tobytes()).hexdigest()
 
     def read(self, i: int) -> Clip:
-        """The encoded clip ``i``.
+        """Reads the encoded clip ``i``.
 
         Raises:
             OSError: the file cannot be read, or was changed since it was indexed.
-            DecodeError: it is cut, empty, or no regular file any more.
+            DecodeError: it is truncated, empty, or no longer a regular file.
         """
         path, offset, size = self.place(int(self.shard[i])), int(self.offset[i]), int(self.size[i])
         if offset < 0:
@@ -185,7 +186,7 @@ class FileIndex(Index):
 
 
 def _offset_of(row: Row) -> int:
-    """Where the clip lies in its file: 0 for the whole of it; a cell is a negative number."""
+    """Returns the offset of the clip in its file: 0 for a whole file; negative for a cell."""
     if row.cell is not None:
         group, number = row.cell
         return -1 - (group << 32 | number)
@@ -194,7 +195,7 @@ def _offset_of(row: Row) -> int:
 
 
 def _samples(size: int) -> tuple[int, int, int]:
-    """Where the bytes begin that the checksum of a file of ``size`` bytes is over."""
+    """Returns the offsets of the parts that the checksum of a file of ``size`` bytes covers."""
     return 0, size // 2, max(0, size - SAMPLED_BYTES)
 
 
@@ -210,18 +211,18 @@ def index_files(
     absent: Sequence[LeftOut] = (),
     progress: bool = False,
 ) -> tuple[FileIndex, list[LeftOut]]:
-    """The index of ``rows``, read where they lie.
+    """Returns the index of ``rows``, read where they lie.
 
     Args:
-        rows: of ``Task.read``.
-        vocabulary: class names in the order of their indices; None: forget the labels.
+        rows: as ``Task.read`` returns them.
+        vocabulary: class names in the order of their indices; None: the labels are dropped.
         cache: JSON file in which lengths, rates and checksums of the files are kept, with a list
-            of what is left out; None, or where it cannot be written: read at each call.
-        absent: what the source lists and does not hold, for that list.
+            of what is left out; None, or where it cannot be written: headers are read at each call.
+        absent: clips that the source lists and does not hold, added to that list.
         progress: show a bar while headers are read.
 
     Returns:
-        The index, and what it leaves out with the reason: ``absent``, and files that are empty,
+        The index, and the clips left out with their reasons: ``absent``, and files that are empty,
         not audio, too large or without a decoder.
 
     Raises:
@@ -246,7 +247,7 @@ def index_files(
 
 
 def _table(kept: Sequence[tuple[Row, Header]], vocabulary: list[str]) -> ShardTable:
-    """Places, lengths, labels and keys as arrays."""
+    """Makes arrays of places, lengths, labels and keys."""
     numbers = {name: i for i, name in enumerate(vocabulary)}
     splits: dict[str, int] = {}
     labels: list[int] = []
@@ -281,15 +282,15 @@ def _table(kept: Sequence[tuple[Row, Header]], vocabulary: list[str]) -> ShardTa
 def _headers(
     rows: Sequence[Row], cache: Path | None, absent: Sequence[LeftOut], progress: bool
 ) -> tuple[list[Header | None], list[LeftOut]]:
-    """The header of each row, None for one that is left out; and all that is left out."""
+    """Returns the header of each row (None if the row is left out), and all clips left out."""
     from tqdm import tqdm
 
     before = _recall(cache)
     files = before.get("files", {})
 
     def ask(part: Sequence[tuple[str, Row]]) -> list[list[Any]]:
-        """``[time of change, bytes of the file, *Header]`` each, or a reason in place of the
-        header."""
+        """Returns ``[modification time, bytes of the file, *Header]`` of each row, or a reason in
+        place of the header."""
         said = []
         for name, row in part:
             stamp: list[Any] = []
@@ -301,18 +302,18 @@ def _headers(
             except DecodeError as error:
                 said.append([*stamp, reason_of(error, row)])
             except OSError as error:
-                said.append([0, -1, reason_of(error, row)])  # asked again at the next start
+                said.append([0, -1, reason_of(error, row)])  # read again at the next start
         return said
 
     named = [(_name(row), row) for row in rows]
     parts = [named[start : start + PART] for start in range(0, len(rows), PART)]
     found: list[list[Any]] = []
-    threads = 1 if any(row.cell is not None for row in rows) else THREADS  # cells come in order
+    threads = 1 if any(row.cell is not None for row in rows) else THREADS  # cells are read in order
     bar = tqdm(
         total=len(rows), desc="headers", unit="file", leave=False, delay=1.0, disable=not progress
     )
     with bar, ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(parts), 2 * threads):  # so many an interrupt waits for
+        for start in range(0, len(parts), 2 * threads):  # an interrupt waits for this many parts
             for answers in pool.map(ask, parts[start : start + 2 * threads]):
                 found += answers
                 bar.update(len(answers))
@@ -328,14 +329,14 @@ def _headers(
         "files": {name: entry for (name, _), entry in zip(named, found, strict=True)},
     }
     if cache is not None and now != before:
-        with suppress(OSError):  # a cache that cannot be written costs time, not the run
+        with suppress(OSError):  # without a cache the run is slower, but works
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(cache, json.dumps(now).encode())
     return headers, left_out
 
 
 def _recall(cache: Path | None) -> dict[str, Any]:
-    """What an earlier call kept; empty where there is none."""
+    """Reads the results of an earlier call; empty where there are none."""
     if cache is not None:
         with suppress(OSError, ValueError):
             kept = json.loads(cache.read_bytes())
@@ -345,13 +346,13 @@ def _recall(cache: Path | None) -> dict[str, Any]:
 
 
 def _name(row: Row) -> str:
-    """What the cache calls the file of ``row``."""
+    """Returns the name of the file of ``row`` in the cache."""
     place = row.span or row.cell
     return f"{os.path.abspath(row.path)}{f'|{place[0]},{place[1]}' if place else ''}"
 
 
 def _header_of(row: Row) -> Header:
-    """What the file of ``row`` says of itself; raises as ``read_row``."""
+    """Reads the header of the file of ``row``; raises as ``read_row``."""
     if row.span is None and row.cell is None:
         with _opened(row.path, None) as (file, _, size):
             parts = [os.pread(file, SAMPLED_BYTES, at) for at in _samples(size)]

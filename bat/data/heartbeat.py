@@ -1,10 +1,10 @@
-"""Tells what each loader process reads and since when, for the message of a stalled run.
+"""Records what each loader process reads and since when, for the message of a stalled run.
 
-One row for the training process and one for each loader worker, in shared memory and without a
-lock: (what it reads, since when), written by the process before it reads, read by any. A row read
-while it is written may mix two clips, which only a message would show. What is read is a clip's id,
-or a shard's number where shards are read from front to end. Times are ``time.monotonic_ns``, one
-clock for all processes of a machine.
+There is one row for the training process and one for each loader worker, in shared memory and
+without a lock: (item that is read, start time), written by the process before it reads and readable
+by all. A row that is read while it is written may mix two clips, which affects only the message.
+The item is a clip's id, or a shard's number where shards are read sequentially. Times are
+``time.monotonic_ns``, one clock for all processes of a machine.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ IDLE = -1
 
 
 class Reading(NamedTuple):
-    """What one process reads."""
+    """The item that one process is reading."""
 
     reader: str
     """``worker 1``, or ``the training process`` where that decodes."""
     what: int
     """Clip id or number of the shard."""
     seconds: float
-    """For how long."""
+    """Time since the read began."""
 
 
 def as_user_error(error: Exception) -> Exception:
-    """``error``, or a ``UserError`` where torch says that shared memory ran out."""
+    """Returns ``error``, or a ``UserError`` if torch reports that shared memory ran out."""
     text = str(error)
     if "shared memory" not in text and "</torch_" not in text:
         return error
@@ -56,34 +56,34 @@ class Heartbeat:
         self._rows: np.ndarray = self._shared.numpy()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_shared": self._shared}  # by handle: an array would be copied
+        return {"_shared": self._shared}  # passed by handle; an array would be copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._shared = state["_shared"]
         self._rows = self._shared.numpy()
 
     def reads(self, what: int) -> None:
-        """This process begins to read ``what``."""
+        """Record that this process begins to read ``what``."""
         row = _row()
         self._rows[row, 1] = time.monotonic_ns()
         self._rows[row, 0] = what
 
     def rests(self) -> None:
-        """This process has made its batch."""
+        """Record that this process has made its batch."""
         self._rows[_row(), 0] = IDLE
 
     def clear(self) -> None:
-        """All rows idle: the loader processes are gone."""
+        """Mark all rows as idle, when the loader processes have ended."""
         self._rows[:, 0] = IDLE
 
     def worker(self, number: int) -> int | None:
-        """What worker ``number`` reads; None: nothing, or it has no row."""
+        """Returns what worker ``number`` reads; None if it reads nothing or has no row."""
         row = number + 1
         what = int(self._rows[row, 0]) if row < len(self._rows) else IDLE
         return None if what == IDLE else what
 
     def readings(self) -> list[Reading]:
-        """Those that read, longest first."""
+        """Returns the readings of all busy processes, longest first."""
         now, found = time.monotonic_ns(), []
         for row, (what, since) in enumerate(self._rows.tolist()):
             if what != IDLE:

@@ -1,10 +1,10 @@
 """The index of a data set: every clip of every shard, in a few numpy arrays.
 
-About 70 bytes a clip and nothing but arrays, so that forked workers share it. ``read`` is one
-``pread``, of the shard or of its copy in the local cache where the shard is remote. The order of
-clips is that of the sorted shards and of the members in them; a clip's number is its id everywhere
-in ``bat.data``. ``hash`` is over the content (keys, sizes, labels, folds, vocabulary), not over
-where the shards lie: equal hashes make equal streams.
+It takes about 70 bytes a clip and consists of arrays alone, so that forked workers share it.
+``read`` is one ``pread``, of the shard or, for a remote shard, of its copy in the local cache.
+Clips are ordered by the sorted shards and by the members within them; a clip's number is its id
+everywhere in ``bat.data``. ``hash`` covers the content (keys, sizes, labels, folds, vocabulary) but
+not where the shards lie: equal hashes make equal streams.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ CACHE_BYTES = 100_000_000_000
 
 
 class Index:
-    """Every clip of a data set; ``open_index`` makes it. n clips in m shards:
+    """Every clip of a data set, n clips in m shards; made by ``open_index``.
 
     ``shard, offset, size, frames, rate, codec, fold, split, source``: (n,) each; ``frames`` at the
     file's own ``rate``, -1 and 0 where unknown; ``fold`` and ``split`` (index into ``splits``) -1
-    where there is none; ``source``: which of the sources given to ``open_index``. ``label_ids``
-    flat, ``label_ptr`` (n + 1,): labels as CSR, into ``vocabulary``. ``shard_bytes``: (m,).
-    ``events`` ``{clip: (Event, ...)}`` and ``texts`` ``{clip: text}`` of the clips that have them.
+    where there is none; ``source``: index of the source given to ``open_index``. ``label_ids``
+    (flat) and ``label_ptr`` (n + 1,): labels as CSR, indices into ``vocabulary``. ``shard_bytes``:
+    (m,). ``events`` ``{clip: (Event, ...)}`` and ``texts`` ``{clip: text}`` of the clips that have
+    them.
     """
 
     def __init__(
@@ -96,17 +97,17 @@ class Index:
 
     @property
     def remote(self) -> bool:
-        """Whether some shards lie elsewhere and are read through the local cache."""
+        """True if some shards are remote and read through the local cache."""
         return self._remote_shards is not None
 
     @property
     def fits(self) -> bool:
-        """Whether the local cache holds all remote shards at once; True without any."""
+        """True if the local cache holds all remote shards at once, or if there are none."""
         return self._remote_shards is None or self._remote_shards.fits
 
     @property
     def cache_bytes(self) -> int | None:
-        """How much of remote shards the local cache may hold; None without any."""
+        """Bytes of remote shards that the local cache may hold; None if there are none."""
         return None if self._remote_shards is None else self._remote_shards.cache.max_bytes
 
     @property
@@ -131,32 +132,33 @@ class Index:
         return self._keys[self._key_ptr[i] : self._key_ptr[i + 1]].tobytes().decode("ascii")
 
     def shard_name(self, i: int) -> str:
-        """Name of the shard that clip ``i`` lies in, with its folders where two shards share it."""
+        """Returns the name of the shard that clip ``i`` lies in, with its folders where two shards
+        share it."""
         return self._names[self.shard[i]]
 
     def labels(self, i: int) -> tuple[int, ...]:
         return tuple(self.label_ids[self.label_ptr[i] : self.label_ptr[i + 1]].tolist())
 
     def targets(self, i: int) -> np.ndarray:
-        """Multi-hot labels: (C,) float32."""
+        """Returns multi-hot labels: (C,) float32."""
         hot = np.zeros(self.classes, np.float32)
         hot[self.label_ids[self.label_ptr[i] : self.label_ptr[i + 1]]] = 1.0
         return hot
 
     def clips_in_fold(self, fold: int) -> np.ndarray:
-        """Ids of the clips of ``fold``, ascending; UserError where there are none."""
+        """Returns the ids of the clips of ``fold``, ascending; UserError if there are none."""
         if fold not in self.folds:
             raise UserError(f"no clip has fold {fold}: folds are {self.folds or 'not given'}")
         return np.flatnonzero(self.fold == fold)
 
     def clips_not_in_fold(self, fold: int) -> np.ndarray:
-        """Ids of the clips of the other folds; clips without a fold are in none."""
+        """Returns the ids of the clips of the other folds; clips without a fold are in none."""
         self.clips_in_fold(fold)
         return np.flatnonzero((self.fold != fold) & (self.fold >= 0))
 
     def clips_in_split(self, name: str) -> np.ndarray:
-        """Ids of the clips of a split such as ``train``, or of several (``a,b``), ascending;
-        UserError where one has none."""
+        """Returns the ids of the clips of a split such as ``train``, or of several (``a,b``),
+        ascending; raises UserError if one of them has no clips."""
         wanted = [part.strip() for part in name.split(",")]
         absent = next((part for part in wanted if part not in self.splits), None)
         if absent is not None:
@@ -167,7 +169,7 @@ class Index:
         return np.flatnonzero(np.isin(self.split, [self.splits.index(part) for part in wanted]))
 
     def counted_splits(self) -> str:
-        """``the data has the splits test 80, train 320``."""
+        """Returns ``the data has the splits test 80, train 320``."""
         counts = [f"{name} {int((self.split == i).sum())}" for i, name in enumerate(self.splits)]
         bare = int((self.split < 0).sum())
         counts += [f"{bare} clips without a split"] if bare and counts else []
@@ -175,7 +177,7 @@ class Index:
         return f"the data has the splits {given}" if counts else f"none of its {bare} clips has one"
 
     def read(self, i: int) -> Clip:
-        """The encoded clip ``i``.
+        """Reads the encoded clip ``i``.
 
         Raises:
             OSError: its shard cannot be read or reached, ends before the clip does, or is not the
@@ -199,18 +201,18 @@ class Index:
         return Clip(self.key(i), data[BLOCK:], codec, self.labels(i), self.shard_name(i))
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Fetch remote ``shards`` into the cache in the background, the first ones first.
+        """Prefetch remote ``shards`` into the cache in the background, in order.
 
-        Returns at once and replaces what an earlier call still waits for. As many as the cache
-        holds; local shards, and ones that are there already, cost nothing. For the main process:
-        a forked worker does not inherit the thread.
+        Returns at once and replaces the shards of an earlier call that have not been started.
+        Fetches as many as the cache holds; local shards and those already in the cache cost
+        nothing. Call it from the main process: a forked worker does not inherit the thread.
         """
         if self._remote_shards is not None:
             self._remote_shards.prefetch(shards)
 
 
 def _names(shards: Sequence[Shard]) -> list[str]:
-    """File names, with as many folders before them as tell them apart."""
+    """Returns file names, with as many parent folders as needed to make them distinct."""
     names = [shard.name for shard in shards]
     for depth in range(2, 65):
         if len(set(names)) == len(names):
@@ -220,14 +222,14 @@ def _names(shards: Sequence[Shard]) -> list[str]:
 
 
 def _pointers(counts: np.ndarray) -> np.ndarray:
-    """(n,) counts -> (n + 1,) int64 offsets."""
+    """Converts (n,) counts to (n + 1,) int64 offsets."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 def _said(
     tables: Sequence[ShardTable],
 ) -> tuple[dict[int, tuple[Event, ...]], dict[int, str]]:
-    """Events and texts by the number of the clip."""
+    """Returns events and texts by the number of the clip."""
     events: dict[int, tuple[Event, ...]] = {}
     texts: dict[int, str] = {}
     first = 0
@@ -244,8 +246,8 @@ def _said(
 
 
 def _splits(shards: Sequence[Shard], tables: Sequence[ShardTable]) -> tuple[list[str], np.ndarray]:
-    """Names of the splits that occur, sorted, and (n,) int16 of them; the sub-folder where a
-    clip's JSON says none."""
+    """Returns the names of the splits that occur, sorted, and their indices (n,) int16; the
+    sub-folder is the split where a clip's JSON names none."""
     listed = [[*table.splits, shard.split] for shard, table in zip(shards, tables, strict=True)]
     numbers = {name: i for i, name in enumerate(sorted({n for names in listed for n in names}))}
     parts = [
@@ -270,26 +272,26 @@ def open_index(
     timeout_seconds: float = 30.0,
     redirects: Sequence[str] = (),
 ) -> Index:
-    """The index of a set of shards.
+    """Returns the index of a set of shards.
 
     Args:
         shards: a folder, a tar, a glob, a brace pattern (``shard-{00000..00041}.tar``), a URL of
             these (``https://``, ``s3://``, ...), or a list of such. Tables beside the shards are
-            used where they fit and made where not.
+            used if they match and made otherwise.
         cache: folder for copies of remote shards, and for tables that cannot be written beside
             their shards. None: ``$XDG_CACHE_HOME/bat`` for remote shards; tables of a read-only
             folder are made anew each time.
-        cache_bytes: how many bytes of remote shards the cache may hold.
-        labels: ``same``: all sources have one vocabulary; ``drop``: forget the labels.
+        cache_bytes: bytes of remote shards that the cache may hold.
+        labels: ``same``: all sources have one vocabulary; ``drop``: the labels are dropped.
         retries: tries without progress before a remote shard counts as unreachable.
-        timeout_seconds: how long a server may be silent.
-        redirects: hosts that a server may lead to, besides itself: ``cdn.org``, ``*.cdn.org``.
+        timeout_seconds: longest time that a server may send nothing.
+        redirects: hosts that a server may redirect to, besides itself: ``cdn.org``, ``*.cdn.org``.
 
     Raises:
         NotIndexable: compressed shards, those of a command; remote ones without tables that the
             cache cannot hold.
-        UserError: nothing there, something that is not a plain tar, a shard that differs from its
-            manifest, data sets with different vocabularies, a server out of reach.
+        UserError: no shards found, a file that is not a plain tar, a shard that differs from its
+            manifest, data sets with different vocabularies, an unreachable server.
     """
     if retries < 1 or timeout_seconds <= 0 or cache_bytes < 0:
         values = f"{retries=}, {timeout_seconds=:g}, {cache_bytes=}"

@@ -1,9 +1,9 @@
 """Loads batches with torch's DataLoader, and ends the run in order when a loader process dies.
 
-A worker that is killed (memory ran out, ``kill -9``) is not replaced. ``Loader`` makes the batches
-that are still missing in the main process and tells ``on_death``, which in a training asks for a
-checkpoint and the end of the run at the next optimiser step (exit code 75); the same command then
-goes on. A batch depends on its positions in the plan alone, so none is lost or repeated.
+A worker that is killed (out of memory, ``kill -9``) is not replaced. ``Loader`` makes the missing
+batches in the main process and calls ``on_death``, which in training asks for a checkpoint and the
+end of the run at the next optimiser step (exit code 75); the same command then resumes the run. A
+batch depends only on its positions in the plan, so none is lost or repeated.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ log = logging.getLogger("bat")
 
 POLL_SECONDS = 0.5
 NEWS_SECONDS = 1.0
-"""How long after an error a worker may take to be seen dead."""
+"""Longest time after an error until the death of a worker is visible."""
 
 OUTLIVED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def worker_init(worker: int) -> None:
-    """Make a loader process outlive the signals meant for the run, which still has to save, and
-    end with its parent, whatever it is waiting for."""
+    """Make a loader process ignore the signals meant for the run, which still has to save, and end
+    with its parent in any state."""
     for number in OUTLIVED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTLIVED)  # see ``Loader._start``
@@ -56,14 +56,14 @@ def _end_with(parent: int) -> None:
 
 
 def _kill(processes: list[Any], owner: int) -> None:
-    """Kill ``processes`` of process ``owner``: multiprocessing would wait at exit for workers,
-    having sent a SIGTERM, which they ignore."""
+    """Kill ``processes`` of process ``owner``: at exit multiprocessing would wait for the workers
+    after a SIGTERM, which they ignore."""
     for process in processes if os.getpid() == owner else ():
         process.kill()
 
 
 class _Handed(Sampler[list[Item]]):
-    """The batches of ``sampler``; remembers those that were handed to workers and not taken."""
+    """Yields the batches of ``sampler``; remembers those handed to workers and not yet received."""
 
     def __init__(self, sampler: Sampler[list[Item]]) -> None:
         self.sampler = sampler
@@ -84,14 +84,14 @@ class _Handed(Sampler[list[Item]]):
 
 
 class Loader(DataLoader[WaveBatch]):
-    """``DataLoader`` over whole batches that goes on in the main process when a worker dies.
+    """``DataLoader`` over whole batches that continues in the main process when a worker dies.
 
     Args:
-        sampler: of the batches of a map-style ``dataset``; None for an iterable one, which then
+        sampler: yields the batches of a map-style ``dataset``; None for an iterable one, which then
             begins anew in the main process.
         workers: loader processes; 0 decodes in this process.
-        where: what a worker was reading when it died, or None.
-        on_death: called with a line about the death, once; None: ``Interrupted`` is raised.
+        where: returns what a worker was reading when it died, or None.
+        on_death: called once with a line about the death; None: ``Interrupted`` is raised.
 
     Raises:
         Interrupted: from ``next()``: a worker died, and there is no ``on_death``.
@@ -121,7 +121,7 @@ class Loader(DataLoader[WaveBatch]):
             worker_init_fn=worker_init,
             persistent_workers=workers > 0 and sampler is not None,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # it draws a seed: never from the run's own state
+            generator=torch.Generator(),  # a seed is drawn from it: not from the run's own state
         )
 
     def __iter__(self) -> Iterator[WaveBatch]:  # type: ignore[override]
@@ -147,7 +147,7 @@ class Loader(DataLoader[WaveBatch]):
         yield from self._rest()
 
     def _failed(self, error: Exception) -> None:
-        """Raise ``error``, unless it came of a worker's death and ``on_death`` takes that."""
+        """Raise ``error``, unless a worker's death caused it and ``on_death`` handles that."""
         death = self._death()
         if death is None:
             raise _plain(error) from None
@@ -156,22 +156,22 @@ class Loader(DataLoader[WaveBatch]):
         self.on_death(death)
 
     def _start(self) -> Iterator[WaveBatch]:
-        """torch's iterator; its processes are noted, its handler of SIGCHLD is taken off."""
+        """Returns torch's iterator; records its processes and removes its handler of SIGCHLD."""
         if self.handed is not None:
             self.handed.begin()
         if not self.num_workers:
             return super().__iter__()
         children, in_main = set(active_children()), self._in_main_thread()
         handler = signal.getsignal(signal.SIGCHLD)
-        if getattr(handler, "__module__", "").startswith("torch."):  # of another loader
+        if getattr(handler, "__module__", "").startswith("torch."):  # installed by another loader
             handler = signal.SIG_DFL
-        # a worker is born deaf to these: one may come before ``worker_init``
+        # workers start with these blocked: one may arrive before ``worker_init``
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, OUTLIVED)
         try:
             batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            if in_main:  # torch's would raise wherever the main thread is: in the midst of a step
+            if in_main:  # torch's handler would raise in the main thread, even within a step
                 signal.signal(signal.SIGCHLD, handler)
             made = sorted(set(active_children()) - children, key=lambda process: process.pid or 0)
             if made:
@@ -184,7 +184,7 @@ class Loader(DataLoader[WaveBatch]):
         return threading.current_thread() is threading.main_thread()
 
     def _death(self) -> str | None:
-        """What became of the worker that died, if one did."""
+        """Returns a description of how the worker died, or None if none did."""
         until = time.monotonic() + NEWS_SECONDS
         while time.monotonic() < until:
             for worker, process in enumerate(self._processes):
@@ -207,7 +207,7 @@ class Loader(DataLoader[WaveBatch]):
         )
 
     def _rest(self) -> Iterator[WaveBatch]:
-        """The batches that did not arrive, made in this process."""
+        """Yields the batches that did not arrive, made in this process."""
         dataset: Any = self.dataset
         if self.handed is None:
             yield from dataset
@@ -217,7 +217,7 @@ class Loader(DataLoader[WaveBatch]):
 
 
 def _plain(error: Exception) -> Exception:
-    """``error`` as it was raised: torch puts a worker's traceback before a ``UserError``."""
+    """Returns ``error`` as it was raised: torch puts a traceback before a ``UserError``."""
     if isinstance(error, UserError):
         return UserError(str(error).rpartition("\nbat.errors.UserError: ")[2].rstrip("\n"))
     return as_user_error(error)

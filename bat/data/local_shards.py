@@ -1,4 +1,4 @@
-"""Reads shards on this machine by ``pread``; their tables, held to their manifests."""
+"""Reads shards on this machine by ``pread``, and their tables, checked against manifests."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MAX_OPEN_FILES = 256
 
 
 class Files:
-    """File descriptors by path: each process its own, the least recently used one closed."""
+    """File descriptors by path, for each process its own; the least recently used one is closed."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._pid = os.getpid()
 
     def pread(self, path: Path, size: int, offset: int) -> bytes:
-        if self._pid != os.getpid():  # forked: pread would be safe, eviction by two would not
+        if self._pid != os.getpid():  # after a fork: two processes must not share evictions
             self._open, self._pid = OrderedDict(), os.getpid()
         fd = self._open.get(path)
         if fd is None:
@@ -43,14 +43,15 @@ class Files:
 def local_tables(
     shards: Sequence[Shard], *, whole: Sequence[Path], cache: Path | None
 ) -> tuple[dict[int, ShardTable], list[list[str]]]:
-    """``{number: table}`` of the local ones of ``shards``, and their manifests' vocabularies.
+    """Returns ``{number: table}`` of the local ones of ``shards``, and their manifests'
+    vocabularies.
 
     Args:
-        whole: folders that are to hold all that their manifests, or those below them, list.
-        cache: where a table goes that cannot be written beside its shard.
+        whole: folders that must hold all shards listed in their manifests, or in those below them.
+        cache: folder for a table that cannot be written beside its shard.
 
     Raises:
-        UserError: a shard that is missing, not a tar or not what its manifest says.
+        UserError: a shard that is missing, not a tar, or different from its manifest.
     """
     local = [(i, shard.place) for i, shard in enumerate(shards) if isinstance(shard.place, Path)]
     vocabularies, entries = [], {}
@@ -93,7 +94,7 @@ def local_tables(
 
 
 def _stamp(path: Path, entry: ShardInfo | None) -> list[object]:
-    """What changes when a shard, its table or its hash does."""
+    """Returns a value that changes when a shard, its table or its hash does."""
     tar = path.stat()
     found: list[object] = [tar.st_size, tar.st_mtime_ns, entry.sha256 if entry else ""]
     try:
@@ -104,7 +105,8 @@ def _stamp(path: Path, entry: ShardInfo | None) -> list[object]:
 
 
 def table_places(tar: Path, folder: Path | None) -> list[Path]:
-    """Where the table of ``tar`` may lie: beside it, then in a folder for read-only shards."""
+    """Returns the possible places of the table of ``tar``: beside it, then in a folder for
+    read-only shards."""
     places = [tar.with_suffix(".idx.npz")]
     if folder is not None:
         digest = hashlib.sha256(os.fsencode(tar.resolve())).hexdigest()[:12]
@@ -113,9 +115,10 @@ def table_places(tar: Path, folder: Path | None) -> list[Path]:
 
 
 def _table(path: Path, entry: ShardInfo | None, cache: Path | None) -> ShardTable:
-    """The table of a local shard, read or made.
+    """Returns the table of a local shard, read or made.
 
-    Of a tar whose time has changed (a copy) the old table's lengths are kept, if it is the same.
+    If the tar has another modification time (a copy) but the same content, the lengths of the old
+    table are kept.
     """
     places = table_places(path, cache)
     for place in places:

@@ -1,4 +1,7 @@
-"""``manifest.json``: what a folder of shards holds. Where it lies, the set is complete."""
+"""Reads and writes ``manifest.json``: the contents of a folder of shards.
+
+The manifest is written last, so a set of shards that has one is complete.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +39,12 @@ class ShardInfo:
     bytes: int
     sha256: str
     seconds: float
-    """Of the clips whose length is known."""
+    """Total duration of the clips of known length."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds; ``manifest.json``."""
+    """The contents of a folder of shards, kept in ``manifest.json``."""
 
     shards: list[ShardInfo]
     clips: int
@@ -50,12 +53,13 @@ class Manifest:
     vocabulary: list[str]
     """Class names; a ``label_id`` is an index into it."""
     label_counts: list[int]
-    """Clips that carry each class of ``vocabulary``."""
+    """Number of clips that carry each class of ``vocabulary``."""
     splits: dict[str, int]
-    """Clips of each split; clips without one are not counted. So too the two below."""
+    """Number of clips of each split; clips without one are not counted. The same holds for the two
+    fields below."""
     folds: dict[str, int]
     rates: dict[str, int]
-    """Clips at each sample rate, Hz."""
+    """Number of clips at each sample rate, Hz."""
     left_out: list[dict[str, str]]
     """``{"key", "file", "reason"}`` of each clip that is not in the shards."""
     source: str
@@ -64,10 +68,10 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest | None:
-        """The manifest of ``folder``; None where there is none, or one of another program's.
+        """Reads the manifest of ``folder``; None where there is none, or one of another program.
 
         Raises:
-            UserError: it is one of ours, but damaged, of another version, or over ``MAX_BYTES``.
+            UserError: it is one of bat's, but damaged, of another version, or over ``MAX_BYTES``.
         """
         path = folder / "manifest.json"
         if not path.is_file():
@@ -93,7 +97,7 @@ class Manifest:
             raise UserError(f"{path} is damaged ({error}): write the shards again") from error
 
     def _check(self) -> None:
-        """Raise ``ValueError`` for what is not of the type that it is used as."""
+        """Raise ``ValueError`` for a field of the wrong type."""
 
         def count(*values: Any) -> bool:
             return all(type(value) is int and 0 <= value < COUNT for value in values)
@@ -129,11 +133,11 @@ class Manifest:
         if self.left_out:
             lines = ",\n  ".join(json.dumps(e, ensure_ascii=False) for e in self.left_out)
             text = text.replace('"left_out": []', f'"left_out": [\n  {lines}\n ]')
-        data = text.encode("utf-8", "backslashreplace")  # a lone surrogate: as JSON escapes it
+        data = text.encode("utf-8", "backslashreplace")  # a lone surrogate is escaped as in JSON
         write_atomic(folder / "manifest.json", data)
 
     def damage(self, folder: Path) -> str | None:
-        """What ``folder`` lacks of the shards, by their names and sizes; None: nothing."""
+        """Returns which shards ``folder`` lacks or has in another size; None if there are none."""
         for shard in self.shards:
             try:
                 size = (folder / shard.name).stat().st_size
@@ -145,7 +149,7 @@ class Manifest:
 
 
 class Counts:
-    """Adds up shards, by their tables, to what a manifest says of them."""
+    """Sums up the tables of shards to the counts of a manifest."""
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
         self.vocabulary = list(vocabulary)
@@ -177,7 +181,7 @@ class Counts:
         return info
 
     def manifest(self, *, left_out: list[dict[str, str]], source: str) -> Manifest:
-        """The manifest of the shards added."""
+        """Returns the manifest of the shards added."""
         shards = self.shards
         return Manifest(
             shards=shards,
@@ -195,18 +199,19 @@ class Counts:
 
 
 def source_hash(rows: Sequence[Row], *, vocabulary: Sequence[str], **options: Any) -> str:
-    """Hash over what decides the bytes of the shards: the same hash, nothing to be written.
+    """Returns a hash over all that determines the bytes of the shards: if it is equal, nothing is
+    written.
 
-    Of each row: key, labels, mids, fold, split, start, place in its file; of the file (that is the
-    tar or the parquet where the row lies inside): name, size and time of the last change, so that
-    one that was written again with the same length counts as another. Where it lies does not
-    matter, nor what the source lists and does not hold. A copy whose times were not kept
-    (``cp`` without ``-p``) has another hash, and gives the same shards.
+    It covers for each row its key, labels, mids, fold, split, start and place in its file; and for
+    the file (the tar or the parquet file that holds the row) its name, size and modification time,
+    so that a file that was rewritten with the same length counts as another. The location of the
+    file and the clips that the source lists and does not hold are not covered. A copy whose times
+    were not kept (``cp`` without ``-p``) has another hash, and gives the same shards.
     """
     head = [VERSION, sorted(options.items()), list(vocabulary)]
     digest = hashlib.sha256(json.dumps(head).encode())
 
-    @functools.lru_cache(maxsize=64)  # the rows of a tar come one after the other
+    @functools.lru_cache(maxsize=64)  # the rows of a tar are adjacent
     def state(path: Path) -> tuple[int, int]:
         try:
             found = os.stat(path)
@@ -223,7 +228,7 @@ def source_hash(rows: Sequence[Row], *, vocabulary: Sequence[str], **options: An
 
 
 def remote_manifest(folder: str, policy: RetryPolicy) -> Manifest | None:
-    """The manifest of a remote folder; None where there is none.
+    """Reads the manifest of a remote folder; None where there is none.
 
     Raises:
         UserError: damaged, or the server cannot be reached.

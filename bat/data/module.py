@@ -1,6 +1,6 @@
-"""The loaders of a run, as Lightning wants them.
+"""Makes the loaders of a run for Lightning: the training stream and evaluation batches.
 
-What a stream is over and in which order; where it goes on after a resume is told in ``base.py``.
+This module holds the data and the order of a stream; ``base.py`` describes where it resumes.
 Build the Trainer with ``use_distributed_sampler=False``.
 """
 
@@ -36,7 +36,8 @@ def eval_loader(
     min_seconds: float = 0.0,
     max_seconds: float = MAX_FILE_SECONDS,
 ) -> Loader:
-    """Batches of the clips ``ids`` (None: all) once, in order; unreadable ones are left out.
+    """Returns a loader over the clips ``ids`` (None: all) once, in order; unreadable ones are left
+    out.
 
     Long clips are cut off at their end; files of more than ``max_seconds`` are unreadable.
     """
@@ -77,7 +78,7 @@ class AudioData(StreamData):
         max_seconds: longer files count as unreadable ("long"), whatever part of them is wanted.
         workers: loader processes; 0 decodes in the training process.
         cache_bytes: decoded waves kept in memory by each loader process (small data sets).
-        look_ahead: positions for which remote shards are fetched before their turn.
+        look_ahead: positions for which remote shards are prefetched.
         max_bad: fraction of unreadable clips above which the run stops.
         out: run folder in which ``bad_clips.jsonl`` lists unreadable clips; None: no list.
 
@@ -128,11 +129,11 @@ class AudioData(StreamData):
             heartbeat=self.heartbeat,
         )
         self.clip_samples = self.dataset.clip_samples
-        # Lightning 2.6.6 judges by the loader's type; this stream resumes exactly
+        # Lightning 2.6.6 decides by the loader's type; this stream resumes exactly
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
 
     def first_batch(self) -> WaveBatch:
-        """The first micro-batch of the stream, made in this process."""
+        """Returns the first micro-batch of the stream, made in this process."""
         clips = self.plan.clips(np.arange(self.batch))
         return self.dataset.batch(list(enumerate(clips.tolist())))
 
@@ -160,7 +161,7 @@ class AudioData(StreamData):
         return self._loader(self.dataset, sampler)
 
     def _fetch(self, clips: np.ndarray) -> None:
-        """Have the shards of ``clips``, in the order of their first use, brought here."""
+        """Prefetch the shards of ``clips``, in the order of their first use."""
         shards, first = np.unique(self.index.shard[clips], return_index=True)
         self.index.prefetch(shards[np.argsort(first)].tolist())
 

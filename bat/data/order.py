@@ -1,4 +1,4 @@
-"""The plan that settings ask for, over the clips of an index."""
+"""Makes the plan for the clips of an index from the settings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from bat.errors import UserError
 
 
 def class_balance(label_ids: np.ndarray, label_ptr: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Weights of ``ids`` for class-balanced sampling (docs/method.md 5): (n,) float64.
+    """Returns weights of ``ids`` for class-balanced sampling (docs/method.md 5): (n,) float64.
 
-    A class weighs ``1 / clips that carry it`` (among ``ids``), a clip the mean over its labels; a
-    clip without labels weighs nothing.
+    The weight of a class is ``1 / clips that carry it`` (among ``ids``), that of a clip is the mean
+    over its labels; a clip without labels has weight zero.
 
     Args:
         label_ids, label_ptr: labels of all clips of an index, CSR.
@@ -47,18 +47,18 @@ def make_plan(
     epoch_clips: int | None = None,
     mix: Sequence[float] = (),
 ) -> Plan | MixedPlan:
-    """The order of ``ids`` (None: all clips).
+    """Returns the order of ``ids`` (None: all clips).
 
     Args:
-        shuffle: ``exact``: an even permutation of an epoch; ``window``: shards in a random order,
+        shuffle: ``exact``: a uniform permutation of an epoch; ``window``: shards in a random order,
             clips shuffled within ``window`` of them; ``auto``: ``window`` where shards are remote
-            (an even order wants all of them at once), else ``exact``.
+            (a uniform order needs all of them at once), else ``exact``.
         balance: ``class``: weights of docs/method.md 5; needs ``epoch_clips``.
         epoch_clips: clips of an epoch, without replacement; None: all.
         mix: shares of the sources that the index was opened with; empty: one set of all of them.
 
     Raises:
-        UserError: settings that do not fit one another or the data.
+        UserError: settings that are not compatible with one another or with the data.
     """
     if shuffle == "exact" and index.remote and not index.fits:
         raise UserError(
@@ -78,7 +78,7 @@ def make_plan(
             weights = class_balance(index.label_ids, index.label_ptr, chosen)
         return Plan(
             chosen,
-            seed=(seed + (number << 40)) % (1 << 63),  # no two sources in step
+            seed=(seed + (number << 40)) % (1 << 63),  # sources are shuffled independently
             weights=weights,
             epoch_clips=epoch_clips,
             window=window if windowed else None,
@@ -96,10 +96,10 @@ def make_plan(
 
 
 def _check_window(index: Index, window: int) -> None:
-    """Raise ``UserError`` where the cache cannot hold the shards of this window and the next."""
+    """Raise ``UserError`` if the cache cannot hold the shards of this window and the next."""
     if index.fits or index.cache_bytes is None:
         return
-    clips = len(index) / len(index.shard_bytes)  # of a shard
+    clips = len(index) / len(index.shard_bytes)  # per shard
     shards = min(len(index.shard_bytes), int(np.ceil(window / clips)) + 1)
     need = 2 * shards * float(index.shard_bytes.mean())
     if need > index.cache_bytes:

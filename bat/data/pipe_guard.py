@@ -1,10 +1,10 @@
-"""Runs one command of ``pipe:`` and sees to it that it ends with whoever reads it.
+"""Runs one command of ``pipe:`` and ends it together with its reader.
 
-Started by ``bat.data.pipes`` as ``python -I -S pipe_guard.py COMMAND``, first of a process group of
-its own. Its standard input is a pipe that the reader holds open and never writes to: it ends when
-the reader does, ``kill -9`` included, and then the whole group is killed. The command has its
-signals as a shell would find them: a loader worker, which ignores those meant for the run, hands
-that down to its children.
+Started by ``bat.data.pipes`` as ``python -I -S pipe_guard.py COMMAND``, as the leader of its own
+process group. Its standard input is a pipe that the reader holds open and never writes to: the pipe
+closes when the reader ends, also by ``kill -9``, and then the whole group is killed. The command
+starts with the default signal handlers: a loader worker ignores the signals meant for the run, and
+its children would inherit that.
 
 It imports nothing of bat (15 ms to start); the exit code is the command's.
 """
@@ -18,7 +18,7 @@ import sys
 
 
 def main(command: str) -> None:
-    """Run ``command`` by the shell and end as it did."""
+    """Run ``command`` by the shell and exit with its exit code."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         try:
             signal.signal(number, signal.SIG_DFL)

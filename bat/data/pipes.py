@@ -1,10 +1,10 @@
-"""``pipe:COMMAND``: a shard that a command of the user's writes to its standard output.
+"""Reads ``pipe:COMMAND``: a shard that a user's command writes to its standard output.
 
-A command is run only after ``allow_pipes(True)``, which the flag ``--allow-pipe`` says and nothing
-else: no recipe, manifest or URL can ask for one. ``bat.data.sources.find`` is the gate; the
-``Shard`` that it makes carries the permission to loader workers, however they are started. The
-output is read as any other stream, front to end, anew for each reader and epoch. A command ends
-with its reader, however that ends: see ``pipe_guard``.
+A command is run only after ``allow_pipes(True)``, which only the flag ``--allow-pipe`` calls: no
+recipe, manifest or URL can do so. ``bat.data.sources.find`` checks this; the ``Shard`` that it
+makes carries the permission to loader workers, however they are started. The output is read like
+any other stream, from front to end, anew for each reader and epoch. A command ends with its reader,
+however that ends: see ``pipe_guard``.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ PREFIX = "pipe:"
 PIECE_BYTES = 1 << 20
 LAST_WORDS_BYTES = 4096
 LEAVE_SECONDS = 30.0
-"""How long a command may go on after the end of its output."""
+"""Longest time that a command may run on after the end of its output."""
 POLL_SECONDS = 0.5
 
 _allowed = False
 
 
 def allow_pipes(allow: bool) -> None:
-    """Whether this process may run the commands of ``pipe:`` sources. It may not until told so."""
+    """Allow or forbid this process to run the commands of ``pipe:`` sources; forbidden at first."""
     global _allowed
     _allowed = allow
 
@@ -43,17 +43,17 @@ def pipes_allowed() -> bool:
 
 
 def output_of(command: str) -> Generator[bytes, None, None]:
-    """What ``command`` writes, in pieces. It is killed where the taker stops.
+    """Yields the output of ``command`` in pieces; kills the command if the generator is closed.
 
     Raises:
-        OSError: at the end, where its exit code is not 0: the code and its last line of errors.
+        OSError: at the end, if its exit code is not 0: the code and its last line of errors.
     """
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", pipe_guard.__file__, command],
         stdin=subprocess.PIPE,  # ends with this process
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,  # a group of its own, to be killed as one
+        start_new_session=True,  # its own process group, killed as a whole
     )
     assert process.stdin is not None
     assert process.stdout is not None

@@ -1,16 +1,17 @@
-"""The stateless plan: which clip comes at which place of an endless stream.
+"""The stateless plan: the clip at each position of an endless stream.
 
 Epoch e is an arrangement of the clips, a pure function of (seed, e); the stream is the epochs one
-after the other, so nothing is dropped at an epoch's end and a batch may reach across it. Global
-position p is clip ``order(p // n)[p % n]``. Nothing keeps a cursor.
+after the other, so nothing is dropped at an epoch's end and a batch may span two epochs. Global
+position p is clip ``order(p // n)[p % n]``. There is no cursor.
 
-An epoch is *chosen*, then *arranged*. Chosen: all clips, or ``epoch_clips`` of them without
-replacement, evenly or by weight (Gumbel top-k: the k largest of ``log w + G``; ``multinomial`` ends
-at 2^24 items). Arranged: a permutation, or, for slow disks and small caches, the shards in a random
-order and the clips shuffled within windows of it, so that a window touches few shards.
+An epoch is first selected, then arranged. The selection is all clips, or ``epoch_clips`` of them
+without replacement, uniformly or by weight (Gumbel top-k: the k largest of ``log w + G``;
+``multinomial`` ends at 2^24 items). The arrangement is a permutation, or, for slow disks and small
+caches, the shards in a random order and the clips shuffled within windows of it, so that a window
+touches few shards.
 
 ``MixedPlan`` interleaves the plans of several data sets by weight: each block of 1,000 positions
-holds a fixed share of each, shuffled, and each data set goes through its own epochs.
+holds a fixed share of each, shuffled, and each data set has its own epochs.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ ORDER, CROP, ROLL, STAND_IN, OFFSET, CHOICE, SHARDS, MIX = range(8)
 """Independent random streams of one seed."""
 
 MIX_BLOCK = 1000
-"""Positions in which a mixture's shares are exact; a weight counts to a thousandth."""
+"""Positions within which a mixture's shares are exact; weights are rounded to a thousandth."""
 
 
 def philox(seed: int, number: int, purpose: int) -> np.random.Philox:
-    """The random bits of (seed, number) for one purpose.
+    """Returns the random bits of (seed, number) for one purpose.
 
-    Raw bits of a counter-based generator are the same in every numpy; its ``Generator`` methods
-    are not promised to be, and a resumed run must not depend on an upgrade.
+    Raw bits of a counter-based generator are the same in every numpy version; its ``Generator``
+    methods are not guaranteed to be, and a resumed run must not depend on an upgrade.
     """
     key = np.array([seed, number], np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, 0, 0, purpose], np.uint64))
 
 
 def below(n: int, bits: np.random.Philox) -> int:
-    """Uniform in ``0 .. n - 1``."""
+    """Draws uniformly from ``0 .. n - 1``."""
     return int(bits.random_raw()) * n >> 64
 
 
@@ -50,10 +51,11 @@ class Plan:
 
     Args:
         clips: a number n for all of 0 .. n - 1, or ids (n,).
-        weights: (n,) of the clips of an epoch, zero or more; needs ``epoch_clips``. Zero: never.
+        weights: (n,) of the clips of an epoch, zero or more; needs ``epoch_clips``. A clip of
+            weight zero never occurs.
         epoch_clips: clips of an epoch, each at most once; None: all.
-        window: clips that are shuffled among one another, in a random order of shards; None: all
-            of an epoch, evenly.
+        window: number of clips that are shuffled together, in a random order of shards; None: all
+            of an epoch, uniformly.
         shard: (ids.max() + 1,) or longer, the shard of each clip id; ``window`` needs it.
 
     Raises:
@@ -88,14 +90,14 @@ class Plan:
                 f"epoch_clips={epoch_clips}: an epoch takes 1 to {usable} of {len(ids)} clips "
                 f"({len(ids) - usable} have no weight)"
             )
-        self.order = functools.lru_cache(maxsize=2)(self._order)  # batches straddle two epochs
+        self.order = functools.lru_cache(maxsize=2)(self._order)  # batches may span two epochs
 
     def __len__(self) -> int:
-        """Clips of an epoch."""
+        """Number of clips of an epoch."""
         return self.epoch_clips
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The clip ids of ``epoch`` in their order: (len(self),) int64."""
+        """Returns the clip ids of ``epoch`` in their order: (len(self),) int64."""
         ids = self.ids if self.epoch_clips == len(self.ids) else self.ids[self._chosen(epoch)]
         bits = philox(self.seed, epoch, ORDER).random_raw(len(ids))
         if self.window is None or self.shard is None:
@@ -106,17 +108,17 @@ class Plan:
         return ids[np.lexsort((bits, np.arange(len(ids)) // self.window))]
 
     def _chosen(self, epoch: int) -> np.ndarray:
-        """Rows of ``ids`` that are in ``epoch``, ascending."""
+        """Returns the rows of ``ids`` that are in ``epoch``, ascending."""
         bits = philox(self.seed, epoch, CHOICE).random_raw(len(self.ids))
         uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
         wait = -np.log(uniform)  # exponential; the k shortest of wait / w are Gumbel's top k
         if self.weights is not None:
             with np.errstate(divide="ignore"):
-                wait = wait / self.weights  # no weight: never
+                wait = wait / self.weights  # weight zero: never selected
         return np.sort(np.argpartition(wait, self.epoch_clips - 1)[: self.epoch_clips])
 
     def clips(self, positions: np.ndarray) -> np.ndarray:
-        """Clip ids at global ``positions`` (m,), ascending or not: (m,) int64."""
+        """Returns the clip ids at global ``positions`` (m,), ascending or not: (m,) int64."""
         epochs, places = np.divmod(positions, len(self))
         if epochs[0] == epochs[-1] and (epochs == epochs[0]).all():
             return self.order(int(epochs[0]))[places]
@@ -127,13 +129,14 @@ class Plan:
         return found
 
     def stand_ins(self, position: int) -> Iterator[int]:
-        """Clips, without end, that may take the place of the one at ``position``.
+        """Yields clips, without end, that may replace the one at ``position``.
 
-        Of the same epoch and window: what has no weight, or lies in shards far away, never comes.
+        They are from the same epoch and window, so clips of weight zero, or from shards outside the
+        window, never occur.
         """
         bits = philox(self.seed, position, STAND_IN)
         if self.weights is None and self.window is None and self.epoch_clips == len(self.ids):
-            while True:  # the same, and a worker need not make the order
+            while True:  # the same result without making the order in a worker
                 yield int(self.ids[below(len(self.ids), bits)])
         epoch, place = divmod(position, len(self))
         width = self.window or len(self)
@@ -143,7 +146,7 @@ class Plan:
             yield int(among[below(len(among), bits)])
 
     def identity(self) -> str:
-        """What the order depends on besides seed and index, for a checkpoint to be held to."""
+        """Returns what the order depends on besides seed and index, to compare with checkpoints."""
         chosen = hashlib.sha256(self.ids.tobytes()).hexdigest()[:8]
         text = f"{len(self.ids)} clips ({chosen})"
         if self.weights is not None:
@@ -158,10 +161,10 @@ class Plan:
 
 
 class MixedPlan:
-    """The plans of several data sets, interleaved by ``weights`` (any positive numbers).
+    """Interleaves the plans of several data sets by ``weights`` (any positive numbers).
 
     Raises:
-        UserError: weights that do not fit the plans, or a share below a thousandth.
+        UserError: weights that do not match the plans, or a share below a thousandth.
     """
 
     def __init__(self, plans: Sequence[Plan], weights: Sequence[float], *, seed: int) -> None:
@@ -181,12 +184,12 @@ class MixedPlan:
         self._block = functools.lru_cache(maxsize=64)(self._draw_block)
 
     def __len__(self) -> int:
-        """Positions in which every data set was gone through at least once."""
+        """Number of positions in which every data set is read completely at least once."""
         blocks = (-(-len(plan) // int(n)) for plan, n in zip(self.plans, self.counts, strict=True))
         return max(blocks) * MIX_BLOCK
 
     def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Data set of each position of ``block``, and which of its clips: (MIX_BLOCK,) each."""
+        """Returns data set and clip index for each position of ``block``: (MIX_BLOCK,) each."""
         bits = philox(self.seed, block, MIX).random_raw(MIX_BLOCK)
         which = np.repeat(np.arange(len(self.plans)), self.counts)[np.argsort(bits, kind="stable")]
         nth = np.empty(MIX_BLOCK, np.int64)
@@ -195,7 +198,7 @@ class MixedPlan:
         return which, nth
 
     def clips(self, positions: np.ndarray) -> np.ndarray:
-        """Clip ids at global ``positions`` (m,): (m,) int64."""
+        """Returns the clip ids at global ``positions`` (m,): (m,) int64."""
         blocks, places = np.divmod(positions, MIX_BLOCK)
         which = np.empty(len(positions), np.int64)
         local = np.empty(len(positions), np.int64)
@@ -211,13 +214,13 @@ class MixedPlan:
         return found
 
     def stand_ins(self, position: int) -> Iterator[int]:
-        """As ``Plan.stand_ins``, of the same data set."""
+        """Yields stand-ins as ``Plan.stand_ins``, from the same data set."""
         block, place = divmod(position, MIX_BLOCK)
         of, nth = self._block(block)
         i = int(of[place])
         return self.plans[i].stand_ins(block * int(self.counts[i]) + int(nth[place]))
 
     def identity(self) -> str:
-        """As ``Plan.identity``."""
+        """Returns the identity as ``Plan.identity``."""
         parts = zip(self.counts.tolist(), self.plans, strict=True)
         return "; ".join(f"{n} in {MIX_BLOCK} of {plan.identity()}" for n, plan in parts)

@@ -1,10 +1,10 @@
-"""Reads files of other machines by fsspec: whole files, small ones, listings.
+"""Reads remote files by fsspec: whole files, small ones, listings.
 
-A file is fetched whole in one request and compared with the size and version (ETag or time of
-change) it should have; what was cut off is fetched anew from its start, so two versions are never
-spliced. Failures are tried again as ``RetryPolicy`` says. HTTP redirects are followed on the same
-server, and to hosts that the policy names. File systems are made once a process: a forked loader
-worker has its own. Messages show no user names, passwords or signatures.
+A file is fetched whole in one request and compared with the size and version (ETag or modification
+time) it should have; a truncated file is fetched again from its start, so two versions are never
+joined. Failures are retried according to the ``RetryPolicy``. HTTP redirects are followed on the
+same server, and to hosts that the policy names. File systems are made once a process: a forked
+loader worker has its own. Messages show no user names, passwords or signatures.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ T = TypeVar("T")
 
 class Stat(NamedTuple):
     size: int | None
-    """Bytes; None where the server does not tell."""
+    """Size in bytes; None if the server does not report it."""
     tag: str
-    """Changes with the content (ETag, time of change); empty where the server tells none."""
+    """Changes with the content (ETag, modification time); empty if the server reports none."""
 
 
 class ChangedError(OSError):
-    """The file on the server is another version than the one that was wanted."""
+    """The file on the server has another version than the requested one."""
 
 
 class RedirectError(OSError):
-    """The server leads to another host or port, or too often."""
+    """The server redirects to another host or port, or too often."""
 
 
 _systems: dict[Any, Any] = {}
@@ -60,7 +60,7 @@ def is_http(url: str) -> bool:
 
 
 def _system_of(url: str, policy: RetryPolicy) -> tuple[Any, str]:
-    """The fsspec file system of ``url`` in this process, and its name for the file."""
+    """Returns the fsspec file system of ``url`` in this process, and its name for the file."""
     parts = urlsplit(url)
     key = (os.getpid(), parts.scheme, parts.netloc, policy)
     if key not in _systems:
@@ -81,7 +81,7 @@ def _system_of(url: str, policy: RetryPolicy) -> tuple[Any, str]:
 
 
 def _redirect_guard(policy: RetryPolicy) -> aiohttp.TraceConfig:
-    """Raises before a redirect is followed to a host that is not allowed."""
+    """Returns a trace that raises before a redirect to a host that is not allowed is followed."""
 
     async def check(session: Any, context: Any, asked: Any) -> None:
         there = asked.url.join(yarl.URL(asked.response.headers.get("Location", ""), encoded=True))
@@ -103,7 +103,7 @@ def _redirect_guard(policy: RetryPolicy) -> aiohttp.TraceConfig:
 
 
 def why(error: BaseException, url: str, policy: RetryPolicy) -> str:
-    """``error`` in a few words without secrets."""
+    """Returns a short description of ``error`` without secrets."""
     if isinstance(error, TimeoutError):
         return f"no answer within {policy.timeout_seconds:g} s"
     if isinstance(error, aiohttp.ClientConnectorError):
@@ -116,7 +116,7 @@ def why(error: BaseException, url: str, policy: RetryPolicy) -> str:
 
 
 def _cause(error: Exception, url: str) -> Exception:
-    """What happened, where fsspec says that the file is not there."""
+    """Returns the actual cause where fsspec reports that the file does not exist."""
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     if isinstance(error, aiohttp.TooManyRedirects):
@@ -132,10 +132,10 @@ def _cause(error: Exception, url: str) -> Exception:
 
 
 def attempt(action: Callable[[], T], url: str, policy: RetryPolicy) -> T:
-    """``action()``, again after a failure, with pauses that double.
+    """Calls ``action()``, and again after a failure, with pauses that double.
 
     Raises:
-        OSError: it stays unreachable. At once: FileNotFoundError, PermissionError,
+        OSError: it stays unreachable. Immediately: FileNotFoundError, PermissionError,
             ``ChangedError``, ``RedirectError``, a full disk.
     """
     tries = 0
@@ -169,12 +169,12 @@ def _info(url: str, policy: RetryPolicy) -> Stat:
 
 
 def stat(url: str, policy: RetryPolicy) -> Stat:
-    """Size and tag of a file; ``OSError`` as ``attempt``."""
+    """Returns size and tag of a file; raises ``OSError`` as ``attempt``."""
     return attempt(lambda: _info(url, policy), url, policy)
 
 
 def _check(url: str, tag: str, policy: RetryPolicy) -> None:
-    """``ChangedError`` where the server has another version than ``tag``."""
+    """Raise ``ChangedError`` if the server has another version than ``tag``."""
     if tag and _info(url, policy).tag not in ("", tag):
         message = f"{shown(url)} was changed on the server: start the run again"
         raise ChangedError(errno.EIO, message)
@@ -185,7 +185,7 @@ def download(url: str, path: Path, *, size: int, tag: str = "", policy: RetryPol
 
     Args:
         size: bytes that it must have.
-        tag: of the version that is wanted (``stat``); empty: any.
+        tag: tag of the requested version (``stat``); empty: any.
 
     Raises:
         OSError: as ``attempt``.
@@ -208,10 +208,11 @@ def _open(url: str, policy: RetryPolicy) -> Any:
 
 
 def stream(url: str, policy: RetryPolicy) -> Generator[bytes, None, None]:
-    """The bytes of ``url`` in pieces, from front to end; one that breaks off is not gone on with.
+    """Yields the bytes of ``url`` in pieces, from front to end; a broken connection is not resumed.
 
     Raises:
-        OSError: as ``attempt`` at the start; where the connection breaks, or too little comes.
+        OSError: as ``attempt`` at the start; where the connection breaks, or too little is
+            received.
     """
     size = stat(url, policy).size
     got = 0
@@ -231,7 +232,7 @@ def stream(url: str, policy: RetryPolicy) -> Generator[bytes, None, None]:
 
 
 def read(url: str, *, limit: int, policy: RetryPolicy) -> bytes:
-    """A small file; ``OSError`` as ``attempt``, or over ``limit`` bytes."""
+    """Reads a small file; raises ``OSError`` as ``attempt``, or if it is over ``limit`` bytes."""
 
     def fetch() -> bytes:
         parts, got = [], 0
@@ -248,12 +249,12 @@ def read(url: str, *, limit: int, policy: RetryPolicy) -> bytes:
 
 
 def join(folder: str, name: str) -> str:
-    """The URL of file ``name`` in ``folder``."""
+    """Returns the URL of file ``name`` in ``folder``."""
     return f"{folder}/{quote(name) if is_http(folder) else name}"
 
 
 def listing(folder: str, policy: RetryPolicy) -> list[str]:
-    """Names in a remote folder, sorted, those of sub-folders with a slash; empty where unknown.
+    """Returns the names in a remote folder, sorted, sub-folders with a slash; empty where unknown.
 
     Raises:
         UserError: the server cannot be reached.
@@ -276,7 +277,8 @@ def listing(folder: str, policy: RetryPolicy) -> list[str]:
 
 
 def _links(folder: str, policy: RetryPolicy) -> list[str]:
-    """What the page of an HTTP folder links to, below it. (fsspec's own reading has no bound.)"""
+    """Returns the links on the page of an HTTP folder that lie below it. (fsspec's own reading has
+    no size bound.)"""
     page = read(f"{folder}/", limit=MAX_LISTING_BYTES, policy=policy).decode("utf-8", "replace")
     targets = re.findall(
         r"<a\s[^<>]{0,500}?href\s*=\s*[\"']([^\"'<>]{1,2000})", page, re.IGNORECASE

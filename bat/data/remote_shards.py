@@ -1,9 +1,9 @@
-"""Reads remote shards through the local cache; their tables.
+"""Reads remote shards and their tables through the local cache.
 
-Sizes and hashes come from ``manifest.json``, else the server is asked. A table is the
-``.idx.npz`` beside the remote shard; where there is none and the cache holds the whole set, the
-shard is fetched and scanned. Both are kept in the cache under a name that changes with the
-shard's place, size and hash, so a set that changed is not mistaken for the old one.
+Sizes and hashes come from ``manifest.json``, else from the server. A table is the ``.idx.npz``
+beside the remote shard; where there is none and the cache holds the whole set, the shard is fetched
+and scanned. Both are kept in the cache under a name that changes with the shard's place, size and
+hash, so a set that changed is not taken for the old one.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from bat.data.tar import escape_key, is_tar, write_atomic
 from bat.errors import UserError
 
 ASKERS, FETCHERS = 16, 4
-"""Threads for tables and for shards at start-up."""
+"""Threads that read tables and that fetch shards at start-up."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """A remote shard whose size is known."""
+    """A remote shard of known size."""
 
     url: str
     name: str
     size: int
     tag: str
-    """Of the version that is read; empty where a hash tells it."""
+    """Tag of the version that is read; empty if the shard is identified by a hash."""
     sha256: str
     clips: int
-    """-1 where no manifest says it."""
+    """Number of clips; -1 if no manifest gives it."""
     file: str
     """Name in the cache."""
 
@@ -53,8 +53,8 @@ class RemoteShards:
     """The remote ones of ``shards``.
 
     Raises:
-        NotIndexable: a server that does not tell a shard's size.
-        UserError: a shard that does not exist, a server out of reach, a disk that cannot hold two
+        NotIndexable: a server that does not report a shard's size.
+        UserError: a shard that does not exist, an unreachable server, a disk that cannot hold two
             shards, a cache that cannot be written.
     """
 
@@ -104,7 +104,7 @@ class RemoteShards:
                 f"({self.cache.max_bytes} bytes): raise data.cache_gb"
             )
         self.bytes = sum(sizes)
-        self.fits = self.bytes <= self.cache.max_bytes  # not by the disk: it decides the order
+        self.fits = self.bytes <= self.cache.max_bytes  # not the disk: this sets the order
         self._check_disk(max(sizes))
         self._prefetcher = Prefetcher(self.have)
 
@@ -134,11 +134,11 @@ class RemoteShards:
         return size, tag
 
     def tables(self) -> dict[int, ShardTable]:
-        """``{number: table}`` of all.
+        """Returns ``{number: table}`` of all remote shards.
 
         Raises:
             NotIndexable: a shard without a table beside it, and the cache cannot hold the set.
-            UserError: a shard that is not a tar, or not what its manifest says, or out of reach.
+            UserError: a shard that is not a tar, differs from its manifest, or cannot be reached.
         """
         stamp = [shard.file for shard in self.shards.values()]
         merged = place_of(self.folder / "tables", stamp)
@@ -204,7 +204,7 @@ class RemoteShards:
         return self.cache.open(shard.file, shard.size, partial(self._fetch, shard))
 
     def _fetch(self, shard: RemoteShard, path: Path) -> None:
-        """Fetch ``shard`` whole to ``path`` and check what came."""
+        """Fetch ``shard`` whole to ``path`` and check its content."""
         download(shard.url, path, size=shard.size, tag=shard.tag, policy=self.policy)
         with path.open("rb") as file:
             good = (
@@ -219,7 +219,7 @@ class RemoteShards:
             raise OSError(5, f"{shown(shard.url)} has another {said}: copy it there again")
 
     def pread(self, number: int, size: int, offset: int) -> bytes:
-        """Bytes of shard ``number``, which is fetched where the cache lacks it; ``OSError``."""
+        """Reads bytes of shard ``number``, fetching it if necessary; raises ``OSError``."""
         fd = self._open(self.shards[number])
         try:
             return os.pread(fd, size, offset)
@@ -227,7 +227,7 @@ class RemoteShards:
             os.close(fd)
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """See ``Index.prefetch``. Half the cache where the set does not fit: the rest is in use."""
+        """Prefetch as ``Index.prefetch``; half the cache (the rest is in use) for larger sets."""
         room = min(self.cache.max_bytes, self.cache.room())
         room //= 1 if room >= self.bytes else 2
         wanted = []
@@ -238,24 +238,24 @@ class RemoteShards:
                 if room < 0:
                     break
                 wanted.append(shard)
-        with contextlib.suppress(OSError):  # who is here counts as used, and stays
+        with contextlib.suppress(OSError):  # a shard in the cache counts as used, so it stays
             wanted = [shard for shard in wanted if not self.cache.holds(shard.file, shard.size)]
         self._prefetcher.want(wanted)
 
     def have(self, shard: RemoteShard) -> None:
-        """Fetch ``shard`` into the cache, if it can be had."""
-        with contextlib.suppress(OSError):  # who reads a clip of it is told
+        """Fetch ``shard`` into the cache, if possible."""
+        with contextlib.suppress(OSError):  # the error is raised when a clip of it is read
             os.close(self._open(shard))
 
 
 def _load(path: Path, shard: RemoteShard) -> ShardTable | None:
-    table = ShardTable.load(path, None)  # its shard is not at hand
+    table = ShardTable.load(path, None)  # its shard is not available locally
     if table is None or table.tar_bytes != shard.size:
         return None
     return table if not shard.sha256 or table.sha256 in ("", shard.sha256) else None
 
 
 def _folder(url: str) -> str:
-    """The folder that ``url`` lies in."""
+    """Returns the folder that ``url`` lies in."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(path=parts.path.rpartition("/")[0], query="", fragment=""))

@@ -1,17 +1,18 @@
-"""Shards that cannot be indexed, read from front to end, endlessly: **not exactly resumable**.
+"""Reads shards that cannot be indexed from front to end, endlessly: **not exactly resumable**.
 
-For compressed tars, the output of commands (``pipe:``), and remote tars without tables that the
-cache cannot hold. Nothing is kept on disk. The order of the shards is a function of (seed, epoch);
-the clips of a shard come in its own order, mixed within a window of ``shuffle_clips`` and at most
-``WINDOW_BYTES``. The shards of one epoch after the other are dealt over the readers (rank x
-worker), so all read equally much however the numbers divide; where there are fewer shards than
-readers, each reads all and takes every n-th clip. Where a reader stands is known to nobody: a
+It is used for compressed tars, the output of commands (``pipe:``), and remote tars without tables
+that the cache cannot hold. Nothing is kept on disk. The order of the shards is a function of (seed,
+epoch); the clips of a shard come in the order of the shard, mixed within a window of
+``shuffle_clips`` and at most ``WINDOW_BYTES``. The shards of consecutive epochs are dealt over the
+readers (rank x worker), so all read equally much for any numbers; where there are fewer shards than
+readers, each reads all and takes every n-th clip. The position of a reader is not recorded: a
 resumed run begins with the shards of another ``epoch``.
 
 A sample is ``KEY.flac`` + ``KEY.json`` side by side, as WebDataset writes them; the rules of
-``bat.data.table`` hold (regular members, known suffixes, size caps, no pickle). A shard that breaks
-off is left there; it counts as about the clips that are lost with it (``Losses``), each member that
-is no use as one, in ``take_skipped``. Clips of other splits are passed over uncounted.
+``bat.data.table`` hold (regular members, known suffixes, size caps, no pickle). Reading of a shard
+that breaks off ends there. In ``take_skipped`` it counts as approximately the number of clips that
+are lost (``Losses``), and each unusable member counts as one. Clips of other splits are skipped
+without being counted.
 """
 
 from __future__ import annotations
@@ -39,27 +40,27 @@ from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, no_decoder
 from bat.types import Clip, Skipped
 
 WINDOW = 100
-"""Random stream of the window's shuffling (those of ``bat.data.plan`` are below)."""
+"""Random stream of the window's shuffling (lower numbers are those of ``bat.data.plan``)."""
 WINDOW_BYTES = 1 << 28
-"""Encoded clips that a reader holds to mix them; long recordings leave fewer of them."""
+"""Bytes of encoded clips that a reader holds to mix them; fewer long recordings fit."""
 MAX_UNFIT = 10_000
-"""Members in a row that could be clips and are none, after which a shard is left."""
+"""Number of consecutive unusable members after which reading of a shard ends."""
 
 
 class SequentialClips(IterableDataset[Clip]):
-    """Endless clips of ``shards``, each epoch's once over all readers.
+    """Endless clips of ``shards``; each epoch's clips occur once over all readers.
 
     Args:
         shards: as ``open_index`` takes them, compressed tars too; or ``Shard``.
-        splits: of the clips to read, ``""`` being those of none; None: all clips. See
+        splits: splits of the clips to read, ``""`` for clips without one; None: all clips. See
             ``bat.data.splits``.
         seed, epoch: of the order; ``epoch`` is the first one to read.
-        rank, world: this process among those that train.
-        vocabulary: class names in the order of their indices; empty: clips come without labels.
-        shuffle_clips: how many encoded clips a reader holds to mix them.
+        rank, world: index of this process and number of the training processes.
+        vocabulary: class names in the order of their indices; empty: clips have no labels.
+        shuffle_clips: number of encoded clips that a reader holds to mix them.
 
     Raises:
-        UserError: nothing there; while reading: a label that ``vocabulary`` lacks, not one clip
+        UserError: no shards found; while reading: a label that ``vocabulary`` lacks, not one clip
             (of ``splits``) in all shards, ``SPAN`` unreadable shards in a row.
     """
 
@@ -96,14 +97,14 @@ class SequentialClips(IterableDataset[Clip]):
         self.classes = {name: i for i, name in enumerate(vocabulary)}
         self.shuffle_clips = shuffle_clips
         self._skipped: list[Skipped] = []
-        self._broke: Skipped | None = None  # how the latest shard ended, if not well
-        self._unfit = 0  # members in a row that are no clips
-        self._others: set[str] = set()  # splits passed over
+        self._broke: Skipped | None = None  # error at which the latest shard ended, if any
+        self._unfit = 0  # consecutive unusable members
+        self._others: set[str] = set()  # splits skipped
         self._losses = Losses(SPAN)
         self._yielded = 0
 
     def take_skipped(self) -> list[Skipped]:
-        """What was no use since the last call, in this process; ``position``: clips before it."""
+        """Returns this process's skipped clips since the last call; ``position``: clips before."""
         taken, self._skipped = self._skipped, []
         return taken
 
@@ -132,11 +133,11 @@ class SequentialClips(IterableDataset[Clip]):
         return window.pop()
 
     def order(self, epoch: int) -> np.ndarray:
-        """Numbers of the shards as ``epoch`` reads them: (m,) int64."""
+        """Returns the numbers of the shards in the order of ``epoch``: (m,) int64."""
         return np.argsort(philox(self.seed, epoch, ORDER).random_raw(len(self.shards)))
 
     def _dealt(self, reader: int, readers: int) -> Iterator[tuple[int, Clip]]:
-        """(epoch, clip): what this reader reads, without end."""
+        """Yields (epoch, clip) that this reader reads, without end."""
         count = len(self.shards)
         all_read_all = count < readers
         place, barren, dead = (0 if all_read_all else reader), set[Shard](), 0
@@ -157,7 +158,7 @@ class SequentialClips(IterableDataset[Clip]):
             place += 1 if all_read_all else readers
 
     def _nothing(self, shard: Shard, dead: int) -> str:
-        """Why reading ends: the shards give nothing."""
+        """Returns the reason why reading ends without any clip."""
         if self._others and self._broke is None:
             wanted = " or ".join(repr(name) for name in sorted(self.splits or ()) if name)
             splits = sorted(self._others - {""}) or "not given"
@@ -172,7 +173,7 @@ class SequentialClips(IterableDataset[Clip]):
         self._skipped.append(Skipped(key, self._names[shard], kind, why, self._yielded))
 
     def _clips(self, shard: Shard) -> Iterator[Clip]:
-        """The clips of one shard, as far as it can be read."""
+        """Yields the clips of one shard, as far as it can be read."""
         sample = _Sample("", "", b"", {})
         self._broke, self._unfit = None, 0
         try:
@@ -229,7 +230,7 @@ class SequentialClips(IterableDataset[Clip]):
 
 
 def _names(shards: Sequence[Shard]) -> dict[Shard, str]:
-    """File names, with their folders where two shards share one."""
+    """Returns file names, with their folders where two shards share one."""
     often = Counter(shard.name for shard in shards)
 
     def longer(place: Path | str) -> str:
@@ -245,7 +246,7 @@ class _Sample(NamedTuple):
     data: bytes
     meta: dict[str, Any]
     useless: bool = False
-    """Its JSON cannot be read."""
+    """True if its JSON cannot be read."""
 
 
 def _object(text: bytes) -> dict[str, Any] | None:
@@ -256,7 +257,7 @@ def _object(text: bytes) -> dict[str, Any] | None:
 
 
 def _unfit(member: Member, suffix: str) -> tuple[str, str] | None:
-    """(kind, why) of a member that should be a clip's and cannot be."""
+    """Returns (kind, why) of a member that should be a clip and cannot be; None for any other."""
     if suffix in UNDECODED_SUFFIXES:
         return "unknown", no_decoder(suffix)
     if suffix != "json" and suffix not in AUDIO_SUFFIXES:
@@ -270,23 +271,23 @@ def _unfit(member: Member, suffix: str) -> tuple[str, str] | None:
 
 
 SPAN = 100
-"""Shards that a process looks back over."""
+"""Number of latest shards over which losses are averaged in a process."""
 LEAST_SPAN = 8
 MAX_RATE = 100.0
-"""Lost clips told for each one read, at most."""
+"""Greatest number of lost clips reported for each clip read."""
 
 
 class Losses:
-    """Tells clip by clip what shards that are lost whole cost, so that ``data.max_bad`` sees them.
+    """Reports the clips of lost shards gradually, so that ``data.max_bad`` takes them into account.
 
-    Such a shard says nothing of how many clips are gone: as many as the shards read whole have on
-    average, less those it gave, at least one. Told at once, one lost shard of thousands would look
-    like the end of the data set; so its clips are told evenly over the ``span`` shards that follow,
-    those not yet read counting as good. What is told is then, at any time, about the share of clips
-    lost in the latest ``span`` shards.
+    The number of clips in a lost shard is unknown. It is estimated as the mean number in shards
+    read whole, minus the clips that were read from it, and at least one. Reported at once, one lost
+    shard of thousands would look like the end of the data set; so its clips are reported evenly
+    over the ``span`` shards that follow, and shards not yet read count as good. At any time the
+    reports thus give approximately the share of clips lost in the latest ``span`` shards.
 
     Args:
-        span: shards over which a loss is told.
+        span: shards over which a loss is reported.
     """
 
     def __init__(self, span: int) -> None:
@@ -296,7 +297,8 @@ class Losses:
         self._told = 0
 
     def shard(self, clips: int, broke: Skipped | None) -> None:
-        """A shard gave ``clips`` and then ended, or ``broke`` off (told once already)."""
+        """Record that a shard gave ``clips`` and ended, or ``broke`` off (reported once
+        already)."""
         self._latest.append((clips, broke))
         if broke is None:
             self._whole, self._clips = self._whole + 1, self._clips + clips
@@ -308,7 +310,7 @@ class Losses:
         self._rate = min(missing / max(there, 1.0), MAX_RATE)
 
     def due(self) -> list[Skipped]:
-        """What is to be told with the next clip that is read: mostly nothing."""
+        """Returns the losses to report with the next clip that is read; usually none."""
         lost = [broke for _, broke in self._latest if broke is not None]
         if not lost:
             self._debt = 0.0

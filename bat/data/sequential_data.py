@@ -1,8 +1,8 @@
 """The training stream over shards that cannot be indexed: **not exactly resumable**.
 
-``SequentialClips`` decoded and batched in the loader's workers. No position is known beforehand, so
-a resumed run goes on with an epoch it has not begun, some clips of which it has seen. Unreadable
-clips are passed over; the next one takes their place.
+``SequentialClips`` are decoded and batched in the loader's workers. No position is known
+beforehand, so a resumed run continues with an epoch that it has not begun, some clips of which it
+has seen. Unreadable clips are skipped; the next one takes their place.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOO_MANY_IN_A_ROW = 1000
 
 
 class WatchedClips(SequentialClips):
-    """``SequentialClips`` that tell a heartbeat from which shard they want the next clip."""
+    """``SequentialClips`` that record in a heartbeat the shard they read the next clip from."""
 
     heartbeat: Heartbeat
 
@@ -136,7 +136,7 @@ class SequentialData(StreamData):
         retries, timeout_seconds, redirects: of remote shards, as ``open_index``.
 
     Raises:
-        UserError: nothing there, a split that is not there, a value out of range.
+        UserError: no shards found, a split that does not exist, a value out of range.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class SequentialData(StreamData):
 
     def train_dataloader(self) -> Loader:
         self._recount()
-        # the first epoch to read: no number of epochs, but no two resumes begin alike
+        # the first epoch to read: differs between resumes, does not count epochs
         clips = self._clips(epoch=self.batches_done())
         return self._loader(SequentialBatches(clips, **self._decoding))
 
@@ -230,7 +230,7 @@ class SequentialData(StreamData):
 
 
 def _identity(shards: Sequence[Shard], splits: frozenset[str] | None) -> str:
-    """Digest of what is read: names of the shards, sizes of those that lie here, splits."""
+    """Returns a digest of the data: names of the shards, sizes of the local ones, splits."""
     digest = hashlib.sha256(repr(None if splits is None else sorted(splits)).encode())
     for shard in shards:
         try:

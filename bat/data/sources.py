@@ -1,11 +1,11 @@
-"""Which shards a user means, here or far away.
+"""Finds the shards that a source names, local or remote.
 
-A folder, a tar, a glob, braces (``shard-{00000..00041}.tar``), or a URL of any of these that
-fsspec knows (``https://``, ``s3://``, ``gs://``, ``hf://``, ...). A folder whose sub-folders hold
-the shards (``train/``, ``test/``) means all of them; the sub-folder is the split of their clips.
-A remote folder is what its ``manifest.json`` lists, or what the server lists. What would run code
-here (chained URLs) or leads to other files (``reference:``) is refused, ``pipe:`` unless
-``bat.data.pipes`` was told otherwise.
+A source is a folder, a tar, a glob, braces (``shard-{00000..00041}.tar``), or a URL of any of these
+that fsspec knows (``https://``, ``s3://``, ``gs://``, ``hf://``, ...). A folder whose sub-folders
+hold the shards (``train/``, ``test/``) means all of them; the sub-folder is the split of their
+clips. A remote folder holds what its ``manifest.json`` lists, or what the server lists. URLs that
+would run code on this machine (chained URLs) or lead to other files (``reference:``) are refused,
+and so is ``pipe:`` unless ``bat.data.pipes`` allows it.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ SIGNATURE = re.compile(
 
 
 class NotIndexable(UserError):  # noqa: N818
-    """Shards that can be read from front to end only: see ``bat.data.sequential``."""
+    """Shards that can only be read from front to end: see ``bat.data.sequential``."""
 
 
 class RetryPolicy(NamedTuple):
-    """How long a server is waited for, and where it may lead."""
+    """Retries, timeouts and allowed redirects of requests to a server."""
 
     retries: int = 5
-    """Tries before it counts as unreachable."""
+    """Tries before the server counts as unreachable."""
     timeout_seconds: float = 30.0
-    """How long it may be silent."""
+    """Longest time that the server may send nothing."""
     backoff_seconds: float = 0.5
     """Pause after the first failure; doubled after each further one."""
     redirects: tuple[str, ...] = ()
-    """Hosts (``cdn.org``, ``cdn.org:8443``, ``*.cdn.org``, ``*``) that it may send us on to."""
+    """Hosts (``cdn.org``, ``cdn.org:8443``, ``*.cdn.org``, ``*``) that it may redirect to."""
 
 
 class Shard(NamedTuple):
     """One shard as a user named it."""
 
     place: Path | str
-    """A path here; a string is a URL."""
+    """Local path; a string is a URL."""
     split: str = ""
     """Sub-folder of the source it lies in."""
     command: bool = False
-    """``place`` is ``pipe:COMMAND``, and the user allowed it: ``find`` alone says so."""
+    """True if ``place`` is ``pipe:COMMAND`` and the user allowed it; set by ``find`` alone."""
 
     @property
     def remote(self) -> bool:
@@ -71,7 +71,7 @@ class Shard(NamedTuple):
 
     @property
     def name(self) -> str:
-        """File name; of a URL without its query; of a command no word of it."""
+        """The file name; without the query of a URL; nothing of a command."""
         if self.command:
             return f"pipe-{hashlib.sha256(str(self.place).encode()).hexdigest()[:8]}"
         if isinstance(self.place, Path):
@@ -84,13 +84,13 @@ class Shard(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """The same for two shards that are one, however they were named."""
+        """The identity of the shard, which does not depend on how it was named."""
         if isinstance(self.place, Path):
             return str(self.place.resolve())
         return self.place if self.command else identity(self.place)
 
     def called(self, depth: int) -> str:
-        """The last ``depth`` parts of where it lies, its name being the last; no query."""
+        """Returns the last ``depth`` parts of its location, the last being its name; no query."""
         if self.command:
             return self.name
         if isinstance(self.place, Path):
@@ -106,13 +106,13 @@ def is_url(source: str | Path) -> bool:
 
 
 def shown(url: str) -> str:
-    """``url`` as a message may show it: no user name, password, query (signatures) or fragment."""
+    """Returns ``url`` for a message: no user name, password, query (signatures) or fragment."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def identity(url: str) -> str:
-    """``url`` without credentials: the same shard signed anew is the same shard."""
+    """Returns ``url`` without credentials: a shard with a new signature is the same shard."""
     query = [(k, v) for k, v in parse_qsl(urlsplit(url).query) if not SIGNATURE.fullmatch(k)]
     return shown(url) + "?" + urlencode(sorted(query))
 
@@ -124,7 +124,7 @@ def expand(source: str | Path) -> list[Path | str]: ...
 
 
 def expand(source: str | Path) -> list[Path] | list[Path | str]:
-    """The shards that ``source`` names, in order: paths here, strings for URLs.
+    """Returns the shards that ``source`` names, in order: local paths, strings for URLs.
 
     Raises:
         UserError: as ``find``.
@@ -133,10 +133,10 @@ def expand(source: str | Path) -> list[Path] | list[Path | str]:
 
 
 def find(source: str | Path, policy: RetryPolicy | None = None) -> list[Shard]:
-    """The shards that ``source`` names, in order.
+    """Returns the shards that ``source`` names, in order.
 
     Raises:
-        UserError: nothing there, not a tar, an unfinished folder, a protocol that is refused,
+        UserError: nothing found, not a tar, an unfinished folder, a protocol that is refused,
             unknown or not installed, a server that cannot be reached.
     """
     text = str(source)
@@ -168,7 +168,7 @@ def _local(path: Path, text: str) -> list[Shard]:
     if not path.exists():
         found = [Path(p) for p in sorted(glob.glob(text))] if glob.has_magic(text) else []
         if not found:
-            if text.startswith(("{'", '{"')):  # a mapping, where a recipe or a shell wrote it
+            if text.startswith(("{'", '{"')):  # a mapping, as a recipe or a shell may write it
                 raise UserError(
                     f"no shard at {text}: YAML reads `: ` as a mapping, so put the whole into "
                     f"quotes of its own: data.shards=\"'pipe:COMMAND'\""
@@ -181,14 +181,14 @@ def _local(path: Path, text: str) -> list[Shard]:
 
 
 def _tars(folder: Path) -> list[Path]:
-    """The tars of ``folder``, sorted."""
+    """Returns the tars of ``folder``, sorted."""
     if (folder / ".bat-shard-in-progress").exists() and not (folder / "manifest.json").exists():
         raise UserError(f"{folder} is unfinished: run the bat-shard command that made it again")
     return sorted(p for suffix in SUFFIXES for p in folder.glob("*" + suffix))
 
 
 def _one_kind(folder: str, shards: list[Shard]) -> list[Shard]:
-    """``shards`` of ``folder``; ``UserError`` where it is not clear which of them are meant."""
+    """Returns ``shards`` of ``folder``; raises ``UserError`` if they are ambiguous."""
     kinds: dict[tuple[bool, bool], str] = {}
     for shard in shards:
         deep = f"{shard.split}/" if shard.split else ""
@@ -203,7 +203,7 @@ def _one_kind(folder: str, shards: list[Shard]) -> list[Shard]:
 
 
 def _checked(url: str) -> str:
-    """``url`` where its protocol may be used, in lower case; ``UserError`` where not."""
+    """Returns ``url`` with its protocol in lower case; ``UserError`` if it is not allowed."""
     protocol, rest = url.split(":", 1)
     protocol = protocol.lower()
     why = "chained URLs may run anything" if "::" in url else REFUSED.get(protocol)
@@ -224,7 +224,7 @@ def _checked(url: str) -> str:
 
 
 def _remote(url: str, policy: RetryPolicy) -> list[Shard]:
-    """A shard, a glob, or a folder: its manifest, else a listing, else its sub-folders."""
+    """Finds a shard, a glob, or a folder (its manifest, else a listing, else its sub-folders)."""
     from bat.data.manifest import remote_manifest
     from bat.data.remote import join, listing
 

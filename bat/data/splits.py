@@ -1,8 +1,9 @@
-"""Which split a set that cannot be indexed is read from: the rule of ``data.split``, unindexed.
+"""Selects the split that is read from a set that cannot be indexed: ``data.split`` without an
+index.
 
-Sub-folders (``train/``, ``test/``) name splits at once. What the JSON of the clips says is known
-only as they are read: the first ones of a few shards are looked at, and the rest decides on its
-own while it is read (``SequentialClips`` passes over clips of other splits).
+Sub-folders (``train/``, ``test/``) name splits at once. The JSON of the clips is known only as they
+are read: the first clips of a few shards are examined, and the rest is filtered while it is read
+(``SequentialClips`` skips clips of other splits).
 """
 
 from __future__ import annotations
@@ -24,37 +25,38 @@ from bat.tasks.folder import split_of as folder_split
 log = logging.getLogger("bat")
 
 TRAIN = ("train", "train-unbalanced")
-"""What ``auto`` takes, the first that is there; the second is the larger of AudioSet's."""
+"""Splits that ``auto`` takes, in order of preference; the second is the larger one of AudioSet."""
 LOOKED_AT = 8
-"""Shards, evenly spaced."""
+"""Number of shards examined, evenly spaced."""
 CLIPS_EACH = 16
 BYTES_EACH = 1 << 26
 TRIES = 2
 
 
 class Choice(NamedTuple):
-    """What to read."""
+    """The selected shards and splits."""
 
     shards: list[Shard]
     splits: frozenset[str] | None
-    """Splits of the clips to keep (``""``: those of none); None: all clips."""
+    """Splits of the clips to keep (``""``: clips without one); None: all clips."""
 
 
 def split_of(meta: dict[str, Any], shard: Shard) -> str:
-    """Split of a clip: its JSON's, else its shard's; empty where there is none."""
+    """Returns the split of a clip: that of its JSON, else of its shard; empty if there is none."""
     split = meta.get("split")
     return one_line(split) if isinstance(split, str) and split else shard.split
 
 
 def choose_split(shards: Sequence[Shard], split: str, policy: RetryPolicy) -> Choice:
-    """The shards and clips that ``split`` means: ``all``, a name, several (``a,b``), or ``auto``:
-    the first of ``TRAIN`` that is there (told in the log), else all (``check_no_train``).
+    """Returns the shards and clips that ``split`` selects.
 
-    Where sub-folders have the name, the other sub-folders are not opened. Where ``auto`` sees no
-    split in what it looks at, a clip that later says another one than ``train`` is passed over.
+    ``split`` is ``all``, a name, several (``a,b``), or ``auto``: the first of ``TRAIN`` that exists
+    (written to the log), else all (``check_no_train``). Where sub-folders have the name, the other
+    sub-folders are not opened. If ``auto`` finds no split in the clips that it examines, a clip
+    that later names another split than ``train`` is skipped.
 
     Raises:
-        UserError: a split that the data does not have, or none but such as are held out.
+        UserError: a split that the data does not have, or only splits for evaluation.
     """
     if split == "all":
         return Choice(list(shards), None)
@@ -100,10 +102,10 @@ def choose_split(shards: Sequence[Shard], split: str, policy: RetryPolicy) -> Ch
 
 
 def check_no_train(splits: Sequence[str], counted: str) -> None:
-    """``auto`` finds none of ``TRAIN`` among ``splits``: it takes all clips, and warns of it.
+    """Warn that ``auto`` takes all clips because it finds none of ``TRAIN`` among ``splits``.
 
-    Raises ``UserError`` where some are to be held out (``test``, ``valid``); ``counted`` says what
-    there is.
+    Raises ``UserError`` if some are for evaluation (``test``, ``valid``); ``counted`` describes the
+    splits found.
     """
     if any(folder_split(name) in ("test", "valid") for name in splits):
         raise UserError(
@@ -118,7 +120,7 @@ def check_no_train(splits: Sequence[str], counted: str) -> None:
 
 
 def _look(shards: Sequence[Shard], policy: RetryPolicy) -> set[str]:
-    """Splits that the JSON of the first clips of some shards name."""
+    """Returns the splits that the JSON of the first clips of some shards names."""
     found: set[str] = set()
     count = min(LOOKED_AT, len(shards))
     for number in range(count):

@@ -1,10 +1,10 @@
-"""From the plan to batches: who reads which place, and what a clip looks like there.
+"""Makes batches from the plan: the positions of each rank and worker, and the samples of each clip.
 
 Micro-batch k takes positions ``k G .. (k + 1) G - 1`` of the plan, ``G = batch * world``; rank r
-takes every ``world``-th from the r-th on; whichever worker makes a batch makes the same one. Where
-the run stands is asked of the trainer whenever an iterator is made, and a clip's randomness (crop,
-roll, offset) is a function of (seed, position). So interrupted and resumed equals uninterrupted,
-and two ranks see what one with a doubled batch would see.
+takes every ``world``-th from the r-th on; a batch is the same whichever worker makes it. The
+position of the run is read from the trainer whenever an iterator is made, and a clip's randomness
+(crop, roll, offset) is a function of (seed, position). So an interrupted and resumed run equals an
+uninterrupted one, and two ranks read what one rank with a doubled batch would read.
 """
 
 from __future__ import annotations
@@ -36,34 +36,35 @@ from bat.errors import UserError
 from bat.types import Clip, Skipped, WaveBatch
 
 Item = tuple[int, int]
-"""(position, clip id): what a sampler yields and a dataset reads."""
+"""(position, clip id), which a sampler yields and a dataset reads."""
 
 STAND_INS = 16
-"""Clips tried in the place of an unreadable one before its place stays empty."""
+"""Number of clips tried in place of an unreadable one before its place stays empty."""
 
 CROP_SLACK = 0.02
-"""A clip longer than ``clip_seconds`` by less than this part is read from its start: data sets of
-"5-s clips" hold 5.001 s, and a segment that does not depend on the position can be cached."""
+"""Excess length, as a fraction of ``clip_seconds``, below which a clip is read from its start: data
+sets of "5-s clips" hold 5.001 s, and a segment that does not depend on the position can be
+cached."""
 
 AHEAD_BATCHES = 8
-"""Micro-batches between two looks ahead for shards to fetch."""
+"""Micro-batches between two prefetches of shards."""
 
 
 def clip_samples(clip_seconds: float, sample_rate: int) -> int:
-    """Samples of the longest wave."""
+    """Returns the number of samples of the longest wave."""
     return round(clip_seconds * sample_rate)
 
 
 class PlanSampler(Sampler[list[Item]]):
-    """A ``batch_sampler``: micro-batches of one rank, from where the trainer stands.
+    """A ``batch_sampler``: micro-batches of one rank, from the trainer's position on.
 
     Args:
         batch: clips of a micro-batch on one rank.
         batches: micro-batches that one iteration yields (``len``).
-        batches_done: micro-batches finished so far, asked at each ``iter()``.
-        ahead: called now and then with the ids of the clips of the next ``look_ahead`` positions
-            and a few batches more, all ranks', in their order (to fetch remote shards in time);
-            None: nobody looks ahead.
+        batches_done: returns the micro-batches finished so far; called at each ``iter()``.
+        ahead: called from time to time with the ids of the clips of the next ``look_ahead``
+            positions and a few batches more, of all ranks, in their order (to prefetch remote
+            shards); None: no prefetch.
     """
 
     def __init__(
@@ -127,21 +128,20 @@ class ClipDataset(Dataset[WaveBatch]):
 
     Args:
         sample_rate: Hz of the waves.
-        clip_seconds: longest wave; what is longer is cropped while reading, by a seek.
+        clip_seconds: longest wave; longer clips are cropped while reading, by a seek.
         seed: of crops, rolls and offsets, with the position.
-        crop: where a crop lies; ``random`` by (seed, position).
+        crop: position of a crop; ``random`` by (seed, position).
         roll: circular shift of each wave by a random offset.
         random_offset: put a clip shorter than ``clip_seconds`` at a random place of a silent wave
             of that length, all of which counts as signal; False: waves keep their own length.
         min_seconds: clips shorter than this are unreadable ("brief").
         max_seconds: longer files are unreadable ("long"), whatever part of them is wanted. Where
             the index knows the length, not a byte of them is read.
-        plan: whose ``stand_ins`` replace unreadable clips (training); None: no replacement, the
+        plan: its ``stand_ins`` replace unreadable clips (training); None: no replacement, the
             batch lacks the clip (evaluation).
-        cache_bytes: keep up to so many bytes of decoded waves in memory, in each loader process.
-            Only clips whose segment does not depend on the position are kept: the cache changes
-            no value.
-        heartbeat: takes which clip this process reads.
+        cache_bytes: bytes of decoded waves kept in memory, in each loader process. Only clips whose
+            segment does not depend on the position are kept: the cache changes no value.
+        heartbeat: records the clip that this process reads.
     """
 
     def __init__(
@@ -175,11 +175,11 @@ class ClipDataset(Dataset[WaveBatch]):
 
     @property
     def clip_samples(self) -> int:
-        """S of every batch."""
+        """Samples S of every batch."""
         return clip_samples(self.clip_seconds, self.sample_rate)
 
     def batch(self, items: Sequence[Item]) -> WaveBatch:
-        """The clips of ``items``; what is unreadable and has no stand-in is left out."""
+        """Returns the clips of ``items``; unreadable ones without a stand-in are left out."""
         rows = BatchRows(len(items), self.clip_samples)
         skipped: list[Skipped] = []
         kept: list[Item] = []
@@ -216,7 +216,7 @@ class ClipDataset(Dataset[WaveBatch]):
         return self.batch([item])
 
     def _candidates(self, position: int, clip: int) -> Iterator[int]:
-        """``clip``, then those that may stand in for it."""
+        """Yields ``clip``, then the clips that may replace it."""
         yield clip
         if self.plan is not None:
             yield from itertools.islice(self.plan.stand_ins(position), STAND_INS)
@@ -229,7 +229,7 @@ class ClipDataset(Dataset[WaveBatch]):
         )
 
     def _place(self, position: int, samples: int) -> tuple[int, int]:
-        """Offset and roll of a wave at ``position``."""
+        """Returns offset and roll of a wave at ``position``."""
         roll = below(samples, philox(self.seed, position, ROLL)) if self.roll else 0
         room = self.clip_samples - samples
         if not self.random_offset or room <= 0:
@@ -237,7 +237,7 @@ class ClipDataset(Dataset[WaveBatch]):
         return below(room + 1, philox(self.seed, position, OFFSET)), roll
 
     def _fill(self, row: np.ndarray, clip: int, position: int) -> tuple[int, int]:
-        """Put the segment of ``clip`` that belongs at ``position`` into ``row``: (offset, n)."""
+        """Writes the segment of ``clip`` at ``position`` into ``row``; returns (offset, n)."""
         wave = self._cache.get(clip)
         if wave is None:
             frames, rate = int(self.index.frames[clip]), int(self.index.rate[clip])
@@ -268,7 +268,7 @@ class ClipDataset(Dataset[WaveBatch]):
         return offset, len(wave)
 
     def _segment(self, clip: int, position: int, encoded: Clip) -> tuple[float, int]:
-        """Start of the segment in seconds, and how many source frames it leaves out."""
+        """Returns the start of the segment in seconds, and the source frames it leaves out."""
         frames, rate = int(self.index.frames[clip]), int(self.index.rate[clip])
         if self.crop == "start":
             return 0.0, 0
@@ -282,19 +282,19 @@ class ClipDataset(Dataset[WaveBatch]):
 
 
 def frames_left_out(frames: int, rate: int, clip_seconds: float) -> int:
-    """Source frames of a clip that a segment of ``clip_seconds`` lacks; 0: it is read whole."""
-    wanted = math.ceil(clip_seconds * rate - 1e-6)  # so many does decode read
+    """Returns the source frames of a clip that a segment lacks; 0: it is read whole."""
+    wanted = math.ceil(clip_seconds * rate - 1e-6)  # as many as decode reads
     extra = frames - wanted
     return extra if extra > CROP_SLACK * wanted else 0
 
 
 def random_start(extra: int, rate: int, *, seed: int, position: int) -> float:
-    """Seconds at which the crop of the clip at ``position`` begins."""
+    """Returns the start of the crop of the clip at ``position``, in seconds."""
     return below(extra + 1, philox(seed, position, CROP)) / rate
 
 
 def as_it_is(batch: Any) -> WaveBatch:
-    """The collate of a dataset that makes whole batches."""
+    """Returns ``batch`` unchanged: the collate function of a dataset that makes whole batches."""
     made: WaveBatch = batch
     return made
 
@@ -307,19 +307,19 @@ class BatchRows:
             empty = torch.empty(0, dtype=torch.float32)
             storage = empty._typed_storage()._new_shared(rows * samples, device=empty.device)
             self._tensor = empty.new(storage).view(rows, samples)
-        else:  # by numpy, which asks for huge pages: faults cost a twentieth of a FLAC clip
+        else:  # numpy asks for huge pages: page faults cost a twentieth of a FLAC clip
             self._tensor = torch.from_numpy(np.empty((rows, samples), np.float32))
         self._waves = self._tensor.numpy()
         self._lengths: list[int] = []
 
     @property
     def next(self) -> np.ndarray:
-        """The next free row, (S,) float32, to be filled; then ``keep`` it."""
+        """Returns the next free row, (S,) float32, to be filled; then ``keep`` it."""
         row: np.ndarray = self._waves[len(self._lengths)]
         return row
 
     def keep(self, offset: int, samples: int, *, whole: bool = False) -> None:
-        """The next row holds a wave of ``samples`` from ``offset`` on: silence around it.
+        """Keep the next row, a wave of ``samples`` from ``offset`` on with silence around it.
 
         ``whole``: the row counts as signal up to its end, silence included.
         """
@@ -329,6 +329,6 @@ class BatchRows:
         self._lengths.append(len(row) if whole else offset + samples)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """Waves (B, S) float32 and lengths (B,) int64 of the rows that were filled."""
+        """Returns waves (B, S) float32 and lengths (B,) int64 of the rows that were filled."""
         filled = len(self._lengths)
         return self._tensor[:filled], torch.tensor(self._lengths, dtype=torch.int64)

@@ -1,10 +1,10 @@
-"""One shard's index: where each clip's bytes lie and what its JSON said.
+"""Indexes one shard: the place of each clip's bytes and the content of its JSON.
 
-A shard is a plain WebDataset tar: ``KEY.flac`` + ``KEY.json`` side by side. Its ``ShardTable``
-lets training read by ``pread`` and never parse a tar; it lies beside the shard as
-``shard-00000.idx.npz``. ``scan`` makes it for any shard, ours or foreign: regular members only,
-suffixes of an allow-list, size caps, no pickle, nothing unpacked.
-A foreign JSON seldom says how long a clip is: ``scan(probe=True)`` asks the clips themselves.
+A shard is a plain WebDataset tar: ``KEY.flac`` + ``KEY.json`` side by side. Its ``ShardTable`` lets
+training read by ``pread`` without parsing a tar; it lies beside the shard as
+``shard-00000.idx.npz``. ``scan`` makes it for any shard, of bat or foreign: regular members only,
+suffixes of an allow-list, size caps, no pickle, nothing unpacked. A foreign JSON seldom gives the
+length of a clip: ``scan(probe=True)`` reads it from the clips themselves.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ VERSION = 3
 MAX_JSON_BYTES = 1 << 20
 MAX_TABLE_BYTES = 1 << 28
 MAX_MEMBERS = 1 << 21
-"""Clips, JSON members and those left out of one shard."""
+"""Limit on clips, JSON members and members left out of one shard."""
 MAX_ALL_JSON_BYTES = 1 << 29
-"""Of one shard, as it is read."""
+"""Limit on the JSON bytes of one shard as it is read."""
 MAX_KEPT_BYTES = 1 << 28
-"""In memory, of what a shard's JSON says."""
+"""Limit on the memory for the content of a shard's JSON."""
 ITS_JSON = "its JSON cannot be read"
-"""Why a clip is left out that would have no labels otherwise."""
+"""Reason why a clip is left out that would otherwise have no labels."""
 MEMBERS_LOOKED_AT = 8
-"""Around a clip, for its JSON."""
+"""Members around a clip that are searched for its JSON."""
 MAX_NAME = 512
-"""Characters of a member's name that a reason is listed under."""
+"""Characters of a member's name in the list of clips left out."""
 
 
 @dataclass
 class ShardTable:
-    """Where the clips of one shard lie and what their JSON said."""
+    """The places of the clips of one shard and the content of their JSON."""
 
     tar_bytes: int
     clips: np.ndarray  # (n,) CLIP
@@ -61,21 +61,21 @@ class ShardTable:
     names: list[str]
     """Labels of this shard."""
     ids: list[int]
-    """``label_id`` of each of ``names`` as its publisher numbered it; -1 where he did not."""
+    """``label_id`` of each of ``names`` as its publisher numbered it; -1 if unnumbered."""
     splits: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     """``{member: reason}``"""
     sha256: str = ""
-    """Of the tar, where its writer told it."""
+    """SHA-256 of the tar, if its writer recorded it."""
     mtime_ns: int = 0
-    """Of the tar, when the table was made."""
+    """Modification time of the tar when the table was made."""
     events: dict[str, list[Any]] = field(default_factory=dict)
-    """By key, of the clips whose JSON has some: ``[[onset_seconds, offset_seconds, [name]]]``."""
+    """Events by key, of the clips that have some: ``[[onset_seconds, offset_seconds, [name]]]``."""
     texts: dict[str, str] = field(default_factory=dict)
     """Transcripts by key."""
 
     def key_list(self) -> list[str]:
-        """(n) keys."""
+        """The keys (n)."""
         text, ends = self.keys.tobytes().decode("ascii"), np.cumsum(self.clips["key"], dtype=int)
         return [text[end - size : end] for end, size in zip(ends, self.clips["key"], strict=True)]
 
@@ -96,14 +96,15 @@ class ShardTable:
 
     @classmethod
     def load(cls, path: Path, tar: Path | None) -> ShardTable | None:
-        """The table saved at ``path`` if it describes the shard ``tar`` as it is now, else None.
+        """Returns the table saved at ``path`` if it describes the shard ``tar`` as it is now, else
+        None.
 
-        Checked: all numbers in themselves; size and time of change of the tar; the headers of the
+        Checked: the range of all numbers; size and modification time of the tar; the headers of the
         first, middle and last clip, and their labels where the JSON is beside the clip. With
-        ``tar=None`` the numbers alone.
+        ``tar=None`` only the numbers.
         """
         try:
-            with zipfile.ZipFile(path) as packed:  # before numpy unpacks anything
+            with zipfile.ZipFile(path) as packed:  # checked before numpy unpacks anything
                 if sum(member.file_size for member in packed.infolist()) > MAX_TABLE_BYTES:
                     return None
             with np.load(path, allow_pickle=False) as file:
@@ -143,7 +144,7 @@ class ShardTable:
         return True
 
     def agrees(self, now: ShardTable) -> bool:
-        """Whether ``now`` tells the same of the tar; a length may be known to ``self`` alone."""
+        """Return True if ``now`` describes the same tar; ``self`` alone may know a length."""
         if self.clips.shape != now.clips.shape:
             return False
         same = all(
@@ -162,11 +163,11 @@ class ShardTable:
 
 
 def parse_labels(meta: dict[str, Any]) -> list[tuple[str, int]]:
-    """``[(name, label_id or -1), ...]`` of a sample's JSON (docs/data.md).
+    """Returns ``[(name, label_id or -1), ...]`` of a sample's JSON (docs/data.md).
 
     Read: ``label`` (or ``labels``) and ``label_id``, each a list or a single value;
-    ``original_data.class_labels`` (LAION). Names are what ``bat.tasks.labels.names_of`` makes of
-    them; numbers stand for names that are not there.
+    ``original_data.class_labels`` (LAION). Names are normalised by ``bat.tasks.labels.names_of``;
+    numbers replace missing names.
     """
     original = meta.get("original_data")
     nested = original.get("class_labels") if isinstance(original, dict) else None
@@ -188,20 +189,19 @@ def _whole(value: Any, default: int, limit: int) -> int:
 
 @dataclass
 class Contents:
-    """What lies in a shard: its clips and what is read of their JSON, by key, in the order of the
-    clips."""
+    """The contents of a shard: its clips and their JSON, by key, in the order of the clips."""
 
     tar_bytes: int
     mtime_ns: int
     audio: dict[str, tuple[Member, str]]
-    """Where the file is, and its suffix."""
+    """Member and suffix of each file."""
     metas: dict[str, dict[str, Any]]
     left_out: dict[str, str]
     """``{member: reason}``"""
 
 
 def read_contents(path: Path) -> Contents:
-    """Read the headers and JSON members of a shard; the audio stays where it is.
+    """Read the headers and JSON members of a shard; no audio is read.
 
     Raises:
         UserError: missing file, not a tar, more in it than ``MAX_MEMBERS``, ``MAX_ALL_JSON_BYTES``
@@ -275,12 +275,12 @@ def read_contents(path: Path) -> Contents:
 
 
 def scan(path: Path, sha256: str = "", *, probe: bool = False) -> ShardTable:
-    """The table of a shard, made from its headers and JSON members.
+    """Returns the table of a shard, made from its headers and JSON members.
 
     Args:
-        sha256: of the tar, where it is known.
-        probe: open each clip whose JSON does not tell its length and rate, and ask it. A clip that
-            does not open keeps ``frames = -1``; memory: one clip.
+        sha256: of the tar, if known.
+        probe: open each clip whose JSON does not give its length and rate, and read them from its
+            header. A clip that does not open keeps ``frames = -1``; memory: one clip.
 
     Raises:
         UserError: missing file, or not a tar.
@@ -292,7 +292,7 @@ def scan(path: Path, sha256: str = "", *, probe: bool = False) -> ShardTable:
 
 
 def tabulate(found: Contents, sha256: str = "") -> ShardTable:
-    """``Contents`` as arrays."""
+    """Converts ``Contents`` to arrays."""
     names: dict[str, int] = {}
     ids: list[int] = []
     splits: dict[str, int] = {}
@@ -351,7 +351,7 @@ def ask_clips(path: Path, clips: np.ndarray) -> int:
     """Fill ``frames`` and ``rate`` where they are unknown, from the clips' own headers.
 
     Returns:
-        How many clips were completed; those that do not open stay unknown.
+        The number of clips completed; those that do not open stay unknown.
     """
     filled = 0
     with path.open("rb") as file:

@@ -1,8 +1,8 @@
 """Joins the tables of many shards: in one file, and to one list of class names.
 
-With one file 2,000 shards open without reading 2,000. It is a copy for speed, kept in the cache
-folder: it names what it was made from (``stamp``: places, sizes, times), and where that is not what
-lies there now it is made anew.
+With one file, 2,000 shards open without reading 2,000 tables. The file is a copy for speed, kept in
+the cache folder: it records what it was made from (``stamp``: places, sizes, times), and is made
+anew if that differs from the present shards.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from bat.tasks.base import in_order
 from bat.tasks.labels import by_number
 
 MERGE_FROM = 64
-"""Fewer shards are read one by one."""
+"""Number of shards below which their tables are read one by one."""
 HEAD = ("tar_bytes", "names", "ids", "splits", "left_out", "sha256", "mtime_ns", "events", "texts")
 ARRAYS = ("clips", "labels", "keys")
 
 
 def place_of(folder: Path | None, shards: Sequence[str]) -> Path | None:
-    """Where the merged tables of ``shards`` belong; None where there is no need or no place."""
+    """Returns the place of the merged tables of ``shards``; None if there are too few shards or no
+    folder."""
     if folder is None or len(shards) < MERGE_FROM:
         return None
     digest = hashlib.sha256("\n".join(shards).encode("utf-8", "surrogateescape")).hexdigest()
@@ -37,7 +38,7 @@ def place_of(folder: Path | None, shards: Sequence[str]) -> Path | None:
 
 
 def recall(path: Path | None, stamp: Sequence[object]) -> list[ShardTable] | None:
-    """The tables kept at ``path``; None where there are none of this ``stamp``."""
+    """Returns the tables kept at ``path``; None if there are none with this ``stamp``."""
     if path is None:
         return None
     try:
@@ -73,7 +74,7 @@ def remember(path: Path | None, stamp: Sequence[object], tables: Sequence[ShardT
     temp = temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temp.open("wb") as file:  # no fsync: a zip that lost its end does not load
+        with temp.open("wb") as file:  # no fsync: a truncated zip does not load
             np.savez(
                 file,
                 head=np.frombuffer(json.dumps(head).encode(), np.uint8),
@@ -92,14 +93,14 @@ def _digest(stamp: Sequence[object]) -> str:
 
 
 MAX_CLASSES = 100_000
-"""A row of targets holds them all, for each clip of a batch."""
+"""Greatest number of classes; the targets of each clip of a batch have one entry for each."""
 
 
 def joint_vocabulary(tables: Sequence[ShardTable], given: Sequence[list[str]]) -> list[str]:
-    """Class names in the order of their indices.
+    """Returns class names in the order of their indices.
 
-    From the manifests where there are some; else by ``label_id`` (``by_number``); else the names,
-    sorted, numbers by value.
+    They come from the manifests where there are some; else from ``label_id`` (``by_number``); else
+    they are the names, sorted, numbers by value.
 
     Args:
         given: the vocabularies of the manifests.

@@ -1,7 +1,7 @@
-"""Reads tar headers and makes sample keys: what a foreign shard is allowed to say.
+"""Reads tar headers and makes sample keys, safely for foreign shards.
 
-Headers are read by ``tarfile`` through ``ForwardFile``, which bounds what a forged header can make
-it do; nothing is unpacked, no link is followed (docs/security.md). Sample keys are
+Headers are read by ``tarfile`` through ``ForwardFile``, which bounds the effect of a forged header;
+nothing is unpacked, no link is followed (docs/security.md). Sample keys are
 ``[A-Za-z0-9_-]{1,80}``; others are escaped. A key ends at the *last* dot of a name, so
 ``song.v3.flac`` and ``song.v4.flac`` stay apart.
 """
@@ -24,12 +24,12 @@ from bat.errors import UserError
 
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 16
-"""Of an extended header, such as one with a long name."""
+"""Limit on the bytes of an extended header, such as one with a long name."""
 SKIP_BYTES = 1 << 20
 
 
 def escape_key(name: str) -> str:
-    """``name`` itself where it is ``[A-Za-z0-9_-]{1,80}``; otherwise made so, with a hash of it.
+    """Returns ``name`` if it is ``[A-Za-z0-9_-]{1,80}``; otherwise escapes it and appends its hash.
 
     >>> escape_key("song.v3")
     'song_v3-...8 hex digits...'
@@ -50,7 +50,7 @@ class Member(NamedTuple):
 
 
 class TarError(OSError):
-    """A tar that cannot be read on; ``short``: it ends too early."""
+    """A tar that cannot be read further; ``short``: it ends too early."""
 
     def __init__(self, text: str, *, short: bool = False) -> None:
         super().__init__(errno.EIO, text)
@@ -58,24 +58,24 @@ class TarError(OSError):
 
 
 class ForwardFile:
-    """A file as ``tarfile`` needs it to read headers: forward only, a bounded read at a time.
+    """A file from which ``tarfile`` reads headers: forward only, in bounded reads.
 
     Args:
-        file: read from where it stands.
-        seeks: whether it can seek; otherwise it is skipped through by reading.
+        file: read from its present position.
+        seeks: True if it can seek; otherwise it is skipped through by reading.
     """
 
     def __init__(self, file: Any, *, seeks: bool = False) -> None:
         self._file, self._seeks = file, seeks
         self._at: int = file.tell() if seeks else 0
         self.block = b""
-        """What was read last: the member's header, when ``tarfile`` names a member."""
+        """The block read last: the member's header, when ``tarfile`` returns a member."""
 
     def tell(self) -> int:
         return self._at
 
     def seek(self, to: int) -> None:
-        """Raises ``TarError`` for a way back, which only a forged size asks for."""
+        """Raises ``TarError`` for a seek backwards, which only a forged size causes."""
         if to < self._at:
             raise TarError(f"it is damaged at byte {self._at}: it leads back to {to}")
         if self._seeks:
@@ -96,7 +96,7 @@ class ForwardFile:
         return self.block
 
     def take(self, member: Member) -> bytes:
-        """The bytes of ``member``, the one that was named last."""
+        """Reads the bytes of ``member``, the member returned last."""
         data: bytes = self._file.read(member.size)
         self._at += len(data)
         if len(data) != member.size:
@@ -105,7 +105,8 @@ class ForwardFile:
 
 
 def read_members(source: ForwardFile) -> Iterator[Member]:
-    """Members of a tar, in order, headers only (``tarfile`` reads them; nothing is unpacked).
+    """Yields the members of a tar, in order, headers only (``tarfile`` reads them; nothing is
+    unpacked).
 
     Raises:
         TarError: not a tar, damaged, or it ends without an end mark.
@@ -114,7 +115,7 @@ def read_members(source: ForwardFile) -> Iterator[Member]:
     try:
         tar = tarfile.TarFile(fileobj=source, encoding="utf-8", errors="backslashreplace")  # type: ignore[arg-type]
         while (info := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
+            tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps them all
             if info.size < 0:
                 at = source.tell() - len(source.block)
                 raise TarError(f"it is damaged at byte {at}: a size of {info.size}")
@@ -135,10 +136,10 @@ def read_members(source: ForwardFile) -> Iterator[Member]:
 
 
 def members(file: BinaryIO, path: Path, start: int = 0) -> Iterator[Member]:
-    """Members of the tar ``path``; those of one that was cut short as far as it goes.
+    """Yields the members of the tar ``path``; those of a truncated tar up to its end.
 
     Args:
-        start: where a header begins.
+        start: offset of a header at which to begin.
 
     Raises:
         UserError: ``path`` is not a tar, or is damaged between members.
@@ -154,7 +155,7 @@ def members(file: BinaryIO, path: Path, start: int = 0) -> Iterator[Member]:
 
 
 def is_tar(file: BinaryIO) -> bool:
-    """Whether ``file`` begins as a tar does."""
+    """Return True if ``file`` begins like a tar."""
     try:
         return next(read_members(ForwardFile(file)), None) is not None
     except TarError:
@@ -162,18 +163,18 @@ def is_tar(file: BinaryIO) -> bool:
 
 
 def sample_key(member: str) -> str:
-    """Key of a member: its name without ``./`` and suffix, escaped."""
+    """Returns the key of a member: its name without ``./`` and suffix, escaped."""
     return escape_key(os.path.splitext(member.removeprefix("./"))[0])
 
 
 def temporary(path: Path) -> Path:
-    """A name beside ``path`` that no other process has, not on another machine either."""
+    """Returns a name beside ``path`` that is unique among processes, also on other machines."""
     host = re.sub(r"[^A-Za-z0-9-]", "_", socket.gethostname())[:40]
     return path.with_name(f".{path.name}.{host}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace ``path`` by a file of ``data``, so that a reader sees the old one or the new one."""
+    """Replace ``path`` by a file of ``data`` atomically: readers see the old or the new one."""
     temp = temporary(path)
     try:
         with temp.open("wb") as file:

@@ -1,4 +1,4 @@
-"""A shard as its bytes come: unpacked where it is gzip, and read without going back.
+"""Reads a shard as a stream of bytes, unpacking gzip, without seeking backwards.
 
 webdataset's own reader would read a member of any size into memory before it could be refused, and
 its pipe would neither end its command with the reader nor keep the command out of messages; so
@@ -20,13 +20,13 @@ from bat.data.sources import RetryPolicy, Shard
 from bat.data.tar import SKIP_BYTES, ForwardFile, Member, read_members
 
 MAX_SHARD_BYTES = 1 << 38
-"""A shard that unpacks to more is left there."""
+"""Limit on the unpacked bytes of a shard; reading ends there."""
 DRAIN_BYTES = 1 << 20
-"""So much may follow the end of a tar that a command writes (tar fills up its last block)."""
+"""Bytes that may follow the end of a tar that a command writes (tar fills up its last block)."""
 
 
 class _Pieces(io.RawIOBase):
-    """Bytes that come in pieces, as a file."""
+    """A file over bytes that are received in pieces."""
 
     def __init__(self, pieces: Generator[bytes, None, None]) -> None:
         self._pieces, self._left = pieces, memoryview(b"")
@@ -47,7 +47,7 @@ class _Pieces(io.RawIOBase):
 
 
 class _Unpacked(io.RawIOBase):
-    """gzip that gives what there is before the place where it breaks off."""
+    """gzip that returns the data before a damaged place."""
 
     def __init__(self, packed: io.BufferedReader) -> None:
         self._file = gzip.GzipFile(fileobj=packed)
@@ -63,7 +63,7 @@ class _Unpacked(io.RawIOBase):
 
 @contextlib.contextmanager
 def open_stream(shard: Shard, policy: RetryPolicy) -> Iterator[io.BufferedIOBase]:
-    """The tar as it unpacks; gzip is told by its first bytes."""
+    """Opens the unpacked tar; gzip is recognised by its first bytes."""
     with contextlib.ExitStack() as stack:
         file: io.BufferedReader
         if shard.command:
@@ -80,7 +80,7 @@ def open_stream(shard: Shard, policy: RetryPolicy) -> Iterator[io.BufferedIOBase
         if packed:
             file = stack.enter_context(io.BufferedReader(_Unpacked(file), 1 << 17))
         yield file
-        if shard.command:  # to the end of what it writes: there it tells how it went
+        if shard.command:  # read to the end of its output, to get its exit code
             left = DRAIN_BYTES
             while left > 0 and (data := file.read(min(left, SKIP_BYTES))):
                 left -= len(data)
@@ -89,7 +89,7 @@ def open_stream(shard: Shard, policy: RetryPolicy) -> Iterator[io.BufferedIOBase
 def stream_members(
     file: io.BufferedIOBase,
 ) -> Iterator[tuple[Member, Callable[[], bytes]]]:
-    """(member, how to read it now) of a tar that cannot be gone back in.
+    """Yields (member, function that reads it now) of a tar that cannot be sought backwards.
 
     Raises:
         OSError: not a tar, damaged, or it ends too early.

@@ -1,6 +1,6 @@
-"""The toy set: seeded synthetic sounds of five kinds, for a first run and for tests.
+"""Makes the toy set: seeded synthetic sounds of five kinds, for a first run and for tests.
 
-On disk it is a small ESC-10 (``audio/*.flac`` + ``meta.csv``: what ``task=toy`` reads). Clip i is
+On disk it is a small ESC-10 (``audio/*.flac`` + ``meta.csv``, which ``task=toy`` reads). Clip i is
 of kind ``i % 5`` and fold ``i // 5 % 2 + 1``: ten clips hold every kind once in each fold. 16 kHz,
 16 bits; amplitude at most 0.8.
 """
@@ -20,7 +20,7 @@ KINDS = ("tone", "chirp", "noise", "clicks", "mixture")
 
 
 def toy_wave(kind: str, *, seed: int, number: int, seconds: float) -> np.ndarray:
-    """A sound of ``kind``, its pitch, rate and timing drawn from (seed, number): (S,) float32."""
+    """Returns a sound of ``kind``; pitch, rate, timing drawn from (seed, number): (S,) float32."""
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
     samples = round(seconds * SAMPLE_RATE)
     t = np.arange(samples) / SAMPLE_RATE  # (S,) seconds

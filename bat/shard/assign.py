@@ -1,10 +1,11 @@
-"""Folds and splits for a source that has none: by key, stratified, recordings kept whole.
+"""Assigns folds and splits to a source that has none: by key, stratified, recordings kept whole.
 
 Recordings (all clips of one file) are dealt label by label, the rarest label of a recording
 counting for it (Sechidis et al. 2011 without their second criterion), in the order of a hash of
 (seed, key). Each goes to the part that lacks most overall, among those that lack some of its label:
 so each part holds its share of every label, within one recording, and its share of the whole.
-Nothing else has a say: not the order of the rows, the machine, or other labels' clips.
+The result depends on nothing else: not on the order of the rows, the machine, or the clips of other
+labels.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bat.tasks.base import Row
 
 
 def assign_folds(rows: Sequence[Row], folds: int, *, seed: int = 0) -> list[Row]:
-    """``rows`` with a fold from 1 to ``folds`` each, in place of what they had.
+    """Returns ``rows`` with a fold from 1 to ``folds`` each, replacing any folds they had.
 
     Raises:
         UserError: fewer than 2 folds, or fewer recordings than folds.
@@ -36,7 +37,7 @@ def assign_folds(rows: Sequence[Row], folds: int, *, seed: int = 0) -> list[Row]
 def assign_splits(
     rows: Sequence[Row], fractions: Mapping[str, float], *, seed: int = 0
 ) -> list[Row]:
-    """``rows`` with a split each, in place of what they had.
+    """Returns ``rows`` with a split each, replacing any splits they had.
 
     Args:
         fractions: ``{"train": 0.9, "test": 0.1}``: of the clips; their sum is 1.
@@ -61,12 +62,12 @@ def assign_splits(
 
 
 def _recording(row: Row) -> tuple[object, ...]:
-    """Equal for clips of one file; members and cells are files of their own."""
+    """Returns a key that is equal for clips of one file; members and cells count as files."""
     return row.path, row.span, row.cell
 
 
 def _deal(rows: Sequence[Row], shares: Sequence[float], seed: int) -> list[int]:
-    """The part of each row."""
+    """Returns the number of the part of each row."""
     clips: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         clips[_recording(row)].append(i)

@@ -1,15 +1,15 @@
-"""One clip of a shard under the magnifying glass: what ``verify`` asks of each.
+"""Checks one clip of a shard; used by ``verify``.
 
-*Corrupt* is whatever training would skip: each kind of ``DecodeError``; and, where the JSON tells
-no length to compare with, a WAV or OGG whose own structure says that its end is missing (libsndfile
-reads such files short without a word). *Silent*: no sample above -60 dBFS. *Clipped*: in some
-channel, more than 0.1 % of the samples lie in runs of three or more at full scale (one such sample
-is a loud moment, a run is a cut-off top). *Label*: the JSON says what is not so: a name or number
-outside the vocabulary, a length or a rate that is not the file's.
+*Corrupt* is a clip that training would skip: each kind of ``DecodeError``; and, where the JSON
+gives no length to compare with, a WAV or OGG whose own structure shows that its end is missing
+(libsndfile reads such files short without an error). *Silent*: no sample above -60 dBFS. *Clipped*:
+in some channel, more than 0.1 % of the samples lie in runs of three or more at full scale (one such
+sample is a loud moment, a run is a cut-off top). *Label*: the JSON contradicts the file or the set:
+a name or number outside the vocabulary, a length or a rate that is not the file's.
 
 Clips are decoded a minute at a time at their own rate, so memory does not grow with their length.
 The audio's hash is over the decoded samples, mixed to mono: the same sound as FLAC and as WAV, or
-under another key, is the same.
+under another key, has the same hash.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ CLIPPED_RUN = 3
 
 @dataclass
 class ClipReport:
-    """What was found. ``problems``: ``[(kind, why), ...]``."""
+    """The findings on one clip. ``problems``: ``[(kind, why), ...]``."""
 
     problems: list[tuple[Kind, str]] = field(default_factory=list)
     seconds: float = 0.0
     audio_hash: int = 0
-    """Of the samples; 0 where there is none to compare: corrupt or silent."""
+    """Hash of the samples; 0 if there are none to compare: corrupt or silent."""
     labels: tuple[tuple[str, int], ...] = ()
     """``(name, label_id or -1)``"""
 
@@ -50,10 +50,10 @@ class ClipReport:
 def check_clip(
     data: bytes, meta: Mapping[str, Any], vocabulary: Mapping[str, int] | None
 ) -> ClipReport:
-    """Decode a clip whole and hold it to its JSON.
+    """Decode a whole clip and check its JSON against it.
 
     Args:
-        vocabulary: class name -> index; None: the set has none to be held to.
+        vocabulary: class name -> index; None: the set has no vocabulary to check against.
     """
     report = ClipReport(labels=tuple(parse_labels(dict(meta))))
     report.problems += [("label", why) for why in label_faults(meta, report.labels, vocabulary)]
@@ -64,7 +64,7 @@ def check_clip(
         if rate is not None and rate != info.sample_rate:
             why = f"sample_rate {rate} in its JSON, {info.sample_rate} Hz in the file"
             report.problems.append(("label", why))
-            frames = None  # counted at a rate that is not the file's
+            frames = None  # meant for another rate than the file's
         slack = MP3_SLACK_FRAMES if info.codec == "mp3" else 0
         if frames is not None and info.frames > frames + slack:
             why = f"num_samples {frames} in its JSON, {info.frames} in the file"
@@ -93,7 +93,7 @@ def label_faults(
     labels: tuple[tuple[str, int], ...],
     vocabulary: Mapping[str, int] | None,
 ) -> list[str]:
-    """What is wrong with the labels of one clip, each in a sentence."""
+    """Returns the faults of the labels of one clip, one sentence each."""
     faults = []
     names, numbers = meta.get("label", meta.get("labels")), meta.get("label_id")
     if isinstance(names, list) and isinstance(numbers, list) and len(names) != len(numbers):
@@ -109,10 +109,10 @@ def label_faults(
 
 
 def missing_end(data: bytes) -> str | None:
-    """Why the file must be cut short, from its container alone; None: it does not say so."""
+    """Returns why the file must be truncated, from its container; None if nothing shows it."""
     if data[:4] == b"RIFF":
         claimed = int.from_bytes(data[4:8], "little") + 8
-        streamed = claimed >= 0x7FFFF000  # a program that wrote to a pipe could not know
+        streamed = claimed >= 0x7FFFF000  # a program that wrote to a pipe does not know its length
         if len(data) < claimed and not streamed:
             return f"{len(data)} bytes of a WAV whose header says {claimed}: cut short"
     if data[:4] == b"OggS":
@@ -128,12 +128,12 @@ def missing_end(data: bytes) -> str | None:
 class _Loudness:
     peak: float = 0.0
     clipped: float = 0.0
-    """Part of the samples of the worst channel."""
+    """Clipped fraction of the samples of the worst channel."""
     hash: int = 0
 
 
 def _listen(data: bytes, frames: int, rate: int, channels: int, expected: int | None) -> _Loudness:
-    """The whole clip, ``PIECE_SECONDS`` at a time.
+    """Decodes the whole clip, ``PIECE_SECONDS`` at a time, and measures its loudness.
 
     Raises:
         DecodeError: any part of it does not decode.
@@ -164,7 +164,7 @@ def _listen(data: bytes, frames: int, rate: int, channels: int, expected: int | 
 
 
 def _in_runs(hot: np.ndarray) -> np.ndarray:
-    """(S, channels) bool -> (channels,): how many lie in a run of ``CLIPPED_RUN`` or more."""
+    """Counts the samples in runs of ``CLIPPED_RUN`` or more: (S, channels) bool -> (channels,)."""
     counts = np.zeros(hot.shape[1], np.int64)
     if len(hot) < CLIPPED_RUN:
         return counts
@@ -176,7 +176,7 @@ def _in_runs(hot: np.ndarray) -> np.ndarray:
 
 
 def _number(meta: Mapping[str, Any], name: str, faults: list[tuple[Kind, str]]) -> int | None:
-    """A count of the JSON, if it tells one; what is no count is a fault."""
+    """Returns a count of the JSON, or None; a value that is not a count is a fault."""
     value = meta.get(name)
     if value is None:
         return None

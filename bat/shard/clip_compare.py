@@ -1,7 +1,7 @@
-"""All clips of a set against each other: twins, missing labels, labels with two numbers.
+"""Compares all clips of a set: duplicates, missing labels, labels with two numbers.
 
-Works on hashes of 64 bits (two million clips: a chance of one in ten million for a false twin),
-sorted once; names are looked up only for what is reported.
+Works on hashes of 64 bits (two million clips: a chance of one in ten million for a false
+duplicate), sorted once; names are looked up only for the clips that are reported.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Pair = tuple[str, int]
 
 
 class Clips:
-    """What is kept of the clips of one part of a shard."""
+    """Hashes and labels of the clips of one part of a shard."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[int, int, int, int, int]] = []
         self.pairs: dict[Pair, list[int]] = {}
-        """``{pair: [how many, number of a clip, ...]}``, the first ``EXAMPLES`` clips."""
+        """``{pair: [count, number of a clip, ...]}``, the first ``EXAMPLES`` clips."""
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def add(self, number: int, key: str, audio: int, labels: Sequence[Pair]) -> None:
-        """Clip ``number`` of its shard; ``audio``: hash of its samples, 0 for none."""
+        """Add clip ``number`` of its shard; ``audio``: hash of its samples, 0 for none."""
         names = sorted({name for name, _ in labels})
         self._rows.append((0, number, audio, _hash("\0".join(names)) if names else 0, _hash(key)))
         for pair in labels:
@@ -62,7 +62,7 @@ class Comparison:
     """Takes the parts in their order, then reports.
 
     Args:
-        tars, names: of each shard, where it is and what to call it.
+        tars, names: path of each shard, and its name in the report.
     """
 
     def __init__(self, report: Report, tars: Sequence[Path], names: Sequence[str]) -> None:
@@ -81,7 +81,7 @@ class Comparison:
         """Add the findings to the report.
 
         Args:
-            labels_held: each clip's labels were held to a vocabulary already.
+            labels_held: True if each clip's labels were already checked against a vocabulary.
         """
         rows = np.concatenate(self._parts)
         self._twins(rows[rows["audio"] != 0], "audio")
@@ -93,14 +93,14 @@ class Comparison:
             self._two_numbers()
 
     def _twins(self, rows: np.ndarray, field: str) -> None:
-        """Clips that share ``field`` with an earlier one."""
+        """Report clips that share ``field`` with an earlier one (duplicates)."""
         order = np.argsort(rows[field], kind="stable")
         values = rows[field][order]
-        first = np.searchsorted(values, values)  # of the run of equals that each is in
+        first = np.searchsorted(values, values)  # start of the run of equal values of each
         later = np.flatnonzero(first < np.arange(len(order)))
         pairs = np.stack([order[later], order[first[later]]], 1)
-        pairs = pairs[np.argsort(pairs[:, 0])]  # (twins, 2) in the order of the set
-        if field == "key":  # of one audio: said already
+        pairs = pairs[np.argsort(pairs[:, 0])]  # (duplicates, 2) in the order of the set
+        if field == "key":  # with the same audio: reported already
             same = rows["audio"][pairs[:, 0]] == rows["audio"][pairs[:, 1]]
             pairs = pairs[~same | (rows["audio"][pairs[:, 0]] == 0)]
         named = self._look_up(rows[pairs[:KEPT].ravel()])
@@ -121,7 +121,8 @@ class Comparison:
             self._say("label", row, key, "no label, where most clips have one")
 
     def _two_numbers(self) -> None:
-        """Without a vocabulary: the label_id that most clips give a label is the right one."""
+        """Without a vocabulary, report labels with two numbers: the label_id of most clips is the
+        right one."""
         wrong: list[tuple[Pair, str]] = []
         ids: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for (name, number), (count, _) in self._pairs.items():
@@ -149,7 +150,7 @@ class Comparison:
         self.report.add(kind, self.names[int(row["shard"])], key, why)
 
     def _look_up(self, rows: np.ndarray) -> dict[tuple[int, int], _Named]:
-        """What the JSON of these clips says: each shard's headers are read once."""
+        """Reads the JSON of these clips; each shard's headers are read once."""
         found: dict[tuple[int, int], _Named] = {}
         for shard in np.unique(rows["shard"]).tolist():
             table = scan(self.tars[shard])
@@ -183,7 +184,7 @@ def _place(row: np.ndarray) -> tuple[int, int]:
 
 
 def _leak(one: _Named, other: _Named) -> str:
-    """That two clips lie in different splits or folds: what is trained on is tested on."""
+    """Returns a remark if two clips lie in different splits or folds (a leak of test data)."""
     if one.split != other.split:
         return f" (leak: splits {other.split or 'none'} and {one.split or 'none'})"
     return f" (leak: folds {other.fold} and {one.fold})" if one.fold != other.fold else ""

@@ -1,4 +1,4 @@
-"""What ``verify`` found: exact counts of each kind, and the first of them by name."""
+"""The findings of ``verify``: exact counts of each kind, and the first of them by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bat.shard.info import duration
 
 KEPT = 10_000
 FATAL: tuple[Kind, ...] = ("shard", "corrupt", "label")
-"""Kinds that make a set unfit to be trained on as it is."""
+"""Kinds of problems that make a set unfit for training."""
 
 MEANING: dict[Kind, str] = {
     "shard": "shards not as their manifest or table says",
@@ -30,22 +30,22 @@ class Problem(NamedTuple):
     kind: Kind
     shard: str
     key: str
-    """Of the clip; empty: the shard itself."""
+    """Key of the clip; empty: the shard itself."""
     why: str
 
 
 @dataclass
 class Report:
-    """The answer of ``verify``."""
+    """The report of ``verify``."""
 
     source: str
     shards: int = 0
     hashed: int = 0
-    """Shards whose hash a manifest tells."""
+    """Number of shards whose hash a manifest gives."""
     clips: int = 0
     seconds: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
-    """``{kind: how many}``"""
+    """``{kind: count}``"""
     problems: list[Problem] = field(default_factory=list)
     """The first ``KEPT`` of each kind."""
 
@@ -56,11 +56,11 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Nothing corrupt, changed or wrongly labelled."""
+        """True if nothing is corrupt, changed or wrongly labelled."""
         return not any(self.counts[kind] for kind in FATAL)
 
     def text(self, *, listed: int = 10) -> list[str]:
-        """Lines for people: each kind with its first ``listed`` findings."""
+        """Returns lines for people: each kind with its first ``listed`` findings."""
         against = f", {self.hashed} of them against the manifest's sha256"
         lines = [
             f"read      {self.clips} clips ({duration(self.seconds)}) of {self.shards} shards"
@@ -76,7 +76,7 @@ class Report:
         return lines
 
     def json(self) -> str:
-        """The same as one JSON object."""
+        """Returns the report as one JSON object."""
         fields: dict[str, Any] = {k: v for k, v in asdict(self).items() if k != "problems"}
         fields["seconds"] = round(self.seconds, 3)
         fields["counts"] = {kind: self.counts[kind] for kind in get_args(Kind)}

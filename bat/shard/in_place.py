@@ -1,11 +1,11 @@
-"""Foreign shards, used where they lie: a table beside each, a manifest for the folder.
+"""Indexes foreign shards where they lie: a table beside each, a manifest for the folder.
 
-WebDataset shards as people publish them (docs/data.md) say seldom how long a clip is and never
-what their tar should hash to. ``index_in_place`` reads each tar once: its hash, its headers and
-JSON, and the header of every clip whose length is unknown. Nothing of theirs is changed. A second
-run keeps what still describes its shard.
+Published WebDataset shards (docs/data.md) seldom give the length of a clip and never the hash of
+their tar. ``index_in_place`` reads each tar once: its hash, its headers and JSON, and the header of
+every clip whose length is unknown. The shards themselves are not changed. A second run keeps the
+tables that still describe their shard.
 
-A folder that cannot be written keeps its tables in ``index_dir`` and gets no manifest.
+For a folder that cannot be written, the tables go to ``index_dir`` and no manifest is made.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from bat.shard.pool import ordered_map
 
 @dataclass
 class Indexed:
-    """What ``index_in_place`` did."""
+    """The result of ``index_in_place``."""
 
     shards: int = 0
     clips: int = 0
     written: int = 0
-    """Tables made or completed; the others fitted."""
+    """Number of tables made or completed; the others were valid."""
     unreadable: list[dict[str, str]] = field(default_factory=list)
     """``{"key", "file", "reason"}`` of clips that do not open; they stay in their shard."""
     manifests: list[Path] = field(default_factory=list)
-    """Those written."""
+    """Paths of the manifests written."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -54,12 +54,12 @@ def index_in_place(
 
     Args:
         source: a folder of tars, of folders of tars, one tar, or a glob (tables only).
-        index_dir: where the tables go instead of beside the shards; no manifest then.
+        index_dir: folder for the tables, instead of beside the shards; no manifest then.
         jobs: processes; each takes a shard at a time.
 
     Raises:
-        UserError: nothing there, not plain tars, a folder that cannot be written, a shard that is
-            not as its manifest says, folders with different vocabularies.
+        UserError: nothing found, not plain tars, a folder that cannot be written, a shard that
+            differs from its manifest, folders with different vocabularies.
     """
     tars = [Path(shard.place) for shard in local_shards(source)]
     folders = list(dict.fromkeys(tar.parent for tar in tars))
@@ -95,7 +95,7 @@ def index_in_place(
 def _index(
     job: tuple[Path, ShardInfo | None, bool], *, index_dir: Path | None
 ) -> tuple[ShardTable, bool, list[dict[str, str]]]:
-    """Table of one tar, whether it was written, and the clips that do not open."""
+    """Returns the table of one tar, True if it was written, and the clips that do not open."""
     tar, entry, hashed = job
     if entry is not None and tar.stat().st_size != entry.bytes:
         raise UserError(
@@ -159,7 +159,7 @@ def _write_manifests(
     entries: Sequence[list[dict[str, str]]],
     manifests: dict[Path, Manifest | None],
 ) -> None:
-    """``manifest.json`` in each folder that has none; one vocabulary for all."""
+    """Write ``manifest.json`` to each folder that has none; one vocabulary for all."""
     given = [m.vocabulary for m in manifests.values() if m and m.vocabulary]
     vocabulary = joint_vocabulary(tables, given)
     for folder, manifest in manifests.items():

@@ -1,8 +1,9 @@
-"""What a set of shards holds, in numbers: clips, hours, labels and their balance, rates, splits.
+"""Summarises a set of shards: clips, hours, labels and their balance, rates, splits.
 
-Read from the tables beside the shards (``table.py``), so two million clips cost seconds and no
-audio is opened; a shard without a table is scanned. ``Summary.text`` is what ``bat-shard`` prints
-at its end and ``bat-shard info`` alone; ``bat.report.data_plots`` draws the same numbers.
+The numbers are read from the tables beside the shards (``table.py``), so two million clips take
+seconds and no audio is opened; a shard without a table is scanned. ``bat-shard`` prints
+``Summary.text`` at its end and ``bat-shard info`` prints it alone; ``bat.report.data_plots`` draws
+the same numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from bat.errors import UserError
 from bat.tasks.base import AUDIO_SUFFIXES
 
 LISTED = 20
-"""Classes shown by name; of more, the commonest and the rarest ten."""
+"""Greatest number of classes shown in full; of more, the ten commonest and the ten rarest."""
 BAR = 30  # characters of the longest bar
 
 
@@ -38,10 +39,10 @@ class Summary:
     vocabulary: list[str]
     label_counts: np.ndarray  # (C,) int64, clips that carry each class
     labels_per_clip: Counter[int]
-    """``{labels: clips}``"""
-    seconds: np.ndarray  # (n,) float32, NaN where neither JSON nor file tells
+    """``{number of labels: clips}``"""
+    seconds: np.ndarray  # (n,) float32, NaN where neither JSON nor file gives it
     rates: Counter[str] = field(default_factory=Counter)
-    """``{Hz: clips}``; those of unknown rate are in none."""
+    """``{Hz: clips}``; clips of unknown rate are not counted."""
     codecs: Counter[str] = field(default_factory=Counter)
     splits: Counter[str] = field(default_factory=Counter)
     folds: Counter[str] = field(default_factory=Counter)
@@ -50,22 +51,22 @@ class Summary:
 
     @property
     def total_seconds(self) -> float:
-        """Of the clips whose length is known."""
+        """Total duration of the clips of known length."""
         return float(np.nansum(self.seconds, dtype=np.float64))
 
     @property
     def unknown(self) -> int:
-        """Clips whose length is not known."""
+        """Number of clips of unknown length."""
         return int(np.isnan(self.seconds).sum())
 
     @property
     def headline(self) -> str:
-        """``400 clips, 33.3 min, 10 classes``."""
+        """Returns ``400 clips, 33.3 min, 10 classes``."""
         classes = f", {len(self.vocabulary)} classes" if self.label_counts.sum() else ""
         return f"{self.clips:,} clips, {duration(self.total_seconds)}{classes}"
 
     def text(self) -> list[str]:
-        """The lines of ``bat-shard info``."""
+        """Returns the lines of ``bat-shard info``."""
         mean = self.clips and sum(k * n for k, n in self.labels_per_clip.items()) / self.clips
         lines = [
             f"clips     {self.clips} ({duration(self.total_seconds)}"
@@ -90,7 +91,7 @@ class Summary:
         return lines
 
     def histograms(self) -> list[str]:
-        """Bars in text: labels (the commonest and the rarest of many), then durations."""
+        """Returns bars in text: labels (the commonest and the rarest of many), then durations."""
         lines = []
         if self.label_counts.sum():
             order = np.argsort(-self.label_counts, kind="stable")
@@ -108,10 +109,10 @@ class Summary:
         return lines
 
     def duration_histogram(self, *, bins: int) -> tuple[np.ndarray, np.ndarray]:
-        """``(counts (bins,), edges (bins + 1,))`` in seconds, clips of known length.
+        """Returns ``(counts (bins,), edges (bins + 1,))`` in seconds, for clips of known length.
 
-        The edges are geometric where the longest clip is over 50 times the shortest; one bin where
-        all are of one length (to a millisecond).
+        The edges are geometric where the longest clip is over 50 times the shortest; there is one
+        bin where all are of one length (to a millisecond).
         """
         known = self.seconds[~np.isnan(self.seconds)].astype(np.float64)
         if not len(known):
@@ -133,7 +134,7 @@ class Summary:
 
 
 def balance(vocabulary: Sequence[str], counts: np.ndarray) -> list[str]:
-    """How evenly ``counts`` (C,) lie on the classes: two or three lines."""
+    """Describes how evenly ``counts`` (C,) are spread over the classes, in two or three lines."""
     order = np.argsort(-counts, kind="stable")
     named = [f"{vocabulary[i]} {counts[i]}" for i in order]
     lines = [
@@ -148,7 +149,7 @@ def balance(vocabulary: Sequence[str], counts: np.ndarray) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """``3.0 s``, ``12.5 min`` or ``5.2 h``."""
+    """Formats as ``3.0 s``, ``12.5 min`` or ``5.2 h``."""
     for unit, size in (("h", 3600.0), ("min", 60.0)):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
@@ -156,16 +157,16 @@ def duration(seconds: float) -> str:
 
 
 def load_table(tar: Path, index_dir: Path | None = None) -> ShardTable | None:
-    """The saved table of ``tar`` that describes it as it is now, if there is one."""
+    """Returns the saved table of ``tar`` that describes it as it is now, if there is one."""
     tables = (ShardTable.load(place, tar) for place in table_places(tar, index_dir))
     return next((table for table in tables if table is not None), None)
 
 
 def local_shards(source: Path) -> list[Shard]:
-    """The tars of a folder, of its sub-folders (``train/``, ``test/``), or one tar, or a glob.
+    """Returns the tars of a folder, of its sub-folders (``train/``, ``test/``), one tar, or a glob.
 
     Raises:
-        UserError: nothing there, an unfinished folder, or compressed tars.
+        UserError: nothing found, an unfinished folder, or compressed tars.
     """
     shards = find(source)
     packed = next((shard for shard in shards if shard.compressed), None)
@@ -177,7 +178,7 @@ def local_shards(source: Path) -> list[Shard]:
 def tally(
     tables: Sequence[ShardTable], *, vocabulary: Sequence[str], splits: Sequence[str] = ()
 ) -> Summary:
-    """Counts over ``tables``.
+    """Returns counts over ``tables``.
 
     Args:
         vocabulary: has all labels of the tables.
@@ -212,10 +213,11 @@ def tally(
 
 
 def summarise(source: Path, *, index_dir: Path | None = None) -> Summary:
-    """The summary of a folder of shards (or of its sub-folders, whose names are then splits).
+    """Returns the summary of a folder of shards (or of its sub-folders, whose names are then
+    splits).
 
     Raises:
-        UserError: nothing there, or not shards.
+        UserError: nothing found, or not shards.
     """
     shards = local_shards(source)
     tars = [Path(shard.place) for shard in shards]
@@ -228,7 +230,7 @@ def summarise(source: Path, *, index_dir: Path | None = None) -> Summary:
         splits=[shard.split for shard in shards],
     )
     entries = [entry for m in manifests.values() if m for entry in m.left_out]
-    if entries:  # the writer's list holds what never came into a tar
+    if entries:  # the writer lists clips that are in no tar
         total.left_out = Counter(entry["reason"].split(":", 1)[0] for entry in entries)
     return total
 
@@ -239,7 +241,7 @@ def _tallied(values: np.ndarray) -> dict[int, int]:
 
 
 def _counts(counter: Counter[str], unit: str = "", most: int = 8) -> str:
-    """``train 320, test 80``: the largest first, folds in their order."""
+    """Formats as ``train 320, test 80``: the largest first, folds in their order."""
     numeric = not unit and all(name.isdigit() for name in counter)
     pairs = sorted(counter.items(), key=lambda p: int(p[0]) if numeric else -p[1])
     shown = ", ".join(f"{name}{unit} {n}" for name, n in pairs[:most])

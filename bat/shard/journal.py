@@ -1,9 +1,9 @@
-"""Who writes a folder of shards, and how far: ``.bat-shard-in-progress``.
+"""Locks a folder of shards while it is written, and records progress: ``.bat-shard-in-progress``.
 
 The file is a lock (one process at a time), a mark (no manifest yet: unfinished) and a journal: its
-first line says what is being written, each later one is a finished shard and where the next
-begins. A line is written when its shard and the shard's index are on disk, so what a killed run
-finished is kept, and the run that continues it writes the same bytes as one that was left alone.
+first line describes what is written, each later one a finished shard and the start of the next. A
+line is written when its shard and the shard's index are on disk, so the finished shards of a killed
+run are kept, and the run that continues it writes the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Place(NamedTuple):
 
     row: int = 0
     work: int = 0
-    """Of the row (``pack.works_of``)."""
+    """Number of the work within the row (``pack.works_of``)."""
     clip: int = 0
-    """Of the work (``pack.pack``), those left out counted too."""
+    """Number of the clip within the work (``pack.pack``), counting those left out."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Finished:
     name: str
     next: Place
     left_out: list[dict[str, str]]
-    """Before ``next``, and not before this shard."""
+    """Clips left out before ``next``, since the previous shard."""
 
 
 class Journal:
-    """The journal of ``out``, held for writing."""
+    """The journal of ``out``, open for writing."""
 
     def __init__(self, file: BinaryIO, out: Path, source: str) -> None:
         self.file, self.out, self.source = file, out, source
 
     def resume(self) -> list[tuple[Finished, ShardTable]]:
-        """The shards finished so far, with their tables; everything else unfinished is removed.
+        """Returns the finished shards with their tables; removes everything unfinished.
 
         Raises:
             UserError: they were made from other files or with other options.
@@ -59,11 +59,11 @@ class Journal:
         self.file.seek(0)
         lines = self.file.read().splitlines(keepends=True)
         found: list[tuple[Finished, ShardTable]] = []
-        theirs, good = None, 0  # bytes of the journal that hold
+        theirs, good = None, 0  # bytes of the journal that are valid
         try:
             for line in lines:
                 if not line.endswith(b"\n"):
-                    break  # cut short by the kill
+                    break  # truncated by a kill
                 entry = json.loads(line)
                 if theirs is None:
                     theirs = str(entry["source"])
@@ -100,7 +100,7 @@ class Journal:
 
 
 def sweep(out: Path, *, keep: set[str]) -> None:
-    """Remove what an interrupted run left, but for the shards named in ``keep``."""
+    """Remove the files of an interrupted run, except the shards named in ``keep``."""
     for pattern in ("shard-*.tar", "shard-*.idx.npz", ".shard-*.tmp", ".manifest.json.*.tmp"):
         for path in out.glob(pattern):
             if f"{path.name.split('.')[0]}.tar" not in keep:
@@ -109,9 +109,9 @@ def sweep(out: Path, *, keep: set[str]) -> None:
 
 @contextmanager
 def claimed(out: Path, source: str) -> Iterator[Journal]:
-    """Hold ``out`` for writing: one process at a time, and never over somebody's own shards.
+    """Lock ``out`` for writing: one process at a time, and never over foreign shards.
 
-    Where the block fails, finished shards stay for the next run; without any, nothing stays.
+    If the block fails, finished shards stay for the next run; without any, nothing stays.
 
     Raises:
         UserError: foreign shards lie there, or the folder cannot be written.
@@ -145,11 +145,11 @@ def _locked(out: Path) -> BinaryIO:
                 return marker
         except FileNotFoundError:
             pass
-        marker.close()  # its holder has removed it: there may be a new one
+        marker.close()  # its holder has removed it, and there may be a new one
 
 
 def _leave(marker: BinaryIO, out: Path) -> None:
-    """After a failure: no half-written file, and no folder without a finished shard."""
+    """Clean up after a failure: leave no partial file, and no folder without a finished shard."""
     if not (out / "manifest.json").exists():
         marker.seek(0)
         finished = max(0, len(marker.read().splitlines()) - 1)

@@ -1,12 +1,12 @@
-"""One row to the clips that go into a shard: checked by decoding, kept, encoded, or cut.
+"""Turns one row into the clips of a shard: checked by decoding, then kept, encoded, or cut.
 
-A recording longer than ``clip_seconds`` becomes pieces ``KEY_00000``, ``KEY_00001``, ... It is
-read by seeking, ``CHUNK_SECONDS`` at a time, each such chunk a ``Work`` of its own: a day of audio
-costs the memory of a minute and is shared by all processes. Chunks are resampled whole and do not
-depend on who works on them, so the bytes are the same for any number of processes. Where a chunk
-does not decode, its pieces are tried one by one: damage costs the piece it is in. Where nothing
-of the rest decodes (cut short; a header that claims too much), the rest is left out as one entry.
-A recording whose bytes are kept is of any length, one that is encoded whole of an hour at most.
+A recording longer than ``clip_seconds`` becomes pieces ``KEY_00000``, ``KEY_00001``, ... It is read
+by seeking, ``CHUNK_SECONDS`` at a time, each such chunk a ``Work`` of its own: a day of audio takes
+the memory of a minute and is shared by all processes. Chunks are resampled whole and do not depend
+on the process, so the bytes are the same for any number of processes. If a chunk does not decode,
+its pieces are tried one by one: damage affects only the piece it is in. If nothing of the rest
+decodes (truncated; a header that claims too much), the rest is left out as one entry. A recording
+whose bytes are kept may have any length, one that is encoded whole an hour at most.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ from bat.tasks.base import AUDIO_SUFFIXES, LeftOut, Row
 CHUNK_SECONDS = 60.0  # 23 MB of 48 kHz stereo float32
 SLACK = 0.02  # a recording longer than clip_seconds by this share at most stays whole
 MAX_DECODE_SECONDS = 3600.0
-LOOKS = 16  # places of the rest that are tried before it is given up
+LOOKS = 16  # places of the rest that are tried before it is left out
 
 
 @dataclass(frozen=True)
 class Work:
-    """A row, or the pieces ``first .. stop - 1`` of a long one: what one call prepares."""
+    """A row, or the pieces ``first .. stop - 1`` of a long one, prepared by one call."""
 
     row: Row
     info: AudioInfo | None = None
-    """Of the recording that is cut; None: the row is not cut."""
+    """Properties of the recording that is cut; None: the row is not cut."""
     first: int = 0
     stop: int = 1
     count: int = 1
-    """Pieces of the recording."""
+    """Number of pieces of the recording."""
 
     @property
     def share(self) -> float:
-        """Of the row."""
+        """Fraction of the row that this work covers."""
         return (self.stop - self.first) / self.count
 
 
@@ -73,16 +73,16 @@ class Packed(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a work."""
+    """The result of a work."""
 
     clips: list[Packed | LeftOut]
-    """In order."""
+    """Clips and clips left out, in order."""
     ended: bool = False
-    """The last entry is all the rest of the row: further works of it have nothing to add."""
+    """True if the last entry stands for all the rest of the row: its further works give nothing."""
 
 
 def works_of(row: Row, recipe: Recipe) -> Iterator[Work]:
-    """The works of ``row``: one, or the chunks of a recording that is to be cut."""
+    """Yields the works of ``row``: one, or the chunks of a recording that is to be cut."""
     seconds = recipe.clip_seconds
     if seconds is None:
         yield Work(row)
@@ -92,7 +92,7 @@ def works_of(row: Row, recipe: Recipe) -> Iterator[Work]:
         info = probe(file, max_file_seconds=MAX_SECONDS)
         check_claim(info, len(file) if isinstance(file, bytes) else file.stat().st_size)
     except (DecodeError, OSError):
-        yield Work(row)  # says the same to whoever prepares it
+        yield Work(row)  # preparing it gives the same error
         return
     clip_frames = seconds * info.sample_rate
     if info.frames <= clip_frames * (1 + SLACK):
@@ -106,13 +106,13 @@ def works_of(row: Row, recipe: Recipe) -> Iterator[Work]:
 
 
 def pack(work: Work, *, recipe: Recipe) -> Outcome:
-    """The clips of ``work``, in order, and what is left out of it.
+    """Returns the clips of ``work``, in order, and the clips left out of it.
 
     Bytes are kept as they are where rate, codec and channels agree (``codec="keep"``: any codec;
     ``channels=None``: any number); otherwise the clip is encoded, under ``keep`` as FLAC.
 
     Raises:
-        UserError: Opus is asked for a rate that it lacks.
+        UserError: Opus is requested for a rate that it lacks.
     """
     row = work.row
     if work.info is not None:
@@ -205,7 +205,7 @@ def _pieces(work: Work, info: AudioInfo, recipe: Recipe) -> Iterator[Packed | Le
 def _without_rest(
     clips: list[Packed | LeftOut], work: Work, info: AudioInfo, clip_seconds: float
 ) -> Outcome:
-    """Where the last of ``clips`` do not decode, nor anything behind them: one entry for all."""
+    """Replaces the last of ``clips`` by one entry if they and all after them do not decode."""
     good = max((i + 1 for i, clip in enumerate(clips) if isinstance(clip, Packed)), default=0)
     if good == len(clips) or work.stop == work.count:
         return Outcome(clips)
@@ -245,17 +245,17 @@ def _encoded(
 
 
 def _bound(recipe: Recipe) -> float:
-    """Seconds that one decoding may take in."""
+    """Returns the greatest duration of one decoding, in seconds."""
     return max(MAX_DECODE_SECONDS, (recipe.clip_seconds or 0.0) * (1 + SLACK) + 1)
 
 
 def _is_file(row: Row) -> bool:
-    """Whether ``row`` can be read from its path, by seeking."""
+    """Return True if ``row`` can be read from its path, by seeking."""
     if row.span is not None or row.cell is not None:
         return False
     return stat.S_ISREG(row.path.stat().st_mode)
 
 
-@functools.lru_cache(maxsize=1)  # the chunks of a row come one after the other
+@functools.lru_cache(maxsize=1)  # the chunks of a row are adjacent
 def _held(row: Row) -> bytes:
     return read_row(row)

@@ -1,11 +1,11 @@
-"""A function over many items in several processes, results in order, few in flight.
+"""Maps a function over many items in several processes, results in order, few in flight.
 
-The processes are spawned, not forked: threads and locks of the caller (CUDA, a progress bar) do
-not come along. They leave Ctrl-C and SIGTERM to the caller, and end with it even where it was
-killed: each has a pipe of its own, which then closes.
+The processes are spawned, not forked: threads and locks of the caller (CUDA, a progress bar) are
+not inherited. They leave Ctrl-C and SIGTERM to the caller, and end with it even if it is killed:
+each has its own pipe, which then closes.
 
-Departure from ``concurrent.futures``: its processes wait for work for ever when the caller is
-killed (CPython 3.11), and its one result pipe with a thread behind it costs 0.5 ms for a result of
+Departure from ``concurrent.futures``: its processes wait for work forever when the caller is
+killed (CPython 3.11), and its one result pipe with a thread behind it takes 0.5 ms for a result of
 300 kB.
 """
 
@@ -29,13 +29,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 CALLERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Signals that are for the caller to act on, though batch systems send them to all."""
+"""Signals that the caller handles, though batch systems send them to all processes."""
 AHEAD = 2  # items in flight for each process: one in work, one waiting
 _END: Any = object()
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -48,22 +48,22 @@ def ordered_map(
     total: int | None = None,
     unit: str = "clip",
 ) -> Generator[Result, None, None]:
-    """``function`` of each of ``items``, in their order.
+    """Yields ``function`` of each of ``items``, in their order.
 
-    Close the generator (or exhaust it) to end its processes. A script that asks for several needs
-    the guard ``if __name__ == "__main__":``, for each process imports it.
+    Close the generator (or exhaust it) to end its processes. A script that uses several needs the
+    guard ``if __name__ == "__main__":``, for each process imports it.
 
     Args:
         function: importable by name (or a ``functools.partial`` of such) where ``jobs > 1``.
         items: taken one by one, at most ``2 * jobs`` ahead of what has been yielded. Small ones
             (under 64 kB pickled, else two sides of a full pipe could wait for each other).
-        jobs: processes; 1: none but the caller's own.
+        jobs: processes; 1: only the caller's own.
         progress: show a bar with rate and time left on stderr.
         total: number of items where they have no length.
 
     Raises:
         UserError: ``jobs`` below 1, or a process that died (killed, or out of memory).
-        Exception: what ``function`` raised, at the place of its item.
+        Exception: raised by ``function``, at the position of its item.
     """
     if jobs < 1:
         raise UserError(f"jobs={jobs}: 1 or more processes")
@@ -80,7 +80,7 @@ def ordered_map(
 def _closing(
     shown: Iterable[Result], source: Iterator[Result] | None = None
 ) -> Generator[Result, None, None]:
-    """``shown``; however it ends, its bar and the processes of its source end with it."""
+    """Yields from ``shown``; at any end, also closes its bar and the processes of its source."""
     try:
         yield from shown
     finally:
@@ -89,14 +89,14 @@ def _closing(
 
 
 class _Worker:
-    """A process, our end of its pipe, and the numbers of the items it has."""
+    """A process, the caller's end of its pipe, and the numbers of the items it has."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        resource_tracker.ensure_running()  # else it unblocks signals while it starts
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, CALLERS)  # inherited, till it ignores them
+        resource_tracker.ensure_running()  # otherwise it unblocks signals while it starts
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, CALLERS)  # inherited until it ignores them
         try:
             self.process.start()
         finally:
@@ -115,7 +115,7 @@ def _parallel(
     function: Callable[[Item], Result], items: Iterator[Item], jobs: int
 ) -> Iterator[Result]:
     workers: list[_Worker] = []
-    done: dict[int, tuple[bool, Any]] = {}  # {number: (whether it worked, result or exception)}
+    done: dict[int, tuple[bool, Any]] = {}  # {number: (success, result or exception)}
     taken, more = 0, True
     try:
         for number in count():
@@ -156,11 +156,11 @@ def _alive(jobs: int, talk: Callable[..., Any], *said: Any) -> Any:
 
 
 def _serve(pipe: Connection[Any, Any]) -> None:
-    """In a process of its own: answers items until the caller is gone."""
+    """Answers items, in a process of its own, until the caller has ended."""
     for number in CALLERS:
         signal.signal(number, signal.SIG_IGN)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")  # numpy reads it when it is imported: with the function
+        os.environ.setdefault(name, "1")  # numpy reads it on import, with the function
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         function = pipe.recv()
         while True:

@@ -1,7 +1,7 @@
-"""From what people can download to rows: which source it is, its clips and their labels.
+"""Opens a source of any supported layout as rows: detects it, reads its clips and labels.
 
-``open_rows`` looks at a source, reads it with the module of ``bat.tasks`` that knows it (shards of
-others are read here) and gives the labels their names. What decides, in this order:
+``open_rows`` detects the layout of a source, reads it with its module of ``bat.tasks`` (foreign
+shards are read here) and names the labels. Layouts are tested in this order:
 
 ==========  ============================================================================
 shards      ``.tar``: in the folder or its sub-folders (then these are the splits), a tar, a glob
@@ -43,9 +43,9 @@ class Rows:
     kind: str
     """``folder, csv, audioset, eat, parquet, shards``, or the task that read it."""
     notes: list[str]
-    """What a user should know of how it was read."""
+    """Notes for the user on how it was read."""
     left_out: list[LeftOut] = field(default_factory=list)
-    """What the source lists and does not hold; of ``split`` alone where one is asked for."""
+    """Clips that the source lists and does not hold; only those of ``split`` if it is given."""
 
 
 def open_rows(
@@ -55,17 +55,17 @@ def open_rows(
     labels: Path | None = None,
     split: str | None = None,
 ) -> Rows:
-    """The clips of ``source``, in its own order, keys unique.
+    """Returns the clips of ``source``, in its own order, with unique keys.
 
     Args:
         task: a task or dotted import path (see ``bat.tasks.base``), or ``csv`` or ``shards``;
-            None: what the source looks like.
+            None: detected, see ``detect``.
         labels: a file that names the classes (``bat.tasks.labels``): the labels of the source are
             its names, mids or numbers, and the vocabulary is its own.
-        split: the clips of this split alone; None: all.
+        split: only the clips of this split; None: all.
 
     Raises:
-        UserError: nothing there, nothing readable, an unknown label or split, a key twice.
+        UserError: nothing found, nothing readable, an unknown label or split, a duplicate key.
     """
     if not source.exists():
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", str(source)):
@@ -94,7 +94,7 @@ def open_rows(
     if split is not None:
         known = sorted({row.split for row in rows if row.split is not None})
         if split not in known and folder.split_of(split) in known:
-            split = folder.split_of(split)  # as the folder is called
+            split = folder.split_of(split)  # the name of the folder's split
         rows = [row for row in rows if row.split == split]
         left_out = [entry for entry in left_out if entry.split in (None, split)]
         if not rows:
@@ -107,7 +107,7 @@ def open_rows(
 
 
 def detect(source: Path) -> str:
-    """What ``source`` looks like; see the head of this file."""
+    """Detects the layout of ``source``; see the module docstring."""
     if not source.exists():  # a glob or braces
         return "parquet" if source.suffix == ".parquet" else "shards"
     if source.is_file() and source.suffix.lower() in (".tar", ".gz", ".tgz"):
@@ -125,9 +125,10 @@ def detect(source: Path) -> str:
 
 
 def _held(root: Path) -> set[str]:
-    """Which of ``tar`` and ``parquet`` are in ``root`` (``tar``), below it (``*/tar``, ...)."""
+    """Returns where ``tar`` and ``parquet`` files lie: in ``root`` (``tar``), below (``*/tar``,
+    ...)."""
     found = set()
-    for place, names, files in os.walk(root, followlinks=True):  # two levels: no loop
+    for place, names, files in os.walk(root, followlinks=True):  # two levels: links cannot loop
         depth = len(Path(place).relative_to(root).parts)
         names[:] = [n for n in names if not n.startswith(".")] if depth < 2 else []
         for suffix in ("tar", "parquet"):
@@ -137,12 +138,12 @@ def _held(root: Path) -> set[str]:
 
 
 def _published(source: Path) -> str | None:
-    """The task whose published files lie in ``source``."""
+    """Returns the task whose published files lie in ``source``."""
     for meta in (source / "meta/esc50.csv", source / "meta.csv"):
         if meta.is_file() and (source / "audio").is_dir():
             try:
                 lines = read_csv(meta, ())
-            except UserError:  # somebody's own file
+            except UserError:  # a custom file
                 return None
             found = {line.get("category", "") for line in lines}
             complete = all({"filename", "fold"} <= set(line) for line in lines)
@@ -152,7 +153,7 @@ def _published(source: Path) -> str | None:
 
 
 def _layout_notes(source: Path, kind: str, task: str | None) -> list[str]:
-    """Of files with labels that lie in a folder and were found, or were not used."""
+    """Returns notes on label files in a folder that were found, or were not used."""
     if kind in ("esc50", "esc10") and task is None:
         return [f"labels and folds are those of task {kind}; --task folder reads it plainly"]
     if kind != "folder" or not source.is_dir():
@@ -169,7 +170,7 @@ def _layout_notes(source: Path, kind: str, task: str | None) -> list[str]:
 
 
 def _twin_names(rows: list[Row]) -> list[str]:
-    """A note where keys differ in Unicode form alone (an accent as a character of its own)."""
+    """Returns a note if keys differ only in Unicode form (an accent as a character of its own)."""
     keys: dict[str, str] = {}
     for row in rows:
         other = keys.setdefault(unicodedata.normalize("NFC", row.key), row.key)
@@ -179,7 +180,7 @@ def _twin_names(rows: list[Row]) -> list[str]:
 
 
 def _unique(rows: list[Row], source: Path) -> list[Row]:
-    """``rows``; a key that several files have gets split and shard before it."""
+    """Returns ``rows``; adds split and shard in front of a key that several files have."""
     count = Counter(row.key for row in rows)
     if len(count) == len(rows):
         return rows

@@ -1,4 +1,4 @@
-"""What is done to each row of a source as it becomes clips."""
+"""Settings for the conversion of rows of a source to clips."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Channels = Literal["mono", "keep"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to each row; the arguments of ``write_shards`` of these names."""
+    """The conversion of each row; the fields are arguments of ``write_shards``."""
 
     codec: Codec = "keep"
     sample_rate: int | None = None
@@ -25,7 +25,7 @@ class Recipe:
     min_seconds: float | None = None
 
     def check(self) -> None:
-        """Raise a UserError for what no clip could satisfy."""
+        """Raise a UserError for settings that no clip could satisfy."""
         if self.codec not in get_args(Codec):
             raise UserError(f"codec {self.codec!r}: one of {', '.join(get_args(Codec))}")
         if self.channels not in (None, *get_args(Channels)):
@@ -47,6 +47,6 @@ class Recipe:
 
     @property
     def shortest_rest(self) -> float:
-        """Seconds that the last piece of a recording must have."""
+        """Shortest duration of the last piece of a recording, in seconds."""
         assert self.clip_seconds is not None
         return self.clip_seconds / 2 if self.min_seconds is None else self.min_seconds

@@ -1,4 +1,4 @@
-"""One tar being written, by webdataset's ``TarWriter``, and its index."""
+"""Writes one tar, by webdataset's ``TarWriter``, and its index."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bat.shard.pack import Packed
 
 
 class ShardFile:
-    """``shard-NUMBER.tar`` of ``out``: under a temporary name, hashed on its way."""
+    """``shard-NUMBER.tar`` of ``out``: under a temporary name, hashed while it is written."""
 
     def __init__(self, out: Path, number: int) -> None:
         os.environ.setdefault("WDS_SECURE", "1")  # no shell from URLs, no pickle
@@ -23,7 +23,7 @@ class ShardFile:
         self.temp = out / f".{self.path.name}.tmp"
         self.file: BinaryIO = self.temp.open("wb")
         self.sha256 = hashlib.sha256()
-        self.clips = self.bytes = 0  # so far; ``TarWriter`` holds back some of them
+        self.clips = self.bytes = 0  # so far; ``TarWriter`` buffers some of them
         self._tar = TarWriter(self, user="bat", group="bat", mode=0o644, mtime=0, encoder=False)
 
     def add(self, key: str, clip: Packed, meta: bytes) -> None:
@@ -32,7 +32,7 @@ class ShardFile:
         self.clips += 1
 
     def finish(self) -> ShardTable:
-        """Close, index, and give the tar its name."""
+        """Close the tar, index it, and rename it to its final name."""
         self._tar.close()
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -44,8 +44,8 @@ class ShardFile:
         return table
 
     def write(self, data: bytes) -> int:
-        """Take the next bytes of the tar."""
-        if self.file.closed:  # given up; ``tarfile`` flushes as it is collected
+        """Write the next bytes of the tar."""
+        if self.file.closed:  # abandoned; ``tarfile`` flushes when collected
             return len(data)
         self.sha256.update(data)
         return self.file.write(data)

@@ -1,8 +1,9 @@
-"""Rows of WebDataset shards: ours, and the layouts of docs/data.md, to be written anew.
+"""Reads the rows of WebDataset shards, of bat and of the layouts of docs/data.md, to write them
+anew.
 
-Read of a clip's JSON: the labels (``bat.data.table.parse_labels``), ``mid``, ``id``, ``fold``,
-``split``, ``start_seconds``, ``events``, ``text``. Other fields stay behind. Class names are in
-the order of the manifest, else of ``label_id``, else sorted, as in ``bat.data.index``.
+From a clip's JSON it reads the labels (``bat.data.table.parse_labels``), ``mid``, ``id``, ``fold``,
+``split``, ``start_seconds``, ``events``, ``text``. Other fields are dropped. Class names are in the
+order of the manifest, else of ``label_id``, else sorted, as in ``bat.data.index``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bat.tasks.labels import Labels, Reading, by_number, named
 
 
 def read(source: Path, labels: Labels | None = None) -> Reading:
-    """The clips of local shards, each a span of its tar.
+    """Returns the clips of local shards, each a span of its tar.
 
     Raises:
         UserError: no shards, no audio in them, an unknown label, manifests that disagree.
@@ -76,7 +77,7 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
 
 
 def _given(folders: Sequence[Path]) -> list[str] | None:
-    """The vocabulary that the manifests of ``folders`` share; None where there is none."""
+    """Returns the vocabulary that the manifests of ``folders`` share; None if there is none."""
     manifests = [Manifest.load(place) for place in dict.fromkeys(folders)]
     given = [m.vocabulary for m in manifests if m is not None and m.vocabulary]
     for other in given[1:]:
@@ -89,7 +90,7 @@ def _given(folders: Sequence[Path]) -> list[str] | None:
 
 
 def _name(value: Any, key: str) -> str:
-    """The name that was escaped into ``key``, where the JSON tells it."""
+    """Returns the name that was escaped into ``key``, if the JSON gives it."""
     return value if isinstance(value, str) and escape_key(value) == key else key
 
 

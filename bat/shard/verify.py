@@ -1,12 +1,12 @@
-"""``bat-shard verify``: read everything again, and say what is not as it should be.
+"""Verifies shards (``bat-shard verify``): reads everything again and reports all faults.
 
-Of each shard: is it there, does it hash to what the manifest says, does the table beside it tell
-what the tar tells, do the manifest's counts hold. Of each clip: see ``clip_check``. Of all clips
-together: the same audio or the same key twice, the same audio under different labels, a clip
-without a label in a set where most have one, a label with two numbers.
+Checked for each shard: that it exists, that its hash is that of the manifest, that the table beside
+it agrees with the tar, and that the manifest's counts are right. For each clip: see ``clip_check``.
+For all clips together: the same audio or the same key twice, the same audio under different labels,
+a clip without a label in a set where most have one, a label with two numbers.
 
-Each process takes a part of a shard (64 MB) at a time. Kept for the whole set are some 40 bytes a
-clip and of each kind the first 10,000 findings; counts are exact.
+Each process takes a part of a shard (64 MB) at a time. About 40 bytes a clip are kept for the whole
+set, and the first 10,000 findings of each kind; counts are exact.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
 @dataclass
 class Checked:
-    """What a process found in a part."""
+    """The findings of a process in a part."""
 
     sha256: str = ""
     clips: Clips = field(default_factory=Clips)
@@ -53,7 +53,7 @@ class Checked:
     problems: list[tuple[Kind, str, str]] = field(default_factory=list)
     """``(kind, key, why)``"""
     table: ShardTable | None = None
-    """Of the tar as it is; with part 0."""
+    """Table made from the present tar; returned with part 0."""
 
 
 def verify(
@@ -62,12 +62,12 @@ def verify(
     """Check the shards of a folder, of its sub-folders, of one tar, or of a glob.
 
     Args:
-        index_dir: where the tables of read-only shards lie.
+        index_dir: folder of the tables of read-only shards.
         jobs: processes.
         progress: show clips a second and the time left.
 
     Raises:
-        UserError: no shards there.
+        UserError: no shards found.
     """
     tars = [Path(shard.place) for shard in local_shards(source)]
     report = Report(source=str(source))
@@ -120,7 +120,7 @@ def _parts(tars: list[Path]) -> Iterator[Part]:
 
 
 def check_part(part: Part, *, vocabulary: Mapping[str, int] | None) -> Checked:
-    """The work of one process; damage ends up in ``problems``."""
+    """Checks one part, in one process; damage is returned in ``problems``."""
     checked = Checked()
     try:
         if part.number < 0:
@@ -163,7 +163,7 @@ def _check_clips(part: Part, checked: Checked, vocabulary: Mapping[str, int] | N
 
 
 class _Checker:
-    """Puts the parts together, in order."""
+    """Joins the results of the parts, in order."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class _Checker:
             self._hold(tar, checked.table, entry)
 
     def _hold(self, tar: Path, table: ShardTable, entry: ShardInfo | None) -> None:
-        """The table beside the tar, and the manifest's number of clips, to the tar itself."""
+        """Compare the table beside the tar, and the manifest's number of clips, with the tar."""
         if entry is not None and entry.clips != len(table.clips):
             self._shard(tar, f"{len(table.clips)} clips, the manifest says {entry.clips}")
         places = table_places(tar, self.index_dir)
@@ -210,7 +210,7 @@ class _Checker:
             table.tar_bytes,
             table.mtime_ns,
         ):
-            saved = None  # of another tar, and so not read
+            saved = None  # belongs to another tar, so it is not used
         if saved is not None and not (
             saved.agrees(table) and np.array_equal(saved.clips["header"], table.clips["header"])
         ):
@@ -224,7 +224,7 @@ class _Checker:
     def finish(self, *, labels_held: bool) -> None:
         for folder, manifest in self.manifests.items():
             if [s.name for s in self.counts[folder].shards] != [s.name for s in manifest.shards]:
-                continue  # shards missing or not listed: said already
+                continue  # shards missing or not listed: reported already
             now = self.counts[folder].manifest(left_out=[], source="")
             for name in ("label_counts", "splits", "folds"):
                 if getattr(now, name) != getattr(manifest, name):
@@ -234,6 +234,6 @@ class _Checker:
 
 
 def _short_names(tars: list[Path]) -> dict[Path, str]:
-    """File names, with the folder before them where there are several folders."""
+    """Returns file names, with the parent folder in front where there are several folders."""
     several = len({tar.parent for tar in tars}) > 1
     return {tar: f"{tar.parent.name}/{tar.name}" if several else tar.name for tar in tars}

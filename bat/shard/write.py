@@ -1,14 +1,13 @@
-"""Writing shards: files of any folder become WebDataset tars with a manifest (docs/data.md).
+"""Writes shards: files of any folder become WebDataset tars with a manifest (docs/data.md).
 
 ``shard-%05d.tar`` holds ``KEY.ext`` + ``KEY.json`` (``id, label, label_id, sample_rate,
-num_samples, start_seconds`` and, where there are such, ``mid, fold, split``), beside it its index
-(``table.py``). ``manifest.json`` is written last: where it lies, the set is complete. Each clip is
-decoded once before it goes in (``pack.py``), so a shard holds only what can be read; the rest is
-listed in the manifest with its reason. The same files and options give the same bytes, with any
-number of processes and after any interruption (``journal.py``): rows in their order, one time
-stamp, no user. A clip goes to disk as it comes (``shard_file.py``), so memory does not grow with
-the shard. A set that is complete is not written again, unless its shards are not those of the
-manifest any more.
+num_samples, start_seconds`` and, if present, ``mid, fold, split``), beside it its index
+(``table.py``). ``manifest.json`` is written last, so a set that has one is complete. Each clip is
+decoded once before it is written (``pack.py``), so a shard holds only readable clips; the others
+are listed in the manifest with their reasons. The same files and options give the same bytes, with
+any number of processes and after any interruption (``journal.py``): rows in their order, one time
+stamp, no user. A clip is written to disk immediately (``shard_file.py``), so memory does not grow
+with the shard. A complete set is not written again, unless its shards differ from the manifest.
 """
 
 from __future__ import annotations
@@ -54,21 +53,22 @@ def write_shards(
 
     Args:
         codec: ``keep`` the files as they are, or re-encode (16-bit for FLAC and WAV).
-        sample_rate: Hz of the stored clips; None: as they are.
+        sample_rate: Hz of the stored clips; None: unchanged.
         channels: ``mono`` mixes, ``keep`` does not; None: mono where a clip is encoded, and no
             reason to encode one.
         clip_seconds: cut recordings longer than this (by over 2 %) into pieces of this length,
             which are encoded (``keep``: as FLAC); None: no cutting.
-        min_seconds: leave out what is shorter; None: nothing, but of a recording that was cut the
-            last piece where it is under half of ``clip_seconds``.
-        vocabulary: class names in the order of their ids; None: the labels met, sorted.
-        left_out: what the source lists and does not hold, for the manifest's list.
-        mend: write a complete set again whose shards are damaged; otherwise that is an error.
+        min_seconds: leave out shorter clips; None: none, except the last piece of a cut recording
+            if it is under half of ``clip_seconds``.
+        vocabulary: class names in the order of their ids; None: the labels that occur, sorted.
+        left_out: clips that the source lists and does not hold, for the manifest's list.
+        mend: repair a complete set whose shards are damaged by writing it again; otherwise that is
+            an error.
         jobs: processes that decode and encode.
 
     Returns:
-        The manifest; that of ``out`` itself where the very same set is already complete. Shards
-        that an interrupted call finished are kept.
+        The manifest; that of ``out`` itself if the same set is already complete. Shards that an
+        interrupted call finished are kept.
 
     Raises:
         UserError: nothing readable, a label outside the vocabulary, ``out`` in use otherwise or
@@ -94,7 +94,7 @@ def write_shards(
         if done is not None:
             return done
         done = Manifest.load(out)
-        if done is not None and done.source == source:  # damaged: as if it had never been complete
+        if done is not None and done.source == source:  # damaged: treated as not complete
             (out / "manifest.json").unlink()
         elif done is not None:
             raise UserError(
@@ -108,7 +108,7 @@ def write_shards(
 
 
 def _complete(out: Path, source: str, mend: bool) -> Manifest | None:
-    """The manifest of ``out`` where it holds this set; None also where it is to be mended."""
+    """Returns the manifest of ``out`` if it holds this set; None also if it is to be repaired."""
     done = Manifest.load(out)
     damage = None if done is None or done.source != source else done.damage(out)
     if damage is not None and not mend:
@@ -120,7 +120,7 @@ def _complete(out: Path, source: str, mend: bool) -> Manifest | None:
 
 
 class _Writer:
-    """Fills shard after shard from where the journal says."""
+    """Fills one shard after the other, from the position in the journal."""
 
     def __init__(
         self, journal: Journal, recipe: Recipe, shard_bytes: int, names: dict[str, int]
@@ -130,7 +130,7 @@ class _Writer:
         self.counts = Counts(list(names))
         self.keys: set[str] = set()
         self.left_out: list[dict[str, str]] = []
-        self.recorded = 0  # of left_out, in the journal
+        self.recorded = 0  # number of left_out in the journal
         self.shard: ShardFile | None = None
         self.start = Place()
         for finished, table in journal.resume():
@@ -143,9 +143,9 @@ class _Writer:
     def write(self, rows: Sequence[Row], jobs: int, progress: bool) -> Manifest:
         from tqdm import tqdm
 
-        given: deque[tuple[int, int, Work]] = deque()  # to the processes, not yet back
+        given: deque[tuple[int, int, Work]] = deque()  # sent to the processes, not yet returned
 
-        ended = -1  # the row that has nothing left to give
+        ended = -1  # the row that has no further clips
 
         def works() -> Iterator[Work]:
             for r in range(self.start.row, len(rows)):
@@ -165,13 +165,13 @@ class _Writer:
             with closing(results), bar:
                 for outcome in results:
                     r, w, work = given.popleft()
-                    if r == ended:  # given before that was known
+                    if r == ended:  # sent before that was known
                         continue
                     self._take(outcome, work.row, r, w)
                     seconds = max(bar.format_dict["elapsed"], 1e-3)
                     new = len(self.keys) - before
                     bar.set_postfix_str(f"{new / seconds:.1f} clips/s", refresh=False)
-                    bar.update(min(work.share, len(rows) - bar.n))  # the last bit of a sum
+                    bar.update(min(work.share, len(rows) - bar.n))  # rounding of the sum
                     if outcome.ended:
                         ended = r
                         bar.update(max(0, r + 1 - bar.n))
@@ -199,7 +199,7 @@ class _Writer:
 
     def _add(self, clip: Packed, row: Row, place: Place) -> None:
         text = json.dumps(_meta(clip, row, self.names), ensure_ascii=False)
-        meta = text.encode("utf-8", "backslashreplace")  # a lone surrogate: as JSON escapes it
+        meta = text.encode("utf-8", "backslashreplace")  # a lone surrogate is escaped as in JSON
         size = sum(-(-len(part) // BLOCK) * BLOCK + BLOCK for part in (clip.data, meta))
         if self.shard is not None and self.shard.bytes + size > self.shard_bytes:
             self._finish(place)
@@ -222,13 +222,13 @@ class _Writer:
 
 
 def _listed(entry: LeftOut) -> dict[str, str]:
-    """As the manifest lists it."""
+    """Returns the manifest's entry for a clip left out."""
     return {"key": entry.key, "file": entry.file, "reason": entry.reason}
 
 
 def _meta(clip: Packed, row: Row, names: dict[str, int]) -> dict[str, Any]:
-    """The clip's JSON. A piece of a recording has the events in it, and their labels; no text,
-    which is of the whole."""
+    """Returns the clip's JSON. A piece of a recording has the events within it and their labels,
+    and no text, which belongs to the whole."""
     begin, seconds = clip.start_seconds - row.start_seconds, clip.frames / clip.rate
     piece = clip.id != row.key
     events = row.events

@@ -1,1 +1,1 @@
-"""One file a task: where its rows lie, what its labels are, how it is scored."""
+"""Tasks, one file each: rows of a data set, labels, and metrics."""

@@ -4,14 +4,14 @@ The folder holds AudioSet's own files as they are downloaded: one or more segmen
 (``*_segments.csv``: comment lines, then ``YTID, start_seconds, end_seconds, "mid,mid"``), the names
 of the classes and the clips, anywhere below: ``YTID.ext``, ``YYTID.ext`` or either with ``_START``
 (seconds, or milliseconds as some downloaders write) before the suffix. Segments without a file are
-left out and listed (much of AudioSet is gone); none at all is an error.
+left out and listed (much of AudioSet is no longer available); no file at all is an error.
 
 Names: ``class_labels_indices.csv`` (``index,mid,display_name``), which has the official order; with
 ``ontology.json`` alone the classes are those that the segments name, sorted.
 
 Split: ``train-balanced`` for ``balanced_train_segments.csv``, ``train-unbalanced`` for
 ``unbalanced_train_segments.csv``, ``test`` for ``eval_segments.csv``, NAME for
-``NAME_segments.csv``. A clip that two tables list has the split of the first by name (said).
+``NAME_segments.csv``. A clip that two tables list has the split of the first by name (with a note).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from bat.tasks.folder import find_audio, split_of
 from bat.tasks.labels import Labels, Reading, labels_beside
 
 NO_FILE = "no file"
-"""Reason of a segment that is left out."""
+"""Reason given for a segment that is left out."""
 
 
 def class_names(root: Path) -> Labels:
-    """The label file of AudioSet in ``root``.
+    """Reads the label file of AudioSet in ``root``.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -43,7 +43,7 @@ def class_names(root: Path) -> Labels:
 
 
 def read_segments(path: Path) -> list[tuple[str, float, list[str]]]:
-    """``[(YTID, start_seconds, mids), ...]`` of a segments CSV."""
+    """Reads ``[(YTID, start_seconds, mids), ...]`` from a segments CSV."""
     found = []
     for number, line in csv_cells(path):
         if line[0].startswith("#"):
@@ -59,14 +59,14 @@ def read_segments(path: Path) -> list[tuple[str, float, list[str]]]:
 
 
 def segment_tables(source: Path) -> list[Path]:
-    """The ``*_segments.csv`` of a folder, or the one given; none: empty."""
+    """Returns the ``*_segments.csv`` of a folder, or the one given; empty if there is none."""
     if source.is_dir():
         return sorted(source.glob("*_segments.csv"))
     return [source] if source.name.endswith("_segments.csv") and source.is_file() else []
 
 
 def split_of_table(path: Path) -> str:
-    """The split whose clips the segments CSV at ``path`` lists."""
+    """Returns the split whose clips the segments CSV at ``path`` lists."""
     name = path.name.removesuffix("_segments.csv")
     if name in ("balanced_train", "unbalanced_train"):
         return f"train-{name.removesuffix('_train')}"
@@ -74,7 +74,7 @@ def split_of_table(path: Path) -> str:
 
 
 def read(source: Path, labels: Labels | None = None) -> Reading:
-    """The clips of AudioSet's folder, or of one of its segments CSVs.
+    """Reads the clips of AudioSet's folder, or of one of its segments CSVs.
 
     Raises:
         UserError: no segments, none of their clips, no names, a mid without a name.

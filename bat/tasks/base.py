@@ -1,4 +1,4 @@
-"""What a task is: rows (file, key, labels, events or text, fold) and what is asked of them.
+"""Defines tasks: rows (file, key, labels, events or text, fold), targets, loss and metrics.
 
 The file name is the registration: ``bat/tasks/NAME.py`` holds ``TASK``. A dotted import path
 (``mylab.tasks.frogs``, a module with a ``TASK``) works wherever a name does, so that a task can
@@ -24,8 +24,8 @@ from bat.errors import UserError
 from bat.tasks.events import Detection, Event
 
 Target = Literal["class", "tags", "events", "tokens"]
-"""What is asked of a clip: one label; any number of labels; what sounds from when to when; a
-sequence of tokens (a transcript)."""
+"""Target of a clip: one label (class); any number of labels (tags); sounds with onset and offset
+(events); a sequence of tokens, that is a transcript (tokens)."""
 USUAL: dict[Target, tuple[str, tuple[str, ...]]] = {
     "class": ("ce", ("accuracy", "map", "f1")),
     "tags": ("bce", ("map", "f1", "auroc")),
@@ -40,22 +40,22 @@ AUDIO_SUFFIXES = (
     *("nist", "oga", "paf", "pvf", "rf64", "sds", "sf", "snd", "sph", "svx", "voc", "w64", "wave"),
     *("wve", "xi"),
 )
-"""What libsndfile reads. A shard's table holds places in this list: add at its end."""
+"""Suffixes that libsndfile reads. A shard's table holds indices into this list: add at its end."""
 UNDECODED_SUFFIXES = (
     *("3gp", "aac", "ac3", "amr", "ape", "asf", "dff", "dsf", "eac3", "m4a", "m4b", "mka", "mkv"),
     *("mp4", "mpc", "pcm", "ra", "raw", "sd2", "shn", "spx", "tak", "tta", "weba", "webm", "wma"),
     *("wv",),
 )
-"""Audio that libsndfile cannot read: found, and left out with a reason of its own."""
+"""Suffixes of audio that libsndfile cannot read: found, and left out with a reason of its own."""
 
 
 def no_decoder(suffix: str) -> str:
-    """Why a clip with one of ``UNDECODED_SUFFIXES`` is left out."""
+    """Returns the reason why a clip with one of ``UNDECODED_SUFFIXES`` is left out."""
     return f"no decoder for {suffix}: convert it with ffmpeg"
 
 
 def as_text(name: str) -> str:
-    """A file's name as text: bytes of it that are not UTF-8 become ``\\xNN``."""
+    """Returns a file's name as text: bytes of it that are not UTF-8 become ``\\xNN``."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -65,15 +65,15 @@ class Row:
 
     path: Path
     key: str
-    """Unique in the task; becomes the sample key (escaped where it must be)."""
+    """Unique in the task; becomes the sample key (escaped if necessary)."""
     labels: tuple[str, ...]
     """Names of the classes; empty: unlabelled."""
     fold: int | None = None
     """Cross-validation fold, from 1."""
     split: str | None = None
-    """``train``, ``test`` or whatever the source calls it."""
+    """``train``, ``test`` or any other name of the source."""
     start_seconds: float = 0.0
-    """Where the clip starts in the recording it was cut from."""
+    """Start of the clip in the recording it was cut from."""
     mids: tuple[str, ...] = ()
     """Machine ids of ``labels`` where the source has them (AudioSet)."""
     span: tuple[int, int] | None = None
@@ -81,20 +81,20 @@ class Row:
     cell: tuple[int, int] | None = None
     """``(row group, row)``: the file is this cell of the parquet file ``path``."""
     codec: str = ""
-    """Suffix of the bytes where ``path`` does not tell it."""
+    """Suffix of the bytes where ``path`` does not have it."""
     events: tuple[Event, ...] | None = None
-    """What sounds when; ``labels`` is then their union. None: it is not known."""
+    """Sounds with onset and offset; ``labels`` is then the union of their labels. None: unknown."""
     text: str | None = None
     """The transcript; None: there is none."""
 
     @property
     def suffix(self) -> str:
-        """``flac``, ``wav``, ...: lower case, no dot."""
+        """The suffix in lower case without a dot: ``flac``, ``wav``, ..."""
         return self.codec or self.path.suffix[1:].lower()
 
     @property
     def name(self) -> str:
-        """What to call the file in a message."""
+        """The name of the file for messages."""
         inside = self.span is not None or self.cell is not None
         name = as_text(self.path.name)
         return f"{name}/{self.key}" if inside else name
@@ -107,12 +107,12 @@ class LeftOut(NamedTuple):
     file: str
     reason: str
     split: str | None = None
-    """That the clip would have had."""
+    """Split that the clip would have had."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows and constants. ``read`` is ``rows`` with the checks that every task wants."""
+    """Rows and constants. ``read`` is ``rows`` with the checks common to all tasks."""
 
     name: str
     rows: Callable[[Path], list[Row]]
@@ -120,30 +120,30 @@ class Task:
     loss: str = ""
     """``ce``, ``bce``, ``asl`` or ``ctc``; empty: that of ``USUAL``."""
     metrics: tuple[str, ...] = ()
-    """By name (``bat.metrics.base.find_metric``); values are chosen by the first, which is also the
-    one that reports show first. Empty: those of ``USUAL``."""
+    """Names of metrics (``bat.metrics.base.find_metric``); settings are selected by the first,
+    which reports also show first. Empty: those of ``USUAL``."""
     frames: int | None = None
-    """Spectrogram frames of every clip, the papers' for their tasks: shorter clips are padded with
-    zero frames, which the encoder attends to. None: each clip is encoded at its own length."""
+    """Spectrogram frames of every clip, as in the papers for their tasks: shorter clips are padded
+    with zero frames, which the encoder attends to. None: each clip is encoded at its own length."""
     per_class: int = 20
-    """Prototypes a class that *Unmute the Patch Tokens* (arXiv 2509.24901) gives the task."""
+    """Prototypes per class that *Unmute the Patch Tokens* (arXiv 2509.24901) uses for the task."""
     classes: int | None = None
     """Number of classes where the task fixes it; ``read`` checks it."""
     vocabulary: Callable[[Path], list[str]] | None = None
     """Class names in the order of their indices; None: the labels that occur, sorted."""
     left_out: Callable[[Path], list[LeftOut]] | None = None
-    """What the source lists and does not hold; None: nothing, or it is not known."""
+    """Clips that the source lists and does not hold; None: none, or unknown."""
     label_sets: tuple[frozenset[str], ...] = ()
     """The class names of the published files, in each of their spellings; empty: any names."""
     adapts: bool = False
-    """Whether the data decide ``target`` (a user's own data), see ``settle``."""
+    """True if the data determine ``target`` (custom data), see ``settle``."""
     make: Callable[[Path], None] | None = None
-    """Writes the task's synthetic clips to a folder, which ``rows`` then reads, where no data are
+    """Writes the task's synthetic clips to a folder, which ``rows`` then reads, if no data are
     given; writing them again gives the same bytes."""
     detection: Detection = Detection()  # noqa: RUF009  (immutable)
-    """Constants of ``events``."""
+    """Constants of target ``events``."""
     tokens: Literal["characters", "words"] = "characters"
-    """What a text of ``tokens`` is cut into; words are those between blanks."""
+    """Units of the text of target ``tokens``; words are separated by blanks."""
 
     def __post_init__(self) -> None:
         loss, metrics = USUAL[self.target]
@@ -157,20 +157,20 @@ class Task:
 
     @property
     def multi_label(self) -> bool:
-        """Whether a clip may carry several labels, or none."""
+        """True if a clip may carry several labels, or none."""
         return self.target != "class"
 
     def asking(self, target: Target, *, metrics: tuple[str, ...] = ()) -> Task:
-        """This task with another target, with the usual loss and metrics of it."""
+        """Returns this task with another target and that target's usual loss and metrics."""
         if target == self.target:
             return self
         return replace(self, target=target, loss="", metrics=metrics)
 
     def read(self, root: str | Path) -> tuple[list[Row], list[str]]:
-        """Rows and class names of the data set at ``root``.
+        """Returns rows and class names of the data set at ``root``.
 
         Raises:
-            UserError: missing root, no rows, a key twice, another number of classes, a label
+            UserError: missing root, no rows, a duplicate key, another number of classes, a label
                 that the vocabulary lacks.
         """
         root = Path(root)
@@ -197,7 +197,7 @@ class Task:
         return rows, names
 
     def settle(self, labels_per_clip: Iterable[int]) -> Task:
-        """The task for a data set whose clips carry so many labels each.
+        """Returns the task for a data set whose clips have these numbers of labels.
 
         Raises:
             UserError: several labels on a clip of a task with one label a clip.
@@ -213,11 +213,11 @@ class Task:
 
 
 NO_TASKS = ("base", "events", "labels", "losses", "synthetic")
-"""Files of this folder that are no task."""
+"""Files of this folder that are not tasks."""
 
 
 def known_tasks() -> list[str]:
-    """Names of the tasks in ``bat/tasks``."""
+    """Returns the names of the tasks in ``bat/tasks``."""
     import bat.tasks
 
     names = (m.name for m in pkgutil.iter_modules(bat.tasks.__path__))
@@ -225,7 +225,7 @@ def known_tasks() -> list[str]:
 
 
 def load_task(name: str) -> Task:
-    """The task called ``name``: a file of ``bat/tasks`` or a dotted import path.
+    """Returns the task called ``name``: a file of ``bat/tasks`` or a dotted import path.
 
     Raises:
         UserError: unknown name (lists the known ones), or a module without ``TASK``.
@@ -244,9 +244,9 @@ def load_task(name: str) -> Task:
 
 
 def csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Number and cells of each line of a CSV (the first is 1), values stripped.
+    """Yields number and cells of each line of a CSV (the first is 1), values stripped.
 
-    Empty lines are passed over.
+    Empty lines are skipped.
 
     Raises:
         UserError: no such file, not UTF-8 text, quotes that do not close.
@@ -277,9 +277,10 @@ def csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def numbered_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Columns of a CSV, and its lines with their numbers (a header is line 1), values stripped.
+    """Returns the columns of a CSV, and its lines with their numbers (a header is line 1), values
+    stripped.
 
-    Empty lines are passed over; missing cells at the end of a line are empty.
+    Empty lines are skipped; missing cells at the end of a line are empty.
 
     Raises:
         UserError: as ``csv_cells``, and for a line with more cells than the header.
@@ -299,7 +300,7 @@ def numbered_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str
 
 
 def read_csv(path: Path, required: Iterable[str]) -> list[dict[str, str]]:
-    """Lines of a CSV with a header, values stripped.
+    """Reads the lines of a CSV with a header, values stripped.
 
     Raises:
         UserError: as ``numbered_lines``, and where a column of ``required`` is missing.
@@ -314,7 +315,7 @@ def read_csv(path: Path, required: Iterable[str]) -> list[dict[str, str]]:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """``names``, each once, sorted; by value where all of them are numbers."""
+    """Returns ``names``, each once, sorted; by value if all of them are numbers."""
     known = set(names)
     if all(re.fullmatch(r"[+-]?\d{1,15}(\.\d{1,15})?", name, re.ASCII) for name in known):
         return sorted(known, key=lambda name: (float(name), name))
@@ -322,8 +323,8 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def other_form(path: str | Path) -> str:
-    """A remark for a message that a file is missing: where one of that name exists in the other
-    Unicode form (macOS writes an accent as a character of its own); else nothing."""
+    """Returns a remark for a message about a missing file if a file of that name exists in the
+    other Unicode form (macOS writes an accent as a character of its own); else nothing."""
     folder, name = os.path.split(path)
     for form in ("NFC", "NFD"):
         other = unicodedata.normalize(form, name)
@@ -333,7 +334,7 @@ def other_form(path: str | Path) -> str:
 
 
 def whole_number(value: str, *, column: str, path: Path) -> int:
-    """``value`` of a CSV as an int, or a UserError that names the file and the column."""
+    """Converts ``value`` to an int; raises a UserError that names the file and the column."""
     try:
         return int(value)
     except ValueError:

@@ -1,12 +1,12 @@
-"""Manifests of EAT and SSLAM (fairseq's form): what to read where ``X.tsv`` lists the clips.
+"""Reads manifests of EAT and SSLAM (fairseq's form), in which ``X.tsv`` lists the clips.
 
 ``X.tsv``: a line with the root of the clips, then ``path<TAB>samples`` each. ``X.lbl`` beside it:
 ``id<TAB>mid,mid``; without it the clips are unlabelled. The id is the path, with or without its
 folders and its suffix. ``label_descriptors.csv`` beside them names the mids
 (``bat.tasks.labels``). The split of a clip is the X that lists it: ``train``, ``eval``, ...
 
-A root that does not exist here is that of somebody else's machine: then the clips are looked for
-below the manifest's own folder. The sample counts are not used: clips are measured when decoded.
+A root that does not exist here belongs to another machine: then the clips are searched for below
+the manifest's own folder. The sample counts are not used: clips are measured when decoded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_LINE = 1 << 16
 
 
 def manifests(source: Path) -> list[Path]:
-    """The ``.tsv`` files of a folder that are manifests, or the one given; none: empty."""
+    """Returns the ``.tsv`` files of a folder that are manifests, or the one given; may be empty."""
     tables = sorted(source.glob("*.tsv")) if source.is_dir() else [source]
     return [t for t in tables if t.suffix.lower() == ".tsv" and t.is_file() and _is_manifest(t)]
 
@@ -92,7 +92,8 @@ def _rows_of_table(table: Path, notes: list[str]) -> list[Row]:
 
 
 def read(source: Path, labels: Labels | None = None, *, split: str | None = None) -> Reading:
-    """The clips of a folder of manifests or of one ``X.tsv``; of ``split`` alone where given.
+    """Reads the clips of a folder of manifests or of one ``X.tsv``; only those of ``split`` if
+    given.
 
     Raises:
         UserError: no manifest, none of its files, damaged lines, an unknown label.

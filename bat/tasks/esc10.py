@@ -1,7 +1,7 @@
 """ESC-10 (Piczak 2015): 10 classes, 400 clips of 5 s, 5 folds of 80.
 
-Reads its own folder (``audio/`` + ``meta.csv``) or an ESC-50 folder, of which it takes the rows
-whose column ``esc10`` is true.
+Reads its own folder (``audio/`` + ``meta.csv``) or the rows of an ESC-50 folder whose column
+``esc10`` is true.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ baby_cry chainsaw clock_tick dog_bark fire_crackling helicopter person_sneeze ra
 IN_ESC50 = """
 crying_baby chainsaw clock_tick dog crackling_fire helicopter sneezing rain rooster sea_waves
 """
-"""The same ten classes as ESC-10's own file and as ESC-50's writes them."""
+"""The ten classes in the spelling of ESC-10's own file and in that of ESC-50's."""
 
 
 def rows(root: Path) -> list[Row]:

@@ -23,11 +23,11 @@ door_wood_knock mouse_click keyboard_typing door_wood_creaks can_opening washing
 vacuum_cleaner clock_alarm clock_tick glass_breaking
 helicopter chainsaw siren car_horn engine train church_bells airplane fireworks hand_saw
 """
-"""As ``meta/esc50.csv`` writes them, in the order of its targets."""
+"""Class names as in ``meta/esc50.csv``, in the order of its targets."""
 
 
 def find_meta(root: Path) -> Path:
-    """The CSV of an ESC-like folder, or a UserError."""
+    """Returns the CSV of an ESC-like folder; raises a UserError if there is none."""
     for name in ("meta/esc50.csv", "meta.csv"):
         if (root / name).is_file():
             return root / name
@@ -38,7 +38,7 @@ def find_meta(root: Path) -> Path:
 
 
 def read_esc(root: Path, lines: list[dict[str, str]], meta: Path) -> list[Row]:
-    """Rows for the ``lines`` of ``meta``; clips lie in ``root/audio``."""
+    """Returns rows for the ``lines`` of ``meta``; clips lie in ``root/audio``."""
     audio = root / "audio"
     if not audio.is_dir():
         raise UserError(f"{audio} does not exist: the clips of {meta} belong there")

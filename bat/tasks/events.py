@@ -1,8 +1,8 @@
-"""Events of recordings: what sounds from when to when.
+"""Events of recordings: sounds with onset, offset and label.
 
-Times are seconds from the start of the clip (docs/method.md 5, ``dcase16``). Labels of a whole clip
-are the union of its events'; what is active at a time patch, ``bat.eval.frame_targets`` says, and
-``bat.eval.detection`` makes events of a probe's outputs.
+Times are seconds from the start of the clip (docs/method.md 5, ``dcase16``). The labels of a whole
+clip are the union of its events' labels; ``bat.eval.frame_targets`` computes the labels that are
+active at a time patch, and ``bat.eval.detection`` makes events of a probe's outputs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Event(NamedTuple):
     offset_seconds: float
     labels: tuple[str, ...]
     line: int = 0
-    """Of the CSV it is from; 0: none."""
+    """Line of the CSV that it is from; 0: none."""
 
     def within(self, start_seconds: float, seconds: float) -> Event | None:
-        """The part of it in the piece of ``seconds`` from ``start_seconds`` on, in its time."""
+        """Returns its part in the piece of ``seconds`` from ``start_seconds``, in that time."""
         onset = max(self.onset_seconds - start_seconds, 0.0)
         offset = min(self.offset_seconds - start_seconds, seconds)
         if offset <= onset:
@@ -33,41 +33,41 @@ class Event(NamedTuple):
 
 
 Events = Mapping[str, tuple[Event, ...]]
-"""The events of each recording by its key (``Row.key``), in the order of the source; a recording
+"""Events of each recording by its key (``Row.key``), in the order of the source; a recording
 without events has an empty entry."""
 
 
 class Detection(NamedTuple):
-    """How outputs become events, and how these are evaluated; constants of a task."""
+    """Constants of a task for making events from outputs and for their evaluation."""
 
     threshold: float = 0.5
-    """A class is on in a patch whose probability is at least this."""
+    """Least probability at which a class is active in a patch."""
     median: int = 3
     """Patches of the median filter of each class before the threshold, odd; 1: none."""
     edge: Literal["start", "end"] = "end"
-    """Where an event ends: at the start of its last patch, or at the end of it."""
+    """End of an event: at the start of its last patch, or at the end of it."""
     collar_seconds: float = 0.2
-    """By how much an onset may be off."""
+    """Tolerance of an onset."""
     segment_seconds: float = 1.0
-    """Of segment F1."""
+    """Segment length of segment F1."""
 
 
 def digest(events: Events) -> str:
-    """Hash over keys, times and labels: what targets made of ``events`` depend on."""
+    """Returns a hash over keys, times and labels, on which targets of ``events`` depend."""
     said = [[key, [event[:3] for event in found]] for key, found in sorted(events.items())]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def as_json(event: Event) -> dict[str, Any]:
-    """As an entry of the field ``events`` of a clip's JSON."""
+    """Returns an entry of the field ``events`` of a clip's JSON."""
     onset, offset, labels, _ = event
     label = labels[0] if len(labels) == 1 else list(labels)
     return {"onset": onset, "offset": offset, "label": label}
 
 
 def from_json(value: Any) -> Event | None:
-    """An entry of the field ``events`` of a clip's JSON: an object as ``as_json`` makes it, or
-    ``[onset, offset, label]``; None where it is neither."""
+    """Reads an entry of the field ``events`` of a clip's JSON: an object as ``as_json`` makes it,
+    or ``[onset, offset, label]``; None if it is neither."""
     if isinstance(value, dict):
         value = [value.get("onset"), value.get("offset"), value.get("label")]
     if not isinstance(value, (list, tuple)) or len(value) != 3:

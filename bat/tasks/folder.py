@@ -1,17 +1,17 @@
-"""Audio of one's own: a folder (recursive), or a CSV that lists files and labels.
+"""Reads custom data: a folder of audio (recursive), or a CSV that lists files and labels.
 
 Folder: every file with a suffix of ``AUDIO_SUFFIXES``, linked folders included (``find_files``).
-Where the audio lies in two or more sub-folders, the name of a file's parent folder is its label;
-otherwise the clips are unlabelled (good for pre-training). Where all of it lies below folders
+If the audio lies in two or more sub-folders, the name of a file's parent folder is its label;
+otherwise the clips are unlabelled (suitable for pre-training). If all of it lies below folders
 called ``train``, ``Testing`` and the like (``SPLITS``), these are the splits ``train``, ``valid``
 and ``test``, and each is read in that way.
 
-CSV: columns ``path`` (relative to the CSV, or absolute) and at will ``label`` or ``labels`` (or
-columns of 0 and 1), ``fold`` (from 1) and ``split``, read as ``labels.listed_clips`` says. Other
-columns are an error: a misspelt one must not pass. A clip may be without a label.
-Labels are names, or mids where a label file lies beside the CSV.
+CSV: columns ``path`` (relative to the CSV, or absolute) and optionally ``label`` or ``labels`` (or
+columns of 0 and 1), ``fold`` (from 1) and ``split``, as read by ``labels.listed_clips``. Other
+columns are an error, so that misspelt ones are noticed. A clip may be without a label. Labels are
+names, or mids where a label file lies beside the CSV.
 
-The labels decide whether the task is multi-label (``Task.settle``).
+The labels determine whether the task is multi-label (``Task.settle``).
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "valid"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""Folders that are taken for splits, in lower case, and what the split is called then."""
+"""Split names by the lower-case names of the folders that are taken for them."""
 
 
 def split_of(folder: str) -> str:
-    """The split whose clips lie in ``folder``: ``Training`` -> ``train``; others as they stand."""
+    """Returns the split of the clips in ``folder``: ``Training`` -> ``train``; others unchanged."""
     return SPLITS.get(folder.lower(), one_line(folder))
 
 
 def find_audio(root: Path) -> tuple[list[Path], list[LeftOut]]:
-    """Every audio file below ``root``, as ``find_files``."""
+    """Returns every audio file below ``root``, as ``find_files``."""
     return find_files(root, tuple(f".{s}" for s in (*AUDIO_SUFFIXES, *UNDECODED_SUFFIXES)))
 
 
 def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], list[LeftOut]]:
-    """Every file below ``root`` with one of ``suffixes`` (lower case, with their dots), sorted, and
-    what is left out, with its reason.
+    """Returns every file below ``root`` with one of ``suffixes``, sorted, and the files left out.
 
-    Links to folders are followed, but not to one that is read anyway (in ``root``, around it, or
-    linked already). Hidden files, and all in hidden folders, are left out.
+    Suffixes are in lower case with their dots; each file left out has its reason. Links to folders
+    are followed, except to one that is read anyway (in ``root``, around it, or linked already).
+    Hidden files, and all in hidden folders, are left out.
 
     Raises:
         UserError: a folder that cannot be read.
@@ -109,16 +109,16 @@ def _unreadable(error: OSError) -> None:
 
 
 def _key(path: str) -> str:
-    """``dogs/rex.flac`` -> ``dogs__rex``."""
+    """Converts ``dogs/rex.flac`` to ``dogs__rex``."""
     stem = os.path.splitext(path)[0].replace("\\", "/")
     return as_text(stem.strip("/").replace("/", "__"))
 
 
 def keys_of(paths: list[str]) -> list[str]:
-    """Keys of relative paths, one for each that differs.
+    """Returns keys of relative paths, a distinct one for each distinct path.
 
-    Where two files differ in suffix only, the suffix is kept (``rex.flac``, ``rex.wav``); of what
-    is alike even so (``a/b`` and ``a__b``), the later ones are numbered (``a__b#2``).
+    If two files differ only in suffix, the suffix is kept (``rex.flac``, ``rex.wav``); of keys that
+    are still equal (``a/b`` and ``a__b``), the later ones are numbered (``a__b#2``).
     """
     plain = {path: _key(path) for path in paths}
     count = Counter(plain[path] for path in paths)
@@ -159,7 +159,7 @@ def _rows_of_folder(root: Path) -> tuple[list[Row], list[LeftOut]]:
 
 
 def _rows_of_csv(path: Path) -> tuple[list[Row], list[str]]:
-    """The clips of a CSV, and notes on how it was read."""
+    """Reads the clips of a CSV, and notes on how it was read."""
     columns, lines, labels, notes = listed_clips(path)
     if "onset" in columns:  # several lines may be one clip
         from bat.tasks import own
@@ -193,7 +193,7 @@ def _rows_of_csv(path: Path) -> tuple[list[Row], list[str]]:
 
 
 def read(source: Path, labels: Labels | None = None) -> Reading:
-    """The clips of a folder or a CSV.
+    """Reads the clips of a folder or a CSV.
 
     Raises:
         UserError: no audio, no such files, unknown columns, an unknown label.
@@ -209,7 +209,7 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
 
 
 def listed(source: Path, labels: Labels | None = None) -> Reading:
-    """The clips that a CSV lists; raises as ``read``."""
+    """Reads the clips that a CSV lists; raises as ``read``."""
     rows, notes = _rows_of_csv(source)
     found = named(rows, labels, source.parent)
     return replace(found, notes=notes + found.notes)

@@ -1,13 +1,14 @@
-"""What the labels of a source are: texts, lists and numbers become names of classes.
+"""Reads the labels of a source: texts, lists and numbers become names of classes.
 
-``names_of`` reads every label, wherever it comes from (a CSV, JSON, parquet, a folder's name);
-``listed_clips`` a user's CSV with its columns; ``doubts`` says what looks unintended in the names.
+``names_of`` reads every label, from any source (a CSV, JSON, parquet, a folder's name);
+``listed_clips`` reads a user's CSV with its columns; ``doubts`` reports class names that look
+unintended.
 
 Files that name classes (``labels_of``): ``class_labels_indices.csv`` of AudioSet
 (``index,mid,display_name``), ``label_descriptors.csv`` of EAT and FSD50K's ``vocabulary.csv`` (no
 header; a number, a mid, a name, in any order), AudioSet's ``ontology.json``, a text file with one
 name a line. The first, the second and the last number the classes, so the vocabulary is theirs; the
-ontology does not, and the vocabulary is what occurs, sorted.
+ontology does not, so the vocabulary is the labels that occur, sorted.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ from bat.redact import one_line
 from bat.tasks.base import LeftOut, Row, csv_cells, in_order, numbered_lines
 
 BESIDE = ("class_labels_indices.csv", "label_descriptors.csv", "ontology.json")
-"""Label files that are found without being named, the first of them first."""
+"""Label files that are found without being named, in order of preference."""
 MAX_FILE_BYTES = 64 << 20
 MISSING = ("", "nan", "<na>")
-"""What pandas and numpy write for a missing value, in lower case: no label."""
+"""Texts that pandas and numpy write for a missing value, in lower case; they are no label."""
 PERHAPS_MISSING = ("none", "null", "na", "n/a", "-")
 _ITEM = r"(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|-?\d+(?:\.\d+)?)"
 _LIST = re.compile(rf"\[\s*(?:{_ITEM}\s*(?:,\s*{_ITEM}\s*)*)?\]", re.DOTALL)
-"""A list as Python or JSON writes it. The commas are asked for: Python would join ``'a' 'b'``."""
+"""A list as Python or JSON writes it. Commas are required: Python would join ``'a' 'b'``."""
 
 
 def names_of(value: Any) -> list[str]:
-    """The labels that ``value`` says: a text, a number, or a list of such.
+    """Returns the labels in ``value``: a text, a number, or a list of such.
 
-    A text that is a list as Python or JSON writes it (``"['dog', 'cat']"``) is its items; missing
-    values (``MISSING``, NaN) and what is none of these are no label; ``3.0`` is ``3``. Control
-    characters, and halves of characters that cannot be encoded, are spelled out (``\\x1b``).
+    A text that is a list as Python or JSON writes it (``"['dog', 'cat']"``) gives its items;
+    missing values (``MISSING``, NaN) and other types give no label; ``3.0`` is ``3``. Control
+    characters, and surrogates that cannot be encoded, are escaped (``\\x1b``).
     """
     values = value if isinstance(value, (list, tuple)) else [value]
     found = []
@@ -55,7 +56,7 @@ def names_of(value: Any) -> list[str]:
 
 
 def _items(text: str) -> list[Any] | None:
-    """The items of a list that is written as text; None: it is no such list."""
+    """Returns the items of a list that is written as text; None if it is no such list."""
     text = text.strip()
     if not _LIST.fullmatch(text):
         return None
@@ -77,7 +78,8 @@ def _name(value: Any) -> str:
 
 
 def cell_names(text: str, separator: str | None) -> tuple[str, ...]:
-    """The labels of a cell, each once: a list (``names_of``), or what stands between separators.
+    """Returns the labels of a cell, each once: those of a list (``names_of``), or between
+    separators.
 
     Raises:
         ValueError: it looks like a list and is none (``[dog, cat]``, ``['dog' 'cat']``).
@@ -92,7 +94,7 @@ def cell_names(text: str, separator: str | None) -> tuple[str, ...]:
 
 
 def doubts(names: Sequence[str]) -> list[str]:
-    """A sentence for whatever in class names may not be meant: two spellings of one class, words
+    """Returns a sentence for each likely mistake in class names: two spellings of one class, words
     for a missing value, brackets."""
     alike = defaultdict(list)
     for name in names:
@@ -117,20 +119,20 @@ def doubts(names: Sequence[str]) -> list[str]:
 
 
 def _alike(name: str) -> str:
-    """The same for names that differ in case, blanks, Unicode form, or as ``1`` and ``01``."""
+    """Returns the same for names that differ in case, blanks, Unicode form, or as ``1``, ``01``."""
     if re.fullmatch(r"[+-]?\d{1,15}(\.\d{1,15})?", name, re.ASCII):
         return str(float(name))
     return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", name).casefold()).strip()
 
 
 def _spelled(name: str) -> str:
-    """``'café'``; with escapes where it is not in the usual Unicode form, NFC."""
+    """Formats as ``'café'``; with escapes where it is not in the usual Unicode form, NFC."""
     usual = unicodedata.is_normalized("NFC", name)
     return repr(name) if usual else f"{name!a} (not in Unicode form NFC)"
 
 
 def held_out_alone(rows: Iterable[Row]) -> list[str]:
-    """A sentence for the classes that no clips have but those of ``test`` or ``valid``."""
+    """Returns a sentence for the classes that occur only in clips of ``test`` or ``valid``."""
     splits = defaultdict(set)
     for row in rows:
         for label in row.labels:
@@ -146,7 +148,7 @@ def held_out_alone(rows: Iterable[Row]) -> list[str]:
 
 
 def classes_in_words(names: Sequence[str], *, most: int = 10) -> str:
-    """``3 classes: cat, dog, frog``, of more than ``most`` the first; ``no labels``."""
+    """Formats as ``3 classes: cat, dog, frog``, of more than ``most`` the first; ``no labels``."""
     if not names:
         return "no labels"
     more = f", and {len(names) - most} more" if len(names) > most else ""
@@ -154,23 +156,23 @@ def classes_in_words(names: Sequence[str], *, most: int = 10) -> str:
 
 
 def is_mid(text: str) -> bool:
-    """Whether ``text`` is a machine id such as ``/m/09x0r`` or ``/t/dd00088``."""
+    """Return True if ``text`` is a machine id such as ``/m/09x0r`` or ``/t/dd00088``."""
     return re.fullmatch(r"/[a-z]{1,2}/[\w-]+", text, re.ASCII) is not None
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Names of classes and what else stands for them; ``labels_of`` reads it."""
+    """Names of classes with their mids and numbers; read by ``labels_of``."""
 
     path: Path
     names: tuple[str, ...]
     mids: tuple[str, ...] = ()
-    """Of ``names``, one each; empty: none."""
+    """The mid of each of ``names``; empty: none."""
     numbers: tuple[int, ...] = ()
-    """Of ``names``, ascending; empty: the classes have no order of their own."""
+    """The number of each of ``names``, ascending; empty: the classes have no order of their own."""
 
     def translate(self, rows: Iterable[Row]) -> list[Row]:
-        """``rows`` with names for labels, and mids where they are known.
+        """Returns ``rows`` with names for labels, and mids where they are known.
 
         Raises:
             UserError: a label that is neither a name, nor a mid, nor a number of these.
@@ -178,7 +180,7 @@ class Labels:
         known = {str(n): i for i, n in enumerate(self.numbers)}
         known |= {mid: i for i, mid in enumerate(self.mids)}
         known |= {name: i for i, name in enumerate(self.names)}
-        # one entry for all rows with these labels: memory for two million rows
+        # one entry for all rows with equal labels, to save memory with two million rows
         done: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = {}
         found = []
         for row in rows:
@@ -194,7 +196,7 @@ class Labels:
         return found
 
     def vocabulary(self, rows: Iterable[Row]) -> list[str]:
-        """Class names in the order of their indices, for translated ``rows``."""
+        """Returns class names in the order of their indices, for translated ``rows``."""
         return list(self.names) if self.numbers else names_met(rows)
 
     def _unknown(self, label: str, row: Row) -> UserError:
@@ -207,26 +209,28 @@ class Labels:
 
 
 def names_met(rows: Iterable[Row]) -> list[str]:
-    """The labels that occur, sorted; by value where all are numbers."""
+    """Returns the labels that occur, sorted; by value if all are numbers."""
     return in_order(label for row in rows for label in row.labels)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a reader of sources found."""
+    """The rows and labels read from a source."""
 
     rows: list[Row]
     vocabulary: list[str]
     """Class names in the order of their indices."""
     notes: list[str]
-    """What a user should know of how it was read."""
+    """Notes for the user on how it was read."""
     left_out: list[LeftOut] = field(default_factory=list)
-    """What the source lists and does not hold."""
+    """Clips that the source lists and does not hold."""
 
 
 def named(rows: list[Row], labels: Labels | None, beside: Path) -> Reading:
-    """``rows`` with names for labels: those of ``labels``, or of the label file in ``beside``
-    where every label is a mid, or as they are.
+    """Returns ``rows`` with names for labels.
+
+    The names are those of ``labels``, or of the label file in ``beside`` if every label is a mid,
+    or the labels unchanged.
 
     Raises:
         UserError: as ``Labels.translate``.
@@ -252,8 +256,10 @@ def named(rows: list[Row], labels: Labels | None, beside: Path) -> Reading:
 
 
 def by_number(pairs: set[tuple[str, int]]) -> list[str] | None:
-    """Class names in the order of the numbers that their publisher gave them, ``class N`` for one
-    that does not occur; None where a label has no number (-1), or has two, or shares one.
+    """Returns class names in the order of their publisher's numbers, ``class N`` for missing
+    numbers.
+
+    Returns None if a label has no number (-1), or has two, or shares one.
     """
     names, numbers = {name for name, _ in pairs}, {number for _, number in pairs}
     if not pairs or not len(pairs) == len(names) == len(numbers):
@@ -265,16 +271,16 @@ def by_number(pairs: set[tuple[str, int]]) -> list[str] | None:
 
 
 def labels_beside(folder: Path) -> Labels | None:
-    """The label file that lies in ``folder``, if one of the well-known ones does."""
+    """Returns the label file in ``folder``, if there is one of the well-known ones."""
     paths = [folder / name for name in BESIDE if (folder / name).is_file()]
     return labels_of(paths[0]) if paths else None
 
 
 def labels_of(path: Path) -> Labels:
-    """Read a label file; its form is told by its content.
+    """Read a label file; its form is recognised by its content.
 
     Raises:
-        UserError: missing, none of the forms above, or a name or number twice.
+        UserError: missing, none of the forms above, or a duplicate name or number.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a file that names the classes")
@@ -306,7 +312,7 @@ def labels_of(path: Path) -> Labels:
 
 
 def _ontology(path: Path, entries: object) -> Labels:
-    """``[{"id": mid, "name": ...}, ...]``; a name of several classes gets its mid added."""
+    """Reads ``[{"id": mid, "name": ...}, ...]``; a name of several classes gets its mid added."""
     if not isinstance(entries, list) or not all(
         isinstance(e, dict) and isinstance(e.get("id"), str) and isinstance(e.get("name"), str)
         for e in entries
@@ -319,7 +325,7 @@ def _ontology(path: Path, entries: object) -> Labels:
 
 
 def _csv(path: Path, lines: Sequence[Sequence[str]]) -> Labels:
-    """A number and a name a line, and a mid in all lines or in none; a header at will."""
+    """Reads a number and a name a line, and a mid in all lines or none; the header is optional."""
     entries: list[tuple[int, str, str]] = []
     for number, line in enumerate(lines):
         cells = [cell for cell in line if cell]
@@ -363,7 +369,7 @@ ALSO_CALLED = {
     **dict.fromkeys(("start", "begin", "starttime", "onsettime", "startseconds"), "onset"),
     **dict.fromkeys(("end", "stop", "endtime", "offsettime", "endseconds"), "offset"),
 }
-"""What others call the columns, in lower case without ``_``, ``-`` and blanks."""
+"""Other names of the columns, in lower case without ``_``, ``-`` and blanks."""
 ZEROS, ONES = ("0", "0.0", "false"), ("1", "1.0", "true")
 """Cells of a one-hot column, in lower case."""
 
@@ -371,24 +377,26 @@ Line = tuple[int, dict[str, str]]
 
 
 class Listed(NamedTuple):
-    """A user's CSV, its columns called as in ``COLUMNS``."""
+    """A user's CSV, with its columns renamed to those of ``COLUMNS``."""
 
     columns: list[str]
     lines: list[Line]
     """``(number, cells)``"""
     labels: list[tuple[str, ...]]
-    """Of each line; empty: none."""
+    """Labels of each line; empty: none."""
     notes: list[str]
-    """What a user should know of how it was read."""
+    """Notes for the user on how it was read."""
 
 
 def listed_clips(path: Path, known: Sequence[str] = COLUMNS) -> Listed:
-    """Read a CSV whose columns are those of ``known``, or are called as in ``ALSO_CALLED``, in any
-    case; or, without a column of labels, two columns or more of 0 and 1, each a class.
+    """Read a CSV whose columns are those of ``known``, or are named as in ``ALSO_CALLED``, in any
+    case.
+
+    Without a column of labels, two or more columns of 0 and 1 are read as one class each.
 
     Raises:
-        UserError: no such file or not a CSV, a column that is none of these or there twice, no
-            ``path`` in the header or in a line, a cell that looks like a list and is none.
+        UserError: no such file or not a CSV, an unknown or duplicate column, no ``path`` in the
+            header or in a line, a cell that looks like a list and is none.
     """
     given, raw = numbered_lines(path)
     columns, notes = _columns(given, path, known)
@@ -425,7 +433,7 @@ def listed_clips(path: Path, known: Sequence[str] = COLUMNS) -> Listed:
 def _columns(
     given: Sequence[str], path: Path, known: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """``{name in the file: name in known}`` of the columns that are known, and notes."""
+    """Returns ``{name in the file: name in known}`` of the columns that are known, and notes."""
     for separator, name in ((";", "semicolons"), ("\t", "tabs")):
         if len(given) == 1 and separator in given[0]:
             raise UserError(
@@ -455,7 +463,7 @@ def _plain(column: str) -> str:
 
 
 def _one_hot(given: Sequence[str], columns: dict[str, str], lines: Sequence[Line]) -> list[str]:
-    """The columns that are classes: all others, where they hold 0 and 1 alone."""
+    """Returns the columns that are classes: all others, if they hold only 0 and 1."""
     others = [c for c in given if c not in columns]
     names = (*COLUMNS, *ALSO_CALLED)
     if {"label", "labels"} & set(columns.values()) or len(others) < 2 or not lines:
@@ -477,7 +485,7 @@ def _unknown(column: str, known: Sequence[str]) -> str:
 
 
 def _cells(lines: Sequence[Line], path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The labels of each line, of column ``label`` or ``labels``, and notes."""
+    """Returns the labels of each line, of column ``label`` or ``labels``, and notes."""
     column = "label" if "label" in lines[0][1] else "labels"
     texts = [line.get(column, "") for _, line in lines]
     separator = None

@@ -1,24 +1,24 @@
-"""Labelled audio of one's own: a CSV with a line a clip, or a line an event.
+"""Reads custom data with labels: a CSV with a line a clip, or a line an event.
 
-Columns, and no others (a misspelt one must not pass); ``labels.ALSO_CALLED`` has more names of
-them:
+Columns; any other is an error, so that misspelt ones are noticed (``labels.ALSO_CALLED`` lists
+accepted synonyms):
 
 =================  ===============================================================================
 path               of the audio file, relative to the CSV, or absolute
-label, or labels   one, taken as it stands; or several, separated by ``;``, or by ``,`` where the
+label, or labels   one, unchanged; or several, separated by ``;``, or by ``,`` where the
                    column has no ``;``; either may be a list (``['dog', 'cat']``). Mids become
                    names where a label file lies beside the CSV. Or, without such a column, columns
-                   of 0 and 1, a class each. Where several are possible a clip may have none
-fold, or split     at will: whole numbers; or train, test and valid (or what else ``SPLITS`` has)
-text               at will: the transcript, as it stands; a column of labels is then not needed
-onset, offset      at will: seconds; then a line is an event, and a clip has as many as it likes.
+                   of 0 and 1, a class each. If several are possible a clip may have none
+fold, or split     optional: whole numbers; or train, test and valid (or synonyms of ``SPLITS``)
+text               optional: the transcript, unchanged; a column of labels is then not needed
+onset, offset      optional: seconds; then a line is an event, and a clip has any number of them.
                    A line with a path alone is a clip without events. A clip's labels are the
                    union of those of its events
 =================  ===============================================================================
 
-Every mistake is an error that names its line: a file that is missing would change what is judged
-as silently as a label that is. (Files that do not decode are found later, ``run_folder.open_own``.)
-The labels decide whether the task is multi-label (``Task.settle``).
+Every mistake is an error that names its line: a missing file or label would silently change what
+is evaluated. (Files that do not decode are found later, ``run_folder.open_own``.)
+The labels determine whether the task is multi-label (``Task.settle``).
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from bat.tasks.folder import SPLITS, keys_of, split_of
 from bat.tasks.labels import Line, listed_clips, named
 
 SHOWN = 5
-"""Missing files that a message names."""
+"""Greatest number of missing files that a message names."""
 MAX_FOLD = (1 << 15) - 1
 FLAG, BESIDE_IT = "--labels class_labels_indices.csv", "class_labels_indices.csv beside the CSV"
-"""How names are given to mids: to ``bat-shard``, and here."""
+"""Ways to give names to mids: an option of ``bat-shard``, and a file beside the CSV."""
 
 
 @dataclass(frozen=True)
 class Own:
-    """What a CSV lists."""
+    """The clips and labels that a CSV lists."""
 
     rows: list[Row]
     vocabulary: list[str]
     """Class names in the order of their indices."""
     events: Events | None
-    """By the rows' keys; None: the CSV has no onsets."""
+    """Events by the rows' keys; None: the CSV has no onsets."""
     notes: list[str]
-    """What a user should know of how it was read."""
+    """Notes for the user on how it was read."""
     lines: dict[str, int]
-    """By the rows' keys: where each clip is first listed."""
+    """Number of the line that first lists each clip, by the rows' keys."""
 
 
 def read(path: Path) -> Own:
-    """The clips that the CSV at ``path`` lists, in its order.
+    """Reads the clips that the CSV at ``path`` lists, in its order.
 
     Raises:
         UserError: for every mistake described above, with its line.
@@ -138,7 +138,7 @@ def _check_files(places: list[str], lines: list[Line], path: Path) -> None:
 def _row(
     number: int, line: dict[str, str], labels: tuple[str, ...], timed: bool, path: Path
 ) -> Row:
-    """The row of one line, its key still to come, all numbers checked."""
+    """Returns the row of one line, with all numbers checked; its key is set later."""
     at = f"{path} line {number}"
     fold, split = line.get("fold"), line.get("split")
     for name, value in (("fold", fold), ("split", split)):
@@ -201,7 +201,7 @@ def _refuse_twice(places: list[str], lines: list[Line], path: Path) -> None:
 
 
 def _joined(rows: list[Row], places: list[str], lines: list[Line], path: Path) -> dict[str, Row]:
-    """``{place: row}``, one a clip, with the labels of all its lines."""
+    """Returns ``{place: row}``, one row a clip, with the labels of all its lines."""
     clips: dict[str, Row] = {}
     first: dict[str, int] = {}
     for place, row, (number, line) in zip(places, rows, lines, strict=True):
@@ -228,7 +228,7 @@ def _joined(rows: list[Row], places: list[str], lines: list[Line], path: Path) -
 
 
 def _keys(places: list[str]) -> list[str]:
-    """Keys of absolute paths: what lies below the folder that all have in common."""
+    """Returns keys of absolute paths: their parts below the common parent folder."""
     common = os.path.commonpath([os.path.dirname(place) for place in places])
     return keys_of([os.path.relpath(place, common) for place in places])
 

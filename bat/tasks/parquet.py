@@ -1,14 +1,14 @@
-"""Parquet with the audio inside: files of the Hugging Face hub, and the like (docs/data.md).
+"""Reads parquet files with the audio inside, as on the Hugging Face hub (docs/data.md).
 
-Columns: ``audio`` (bytes, or a struct with ``bytes`` and at will ``path``); ``labels``, ``label``
-or ``label_id`` (names, mids or numbers, one or a list); where labels are mids, ``human_labels``
-are their names; a key from ``id``, ``video_id``, ``key``, ``filename``; at will ``fold`` and
-``split``. Others are not read. Numbers are named by the ClassLabel that the hub's own libraries
-write into the schema, or by a label file (``bat.tasks.labels``).
+Columns: ``audio`` (bytes, or a struct with ``bytes`` and optionally ``path``); ``labels``,
+``label`` or ``label_id`` (names, mids or numbers, one or a list); where labels are mids,
+``human_labels`` are their names; a key from ``id``, ``video_id``, ``key``, ``filename``; optionally
+``fold`` and ``split``. Others are not read. Numbers are named by the ClassLabel that the hub's own
+libraries write into the schema, or by a label file (``bat.tasks.labels``).
 
 A file called ``train-00000-of-00042.parquet``, or in a folder of its own (``data/eval/``), has
 that split (``folder.SPLITS``: ``eval`` and ``validation`` are ``test`` and ``valid``).
-pyarrow reads: the extra ``parquet``.
+Needs pyarrow: the extra ``parquet``.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def _pyarrow() -> Any:
 
 
 def parquet_files(source: Path) -> list[Path]:
-    """``source`` itself, or the ``.parquet`` files anywhere below it, sorted."""
+    """Returns ``source`` itself, or the ``.parquet`` files anywhere below it, sorted."""
     if source.is_file():
         return [source] if source.suffix.lower() == ".parquet" else []
     return find_files(source, (".parquet",))[0]
 
 
 def _audio_column(file: Any, path: Path) -> str:
-    """The leaf that holds the bytes: ``audio`` or ``audio.bytes``."""
+    """Returns the leaf column that holds the bytes: ``audio`` or ``audio.bytes``."""
     arrow = _pyarrow()
     schema = file.schema_arrow
     if "audio" not in schema.names:
@@ -65,7 +65,7 @@ def _audio_column(file: Any, path: Path) -> str:
 
 
 def _class_names(file: Any, column: str) -> list[str] | None:
-    """Names of a ClassLabel column, from the hub's own entry in the schema."""
+    """Returns names of a ClassLabel column, from the hub's own entry in the schema."""
 
     def find(feature: Any, depth: int = 0) -> list[str] | None:
         if isinstance(feature, list) and feature:
@@ -85,7 +85,7 @@ def _class_names(file: Any, column: str) -> list[str] | None:
 
 
 def _listed(value: Any) -> list[str]:
-    """A cell's labels as text; ``"/m/1,/m/2"`` is two."""
+    """Returns a cell's labels as text; ``"/m/1,/m/2"`` is two."""
     if isinstance(value, str):
         parts = [part.strip() for part in value.split(",")]
         value = parts if all(map(is_mid, parts)) else [value.strip()]
@@ -93,7 +93,7 @@ def _listed(value: Any) -> list[str]:
 
 
 def _sniff(data: bytes | None) -> str:
-    """Suffix for the first bytes of a file; empty: unknown."""
+    """Returns the suffix for the first bytes of a file; empty: unknown."""
     head = (data or b"")[:64]
     if head[:4] == b"OggS":
         return "opus" if b"OpusHead" in head else "ogg"
@@ -115,7 +115,7 @@ def _split(path: Path, source: Path) -> str | None:
 
 
 class _File:
-    """One parquet file and what its schema says."""
+    """One parquet file and the properties in its schema."""
 
     def __init__(self, path: Path, source: Path) -> None:
         self.path, self.file = path, _pyarrow().parquet.ParquetFile(path)
@@ -135,7 +135,7 @@ class _File:
         self.split = _split(path, source)
 
     def rows(self) -> Iterator[tuple[Row, list[str], list[str]]]:
-        """Each row, with its ``label_id`` and its ``human_labels`` beside."""
+        """Yields each row, with its ``label_id`` and its ``human_labels``."""
         for group in range(self.file.num_row_groups):
             table: list[dict[str, Any]] = [{}] * self.file.metadata.row_group(group).num_rows
             if self.columns:
@@ -170,7 +170,7 @@ class _File:
 
 
 def _by_human_labels(found: list[tuple[Row, list[str], list[str]]]) -> list[Row] | None:
-    """Rows whose mids are named by ``human_labels``; None where these do not fit one to one."""
+    """Returns rows with mids named by ``human_labels``; None if these do not match one to one."""
     names: dict[str, str] = {}
     for row, _, human in found:
         if len(row.labels) != len(human):
@@ -186,7 +186,7 @@ def _by_human_labels(found: list[tuple[Row, list[str], list[str]]]) -> list[Row]
 def read(
     source: Path, labels: Labels | None = None, *, paths: Sequence[Path] | None = None
 ) -> Reading:
-    """The clips of a parquet file, of all below a folder, or of ``paths``; the audio stays there.
+    """Returns the clips of a parquet file, of all below a folder, or of ``paths``; reads no audio.
 
     Raises:
         UserError: pyarrow missing, no parquet, a damaged one, no audio column, an unknown label.
@@ -224,7 +224,7 @@ def read(
 
 
 class _Cells:
-    """The cells of one row group, some at a time: memory for ``MAX_BATCH_BYTES`` or one cell."""
+    """The cells of one row group, read in parts: memory for ``MAX_BATCH_BYTES`` or one cell."""
 
     def __init__(self, path: Path, group: int) -> None:
         self.arrow = _pyarrow()
@@ -249,11 +249,11 @@ class _Cells:
 
 
 _cells: dict[tuple[int, Path, int], _Cells] = {}
-"""Of this process (its id is in the key, a fork makes its own): one row group."""
+"""One open row group of this process (its id is in the key, so a fork opens its own)."""
 
 
 def read_cell(path: Path, group: int, row: int) -> bytes | None:
-    """The audio of one cell; None where it is null. Quick for rows in ascending order.
+    """Reads the audio of one cell; None if it is null. Fast for rows in ascending order.
 
     Raises:
         OSError: missing, damaged, or no such cell.

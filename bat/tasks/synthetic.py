@@ -12,12 +12,12 @@ SAMPLE_RATE = 16_000
 
 
 def generator(seed: int, number: int) -> np.random.Generator:
-    """The random numbers of clip ``number``: the same on every machine."""
+    """Returns the random generator of clip ``number``, which is the same on every machine."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
 
 
 def sound(hz: float, seconds: float) -> np.ndarray:
-    """A tone with two harmonics that fades in and out within 10 ms: (S,) in [-1, 1]."""
+    """Returns a tone with two harmonics that fades in and out within 10 ms: (S,) in [-1, 1]."""
     t = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     tone = sum((np.sin(2 * np.pi * hz * k * t) / k for k in (1, 2, 3)), np.zeros(len(t)))
     fade = np.minimum(1.0, np.minimum(t, t[::-1]) / 0.01)
@@ -25,7 +25,7 @@ def sound(hz: float, seconds: float) -> np.ndarray:
 
 
 def write_wav(path: Path, samples: np.ndarray) -> None:
-    """Write (S,) in [-1, 1] to ``path``; a file that holds this already is left alone."""
+    """Write (S,) in [-1, 1] to ``path``; an equal file is not rewritten."""
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(1)
@@ -36,7 +36,7 @@ def write_wav(path: Path, samples: np.ndarray) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``; a file that holds this already is left alone."""
+    """Write ``data`` to ``path``; an equal file is not rewritten."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() or path.read_bytes() != data:
         path.write_bytes(data)

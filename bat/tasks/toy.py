@@ -1,6 +1,6 @@
 """The toy set of ``bat.data.toy``: 5 kinds of synthetic sound, 2 folds, clips of 2 s, 16 kHz.
 
-On disk it looks like ESC-10 (``audio/`` + ``meta.csv``), so it is read alike.
+On disk it looks like ESC-10 (``audio/`` + ``meta.csv``), so it is read the same way.
 """
 
 from __future__ import annotations

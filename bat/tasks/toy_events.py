@@ -1,7 +1,7 @@
-"""Toy sound event detection: which of three sounds is heard from when to when.
+"""Toy sound event detection: onsets and offsets of three sounds.
 
 Thirty synthetic clips of 3 s with two to four events of 0.4 to 0.7 s in weak noise; classes are
-``low`` (a tone around 300 Hz), ``high`` (around 2 kHz) and ``noise``. Written where no data are
+``low`` (a tone around 300 Hz), ``high`` (around 2 kHz) and ``noise``. Written if no data are
 given, in the layout that ``rows`` reads: ``audio/*.wav`` and ``events.json``, ``{file: {"split":
 train | valid | test, "events": [[onset_seconds, offset_seconds, label], ...]}}``.
 """
@@ -25,7 +25,7 @@ CLASSES = ("high", "low", "noise")
 
 
 def clip(number: int) -> tuple[np.ndarray, list[tuple[float, float, str]]]:
-    """The wave (S,) and the events of clip ``number``: one after the other, no two at a time."""
+    """Returns the wave (S,) and the events of clip ``number``, which do not overlap."""
     rng = generator(1, number)
     wave = 1e-3 * rng.standard_normal(round(SECONDS * SAMPLE_RATE))
     events = []

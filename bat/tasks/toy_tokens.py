@@ -1,7 +1,7 @@
-"""Toy transcription: which of four tones follow one another.
+"""Toy transcription: the sequence of tones in a clip, of four tones.
 
 Forty synthetic clips of 2 to 4 s, each three to five tones of 0.35 s with short pauses; a tone is a
-letter from ``a`` (300 Hz) to ``d`` (2.4 kHz). Written where no data are given, in the layout that
+letter from ``a`` (300 Hz) to ``d`` (2.4 kHz). Written if no data are given, in the layout that
 ``rows`` reads: ``audio/*.wav`` and ``texts.csv`` with columns ``file,split,text``.
 """
 
@@ -19,7 +19,7 @@ PITCHES_HZ = {"a": 300.0, "b": 600.0, "c": 1_200.0, "d": 2_400.0}
 
 
 def clip(number: int) -> tuple[np.ndarray, str]:
-    """The wave (S,) and the text of clip ``number``."""
+    """Returns the wave (S,) and the text of clip ``number``."""
     rng = generator(2, number)
     text = "".join(rng.choice(list(PITCHES_HZ), rng.integers(3, 6)))
     parts = [np.zeros(round(rng.uniform(0.1, 0.3) * SAMPLE_RATE))]
