@@ -140,7 +140,7 @@ def _under(key: Any, value: Any) -> Any:
 
 
 class Redacting(logging.Filter):
-    """Log formatter that applies ``redact`` and ``printable`` to lines and tracebacks."""
+    """Log filter that applies ``redact`` and ``printable`` to lines and tracebacks."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = shown(record.getMessage()), ()

@@ -411,7 +411,7 @@ def _loading(path: Path) -> str:
 
 
 def _tensors(mapping: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """Checks that ``mapping`` has plain tensors only, together no larger than the file."""
+    """Returns ``mapping`` if it has plain tensors only, together no larger than the file."""
     bad = [
         name
         for name, value in mapping.items()

@@ -62,7 +62,7 @@ def recipe_parser(command: str, about: str, epilog: str) -> argparse.ArgumentPar
 
 
 def own_recipe(options: argparse.Namespace) -> list[str]:
-    """Adds ``recipe=own`` if ``data.csv`` is given without a recipe."""
+    """Returns ``recipe=own`` if ``data.csv`` is given without a recipe."""
     words = {word.partition("=")[0] for word in options.settings}
     return ["recipe=own"] if "data.csv" in words and "recipe" not in words else []
 
@@ -103,7 +103,7 @@ class Command(AbstractContextManager["Command"]):
 
 
 class _Printable:
-    """Removes control characters from standard output, which shows names of others' files."""
+    """Standard output with control characters escaped, since it shows names of others' files."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out

@@ -164,7 +164,7 @@ class Attention(nn.Module):
 
     @staticmethod
     def _linear(x: Tensor, parts: list[tuple[nn.Linear, slice]]) -> Tensor:
-        """Applies several layers as one product, as if they were one layer."""
+        """Applies rows of several layers as one product, as if they were one layer."""
         if len(parts) == 1 and parts[0][1] == slice(None):
             return parts[0][0](x)
         kind = x.device.type

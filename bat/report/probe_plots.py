@@ -21,7 +21,7 @@ GREY = "#8a8a8a"
 GREYS = (GREY, "#4d4d4d", "#b4b4b4")
 THICK: Any = {"lw": 3.4, "alpha": 0.45, "solid_capstyle": "butt"}
 CONTROLS = ("random",)
-"""Encoders that others are compared with (baselines)."""
+"""Random-init baselines that encoders are compared with."""
 
 
 @contextmanager

@@ -193,7 +193,7 @@ class HealthMonitor(StepCallback):
         self.metrics.event(kind, self._rank + line, **facts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the count of low ranks, so that a resumed run acts as an uninterrupted one."""
+        """Returns the collapse count, so that a resumed run acts as an uninterrupted one."""
         return {"low": self._low}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ class PretrainData:
     """Index of the clips; None if they are read sequentially."""
 
     def describe(self) -> str:
-        """Short description: the number of clips and their source."""
+        """Returns a short description: the number of clips and their source."""
         if self.index is None:
             shards = self.data.facts()["shards"]
             return f"{shards} shards, read from front to end (NOT exactly resumable)"
