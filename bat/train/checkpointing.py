@@ -230,7 +230,7 @@ class Checkpoints(StepCallback, CheckpointBase):
         return self.minutes > 0 and time.monotonic() - self._since > 60 * self.minutes
 
     def training_seconds(self) -> float:
-        """Returns the training time over all starts recorded in the checkpoint resumed from."""
+        """Returns the training time of this and all earlier starts known from the checkpoint."""
         return float(self._before.get("training_seconds", 0)) + time.monotonic() - self._began
 
     def state_dict(self) -> dict[str, Any]:
