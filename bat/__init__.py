@@ -1,6 +1,6 @@
 """bat: pre-train, probe and fine-tune audio encoders.
 
-Importing this package is light; torch comes in with the first encoder.
+Importing this package does not import torch; loading the first encoder does.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ __all__ = ["__version__", "load_encoder"]
 def load_encoder(
     path: str | Path, *, weights: str = "student", heads: int | None = None
 ) -> Encoder:
-    """Load an encoder, ours or the field's, strictly, in eval mode on the CPU.
+    """Loads an encoder of bat or another project strictly, in eval mode on the CPU.
 
-    ``path``: a run, export or hub folder, or a weight file (the paper's, EAT's, SSLAM's); of an
+    ``path``: a run, export or hub folder, or a weight file (the paper's, EAT's, SSLAM's); for an
     encoder from outside bat ``package.module.Class:PATH``, which imports the class.
-    ``weights``: ``student`` or ``teacher`` (EMA), where a file holds both. ``heads``: for a file
-    that does not say; default width / 64.
-    Raises ``bat.errors.UserError`` (a ValueError) naming every missing or unexpected weight, those
-    that are no numbers, and settings out of their range.
+    ``weights``: ``student`` or ``teacher`` (EMA), if a file holds both. ``heads``: attention heads,
+    for a file that does not state them; default width / 64.
+    Raises ``bat.errors.UserError`` (a ValueError) naming every missing, unexpected or
+    non-numeric weight, and settings out of range.
 
     >>> encoder = bat.load_encoder("runs/pretrain-toy")     # doctest: +SKIP
     >>> features = encoder(waveform)                        # (B, S) -> Features

@@ -1,19 +1,19 @@
-"""Errors of the user's, and how a run ends so that it can go on."""
+"""User errors and the exception of a resumable shutdown."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake of the user's: the command line prints it without a traceback and exits 2.
+    """A mistake by the user; the command line prints it without a traceback and exits with 2.
 
-    The message names the offending thing and the remedy.
+    The message names the cause and the remedy.
     """
 
 
 RESUME_ME = 75
-"""Exit code (``EX_TEMPFAIL``) of a run that was ended and saved: the same command continues it."""
+"""Exit code (``EX_TEMPFAIL``) of a run that was ended and saved; the same command resumes it."""
 
 
 class Interrupted(BaseException):
-    """The run was ended on request, and can go on; ``str()`` says why. Like ``KeyboardInterrupt``
-    it is no ``Exception``, so that nothing on the way takes it for one."""
+    """Raised when a run was ended on request and can be resumed; ``str()`` gives the reason. Like
+    ``KeyboardInterrupt`` it is not an ``Exception``, so ``except Exception`` does not catch it."""

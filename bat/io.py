@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and files of JSON lines."""
+"""Writes files atomically; reads and filters JSON lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a half-written last line is left out."""
+    """Returns the rows of a ``metrics.jsonl``; a half-written last line is omitted."""
     rows = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -22,7 +22,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def filter_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the rows that are not to ``keep``, and a half-written last line; all or nothing."""
+    """Drops the rows that ``keep`` rejects and a half-written last line, atomically."""
     rows = [row for row in read_jsonl(path) if keep(row)]
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -30,22 +30,22 @@ def filter_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically."""
+    """Writes JSON atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     replace_durably(temporary, path)
 
 
 def replace_durably(temporary: Path, target: Path) -> None:
-    """Flush ``temporary`` to disk, then rename it over ``target`` (same folder): all or nothing,
-    after a power cut too."""
+    """Flushes ``temporary`` to disk, then renames it to ``target`` (same folder); atomic, even in
+    a power failure."""
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, target)
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
-    except OSError:  # a file system without: the file itself is whole in any case
+    except OSError:  # not supported by the file system; the file itself is complete
         pass
     finally:
         os.close(folder)

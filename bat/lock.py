@@ -1,9 +1,9 @@
-"""One process a run folder: an exclusive lock that the kernel lets go of when its holder dies.
+"""Locks a run folder for one process; the kernel releases the lock when the holder dies.
 
 A POSIX record lock (``lockf``) on ``OUT/.lock``: it works across machines on NFS, and loader
-workers, which inherit the open file, do not hold it on after a kill. The file says who holds it,
-and is removed at the end, with the folder where nothing else came into it; one that a killed run
-left behind is no obstacle.
+workers, which inherit the open file, do not keep it after a kill. The file names the holder and is
+removed at the end, together with the folder if it is otherwise empty; a file left by a killed run
+does not block.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from bat.errors import UserError
 log = logging.getLogger("bat")
 
 LOCK = ".lock"
-_held: set[str] = set()  # a record lock does not keep out its own process
+_held: set[str] = set()  # a record lock does not exclude its own process
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` (made where it is missing) while the body runs.
+    """Locks ``folder`` (created if missing) while the body runs.
 
-    Raises ``UserError`` naming process, machine and time where another one holds it. On a file
-    system without locks it warns and goes on.
+    Raises ``UserError`` with process, machine and time if another process holds it. On a file
+    system without locks it warns and continues.
     """
     path = folder / LOCK
     name = str(folder.resolve())
-    if name in _held:  # not even read: closing the file would give up this process' lock
+    if name in _held:  # do not even read: closing the file would release this process's lock
         raise UserError(f"out={folder} is in use by this very process: give another out=")
     made = [f for f in (folder, *folder.parents) if not f.exists()]
     file = _lock(folder, path)
@@ -54,20 +54,20 @@ def hold(folder: Path) -> Iterator[None]:
         if file is not None:
             path.unlink(missing_ok=True)
             os.close(file)
-        with contextlib.suppress(OSError):  # not empty: somebody uses it
+        with contextlib.suppress(OSError):  # not empty: in use
             for empty in made:
                 empty.rmdir()
 
 
 def check_free(folder: Path) -> None:
-    """Raise ``UserError`` where another process holds ``folder``; makes nothing."""
+    """Raises ``UserError`` if another process holds ``folder``; creates nothing."""
     if (folder / LOCK).is_file():
         with hold(folder):
             pass
 
 
 def _lock(folder: Path, path: Path) -> int | None:
-    """The open, locked file; None where the file system has no locks."""
+    """Returns the open, locked file; None if the file system has no locks."""
     tries = 0
     while True:
         try:
@@ -76,7 +76,7 @@ def _lock(folder: Path, path: Path) -> int | None:
         except OSError as error:
             tries += 1
             if isinstance(error, FileNotFoundError) and tries < 100:
-                continue  # another holder ended, and removed the empty folder
+                continue  # another holder ended and removed the empty folder
             raise UserError(f"cannot write to out={folder}: {error}; choose another") from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,7 +93,7 @@ def _lock(folder: Path, path: Path) -> int | None:
                 return file
         except FileNotFoundError:
             pass
-        os.close(file)  # its holder ended, and removed it, between our two calls
+        os.close(file)  # its holder ended and removed it between the two calls
 
 
 def _in_use(folder: Path, path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The log lines of a command: on stderr and in the ``train.log`` of its run folder."""
+"""Sets up a command's log on stderr and in ``train.log`` of its run folder."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from lightning.pytorch.utilities import rank_zero_only
 from bat.redact import Redacting
 
 NOISE = (
-    ".*does not have many workers.*",  # two cores are two cores
-    ".*no `validation_step`.*",  # probes, not losses, judge a pre-training run
-    ".*in eval mode at the start of training.*",  # the teacher, on purpose
+    ".*does not have many workers.*",  # expected on two cores
+    ".*no `validation_step`.*",  # pre-training is evaluated by probes, not losses
+    ".*in eval mode at the start of training.*",  # the teacher, intended
     ".*treespec, LeafSpec.*",  # Lightning 2.6.6 on torch 2.11
-    ".*smaller than the logging interval.*",  # our own metrics log the last step in any case
+    ".*smaller than the logging interval.*",  # our metrics always log the last step
 )
-"""Warnings of Lightning's that tell our users nothing."""
+"""Lightning warnings that are not useful to users of bat."""
 
 
 def is_main() -> bool:
-    """Whether this is the first of the processes, before a Trainer is there to ask."""
+    """Returns True in the first process; works before a Trainer exists."""
     return not getattr(rank_zero_only, "rank", 0)
 
 
 class _LogFile(logging.FileHandler):
-    """A log on a full disk is silent: it ends no run, and fills no screen with tracebacks."""
+    """Handler that ignores write errors, so a full disk neither ends a run nor prints errors."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
-        """Leave the line out."""
+        """Drops the line."""
 
 
 def start_logging(out: Path | None = None) -> None:
-    """Our own log lines to stderr and, given a run, its ``train.log``; Lightning's banners off.
+    """Logs to stderr and, given a run, to its ``train.log``; turns Lightning's banners off.
 
-    Called before the run's folder may be written to, and again with it, it puts what was said in
-    between into ``train.log``.
+    If called first without the run folder and again with it, the lines logged in between are
+    written to ``train.log``.
     """
     logger = logging.getLogger("bat")
     logger.setLevel(logging.INFO)

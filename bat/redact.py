@@ -1,11 +1,11 @@
-"""Credentials out of what is written or shown: logs, ``config.yaml``, exports, lists, messages;
-and control characters out of what reaches a terminal (``printable``).
+"""Removes credentials from logs, ``config.yaml``, exports, lists and messages, and control
+characters from terminal output (``printable``).
 
-Told by their form: user and password in a URL, the query of a signed one, ``Authorization`` headers
-and the tokens of well-known services, values whose name says what they are (``password=``,
-``--password x``). A name within a path (``/data/secret=1``) says nothing.
-A secret of another form is not recognised: give it by the environment or a credentials file, which
-bat never writes down.
+Credentials are recognised by their form: user and password in a URL, the query of a signed URL,
+``Authorization`` headers, tokens of well-known services, and values with a telling name
+(``password=``, ``--password x``). A name within a path (``/data/secret=1``) does not count.
+Secrets of another form are not recognised: pass them by the environment or a credentials file,
+which bat never writes to disk.
 """
 
 from __future__ import annotations
@@ -68,21 +68,21 @@ _SECRET = re.compile(rf"(?:.*[._-])?(?:{SECRET_NAME}|token)", re.IGNORECASE)
 
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Terminal escapes (C0, C1), marks of lines and directions, halves of characters (surrogates)."""
+"""Control characters (C0, C1), line and direction marks, and surrogates."""
 
 
 def printable(text: str) -> str:
-    """``text`` with ``\\x1b`` and the like for control characters; line breaks and tabs stay."""
+    """Escapes control characters in ``text`` (as ``\\x1b``), except line breaks and tabs."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: str) -> str:
-    """As ``printable``, line breaks and tabs too: for names of classes, splits and files."""
+    """As ``printable``, also escaping line breaks and tabs; for names of classes, splits, files."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def redact(text: str) -> str:
-    """``text`` with ``***`` for what looks like a credential; the same again for the result."""
+    """Replaces what looks like a credential in ``text`` by ``***``; idempotent."""
     text = _KEY.sub(HIDDEN, text)
     text = _URL.sub(_without_secrets, text)
     text = _HEADER.sub(rf"\1\2{HIDDEN}", text)
@@ -93,7 +93,7 @@ def redact(text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """``text`` as a log or an error message has it: ``printable`` and ``redact``."""
+    """Applies ``printable`` and ``redact``, for logs and error messages."""
     return redact(printable(text))
 
 
@@ -111,10 +111,10 @@ def _without_secrets(found: re.Match[str]) -> str:
 
 
 def redact_tree(tree: T) -> T:
-    """A copy of mappings, lists, tuples and dataclasses with ``redact`` on every string in them.
+    """Returns a copy of mappings, lists, tuples and dataclasses with every string redacted.
 
-    A string whose key is the name of a secret (``password``, ``token``, ``api_key``) is hidden
-    whole; one that is the path of something on this disk stays. Other values are those of ``tree``.
+    A string whose key names a secret (``password``, ``token``, ``api_key``) is replaced whole; one
+    that is an existing path on this disk is kept. Other values are those of ``tree``.
     """
     made: Any = tree
     if isinstance(tree, str):
@@ -140,7 +140,7 @@ def _under(key: Any, value: Any) -> Any:
 
 
 class Redacting(logging.Filter):
-    """For a log's handlers: lines and tracebacks go through ``redact`` and ``printable``."""
+    """Log filter that applies ``redact`` and ``printable`` to lines and tracebacks."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = shown(record.getMessage()), ()

@@ -1,7 +1,7 @@
 """Finds encoders, objectives, probes, tasks and metrics by name, without a table of names.
 
-A name is that of a file in the folder of its kind, whose constant (``ENCODER``, ``OBJECTIVE``, ...)
-holds the class, or the dotted path ``package.module.Class`` of a class from anywhere.
+A name is either a file in the folder of its kind, whose constant (``ENCODER``, ``OBJECTIVE``, ...)
+holds the class, or the dotted path ``package.module.Class`` of any class.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 def known(folder: str) -> list[str]:
-    """Names of the modules of ``bat/FOLDER`` but ``base``, sorted. Imports nothing."""
+    """Returns the sorted module names of ``bat/FOLDER`` except ``base``; imports nothing."""
     found = pkgutil.iter_modules([str(PACKAGE / folder)])
     return sorted(m.name for m in found if m.name != "base" and not m.ispkg)
 
 
 def find_class(name: str, base: type[T], *, folder: str, key: str) -> type[T]:
-    """The subclass of ``base`` called ``name``.
+    """Returns the subclass of ``base`` called ``name``.
 
     Args:
         name: a file of ``bat/FOLDER``, or a dotted ``package.module.Class``.
-        base: what it must be a subclass of.
+        base: required base class.
         folder: ``encoders``, ``objectives``, ...
         key: the setting that ``name`` was given as, for messages.
 
     Raises:
-        UserError: unknown (with the known ones), cannot be imported, or of another kind.
+        UserError: if it is unknown (lists the known), cannot be imported, or is of another kind.
     """
     if "." in name:
         return import_class(name, base, key=key)
@@ -51,7 +51,7 @@ def find_class(name: str, base: type[T], *, folder: str, key: str) -> type[T]:
 
 
 def import_class(name: str, base: type[T], *, key: str) -> type[T]:
-    """The subclass of ``base`` at the dotted path ``name``; ``UserError`` where there is none."""
+    """Returns the subclass of ``base`` at dotted path ``name``. Raises ``UserError``."""
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -63,7 +63,7 @@ def import_class(name: str, base: type[T], *, key: str) -> type[T]:
 
 
 def unknown(name: str, names: Sequence[str], *, key: str) -> UserError:
-    """The error for a name that is not among ``names``, with the closest of them."""
+    """Returns the error for a name that is not among ``names``, with the closest of them."""
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" (did you mean '{close[0]}'?)" if close else ""
     return UserError(
@@ -72,7 +72,7 @@ def unknown(name: str, names: Sequence[str], *, key: str) -> UserError:
 
 
 def split_checkpoint(text: str) -> tuple[str | None, str]:
-    """``ENCODER:PATH`` -> the encoder's name and the path; ``(None, text)`` for a path alone.
+    """Splits ``ENCODER:PATH`` into encoder name and path; ``(None, text)`` for a path alone.
 
     ``ENCODER`` is a file of ``bat/encoders`` or a dotted ``package.module.Class``.
     """

@@ -1,9 +1,9 @@
-"""What SIGTERM, SIGINT and SIGUSR1 (Slurm's ``--signal=USR1@300``) mean to a command.
+"""Handles SIGTERM, SIGINT and SIGUSR1 (Slurm's ``--signal=USR1@300``) in commands.
 
-While it trains they are noted, and the training ends at its own time (``stopping.py``). Around it,
-from the command's first line on (fetching, packing, indexing, evaluating, exporting), there is
-nothing to save: SIGTERM and SIGUSR1 end it at once by ``Interrupted``, hence with the exit code
-that says "resume me"; a Ctrl-C is Python's own. Lightning's handlers are not installed at all.
+During training a signal sets a flag, and the training ends after a step (``stopping.py``). At all
+other times (fetching, packing, indexing, evaluating, exporting) there is nothing to save: SIGTERM
+and SIGUSR1 end the command at once by ``Interrupted``, hence with the exit code for resuming; a
+Ctrl-C is handled by Python. Lightning's handlers are not installed.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         raise Interrupted(f"{name}, with nothing to save")
     if number == signal.SIGINT:
         if _interrupted:
-            raise KeyboardInterrupt  # a second Ctrl-C is meant
+            raise KeyboardInterrupt  # a second Ctrl-C is intended
         _interrupted = True
     _listener(name)
 
 
 @contextmanager
 def minding_signals() -> Iterator[None]:
-    """For a whole command: SIGTERM and SIGUSR1 end it by ``Interrupted``."""
+    """Makes SIGTERM and SIGUSR1 end a command by ``Interrupted``."""
     with _handled(signal.SIGTERM, signal.SIGUSR1):
         yield
 
 
 @contextmanager
 def listening(listener: Callable[[str], None]) -> Iterator[None]:
-    """While training: the name of each of the three goes to ``listener``, within the handler."""
+    """Passes the name of each of the three signals to ``listener``, within the handler."""
     global _listener, _interrupted
     with _handled(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         _listener, _interrupted = listener, False
@@ -53,7 +53,7 @@ def listening(listener: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def _handled(*numbers: signal.Signals) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
+    if threading.current_thread() is not threading.main_thread():  # only main may set them
         yield
         return
     before = {number: signal.getsignal(number) for number in numbers}

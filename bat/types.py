@@ -1,11 +1,11 @@
-"""The axis legend and the few small things that travel between rooms.
+"""Axis letters and the data types shared by all packages.
 
-Letters, in every shape comment of this package:
+Letters in the shape comments of this package:
 
 ====  =====================================  ====  ==============================
 B     clips                                  L     blocks of an encoder
 S     samples of a waveform                  V     masked views of a clip
-T     time patches (frames where it says so) K     prototypes
+T     time patches (frames where stated)     K     prototypes
 F     frequency patches (mels likewise)      C     classes
 N     tokens, ``N = T * F``                  H     attention heads
 D     width
@@ -37,7 +37,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip as it lies in a shard: still encoded."""
+    """One clip as stored in a shard, still encoded."""
 
     key: str
     """Sample key, unique in its data set."""
@@ -52,21 +52,21 @@ class Clip:
 
 
 class Skipped(NamedTuple):
-    """A clip that could not be used, and where that was noticed."""
+    """A clip that could not be used, and its place."""
 
     key: str
     shard: str
     """Name of the shard it lies in."""
     kind: str
-    """One word, to be counted: ``corrupt``, ``short``, ``nan``, ``unreadable``, ..."""
+    """Reason in one word, for counting: ``corrupt``, ``short``, ``nan``, ``unreadable``, ..."""
     why: str
     position: int
-    """Of the stream, where its turn was."""
+    """Position in the stream."""
 
 
 @dataclass
 class WaveBatch:
-    """A batch as it leaves the loader; everything after it happens on the device."""
+    """A batch as it leaves the loader; all later processing is on the device."""
 
     waves: Tensor
     """(B, S) float32 in [-1, 1] at the front end's rate, zero-padded on the right."""
@@ -79,17 +79,17 @@ class WaveBatch:
     positions: Tensor
     """(B,) int64: global position of each sample in the stream (evaluation: its row)."""
     skipped: list[Skipped]
-    """Unreadable clips; in training other clips of this batch stand in for them."""
+    """Unreadable clips; in training they are replaced by other clips of this batch."""
 
     def to(self, device: object, non_blocking: bool = False) -> WaveBatch:
-        """The same batch with its tensors on ``device``."""
+        """Returns the same batch with its tensors on ``device``."""
         self.waves = self.waves.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
         self.lengths = self.lengths.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
         self.targets = self.targets.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
         return self
 
     def first(self, count: int) -> WaveBatch:
-        """Its first clips alone; it stays as it is."""
+        """Returns a batch of the first clips only; does not change this one."""
         return WaveBatch(
             self.waves[:count],
             self.lengths[:count],
@@ -120,42 +120,41 @@ class Views(NamedTuple):
         import torch  # not at the top: config and cli import this file
 
         n, removed = self.keep_ids.shape[1], self.mask.shape[1] - self.keep_ids.shape[1]
-        # from one removed token to the next it is one step, and one more for each kept token
+        # consecutive removed tokens differ by one, plus one for each kept token
         # between them; the i-th kept token has keep_ids[i] - i removed ones before it
         before = self.keep_ids - torch.arange(n, device=self.keep_ids.device)  # (rows, n)
-        steps = before.new_ones(len(before), removed + 1)  # the last: kept tokens behind them all
+        steps = before.new_ones(len(before), removed + 1)  # the last: kept tokens after all of them
         steps.scatter_add_(1, before, before.new_ones(1).expand_as(before))
         return steps.cumsum(1)[:, :-1] - 1
 
 
 class Features(NamedTuple):
-    """What a frozen backbone hands to every probe: all blocks, never only the last."""
+    """Features of a frozen encoder for all probes: the tokens of all blocks."""
 
     patches: Tensor
-    """(L, B, T, F, D) patch tokens after each block. Where only some are needed, the last ones:
+    """(L, B, T, F, D) patch tokens after each block. If only some are needed, the last ones:
     (1, B, T, F, D) or (0, B, T, F, D), see ``Needs``."""
     cls: Tensor | None
-    """(L, B, D) class tokens after each block; None for a backbone without one."""
+    """(L, B, D) class tokens after each block; None for an encoder without one."""
     entry: Tensor | None = None
     """(B, T, F, D) patch tokens as they enter the first block; None unless asked for."""
     pieces: Tensor | None = None
-    """(L, B, P, D) class token of each of the P chunks that a long clip was cut into, where
-    ``entry`` was asked for and P > 1; their mean is ``cls``. Of a clip with fewer chunks than the
-    batch's longest the last ones are zero."""
+    """(L, B, P, D) class tokens of the P chunks of a long clip, if ``entry`` was requested
+    and P > 1; their mean is ``cls``. For clips with fewer chunks than the longest of the batch, the
+    last ones are zero."""
     valid: Tensor | None = None
-    """(B,) int64, time patches that are each clip's own, where a batch holds clips of several
-    lengths: tokens from there on are zero, padding that no mean, extreme or attention may count.
-    None: all T are."""
+    """(B,) int64, valid time patches of each clip in a batch of several lengths; later tokens are
+    zero padding, to be excluded from means, extremes and attention. None: all T are valid."""
 
     def inside(self) -> Tensor | None:
-        """(B, T) bool, which time patches are each clip's own; None: all."""
+        """(B, T) bool, True for valid time patches; None: all."""
         if self.valid is None:
             return None
         steps = self.valid.new_ones(self.patches.shape[2]).cumsum(0)  # 1 .. T
         return steps <= self.valid[:, None]
 
     def clip(self, row: int) -> Features:
-        """One clip of the batch without its padding: B = 1, ``valid`` None."""
+        """Returns one clip of the batch without its padding: B = 1, ``valid`` None."""
         T = self.patches.shape[2] if self.valid is None else int(self.valid[row])
         return Features(
             self.patches[:, row : row + 1, :T],
@@ -164,19 +163,19 @@ class Features(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which features a reader wants, so that no others are stored. Class tokens always are."""
+    """Features that a reader needs, so that only these are stored. Class tokens always are."""
 
     patches: str = "all"
     """``all`` blocks' patch tokens, the ``last`` block's, or ``none``."""
     entry: bool = False
-    """Also what enters the first block."""
+    """Also the tokens that enter the first block."""
 
     def __or__(self, other: Needs) -> Needs:
-        """What satisfies both."""
+        """Returns the needs that satisfy both."""
         order = ("none", "last", "all")
         most = max(self.patches, other.patches, key=order.index)
         return Needs(most, self.entry or other.entry)
 
     def blocks(self, depth: int) -> int:
-        """How many of the last blocks' patch tokens are kept."""
+        """Returns the number of last blocks whose patch tokens are kept."""
         return {"none": 0, "last": 1, "all": depth}[self.patches]

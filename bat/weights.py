@@ -1,10 +1,10 @@
-"""The only reader and writer of weights: strict, versioned, and nothing in a file is run.
+"""Reads and writes all weights: strict names, versioned exports, safe unpickling.
 
-An export is a folder with ``config.json`` (what the encoder is, how it was trained) and
+An export is a folder with ``config.json`` (encoder settings and training) and
 ``model.safetensors`` holding ``student.encoder.*`` and ``teacher.encoder.*``: the names of the
-paper's released weight file. Read besides it: the paper's training file (``encoder`` / ``decoder``
-/ ``ema_encoder``), its ``student.encoder.*`` file, its hub folder, a bare encoder, EAT and SSLAM
-files of fairseq and their hub folders, and the training checkpoints of Lightning, ours among them.
+paper's released weight file. Also read: the paper's training file (``encoder`` / ``decoder`` /
+``ema_encoder``), its ``student.encoder.*`` file, its hub folder, a bare encoder, EAT and SSLAM
+files of fairseq and their hub folders, and Lightning's training checkpoints, including bat's.
 """
 
 from __future__ import annotations
@@ -34,42 +34,42 @@ FORMAT, VERSION = "bat-export", 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 Which = Literal["student", "teacher"]
 PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.", "backbone.")
-"""What wrappers put before names: where all names have one, it is taken off."""
+"""Prefixes added by wrappers; removed if all names have one."""
 HEADS = ("head.", "fc_norm.")
-"""Names of a classifier that a fine-tuned file holds beside its encoder."""
+"""Names of the classifier in a fine-tuned file."""
 STAND_INS = re.compile(
     r"(argparse|omegaconf|fairseq|numpy|pathlib|typing|collections)\..+"
     r"|builtins\.(object|dict|list|tuple|frozenset|int|float|bool|str|bytes)"
     r"|copyreg\._reconstructor"
 )
-"""Classes and functions that lie beside the weights in the field's files. An empty class takes the
-place of each; any other name that PyTorch does not hold for harmless is refused."""
+"""Classes and functions stored beside the weights in other projects' files. Each is replaced by an
+empty class; any other name that PyTorch does not consider safe is refused."""
 MAX_PICKLE, MAX_JSON = 1 << 26, 1 << 24
-"""Bytes."""
+"""Size limit in bytes."""
 
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 
 @dataclass
 class EncoderFile:
-    """What a file says of an encoder, before a model is built."""
+    """Contents of a weight file, before a model is built."""
 
     path: Path
     backbone: str
     """``bat`` or ``eat`` or the name in an export's config."""
     config: dict[str, Any] | None
-    """Keywords of the backbone; None where the file does not say."""
+    """Keywords of the backbone; None if the file does not state them."""
     state: dict[str, Tensor]
     meta: dict[str, Any]
-    """Of an export: the rest of ``config.json``."""
+    """Remaining keys of an export's ``config.json``."""
     heads: int | None = None
-    """Attention heads, where a file without ``config`` says them."""
+    """Attention heads, if a file without ``config`` states them."""
 
 
 def resolve(path: str | Path) -> Path:
-    """A run folder, an export folder or a file -> the export folder or file that holds weights.
+    """Returns the export folder or weight file of a run folder, an export folder or a file.
 
-    Of a fine-tuning it is the export of its only fold.
+    For a fine-tuning it is the export of its only fold.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -94,14 +94,14 @@ def resolve(path: str | Path) -> Path:
 
 
 def is_export(path: Path) -> bool:
-    """Whether ``path``, as ``resolve`` gives it, is an export of bat's own."""
+    """Returns True if ``path``, as returned by ``resolve``, is an export of bat."""
     return path.is_dir() and read_json(path / CONFIG).get("format") == FORMAT
 
 
 def read_encoder(path: str | Path, weights: Which = "student") -> EncoderFile:
-    """Read one encoder. ``weights`` picks student or teacher where a file holds both.
+    """Reads one encoder. ``weights`` selects student or teacher if a file holds both.
 
-    Raises ``UserError`` for what is missing, unreadable, not a known format, or not told apart.
+    Raises ``UserError`` if it is missing, unreadable, ambiguous or of an unknown format.
     """
     if weights not in ("student", "teacher"):
         raise UserError(f"weights='{weights}': student or teacher")
@@ -127,7 +127,7 @@ def read_encoder(path: str | Path, weights: Which = "student") -> EncoderFile:
 
 
 def load_encoder(checkpoint: str, *, weights: str, heads: int | None) -> Encoder:
-    """See ``bat.load_encoder``."""
+    """Loads an encoder; see ``bat.load_encoder``."""
     name, path = registry.split_checkpoint(checkpoint)
     where = resolve(path)
     if name is not None and "." in name and not is_export(where):
@@ -145,7 +145,7 @@ def load_encoder(checkpoint: str, *, weights: str, heads: int | None) -> Encoder
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """The mapping in a ``.safetensors`` or PyTorch file, tensors on the CPU, nothing executed."""
+    """Returns the mapping in a ``.safetensors`` or PyTorch file, tensors on the CPU, safely."""
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))
@@ -158,7 +158,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         held = _load_torch(path)
     except UserError:
         raise
-    except Exception as error:  # a damaged file can lead to any
+    except Exception as error:  # a damaged file can raise any
         why = re.sub(r".*WeightsUnpickler error:\s*", "", str(error), flags=re.DOTALL)
         hint = ": torch.save it again, with its usual pickle_protocol" if "operand" in why else ""
         raise UserError(
@@ -178,11 +178,11 @@ def export(
     weights: dict[str, dict[str, Tensor]],
     meta: dict[str, Any],
 ) -> Path:
-    """Write an export folder, each file atomically, the weights first. Returns ``folder``.
+    """Writes an export folder, each file atomically, the weights first. Returns ``folder``.
 
     ``encoder``: keywords of the backbone (JSON). ``weights``: state dicts of the encoders,
-    ``student`` and maybe ``teacher``, all of these keywords. ``meta``: what else to say (training,
-    labels).
+    ``student`` and optionally ``teacher``, all built with these keywords. ``meta``: further entries
+    (training, labels).
     """
     tensors = {
         f"{who}.encoder.{name}": tensor.detach().cpu().contiguous()
@@ -239,7 +239,7 @@ def _read_folder(folder: Path, weights: Which) -> EncoderFile:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises ``UserError`` where there is none, or a huge one."""
+    """Reads the JSON object in ``path``. Raises ``UserError`` if there is none, or a huge one."""
     try:
         if path.stat().st_size > MAX_JSON:
             raise UserError(f"{path} is larger than {MAX_JSON} bytes")
@@ -254,7 +254,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_numbers(state: dict[str, Tensor], what: str) -> None:
-    """Raise ``UserError`` that names the tensors of ``state`` that are not floating point or hold
+    """Raises ``UserError`` naming the tensors of ``state`` that are not floating point or contain
     NaN or infinity."""
     whole = [f"{n} ({t.dtype})" for n, t in state.items() if not t.is_floating_point()]
     if whole:
@@ -272,7 +272,7 @@ HUB_FIXED = {
     **{"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0},
     **{"f_min": 0, "top_db": 80, "feature_normalization": "per_sample_minmax_after_db"},
 }
-"""What the encoder cannot do otherwise, as the config of BAT's hub folder says it."""
+"""Fixed settings of the encoder, with the names of the config in BAT's hub folder."""
 EAT_FIXED = {
     **{"layer_norm_first": False, "norm_eps": 1e-6, "norm_affine": True, "qkv_bias": True},
     **{"in_chans": 1, "mel_bins": 128},
@@ -287,7 +287,7 @@ def _demand(config: dict[str, Any], fixed: dict[str, Any], file: Path) -> None:
 
 
 def _of_hub(config: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The keywords of ``BAT`` that the config of its hub folder stands for."""
+    """Returns the keywords of ``BAT`` for the config of its hub folder."""
     _demand(config, HUB_FIXED, file)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "input_shape", "patch_size")
     absent = [name for name in names if name not in config]
@@ -327,7 +327,7 @@ def _of_hub(config: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _layout(part: dict[Any, Any]) -> str | None:
-    """Whose names these are, prefixes apart: ``bat``, ``eat``, ``beats``, else None."""
+    """Returns the format of the names without prefixes: ``bat``, ``eat``, ``beats`` or None."""
     if not all(isinstance(name, str) for name in part):
         return None
     names = _plain(part)[0]
@@ -340,8 +340,8 @@ def _layout(part: dict[Any, Any]) -> str | None:
 
 
 def _plain(part: dict[Any, Any]) -> tuple[dict[str, Any], str, list[str]]:
-    """``part`` without the prefixes that all names share and without a classifier; these prefixes,
-    and the classifier's names."""
+    """Returns ``part`` without shared prefixes and without a classifier; the prefixes; and the
+    classifier's names."""
     found, removed, aside = dict(part), "", list[str]()
     for _ in range(len(PREFIXES) + 1):
         heads = [n for n in found if n.startswith(HEADS)]
@@ -356,7 +356,7 @@ def _plain(part: dict[Any, Any]) -> tuple[dict[str, Any], str, list[str]]:
 
 
 def _pick(part: dict[Any, Any], path: Path, weights: Which) -> tuple[str, dict[str, Tensor]]:
-    """Whose names, and the asked encoder of a flat mapping, prefixes removed."""
+    """Returns the format and the requested encoder of a flat mapping, prefixes removed."""
     backbone = _layout(part)
     if backbone is None:
         raise UserError(_no_encoder(part, path))
@@ -384,7 +384,7 @@ def _pick(part: dict[Any, Any], path: Path, weights: Which) -> tuple[str, dict[s
 
 
 def _no_encoder(part: dict[Any, Any], path: Path) -> str:
-    """What ``path`` holds instead of names that are known, and how to make a file that is."""
+    """Describes the unknown names in ``path`` and how to make a file that can be read."""
     inner = [(f"[{key!r}]", value) for key, value in part.items() if isinstance(value, dict)]
     for place, value in [("", part), *inner]:
         names = [name for name in value if isinstance(name, str)]
@@ -404,14 +404,14 @@ def _no_encoder(part: dict[Any, Any], path: Path) -> str:
 
 
 def _loading(path: Path) -> str:
-    """Python that reads ``path``."""
+    """Returns Python code that reads ``path``."""
     path = path / WEIGHTS if path.is_dir() else path
     how = "safetensors.torch.load_file" if path.suffix == ".safetensors" else "torch.load"
     return f"{how}({path.name!r})"
 
 
 def _tensors(mapping: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """``mapping``, all of it plain tensors, together no larger than the file can hold."""
+    """Returns ``mapping`` if it has plain tensors only, together no larger than the file."""
     bad = [
         name
         for name, value in mapping.items()
@@ -430,7 +430,7 @@ def _tensors(mapping: dict[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 class _StandIn:
-    """Takes the place of a class that a pickle names: takes anything, keeps nothing."""
+    """Replaces a class named in a pickle: accepts any arguments and stores nothing."""
 
     def __new__(cls, *_: Any) -> _StandIn:
         return object.__new__(cls)
@@ -441,12 +441,12 @@ class _StandIn:
 
 
 def _plain_dict(*_: Any) -> dict[Any, Any]:
-    """In place of ``collections.defaultdict``, whose entries follow."""
+    """Replaces ``collections.defaultdict``; accepts its entries."""
     return {}
 
 
 def _load_torch(path: Path) -> Any:
-    """``torch.load(weights_only=True)``, the objects of ``STAND_INS`` left empty."""
+    """Calls ``torch.load(weights_only=True)`` with empty objects for ``STAND_INS``."""
     with path.open("rb") as file:
         start = file.read(262)
     zipped = start.startswith(b"PK\x03\x04")
@@ -468,12 +468,12 @@ def _load_torch(path: Path) -> Any:
             (_plain_dict if n == "collections.defaultdict" else _StandIn, n) for n in wanted
         ]
         with torch.serialization.safe_globals(empty):
-            # mapped: a storage is then a part of the file, whatever length the pickle gives it
+            # mapped: a storage is then part of the file, whatever length the pickle states
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 def _names_in(path: Path, zipped: bool) -> set[str]:
-    """What the pickle names beside what PyTorch holds for harmless."""
+    """Returns the names in the pickle that PyTorch does not consider safe."""
     if zipped:
         return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     with path.open("rb") as file:  # the format before torch 1.6: four pickles, then the numbers
@@ -482,7 +482,7 @@ def _names_in(path: Path, zipped: bool) -> set[str]:
 
 
 def _check_zip(path: Path) -> None:
-    """Refuse a zip whose parts are packed, overlap, or do not have their checksums."""
+    """Refuses a zip whose parts are compressed, overlap, or have wrong checksums."""
     with zipfile.ZipFile(path) as packed:
         parts = packed.infolist()
         if any(part.filename.endswith("/constants.pkl") for part in parts):
@@ -504,13 +504,13 @@ def _training_meta(held: dict[str, Any]) -> dict[str, Any]:
 
 
 def _few(names: list[str]) -> str:
-    """Names out of a file for a message: the first of them, cut, without control characters."""
+    """Formats a file's names for a message: the first few, shortened, no control characters."""
     more = f", ... and {len(names) - 10} more" if len(names) > 10 else ""
     shown = ("".join(c if c.isprintable() else "?" for c in name[:100]) for name in names[:10])
     return ", ".join(shown) + more
 
 
 def _short(value: Any) -> str:
-    """A value of a file for a message."""
+    """Formats a value of a file for a message."""
     text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a huge number"
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -1,1 +1,1 @@
-"""One file a command. Nothing here imports torch before a command starts to work."""
+"""The commands, one file each. torch is not imported before a command starts to work."""

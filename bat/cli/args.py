@@ -1,8 +1,8 @@
-"""Flags are argparse's, everything else is ``key=value``: what all commands share.
+"""Parses the command line of all commands: flags with argparse, the rest as ``key=value``.
 
-OmegaConf's own command-line reader takes ``--method cgp`` for a key, so the flags are peeled off
-first. A user's mistake (``UserError``) ends in one line on stderr and exit code 2; ``--debug``
-shows the traceback.
+OmegaConf's own command-line parser would read ``--method cgp`` as a key, so flags are removed
+first. A ``UserError`` prints one line on stderr and exits with code 2; ``--debug`` shows the
+traceback.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bat.redact import printable, redact_tree, shown
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names the flag that a misspelt one is like."""
+    """Parser that suggests the closest flag for a misspelt one."""
 
     def error(self, message: str) -> NoReturn:
         for word in message.split()[2:] if message.startswith("unrecognized arguments") else []:
@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(command: str, about: str, epilog: str) -> argparse.ArgumentParser:
-    """The parser of ``bat-COMMAND`` with the flags every command has."""
+    """Returns the parser of ``bat-COMMAND`` with the flags that every command has."""
     p = _Parser(
         prog=f"bat-{command}",
         description=about,
@@ -46,7 +46,7 @@ def parser(command: str, about: str, epilog: str) -> argparse.ArgumentParser:
 
 
 def recipe_parser(command: str, about: str, epilog: str) -> argparse.ArgumentParser:
-    """As ``parser``, for the commands that take ``recipe=`` and ``key=value``."""
+    """Returns ``parser`` for commands that take ``recipe=`` and ``key=value``."""
     p = parser(command, about, epilog)
     p.add_argument("settings", nargs="*", metavar="key=value", help="recipe=NAME and overrides")
     p.add_argument(
@@ -62,17 +62,16 @@ def recipe_parser(command: str, about: str, epilog: str) -> argparse.ArgumentPar
 
 
 def own_recipe(options: argparse.Namespace) -> list[str]:
-    """``recipe=own`` where ``data.csv`` is given and no recipe is."""
+    """Returns ``recipe=own`` if ``data.csv`` is given without a recipe."""
     words = {word.partition("=")[0] for word in options.settings}
     return ["recipe=own"] if "data.csv" in words and "recipe" not in words else []
 
 
 class Command(AbstractContextManager["Command"]):
-    """One call of a command: ``options`` parsed, and ``code``, what it ends with.
+    """One call of a command, with the parsed ``options`` and the exit ``code``.
 
-    ``code``: 0; 2 for a user's mistake; 75 for a command that was asked to end by a signal or has
-    saved and ended by itself: the same command continues; 130 for a Ctrl-C that nothing was saved
-    at.
+    ``code``: 0; 2 for a user's mistake; 75 for a command that was ended by a signal or has saved
+    and ended by itself (the same command resumes); 130 for a Ctrl-C without anything saved.
     """
 
     def __init__(self, p: argparse.ArgumentParser, argv: list[str] | None) -> None:
@@ -104,7 +103,7 @@ class Command(AbstractContextManager["Command"]):
 
 
 class _Printable:
-    """Standard output without control characters: names of others' files are printed there."""
+    """Standard output with control characters escaped, since it shows names of others' files."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -118,14 +117,14 @@ class _Printable:
 
 
 def _code_of(error: BaseException, prog: str, debug: bool) -> int | None:
-    """The exit code of a command that ``error`` ends, after a line about it on stderr; None for an
-    error of ours, which keeps its traceback."""
+    """Prints a line about ``error`` on stderr and returns the exit code; None for an internal
+    error, which keeps its traceback."""
     if isinstance(error, UserError) and not debug:
         print(f"{prog}: error: {shown(str(error))}", file=sys.stderr)
         return 2
     if isinstance(error, Interrupted):
         with suppress(ValueError):  # not the main thread
-            for number in (signal.SIGTERM, signal.SIGUSR1):  # batch systems send several
+            for number in (signal.SIGTERM, signal.SIGUSR1):  # batch systems send several signals
                 signal.signal(number, signal.SIG_IGN)
         print(
             f"{prog}: ended by {error}: the same command continues (exit code {RESUME_ME})",
@@ -135,7 +134,7 @@ def _code_of(error: BaseException, prog: str, debug: bool) -> int | None:
     if isinstance(error, KeyboardInterrupt):
         print(f"\n{prog}: interrupted", file=sys.stderr)
         return 130
-    if isinstance(error, BrokenPipeError):  # `| head` closed our output
+    if isinstance(error, BrokenPipeError):  # `| head` closed the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if isinstance(error, OSError) and not debug:
@@ -146,7 +145,7 @@ def _code_of(error: BaseException, prog: str, debug: bool) -> int | None:
                 file=sys.stderr,
             )
             return 2
-        if error.filename is not None:  # a path that somebody gave, and nothing more to say of it
+        if error.filename is not None:  # a path that the user gave; the message is enough
             print(
                 f"{prog}: error: {shown(os.fsdecode(error.filename))}: {error.strerror}: give "
                 "another file or folder (--debug shows where it is used)",
@@ -157,7 +156,7 @@ def _code_of(error: BaseException, prog: str, debug: bool) -> int | None:
 
 
 def configure(args: argparse.Namespace, schema: Any, command: str, extra: list[str]) -> Any:
-    """The resolved configuration, or None after ``--print-config`` printed it."""
+    """Returns the resolved configuration, or None after ``--print-config`` printed it."""
     from bat.config.compose import compose, to_yaml
 
     config = compose(schema, command, [*args.settings, *extra])

@@ -1,4 +1,4 @@
-"""bat-finetune: train an encoder and a classifier on labels, fold after fold."""
+"""``bat-finetune``: trains an encoder and a classifier on labels, one fold after another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bat-pretrain: self-supervised pre-training of an encoder."""
+"""``bat-pretrain``: pre-trains an encoder without labels."""
 
 from __future__ import annotations
 

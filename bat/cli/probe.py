@@ -1,6 +1,6 @@
-"""bat-probe: train probes on frozen encoders and say what they find, and where.
+"""``bat-probe``: trains probes on frozen encoders and reports their results.
 
-``bat-probe report`` is another command (``probe_report.py``) behind the same door.
+``bat-probe report`` is a subcommand (``probe_report.py``).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         from bat.cli.probe_report import main as report
 
         return report(given[1:])
-    # read when torch is imported: idle threads sleep. By default they spin, and where other
-    # programs want the cores a small step on two threads takes ten times as long
+    # read when torch is imported: idle threads sleep. By default they spin, and while other
+    # programs use the cores a small step on two threads takes ten times as long
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     p = args.recipe_parser("probe", ABOUT, EPILOG)
     p.add_argument(

@@ -1,4 +1,4 @@
-"""``bat-probe report``: one page and one Markdown table of probing runs."""
+"""``bat-probe report``: writes an HTML page and a Markdown table of probe runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""``bat-shard``: what people can download becomes shards with a manifest, or is indexed in place.
+"""``bat-shard``: converts data sets into shards with a manifest, or indexes them in place.
 
-``bat-shard SOURCE OUT`` writes, ``bat-shard SHARDS`` indexes shards where they lie,
-``bat-shard verify`` (``shard_verify.py``) and ``bat-shard info`` (``shard_info.py``) read again.
+``bat-shard SOURCE OUT`` writes shards, ``bat-shard SHARDS`` indexes them in place,
+``bat-shard verify`` (``shard_verify.py``) and ``bat-shard info`` (``shard_info.py``) read them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SOURCE: a folder of audio, a CSV, AudioSet's CSVs, EAT manifests (.tsv + .lbl), 
 A source with splits is written as OUT/SPLIT/. A folder called verify or info: ./verify, ./info.
 """
 LARGE = 100_000
-"""Clips from which the paper's pre-training is advised: Base, 400,000 steps."""
+"""Number of clips from which the paper's pre-training (Base, 400,000 steps) is suggested."""
 CODECS = ("keep", "flac", "opus", "wav", "ogg")
 
 
@@ -98,7 +98,7 @@ def body(args: argparse.Namespace) -> None:
 
 
 def _asked(args: argparse.Namespace) -> list[str]:
-    """Flags given that change what is written."""
+    """Returns the given flags that change the output."""
     names = ("labels", "split", "codec", "sample_rate", "channels", "clip_seconds", "min_seconds",
              "shard_mb", "folds", "splits")  # fmt: skip
     given = [name for name in names if getattr(args, name) not in (None, "keep")]
@@ -163,7 +163,7 @@ def _pack(args: argparse.Namespace) -> None:
 
 
 def _deal(args: argparse.Namespace, found: Rows) -> dict[Path, list[Row]]:
-    """The rows of each folder to be written, folds and splits assigned."""
+    """Returns the rows of each output folder, with folds and splits assigned."""
     from bat.shard.assign import assign_folds, assign_splits
 
     rows = found.rows
@@ -189,7 +189,7 @@ def _deal(args: argparse.Namespace, found: Rows) -> dict[Path, list[Row]]:
 
 
 def _absent(found: Rows, folders: dict[Path, list[Row]]) -> dict[Path, list[LeftOut]]:
-    """What each folder is to list: that of its split, the first also what has no folder."""
+    """Returns the omitted files to list in each folder; the first also lists those of no folder."""
     names, entries = {folder.name: folder for folder in folders}, defaultdict(list)
     for entry in found.left_out:
         entries[names.get(entry.split or "", next(iter(folders)))].append(entry)
@@ -197,7 +197,7 @@ def _absent(found: Rows, folders: dict[Path, list[Row]]) -> dict[Path, list[Left
 
 
 def parse_splits(text: str) -> dict[str, float]:
-    """``train=0.9,test=0.1`` as a dict; whether the parts fit is asked elsewhere."""
+    """Parses ``train=0.9,test=0.1`` into a dict; the parts are checked elsewhere."""
     parts: dict[str, float] = {}
     for item in text.split(","):
         name, _, value = item.partition("=")
@@ -290,8 +290,8 @@ def _report(out: Path, manifests: dict[Path, Manifest], kind: str) -> None:
 
 
 def next_command(summary: Summary, shards: Path, kind: str, *more: str) -> str:
-    """The pre-training that suits ``shards``: the paper's for a large set, else that of ESC-50 or
-    ESC-10 (tiny, for two cores), with its online probes where clips can be held out."""
+    """Returns the suggested pre-training of ``shards``: the paper's for a large set, else that of
+    ESC-50 or ESC-10 (tiny, for two cores), with online probes if clips can be held out."""
     from bat.data.splits import TRAIN
 
     words = [f"recipe={kind if kind in ('esc10', 'esc50') else 'esc10'}"]

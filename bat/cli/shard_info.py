@@ -1,4 +1,4 @@
-"""``bat-shard info``: what a set of shards holds, as text and as a picture."""
+"""``bat-shard info``: describes the contents of shards as text and as a plot."""
 
 from __future__ import annotations
 

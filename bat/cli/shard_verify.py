@@ -1,4 +1,4 @@
-"""``bat-shard verify``: read shards again, report what is wrong, exit 1 where it matters."""
+"""``bat-shard verify``: reads shards, reports problems and exits with 1 if any is serious."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Configuration: the schema, where recipes and fragments lie, and how they are put together."""
+"""Configuration: the schema, the search for recipes and fragments, and their composition."""

@@ -1,12 +1,12 @@
-"""Schema < fragments < recipe < command line, strictly, with every problem named at once.
+"""Composes settings (schema < fragments < recipe < command line) and reports all errors at once.
 
-A recipe is a YAML mapping: ``use:`` lists fragments (``model/B``), everything else are values of
+A recipe is a YAML mapping: ``use:`` lists fragments (``model/B``), all other keys are values of
 the schema. On the command line ``key=value`` sets a value (dots reach into sections) and
-``model=S``, ``hardware=ddp`` pick a fragment of that group, in the place of the recipe's. One of
-``LATE`` is the last word but for single values: ``protocol=unmute`` overrides the recipe.
+``model=S``, ``hardware=ddp`` replace the recipe's fragment of that group. A fragment of ``LATE``
+overrides the recipe's values, but not single values: ``protocol=unmute`` overrides the recipe.
 
-The section ``objective`` is that of the objective that ``objective.name`` names (``objective=mae``
-picks a fragment that does). Where it is not the recipe's, the recipe's whole section is dropped.
+The section ``objective`` has the settings of the objective ``objective.name`` (``objective=mae``
+picks a fragment that sets it). If it differs from the recipe's, the recipe's section is dropped.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ T = TypeVar("T")
 log = logging.getLogger("bat")
 
 LATE = ("protocol",)
-"""Groups whose fragment, picked on the command line, comes after the recipe's own values."""
+"""Groups whose fragment, if picked on the command line, overrides the recipe's own values."""
 
 
 MOVED = ("mask", "ema")
-"""Sections of earlier versions that belong to an objective now."""
+"""Sections of earlier versions that are now part of an objective."""
 GONE = {
     "health.worker_restarts": "a loader worker that dies ends the run with exit code 75, and the "
     "same command continues it",
     "head.kernel": "prototypes pool by the portable kernel alone",
     "online.head.kernel": "prototypes pool by the portable kernel alone",
 }
-"""Keys of earlier versions, and what to do without them."""
+"""Keys of earlier versions, with a message about their replacement."""
 
 Source = tuple[str, dict[str, Any]]
-"""Where settings come from, for messages, and ``{"section.name": value}``."""
+"""Source of settings, for messages, and ``{"section.name": value}``."""
 
 
 def compose_early(schema: type[T], command: str, overrides: list[str]) -> T | None:
-    """As ``compose``, without the section ``objective``, whose settings need torch to be known.
+    """Composes without the section ``objective``, whose settings cannot be known without torch.
 
-    None where there are problems: ``compose`` names all of them.
+    Returns None if there are problems; ``compose`` reports all of them.
     """
     try:
         return compose(schema, command, overrides, objective=False)
@@ -61,11 +61,11 @@ def compose_early(schema: type[T], command: str, overrides: list[str]) -> T | No
 
 
 def compose(schema: type[T], command: str, overrides: list[str], *, objective: bool = True) -> T:
-    """Resolve one configuration of ``bat-COMMAND``.
+    """Resolves one configuration of ``bat-COMMAND``.
 
-    ``overrides`` are the ``key=value`` words of the command line; ``recipe=`` is required.
-    Raises ``UserError`` naming every unknown key, wrong type and bad value found. ``objective``:
-    with the section of that name, else without it and the problems that may lie there.
+    ``overrides``: the ``key=value`` words of the command line; ``recipe=`` is required.
+    ``objective``: include the section of that name and check it.
+    Raises ``UserError`` naming every unknown key, wrong type and bad value found.
     """
     words = _words(overrides, command)
     recipe = words.pop("recipe", None)
@@ -93,7 +93,7 @@ def compose(schema: type[T], command: str, overrides: list[str], *, objective: b
     late = fragments([f"{g}/{leaf}" for g, leaf in picked.items() if g in LATE])
     line = [("command line", words)]
 
-    bare: Any = schema  # one that has a section objective
+    bare: Any = schema  # a schema with a section objective
     config = OmegaConf.structured(schema if objective else bare(objective={}))
     problems: list[str] = []
     if objective and "objective" in config:
@@ -121,18 +121,18 @@ def compose(schema: type[T], command: str, overrides: list[str], *, objective: b
 
 
 def _objective(sources: list[Source]) -> str | None:
-    """The ``objective.name`` that the last of these gives."""
+    """Returns the ``objective.name`` set by the last of the sources."""
     names = [leaves["objective.name"] for _, leaves in sources if "objective.name" in leaves]
     return str(names[-1]) if names else None
 
 
 def _put_objective(config: DictConfig, name: str) -> None:
-    """Make the section ``objective`` that of objective ``name``, with its defaults."""
+    """Sets the section ``objective`` to the defaults of objective ``name``."""
     config.objective = OmegaConf.structured(objective_settings(name))
 
 
 def _without_objective(sources: list[Source], old: str, new: str) -> list[Source]:
-    """A recipe without its settings of objective ``old``: ``new`` has others."""
+    """Drops a recipe's settings of objective ``old``, since ``new`` has others."""
     kept = [(s, {k: v for k, v in d.items() if not _is_objective(k)}) for s, d in sources]
     gone = [k for _, leaves in sources for k in leaves if _is_objective(k)]
     if gone:
@@ -147,17 +147,17 @@ def _is_objective(key: str) -> bool:
 
 
 def words_of(config: Any, command: str) -> list[str] | None:
-    """The words of ``bat-COMMAND`` that ``compose`` makes ``config`` of, ``recipe=`` first.
+    """Returns the words of ``bat-COMMAND`` that compose to ``config``, ``recipe=`` first.
 
-    Fragments on the command line come back as such where they say more than one value. None where
-    the recipe was given by a path, which a configuration does not keep.
+    Fragments on the command line are returned as such if they set more than one value. None if the
+    recipe was given by a path, which a configuration does not keep.
     """
     if config.recipe not in locate.known_recipes(command):
         return None
     wanted = dict(_leaves(to_dict(config)))
 
     def missing(words: list[str]) -> dict[str, Any] | None:
-        """The values that ``words`` leave to be given; None where they do not go together."""
+        """Returns the values that ``words`` do not set; None if ``words`` cannot be composed."""
         try:
             made = dict(_leaves(to_dict(compose(type(config), command, words))))
         except UserError:
@@ -176,7 +176,7 @@ def words_of(config: Any, command: str) -> list[str] | None:
 
 
 def word(key: str, value: Any) -> str:
-    """``key=value`` as the command line takes it (unquoted for a shell)."""
+    """Formats ``key=value`` for the command line (not quoted for a shell)."""
     value = str(value) if isinstance(value, Path) else value
     text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
     text = text.removesuffix("\n").removesuffix("\n...")
@@ -184,19 +184,19 @@ def word(key: str, value: Any) -> str:
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved configuration as YAML, every value written out."""
+    """Returns the resolved configuration as YAML with every value written out."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The resolved configuration as plain dictionaries, lists and scalars."""
+    """Returns the resolved configuration as plain dictionaries, lists and scalars."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
     assert isinstance(plain, dict)
     return {str(k): v for k, v in plain.items()}
 
 
 def from_yaml(schema: type[T], path: Path) -> T:
-    """Read a configuration that ``to_yaml`` wrote (a run's ``config.yaml``), as strictly."""
+    """Reads a configuration written by ``to_yaml`` (a run's ``config.yaml``), strictly."""
     config = OmegaConf.structured(schema)
     problems: list[str] = []
     leaves = dict(_leaves(_read(path)))
@@ -249,7 +249,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _set(
     config: DictConfig, known: list[str], key: str, value: Any, source: str, problems: list[str]
 ) -> None:
-    """Set one leaf, or say what is wrong with it. ``known``: all of them."""
+    """Sets one leaf, or reports what is wrong with it. ``known``: all keys."""
     if key not in known:
         sections = {k.rpartition(".")[0] for k in known} - {""}
         if key in sections:
@@ -277,9 +277,9 @@ def _set(
         )
         return
     if isinstance(value, bool) and isinstance(OmegaConf.select(config, key), str):
-        value = "on" if value else "off"  # YAML 1.1 reads the word as a truth value
+        value = "on" if value else "off"  # YAML 1.1 reads the word as a boolean
     if isinstance(OmegaConf.select(config, key), ListConfig) and not isinstance(value, list):
-        value = [] if value is None else [value]  # one of a list needs no brackets
+        value = [] if value is None else [value]  # a list of one needs no brackets
     try:
         OmegaConf.update(config, key, value)
     except OmegaConfBaseException as error:
@@ -301,7 +301,7 @@ def _is_section(schema: type, name: str) -> bool:
 
 
 def _problems(section: Any, *, whole: bool = True) -> Iterator[str]:
-    """Of a section and those inside it; not ``whole``: of those inside it alone."""
+    """Yields problems of a section and its subsections; without ``whole`` only of the latter."""
     yield from section.problems() if whole and hasattr(section, "problems") else []
     for f in fields(section):
         value = getattr(section, f.name)

@@ -1,6 +1,6 @@
-"""Where recipes and fragments lie.
+"""Finds recipes and fragments.
 
-A recipe is found, in this order, as an explicit ``.yaml`` path; in ``$BAT_RECIPES``; in the
+A recipe is looked up, in this order, as an explicit ``.yaml`` path; in ``$BAT_RECIPES``; in the
 checkout beside ``bat/``; in the copies inside the installed wheel. Fragments (``configs/``) are
 found in the checkout or the wheel, or beside the recipe that names them by a ``.yaml`` path.
 """
@@ -17,7 +17,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def _shipped(kind: str) -> list[Path]:
-    """Folders of ``kind`` (recipes, configs): the checkout's before the wheel's copies."""
+    """Returns folders of ``kind`` (recipes, configs): the checkout's before the wheel's."""
     checkout = _PACKAGE.parent / kind
     is_checkout = (_PACKAGE.parent / "pyproject.toml").is_file()
     return [f for f in ([checkout] if is_checkout else []) + [_PACKAGE / "_shipped" / kind]
@@ -25,7 +25,7 @@ def _shipped(kind: str) -> list[Path]:
 
 
 def recipe_folders(command: str) -> list[Path]:
-    """Folders searched for recipes of ``command`` (``pretrain``, ``finetune``, ``probe``)."""
+    """Returns the recipe folders of ``command`` (``pretrain``, ``finetune``, ``probe``)."""
     folders = []
     extra = os.environ.get("BAT_RECIPES")
     if extra:
@@ -37,12 +37,12 @@ def recipe_folders(command: str) -> list[Path]:
 
 
 def known_recipes(command: str) -> list[str]:
-    """Names of all recipes of ``command`` that can be found, sorted."""
+    """Returns the names of all recipes found for ``command``, sorted."""
     return sorted({p.stem for f in recipe_folders(command) for p in f.glob("*.yaml")})
 
 
 def find_recipe(name: str, command: str) -> Path:
-    """The file of recipe ``name``; a ``.yaml`` path is taken as it is."""
+    """Returns the file of recipe ``name``; a ``.yaml`` path is used as given."""
     if name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser()
         if not path.is_file():
@@ -62,12 +62,12 @@ def find_recipe(name: str, command: str) -> Path:
 
 
 def known_fragments(group: str) -> list[str]:
-    """Names of the fragments of ``group`` (``model``, ``data``, ``hardware``), sorted."""
+    """Returns the fragments of ``group`` (``model``, ``data``, ``hardware``), sorted."""
     return sorted({p.stem for f in _shipped("configs") for p in (f / group).glob("*.yaml")})
 
 
 def find_fragment(name: str, beside: Path | None = None) -> Path:
-    """The file of fragment ``group/name``, or of a ``.yaml`` path beside the recipe naming it."""
+    """Returns the file of fragment ``group/name``, or of a ``.yaml`` path beside its recipe."""
     if name.endswith((".yaml", ".yml")):
         path = Path(name) if beside is None else beside / name
         if not path.is_file():

@@ -1,6 +1,6 @@
-"""The sections of the schema that say how encoders are judged: heads, protocol, features, insight.
+"""Settings of how encoders are evaluated: heads, protocol, features, diagnostics.
 
-Rules and precedence are told in ``schema.py``, which puts the sections together.
+Rules and precedence are described in ``schema.py``, which combines the sections.
 """
 
 from __future__ import annotations
@@ -11,39 +11,39 @@ from typing import Literal
 
 @dataclass
 class Head:
-    """Settings of the probes (docs/method.md 4); each takes its own of these."""
+    """Settings of the probes (docs/method.md 4); each probe uses those that apply to it."""
 
     prototypes: int = 10_000
-    """K of ``cgp``; of ``protobin`` and ``protofloat`` where ``per_class`` is null."""
+    """K of ``cgp``, and of ``protobin`` and ``protofloat`` if ``per_class`` is null."""
     per_class: int | str | None = None
-    """Prototypes a class of ``protobin``, ``protofloat`` and ``proto``; ``task``: as many as
+    """Prototypes per class of ``protobin``, ``protofloat`` and ``proto``; ``task``: as many as
     *Unmute* has for the task (10 on AudioSet, else 20); null: ``prototypes`` in total (BAT's), and
-    20 a class for ``proto``, which is bound to classes."""
+    20 per class for ``proto``, whose prototypes belong to classes."""
     dropout: float = 0.2
     cls: Literal["patches", "mean"] | None = None
-    """What stands in for the class token in ``cgp`` where the encoder has none: ``mean``: each
-    block's mean patch, normalised and mixed as class tokens are; ``patches``: the mean similarity
-    of the mixed patches. null: ``mean`` with ``protocol=bat``, else ``patches``."""
+    """Replacement of the class token in ``cgp`` for encoders without one; ``mean``: each block's
+    mean patch, normalised and mixed as class tokens are; ``patches``: the mean similarity of the
+    mixed patches; null: ``mean`` with ``protocol=bat``, else ``patches``."""
     norm: bool = True
     """LayerNorm before the output layer of ``linear``, ``lcgp``, ``mlp``, ``h2t`` and ``vqt``, and
     of a fine-tuned head."""
     vqt_norm: bool | None = None
     """The same for ``vqt`` alone; null: as ``norm``."""
     hidden: int | None = None
-    """Hidden width of ``mlp``; null: the encoder's."""
+    """Hidden width of ``mlp``; null: the encoder's width."""
     attention_heads: int | None = None
-    """Heads of ``mhca``; null: 12, 16 where the encoder is 1024 wide, else width / 64."""
+    """Heads of ``mhca``; null: 12, 16 for an encoder 1024 wide, else width / 64."""
     pool_queries: int = 32
     """Queries of ``ep``."""
     queries: int = 10
-    """Queries a block of ``vqt``."""
+    """Queries per block of ``vqt``."""
     lasso: float = 1e-4
     """Weight of the group lasso of ``h2t``."""
     orthogonality: float = 1.0
     """Weight of the orthogonality loss of ``proto``."""
 
     def for_task(self, per_class: int) -> Head:
-        """These settings, with ``per_class`` in the place of ``task``."""
+        """Returns these settings with ``task`` replaced by the number per class."""
         return replace(self, per_class=per_class) if self.per_class == "task" else self
 
     def problems(self) -> list[str]:
@@ -67,34 +67,34 @@ class Head:
 
 @dataclass
 class Protocol:
-    """How a number comes about; ``protocol=bat`` and ``=unmute`` are the papers' constants."""
+    """The evaluation protocol; ``protocol=bat`` and ``=unmute`` are the papers' constants."""
 
     name: str = "validated"
-    """Said in the results: the fragment that these values are from."""
+    """Name of the fragment that these values are from; recorded in the results."""
     selection: Literal["validation", "none"] = "validation"
-    """``validation``: the learning rate is chosen on clips kept out of the training clips, never
-    on the held-out ones; ``none``: nothing is chosen, all of them train, the last step counts."""
+    """``validation``: the learning rate is selected on clips split off the training clips, never
+    on the test clips; ``none``: nothing is selected, all clips train, the last step counts."""
     metric: Literal["task", "map"] = "task"
-    """What is best on the validation clips: the task's metric, or mAP in any case."""
+    """Metric that selects on the validation clips: the task's own, or mAP for any task."""
     fraction: float = 0.2
-    """Training clips kept out for that where the data has neither a split ``valid`` nor folds to
-    spare (three or more: the fold after the held-out one)."""
+    """Fraction of the training clips used as validation clips if the data has neither a split
+    ``valid`` nor spare folds (three or more folds: the fold after the held-out one)."""
     lrs: list[float] = field(default_factory=list)
     """Learning rates trained side by side; empty: ``optim.lr``."""
     prototype_lrs: list[float] = field(default_factory=list)
-    """Those of probes with prototypes; empty: ``lrs``."""
+    """Learning rates of probes with prototypes; empty: ``lrs``."""
     weight_decays: list[float] = field(default_factory=list)
     """Weight decays tried with each rate; empty: ``optim.weight_decay``."""
     sobol: int = 0
-    """So many points of a Sobol sequence (log scale, between the least and the greatest rate and
-    decay) instead of all pairs; 0: all pairs."""
+    """Points of a Sobol sequence (log scale, between the least and the greatest rate and decay)
+    to try instead of all pairs; 0: all pairs."""
     search: Literal["each", "first"] = "each"
-    """Which seeds choose a rate and a weight decay: ``each`` its own, or the ``first``, whose
-    values the other seeds are trained with."""
+    """Seeds that select a rate and a weight decay: ``each`` its own, or the ``first``, whose values
+    are used for the other seeds."""
     look_every: int = 0
-    """Steps between two looks at the validation clips, the best of which is kept; 0: at the end."""
+    """Steps between validations, the best of which is kept; 0: only at the end."""
     patience: int = 0
-    """Looks without gain after which a candidate stops; 0: never."""
+    """Validations without improvement after which a candidate stops; 0: never."""
 
     def problems(self) -> list[str]:
         found = []
@@ -139,17 +139,17 @@ STEPS = 4_000
 @dataclass
 class ProbeTrain:
     steps: int = STEPS
-    """Optimiser steps of each round (a fold held out)."""
+    """Optimiser steps of each fold."""
     epochs: float = 0.0
     """Passes over the training clips instead of ``steps``; the warm-up is then at most a tenth of
     them. 0: ``steps``."""
     min_steps: int = 0
-    """With ``epochs``: no fewer steps than these, however few the clips."""
+    """With ``epochs``: minimum number of steps."""
     log_every: int = 50
-    """Steps between two lines of metrics."""
+    """Steps between lines of metrics."""
     memory_gb: float = 8.0
-    """Candidates trained side by side may need so much (weights, gradients, moments); more of them
-    are trained in several passes over the same features, with the same results."""
+    """Memory for candidates trained side by side (weights, gradients, moments); if more is needed,
+    they are trained in several passes over the same features, with the same results."""
 
     def problems(self) -> list[str]:
         found = [
@@ -173,15 +173,15 @@ class ProbeTrain:
 
 @dataclass
 class FeatureStore:
-    """Where frozen features are kept between steps; see ``bat/eval/feature_cache.py``."""
+    """Cache of frozen features between steps; see ``bat/eval/feature_cache.py``."""
 
     cache: Literal["auto", "memory", "disk", "off"] = "auto"
-    """``off``: the encoder runs for every batch. ``auto``: memory where they fit ``memory_gb``;
-    on a CPU also disk where they fit ``disk_gb``; else off."""
+    """``off``: the encoder runs for every batch. ``auto``: memory if they fit ``memory_gb``;
+    on a CPU also disk if they fit ``disk_gb``; else off."""
     memory_gb: float = 4.0
     disk_gb: float = 50.0
     folder: str = "runs/features"
-    """Where caches on disk lie, each in a folder named after what it was made from."""
+    """Folder of the caches on disk; each has a subfolder named by a hash of its inputs."""
 
     def problems(self) -> list[str]:
         return [
@@ -193,16 +193,16 @@ class FeatureStore:
 
 @dataclass
 class Insight:
-    """Where the information sits: what is measured besides the probes."""
+    """Diagnostics of encoders, measured in addition to the probes."""
 
     curve: bool = False
-    """A linear probe on every block alone (``curve@BLOCK``), trained with the others."""
+    """Train a linear probe on every single block (``curve@BLOCK``) with the others."""
     encoder: bool = True
-    """Attention sinks, token norms and effective rank of every block."""
+    """Measure attention sinks, token norms and effective rank of every block."""
     maps: int = 3
-    """Classes of which the patches that prototypes select are drawn; 0: none."""
+    """Number of classes for which the patches selected by prototypes are plotted; 0: none."""
     clips: int = 64
-    """Clips that the encoder's statistics are taken over."""
+    """Number of clips used for the encoder's statistics."""
 
     def problems(self) -> list[str]:
         found = []

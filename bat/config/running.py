@@ -1,6 +1,6 @@
-"""The sections of the schema that say how a run runs: steps and checkpoints, hardware, health, log.
+"""Settings of how a run is executed: steps and checkpoints, hardware, health, log.
 
-Rules and precedence are told in ``schema.py``, which puts the sections together.
+Rules and precedence are described in ``schema.py``, which combines the sections.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ class Train:
     steps: int = 400_000
     """Optimiser steps."""
     accumulate: int = 1
-    """Micro-batches an optimiser step; follows from ``data.global_batch`` where that is given."""
+    """Micro-batches per optimiser step; derived from ``data.global_batch`` if that is set."""
     log_every: int = 50
-    """Steps between two lines of metrics."""
+    """Steps between lines of metrics."""
     save_every: int = 5_000
-    """Steps between two checkpoints."""
+    """Steps between checkpoints."""
     save_minutes: float = 30.0
-    """Minutes after which a checkpoint is written in any case; 0: by steps alone."""
+    """Minutes between checkpoints, in addition to those by steps; 0: by steps only."""
     keep: int = 3
-    """Latest checkpoints kept; ``last.ckpt`` is always there."""
+    """Number of latest checkpoints kept; ``last.ckpt`` always exists."""
     keep_every: int = 0
-    """Checkpoints of every so many steps are kept for good; 0: none."""
+    """Checkpoints at multiples of this number of steps are kept permanently; 0: none."""
 
     def problems(self) -> list[str]:
         found = []
@@ -44,24 +44,24 @@ class Train:
 
 @dataclass
 class Hardware:
-    """Handed to Lightning's Trainer."""
+    """Passed to Lightning's Trainer."""
 
     accelerator: str = "auto"
     devices: str = "auto"
     """A number, a list such as ``0,1`` or ``auto``."""
     num_nodes: int = 1
-    """Machines; 0: as many as Slurm gave (``SLURM_NNODES``)."""
+    """Number of nodes; 0: as many as Slurm allocated (``SLURM_NNODES``)."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """``fsdp``: FSDP2, weights, gradients, optimiser and teacher split among the devices."""
+    """``fsdp``: FSDP2, which shards weights, gradients, optimiser and teacher over the devices."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """``auto``: ``bf16-mixed`` on a GPU or CPU with bfloat16 arithmetic, else ``32-true``; in a run
-    that is continued, what it began with."""
+    """``auto``: ``bf16-mixed`` on a GPU or CPU with bfloat16 arithmetic, else ``32-true``; a
+    resumed run keeps the precision it began with."""
     compile: Literal["off", "blocks", "whole", "cudagraphs"] = "off"
-    """torch.compile: every block; or (``whole``) the front end and what the objective names, the
-    teacher and the student with its losses, as one graph each; or these replayed as CUDA graphs.
-    Probing and fine-tuning compile blocks in any case."""
+    """torch.compile of every block; or (``whole``) of the front end and the objective's graphs (the
+    teacher, and the student with its losses), one graph each; or these replayed as CUDA graphs.
+    Probing and fine-tuning always compile single blocks."""
     activation_checkpointing: bool = False
-    """Compute each block again in the backward pass instead of keeping what is inside it."""
+    """Recompute each block in the backward pass instead of storing its activations."""
 
     def problems(self) -> list[str]:
         found = []
@@ -77,24 +77,24 @@ class Hardware:
 
 @dataclass
 class Health:
-    """What is watched while a run runs; see docs/reliability.md."""
+    """Settings of the health checks during a run; see docs/reliability.md."""
 
     max_skipped: int = 5
-    """Steps of non-finite loss or gradient that are skipped; one more among 100 stops the run."""
+    """Steps of non-finite loss or gradient skipped among 100; one more stops the run."""
     collapse: Literal["off", "warn", "stop"] = "warn"
-    """Pre-training: what to do when teacher or student gives all clips the same representation."""
+    """Pre-training: action if teacher or student gives all clips the same representation."""
     collapse_every: int = 200
-    """Steps between two looks at that."""
+    """Steps between collapse checks."""
     min_rank: float = 2.0
-    """Effective rank below which a representation counts as collapsed."""
+    """Minimum effective rank; below it a representation counts as collapsed."""
     min_std: float = 0.05
-    """Its deviation between clips, in units of that between tokens, below which it does."""
+    """Minimum deviation between clips, in units of that between tokens; collapsed below it."""
     stall_seconds: float = 120.0
-    """A loader silent for so long is named, with the shards it sits on; 0: never."""
+    """Time without a batch after which a stall is reported with the shards being read; 0: never."""
     stall_stop_seconds: float = 1800.0
-    """After so long the run ends, to be resumed; 0: it waits for ever."""
+    """Time without a batch after which the run ends, to be resumed; 0: it waits forever."""
     slowdown: float = 0.5
-    """A warning below this fraction of the run's own median of clips a second; 0: never."""
+    """Warn below this fraction of the run's own median of clips per second; 0: never."""
 
     def problems(self) -> list[str]:
         found = []

@@ -1,11 +1,10 @@
-"""Every setting once: its name, type, default, unit and check.
+"""Defines every setting: its name, type, default, unit and check.
 
 Precedence: these defaults < fragments (``configs/``) < recipe (``recipes/``) < command line.
-The defaults are the paper's Base pre-training (docs/method.md 3); whatever a recipe does not say is
-said here. ``problems()`` of a section returns what is wrong with its values, in words; all of them
-are reported at once (``compose.py``). Plain dataclasses: importing this imports no torch; the
-settings of an objective lie beside it (``bat/objectives``) and are looked up when a ``Pretrain`` is
-made.
+The defaults are those of the paper's Base pre-training (docs/method.md 3). ``problems()`` of a
+section returns messages about invalid values; all are reported at once (``compose.py``). These are
+plain dataclasses and importing them does not import torch; the settings of an objective are defined
+beside it (``bat/objectives``) and looked up when a ``Pretrain`` is made.
 """
 
 from __future__ import annotations
@@ -20,24 +19,24 @@ from bat.config.sections import Augment, Data, Frontend, Model, Optim
 
 @dataclass
 class Online:
-    """Probes trained along a pre-training run, on the features of the encoder that the objective
-    names: the EMA teacher's, where there is one."""
+    """Online probes, trained during pre-training on the features of the objective's last encoder:
+    the EMA teacher, if there is one."""
 
     every: int = 0
-    """Optimiser steps between two probings (also at step 0, the random control); 0 is off."""
+    """Optimiser steps between probe runs (also at step 0, the random-init baseline); 0 is off."""
     methods: list[str] = field(default_factory=lambda: ["cgp"])
     root: str | None = None
-    """Labelled set as ``online.task`` reads it; neither this nor ``shards``: the training set."""
+    """Labelled set, read by ``online.task``; without this and ``shards``: the training set."""
     shards: list[str] = field(default_factory=list)
     task: str | None = None
     """Task of ``root`` / ``shards``; null: the run's own."""
     folds: int = 1
-    """Folds held out in turn (at most the task's own number)."""
+    """Number of folds held out in turn (at most the task's)."""
     max_clips: int = 2_000
     steps: int = 200
     batch: int = 48
     lr: float = 2e-2
-    """High, so that a short probing converges."""
+    """Learning rate; high, so that a short probe run converges."""
     weight_decay: float = 0.05
     head: Head = field(default_factory=lambda: Head(prototypes=500))
 
@@ -60,11 +59,11 @@ class Online:
 
 
 OBJECTIVE = "masked_latent"
-"""The objective where none is named."""
+"""Objective used if none is named."""
 
 
 def objective_settings(name: str) -> Any:
-    """The default settings of objective ``name``; imports it, and torch."""
+    """Returns the default settings of objective ``name``; imports it and torch."""
     from bat.objectives.base import find_objective
 
     return find_objective(name).Config(name=name)
@@ -72,11 +71,11 @@ def objective_settings(name: str) -> Any:
 
 @dataclass
 class Pretrain:
-    """``bat-pretrain``"""
+    """Settings of ``bat-pretrain``."""
 
     recipe: str = ""
     out: str | None = None
-    """Run folder; null: ``runs/pretrain-RECIPE``. An existing run there is continued."""
+    """Run folder; null: ``runs/pretrain-RECIPE``. An existing run there resumes."""
     task: str = "audioset"
     """File in ``bat/tasks`` that reads ``data.root`` and names the labels."""
     seed: int = 0
@@ -95,7 +94,7 @@ class Pretrain:
     def problems(self) -> list[str]:
         front = self.frontend
         if min(self.model.patch, front.hop_length, front.sample_rate) < 1:
-            return []  # said by the sections themselves
+            return []  # reported by the sections themselves
         found = []
         for name, axis in (("frames", "time"), ("n_mels", "frequency")):
             size = getattr(self.frontend, name)
@@ -108,7 +107,7 @@ class Pretrain:
         if not found:
             found += self.objective.problems_with(width=self.model.width, tokens=tokens)
         given = 1 + int(self.data.clip_seconds * front.sample_rate) // front.hop_length
-        if given > front.frames + 1:  # one more is cut off, as in probing
+        if given > front.frames + 1:  # one more is omitted, as in probing
             found.append(
                 f"data.clip_seconds={self.data.clip_seconds} makes {given} frames, more than "
                 f"frontend.frames={front.frames}: the rest would be cut off; shorten the "
@@ -126,39 +125,39 @@ class Pretrain:
 
 @dataclass
 class Supervised:
-    """What ``bat-probe`` and ``bat-finetune`` share."""
+    """Settings shared by ``bat-probe`` and ``bat-finetune``."""
 
     recipe: str = ""
     out: str | None = None
     """Run folder; null: ``runs/COMMAND-RECIPE-CHECKPOINT`` (probes: without the recipe's name
-    for ``data.csv``). An existing run there is continued."""
+    for ``data.csv``). An existing run there resumes."""
     checkpoint: str | None = None
-    """A run folder, an export folder or a weight file; ``random``: the untrained control
-    (``random:RUN`` takes its shape from a run or export, ``random:S`` from a model fragment)."""
+    """A run folder, an export folder or a weight file; ``random``: the random-init
+    baseline (``random:RUN`` has the shape of a run or export, ``random:S`` of a model fragment)."""
     weights: Literal["student", "teacher"] = "student"
     heads: int | None = None
-    """Attention heads of a file that does not say; null: width / 64."""
+    """Attention heads, for a file that does not state them; null: width / 64."""
     task: str = "esc50"
     seed: int = 0
     folds: list[int] | None = None
-    """Folds held out in turn; null: all of the task's."""
+    """Number of folds held out in turn; null: all of the task's."""
     level: Literal["clip", "frame"] = "clip"
-    """``frame``: one output a time patch, for events and tokens; averaged over time for labels of
+    """``frame``: one output per time patch, for events and tokens; averaged over time for labels of
     whole clips."""
     loss: Literal["task", "ce", "bce", "asl"] = "task"
     frames: int | None = None
-    """Frames of every clip; null: the task's number; of a user's own data, which has none, each
-    clip's own (nothing of the padding is attended to, the batch changes nothing)."""
+    """Frames of every clip; null: the task's number, or for custom data, which has none, each
+    clip's own (padding is not attended to, and results do not depend on the batch)."""
     pad: Literal["checkpoint", "spectrogram", "waveform", "clip"] = "checkpoint"
-    """What short clips are padded in: zero frames (``spectrogram``), zero samples to the last frame
+    """Padding of short clips: zero frames (``spectrogram``), zero samples to the last frame
     (``waveform``), or zero samples to ``data.clip_seconds``, then zero frames (``clip``, the
     paper's supervised tasks); ``checkpoint``: as the encoder was trained."""
     pad_offset: Literal["start", "random"] = "start"
-    """Where a short training clip begins in its window; ``random`` wants the waveform padded
+    """Start of a short training clip in its window; ``random`` requires padding of the waveform
     (``pad=clip`` or ``waveform``)."""
     statistics: str | None = None
-    """Data set whose mean and deviation a Kaldi front end uses; null: the checkpoint's own, and of
-    EAT's, SSLAM's or BEATs's files, which do not say, those of the task's data set."""
+    """Data set whose mean and deviation a Kaldi front end uses; null: the checkpoint's own, or
+    for EAT, SSLAM and BEATs files, which do not state it, those of the task's data set."""
     data: Data = field(default_factory=lambda: Data(batch=48, workers=2, roll=False))
     head: Head = field(default_factory=Head)
     hardware: Hardware = field(default_factory=Hardware)
@@ -170,23 +169,23 @@ PROBE_LR = 1e-3
 
 @dataclass
 class Probe(Supervised):
-    """``bat-probe``. ``checkpoint`` may name several, as ``A,B,random``."""
+    """Settings of ``bat-probe``. ``checkpoint`` may name several encoders, as in ``A,B,random``."""
 
     methods: list[str] = field(default_factory=lambda: ["cgp"])
     """Probes trained side by side on the same features; ``--method cgp,linear``, ``all``."""
     seeds: int = 1
-    """Trainings of each probe, ``seed`` and the numbers after it: initialisation and dropout. The
-    order of the clips is that of ``seed``, so that all share each batch of features."""
+    """Trainings of each probe, with ``seed`` and the numbers after it for initialisation and
+    dropout. The order of clips depends on ``seed`` alone, so all share each batch of features."""
     control: Literal["none", "permuted"] = "none"
-    """``permuted``: every clip gets another clip's labels: what is left is chance."""
+    """``permuted``: permuted labels, every clip gets another clip's; results show chance level."""
     bootstrap: int = 1_000
-    """Resamples of the held-out clips for confidence intervals; 0: none."""
+    """Bootstrap resamples of the held-out clips for confidence intervals; 0: none."""
     confidence: float = 0.95
     finetuned: list[str] = field(default_factory=list)
-    """What fine-tuning reaches, for each of ``checkpoint`` in order: a run of bat-finetune, a
-    number in percent, or ``none``; shows the gap."""
+    """Fine-tuning result for each of ``checkpoint`` in order, to show the gap: a run of
+    bat-finetune, a number in percent, or ``none``."""
     heads_of: Literal["first", "all", "none"] = "first"
-    """Trained heads written down: those of the first seed, of all, or of none."""
+    """Trained heads that are saved: those of the first seed, of all, or of none."""
     protocol: Protocol = field(default_factory=Protocol)
     features: FeatureStore = field(default_factory=FeatureStore)
     insight: Insight = field(default_factory=Insight)
@@ -262,12 +261,12 @@ class Probe(Supervised):
 
 @dataclass
 class Finetune(Supervised):
-    """``bat-finetune``"""
+    """Settings of ``bat-finetune``."""
 
     method: str = "linear"
-    """The head on the encoder: any probe; ``linear`` is the paper's."""
+    """Head on the encoder: any probe; ``linear`` is the paper's."""
     drop_path: float = 0.1
-    """Rate of the last block; rises linearly from 0 at the first."""
+    """Drop-path rate of the last block; rises linearly from 0 at the first."""
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(
         default_factory=lambda: Optim(lr=5e-5, layer_decay=0.75, decay="matrices", warmup_steps=400)
@@ -284,7 +283,7 @@ class Finetune(Supervised):
 
 
 def _labelled(data: Data) -> list[str]:
-    """Settings of the stream that make no sense where clips are held out by fold or split."""
+    """Returns stream settings that do not apply to data held out by fold or split."""
     return [
         f"data.{name} is for bat-pretrain: leave it away"
         for name in ("labels", "mix")

@@ -1,6 +1,6 @@
-"""The sections of the schema that say what is computed: model, front end, data, optimiser.
+"""Settings of what is computed: model, front end, data, optimiser.
 
-Rules and precedence are told in ``schema.py``, which puts the sections together.
+Rules and precedence are described in ``schema.py``, which combines the sections.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Model:
     norm_order: Literal["post", "pre"] = "post"
     pos_layout: Literal["reference", "grid"] = "reference"
     drop_path: float = 0.0
-    """Rate of the last block; rises linearly from 0 at the first."""
+    """Drop-path rate of the last block; rises linearly from 0 at the first."""
     attention: Literal["auto", "flash", "cudnn", "sdpa", "eager"] = "auto"
 
     def problems(self) -> list[str]:
@@ -58,10 +58,10 @@ class Frontend:
     frames: int = 1024
     """Frames of one clip, a multiple of the patch: 10 s -> 1024, 5 s -> 512."""
     pad: Literal["spectrogram", "waveform", "clip"] = "spectrogram"
-    """What short clips are padded in; ``clip``: zero samples to ``data.clip_seconds``, then zero
+    """Padding of short clips; ``clip``: zero samples to ``data.clip_seconds``, then zero
     frames."""
     statistics: str = "audioset"
-    """Data set whose mean and deviation the legacy front ends subtract and divide by."""
+    """Data set whose mean and deviation the legacy front ends use to standardise."""
 
     def problems(self) -> list[str]:
         found = []
@@ -83,60 +83,60 @@ class Frontend:
 
 @dataclass
 class Data:
-    """Where clips come from and how many a step takes."""
+    """Source of the clips and batch sizes."""
 
     root: str | None = None
-    """Folder of audio as the task reads it, where it lies."""
+    """Folder of audio in the layout of the task, read in place."""
     csv: str | None = None
-    """Audio of your own, where it lies: a CSV with the columns path, label or labels (pre-training:
+    """Custom data, read in place: a CSV with the columns path, label or labels (pre-training:
     optional), and optional split or fold, onset and offset (see ``bat/tasks/own.py``)."""
     shards: list[str] = field(default_factory=list)
     """Folders of shards, globs, ``shard-{00000..00041}.tar``, or URLs of such; one or several."""
     mix: list[float] = field(default_factory=list)
-    """Share of each of ``shards`` in the stream; empty: one set, each clip once an epoch."""
+    """Share of each of ``shards`` in the stream; empty: one set, each clip once per epoch."""
     split: str = "auto"
     """Train on the clips of this split, or of several: ``a,b``. ``auto``: ``train``; pre-training
-    takes AudioSet's ``train-unbalanced`` where there is no ``train``, and ``all`` for all clips."""
+    uses AudioSet's ``train-unbalanced`` if there is no ``train``; ``all``: all clips."""
     labels: Literal["same", "drop", "folders"] = "same"
     """Pre-training. ``drop``: read sets with different labels together, without them; ``folders``:
-    with task=folder the names of the folders in ``root`` are classes (else they are no labels)."""
+    with task=folder the names of the folders in ``root`` are classes (otherwise ignored)."""
     cache: str = "runs/shards"
-    """Where lengths of the files of ``root`` and ``csv``, and copies of remote shards, are kept."""
+    """Folder of cached file lengths (of ``root`` and ``csv``) and of copies of remote shards."""
     cache_gb: float = 100.0
-    """Disk for copies of remote shards; the least recently used one makes room."""
+    """Disk space for copies of remote shards; the least recently used are deleted first."""
     retries: int = 5
-    """Tries without progress before a remote shard counts as unreachable."""
+    """Attempts without progress before a remote shard counts as unreachable."""
     timeout_seconds: float = 30.0
-    """How long a server of remote shards may be silent."""
+    """Time that a server of remote shards may be silent."""
     redirects: list[str] = field(default_factory=list)
-    """Hosts that such a server may lead to, besides itself: ``[cdn.org, "*.cdn.org"]``."""
+    """Hosts that such a server may redirect to, besides itself: ``[cdn.org, "*.cdn.org"]``."""
     shuffle: Literal["auto", "exact", "window"] = "auto"
-    """``exact``: an even permutation of each epoch; ``window``: shards in a random order, clips
+    """``exact``: a uniform permutation of each epoch; ``window``: shards in a random order, clips
     shuffled within a window (slow disks); ``auto``: ``exact`` unless shards are remote."""
     window: int = 8192
-    """Clips of a shuffle window."""
+    """Clips per shuffle window."""
     balance: Literal["none", "class"] = "none"
-    """``class``: clips drawn by one over the count of their classes (docs/method.md 5)."""
+    """``class``: clips drawn with inverse class frequency (docs/method.md 5)."""
     epoch_clips: int | None = None
-    """Clips of an epoch, drawn without replacement; null: all."""
+    """Clips per epoch, drawn without replacement; null: all."""
     clip_seconds: float = 10.0
     batch: int = 24
-    """Clips a device and micro-batch; at most so many where ``global_batch`` is given."""
+    """Clips per device and micro-batch; the maximum if ``global_batch`` is set."""
     global_batch: int | None = None
-    """Clips an optimiser step, kept whatever the number of devices; null: batch x accumulate x
+    """Clips per optimiser step, whatever the number of devices; null: batch x accumulate x
     devices."""
     workers: int = 4
-    """Loader processes a device; 0 decodes in the training process."""
+    """Loader processes per device; 0 decodes in the training process."""
     roll: bool = True
     """Circular roll of each training clip by a random offset."""
     min_seconds: float = 0.0
-    """Shorter clips count as unreadable."""
+    """Minimum clip length; shorter clips count as unreadable."""
     max_seconds: float = 3600.0
-    """Longer files count as unreadable ("long"), whatever part of them is wanted."""
+    """Maximum file length; longer files count as unreadable ("long"), whatever part is used."""
     max_bad: float = 0.05
     """Fraction of unreadable clips above which the run stops."""
     cache_waves_gb: float = 0.0
-    """Decoded clips kept in memory, up to this many GB a loader process (small data sets)."""
+    """Memory for decoded clips, in GB per loader process (small data sets)."""
 
     def problems(self) -> list[str]:
         found = []
@@ -190,16 +190,16 @@ class Optim:
     eps: float = 1e-8
     weight_decay: float = 0.05
     decay: Literal["all", "matrices"] = "all"
-    """What decays: ``all`` parameters (the paper's pre-training) or ``matrices`` only."""
+    """Parameters with weight decay: ``all`` (the paper's pre-training) or ``matrices`` only."""
     layer_decay: float = 1.0
     """Factor from one block to the one below it (fine-tuning: 0.75); 1 is off."""
     warmup_steps: int = 53_000
     min_lr: float = 1e-6
     clip_norm: float | None = None
-    """Largest global gradient norm; None is no clipping."""
+    """Maximum global gradient norm; None: no clipping."""
 
     def notes(self, steps: int) -> list[str]:
-        """What the user of a run of so many optimiser steps should know."""
+        """Returns warnings about these settings for a run of ``steps`` optimiser steps."""
         if self.warmup_steps <= steps:
             return []
         return [
@@ -232,7 +232,7 @@ class Optim:
 
 @dataclass
 class Augment:
-    """Fine-tuning only. ``data.roll`` rolls waves, each by its own offset."""
+    """Augmentation of fine-tuning. ``data.roll`` rolls waves, each by its own offset."""
 
     time_roll: bool = False
     """One circular shift along time for all spectrograms of a batch."""

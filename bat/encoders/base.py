@@ -1,4 +1,4 @@
-"""The base classes of encoders: waveforms in, the tokens of all blocks out."""
+"""Base classes of encoders, which map waveforms to the tokens of all blocks."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from bat.types import Features, Grid, Views
 
 
 class Encoder(nn.Module, abc.ABC):
-    """An audio encoder: waveforms in, the tokens of all blocks out.
+    """Base class of audio encoders, which map waveforms to the tokens of all blocks.
 
-    It sees time in steps of ``hop_seconds`` ("time patches", T of them) and frequency in F patches;
-    an encoder without a frequency axis has F = 1. How to write one: docs/add_an_encoder.md.
+    It divides time in steps of ``hop_seconds`` ("time patches", T of them) and frequency in F
+    patches; an encoder without a frequency axis has F = 1. Guide: docs/add_an_encoder.md.
 
-    Attributes: ``sample_rate`` (Hz), ``width`` D, ``depth`` L (blocks whose tokens it gives),
-    ``has_cls`` (whether it has a class token), ``has_queries`` (whether ``query_blocks`` is
-    there), ``heads`` (of attention, or None), ``max_patches`` (time patches that it takes at once:
-    of longer clips it encodes one chunk after the other; None: no limit).
+    Attributes: ``sample_rate`` (Hz), ``width`` D, ``depth`` L (blocks whose tokens it returns),
+    ``has_cls`` (it has a class token), ``has_queries`` (it implements ``query_blocks``), ``heads``
+    (of attention, or None), ``max_patches`` (maximum time patches at once: longer clips are encoded
+    in chunks; None: no limit).
     """
 
     sample_rate: int
@@ -49,23 +49,23 @@ class Encoder(nn.Module, abc.ABC):
     def inputs(
         self, waveform: Tensor, lengths: Tensor | None = None, *, frames: int | None = None
     ) -> Tensor:
-        """(B, S) or (S,) at ``sample_rate`` -> what ``features`` takes, (B, ...), float32.
+        """Maps (B, S) or (S,) at ``sample_rate`` to the input of ``features``, (B, ...), float32.
 
-        The part that is not trained and runs without autocast: a log-mel, or the samples scaled.
+        This part is not trained and runs without autocast: a log-mel, or the scaled samples.
 
         Args:
             waveform: one clip a row, padded on the right.
-            lengths: (B,) samples of each row; None: all S. Row i is what clip i gives alone, in the
-                part that ``first(inputs, time_patches(lengths[i]))`` keeps.
-            frames: give each clip exactly so many frames (``SpectrogramEncoder``).
+            lengths: (B,) samples of each row; None: all S. Row i equals clip i encoded alone, in
+                the part that ``first(inputs, time_patches(lengths[i]))`` keeps.
+            frames: cut or pad each clip to this number of frames (``SpectrogramEncoder``).
         """
 
     @abc.abstractmethod
     def features(self, inputs: Tensor, *, entry: bool = False) -> Features:
-        """``inputs`` of clips of one length -> the tokens of all blocks.
+        """Returns the tokens of all blocks for ``inputs`` of clips of one length.
 
-        ``entry``: also what enters the first block, and each chunk's class tokens; asked of
-        encoders with ``has_queries`` alone.
+        ``entry``: also return the input of the first block and each chunk's class tokens; only for
+        encoders with ``has_queries``.
         """
 
     @overload
@@ -76,39 +76,39 @@ class Encoder(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def time_patches(self, samples: int | Tensor) -> int | Tensor:
-        """Time patches T of clips of so many samples that are encoded alone, at least 1."""
+        """Returns the time patches T of clips of ``samples`` samples encoded alone, at least 1."""
 
     @abc.abstractmethod
     def first(self, inputs: Tensor, patches: int) -> Tensor:
-        """The part of ``inputs`` that the first ``patches`` time patches are made of."""
+        """Returns the part of ``inputs`` that the first ``patches`` time patches are made of."""
 
     @classmethod
     @abc.abstractmethod
     def from_weights(
         cls, state: Mapping[str, Tensor], *, config: dict[str, Any] | None, heads: int | None
     ) -> Self:
-        """Build from a state dict, strictly. ``config`` None: shape read off the tensors."""
+        """Builds from a state dict, strictly. ``config`` None: infer the shape from the tensors."""
 
     @abc.abstractmethod
     def config(self) -> dict[str, Any]:
-        """Keywords that build this encoder again (JSON values)."""
+        """Returns keywords that rebuild this encoder (JSON values)."""
 
     def layer_of(self, name: str) -> int:
-        """Layer of parameter ``name`` for layer-wise learning rates: 0 the embedding, b + 1 block
-        b, L + 1 the rest. Here: ``blocks.B.*`` by their number, the rest is the embedding."""
+        """Returns the layer of parameter ``name`` for layer-wise rates: 0 embedding, b + 1 block b,
+        L + 1 the rest. Default: ``blocks.B.*`` by their number, others are the embedding."""
         found = re.match(r"blocks\.(\d+)\.", name)
         return int(found[1]) + 1 if found else 0
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that never decay in fine-tuning, besides the 1-D ones."""
+        """Returns names of parameters without decay in fine-tuning, besides the 1-D ones."""
         return set()
 
     def query_blocks(self, queries: Tensor, features: Features) -> Tensor:
-        """``queries`` (L, q, D) through the frozen blocks, (L, B, q, D): those of block l read the
-        tokens that enter it, and no token reads them. Gradients reach the queries alone.
+        """Runs ``queries`` (L, q, D) through the frozen blocks -> (L, B, q, D). Queries of block l
+        attend to the tokens that enter it, no token attends to them; only queries get gradients.
 
-        ``features``: of ``features(..., entry=True)``. Raises ``UserError`` where it is not
-        defined.
+        ``features``: result of ``features(..., entry=True)``. Raises ``UserError`` if the encoder
+        does not define it.
         """
         raise UserError(
             f"{type(self).__name__} has no query_blocks: vqt is not defined for this encoder"
@@ -117,15 +117,15 @@ class Encoder(nn.Module, abc.ABC):
     def forward(
         self, waveform: Tensor, lengths: Tensor | None = None, *, frames: int | None = None
     ) -> Features:
-        """(B, S) float32 at ``sample_rate`` -> ``Features`` of all blocks.
+        """Maps (B, S) float32 at ``sample_rate`` to ``Features`` of all blocks.
 
         Args:
             waveform: one clip a row, padded on the right.
-            lengths: (B,) samples of each row; None: all S. Clips of several lengths do not see
-                each other's padding: row i is what clip i gives alone (up to rounding), in its
-                first ``valid[i]`` time patches, and zero after them.
-            frames: give each clip exactly so many, cut or padded with zero frames, which the
-                encoder attends to as it does to sound (the papers' protocol).
+            lengths: (B,) samples of each row; None: all S. Padding of clips of several
+                lengths has no effect: row i equals clip i encoded alone (up to rounding) in its
+                first ``valid[i]`` time patches, and is zero after them.
+            frames: cut or pad each clip to this number with zero frames, which the encoder
+                attends to as it does to sound (the papers' protocol).
         """
         inputs = self.inputs(waveform, lengths, frames=frames)
         if frames is not None or lengths is None:
@@ -137,11 +137,11 @@ class Encoder(nn.Module, abc.ABC):
     def features_alone(
         self, inputs: Tensor, patches: Tensor, *, total: int | None = None, entry: bool = False
     ) -> Features:
-        """``features`` of clips of several lengths, none seeing the padding of its row.
+        """Returns ``features`` of clips of several lengths, without effect of their padding.
 
-        Rows of equal length run together. ``patches`` (B,): time patches of each row of ``inputs``
-        that are the clip's own, at least 1. ``total``: the T of what is returned, at least
-        ``patches.max()``, which it is by default.
+        Rows of equal length run together. ``patches`` (B,): valid time patches of each row of
+        ``inputs``, at least 1. ``total``: T of the result, at least ``patches.max()``, the
+        default.
         """
         extra = {"entry": True} if entry else {}
         of_row = patches.tolist()
@@ -152,8 +152,8 @@ class Encoder(nn.Module, abc.ABC):
         whole: dict[str, Tensor] = {}
 
         def put(name: str, part: Tensor | None, rows: Tensor, axis: int, size: int) -> None:
-            """``part`` to its ``rows`` along ``axis`` of a tensor of all clips, whose next axis has
-            ``size`` entries, zero where ``part`` has none."""
+            """Writes ``part`` to its ``rows`` along ``axis`` of a zero tensor of all clips; the
+            next axis has ``size`` entries."""
             if part is None:
                 return
             if name not in whole:
@@ -178,10 +178,10 @@ class Encoder(nn.Module, abc.ABC):
 
 
 class SpectrogramEncoder(Encoder):
-    """An encoder of square patches of a spectrogram.
+    """Base class of encoders of square spectrogram patches.
 
     Attributes: ``frontend`` (waveform to (B, 1, frames, mels), such as ``bat.audio.LogMel``),
-    ``patch`` (frames and mel bins a side), ``grid`` (patches of one chunk: longer clips are cut).
+    ``patch`` (frames and mel bins a side), ``grid`` (patches of one chunk; longer clips are split).
     """
 
     frontend: nn.Module
@@ -190,7 +190,7 @@ class SpectrogramEncoder(Encoder):
 
     @property
     def max_patches(self) -> int:  # type: ignore[override]
-        """Time patches of a chunk."""
+        """Time patches per chunk."""
         return self.grid.time
 
     @property
@@ -201,10 +201,10 @@ class SpectrogramEncoder(Encoder):
     def inputs(
         self, waveform: Tensor, lengths: Tensor | None = None, *, frames: int | None = None
     ) -> Tensor:
-        """(B, S) or (S,) at ``sample_rate`` -> (B, 1, frames, mels) float32.
+        """Maps (B, S) or (S,) at ``sample_rate`` to (B, 1, frames, mels) float32.
 
-        ``frames`` None: as many as S samples give, rounded up to whole patches; row i then is what
-        it is alone, in its first ``time_patches(lengths[i])`` patches, and zero after them.
+        ``frames`` None: as many as S samples give, rounded up to whole patches; row i then equals
+        clip i alone in its first ``time_patches(lengths[i])`` patches, and is zero after them.
         """
         waveform = torch.atleast_2d(waveform)
         if waveform.dim() != 2:
@@ -224,20 +224,20 @@ class SpectrogramEncoder(Encoder):
     def time_patches(self, samples: Tensor) -> Tensor: ...
 
     def time_patches(self, samples: int | Tensor) -> int | Tensor:
-        """Time patches of clips of so many samples that are encoded alone; the last one may be
+        """Returns the time patches of clips of ``samples`` samples encoded alone; the last may be
         partly zero frames."""
         front: Any = self.frontend
         return -(-front.valid_frames(front.padded_samples(samples)) // self.patch)
 
     def first(self, inputs: Tensor, patches: int) -> Tensor:
-        """(B, 1, frames, mels) -> the frames of the first ``patches`` time patches."""
+        """Returns the frames of the first ``patches`` time patches of (B, 1, frames, mels)."""
         return inputs[:, :, : patches * self.patch]
 
 
 class MaskableEncoder(SpectrogramEncoder):
-    """An encoder of patches that can be given a part of them: what objectives that hide patches
-    may ask of it besides. ``gate``, ``pos_layout`` and ``attention`` are what a decoder of the same
-    kind is built with (``bat.nn.decoder``)."""
+    """Base class of encoders that can encode a part of the patches, as masking objectives
+    require. ``gate``, ``pos_layout`` and ``attention`` are settings for a decoder of the same kind
+    (``bat.nn.decoder``)."""
 
     gate: bool = False
     pos_layout: PosLayout = "grid"
@@ -245,19 +245,19 @@ class MaskableEncoder(SpectrogramEncoder):
 
     @abc.abstractmethod
     def embed(self, spectrogram: Tensor) -> Tensor:
-        """(B, 1, frames, mels) -> (B, N, D) patch tokens with their position code."""
+        """Embeds (B, 1, frames, mels) as (B, N, D) patch tokens with their position code."""
 
     @abc.abstractmethod
     def layers(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Run the blocks over (B, n, D) embedded tokens, the class token put in front.
+        """Runs the blocks over (B, n, D) embedded tokens with the class token prepended.
 
-        Yields, block after block, the end-of-block tokens and the MLP outputs, both
+        Yields the end-of-block tokens and the MLP outputs of each block, both
         (B, 1 + n, D), so that a caller keeps only what it needs.
         """
 
     @abc.abstractmethod
     def encode_views(self, spectrogram: Tensor, views: Views) -> tuple[Tensor, Tensor]:
-        """Masked views: (B, 1, frames, mels) and ``rows = B * V`` masks, clip-major ->
+        """Encodes masked views: (B, 1, frames, mels) and ``rows = B * V`` masks, clip-major ->
         last-block class tokens (rows, D) and visible patch tokens (rows, n, D)."""
 
 
@@ -272,10 +272,10 @@ def make_frontend(
     clip_seconds: float | None = None,
     statistics: str = "audioset",
 ) -> nn.Module:
-    """The front end ``kind``: ``bat`` (LogMel) or a legacy Kaldi one, ``eat`` or ``beats``.
+    """Builds the front end ``kind``: ``bat`` (LogMel) or a legacy Kaldi one, ``eat`` or ``beats``.
 
-    ``clip_seconds``: with ``pad="clip"``. Raises ``UserError`` for a setting of another type or out
-    of its range.
+    ``clip_seconds``: for ``pad="clip"``. Raises ``UserError`` for a setting of the wrong type or
+    out of range.
     """
     check_settings(
         "frontend",
@@ -319,19 +319,19 @@ def make_frontend(
 
 
 def find_encoder(name: str) -> type[Encoder]:
-    """The class of encoder ``name``: a file of ``bat/encoders``, or a dotted ``module.Class`` that
-    is imported. Raises ``UserError`` listing the known ones."""
+    """Returns the class of encoder ``name``: a file of ``bat/encoders``, or a dotted
+    ``module.Class`` that is imported. Raises ``UserError`` listing the known ones."""
     return registry.find_class(name, Encoder, folder="encoders", key="encoder")  # type: ignore[type-abstract]
 
 
 Range = type[bool] | tuple[str, ...] | tuple[type[int] | type[float], float, float]
-"""What a setting may be: true or false, one of some words, or a number from least to most."""
+"""Range of a setting: a boolean, one of some words, or a number from minimum to maximum."""
 
 
 def check_settings(what: str, given: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
-    """Raise ``UserError`` for each setting that ``ranges`` does not have, or is out of its range.
+    """Raises ``UserError`` for each setting that is not in ``ranges`` or out of its range.
 
-    ``what``: whose settings they are, for the message.
+    ``what``: owner of the settings, for the message.
     """
     problems = []
     for name, value in given.items():
@@ -361,7 +361,7 @@ def _shown(value: Any) -> str:
 
 
 def keywords_of(cls: Callable[..., Any], given: Any, what: str) -> dict[str, Any]:
-    """``given``, if it is a mapping of keywords that ``cls`` takes. Raises ``UserError``."""
+    """Returns ``given`` if it is a mapping of keywords of ``cls``, else raises ``UserError``."""
     known = inspect.signature(cls).parameters
     if not isinstance(given, Mapping):
         raise UserError(f"{what} is a {type(given).__name__}, not settings by name")
@@ -372,8 +372,8 @@ def keywords_of(cls: Callable[..., Any], given: Any, what: str) -> dict[str, Any
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """``load_state_dict`` that lists every missing, unexpected and misshapen name, and those that
-    are not floating point, or loads all."""
+    """Loads a state dict, or raises an error that lists every missing, unexpected, misshapen and
+    non-floating-point name."""
     own = module.state_dict()
     problems = [f"missing: {n} {tuple(own[n].shape)}" for n in own if n not in state]
     problems += [f"unexpected: {n[:200]} {tuple(state[n].shape)}" for n in state if n not in own]

@@ -2,17 +2,17 @@
 
 16 x 16 patches of the log-mel -> linear embedding -> fixed sin-cos position code -> visible tokens
 kept -> class token (no code) -> LayerNorm -> L gated blocks. State-dict names are the paper's.
-Clips longer than the position table are cut into chunks of its length, each run on its own from
+Clips longer than the position table are cut into chunks of its length, each encoded separately from
 position 0; patch tokens are concatenated along time, class tokens averaged (unweighted).
 
-Patches are embedded once a clip and gathered per view: V views cost one embedding, not V.
+Patches are embedded once per clip and gathered per view: V views cost one embedding, not V.
 
-``query_blocks`` runs a few learned tokens through the frozen blocks. They read the tokens and no
-token reads them, so the tokens are not computed again. Nor are their keys and values made:
+``query_blocks`` runs a few learned tokens through the frozen blocks. They attend to the tokens and
+no token attends to them, so the tokens are not recomputed. Keys and values are not computed either:
 ``q . (W_k z) = (W_k^T q) . z`` and ``sum_i w_i W_v z_i = W_v sum_i w_i z_i``, which is
-2 n q H D multiplications a block instead of 2 n D^2 (a sixth at q = 10, H = 12, D = 768) and leaves
-nothing of the tokens' size to keep for the backward pass. The key bias shifts all scores of a query
-alike and drops out.
+2 n q H D multiplications a block instead of 2 n D^2 (a sixth at q = 10, H = 12, D = 768) and stores
+nothing of the tokens' size for the backward pass. The key bias shifts all scores of a query equally
+and cancels.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from bat.nn.embed import PatchEmbed, PosLayout, position_code
 from bat.types import Features, Grid, Views
 
 HEAD_WIDTH = 64
-"""Channels a head where a file does not say its number of heads."""
+"""Channels per head for files that do not state the number of heads."""
 MAX_DEPTH, MAX_TOKENS = 512, 1 << 20
 SETTINGS: dict[str, Range] = {
     "width": (int, 4, 16_384),
@@ -58,7 +58,7 @@ SETTINGS: dict[str, Range] = {
     "drop_path": (float, 0, 0.999),
     "attention": get_args(Backend),
 }
-"""What each setting but ``grid`` and ``frontend`` may be; ``layer_scale`` may be None besides."""
+"""Ranges of settings, except ``grid`` and ``frontend``; ``layer_scale`` may also be None."""
 
 
 class BAT(MaskableEncoder):
@@ -87,7 +87,7 @@ class BAT(MaskableEncoder):
     ) -> None:
         """``grid``: patches of one chunk. ``frontend``: keywords of ``make_frontend``.
 
-        Raises ``UserError`` for a setting of another type or out of its range (``SETTINGS``).
+        Raises ``UserError`` for a setting of the wrong type or out of range (``SETTINGS``).
         """
         super().__init__()
         self._config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -124,9 +124,9 @@ class BAT(MaskableEncoder):
         init_linears(self)
 
     def embed(self, spectrogram: Tensor) -> Tensor:
-        """(B, 1, frames, mels) -> (B, N, D) patch tokens with their position code.
+        """Embeds (B, 1, frames, mels) as (B, N, D) patch tokens with their position code.
 
-        ``frames`` may be shorter than the grid's (the first rows of the code are used), not longer.
+        ``frames`` must not exceed the grid's; for fewer, the first rows of the code are used.
         """
         time, freq = self._patches(spectrogram)
         if time > self.grid.time:
@@ -135,14 +135,14 @@ class BAT(MaskableEncoder):
         return x + self.pos_embed[:, : time * freq]  # type: ignore[index]
 
     def enter(self, tokens: Tensor) -> Tensor:
-        """(B, n, D) embedded tokens -> what enters the first block, (B, 1 + n, D)."""
+        """Maps (B, n, D) embedded tokens to the input of the first block, (B, 1 + n, D)."""
         cls = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         return self.pre_norm(torch.cat([cls, tokens], dim=1))
 
     def layers(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Run the blocks over (B, n, D) embedded tokens, the class token put in front.
+        """Runs the blocks over (B, n, D) embedded tokens with the class token prepended.
 
-        Yields, block after block, the end-of-block tokens and the MLP outputs, both
+        Yields the end-of-block tokens and the MLP outputs of each block, both
         (B, 1 + n, D), so that a caller keeps only what it needs.
         """
         x = self.enter(tokens)
@@ -151,18 +151,18 @@ class BAT(MaskableEncoder):
             yield x, mlp
 
     def encode_views(self, spectrogram: Tensor, views: Views) -> tuple[Tensor, Tensor]:
-        """Masked views: (B, 1, frames, mels) and ``rows = B * V`` masks, clip-major ->
+        """Encodes masked views: (B, 1, frames, mels) and ``rows = B * V`` masks, clip-major ->
         last-block class tokens (rows, D) and visible patch tokens (rows, n, D)."""
         tokens = self.embed(spectrogram)  # (B, N, D), once a clip
         rows, n = views.keep_ids.shape
         x = take(tokens, views.keep_ids.view(len(tokens), -1))  # (B, V n, D)
         x = x.view(rows, n, -1)
         for out, _mlp in self.layers(x):
-            x = out  # only the last block's is wanted
+            x = out  # only the last block's output is used
         return x[:, 0], x[:, 1:]
 
     def features(self, spectrogram: Tensor, *, entry: bool = False) -> Features:
-        """(B, 1, frames, mels) of any length -> ``Features`` of all blocks."""
+        """Maps (B, 1, frames, mels) of any length to ``Features`` of all blocks."""
         _, freq = self._patches(spectrogram)
         step = self.grid.time * self.patch
         patches, classes, entries = [], [], []
@@ -184,7 +184,7 @@ class BAT(MaskableEncoder):
         )
 
     def query_blocks(self, queries: Tensor, features: Features) -> Tensor:
-        """See ``Encoder.query_blocks``; of a long clip the mean over its chunks."""
+        """See ``Encoder.query_blocks``; for a long clip the mean over its chunks."""
         if features.valid is not None:
             return self._query_alone(queries, features, features.valid)
         patches, cls, entry, pieces, _ = features
@@ -204,7 +204,7 @@ class BAT(MaskableEncoder):
         return torch.stack(blocks)
 
     def _query_alone(self, queries: Tensor, features: Features, valid: Tensor) -> Tensor:
-        """``query_blocks`` of clips of several lengths, those of one length together."""
+        """Runs ``query_blocks`` on clips of several lengths, those of one length together."""
         patches, cls, entry, pieces, _ = features
         assert entry is not None, "features(..., entry=True)"
         assert cls is not None
@@ -223,19 +223,19 @@ class BAT(MaskableEncoder):
         return torch.cat(parts, dim=1)[:, torch.cat(order).argsort()]
 
     def _all_layers(self, tokens: Tensor) -> Tensor:
-        """(B, n, D) embedded tokens -> (L, B, 1 + n, D)."""
+        """Maps (B, n, D) embedded tokens to the tokens of all blocks, (L, B, 1 + n, D)."""
         layers = self.layers(tokens)
         if torch.is_grad_enabled():
             return torch.stack([x for x, _ in layers])
         first, _ = next(layers)
-        out = first.new_empty(self.depth, *first.shape)  # written in place: no second copy of all
+        out = first.new_empty(self.depth, *first.shape)  # written in place, without a second copy
         out[0] = first
         for block, (x, _) in enumerate(layers, start=1):
             out[block] = x
         return out
 
     def set_drop_path(self, rate: float) -> None:
-        """Drop-path rate of the last block; the others rise linearly from 0."""
+        """Sets the drop-path rate of the last block; the others rise linearly from 0."""
         for b, block in enumerate(self.blocks):
             block.drop_path.set(rate * b / max(1, self.depth - 1), active=rate > 0)  # type: ignore[union-attr, operator]
 
@@ -255,7 +255,7 @@ class BAT(MaskableEncoder):
     def from_weights(
         cls, state: Mapping[str, Tensor], *, config: dict[str, Any] | None, heads: int | None
     ) -> Self:
-        """Strictly from a state dict of the paper's names; see ``Encoder.from_weights``."""
+        """Builds strictly from a state dict of the paper's names; see ``Encoder.from_weights``."""
         keywords = shape_of(state) if config is None else keywords_of(BAT, config, "encoder")
         absent = [n for n in ("width", "depth", "grid", "patch") if n not in keywords]
         if absent:
@@ -290,9 +290,9 @@ class BAT(MaskableEncoder):
 
 
 def shape_of(state: Mapping[str, Tensor], *, mels: int = 128) -> dict[str, Any]:
-    """Constructor keywords read off a state dict (all but the number of heads).
+    """Infers constructor keywords from a state dict (all except the number of heads).
 
-    A position table longer than a whole number of time patches is an error of ``load_strictly``.
+    ``load_strictly`` rejects a position table longer than a whole number of time patches.
     """
     needed = {
         "cls_token": 3,
@@ -331,8 +331,8 @@ def shape_of(state: Mapping[str, Tensor], *, mels: int = 128) -> dict[str, Any]:
 
 
 def _check_size(keywords: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Raise ``UserError`` where an encoder of these settings would be far larger than ``state``,
-    before it is built. The exact comparison of names and shapes is ``load_strictly``'s."""
+    """Raises ``UserError`` if an encoder of these settings would be far larger than ``state``,
+    before it is built. ``load_strictly`` compares names and shapes exactly."""
     sizes = {k: v for k, v in keywords.items() if k in ("width", "depth", "mlp_ratio")}
     check_settings("encoder", sizes, SETTINGS)
     width, grid = sizes["width"], keywords["grid"]
@@ -362,23 +362,23 @@ def _usual_heads(width: int) -> int:
 
 
 def _frozen(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)`` without gradients to its parameters."""
+    """Computes ``module(x)`` without gradients to its parameters."""
     weights = {name: p.detach() for name, p in module.named_parameters()}
     return functional_call(module, weights, (x,))
 
 
 def _query(block: Block, queries: Tensor, cls: Tensor, patches: Tensor) -> Tensor:
-    """``queries`` (q, D) through ``block``, which read cls (B, 1, D) and patches (B, n, D): (B, q,
-    D). Without drop path: the encoder is frozen, in eval mode."""
+    """Runs ``queries`` (q, D), which attend to cls (B, 1, D) and patches (B, n, D), through
+    ``block`` -> (B, q, D). No drop path, since the encoder is frozen and in eval mode."""
     attn, post, D = block.attn, block.norm_order == "post", queries.shape[-1]
-    if not torch.is_autocast_enabled(queries.device.type):  # autocast does it itself
+    if not torch.is_autocast_enabled(queries.device.type):  # autocast casts by itself
         cls, patches = cls.to(queries.dtype), patches.to(queries.dtype)
     x = queries if post else _frozen(block.norm1, queries)
     if not post:
         cls, patches = _frozen(block.norm1, cls), _frozen(block.norm1, patches)
     weight, bias = attn.qkv.weight.detach(), attn.qkv.bias.detach()
     heads = (attn.heads, -1)
-    with torch.autocast(x.device.type, enabled=False):  # costs nothing: once for all clips
+    with torch.autocast(x.device.type, enabled=False):  # negligible: once for all clips
         q = F.linear(x, weight[:D], bias[:D]).unflatten(-1, heads)  # (q, H, d)
         keys = weight[D : 2 * D].unflatten(0, heads)  # (H, d, D)
         directions = torch.einsum("qhd,hdc->hqc", q, keys).flatten(0, 1)  # (H q, D)

@@ -1,7 +1,7 @@
 """EAT and SSLAM encoders (fairseq data2vec 2.0 files): BAT's block without its gate.
 
-Same patches and post-norm blocks; the front end is the legacy Kaldi filter bank with the data
-set's statistics. The file's position table may be longer than the 512 rows that are used.
+Patches and post-norm blocks are the same; the front end is the legacy Kaldi filter bank with the
+data set's statistics. The file's position table may be longer than the 512 rows that are used.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ NAMES = {
     "context_encoder.norm.weight": "pre_norm.weight",
     "context_encoder.norm.bias": "pre_norm.bias",
 }
-"""Names below ``modality_encoders.IMAGE.`` -> the encoder's; ``blocks.*`` keep theirs. The hub
-folders have them without that prefix, and ``pre_norm.*``."""
+"""Map of names below ``modality_encoders.IMAGE.`` to the encoder's; ``blocks.*`` are unchanged. Hub
+folders use them without that prefix, and ``pre_norm.*``."""
 
 NOT_THE_ENCODER = (
     f"{PREFIX}decoder.",
@@ -34,7 +34,7 @@ NOT_THE_ENCODER = (
     "cls_proj.",
     "shared_decoder.",
 )
-"""What a pre-training file holds besides the encoder; and ``center``."""
+"""Entries of a pre-training file besides the encoder (with ``center``)."""
 
 
 class EAT(BAT):
@@ -44,7 +44,7 @@ class EAT(BAT):
     def from_weights(
         cls, state: Mapping[str, Tensor], *, config: dict[str, Any] | None, heads: int | None
     ) -> Self:
-        """From a file's names or from our own export's; strict either way."""
+        """Builds from the names of an original file or of a bat export, both strictly."""
         if config is None:
             state = rename(state)
         return super().from_weights(state, config=config, heads=heads)
@@ -57,7 +57,7 @@ class EAT(BAT):
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's tensors under the paper's names. An unknown name is an error that lists it."""
+    """Returns the encoder's tensors under the paper's names; raises an error for unknown names."""
     renamed, unknown = {}, []
     for name, tensor in state.items():
         own = NAMES.get(name.removeprefix(PREFIX), name)

@@ -1,1 +1,1 @@
-"""Building blocks: plain keywords in, tensors out. No configuration, no Lightning."""
+"""Building blocks with plain keyword arguments, independent of configuration and Lightning."""

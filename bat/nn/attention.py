@@ -4,12 +4,12 @@
 
 The gate is computed from the block's input x, one value a channel. Without it this is the block of
 EAT, SSLAM and data2vec 2.0. Parameter names are the paper's and timm's: ``qkv``, ``gate``,
-``proj``; a test holds the module to ``timm.layers.Attention(gated=True)``. Queries, keys, values
-and the gate come out of one product over the joined weights, which stay two parameters.
+``proj``; a test compares the module with ``timm.layers.Attention(gated=True)``. Queries, keys,
+values and the gate are computed by one product over the joined weights, which stay two parameters.
 
 ``project`` and ``combine`` are the two halves of ``forward``: a decoder whose tokens are mostly
-copies of one another projects each of them once (``nn/decoder.py``). ``at`` asks for some tokens'
-outputs only; all tokens stay keys and values.
+copies of each other projects each distinct one once (``nn/decoder.py``). ``at`` selects the tokens
+whose outputs are computed; all tokens stay keys and values.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ Kernel = Literal["package", "blocked", "sdpa", "flash", "cudnn", "eager"]
 
 _INSISTED = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 PACKAGES = ("flash_attn_interface", "flash_attn")
-"""FlashAttention's own, newest first: version 3 (built from source), version 2 (``[flash]``)."""
+"""FlashAttention packages, newest first: version 3 (built from source), version 2 (``[flash]``)."""
 
 
 def find_flash() -> tuple[Callable[..., Tensor] | None, str]:
-    """``flash_attn_func`` of the first package that has it, and that package's name."""
+    """Returns ``flash_attn_func`` of the first package that has it, and the package's name."""
     for name in PACKAGES:
         try:
             module = importlib.import_module(name)
         except (ImportError, OSError):  # absent, or built for another torch
             continue
-        if hasattr(module, "flash_attn_func"):  # a placeholder of that name has nothing
+        if hasattr(module, "flash_attn_func"):  # a placeholder package of that name is empty
             return module.flash_attn_func, name
     return None, ""
 
@@ -50,12 +50,12 @@ FLASH, FLASH_NAME = find_flash()
 
 
 def choose(backend: Backend, device: str, dtype: torch.dtype, head_width: int) -> Kernel:
-    """Which kernel ``backend`` means for tensors of this kind.
+    """Returns the kernel that ``backend`` selects for tensors of this kind.
 
-    ``auto``: FlashAttention's package where it is installed and fits (CUDA, 16 bits), the blocked
-    one on a CPU in bfloat16, else PyTorch's choice (``sdpa``), which ends in plain mathematics
-    where no fused kernel fits. ``flash``: the package, else PyTorch's own FlashAttention, which
-    raises where it does not fit, as ``cudnn`` does.
+    ``auto``: the FlashAttention package if installed and applicable (CUDA, 16 bits), the blocked
+    kernel on a CPU in bfloat16, else PyTorch's choice (``sdpa``), which falls back to plain
+    operations if no fused kernel applies. ``flash``: the package, else PyTorch's FlashAttention,
+    which raises an error if it does not apply, as ``cudnn`` does.
     """
     half = dtype in (torch.float16, torch.bfloat16)
     package = (
@@ -73,7 +73,7 @@ def choose(backend: Backend, device: str, dtype: torch.dtype, head_width: int) -
 
 
 def describe(backend: Backend, device: str, dtype: torch.dtype, head_width: int) -> str:
-    """``choose`` in words, for a run's log."""
+    """Returns the result of ``choose`` in words, for a run's log."""
     return {
         "package": f"FlashAttention ({FLASH_NAME})",
         "blocked": "a few heads at a time (bat.nn.blocked)",
@@ -86,7 +86,7 @@ def describe(backend: Backend, device: str, dtype: torch.dtype, head_width: int)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v``: (B, H, m, d) queries, (B, H, n, d) keys and values.
+    """Computes ``softmax(q k^T / sqrt(d)) v``: (B, H, m, d) queries, (B, H, n, d) keys and values.
 
     ``backend``: see ``choose``; ``eager`` is matmul-softmax-matmul.
     """
@@ -134,24 +134,24 @@ class Attention(nn.Module):
         self.gate = nn.Linear(width, width) if gate else None
 
     def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
-        """(B, n, D) -> (B, n, D), or (B, m, D) for the token ids ``at`` (B, m)."""
+        """Maps (B, n, D) to (B, n, D), or to (B, m, D) for the token ids ``at`` (B, m)."""
         if at is None:
             return self.combine(self.project(x))
         D = x.shape[-1]
-        # keys and values of all tokens; queries and gates of the wanted ones
+        # keys and values of all tokens; queries and gates of the selected ones
         kv = self._linear(x, [(self.qkv, slice(D, None))])  # (B, n, 2 D)
         own = [(self.qkv, slice(0, D))] + ([(self.gate, slice(None))] if self.gate else [])
         q, *gate = self._linear(take(x, at), own).split(D, dim=-1)  # (B, m, D) each
         return self._mix(q, *kv.split(D, dim=-1), *gate)
 
     def project(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., 4 D): queries, keys, values and gates before their sigmoid
-        (3 D without a gate), token by token."""
+        """Maps (..., D) to (..., 4 D): queries, keys, values and gates before the sigmoid
+        (3 D without a gate), for each token."""
         parts = [self.qkv, *([self.gate] if self.gate is not None else [])]
         return self._linear(x, [(part, slice(None)) for part in parts])
 
     def combine(self, projected: Tensor) -> Tensor:
-        """What ``project`` gave for all tokens, (B, n, 4 D) -> (B, n, D)."""
+        """Maps the result of ``project`` for all tokens, (B, n, 4 D), to (B, n, D)."""
         D = self.proj.in_features
         return self._mix(*projected.split(D, dim=-1))
 
@@ -164,7 +164,7 @@ class Attention(nn.Module):
 
     @staticmethod
     def _linear(x: Tensor, parts: list[tuple[nn.Linear, slice]]) -> Tensor:
-        """One product with rows of several layers, as if they were one layer."""
+        """Applies rows of several layers as one product, as if they were one layer."""
         if len(parts) == 1 and parts[0][1] == slice(None):
             return parts[0][0](x)
         kind = x.device.type
@@ -175,10 +175,10 @@ class Attention(nn.Module):
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
-    """Rows of each item: (B, n, D), ids (B, m) -> (B, m, D)."""
+    """Gathers rows of each item: (B, n, D), ids (B, m) -> (B, m, D)."""
     return x.flatten(0, 1).index_select(0, flat_ids(at, x.shape[1])).view(*at.shape, -1)
 
 
 def flat_ids(at: Tensor, n: int) -> Tensor:
-    """Ids (B, m) within items of ``n`` rows -> ids (B m) of the rows of all items."""
+    """Maps ids (B, m) within items of ``n`` rows to ids (B m) of the rows of all items."""
     return (at + n * torch.arange(at.shape[0], device=at.device)[:, None]).flatten()

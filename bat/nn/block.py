@@ -1,12 +1,12 @@
-"""One transformer block, post-norm as in the paper or pre-norm as an option (docs/method.md 2).
+"""Transformer block, post-norm as in the paper or pre-norm as an option (docs/method.md 2).
 
     post:  x = LN1(x + Attn(x));       x = LN2(x + MLP(x))
     pre:   x = x + Attn(LN1(x));       x = x + MLP(LN2(x))
 
-with drop path on both branches and, where asked, a learned scale on each (LayerScale). Names
-are timm's. DropPath differs: timm's keeps the rate as a Python number, on which torch.compile
-specialises: a graph a block, and past eight of them blocks run uncompiled. Ours is a buffer.
-(Nothing of timm is imported here: importing it costs a second, three where byte code is missing.)
+with drop path on both branches and optionally a learned scale on each (LayerScale). Names are
+timm's. DropPath differs: timm's keeps the rate as a Python number, on which torch.compile
+specialises, giving one graph per block; after eight of them blocks run uncompiled. Here it is a
+buffer. (timm is not imported here: importing it takes a second, three without byte code.)
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from bat.nn.attention import Attention, Backend, take
 
 EPS = 1e-6
-"""Of every LayerNorm in the encoder and the decoder."""
+"""Epsilon of every LayerNorm in the encoder and the decoder."""
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (erf), linear."""
+    """MLP of linear, GELU (erf), linear."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor a channel."""
+    """A learned factor per channel."""
 
     def __init__(self, width: int, value: float) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drop a clip's branch with probability ``rate``, scale up what is kept (stochastic depth)."""
+    """Drops a clip's branch with probability ``rate``, scales up the rest (stochastic depth)."""
 
     rate: Tensor
 
@@ -58,12 +58,12 @@ class DropPath(nn.Module):
         self.active = rate > 0
 
     def set(self, rate: float, *, active: bool) -> None:
-        """``active`` is the whole encoder's, so that all blocks compile to one graph."""
+        """Sets the rate; ``active`` is the whole encoder's, so all blocks compile to one graph."""
         self.rate.fill_(rate)
         self.active = active
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) -> (B, ...)."""
+        """Maps (B, ...) to (B, ...)."""
         if not (self.active and self.training):
             return x
         keep = 1 - self.rate
@@ -72,7 +72,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP with residuals; ``forward`` also hands out the MLP's own output."""
+    """Attention and MLP with residuals; ``forward`` also returns the MLP's output."""
 
     def __init__(
         self,
@@ -101,13 +101,13 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, *, projected: Tensor | None = None, at: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(B, n, D) -> end-of-block tokens and the MLP's output before its residual, alike.
+        """Maps (B, n, D) to end-of-block tokens and the MLP's output before its residual.
 
-        Where ``recompute`` is set, a backward pass computes the block again instead of keeping
-        what is inside it (activation checkpointing): the same numbers, less memory, more time.
+        If ``recompute`` is set, the backward pass recomputes the block instead of storing its
+        activations (activation checkpointing): the same numbers, less memory, more time.
 
-        ``projected``: ``attn.project`` of the attention's input, where the caller has it already
-        (post-norm only). ``at``: ids (B, m) of the tokens wanted; both results are (B, m, D) then.
+        ``projected``: ``attn.project`` of the attention's input, if the caller has it already
+        (post-norm only). ``at``: ids (B, m) of selected tokens; both results are then (B, m, D).
         """
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._forward, x, projected, at, use_reentrant=False)
@@ -130,7 +130,7 @@ class Block(nn.Module):
 
 
 def init_linears(module: nn.Module) -> None:
-    """Xavier-uniform weights (the fused qkv as one matrix) and zero biases for every linear."""
+    """Initialises each linear: Xavier-uniform weights (fused qkv as one matrix), zero biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
@@ -139,5 +139,5 @@ def init_linears(module: nn.Module) -> None:
 
 
 def blocks_of(module: nn.Module) -> list[Block]:
-    """All blocks below ``module``, in the order of its parts."""
+    """Returns all blocks within ``module``, in module order."""
     return [part for part in module.modules() if isinstance(part, Block)]

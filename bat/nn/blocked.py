@@ -1,13 +1,13 @@
-"""Attention for a CPU in 16-bit arithmetic: a few heads at a time, so that scores stay in cache.
+"""Blocked attention for CPUs in 16-bit arithmetic, which keeps the scores in cache.
 
-PyTorch's fused attention on the CPU is slow in bfloat16, its backward pass above all, and plain
-matmul-softmax-matmul writes all (B, H, n, n) scores to memory. Here ``GROUP`` scores are made at a
-time by batched products over a few heads, used while they are in the cache, and made again in the
-backward pass: nothing of size n^2 is kept. Values are rounded as matmul-softmax-matmul rounds them
+PyTorch's fused attention on the CPU is slow in bfloat16, especially its backward pass, and plain
+matmul-softmax-matmul writes all (B, H, n, n) scores to memory. Here ``GROUP`` scores are computed
+at a time by batched products over a few heads, used while they are in cache, and recomputed in the
+backward pass: nothing of size n^2 is stored. Values are rounded as in matmul-softmax-matmul
 under autocast: scores and weights in the inputs' type, the softmax between them in float32.
 
-One operator for ``torch.compile`` (``bat::blocked_attention``); float32 and float64 work and are
-what the tests check gradients in, but there PyTorch's own kernel is as fast (docs/performance.md).
+It is one operator for ``torch.compile`` (``bat::blocked_attention``). float32 and float64 also work
+(tests check gradients in them), but PyTorch's kernel is as fast there (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 GROUP = 2**20
-"""Scores made at a time: 2 MB in bfloat16. 2^19 to 2^21 were about equal, 2^18 and 2^24 slower."""
+"""Scores computed at a time: 2 MB in bfloat16. 2^19 to 2^21 are about equal, 2^18, 2^24 slower."""
 
 
 @torch.library.custom_op("bat::blocked_attention", mutates_args=())
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v``: (B, H, m, d), (B, H, n, d) twice -> (B, H, m, d)."""
+    """Computes ``softmax(q k^T / sqrt(d)) v``: (B, H, m, d), (B, H, n, d) twice -> (B, H, m, d)."""
     queries, keys, values = _heads(q), _heads(k), _heads(v)  # (B H, ., d)
     out = torch.empty_like(queries)
     for part in _groups(queries, keys):
@@ -36,7 +36,7 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def blocked_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of the output; the weights are made again."""
+    """Computes gradients of q, k and v from the output's; recomputes the weights."""
     queries, keys, values, given = _heads(q), _heads(k), _heads(v), _heads(grad)
     to_q, to_k, to_v = (torch.empty_like(x) for x in (queries, keys, values))
     scale = q.shape[-1] ** -0.5
@@ -44,7 +44,7 @@ def blocked_attention_backward(
         weights = _weights(queries[part], keys[part])  # (heads, m, n)
         torch.bmm(weights.transpose(1, 2), given[part], out=to_v[part])
         through = torch.bmm(given[part], values[part].transpose(1, 2))
-        # w (g - sum_n g w) in one pass, as softmax's own backward does it
+        # w (g - sum_n g w) in one pass, as in softmax's own backward
         scores = torch.ops.aten._softmax_backward_data(through, weights, -1, weights.dtype)
         torch.bmm(scores, keys[part], out=to_q[part])
         torch.bmm(scores.transpose(1, 2), queries[part], out=to_k[part])

@@ -1,4 +1,4 @@
-"""Decoders of masked latent regression: visible tokens in, a prediction a *masked* patch out.
+"""Decoders of masked latent regression, which predict every *masked* patch from visible tokens.
 
 ``ViTDecoder`` (docs/method.md 3): visible tokens (no class token) in a canvas of a learned mask
 token, a *trained* position code is added, post-norm gated blocks, a linear without bias back
@@ -6,9 +6,9 @@ to the encoder's width. ``CNNDecoder`` is data2vec 2.0's, for the ablation: on t
 layer 3 x 3 grouped convolution -> LayerNorm over channels without affine -> GELU, with a residual
 around it where widths agree, and a linear with bias at the end.
 
-The loss looks at masked patches alone, and so do the ViT decoder's last block and its output. Its
-first block meets copies of one token: a masked patch is mask token plus position, the same in every
-view, so its queries, keys, values and gate are computed once for all views and laid out in rows.
+Since the loss uses masked patches only, the ViT decoder's last block and output compute no others.
+Its first block sees copies of one token: a masked patch is mask token plus position, the same in
+every view, so its queries, keys, values and gate are computed once and copied to all views.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOKEN_STD = 0.02
 
 
 def place(visible: Tensor, keep_ids: Tensor, fill: Tensor) -> Tensor:
-    """Lay ``visible`` (rows, n, D) at ``keep_ids`` over copies of ``fill`` (N, D): (rows, N, D)."""
+    """Puts ``visible`` (rows, n, D) at ``keep_ids`` in copies of ``fill`` (N, D): (rows, N, D)."""
     rows, N = len(keep_ids), len(fill)
     canvas = fill.to(visible.dtype).expand(rows, N, -1).flatten(0, 1)
     return canvas.index_copy(0, flat_ids(keep_ids, N), visible.flatten(0, 1)).unflatten(
@@ -69,13 +69,13 @@ class ViTDecoder(nn.Module):
         init_linears(self)
 
     def forward(self, visible: Tensor, views: Views) -> Tensor:
-        """(rows, n, D) visible tokens -> (rows, N - n, out_width) predictions for
+        """Maps (rows, n, D) visible tokens to (rows, N - n, out_width) predictions for
         ``views.masked_ids``."""
         keep = views.keep_ids  # (rows, n)
         code = self.pos_embed[0]  # (N, D_dec)
         seen = self.in_proj(visible)
         seen = seen + code.index_select(0, keep.flatten()).view_as(seen)  # (rows, n, D_dec)
-        unseen = self.mask_token[0] + code  # (N, D_dec), what every view has where it is masked
+        unseen = self.mask_token[0] + code  # (N, D_dec), the masked tokens of every view
         x = place(seen, keep, unseen)  # (rows, N, D_dec)
         *others, last = self.blocks
         if others:
@@ -118,7 +118,7 @@ class CNNDecoder(nn.Module):
         init_linears(self)
 
     def forward(self, visible: Tensor, views: Views) -> Tensor:
-        """(rows, n, D) visible tokens -> (rows, N - n, D) predictions for ``views.masked_ids``."""
+        """Maps (rows, n, D) visible tokens to (rows, N - n, D) predictions of ``masked_ids``."""
         fill = self.mask_token[0].expand(self.grid.tokens, -1)
         x = place(visible, views.keep_ids, fill)  # (rows, N, D)
         x = x.transpose(1, 2).unflatten(2, (self.grid.time, self.grid.freq))  # (rows, D, T, F)

@@ -1,8 +1,8 @@
-"""The teacher: an exponential moving average of the student (docs/method.md 3).
+"""Exponential moving average of the student, for the teacher (docs/method.md 3).
 
-The decay rises linearly from ``start`` to ``end`` over ``steps`` optimiser steps; float32 as the
-paper's table. Parameters and buffers alike are averaged, all in one ``foreach`` call; where both
-are split among processes (FSDP2), each averages its own part and nothing is sent.
+The decay rises linearly from ``start`` to ``end`` over ``steps`` optimiser steps; float32 as in
+the paper's table. Parameters and buffers are averaged in one ``foreach`` call; if both models are
+sharded (FSDP2), each process averages its own part without communication.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def ema_decay(updates: int, *, start: float, end: float, steps: int) -> float:
-    """Decay of the next update after ``updates`` were done."""
+    """Returns the decay of the next update after ``updates`` updates."""
     if updates >= steps:
         return end
     fraction = updates / (steps - 1) if steps > 1 else 0.0
@@ -21,8 +21,8 @@ def ema_decay(updates: int, *, start: float, end: float, steps: int) -> float:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor split among several, else the tensor itself."""
-    # importing DTensor to ask for it takes a second, which each command would wait for
+    """Returns this process's part of a sharded tensor, or the tensor itself."""
+    # importing DTensor for an isinstance takes a second, in every command
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -30,11 +30,11 @@ def local(tensor: Tensor) -> Tensor:
 def ema_update(
     teacher: nn.Module, student: nn.Module, decay: float, *, skip: Tensor | None = None
 ) -> None:
-    """``teacher = decay * teacher + (1 - decay) * student``, in place.
+    """Computes ``teacher = decay * teacher + (1 - decay) * student`` in place.
 
-    Both must have the same parameters and buffers in the same order, split alike if at all; integer
+    Both must have the same parameters and buffers in the same order, and the same sharding; integer
     buffers are copied.
-    ``skip``: 0-dim on the device, 1.0 where nothing is to move (no host needs to know).
+    ``skip``: 0-dim on the device, 1.0 for no update (without host synchronisation).
     """
     pairs = [
         *zip(teacher.parameters(), student.parameters(), strict=True),

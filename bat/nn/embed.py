@@ -1,11 +1,11 @@
-"""Patches to tokens, and the fixed 2-D sin-cos position code in two layouts.
+"""Patch embedding and the fixed 2-D sin-cos position code in two layouts.
 
 The position code: half of the channels encode time, half frequency, each half ``[sin, cos]`` with
 D/4 frequencies ``10000^(-k / (D/4))``.
 
-``grid``: token (t, f) carries (t, f), as one would draw it.
+``grid``: token (t, f) has the code of (t, f).
 ``reference``: the paper's released code generates the table on an (F, T) grid flattened
-frequency-major and adds it to *time-major* tokens, so row n carries time ``n mod T`` and frequency
+frequency-major and adds it to *time-major* tokens, so row n has time ``n mod T`` and frequency
 ``n div T``. Its checkpoints depend on this bijection (docs/method.md 2).
 """
 
@@ -23,10 +23,10 @@ PosLayout = Literal["reference", "grid"]
 
 
 class PatchEmbed(nn.Module):
-    """Patches of ``patch x patch`` through one linear map: (B, 1, frames, mels) -> (B, N, D).
+    """Embeds ``patch x patch`` patches by one linear map: (B, 1, frames, mels) -> (B, N, D).
 
-    The parameters are a strided convolution's (``proj``, its initialisation too), the computation
-    is one matrix product: 2.6 times as fast in bfloat16 on a CPU.
+    Parameters and initialisation are those of a strided convolution (``proj``), computed as one
+    matrix product: 2.6 times as fast in bfloat16 on a CPU.
     """
 
     def __init__(self, patch: int, width: int) -> None:
@@ -35,7 +35,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(1, width, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``frames`` and ``mels`` must be multiples of the patch; tokens are time-major."""
+        """Embeds patches; ``frames`` and ``mels`` must be multiples of the patch; time-major."""
         p = self.patch
         B, _, frames, mels = x.shape
         x = x.reshape(B, frames // p, p, mels // p, p).transpose(2, 3)  # (B, T, F, p, p)
@@ -43,7 +43,7 @@ class PatchEmbed(nn.Module):
 
 
 def position_code(width: int, grid: Grid, layout: PosLayout = "reference") -> Tensor:
-    """The table (1, N, D) float32. ``width`` must be a multiple of 4."""
+    """Returns the table (1, N, D) float32. ``width`` must be a multiple of 4."""
     if width % 4:
         raise ValueError(f"width={width} must be a multiple of 4 for a 2-D sin-cos code")
     row = torch.arange(grid.tokens, dtype=torch.float64)

@@ -3,7 +3,7 @@
 Every loss takes logits (..., C) and targets (..., C) in [0, 1] (one-hot, multi-hot or mixed) and
 returns a float32 scalar, the mean over examples: ``ce`` sums over classes, ``bce`` and ``asl``
 average over them. The asymmetric loss is timm's with the focusing weight kept out of the
-gradient, as the reference has it: gamma- = 1, gamma+ = 0, no clipping.
+gradient, as in the reference: gamma- = 1, gamma+ = 0, no clipping.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @functools.cache
 def _asymmetric_of_timm() -> Loss:
-    from timm.loss import AsymmetricLossMultiLabel  # here: importing timm takes a second
+    from timm.loss import AsymmetricLossMultiLabel  # imported here: importing timm takes a second
 
     loss: Loss = AsymmetricLossMultiLabel(
         gamma_neg=1, gamma_pos=0, clip=0, disable_torch_grad_focal_loss=True, reduction="mean"
@@ -31,31 +31,31 @@ def _asymmetric_of_timm() -> Loss:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy with target distributions (..., C)."""
+    """Computes cross-entropy with target distributions (..., C)."""
     return F.cross_entropy(logits.float().flatten(0, -2), targets.float().flatten(0, -2))
 
 
 def binary(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy of every class on its own."""
+    """Computes binary cross-entropy, averaged over classes."""
     return F.binary_cross_entropy_with_logits(logits.float(), targets.float())
 
 
 def asymmetric(logits: Tensor, targets: Tensor) -> Tensor:
-    """Asymmetric loss, gamma- = 1, gamma+ = 0 (arXiv 2009.14119; golden section 8)."""
+    """Computes the asymmetric loss, gamma- = 1, gamma+ = 0 (arXiv 2009.14119; golden section 8)."""
     return _asymmetric_of_timm()(logits, targets)
 
 
 NOTHING = -1
-"""Fills up the rows of token targets."""
+"""Padding value of token targets."""
 
 
 def ctc(logits: Tensor, targets: Tensor, *, inside: Tensor | None = None) -> Tensor:
-    """Connectionist temporal classification, blank 0; each clip's loss over its target length, then
-    the mean over clips. A clip whose target does not fit its time patches counts as 0.
+    """Computes connectionist temporal classification with blank 0: each clip's loss divided by its
+    target length, then the mean over clips. Clips too short for their target count as 0.
 
     Args:
         logits: (B, T, C). targets: (B, U) int64 from 1 on, ``NOTHING`` after each clip's last.
-        inside: (B, T) the time patches that are each clip's own, from the first on; None: all.
+        inside: (B, T) True for valid time patches, from the first on; None: all.
     """
     B, T = logits.shape[:2]
     steps = logits.new_full((B,), T).long() if inside is None else inside.sum(1)
@@ -75,7 +75,7 @@ LOSSES: dict[str, Loss] = {"ce": cross_entropy, "bce": binary, "asl": asymmetric
 
 
 def loss_for(task: Any, name: str = "task") -> Loss:
-    """The loss ``name``, or with ``task`` the one that ``task.loss`` names.
+    """Returns the loss ``name``, or for ``task`` the loss of ``task.loss``.
 
     Raises ``UserError`` for cross-entropy on a task with several labels a clip.
     """
@@ -92,10 +92,10 @@ def loss_for(task: Any, name: str = "task") -> Loss:
 
 
 def against(loss: Loss, logits: Tensor, targets: Tensor, *, inside: Tensor | None = None) -> Tensor:
-    """``loss`` of logits (B, C) or (B, T, C) against targets, whose form says what they are:
+    """Computes ``loss`` of logits (B, C) or (B, T, C) against targets, by their shape:
 
-    (B, C): labels of clips, which the mean over time of frame-level logits meets (``to_clip``).
-    (B, T, C): labels of time patches; those that are NaN are left out.
+    (B, C): labels of clips, compared with the mean of frame-level logits over time (``to_clip``).
+    (B, T, C): labels of time patches; NaN ones are ignored.
     (B, U) whole numbers: tokens, for ``ctc``.
     """
     if not targets.is_floating_point():
@@ -107,9 +107,9 @@ def against(loss: Loss, logits: Tensor, targets: Tensor, *, inside: Tensor | Non
 
 
 def to_clip(logits: Tensor, inside: Tensor | None = None) -> Tensor:
-    """(B, T, C) -> (B, C), the mean over time; (B, C) as it is.
+    """Maps (B, T, C) to (B, C), the mean over time; (B, C) is unchanged.
 
-    ``inside`` (B, T): the time patches that are each clip's own (``Features.inside``); None: all.
+    ``inside`` (B, T): True for valid time patches (``Features.inside``); None: all.
     """
     if logits.ndim != 3:
         return logits

@@ -1,15 +1,15 @@
-"""Inverse block masks (docs/method.md 3), all rows in one batched, seeded operation on the device.
+"""Draws inverse block masks (docs/method.md 3) in one batched, seeded operation on the device.
 
 For every row: ``c = int(N (r + adjust) / block^2)`` centres, uniform over the N patches with
 replacement; the ``block x block`` squares around them (clipped at the borders) are what is *kept*;
 then exactly ``n = int(N r)`` are kept, by dropping uniformly from the kept set or adding uniformly
 from the rest. Both adjustments are one operation here: every patch draws a random integer, kept
-patches add more than any, and the n largest win. ``tests/reference/masks.py`` has the loop that
-this replaces.
+patches add a number larger than any draw, and the n largest are kept. ``tests/reference/masks.py``
+has the equivalent loop.
 
-Random bits come from a generator, or from a seed a row: number j of a row is splitmix64's j-th of
+Random bits come from a generator, or from a seed per row: number j of a row is splitmix64's j-th of
 that seed (Steele, Lea, Flood 2014), integer arithmetic alone, so CPU and GPU draw the same mask.
-With ``row_seeds`` a clip's masks hang on its place in the stream, whoever reads it.
+With ``row_seeds`` a clip's masks depend on its place in the stream, whichever rank reads it.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def inverse_block_mask(
     seeds: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Views:
-    """Draw ``rows`` masks over ``grid``.
+    """Draws ``rows`` masks over ``grid``.
 
-    ``generator`` must live on ``device``; its seed decides everything. Or ``seeds`` (rows,) int64
-    does, each its row, alike on every device. Returns ``Views`` with ``keep_ids`` (rows, n) int64
-    ascending and ``mask`` (rows, N) bool, True where removed.
+    ``generator`` must live on ``device``; its seed determines all masks. Alternatively ``seeds``
+    (rows,) int64, one per row, gives the same masks on every device.
+    Returns ``Views`` with ``keep_ids`` (rows, n) int64 ascending and
+    ``mask`` (rows, N) bool, True where removed.
     The paper's ratio of 0.8 removed is ``keep_ratio = 1 - 0.8`` (n is truncated, not rounded).
-    Raises ``ValueError`` where no patch or every patch would be kept.
+    Raises ``ValueError`` if no patch or every patch would be kept.
     """
     keep = int(grid.tokens * keep_ratio)
     if not 0 < keep < grid.tokens:
@@ -50,7 +51,7 @@ def inverse_block_mask(
             f"({grid.time} x {grid.freq}): give longer clips or another mask ratio"
         )
     centres = int(grid.tokens * (keep_ratio + adjust) / block**2)
-    pairs = (grid.tokens + 1) // 2  # two patches a draw
+    pairs = (grid.tokens + 1) // 2  # two patches per draw
     if seeds is not None:
         assert generator is None, "a generator and seeds: one of them decides"
         assert seeds.shape == (rows,), f"{tuple(seeds.shape)} seeds for {rows} rows"
@@ -73,27 +74,28 @@ def inverse_block_mask(
 
 
 def splitmix64(seeds: Tensor, count: int) -> Tensor:
-    """The first ``count`` numbers of each seed: (rows,) int64 -> (rows, count) int64, all bits
-    random. Sums and products wrap at 64 bits."""
+    """Returns the first ``count`` numbers of each seed: (rows,) int64 -> (rows, count) int64, all
+    bits random. Sums and products wrap at 64 bits."""
     steps = torch.arange(1, count + 1, device=seeds.device).mul_(_GOLDEN)
     bits = seeds[:, None] + steps
-    for shift, factor in _MIX:  # ">>" carries the sign along: masked off
+    for shift, factor in _MIX:  # ">>" copies the sign bit: masked off
         bits.bitwise_xor_((bits >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
     return bits.bitwise_xor_((bits >> 31).bitwise_and_(2**33 - 1))
 
 
 def row_seeds(seed: int, positions: Tensor, views: int) -> Tensor:
-    """Seeds of ``views`` masks of each clip at ``positions`` (B,) int64 of the stream of ``seed``:
-    (B * views,) int64, clip-major."""
+    """Returns seeds of ``views`` masks per clip at ``positions`` (B,) int64 of the stream of
+    ``seed``: (B * views,) int64, clip-major."""
     assert 0 <= seed < 2**63, f"seed {seed} does not fit 63 bits"
     key = splitmix64(torch.tensor([seed]), 1).flatten().to(positions.device)
     return splitmix64(positions ^ key, views).flatten()
 
 
 def blocks_around(centres: Tensor, grid: Grid, block: int) -> Tensor:
-    """Union of the squares of side ``block`` around ``centres`` (rows, c), clipped at the borders.
+    """Returns the union of squares of side ``block`` around ``centres`` (rows, c), clipped.
 
-    Returns (rows, N) bool. An even side reaches one patch further back than forward.
+    Result: (rows, N) bool. Squares are clipped at the borders; an even side reaches one patch
+    further back than forward.
     """
     # A patch is in a square iff it is close in time AND in frequency: the product of two small
     # tables counts the squares around it.

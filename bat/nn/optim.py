@@ -1,8 +1,8 @@
-"""AdamW, its parameter groups and its rate: linear warm-up, then cosine (docs/method.md 3 to 5).
+"""AdamW, parameter groups and learning rate: linear warm-up, then cosine (docs/method.md 3 to 5).
 
 The rate is a plain function of the optimiser step, set at the start of each batch by ``set_lr``:
-no scheduler object, hence nothing to save and nothing to resume. A parameter group carries its
-``scale`` (layer-wise decay), which multiplies rate and floor alike.
+no scheduler object, hence no state to save or resume. A parameter group has its
+``scale`` (layer-wise decay), which multiplies both rate and floor.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def warmup_cosine(
     scale: float = 1.0,
     hold_steps: int = 0,
 ) -> float:
-    """Rate of the update after ``step`` updates.
+    """Returns the learning rate of the update after ``step`` updates.
 
     ``lr step / warmup_steps`` up to and at ``warmup_steps``, ``lr`` for ``hold_steps`` more, then
     half a cosine to 0 at ``total_steps``; never below ``min_lr``; all times ``scale``. Past
-    ``total_steps`` the cosine goes on (it rises), as the reference's does (golden section 7).
+    ``total_steps`` the cosine continues (it rises), as in the reference (golden section 7).
     """
     plateau = warmup_steps + hold_steps
     if step <= warmup_steps and warmup_steps > 0:
@@ -45,7 +45,7 @@ def warmup_cosine(
 
 
 def layer_scale(layer: int, *, depth: int, decay: float) -> float:
-    """``decay^(L + 1 - layer)``: 0 the embedding, b + 1 block b, L + 1 the head and the rest."""
+    """Returns ``decay^(L + 1 - layer)``: 0 embedding, b + 1 block b, L + 1 head and rest."""
     return decay ** (depth + 1 - layer)
 
 
@@ -59,11 +59,11 @@ def param_groups(
     layer_of: Callable[[str], int] | None = None,
     depth: int = 0,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in groups of one ``weight_decay`` and one ``scale``.
+    """Groups trainable parameters by ``weight_decay`` and ``scale``.
 
     ``decay``: ``all`` parameters decay (the paper's pre-training), or ``matrices``: those with two
     or more axes that ``no_decay`` does not name. ``layer_of(name)`` and ``depth`` L give the
-    scale of ``layer_scale`` where ``layer_decay`` < 1. Group keys: ``params`` (name, parameter)
+    scale by ``layer_scale`` if ``layer_decay`` < 1. Group keys: ``params`` (name, parameter)
     pairs, as torch's optimisers take them, ``weight_decay``, ``scale``.
     """
     groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = defaultdict(list)
@@ -89,9 +89,9 @@ def adamw(
     betas: Sequence[float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
-    """AdamW over ``param_groups``, by PyTorch's fused kernel where it has one (CPU, CUDA).
+    """Builds AdamW over ``param_groups``, with PyTorch's fused kernel if available (CPU, CUDA).
 
-    On a CPU it takes a third of the default's time.
+    On a CPU the fused kernel takes a third of the default's time.
     """
     parameters: list[Tensor] = [p for g in groups for _, p in g["params"]]
     fused = bool(parameters) and all(p.device.type in ("cpu", "cuda") for p in parameters)
@@ -107,7 +107,7 @@ def set_lr(
     total_steps: int,
     min_lr: float = 0.0,
 ) -> float:
-    """Set every group's rate for the update after ``step`` updates; the unscaled rate.
+    """Sets every group's rate for the update after ``step`` updates; returns the unscaled rate.
 
     Call it at the start of a batch with the trainer's ``global_step``.
     """

@@ -1,11 +1,11 @@
-"""Attention sinks: how much of a head's attention one token draws (Xiao et al. 2023, 2309.17453).
+"""Measures attention sinks, tokens with much of a head's attention (Xiao et al. 2023, 2309.17453).
 
     received[j] = mean over queries i of softmax_j(q_i . k_j / sqrt(d)),     sum_j received[j] = 1
-    sink share  = max over tokens j of received[j],                  1/n where attention is even
+    sink share  = max over tokens j of received[j],                  1/n for uniform attention
 
-Of each clip and head; the sink may be any token, the class token among them. Fused kernels do not
-hand out their weights, so these are made here, for some queries at a time and in float32. Padded
-patches count as they do in the encoder, which knows no mask: as keys, and as queries.
+Computed for each clip and head; the sink may be any token, including the class token. Fused kernels
+do not return their weights, so they are computed here, for some queries at a time and in float32.
+Padded patches count as keys and queries, as in the encoder, which has no padding mask.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from bat.nn.attention import Attention
 
 WEIGHTS = 2**22
-"""Attention weights that exist at a time: 16 MB."""
+"""Number of attention weights computed at a time: 16 MB."""
 
 
 @torch.no_grad()
 def received(attention: Attention, x: Tensor) -> Tensor:
-    """Attention each token draws from the average query: (B, n, D) -> (B, H, n) float32.
+    """Returns the attention each token receives, mean over queries: (B, n, D) -> (B, H, n) float32.
 
-    ``x`` is the module's own input; without gradient.
+    ``x`` is the input of the attention module; computed without gradient.
     """
     B, n, D = x.shape
     q, k = (
@@ -41,5 +41,5 @@ def received(attention: Attention, x: Tensor) -> Tensor:
 
 
 def sink_share(attention: Attention, x: Tensor) -> Tensor:
-    """What the most attended token draws: (B, n, D) -> (B, H) float32, within [1/n, 1]."""
+    """Returns the share of the most attended token: (B, n, D) -> (B, H) float32 in [1/n, 1]."""
     return received(attention, x).amax(-1)

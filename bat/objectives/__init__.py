@@ -1,1 +1,1 @@
-"""Pre-training objectives, one file each. They are handed a backbone."""
+"""Pre-training objectives, one file each. Each is built around an encoder."""

@@ -1,10 +1,10 @@
-"""The base class of objectives: a loss, and everything that only this loss needs.
+"""Base class of pre-training objectives: a loss and the parts that only this loss needs.
 
 An objective owns its masks, decoder, teacher and settings. The training loop hands it batches of
-waveforms, minimises ``loss``, and asks it which encoders to export, evaluate and watch; it knows
-nothing else of it. A new objective is one file: docs/add_an_objective.md.
+waveforms, minimises ``loss``, and asks it which encoders to export, evaluate and monitor; it
+knows nothing else about it. A new objective is one file: docs/add_an_objective.md.
 
-Everything random must depend on (seed, place in the stream) alone: derive it from the ``seed`` of
+All randomness must depend on (seed, place in the stream) alone: derive it from the ``seed`` of
 ``build`` and from ``batch.positions`` (``bat.nn.masking.row_seeds``), never from the batch, the
 rank or an earlier draw; then an interrupted and resumed run equals an uninterrupted one. Dropout
 and drop path may use torch's global generator, which is seeded anew for each micro-batch and rank.
@@ -27,77 +27,77 @@ from bat.types import WaveBatch
 
 
 class Objective(nn.Module, abc.ABC):
-    """What pre-training minimises. Parameters that require a gradient are trained."""
+    """Base class of pre-training objectives. Parameters that require a gradient are trained."""
 
     @dataclass
     class Config:
-        """The section ``objective`` of the settings; an objective's own adds its fields to it."""
+        """Settings section ``objective``; subclasses add the fields of their objective."""
 
         name: str = ""
         """File in ``bat/objectives``, or a dotted ``module.Class``."""
 
         def problems(self) -> list[str]:
-            """What is wrong with the values, each in a sentence that names the setting."""
+            """Returns one message per invalid value, which names the setting."""
             return []
 
         def problems_with(self, *, width: int, tokens: int) -> list[str]:
-            """What does not fit an encoder of this width on clips of so many patches."""
+            """Returns messages about settings that do not fit this width and number of patches."""
             del width, tokens
             return []
 
     graphs: ClassVar[tuple[str, ...]] = ()
-    """Methods of tensors that ``hardware.compile=whole`` compiles, each to one graph."""
+    """Methods on tensors that ``hardware.compile=whole`` compiles, each to one graph."""
     collapse_advice: ClassVar[str] = ""
-    """Settings of its own against a collapse, for the message that ends a collapsed run."""
+    """Settings to try against a collapse, named in the message that ends a collapsed run."""
 
     @classmethod
     @abc.abstractmethod
     def build(cls, config: Any, encoder: Encoder, *, seed: int) -> Self:
-        """Make it around a fresh ``encoder``. Works on the ``meta`` device too.
+        """Builds the objective around a fresh ``encoder``. Works on the ``meta`` device too.
 
-        ``config``: its own ``Config``; ``seed``: the run's, which all randomness is derived from.
-        Raises ``UserError`` for an encoder that lacks what it needs (``maskable``).
+        ``config``: the objective's ``Config``; ``seed``: of the run, for deriving all randomness.
+        Raises ``UserError`` for an encoder that lacks a required method (``maskable``).
         """
 
     @abc.abstractmethod
     def forward(self, batch: WaveBatch) -> dict[str, Tensor]:
-        """``loss``, 0-dim float32 with a gradient, and further scalars for ``metrics.jsonl``, on
-        the batch's device. ``batch.positions`` stays on the CPU. Names of losses, which the plot
-        of the curves shows, hold the word ``loss``."""
+        """Returns ``loss``, 0-dim float32 with a gradient, and further scalars for
+        ``metrics.jsonl``, on the batch's device. ``batch.positions`` stays on the CPU. Scalars
+        whose names contain ``loss`` are shown in the plot of the curves."""
 
     @abc.abstractmethod
     def encoders(self) -> dict[str, Encoder]:
-        """``{"student": ...}``, the encoder that is trained, and where there is one ``"teacher"``.
+        """Returns ``{"student": ...}``, the trained encoder, and ``"teacher"`` if there is one.
 
-        All are exported under these names and watched for collapse; the last one is what the
+        All are exported under these names and monitored for collapse; the last one is what the
         online probes evaluate.
         """
 
     def after_step(self, step: int, *, skip: Tensor) -> None:
-        """Called after each optimiser step (a moving average of the weights, say).
+        """Called after each optimiser step, for example for a moving average of the weights.
 
-        ``step``: optimiser steps done before this one. ``skip``: 0-dim on the device, 1.0 where
-        the step was skipped for a loss or gradient that is not finite: then nothing may change.
+        ``step``: optimiser steps done before this one. ``skip``: 0-dim on the device, 1.0 if
+        the step was skipped for a non-finite loss or gradient: then nothing may change.
         """
 
     def units(self) -> list[nn.Module]:
-        """What FSDP gathers at a time, in the order of use: modules that are called by their
-        ``forward``. The rest of the objective is gathered as a whole."""
+        """Returns the modules that FSDP gathers one at a time, in order of use; they must be called
+        by their ``forward``. The rest of the objective is gathered as a whole."""
         return [block for encoder in self.encoders().values() for block in blocks_of(encoder)]
 
     def describe(self) -> str:
-        """A few words for the log and the dry run."""
+        """Returns a short description for the log and the dry run."""
         return type(self).__name__
 
     def example_masks(self, batch: WaveBatch) -> Tensor | None:
-        """(B, N) bool, True where a patch is hidden from the encoder: one mask a clip, for the
-        picture ``plots/masks.png``. None: an objective without masks, no picture."""
+        """Returns (B, N) bool, True for patches hidden from the encoder: one mask per clip, for
+        ``plots/masks.png``. None: an objective without masks, no plot."""
         del batch
         return None
 
     def spectrogram(self, batch: WaveBatch) -> Tensor:
-        """(B, S) waves -> (B, 1, frames, mels) float32, no gradient: the encoder's front end, cut
-        or padded to the frames of its grid. For an encoder without one: its ``inputs``."""
+        """Maps (B, S) waves to (B, 1, frames, mels) float32 without gradient by the encoder's front
+        end, cut or padded to the frames of its grid. Without a front end: ``encoder.inputs``."""
         encoder = next(iter(self.encoders().values()))
         frames = None
         if isinstance(encoder, SpectrogramEncoder):
@@ -111,16 +111,16 @@ class Objective(nn.Module, abc.ABC):
         compile: Literal["off", "blocks", "whole", "cudagraphs"] = "off",
         recompute: bool = False,
     ) -> None:
-        """Compile it, checkpoint activations; numbers and state-dict names stay.
+        """Enables compilation and checkpointing; numbers and state-dict names are unchanged.
 
         ``compile``: ``blocks``, each block; ``whole``, the front end and each of ``graphs`` as one
         graph with static shapes; ``cudagraphs``, the latter replayed as CUDA graphs.
-        ``recompute``: of trained blocks, in the backward pass.
+        ``recompute``: recompute trained blocks in the backward pass.
         """
         for block in blocks_of(self):
             block.recompute = recompute and any(p.requires_grad for p in block.parameters())
             if compile == "blocks":
-                block.compile(dynamic=False)  # few shapes come, each gets its own graph
+                block.compile(dynamic=False)  # there are few shapes, each gets its own graph
         if compile in ("off", "blocks"):
             return
         if not self.graphs:
@@ -138,8 +138,8 @@ class Objective(nn.Module, abc.ABC):
 
 
 class Student(nn.Module):
-    """Encoder and decoder under the names of the paper's weight files: an objective that keeps
-    them as ``self.student`` has training checkpoints that load as an encoder, too."""
+    """Encoder and decoder under the names of the paper's weight files. The training checkpoints of
+    an objective that keeps them as ``self.student`` can be loaded as an encoder."""
 
     def __init__(self, encoder: MaskableEncoder, decoder: nn.Module) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Student(nn.Module):
 
 
 def maskable(encoder: Encoder, objective: str) -> MaskableEncoder:
-    """``encoder``, if it can encode a part of its patches; else ``UserError``."""
+    """Returns ``encoder`` if it can encode a part of its patches, else raises ``UserError``."""
     if not isinstance(encoder, MaskableEncoder):
         raise UserError(
             f"objective {objective} hides patches, which {type(encoder).__name__} cannot do (it is "
@@ -158,9 +158,9 @@ def maskable(encoder: Encoder, objective: str) -> MaskableEncoder:
 
 
 def find_objective(name: str) -> type[Objective]:
-    """The class of objective ``name``: a file of this folder, or a dotted ``module.Class``.
+    """Returns the class of objective ``name``: a file of this folder, or a dotted ``module.Class``.
 
-    Raises ``UserError`` naming the known ones, or what is wrong with a class from outside.
+    Raises ``UserError`` naming the known ones, or the problem with an external class.
     """
     found = registry.find_class(name, Objective, folder="objectives", key="objective.name")  # type: ignore[type-abstract]
     config = found.Config

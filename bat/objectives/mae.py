@@ -1,4 +1,4 @@
-"""Masked autoencoder: predict the hidden patches of the log-mel themselves, without a teacher.
+"""Masked autoencoder: predicts the hidden patches of the log-mel, without a teacher.
 
 Patches of each clip are hidden at random, the encoder sees the rest, and a small transformer with
 mask tokens predicts the hidden ones (He et al. 2022, arXiv 2111.06377; on log-mels Huang et al.
@@ -102,7 +102,7 @@ class MAE(Objective):
         return {"student": self.student.encoder}
 
     def units(self) -> list[nn.Module]:
-        """The decoder as a whole: it projects with its first block before calling it."""
+        """Returns the decoder as one unit: it projects with its first block before calling it."""
         return [*blocks_of(self.student.encoder), self.student.decoder]
 
     def describe(self) -> str:
@@ -113,21 +113,21 @@ class MAE(Objective):
         return {"loss": self.reconstruction_loss(self.spectrogram(batch), views)}
 
     def reconstruction_loss(self, spectrogram: Tensor, views: Views) -> Tensor:
-        """(B, 1, frames, mels) and a mask a clip -> 0-dim float32."""
+        """Computes the loss, 0-dim float32, of (B, 1, frames, mels) and one mask per clip."""
         _cls, visible = self.student.encoder.encode_views(spectrogram, views)  # (B, n, D)
         predicted = self.student.decoder(visible, views).float()  # (B, m, P)
         hidden = views.masked_ids[..., None].expand_as(predicted)
         return F.mse_loss(predicted, patch_targets(spectrogram, self.patch).gather(1, hidden))
 
     def draw_views(self, positions: Tensor) -> Views:
-        """One mask for each clip at ``positions`` (B,) of the stream, on the device; uniform over
-        all sets of so many patches. It depends on (seed, position) alone."""
+        """Draws one mask for each clip at ``positions`` (B,) of the stream, on the device; uniform
+        over all sets of this size. It depends on (seed, position) alone."""
         seeds = row_seeds(derive_seed(self.seed, "masks"), positions, 1)
         return inverse_block_mask(
             len(seeds),
             self.grid,
             keep_ratio=1 - self.mask_ratio,
-            block=1,  # kept blocks of one patch: no patch is more likely beside another
+            block=1,  # kept blocks of one patch: neighbours are not more likely
             adjust=0.0,
             seeds=seeds.to(next(self.parameters()).device, non_blocking=True),
         )
@@ -137,7 +137,7 @@ class MAE(Objective):
 
 
 def patch_targets(spectrogram: Tensor, patch: int) -> Tensor:
-    """(B, 1, frames, mels) -> (B, N, P) float32: each patch standardised by itself, time-major."""
+    """Maps (B, 1, frames, mels) to (B, N, P) float32: each patch standardised alone, time-major."""
     B, _, frames, mels = spectrogram.shape
     x = spectrogram.float().reshape(B, frames // patch, patch, mels // patch, patch)
     x = x.transpose(2, 3).reshape(B, -1, patch * patch)

@@ -1,7 +1,7 @@
 """Masked latent regression with an EMA teacher (docs/method.md 3).
 
 The student sees V masked views of a clip, the decoder predicts every patch, and the teacher, an EMA
-copy of the encoder run on the clean spectrogram, says what they should have been:
+copy of the encoder run on the clean spectrogram, gives the targets:
 
     h_l    = teacher's patch tokens after block l, standardised per channel over the N patches
     y      = standardise per token over channels( mean_l h_l )
@@ -11,8 +11,8 @@ copy of the encoder run on the clean spectrogram, says what they should have bee
 
 ``target="mlp"`` takes the MLP's output before its residual instead of the block's end.
 ``target_centering="batch"`` removes the mean over the batch at each position before the last
-standardisation: not the paper's, but on small data the position code is most of the target and the
-easiest part of it to predict. Under several processes that mean is each process's own.
+standardisation. This is not in the paper, but on small data the position code is most of the target
+and its easiest part to predict. Under several processes that mean is each process's own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DECODERS: dict[str, dict[str, Any]] = {
 }
 """Heads and MLP ratio of the transformer decoders (docs/method.md 3, ablations)."""
 WIDEST = 768
-"""Of a decoder whose width is not given: the paper's Large, 1024 wide, has one of 768."""
+"""Maximum default width of the decoder: the paper's Large, 1024 wide, has one of 768."""
 
 
 @dataclass
@@ -90,14 +90,14 @@ class Ema:
 
 
 class Losses(NamedTuple):
-    """Scalars of one step, on the device. ``total`` carries the gradient."""
+    """Scalars of one step, on the device. Only ``total`` has a gradient."""
 
     total: Tensor
     local: Tensor
     global_: Tensor
     position_only: Tensor
-    """Local loss of a predictor that knows each position's mean target and nothing of the clip:
-    only what ``local`` lies below it is evidence of listening. NaN for a batch of one clip."""
+    """Local loss of a predictor that knows each position's mean target and nothing about the clip;
+    ``local`` shows use of the audio only if it is below this. NaN for a batch of one clip."""
     target_std: Tensor
     """Mean over channels of the target's deviation over tokens and clips: 0 is collapse."""
 
@@ -111,7 +111,7 @@ class Teacher(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stay in eval mode."""
+        """Keeps the teacher in eval mode."""
         del mode
         return super().train(False)
 
@@ -130,8 +130,8 @@ class MaskedLatent(Objective):
         target: Literal["eob", "mlp"] = "eob"
         """``eob``: end of block; ``mlp``: MLP output before its residual (data2vec 2.0, EAT)."""
         target_centering: Literal["none", "batch"] = "none"
-        """``batch``: take the mean over the batch at each position off the target (not the
-        paper's)."""
+        """``batch``: subtract the mean over the batch at each position from the target (not in the
+        paper)."""
         global_target: Literal["patch_mean", "cls", "none"] = "patch_mean"
         decoder: Literal["vit12h", "vit6h", "cnn"] = "vit12h"
         decoder_depth: int = 6
@@ -175,7 +175,7 @@ class MaskedLatent(Objective):
             return 16 if self.decoder == "cnn" else 12
 
         def width_in(self, width: int) -> int:
-            """Width of the decoder of an encoder of ``width``."""
+            """Returns the width of the decoder for an encoder of ``width``."""
             return self.decoder_width or min(width, WIDEST)
 
     graphs = ("targets", "compare")
@@ -234,7 +234,7 @@ class MaskedLatent(Objective):
         return {"student": self.student.encoder, "teacher": self.teacher.encoder}
 
     def units(self) -> list[nn.Module]:
-        """The decoder as a whole: it projects with its first block before calling it."""
+        """Returns the decoder as one unit: it projects with its first block before calling it."""
         encoders = (self.teacher, self.student.encoder)
         return [*(b for e in encoders for b in blocks_of(e)), self.student.decoder]
 
@@ -253,10 +253,9 @@ class MaskedLatent(Objective):
         }
 
     def draw_views(self, positions: Tensor) -> Views:
-        """``mask.views`` masks of each clip at ``positions`` (B,) of the stream, on the device.
+        """Draws ``mask.views`` masks per clip at ``positions`` (B,) of the stream, on the device.
 
-        A clip's masks depend on (seed, position) alone: not on the batch, the rank, or who reads
-        it.
+        A clip's masks depend on (seed, position) alone, not on the batch, the rank or the reader.
         """
         mask = self.mask
         seeds = row_seeds(derive_seed(self.seed, "masks"), positions, mask.views)
@@ -273,13 +272,13 @@ class MaskedLatent(Objective):
         return self.draw_views(batch.positions).mask[:: self.mask.views]
 
     def losses(self, spectrogram: Tensor, views: Views) -> Losses:
-        """(B, 1, frames, mels) and ``B * V`` masks, clip-major -> ``Losses``."""
+        """Computes ``Losses`` of (B, 1, frames, mels) and ``B * V`` masks, clip-major."""
         return self.compare(spectrogram, views, *self.targets(spectrogram))
 
     def compare(
         self, spectrogram: Tensor, views: Views, targets: Tensor, teacher_cls: Tensor
     ) -> Losses:
-        """The student's half of the step, against the teacher's (B, N, D) and (B, D)."""
+        """Computes the student's losses against the teacher's targets (B, N, D) and (B, D)."""
         cls, visible = self.student.encoder.encode_views(spectrogram, views)
         predictions = self.student.decoder(visible, views)  # (B V, N - n, D)
 
@@ -297,8 +296,8 @@ class MaskedLatent(Objective):
 
     @torch.no_grad()
     def targets(self, spectrogram: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1, frames, mels) -> targets (B, N, D) and the teacher's last class token (B, D),
-        both float32. Layers are added up one at a time, never stacked."""
+        """Returns targets (B, N, D) and the teacher's last class token (B, D), both float32, of
+        (B, 1, frames, mels). Layers are summed one at a time, never stacked."""
         encoder = self.teacher.encoder
         total, cls, depth = None, None, 0
         for out, mlp in encoder.layers(encoder.embed(spectrogram)):
@@ -319,28 +318,28 @@ class MaskedLatent(Objective):
         self.update_teacher(decay, skip=skip)
 
     def update_teacher(self, decay: float, skip: Tensor | None = None) -> None:
-        """One EMA step of the teacher's encoder towards the student's, buffers too.
+        """Updates the teacher's encoder, including buffers, by one EMA step towards the student's.
 
-        ``skip``: 0-dim, 1.0 where the optimiser's step was skipped and the teacher stays.
+        ``skip``: 0-dim, 1.0 if the optimiser's step was skipped; the teacher is then unchanged.
         """
         ema_update(self.teacher.encoder, self.student.encoder, decay, skip=skip)
 
 
 def standardise(x: Tensor, dim: int, eps: float = EPS) -> Tensor:
-    """Zero mean and unit (biased) variance along ``dim``, eps inside the root."""
+    """Standardises to zero mean and unit (biased) variance along ``dim``, eps inside the root."""
     centred = x - x.mean(dim, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(dim, keepdim=True) + eps)
 
 
 def gather_patches(targets: Tensor, masked_ids: Tensor) -> Tensor:
-    """Targets of the patches ``masked_ids`` (B V, m) of all views: (B, N, D) -> (B V m, D)."""
+    """Gathers targets of patches ``masked_ids`` (B V, m) of all views: (B, N, D) -> (B V m, D)."""
     B, N, _ = targets.shape
     ids = masked_ids.reshape(B, -1) + N * torch.arange(B, device=targets.device)[:, None]
     return targets.flatten(0, 1).index_select(0, ids.flatten())
 
 
 def global_loss(cls: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error of every view's class token (B V, D) to its clip's ``wanted`` (B, D)."""
+    """Computes the mean squared error of class tokens (B V, D) to ``wanted`` (B, D) per clip."""
     return (cls.float().unflatten(0, (wanted.shape[0], -1)) - wanted[:, None]).square().mean()
 
 

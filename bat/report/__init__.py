@@ -1,1 +1,1 @@
-"""Pictures and, later, the written report of a run."""
+"""Plots, tables and the HTML report of runs."""

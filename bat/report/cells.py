@@ -1,7 +1,7 @@
-"""The tables of a probing as header and cells of text, and the sentences that belong below them.
+"""Builds the tables of probe runs as header and cells of text, and the notes below them.
 
-Probes are rows and encoders columns; a single encoder has its metrics as columns instead. Fractions
-are shown in percent. ``tables.py`` sets them for the terminal and in Markdown, ``page.py`` in HTML.
+Probes are rows and encoders columns; for a single encoder, metrics are columns. Fractions are shown
+in percent. ``tables.py`` renders them for the terminal and in Markdown, ``page.py`` in HTML.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from bat.metrics.base import describe
 from bat.report.sections import TITLES, Row, Section
 
 LEADS = "better than every other probe of its encoder by the paired interval"
-"""Which cells of the main table are marked, in words."""
+"""Legend of the marked cells in the main table."""
 NOTHING = "–"  # noqa: RUF001 (a dash where there is no number)
 
 
 def number(value: float | None, metric: str = "map") -> str:
-    """A metric as text: percent, d-prime as it is, a dash for none."""
+    """Formats a metric: in percent, d-prime unchanged, a dash for None."""
     if value is None or math.isnan(value):
         return NOTHING
     return f"{100 * value if describe(metric).percent else value:.2f}"
 
 
 def mean(row: Row, metric: str) -> float:
-    """A probe's mean of a metric, NaN where it has none."""
+    """Returns a probe's mean of a metric, NaN if it has none."""
     value = row.entry["mean"].get(metric)
     return math.nan if value is None else float(value)
 
 
 def spread(row: Row, metric: str) -> str:
-    """``87.25 ± 1.20``, without the deviation where there is none."""
+    """Formats mean and deviation as ``87.25 ± 1.20``; the deviation is omitted if missing."""
     middle = number(mean(row, metric), metric)
     if middle == NOTHING or row.entry["std_over"] == "none":
         return middle
@@ -40,19 +40,19 @@ def spread(row: Row, metric: str) -> str:
 
 
 def bounds_of(bounds: Sequence[float] | None, metric: str = "map") -> str:
-    """``[85.10, 89.31]``, or a dash."""
+    """Formats an interval as ``[85.10, 89.31]``, or a dash."""
     if bounds is None:
         return NOTHING
     return f"[{number(bounds[0], metric)}, {number(bounds[1], metric)}]"
 
 
 def millions(parameters: int) -> str:
-    """A count of parameters: ``23.52 M``, ``0.4 k``."""
+    """Formats a number of parameters: ``23.52 M``, ``0.4 k``."""
     return f"{parameters / 1e6:.2f} M" if parameters >= 100_000 else f"{parameters / 1e3:.1f} k"
 
 
 def notes(section: Section) -> list[str]:
-    """What a reader must know to read the numbers, a sentence each."""
+    """Returns the notes needed to interpret the numbers, one sentence each."""
     found = []
     if left := [name for s in section.summaries for name in s.get("unfinished", [])]:
         found.append(f"Not finished: {few(left)} still to come; the same command continues.")
@@ -118,7 +118,7 @@ def notes(section: Section) -> list[str]:
 
 
 def few(names: Sequence[str], most: int = 8) -> str:
-    """The first names, and how many more."""
+    """Returns the first names and the number of the others."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
@@ -126,10 +126,10 @@ def few(names: Sequence[str], most: int = 8) -> str:
 def grid(
     section: Section, metrics: Sequence[str]
 ) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
-    """Header, cells, and which (row, column) leads its column: the main table.
+    """Returns the main table: header, cells, and the (row, column) cells that lead their column.
 
-    A probe leads where it is above each other probe of its encoder by the whole paired interval of
-    the main metric; nothing else is marked. ``metrics``: the columns where there is one encoder.
+    A probe leads if its whole paired interval of the main metric is above each other probe of its
+    encoder; nothing else is marked. ``metrics``: the columns if there is one encoder.
     """
     rows = {(row.encoder, row.method): row for row in section.rows}
     if len(section.encoders) == 1:
@@ -157,7 +157,7 @@ def grid(
 
 
 def intervals(section: Section) -> tuple[list[str], list[list[str]]] | None:
-    """Header and cells of the intervals of the main metric; None where there are none."""
+    """Returns header and cells of the main metric's intervals; None if there are none."""
     rows = {(row.encoder, row.method): row.entry["interval"] for row in section.rows}
     if not any(rows.values()):
         return None
@@ -169,7 +169,7 @@ def intervals(section: Section) -> tuple[list[str], list[list[str]]] | None:
 
 
 def rounds(section: Section, metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of every single result: encoder, probe, round, seed, ``metrics``."""
+    """Returns header and cells of every single result: encoder, probe, fold, seed, ``metrics``."""
     metrics = [m for m in metrics if m in section.metrics]
     cells = [
         [row.encoder, row.method, fold, seed, *(number(found.get(m), m) for m in metrics)]
@@ -181,7 +181,7 @@ def rounds(section: Section, metrics: Sequence[str]) -> tuple[list[str], list[li
 
 
 def ranking(section: Section) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of all probes, the best first."""
+    """Returns header and cells of all probes, the best first."""
     metric = section.metric
     behind = [section.difference(section.ranking[0], row) for row in section.ranking]
     header = ["", "probe", "encoder", TITLES[metric], "interval", "parameters"]
@@ -197,14 +197,14 @@ def ranking(section: Section) -> tuple[list[str], list[list[str]]]:
 
 
 def paired(found: Mapping[str, Any], metric: str) -> str:
-    """``+4.00 [-0.10, 8.20]``"""
+    """Formats a difference as ``+4.00 [-0.10, 8.20]``."""
     sign = "+" if found["difference"] >= 0 else ""
     difference = number(found["difference"], metric)
     return f"{sign}{difference} {bounds_of(found['interval'], metric)}"
 
 
 def gaps(section: Section) -> tuple[list[str], list[list[str]]] | None:
-    """Header and cells: best probe and fine-tuning; None where nothing was fine-tuned."""
+    """Returns header and cells of best probe and fine-tuning; None without fine-tuning."""
     found = section.gaps()
     if not found:
         return None
@@ -218,7 +218,7 @@ def gaps(section: Section) -> tuple[list[str], list[list[str]]] | None:
 
 
 def gains(section: Section) -> tuple[list[str], list[list[str]]] | None:
-    """Header and cells: every probe beside itself on the untrained encoder; None without one."""
+    """Returns header and cells of every probe and its random-init baseline; None without one."""
     metric, found = section.metric, section.gains()
     if not found:
         return None
@@ -236,7 +236,7 @@ def _minus(a: float, b: float) -> str:
 
 
 def protocols(section: Section) -> list[str]:
-    """The protocol of each run in a sentence."""
+    """Returns the protocol of each run in a sentence."""
     found = []
     for summary in section.summaries:
         length = {k: summary[k] for k in ("steps", "epochs", "batch") if summary.get(k) is not None}

@@ -1,6 +1,6 @@
-"""The picture of a data set: how its labels, lengths, rates, splits and folds are spread.
+"""Plots the distribution of a data set's labels, lengths, sample rates, splits and folds.
 
-Plain numbers in, one PNG out, in the style of ``plots.py``.
+Takes plain numbers and writes one PNG in the style of ``plots.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from bat.report.plots import COLOURS, figure
 
 NAMED = 30
-"""Classes drawn as named bars; more are drawn as a curve over their rank."""
+"""Maximum number of classes drawn as named bars; more are drawn as a curve over their rank."""
 
 
 def plot_data(
@@ -30,12 +30,12 @@ def plot_data(
     folds: Mapping[str, int],
     labels_per_clip: Mapping[int, int],
 ) -> Path:
-    """Six panels: clips a class, clips by length, labels a clip; rates, codecs, splits and folds.
+    """Plots six panels: clips per class and length, labels per clip; rates, codecs, splits, folds.
 
     Args:
-        classes: clips that carry each class.
+        classes: number of clips of each class.
         seconds: (n,) length of each clip; NaN for unknown.
-        rates, codecs, splits, folds, labels_per_clip: clips of each.
+        rates, codecs, splits, folds, labels_per_clip: number of clips of each value.
     """
     path = Path(path)
     seconds = np.asarray(seconds, dtype=np.float64)
@@ -101,7 +101,7 @@ def _lengths(axis: Any, seconds: np.ndarray, unknown: int) -> None:
     edges = np.geomspace(low, high, 41) if wide else np.linspace(low, high, 41)
     edges[0], edges[-1] = low, high
     counts = axis.hist(seconds, bins=edges, color=COLOURS[2])[0]
-    if counts.max() > 50 * counts[counts > 0].min():  # else the few of another length vanish
+    if counts.max() > 50 * counts[counts > 0].min():  # else few clips are invisible
         axis.set_yscale("log", nonpositive="clip")
         axis.set_ylim(bottom=0.5)
     axis.yaxis.set_major_formatter(compact)
@@ -114,7 +114,7 @@ def _lengths(axis: Any, seconds: np.ndarray, unknown: int) -> None:
 
 
 def _bars(axis: Any, counts: Mapping[str, int], title: str, xlabel: str) -> None:
-    """Bars with their numbers on top; of more than twelve, the largest twelve."""
+    """Draws bars with their numbers on top; at most the largest twelve."""
     axis.set_title(title)
     shown = dict(counts)
     if len(shown) > 12:
@@ -149,7 +149,7 @@ def _nothing(axis: Any, text: str) -> None:
 
 
 def compact(number: float, _: object = None) -> str:
-    """``999``, ``1.5k``, ``12k``, ``1.91M``; takes the position that matplotlib hands over."""
+    """Formats counts: ``999``, ``1.5k``, ``12k``, ``1.91M``; ignores matplotlib's position."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if number >= 0.9995 * size:  # rounds to one of these
             return f"{number / size:.3g}{unit}"
@@ -157,5 +157,5 @@ def compact(number: float, _: object = None) -> str:
 
 
 def _short(text: str, most: int) -> str:
-    clean = text.replace("$", r"\$")  # no mathematics in names
+    clean = text.replace("$", r"\$")  # no mathtext in names
     return clean if len(text) <= most else clean[: most - 3] + "..."

@@ -1,7 +1,7 @@
-"""A few words of HTML: elements that escape whatever text they are given, and one style sheet.
+"""Builds HTML elements that escape the text they are given, and one style sheet.
 
-Text comes from files, tables and paths of users, so nothing becomes markup unless it was made by
-``tag``. The page needs no script, and its policy lets a browser load nothing from elsewhere.
+Text comes from users' files, tables and paths, so only the result of ``tag`` is treated as markup.
+The page has no scripts, and its content security policy forbids loading external resources.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ VOID = frozenset({"meta", "img", "br"})
 
 
 class Html(str):
-    """Markup made here; any other text is escaped."""
+    """Markup made in this module; any other text is escaped."""
 
     __slots__ = ()
 
 
 def tag(name: str, /, *children: str, **attributes: str | None) -> Html:
-    """An element. ``class_`` is ``class``; attributes that are None are left away."""
+    """Returns an element. ``class_`` is ``class``; attributes that are None are omitted."""
     words = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
         for key, value in attributes.items()
@@ -82,7 +82,7 @@ def tag(name: str, /, *children: str, **attributes: str | None) -> Html:
 
 
 def joined(parts: Iterable[str]) -> Html:
-    """Elements after one another, a line each."""
+    """Joins elements, one per line."""
     return Html("\n".join(p if isinstance(p, Html) else escape(p) for p in parts))
 
 
@@ -96,10 +96,10 @@ def table(
     long: Collection[int] = (),
     caption: str = "",
 ) -> Html:
-    """A table that scrolls within itself on narrow screens.
+    """Returns a table that scrolls horizontally on narrow screens.
 
-    The first ``words`` columns are text, the first of them heads its row; ``best`` (row, column)
-    are bold; ``tints`` in [0, 1] colour a cell; columns in ``long`` may wrap.
+    The first ``words`` columns are text, the first of them is the row header; cells in ``best``
+    (row, column) are bold; ``tints`` in [0, 1] colour a cell; columns in ``long`` may wrap.
     """
     tints = tints or {}
 
@@ -123,24 +123,24 @@ def table(
     ]
     parts = [tag("caption", caption)] if caption else []
     parts += [tag("thead", tag("tr", *heads)), tag("tbody", joined(body))]
-    # a region that scrolls must be reachable by the keyboard
+    # a scrollable region must be reachable by keyboard
     return tag("div", tag("table", *parts), class_="scroll", tabindex="0")
 
 
 def details(summary: str, *children: str) -> Html:
-    """Something to unfold."""
+    """Returns a collapsible section."""
     return tag("details", tag("summary", summary), *children)
 
 
 def picture(path: Path, caption: str) -> Html:
-    """A PNG within the page. Raises ``OSError``."""
+    """Returns a PNG embedded in the page. Raises ``OSError``."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     image = tag("img", src=f"data:image/png;base64,{data}", alt=caption)
     return tag("figure", image, tag("figcaption", caption))
 
 
 def page(title: str, *body: str) -> str:
-    """The whole document."""
+    """Returns the whole document."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = tag(
         "head",

@@ -1,4 +1,4 @@
-"""What a page tells about probes and encoders from within: gates, chosen rates, blocks."""
+"""Builds the report's tables of layer gates, selected learning rates and block diagnostics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENS = {"patches": "patches", "cls": "class token"}
 
 
 def insides(section: Section) -> list[Html]:
-    """Folded tables of whatever the runs hold of it."""
+    """Returns collapsible tables of the diagnostics that the runs have."""
     found = [*_gates(section), *_chosen(section)]
     for name, encoder in section.encoders.items():
         insight = encoder.get("insight") or {}
@@ -29,7 +29,7 @@ def insides(section: Section) -> list[Html]:
 
 
 def _gates(section: Section) -> list[Html]:
-    """The layer gate of each encoder and probe, mean over rounds and seeds."""
+    """Returns the layer gate of each encoder and probe, mean over folds and seeds."""
     lines = []
     for row in section.rows:
         gates = list((row.entry.get("gate") or {}).values())
@@ -54,7 +54,7 @@ def _gates(section: Section) -> list[Html]:
 
 
 def _chosen(section: Section) -> list[Html]:
-    """Learning rate, weight decay and step of every training."""
+    """Returns learning rate, weight decay and step of every training."""
     cells = []
     for row in section.rows:
         for key, chosen in (row.entry.get("chosen") or {}).items():
@@ -78,7 +78,7 @@ def _plain(value: float | None) -> str:
 
 
 def _blocks(insight: Mapping[str, Any]) -> Html | None:
-    """One line a block of everything that was measured; None where nothing was."""
+    """Returns one line per block with all measurements; None if there are none."""
     columns: dict[str, list[str]] = {}
     sinks = insight.get("sinks") or {}
     for name, values in sinks.items():

@@ -1,6 +1,6 @@
-"""The pictures of what is inside an encoder: selected patches, attention sinks, norms and ranks.
+"""Plots the diagnostics of an encoder: selected patches, attention sinks, norms and ranks.
 
-Style, colours and manners are those of ``probe_plots.py``.
+Style, colours and conventions are those of ``probe_plots.py``.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from bat.report.probe_plots import (
 )
 
 FOR, AGAINST = "#E66100", "#3B6FD4"
-"""Evidence for a class and against it."""
+"""Colours of evidence for a class and against it."""
 
 
 def plot_prototype_maps(maps: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Clips, and the patches of each that the strongest prototypes of its class select.
+    """Plots clips and the patches of each that the strongest prototypes of its class select.
 
-    Of each of ``maps``: ``label``, ``key``, ``spectrogram`` (frames, mels), ``evidence`` (T, F),
-    ``hop_ms`` between frames, ``seconds`` that the clip fills (``train.insight.prototype_maps``).
-    Left the spectrogram; right the same in grey, a selected patch tinted the more, the more it adds
-    to the class's logit, and framed; what speaks against the class in blue.
+    Each of ``maps`` has ``label``, ``key``, ``spectrogram`` (frames, mels), ``evidence`` (T, F),
+    ``hop_ms`` between frames, ``seconds`` that the clip fills (from
+    ``eval.diagnostics.prototype_maps``). Left: the spectrogram. Right: the same in grey, with
+    selected patches framed and tinted by their contribution to the class's logit; evidence against
+    the class is blue.
     """
     path = Path(path)
     n = max(1, len(maps))
@@ -64,10 +65,10 @@ def plot_sinks(
     *,
     controls: Collection[str] = CONTROLS,
 ) -> Path:
-    """Share of attention on the most attended token by block, gates as trained and opened.
+    """Plots the attention share of the most attended token by block, gates on and off.
 
-    ``sinks``: encoder -> ``{"gate on": (L,), "gate off": (L,) | None, "uniform": 1 / tokens}``. Of
-    encoders without gates there is one line.
+    ``sinks``: encoder -> ``{"gate on": (L,), "gate off": (L,) | None, "uniform": 1 / tokens}``.
+    Encoders without gates have one line.
     """
     path = Path(path)
     L = max((len(s["gate on"]) for s in sinks.values()), default=1)
@@ -101,10 +102,10 @@ def plot_norms_ranks(
     *,
     controls: Collection[str] = CONTROLS,
 ) -> Path:
-    """Token norms (mean, band of one deviation), effective rank and spread over clips by block.
+    """Plots token norms (mean, one deviation), effective rank and spread over clips by block.
 
-    ``insights``: encoder -> what ``train.insight.encoder_statistics`` returns. Above patches, below
-    class tokens, where an encoder has them; what is not known is not drawn.
+    ``insights``: encoder -> the result of ``eval.diagnostics.encoder_statistics``. Patches are in
+    the top row, class tokens, if any, in the bottom row; missing values are not drawn.
     """
     path = Path(path)
     kinds = [k for k in ("patches", "cls") if any(s["norms"].get(k) for s in insights.values())]
@@ -141,7 +142,7 @@ def plot_norms_ranks(
 
 
 def _tint(axis: Any, found: np.ndarray, side: tuple[float, float]) -> Any:
-    """Patches (T, F) in the colour of their evidence, patches of ``side`` (seconds, mels)."""
+    """Draws patches (T, F) of ``side`` (seconds, mels) in the colour of their evidence."""
     from matplotlib.colors import LinearSegmentedColormap
 
     most = float(np.abs(found).max()) or 1.0

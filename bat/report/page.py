@@ -1,8 +1,8 @@
-"""A probing as one HTML page that needs nothing else: pictures within, no script, no request.
+"""Writes probe runs as one self-contained HTML page: embedded plots, no scripts, no requests.
 
-It reads on a phone, on paper, in light and dark. First what was found, then what it rests on:
-every round and seed, classes, gates, chosen rates, the encoders' insides, protocol, clips that
-could not be read, versions. Everything long is folded away.
+The page suits phones, print, and light and dark modes. It shows the results first, then details:
+every fold and seed, classes, gates, selected rates, diagnostics of the encoders, protocol,
+unreadable clips, versions. Long parts are collapsed.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from bat.report.inside import insides
 from bat.report.sections import TITLES, Section, is_control, sections
 
 LEADING = 10
-"""Lines of the ranking that are not folded away."""
+"""Lines of the ranking shown without unfolding."""
 SAID = (
     "recipe", "steps", "epochs", "min_steps", "batch", "clip_seconds", "data", "bootstrap",
     "control", "precision", "device", "seconds",
 )  # fmt: skip
-"""Of a summary, what is listed with the protocol where it is there."""
+"""Keys of a summary that are listed with the protocol, if present."""
 SHOWN_KEYS = 200
-"""Unreadable clips that are named."""
+"""Maximum number of unreadable clips listed."""
 
 
 class Picture(NamedTuple):
-    """A PNG of a run."""
+    """A PNG file of a run."""
 
     path: Path
     encoder: str = ""
-    """Whose it is; empty: of all encoders together."""
+    """Encoder that it shows; empty: all encoders together."""
 
     @property
     def caption(self) -> str:
-        """What it shows; of a file that is not known, its name: ``my-plot`` is *My plot*."""
+        """Caption of the plot; unknown files are named: ``my-plot`` is *My plot*."""
         words = re.sub(r"[-_]+", " ", self.path.stem).strip()
         text = CAPTIONS.get(self.path.stem, words[:1].upper() + words[1:])
         return f"{text}: {self.encoder}" if self.encoder else text
@@ -70,7 +70,7 @@ CAPTIONS = {
     "norms-ranks": "Token norms and effective rank, block by block",
 }
 COMPARISONS = ("attention-sinks", "comparison", "gates", "layer-curve", "norms-ranks")
-"""Of all encoders together, without ``.png``."""
+"""Names of plots that show all encoders together, without ``.png``."""
 
 
 def write_page(
@@ -80,10 +80,10 @@ def write_page(
     summaries: Sequence[dict[str, Any]],
     pictures: Mapping[str, Sequence[Picture]] | None = None,
 ) -> Path:
-    """Write the page of ``summaries`` (``sections.py``) and return its path.
+    """Writes the page of ``summaries`` (``sections.py``) and returns its path.
 
-    ``pictures``: those of each run, under the name that its summary has as ``run``.
-    Raises ``OSError`` where a picture cannot be read or the page cannot be written.
+    ``pictures``: plots of each run, keyed by the ``run`` of its summary.
+    Raises ``OSError`` if a plot cannot be read or the page cannot be written.
     """
     found = sections(summaries)
     body = [tag("h1", title), _overview(found)]
@@ -104,7 +104,7 @@ def _overview(found: Sequence[Section]) -> Html:
 
 
 def _finding(section: Section) -> str:
-    """What came out, in a sentence."""
+    """Returns the main result in a sentence."""
     if not section.rows:
         return "No probe was trained."
     row = section.ranking[0]
@@ -153,7 +153,7 @@ def _section(section: Section, pictures: Mapping[str, Sequence[Picture]]) -> lis
 
 
 def _tints(section: Section) -> dict[tuple[int, int], float]:
-    """Colour of the cells of the main table: from the worst mean to the best."""
+    """Returns the tints of the main table's cells, from the worst mean to the best."""
     if len(section.encoders) < 2 or len(section.rows) < 2:
         return {}
     values = {
@@ -202,7 +202,7 @@ def _foundations(section: Section) -> list[Html]:
 
 
 def _classes(section: Section) -> list[Html]:
-    """Average precision of each class under each encoder's best probe, the hardest class first."""
+    """Tabulates each class's average precision under each encoder's best probe, hardest first."""
     rows = [row for name in section.encoders if (row := section.best(name)) is not None]
     columns = [(row, section.class_precision(row)) for row in rows]
     columns = [(row, values) for row, values in columns if values]
@@ -240,7 +240,7 @@ def _classes(section: Section) -> list[Html]:
 
 
 def _positives(section: Section) -> list[str]:
-    """Clips of each class that were held out, in all rounds together."""
+    """Returns the number of held-out clips of each class over all folds."""
     row = section.ranking[0]
     counts = [next(iter(seeds.values()))["per_class"]["positives"] for seeds in
               row.entry["folds"].values()]  # fmt: skip
@@ -252,7 +252,7 @@ def _encoders(section: Section) -> Html:
     header += ["width", "blocks", "heads", "class token", "patch, ms", "frames", "seconds"]
     cells = []
     for name, e in section.encoders.items():
-        kept = NOTHING  # results that were there from before need no features
+        kept = NOTHING  # results of an earlier start need no features
         if e["features"] is not None:
             kept = "{cache}, {gb:.3f} GB ({why})".format(**e["features"])
         spent = ", ".join(f"{what} {seconds:g}" for what, seconds in e["seconds"].items())

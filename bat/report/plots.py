@@ -1,8 +1,8 @@
-"""The pictures a run leaves: masks, curves, layer gates, probe accuracy.
+"""Plots of a run: masks, curves, layer gates, probe accuracy.
 
 Every function takes plain numbers and a path, writes one PNG and returns the path. Matplotlib is
-imported when the first picture is drawn, on its file-only backend. Colours are Okabe and Ito's,
-which colour-blind readers tell apart; series differ in marker or hatch as well.
+imported with its file-only backend when the first plot is drawn. Colours are Okabe and Ito's,
+which colour-blind readers can distinguish; series also differ in marker or hatch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bat.types import Grid
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 NAME = 30
-"""Letters of a name in a legend or a row."""
+"""Maximum length of a name in a legend or a row."""
 STYLE: Any = {
     "figure.facecolor": "white",
     "axes.spines.top": False,
@@ -40,7 +40,7 @@ STYLE: Any = {
 
 @contextmanager
 def figure(path: Path, rows: int = 1, columns: int = 1, **settings: Any) -> Iterator[Any]:
-    """A figure and its axes, written to ``path`` and closed at the end."""
+    """Yields a figure and its axes, which is written to ``path`` and closed at the end."""
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -66,10 +66,10 @@ def plot_masks(
     names: Sequence[str] = (),
     clips: int = 4,
 ) -> Path:
-    """The first few spectrograms, whole and with their masked patches shaded.
+    """Plots the first few spectrograms, whole and with their masked patches shaded.
 
-    ``spectrograms`` (n, frames, mels) or (n, 1, frames, mels); ``masks`` (n, N) True where a patch
-    is removed, N = ``grid.tokens``, time-major; ``hop_ms`` between frames.
+    ``spectrograms`` (n, frames, mels) or (n, 1, frames, mels); ``masks`` (n, N) True for removed
+    patches, N = ``grid.tokens``, time-major; ``hop_ms`` between frames.
     """
     path = Path(path)
     images = np.asarray(spectrograms, dtype=np.float32)
@@ -98,16 +98,16 @@ def plot_masks(
             right.set_title(f"what the student sees: {kept} of {grid.tokens} patches")
         for axis in axes[-1]:
             axis.set_xlabel("time (s)")
-            axis.xaxis.get_major_locator().set_params(nbins=8, prune="upper")  # apart from the next
+            axis.xaxis.get_major_locator().set_params(nbins=8, prune="upper")  # gap to the next
         fig.colorbar(picture, ax=axes, label="log-mel", shrink=min(1.0, 1.6 / n), pad=0.01)
     return path
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Losses and learning rate over optimiser steps, from the rows of ``metrics.jsonl``.
+    """Plots losses and learning rate over optimiser steps, from the rows of ``metrics.jsonl``.
 
-    Drawn are all numeric keys that name a loss (``loss``, ``loss_local``, ``train/loss`` ...) and
-    ``lr``; rows without ``step`` are left out.
+    All numeric keys that name a loss (``loss``, ``loss_local``, ``train/loss`` ...) and ``lr`` are
+    drawn; rows without ``step`` are omitted.
     """
     path = Path(path)
     rows = [r for r in rows if isinstance(r.get("step"), int | float)]
@@ -137,10 +137,10 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
 def plot_layer_gates(
     gates: Mapping[str, ArrayLike], path: str | Path, *, over: str = "folds"
 ) -> Path:
-    """Bars of each block's weight: where the task's information sits.
+    """Plots each block's weight in the layer gate as bars.
 
-    ``gates``: name -> (L,), or (n, L): then the mean, with the standard deviation as a line.
-    ``over``: what the n are, ``trainings`` where they are not all of different folds.
+    ``gates``: name -> (L,), or (n, L), of which the mean is drawn and the standard deviation as a
+    line. ``over``: label of the n, ``trainings`` if they are not all of different folds.
     """
     path = Path(path)
     tables = {name: np.atleast_2d(np.asarray(gate, dtype=float)) for name, gate in gates.items()}
@@ -176,9 +176,9 @@ def plot_folds(
     chance: float | None = None,
     title: str = "",
 ) -> Path:
-    """Bars of a metric (a fraction) by held-out fold, one group of bars a method, with the mean.
+    """Plots bars of a metric (a fraction) by held-out fold, one group per method, with the mean.
 
-    At most as many methods as there are colours. ``chance``: drawn dotted where given.
+    At most as many methods as there are colours. ``chance``: drawn dotted if given.
     """
     assert len(folds) <= len(COLOURS), len(folds)
     path = Path(path)
@@ -197,7 +197,7 @@ def plot_folds(
             axis.axhline(y.mean(), color=COLOURS[i], lw=1.2, ls="--")
         shown = [short(str(n), 24) for n in names]
         axis.set_xticks(range(len(names)), shown)
-        if sum(len(n) + 2 for n in shown) > 9 * inches:  # they would touch
+        if sum(len(n) + 2 for n in shown) > 9 * inches:  # bars would touch
             axis.tick_params(axis="x", rotation=90)
         if chance is not None:
             axis.axhline(100 * chance, color="#777777", lw=1, ls=":", label="chance")
@@ -219,11 +219,11 @@ def plot_probe_curve(
     chance: float | None = None,
     title: str = "Probe accuracy along pre-training",
 ) -> Path:
-    """Probe results against pre-training steps; the untrained control as a dashed line.
+    """Plots probe results over pre-training steps; the random-init baseline is dashed.
 
-    ``rows``: mappings with ``step``, ``method``, ``metric`` (a fraction) and, where folds were
-    held out, ``{metric}_std``: mean line and band. Step 0 is the same encoder with random weights.
-    ``chance``: drawn dotted where given.
+    ``rows``: mappings with ``step``, ``method``, ``metric`` (a fraction) and, if there are
+    folds, ``{metric}_std``: mean line and band. Step 0 is the same encoder with random weights.
+    ``chance``: drawn dotted if given.
     """
     path = Path(path)
     methods = sorted({r["method"] for r in rows})
@@ -252,7 +252,7 @@ def plot_probe_curve(
 
 
 def short(name: str, most: int = NAME) -> str:
-    """At most ``most`` letters of one line, the middle left out."""
+    """Shortens a line to at most ``most`` characters by omitting the middle."""
     name = " ".join(str(name).split())
     if len(name) <= most:
         return name
@@ -261,7 +261,7 @@ def short(name: str, most: int = NAME) -> str:
 
 
 def chance_of(metric: str, classes: int) -> float | None:
-    """What guessing evenly reaches: 1 / classes in accuracy, a half in AUROC; None: it depends."""
+    """Returns chance level: 1 / classes for accuracy, 0.5 for AUROC; None if it depends on data."""
     return {"accuracy": 1 / max(1, classes), "auroc": 0.5}.get(metric)
 
 
@@ -270,7 +270,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _numbers_first(fold: Any) -> tuple[bool, int, str]:
-    """2 before 10, be they texts."""
+    """Sort key that puts 2 before 10, also for strings."""
     name = str(fold)
     return (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)
 
@@ -285,7 +285,7 @@ def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np
 
 
 def _points(x: np.ndarray, i: int) -> dict[str, Any]:
-    """Markers where a line has few points."""
+    """Returns the marker settings of a line with few points."""
     return {"marker": MARKERS[i % 7], "ms": 4} if len(x) <= 30 else {}
 
 

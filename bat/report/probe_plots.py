@@ -1,8 +1,8 @@
-"""The pictures of a comparison of encoders: who wins, and where in an encoder the information sits.
+"""Plots comparisons of encoders: ranking of probes, and results and gates by block.
 
-As in ``plots.py``: plain numbers and a path in, one PNG out, the path returned. Metrics are
-fractions and are drawn in percent; blocks count from 1. Names come from users' files: they are
-shortened in the middle, and a ``$`` in them starts no formula.
+As in ``plots.py``, functions take plain numbers and a path, write one PNG and return the path.
+Metrics are fractions and drawn in percent; blocks count from 1. Names come from users' files: they
+are shortened in the middle, and a ``$`` in them does not start a formula.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ GREY = "#8a8a8a"
 GREYS = (GREY, "#4d4d4d", "#b4b4b4")
 THICK: Any = {"lw": 3.4, "alpha": 0.45, "solid_capstyle": "butt"}
 CONTROLS = ("random",)
-"""Encoders that others are compared with."""
+"""Random-init baselines that encoders are compared with."""
 
 
 @contextmanager
 def plain_figure(path: Path, rows: int = 1, columns: int = 1, **settings: Any) -> Iterator[Any]:
-    """``plots.figure`` that takes names as they are."""
+    """``plots.figure`` without mathtext in names."""
     import matplotlib
 
     with (
@@ -37,7 +37,7 @@ def plain_figure(path: Path, rows: int = 1, columns: int = 1, **settings: Any) -
 
 
 def looks(names: Iterable[str], controls: Collection[str] = CONTROLS) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each encoder, the same in all pictures; controls are grey and hollow."""
+    """Returns colour and marker of each encoder, the same in all plots; baselines are grey."""
     found: dict[str, dict[str, Any]] = {}
     i = hollow = 0
     for name in names:
@@ -52,7 +52,7 @@ def looks(names: Iterable[str], controls: Collection[str] = CONTROLS) -> dict[st
 
 
 def blocks(axis: Any, L: int, *, label: bool = True) -> None:
-    """Block numbers below ``axis``."""
+    """Draws block numbers below ``axis``."""
     axis.set_xticks(range(L, 0, -1 if L <= 16 else -2))
     axis.set_xlim(0.5, L + 0.5)
     if label:
@@ -60,13 +60,13 @@ def blocks(axis: Any, L: int, *, label: bool = True) -> None:
 
 
 def from_zero(axis: Any) -> None:
-    """The vertical axis from 0 to a little above what is drawn."""
+    """Sets the vertical axis from 0 to slightly above the data."""
     top = axis.dataLim.y1
     axis.set_ylim(0, 1.08 * top if np.isfinite(top) and top > 0 else 1)
 
 
 def rectangle(x: float, y: float, width: float, height: float, *, color: str, lw: float) -> Any:
-    """A frame."""
+    """Returns a frame (an unfilled rectangle)."""
     from matplotlib.patches import Rectangle
 
     return Rectangle((x, y), width, height, fill=False, edgecolor=color, lw=lw, clip_on=False)
@@ -82,10 +82,10 @@ def plot_layer_curve(
     lower: bool = False,
     title: str = "Layer curve: a linear probe on every block alone",
 ) -> Path:
-    """A metric by block, one line an encoder, with a band of one standard deviation.
+    """Plots a metric by block, one line per encoder, with a band of one standard deviation.
 
-    ``curves``: encoder -> ``{"mean": (L,), "std": (L,) | None}``; ``chance``: drawn where given;
-    ``lower``: whether lower is better.
+    ``curves``: encoder -> ``{"mean": (L,), "std": (L,) | None}``; ``chance``: drawn if given;
+    ``lower``: True if lower is better.
     """
     path = Path(path)
     with plain_figure(path, figsize=(8.6, 4.4)) as (_, axes):
@@ -113,10 +113,10 @@ def plot_layer_curve(
 def plot_gates_heat(
     gates: Mapping[str, ArrayLike], path: str | Path, *, title: str = "Layer gate by block"
 ) -> Path:
-    """Each row's gate as a line of cells, in percent; rows may have different depths.
+    """Plots each row's gate as a line of cells, in percent; rows may have different depths.
 
-    ``gates``: name (an encoder, a method, a seed) -> (L,), or (n, L) over folds and seeds: then the
-    mean. The cell of a row's largest weight is framed.
+    ``gates``: name (an encoder, a method, a seed) -> (L,), or (n, L) over folds and seeds, of which
+    the mean is drawn. The cell of a row's largest weight is framed.
     """
     path = Path(path)
     rows = [np.atleast_2d(np.asarray(g, dtype=float)).mean(0) for g in gates.values()]
@@ -158,12 +158,12 @@ def plot_comparison(
     lower: bool = False,
     title: str = "Probes and encoders",
 ) -> Path:
-    """A row a method, the best first; in it a dot an encoder.
+    """Plots one row per method, the best first, with one dot per encoder.
 
     ``results``: encoder -> method -> ``{"mean", "std", "interval": (lo, hi) | None}``. A thick line
     is one standard deviation over ``std_over`` (``none``: not drawn), a thin one the confidence
     interval at ``confidence``. ``controls``: encoders drawn in grey, which do not count for the
-    order; ``finetuned``: an encoder's fine-tuned number, as a line; ``lower``: whether lower is
+    order; ``finetuned``: an encoder's fine-tuned result, as a line; ``lower``: True if lower is
     better.
     """
     path = Path(path)

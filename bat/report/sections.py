@@ -1,10 +1,10 @@
-"""Summaries of probing runs put side by side: one section a task, all its encoders in it.
+"""Merges summaries of probe runs into one section per task with all its encoders.
 
-A summary is what ``bat-probe`` writes into ``summary.json``: plain numbers, metrics as fractions.
-Runs of the same task, level, metric, labels and control are merged, so that encoders probed one
-after the other stand beside each other. What such runs do not have in common (data, rounds,
-protocol, heads, rates, seeds) is said: their numbers are then not of one protocol. An encoder met
-twice (same weights) gets its methods together; other weights of the same name get another name.
+A summary is the content of ``summary.json`` as written by ``bat-probe``: plain numbers, metrics as
+fractions. Runs of the same task, level, metric, labels and control are merged, so that encoders
+probed in separate runs are compared. Differences between such runs (data, folds, protocol, heads,
+rates, seeds) are listed, since their numbers are then not of one protocol. The methods of an
+encoder that occurs twice (same weights) are merged; other weights with its name are renamed.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class _Titles(dict[str, str]):
 
 
 TITLES = _Titles({name: describe(name).title for name in families()})
-"""Metrics in the order of columns; most are fractions, shown in percent (``describe``)."""
+"""Metrics in column order; most are fractions, shown in percent (``describe``)."""
 SETTINGS = ("steps", "epochs", "min_steps", "batch", "clip_seconds", "precision", "confidence")
 PARTS = ("protocol", "head", "optim")
-"""Of a summary, what two runs must have in common to be of one protocol."""
+"""Keys of a summary that must be equal for two runs to have one protocol."""
 
 
 class Row(NamedTuple):
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """An encoder's best probe beside its fine-tuning, fractions."""
+    """Comparison of an encoder's best probe with its fine-tuning, as fractions."""
 
     encoder: str
     method: str
@@ -49,23 +49,23 @@ class Gap(NamedTuple):
 
 
 class Gain(NamedTuple):
-    """A probe beside the same probe on the untrained encoder of the same shape."""
+    """Comparison of a probe with its random-init baseline, an encoder of the same shape."""
 
     row: Row
     control: Row
     paired: dict[str, Any] | None
-    """``{"difference", "interval"}`` on the same held-out clips, where they are known."""
+    """``{"difference", "interval"}`` on the same held-out clips, if known."""
 
 
 @dataclass
 class Section:
-    """One task's runs."""
+    """The runs of one task."""
 
     summaries: list[dict[str, Any]]
     encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """As in the summaries, under names that are theirs alone."""
+    """Encoders as in the summaries, under unique names."""
     differ: list[str] = field(default_factory=list)
-    """What the runs do not have in common, in words."""
+    """Descriptions of the differences between the runs."""
 
     @property
     def task(self) -> str:
@@ -81,7 +81,7 @@ class Section:
 
     @property
     def lower(self) -> bool:
-        """Whether a lower value of the main metric is better."""
+        """True if a lower value of the main metric is better."""
         first = self.summaries[0]
         return str(first.get("better") or describe(self.metric).better) == "lower"
 
@@ -95,13 +95,13 @@ class Section:
 
     @property
     def title(self) -> str:
-        """For a heading."""
+        """Title for a heading."""
         level = "" if self.level == "clip" else f", {self.level} level"
         return f"{self.task}{level}" + (" with permuted labels" if self.permuted else "")
 
     @property
     def methods(self) -> list[str]:
-        """Every probe, in the order of the runs; without those of single blocks (``curve@3``)."""
+        """Probe names in the order of the runs, without those of single blocks (``curve@3``)."""
         return list(dict.fromkeys(row.method for row in self.rows))
 
     @property
@@ -116,7 +116,7 @@ class Section:
 
     @property
     def ranking(self) -> list[Row]:
-        """The best first; a mean that is not a number comes last."""
+        """Rows sorted from the best; NaN means come last."""
         sign = -1 if self.lower else 1
 
         def place(row: Row) -> float:
@@ -127,14 +127,14 @@ class Section:
 
     @property
     def metrics(self) -> list[str]:
-        """Metrics that any probe was judged by, the main one first."""
+        """Metrics that any probe was evaluated with, the main one first."""
         there = dict.fromkeys(m for row in self.rows for m in row.entry["mean"])
         found = [m for m in TITLES if m in there] + [m for m in there if m not in TITLES]
         return sorted(found, key=lambda m: m != self.metric)
 
     def pairs(self) -> list[tuple[Row, Row]]:
-        """The comparisons that are shown: the best of all with every other, each encoder's best
-        with its others, every probe with itself on the untrained encoder."""
+        """Returns the comparisons shown: the best of all with every other, each encoder's best
+        with its others, every probe with its random-init baseline."""
         groups = [self.ranking]
         groups += [[r for r in self.ranking if r.encoder == name] for name in self.encoders]
         found = [(group[0], row) for group in groups for row in group[1:]]
@@ -142,8 +142,8 @@ class Section:
         return list({self._names(*pair): pair for pair in found}.values())
 
     def difference(self, one: Row, other: Row) -> dict[str, Any] | None:
-        """``{"difference", "interval"}`` of ``one`` minus ``other``, paired: on the same draws of
-        the same held-out clips. Known within one run only, for ``pairs``."""
+        """Returns ``{"difference", "interval"}`` of ``one`` minus ``other``, paired on the same
+        resamples of the held-out clips. Available within one run only, for ``pairs``."""
         if len(self.summaries) > 1:
             return None
         return self._differences.get(self._names(one, other))
@@ -158,18 +158,18 @@ class Section:
         return one.encoder, one.method, other.encoder, other.method
 
     def leads(self, row: Row, others: Iterable[Row]) -> bool:
-        """Whether ``row`` is better than each of ``others`` by the whole paired interval."""
+        """Returns True if ``row`` beats each of ``others`` by the whole paired interval."""
         found = [self.difference(row, other) for other in others]
         ends = [None if d is None else d["interval"] for d in found]
         better = [e is not None and (e[1] < 0 if self.lower else e[0] > 0) for e in ends]
         return bool(better) and all(better)
 
     def best(self, encoder: str) -> Row | None:
-        """The best probe of one encoder."""
+        """Returns the best probe of one encoder."""
         return next((row for row in self.ranking if row.encoder == encoder), None)
 
     def gaps(self) -> list[Gap]:
-        """Of every encoder that was probed and fine-tuned."""
+        """Returns the gaps of all encoders that were both probed and fine-tuned."""
         found = []
         for name, encoder in self.encoders.items():
             row, tuned = self.best(name), encoder.get("finetuned")
@@ -178,7 +178,7 @@ class Section:
         return found
 
     def gains(self) -> list[Gain]:
-        """Of every probe that an untrained encoder of the same shape has too."""
+        """Returns the gains of all probes that have a random-init baseline."""
         found = []
         for row in self.rows:
             control = self._control(row)
@@ -197,28 +197,28 @@ class Section:
         return None
 
     def class_precision(self, row: Row) -> list[float | None]:
-        """Average precision of each class, mean over rounds and seeds in which it is defined."""
+        """Returns each class's average precision, mean over folds and seeds where it is defined."""
         judged = [m["per_class"]["ap"] for m in _each(row) if m.get("per_class")]
         columns = [[v for v in column if v is not None] for column in zip(*judged, strict=True)]
         return [sum(c) / len(c) if c else None for c in columns]
 
     def absent(self) -> list[str]:
-        """Classes that no clip held out has in some round."""
+        """Returns the classes without a held-out clip in some fold."""
         found = sorted({c for row in self.rows for m in _each(row) for c in m.get("absent", ())})
         return [self.labels[c] for c in found]
 
     def deviation(self) -> set[str]:
-        """What the deviations are over: ``seeds``, ``folds``, ``none``."""
+        """Returns what deviations are taken over: ``seeds``, ``folds``, ``none``."""
         return {str(row.entry["std_over"]) for row in self.rows}
 
 
 def is_control(encoder: Mapping[str, Any]) -> bool:
-    """Whether an encoder's weights are untrained."""
+    """Returns True if an encoder's weights are untrained."""
     return str(encoder["checkpoint"]).partition(":")[0] == "random"
 
 
 def sections(summaries: Sequence[dict[str, Any]]) -> list[Section]:
-    """Merge runs of one task; summaries are left as they are. Each may have ``run``, its name."""
+    """Merges runs of one task without changing the summaries; ``run`` is the optional name."""
     found: dict[Any, Section] = {}
     for summary in summaries:
         same = tuple(str(summary[key]) for key in ("task", "level", "metric", "control"))
@@ -275,7 +275,7 @@ def _differing(summaries: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _unlike(name: str, values: Sequence[Any]) -> list[str]:
-    """``name (3, null)`` where values differ, or nothing."""
+    """Returns ``name (3, null)`` if values differ, else nothing."""
     words = dict.fromkeys("null" if value is None else str(value) for value in values)
     return [f"{name} ({', '.join(words)})"] if len(words) > 1 else []
 

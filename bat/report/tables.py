@@ -1,8 +1,8 @@
-"""Results of probes as tables: for the terminal, and in Markdown fit for a paper.
+"""Formats probe results as tables for the terminal and in Markdown for papers.
 
-Probes are rows and encoders columns; a single encoder has its metrics as columns instead, a single
-probe its rounds as rows. What a deviation and an interval are over, which classes are left out,
-what stands in for a class token: said below every table.
+Probes are rows and encoders columns; for a single encoder, metrics are columns, and for a single
+probe, folds are rows. Notes below every table state what deviations and intervals are taken over,
+which classes are omitted and what replaces a class token.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from bat.report.cells import (
 from bat.report.sections import TITLES, Section, sections
 
 RANKS = 10
-"""Lines of the ranking in the terminal; files hold all of it."""
+"""Lines of the ranking shown in the terminal; files have all of it."""
 NARROW = ("accuracy", "map", "f1", "auroc", "segment_f1", "wer", "cer")
-"""Columns of one encoder in the terminal, besides the main metric."""
+"""Columns for one encoder in the terminal, besides the main metric."""
 
 
 def comparison(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every probe of every encoder, the best of each task first, as flat rows (fractions).
+    """Returns every probe of every encoder as flat rows (fractions), the best of each task first.
 
     ``task``, ``level``, ``metric``, ``encoder``, ``method``, ``mean``, ``std``, ``std_over``,
     ``low``, ``high`` (None without an interval), ``parameters``.
@@ -61,7 +61,7 @@ def comparison(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def aligned(header: Sequence[str], cells: Iterable[Sequence[str]], *, words: int = 1) -> str:
-    """Text columns, the first ``words`` of them to the left, numbers to the right."""
+    """Formats text columns: the first ``words`` aligned left, numbers aligned right."""
     lines = [list(header), *map(list, cells)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
@@ -74,7 +74,7 @@ def aligned(header: Sequence[str], cells: Iterable[Sequence[str]], *, words: int
 
 
 def as_text(summaries: Sequence[dict[str, Any]]) -> str:
-    """Everything for the terminal."""
+    """Returns all tables for the terminal."""
     return "\n\n".join(_text(section) for section in sections(summaries))
 
 
@@ -112,7 +112,7 @@ def _text(section: Section) -> str:
 
 
 def as_markdown(summaries: Sequence[dict[str, Any]]) -> str:
-    """Tables for a paper: means, intervals, fine-tuning, and a footnote with the protocol."""
+    """Returns Markdown tables: means, intervals, fine-tuning, and a footnote with the protocol."""
     return "\n".join(_markdown(section) for section in sections(summaries))
 
 
@@ -141,7 +141,7 @@ def _markdown(section: Section) -> str:
 
 
 def pipes(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the cells are Markdown already."""
+    """Returns a Markdown table; the cells must be Markdown already."""
     lines = [[plain(name) for name in header], ["---", *["---:"] * (len(header) - 1)], *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -151,6 +151,6 @@ def _escaped(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it is: names come from files and tables of users."""
+    """Escapes text for Markdown, since names come from users' files and tables."""
     kept = "".join(f"\\{c}" if c in "\\`*_<>|#~&" else c for c in " ".join(printable(text).split()))
     return kept.replace("](", "]\\(").replace("][", "]\\[")

@@ -1,8 +1,8 @@
 """Clips of an optimiser step = devices x accumulated micro-batches x clips of a micro-batch.
 
 ``data.global_batch`` fixes the product whatever the number of devices: ``data.batch`` is then the
-most that a device takes at once, and the number of micro-batches follows. What does not come out
-even is refused with the arithmetic; a run is never trained with nearly the batch that was asked.
+most that a device takes at once, and the number of micro-batches follows. A batch that does
+not divide evenly raises an error that shows the arithmetic; it is never rounded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ C = TypeVar("C", Pretrain, Finetune)
 
 
 def with_batch(config: C) -> C:
-    """``config`` with the ``data.batch`` and ``train.accumulate`` that this run will have."""
+    """Returns ``config`` with the ``data.batch`` and ``train.accumulate`` that this run uses."""
     if config.data.global_batch is None:
         return config
     batch, accumulate = resolve(
@@ -37,11 +37,11 @@ def with_batch(config: C) -> C:
 def resolve(
     *, global_batch: int | None, batch: int, accumulate: int, world: int
 ) -> tuple[int, int]:
-    """``(clips of a micro-batch on a device, micro-batches of a step)`` on ``world`` devices.
+    """Returns ``(clips per device and micro-batch, micro-batches per step)`` on ``world`` devices.
 
-    Without ``global_batch`` what was given. With it the fewest micro-batches of at most ``batch``
-    clips; an ``accumulate`` other than 1 is taken at its word. ``UserError`` where it does not
-    come out even.
+    Without ``global_batch``, returns the values given. With it, chooses the fewest micro-batches of
+    at most ``batch`` clips; an ``accumulate`` other than 1 is used as given. Raises ``UserError``
+    if ``global_batch`` does not divide evenly.
     """
     if global_batch is None:
         return batch, accumulate

@@ -1,4 +1,4 @@
-"""What happens beside the training step: metrics, events and the progress bar."""
+"""Callbacks that log metrics and events and update the progress bar."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ class StepCallback(Callback):
             self.after_step(trainer, pl_module, trainer.global_step)
 
     def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
-        """Called once an optimiser step, ``step`` steps being done."""
+        """Called once per optimiser step, after ``step`` steps are done."""
         raise NotImplementedError
 
 
 class Metrics(StepCallback):
-    """Means of the step's figures over a window, read off the device only when they are logged.
+    """Averages the step's scalars over a window; reads them off the device only to log them.
 
     The module leaves scalars on the device in ``figures`` after each micro-batch and says how many
-    clips it took in ``clips``; here they are added up without waiting for the device. Means are
-    over all ranks and over what is finite (a skipped step spoils no line).
+    clips it took in ``clips``; they are summed here without waiting for the device. Means are
+    over all ranks and over finite values only, so a skipped step does not affect them.
     """
 
     def __init__(self, *, every: int, progress: bool, out: Path | None = None) -> None:
-        """``out``: folder of the run, where other ranks write their events."""
+        """``out``: run folder, where ranks other than 0 write their events."""
         super().__init__()
         self.every, self.progress, self.out = every, progress, out
         self.bar: tqdm | None = None
         self.clips_per_second: list[float] = []
         self.steps = 0
         self.extra: dict[str, float] = {}
-        """Merged into the next line (of rank 0), then emptied."""
+        """Scalars merged into the next line (on rank 0), then cleared."""
         self._loggers: list[Any] = []
         self._ranks = Ranks()
         self._resumed: dict[str, Any] = {}
@@ -66,7 +66,7 @@ class Metrics(StepCallback):
 
     def _reset(self) -> None:
         self.names: list[str] = []
-        self.sums: torch.Tensor | None = None  # (2, figures): sum and count of what is finite
+        self.sums: torch.Tensor | None = None  # (2, scalars): sum and count of finite values
         self.clips = 0
         self._wrong = ""
         self.since = self.stepped = time.perf_counter()
@@ -75,7 +75,7 @@ class Metrics(StepCallback):
         self._ranks = ranks_of(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The line under way, over all ranks (Lightning asks each of them)."""
+        """Returns the sums of the unfinished line over all ranks (Lightning calls this on each)."""
         if self.sums is None:
             return {}
         return {"names": self.names, "sums": self._ranks.total(self.sums.flatten().tolist())}
@@ -115,7 +115,7 @@ class Metrics(StepCallback):
         figures: dict[str, torch.Tensor] = pl_module.figures  # type: ignore[assignment]
         values = torch.stack([value.detach().float() for value in figures.values()])
         finite = torch.isfinite(values)
-        gathered = torch.stack([values.where(finite, 0), finite.float()])  # (2, figures)
+        gathered = torch.stack([values.where(finite, 0), finite.float()])  # (2, scalars)
         if self.names != list(figures):
             self.names, self.sums = list(figures), gathered
         else:
@@ -138,7 +138,7 @@ class Metrics(StepCallback):
         seconds = time.perf_counter() - self.since
         row |= {"lr": float(trainer.optimizers[0].param_groups[0]["lr"])}
         row |= {"clips_per_second": self.clips / seconds}
-        if step > 1:  # the first step pays for warming up
+        if step > 1:  # the first step includes warm-up
             self.clips_per_second.append(row["clips_per_second"])
         row, self.extra = row | self.extra, {}
         for logger in trainer.loggers:
@@ -150,9 +150,9 @@ class Metrics(StepCallback):
         self._reset()
 
     def event(self, kind: str, line: str, **facts: Any) -> None:
-        """Something is wrong: a warning, a line of metrics, a mark on the bar till the next line.
+        """Reports a problem: a warning, a line of metrics, a mark on the bar until the next line.
 
-        From any thread; ranks other than 0 write to ``events-rankN.jsonl``.
+        May be called from any thread; ranks other than 0 write to ``events-rankN.jsonl``.
         """
         self._wrong = f" ! {kind}"
         if self.bar is not None:
@@ -165,15 +165,15 @@ class Metrics(StepCallback):
                 logger.append(row)
 
     def say(self, line: str) -> None:
-        """Log ``line`` without breaking the bar."""
+        """Logs ``line`` without breaking the progress bar."""
         if self.bar is not None:
             self.bar.clear()
         log.info("%s", line)
 
     def pause(self) -> None:
-        """Leave out of the clock what happens between two steps (a probing): call it after.
+        """Excludes time spent between two steps (an online probe run) from throughput.
 
-        The figures gathered since the last line go on being gathered.
+        Call it afterwards. Scalars gathered since the last line are kept.
         """
         now = time.perf_counter()
         if self.sums is None:

@@ -1,13 +1,13 @@
-"""Checkpoints that exist whole or not at all, written beside the training.
+"""Writes checkpoints atomically in a background thread while training continues.
 
-A checkpoint is copied to host memory (the only time training waits for), then a thread of its own
-writes it beside its final name, reads it back (the CRC-32 of every record), flushes, renames it,
-points ``last.ckpt`` at it and only then removes older ones. Whatever ends the process at whatever
-moment, the newest file under a final name is whole. A failed write (a full disk) ends the run
-with an error that names the checkpoint that is still good.
+A checkpoint is copied to host memory (training waits for this alone), then a separate thread writes
+it under a temporary name beside its final one, reads it back (the CRC-32 of every record), flushes,
+renames it, points ``last.ckpt`` at it and only then removes older ones. Whenever the process is
+killed, the newest file under a final name is complete. A failed write (a full disk) ends the run
+with an error that names the newest valid checkpoint.
 
 Lightning 2.6.6 stages in ``$TMPDIR`` and moves, which across file systems is neither atomic nor
-flushed; its ``AsyncCheckpointIO`` tells an error only at the next save.
+flushed; its ``AsyncCheckpointIO`` reports an error only at the next save.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ log = logging.getLogger("bat")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes, verifies and renames; in a thread of its own unless ``background`` is False."""
+    """Writes, verifies and renames checkpoints, in a thread unless ``background`` is False."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         written: Callable[[Path, float], None] | None = None,
         failed: Callable[[UserError], None] | None = None,
     ) -> None:
-        """``written(path, seconds)`` and ``failed(error)`` are called from the thread."""
+        """``written(path, seconds)`` and ``failed(error)`` are called from the writing thread."""
         super().__init__()
         self.background, self.written, self.failed = background, written, failed
         self._thread: threading.Thread | None = None
@@ -55,7 +55,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Have ``checkpoint`` at ``path``: now, or once ``wait`` returns."""
+        """Writes ``checkpoint`` to ``path``; in the background, done once ``wait`` returns."""
         del storage_options
         self.wait()
         if not self.background:
@@ -68,19 +68,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._thread.start()
 
     def wait(self) -> None:
-        """Until what was begun is written (or has failed)."""
+        """Waits until the pending write has finished or failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def teardown(self) -> None:
-        """Lightning's name for the end of a run."""
+        """Waits for the pending write at the end of a run (called by Lightning)."""
         self.wait()
 
     def _write_or_tell(self, checkpoint: dict[str, Any], path: Path) -> None:
         try:
             self._write(checkpoint, path)
-        except Exception as error:  # nobody else hears of what this thread meets
+        except Exception as error:  # no other thread sees this one's exceptions
             told = error if isinstance(error, UserError) else UserError(f"{path}: {error!r}")
             if self.failed is not None:
                 self.failed(told)
@@ -110,13 +110,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Tensors and plain containers only, whatever the caller says."""
+        """Loads tensors and plain containers only, whatever the caller asks for."""
         del weights_only
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def snapshot(tree: Any) -> Any:
-    """A copy of nested containers with all tensors copied to host memory."""
+    """Returns a copy of nested containers with all tensors copied to host memory."""
     if isinstance(tree, torch.Tensor):
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, dict):
@@ -127,7 +127,7 @@ def snapshot(tree: Any) -> Any:
 
 
 def damaged(path: Path) -> str:
-    """What is wrong with the file of a checkpoint (all of it is read); empty: nothing."""
+    """Reads a whole checkpoint file and returns what is wrong with it; empty if it is valid."""
     try:
         with zipfile.ZipFile(path) as file:
             bad = file.testzip()
@@ -139,16 +139,16 @@ def damaged(path: Path) -> str:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """Numbered checkpoints of a run, newest first."""
+    """Returns the numbered checkpoints of a run, newest first."""
     found = (out / "checkpoints").glob("step-*.ckpt")
     return sorted((p for p in found if re.fullmatch(r"step-\d+\.ckpt", p.name)), reverse=True)
 
 
 def last_checkpoint(out: Path, *, force: bool = False) -> Path | None:
-    """The newest checkpoint that is whole and loads; others are passed over with a warning.
+    """Returns the newest checkpoint that is valid and loads; skips others with a warning.
 
-    None where there is none. Raises ``UserError`` where there are some and none loads, unless
-    ``force`` says that the run is to begin anew.
+    None if there is no checkpoint. Raises ``UserError`` if there are some and none loads, unless
+    ``force`` is set, which starts the run from scratch.
     """
     found = checkpoints(out)
     for path in found:
@@ -157,7 +157,7 @@ def last_checkpoint(out: Path, *, force: bool = False) -> Path | None:
             if not reason:
                 torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 return path
-        except Exception as error:  # whatever is wrong with it, an older one may do
+        except Exception as error:  # on any error, try an older one
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         log.warning("checkpoint %s does not load (%s); trying an older one", path, reason)
     if found and not force:
@@ -169,13 +169,13 @@ def last_checkpoint(out: Path, *, force: bool = False) -> Path | None:
 
 
 def step_of(path: Path) -> int:
-    """N of ``step-N.ckpt``."""
+    """Returns N of ``step-N.ckpt``."""
     return int(path.stem.partition("-")[2])
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source``, atomically, without writing it twice if
-    the file system allows."""
+    """Makes ``target`` the same file as ``source``, atomically, as a hard link if the file system
+    allows."""
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -186,10 +186,10 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 class Checkpoints(StepCallback, CheckpointBase):
-    """``step-N.ckpt`` by steps, by minutes, at the end and when the run is asked to stop.
+    """Saves ``step-N.ckpt`` by steps, by minutes, at the end and when the run is asked to stop.
 
-    ``last.ckpt`` is the newest. Saved on accumulation boundaries only. Kept are the latest
-    ``keep`` and those of every ``keep_every``-th step. A ``CheckpointBase``, so Lightning runs it
+    ``last.ckpt`` is the newest. Checkpoints are saved on accumulation boundaries only. The latest
+    ``keep`` and those of every ``keep_every``-th step are kept. As a ``CheckpointBase`` it runs
     after every other callback of the step.
     """
 
@@ -204,7 +204,7 @@ class Checkpoints(StepCallback, CheckpointBase):
         keep_every: int = 0,
         newest: Path | None = None,
     ) -> None:
-        """``newest``: what the run resumes from, None where it begins."""
+        """``newest``: checkpoint that the run resumes from; None for a new run."""
         super().__init__()
         self.newest = newest
         self.out, self.every, self.keep = out, every, keep
@@ -214,27 +214,27 @@ class Checkpoints(StepCallback, CheckpointBase):
             written=self._written,
             failed=lambda error: stopping.ask("a checkpoint", error),
         )
-        """The plugin for the Trainer."""
+        """Checkpoint plugin for the Trainer."""
         self.stalls: list[float] = []
-        """Seconds that training waited for each checkpoint of this start."""
+        """Seconds that training waited for each checkpoint since this start."""
         self.seconds: list[float] = []
-        """Seconds until each was safe."""
+        """Seconds until each checkpoint was written and verified."""
         self.bytes = 0
-        """Of the latest."""
+        """Size of the latest checkpoint."""
         self._since = self._began = time.monotonic()
         self._before: dict[str, Any] = {}  # facts and training seconds of the starts before
         stopping.clocks.append(self.overdue)
 
     def overdue(self) -> bool:
-        """Whether this process' clock says that it is time for a checkpoint."""
+        """Returns True if a checkpoint is due by this process's clock."""
         return self.minutes > 0 and time.monotonic() - self._since > 60 * self.minutes
 
     def training_seconds(self) -> float:
-        """Of all starts, as far as the checkpoint that this one resumed from knows of them."""
+        """Returns the training time of this and all earlier starts known from the checkpoint."""
         return float(self._before.get("training_seconds", 0)) + time.monotonic() - self._began
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next start counts on from; the checkpoint that this goes into is counted."""
+        """Returns the counters for the next start; includes the checkpoint being written."""
         written = self._before.get("written", 0) + len(self.stalls) + 1
         seconds = self.training_seconds()
         return {**self.facts(), "written": written, "training_seconds": seconds}
@@ -249,7 +249,7 @@ class Checkpoints(StepCallback, CheckpointBase):
                 f"the processes found different newest checkpoints in {self.out}: "
                 f"{', '.join(names)} (by rank): out= must be one folder that all of them see"
             )
-        if trainer.is_global_zero:  # leftovers of a write that was cut off
+        if trainer.is_global_zero:  # left by an interrupted write
             for stale in (self.out / "checkpoints").glob(".*.tmp"):
                 stale.unlink(missing_ok=True)
 
@@ -260,8 +260,8 @@ class Checkpoints(StepCallback, CheckpointBase):
             self._put_aside(trainer.global_step)
 
     def _put_aside(self, step: int) -> None:
-        """Checkpoints that this run did not resume from, though they are later, are damaged: out
-        of the way with them, lest they push whole ones out."""
+        """Moves aside checkpoints later than the one resumed from: they are damaged, and would
+        otherwise count towards ``keep`` in place of valid ones."""
         folder = self.out / "checkpoints"
         for path in checkpoints(self.out):
             if step_of(path) > step:
@@ -285,7 +285,7 @@ class Checkpoints(StepCallback, CheckpointBase):
             stopping.check_errors()
 
     def _check(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
-        """Raise ``UserError`` on every rank where the weights of any are not finite."""
+        """Raises ``UserError`` on every rank if the weights of any rank are not finite."""
         parts = {n: getattr(p, "_local_tensor", p) for n, p in module.named_parameters()}
         fine = torch.stack([torch.isfinite(p).all() for p in parts.values()]).tolist()
         broken = [name for name, good in zip(parts, fine, strict=True) if not good]
@@ -299,7 +299,7 @@ class Checkpoints(StepCallback, CheckpointBase):
             )
 
     def _written(self, path: Path, seconds: float) -> None:
-        """``path`` is safe (called from the writing thread)."""
+        """Called from the writing thread once ``path`` is written and verified."""
         self.bytes = path.stat().st_size
         self.seconds.append(seconds)
         link_or_copy(path, path.with_name("last.ckpt"))
@@ -309,7 +309,7 @@ class Checkpoints(StepCallback, CheckpointBase):
         log.info("%s: %.1f MB, safe after %.2f s", path.name, self.bytes / 1e6, seconds)
 
     def facts(self) -> dict[str, Any]:
-        """For a summary: how many, how large, what they cost, over all starts."""
+        """Returns number, size and cost of the checkpoints over all starts, for a summary."""
         before = self._before
         stall, longest, write = (
             before.get(name, 0.0)

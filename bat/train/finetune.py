@@ -1,7 +1,7 @@
-"""One fine-tuning from a resolved configuration: fold after fold, each resumable, then the table.
+"""Fine-tunes an encoder from a resolved configuration: each fold in turn, then the result table.
 
-A killed run, started again, reads the finished folds from their results and continues the one it
-was in (``folds.py``).
+Folds are resumable: a killed run, started again, reads the results of finished folds and resumes
+the unfinished one (``folds.py``).
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ log = logging.getLogger("bat")
 
 
 def finetune(config: schema.Finetune, *, dry_run: bool = False, force: bool = False) -> Path:
-    """Fine-tune as ``config`` says; returns the run folder. Continues what is already there.
+    """Fine-tunes as ``config`` says and returns the run folder. Resumes an existing run there.
 
-    Raises ``Interrupted`` where the run was asked to end: it is saved, and can go on.
-    ``force``: continue with other settings all the same.
+    Raises ``Interrupted`` if the run was asked to end; it is saved and can be resumed.
+    ``force``: resume although the settings differ.
     """
     if takes_encoder(find_probe(config.method)):
         raise UserError(
@@ -87,7 +87,7 @@ def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None
         begin()
     log.info("%s", _headline(run))
     results = [run.fold(held, begin) for held in ready.rounds]
-    if not is_main():  # the others only trained along
+    if not is_main():  # other ranks only take part in training
         return
     outcomes = [Outcome(config.method, r["held_out"], r["metrics"]) for r in results]
     metric = ready.task.metric
@@ -123,7 +123,7 @@ def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None
 
 
 def _dry_run(run: Folds) -> None:
-    """Build everything, loss and gradient of one batch (one clip, forward only, on the CPU)."""
+    """Builds everything and runs one batch forward and backward (on the CPU one clip, forward)."""
     rounds = run.ready.rounds
     module, data = run.module(rounds[0]), run.data(rounds[0])
     on_gpu = run.config.hardware.accelerator != "cpu" and torch.cuda.is_available()

@@ -1,11 +1,11 @@
-"""One training with all that watches over it: what pre-training and each fold of fine-tuning do.
+"""Runs one training with its callbacks, for pre-training and for each fold of fine-tuning.
 
-HealthMonitor  collapse, a stalled loader, throughput, memory; its figures join the next line
-Metrics        means, events, the bar
-GuardReport    steps skipped for numbers that are not finite
-...            what the caller adds (online probes)
-Stopping       agrees on an end that can be resumed, whoever asked for it
-Checkpoints    last: Lightning runs it after the rest
+HealthMonitor  collapse, a stalled loader, throughput, memory; its scalars join the next line
+Metrics        means, events, progress bar
+GuardReport    steps skipped by the NaN guard
+...            the caller's own (online probes)
+Stopping       resumable shutdown, agreed among the ranks
+Checkpoints    last, since Lightning runs it after the others
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ log = logging.getLogger("bat")
 
 
 class Fitting:
-    """A training in ``out``, resumed from the newest checkpoint there.
+    """One training in ``out``, resumed from the newest checkpoint there.
 
     Args:
-        name: of the run, for Weights & Biases.
-        force: begin anew where there are checkpoints and none loads.
-        begin: called when what the training resumes from is restored, before its first step.
-        more: given ``Metrics`` and ``Stopping``, further callbacks.
+        name: name of the run for Weights & Biases.
+        force: start from scratch if there are checkpoints and none loads.
+        begin: called after the checkpoint is restored, before the first step.
+        more: returns further callbacks, given ``Metrics`` and ``Stopping``.
     """
 
     def __init__(
@@ -105,21 +105,21 @@ class Fitting:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around ``trainer.fit(module, datamodule=data, ckpt_path=resume_from)``.
+        """Context manager around ``trainer.fit(module, datamodule=data, ckpt_path=resume_from)``.
 
-        Raises ``Interrupted`` where the run was asked to end (it is saved), ``KeyboardInterrupt``
-        at a second Ctrl-C, ``UserError`` for what a user can mend.
+        Raises ``Interrupted`` if the run was asked to end (it is saved), ``KeyboardInterrupt`` at
+        a second Ctrl-C, and ``UserError`` for errors that the user can fix.
         """
         with listening(self.stopping.note):
             try:
                 yield
-                # a launcher ends the others once one has ended: not before all is written
+                # a launcher kills the others once one exits: wait until all is written
                 self.checkpoints.io.wait()
                 self.ranks.gather(None)
             except SystemExit as error:
                 if error.code != 1:
                     raise
-                # Lightning 2.6.6 makes this of a KeyboardInterrupt
+                # Lightning 2.6.6 raises this for a KeyboardInterrupt
                 raise KeyboardInterrupt from error
             except RuntimeError as error:
                 if "loading state_dict" not in str(error):
@@ -135,11 +135,11 @@ class Fitting:
 
     @property
     def resume_from(self) -> str | None:
-        """The checkpoint that the training continues; None for a new one."""
+        """Checkpoint that the training resumes from; None for a new one."""
         return str(self.newest) if self.newest else None
 
     def _check_clips(self) -> None:
-        """Raise on every rank where any of them met too many unreadable clips."""
+        """Raises on every rank if any of them met too many unreadable clips."""
         try:
             self.data.bad_clips.check(final=True)
         except UserError as error:
@@ -156,7 +156,7 @@ class Fitting:
         return ranks_of(self.trainer)
 
     def facts(self) -> dict[str, Any]:
-        """For a summary, over all starts: time, checkpoints and what went wrong on the way."""
+        """Returns time, checkpoints and problems over all starts, for a summary."""
         return {
             "seconds": round(self.checkpoints.training_seconds(), 1),
             "checkpoints": self.checkpoints.facts(),

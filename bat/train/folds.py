@@ -1,8 +1,8 @@
-"""The folds of a fine-tuning: each trained, judged and written down; read where that is done.
+"""Trains and evaluates each fold of a fine-tuning and writes its result; skips finished folds.
 
-``OUT/fold-K/`` holds a fold's checkpoints, metrics and curves, and when it is done its encoder
-(``export/``), its head (``head/``) and, last, ``result.json``: with what it hangs on besides the
-settings (hashes of data and first weights), so that a result of something else is never taken.
+``OUT/fold-K/`` holds a fold's checkpoints, metrics and curves, and once it is finished its encoder
+(``export/``), its head (``head/``) and, last, ``result.json``. The result records hashes of the
+data and of the initial weights besides the settings, so one made from others is never reused.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ log = logging.getLogger("bat")
 
 
 class Folds:
-    """What the folds of a fine-tuning share."""
+    """State shared by the folds of a fine-tuning."""
 
     def __init__(self, ready: Prepared[schema.Finetune], out: Path, *, force: bool = False) -> None:
-        """``force``: begin a fold anew where it has checkpoints and none loads."""
+        """``force``: start a fold from scratch if it has checkpoints and none loads."""
         self.ready, self.out, self.force = ready, out, force
         self.config, self.task, self.index = ready.config, ready.task, ready.index
         self.backbone, self.frames = ready.backbone, ready.frames
         self.made_from = {"data": ready.index.hash, "encoder": weights_digest(ready.backbone)}
-        """What a finished fold's result hangs on besides the settings."""
+        """Hashes that a finished fold's result depends on besides the settings."""
         if ready.targets_of is not None:
             self.made_from[ready.task.target] = ready.targets_of.digest
 
     def module(self, held: Round) -> Supervised:
-        """A fresh copy of the encoder with a fresh head."""
+        """Returns a fresh copy of the encoder with a fresh head."""
         backbone = copy.deepcopy(self.backbone)
         with own_randomness(torch.device("cpu")):
             torch.manual_seed(derive_seed(self.config.seed, held.name, "init"))
@@ -120,7 +120,7 @@ class Folds:
         return made
 
     def fold(self, held: Round, begin: Callable[[], None]) -> dict[str, Any]:
-        """Train with ``held`` held out, judge, write its folder; read it where that is done.
+        """Trains with ``held`` held out, evaluates and writes the folder, or reads it if finished.
 
         ``begin`` is called before anything is written."""
         folder = self.out / f"fold-{held.name}"
@@ -132,7 +132,7 @@ class Folds:
 
         def begin_fold() -> None:
             begin()
-            if is_main():  # another process could be here before the run's folder was looked at
+            if is_main():  # another process could get here before the run folder was checked
                 folder.mkdir(parents=True, exist_ok=True)
 
         module, data = self.module(held), self.data(held)
@@ -161,12 +161,12 @@ class Folds:
         }
         if trainer.is_global_zero:
             self._write(module.cpu(), folder, result)
-        trainer.strategy.barrier()  # nobody goes on, or ends, before the result is there
+        trainer.strategy.barrier()  # all ranks wait until the result is written
         return result
 
     def read(self, held: Round) -> dict[str, Any] | None:
-        """The result of a finished fold, None where there is none; ``UserError`` where it was made
-        from something else."""
+        """Returns the result of a finished fold, or None. Raises ``UserError`` if it was made from
+        other data or initial weights."""
         done = self.out / f"fold-{held.name}" / "result.json"
         if not done.is_file():
             return None
@@ -184,7 +184,7 @@ class Folds:
         return result
 
     def _whole(self, module: Supervised, held: Round) -> Supervised:
-        """``module``; where each process holds a part of it, a whole one."""
+        """Returns ``module``, or an unsharded copy if each process holds only a part of it."""
         if not is_sharded(module):
             return module
         state = full_state(module, everywhere=True)
@@ -193,7 +193,7 @@ class Folds:
         return whole
 
     def _judge(self, module: Supervised, held: Round) -> tuple[dict[str, Any], BadClips]:
-        """Metrics on the held-out clips, each process on all of them; what could not be read."""
+        """Returns the metrics on the held-out clips (each process evaluates all) and bad clips."""
         config, autocast = self.config, autocast_for(self.config.hardware)
         bad = BadClips(max_bad=config.data.max_bad)
         stream = FeatureStream(
@@ -215,7 +215,7 @@ class Folds:
         return self.ready.scorer.values(logits, found, stream, held.test), bad
 
     def _write(self, module: Supervised, folder: Path, result: dict[str, Any]) -> None:
-        """Encoder, head and curves of a finished fold; ``result.json`` last."""
+        """Writes encoder, head and curves of a finished fold; ``result.json`` last."""
         config = self.config
         meta = {
             "bat_version": __version__,

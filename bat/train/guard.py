@@ -1,13 +1,13 @@
-"""Numbers that go wrong: a step of non-finite loss or gradient is skipped, not taken.
+"""NaN guard: skips optimiser steps whose loss or gradient is not finite.
 
     norm = |all gradients|, over all ranks      (logged as ``grad_norm``; ``optim.clip_norm`` clips)
     skip = norm is not finite                   -> weights, moments and teacher stay as they are
 
-A loss that is not finite makes its gradient NaN (``poison``), and reduced gradients carry a NaN
-to every rank, so that all skip the same step. The decision stays on the device: PyTorch's fused
-AdamW takes a flag (``found_inf``, the protocol of its GradScaler), so no step waits for the host,
-which reads the flag one step later. It then writes the keys of the batch down
-(``bad_batches.jsonl``), and ends the run where too many of the latest steps were skipped.
+A non-finite loss makes its gradient NaN (``poison``), and gradient reduction carries the NaN to
+every rank, so all ranks skip the same step. The decision stays on the device: PyTorch's fused AdamW
+takes a flag (``found_inf``, as set by its GradScaler), so no step waits for the host, which reads
+the flag one step later. The host then logs the keys of the batch (``bad_batches.jsonl``) and ends
+the run if too many of the latest steps were skipped.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ from bat.types import WaveBatch
 log = logging.getLogger("bat")
 
 LATEST = 100
-"""Steps among which skipped ones are counted."""
+"""Window of steps in which skipped ones are counted."""
 
 
 def poison(loss: Tensor) -> Tensor:
-    """``loss``; where it is not finite, with a gradient that is NaN. Exact otherwise."""
+    """Returns ``loss`` unchanged, with a NaN gradient if it is not finite."""
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
 
 
 class Guard:
-    """What a module asks before its optimiser's step; ``GuardReport`` reads the answers."""
+    """Decides on the device whether a module's optimiser step is skipped (see ``GuardReport``)."""
 
     def __init__(self, clip_norm: float | None) -> None:
         self.clip_norm = clip_norm
         self.skip: Tensor | None = None
-        """0-dim, 1.0 where the step under way is skipped."""
+        """0-dim, 1.0 if the current step is skipped."""
         self.batches: list[tuple[list[str], Tensor]] = []
-        """Keys and loss of this step's micro-batches."""
+        """Keys and loss of each micro-batch of the current step."""
 
     def note(self, batch: WaveBatch, loss: Tensor) -> None:
-        """A micro-batch of the step under way."""
+        """Records a micro-batch of the current step."""
         # a copy: the loss may be an output of a CUDA graph, which the next step overwrites
         self.batches.append((batch.keys, loss.detach().clone()))
 
     def inspect(
         self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]
     ) -> Tensor:
-        """Before the step, gradients complete: the norm of all of them, 0-dim on the device."""
+        """Clips gradients, sets ``skip`` and returns the norm, 0-dim on the device."""
         trained = [p for p in parameters if p.grad is not None]
         norm = total_norm(trained)
         skip = (~torch.isfinite(norm)).float()
@@ -69,7 +69,7 @@ class Guard:
             torch._foreach_mul_(grads, factor)  # type: ignore[arg-type]
         fused = all(group.get("fused") for group in optimizer.param_groups)
         optimizer.found_inf = skip if fused else None  # type: ignore[attr-defined]
-        if not fused and skip.item():  # no such flag there: no gradient, no step
+        if not fused and skip.item():  # without that flag: drop the gradients, so there is no step
             for p in trained:
                 p.grad = None
         self.skip = skip
@@ -77,11 +77,11 @@ class Guard:
 
 
 class GuardReport(StepCallback):
-    """Reads what the guard decided, one step later on a GPU; writes, warns, and ends the run.
+    """Reads the guard's decisions (on a GPU one step later), logs them and may end the run.
 
     Args:
-        out: folder of the run, for ``bad_batches.jsonl``: ``{step, rank, keys, loss}``.
-        most: steps among the latest 100 that may be skipped.
+        out: run folder, for ``bad_batches.jsonl`` with lines ``{step, rank, keys, loss}``.
+        most: number of the latest 100 steps that may be skipped.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class GuardReport(StepCallback):
         self.guard, self.out, self.most = guard, out, most
         self.metrics, self.stopping = metrics, stopping
         self.total = 0
-        """Steps skipped so far."""
+        """Number of steps skipped so far."""
         self._latest: deque[int] = deque()
         self._waiting: deque[tuple[int, Tensor, Any, list[tuple[list[str], Tensor]]]] = deque()
         self._rank = 0
@@ -100,7 +100,7 @@ class GuardReport(StepCallback):
         self._rank = trainer.global_rank
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Steps that are done again are written down again."""
+        """Drops the lines of steps that will be repeated after resuming."""
         super().on_train_start(trainer, pl_module)
         if self._file.is_file():
             rows = [r for r in read_jsonl(self._file) if r.get("step", 0) <= trainer.global_step]
@@ -126,7 +126,7 @@ class GuardReport(StepCallback):
         self._read(behind=0)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many were skipped, and which of the latest."""
+        """Returns the number of skipped steps and the latest of them."""
         self._read(behind=0)
         return {"total": self.total, "latest": list(self._latest)}
 
@@ -152,7 +152,7 @@ class GuardReport(StepCallback):
         try:
             with open(self._file, "a", encoding="utf-8") as file:
                 file.write(lines)
-        except OSError as full:  # the log has them at least
+        except OSError as full:  # they are at least in the log
             log.warning("cannot write %s (%s): %s", self._file, full, lines)
         self.total += 1
         self._latest.append(step)

@@ -1,13 +1,14 @@
-"""What is watched while a run runs, for at most a hundredth of a step's time.
+"""Monitors the health of a run, at a cost of at most 1% of the step time.
 
-- Collapse: every so many steps, what the encoders make of a few clips (``collapse.py``).
-- A loader that stalls: ``watchdog.py``.
-- The clips of a line of metrics a second, against the run's own median.
+- Collapse: every few steps, statistics of the encoders' output on a few clips
+  (``bat/eval/collapse.py``).
+- A stalled loader (``watchdog.py``).
+- Throughput: clips per second of each line of metrics against the run's own median.
 - The share of time spent waiting for batches (on a GPU the host runs ahead of the device, so part
-  of it may have cost nothing), and the most memory of the GPU in use, a line.
-- Loader workers that died (``bat/data/loader.py``): the run is saved and ends.
+  of it may have cost nothing), and the peak GPU memory, per line of metrics.
+- Dead loader workers (``bat/data/loader.py``): the run is saved and ends.
 
-What is wrong goes to the log, to ``metrics.jsonl`` and to the progress bar (``Metrics.event``).
+Problems are reported to the log, ``metrics.jsonl`` and the progress bar (``Metrics.event``).
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ from bat.train.watchdog import FetchClock, Watchdog, leave
 from bat.types import WaveBatch
 
 CLIPS = 8
-"""Clips of one look at a representation."""
+"""Clips that one collapse check uses."""
 
 LINES = 5
-"""Lines of metrics before a slow one means something."""
+"""Lines of metrics before a slow one is reported."""
 
 
 class HealthMonitor(StepCallback):
-    """Watches a run; belongs before ``Metrics`` in the list of callbacks.
+    """Monitors a run; must come before ``Metrics`` in the list of callbacks.
 
     Args:
         config: section ``health`` of the settings.
-        metrics: takes the events and the figures.
-        stopping: is asked to end a collapsed run.
+        metrics: receives events and scalars.
+        stopping: asked to end a collapsed run.
         data: its readers are named when it stalls.
-        objective: whose encoders are looked at; None: fine-tuning, no such looks.
+        objective: its encoders are checked for collapse; None (fine-tuning): no checks.
     """
 
     def __init__(
@@ -63,11 +64,11 @@ class HealthMonitor(StepCallback):
         self.watchdog: Watchdog | None = None
         self.leave = leave
         self._batch: WaveBatch | None = None
-        self._waited = 0.0  # of the clock's total, when the line under way began
-        self._lines = 0  # of metrics, judged so far
-        self._usual: list[float] = []  # clips a second of lines that were not slow
+        self._waited = 0.0  # total waiting time when the current line began
+        self._lines = 0  # lines of metrics checked so far
+        self._usual: list[float] = []  # clips per second of lines that were not slow
         self._slow = False
-        self._low = 0  # looks in a row that found a collapse
+        self._low = 0  # consecutive checks that found a collapse
         self._rank = ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -132,7 +133,7 @@ class HealthMonitor(StepCallback):
             torch.cuda.reset_peak_memory_stats(device)
 
     def _judge(self, speed: float, trainer: pl.Trainer) -> None:
-        """One line's clips a second against the median of those that were not slow."""
+        """Compares one line's clips per second with the median of those that were not slow."""
         usual = statistics.median(self._usual) if len(self._usual) >= LINES else None
         slow = usual is not None and speed < self.config.slowdown * usual
         if not slow:
@@ -145,7 +146,7 @@ class HealthMonitor(StepCallback):
         self._slow = slow
 
     def _look(self, trainer: pl.Trainer, module: Any, step: int) -> None:
-        """Rank and deviation of each encoder; warn, or end the run the second time."""
+        """Logs rank and deviation of each encoder; on collapse warns, then ends the run."""
         assert self.objective is not None
         assert self._batch is not None
         encoders = self.objective.encoders()
@@ -156,7 +157,7 @@ class HealthMonitor(StepCallback):
         found = module.within(
             lambda: {name: representation(e, spectrogram) for name, e in encoders.items()}
         )
-        if not trainer.is_global_zero:  # they only took part in gathering sharded weights
+        if not trainer.is_global_zero:  # other ranks only took part in gathering sharded weights
             return
         row = {f"health/{n}_{what}": v for n, own in found.items() for what, v in own.items()}
         for logger in trainer.loggers:
@@ -185,14 +186,14 @@ class HealthMonitor(StepCallback):
             self.stopping.ask("collapse", error)
 
     def _collapsed(self, found: dict[str, float]) -> bool:
-        """NaN, where nothing can be said, is no collapse."""
+        """Returns True for a collapse; NaN (undefined) is none."""
         return found["rank"] < self.config.min_rank or found["std"] < self.config.min_std
 
     def _say(self, kind: str, line: str, **facts: Any) -> None:
         self.metrics.event(kind, self._rank + line, **facts)
 
     def state_dict(self) -> dict[str, Any]:
-        """A resumed run has seen the same collapse as one that went on."""
+        """Returns the collapse count, so that a resumed run acts as an uninterrupted one."""
         return {"low": self._low}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

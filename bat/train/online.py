@@ -1,11 +1,11 @@
-"""Probes along a pre-training run: the evidence that the encoder learns.
+"""Trains and evaluates online probes during a pre-training run.
 
 Every ``online.every`` steps, and at step 0 before any training, short probes are trained from
-scratch on the features of a labelled set by the frozen encoder (of the objective's, the last: the
-EMA teacher, where there is one) and judged on held-out folds. Step 0 is the control: the same
-encoder with random weights. The falling loss is no such evidence (the position code is the easy
-part of the target). Same code as ``bat-probe``, with a small budget; the run's own random numbers
-are left alone.
+scratch on a labelled set's features from the frozen encoder (the last of the objective's encoders:
+the EMA teacher, if there is one) and evaluated on held-out folds. Step 0 is the random-init
+baseline. Probes are needed because a falling loss does not show that the encoder learns (the
+position code is the easy part of the target). Uses the code of ``bat-probe`` with a small budget
+and leaves the run's random state unchanged.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ from bat.types import Needs
 log = logging.getLogger("bat")
 
 HELD_OUT = 0.2
-"""Fraction held out of a set that has neither folds nor splits."""
+"""Fraction held out from a set that has neither folds nor splits."""
 
 
 class _CutOff(Exception):  # noqa: N818
-    """The run was asked to end: the probing is made up for when it goes on."""
+    """Raised if the run was asked to end; the probe run is repeated after resuming."""
 
 
 class OnlineProbe(StepCallback):
-    """Trains and judges short probes on the encoder; ``rows`` is the curve so far."""
+    """Trains and evaluates short probes on the encoder; ``rows`` is the curve so far."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class OnlineProbe(StepCallback):
         metrics: Metrics,
         stopping: Stopping | None = None,
     ) -> None:
-        """``task`` and ``index``: the training set's, probed where ``online`` names no other."""
+        """``task`` and ``index``: of the training set, used if ``online`` names no other."""
         super().__init__()
         self.config, self.out, self.metrics = config, out, metrics
         self.stopping = stopping
@@ -86,7 +86,7 @@ class OnlineProbe(StepCallback):
             source = replace(config.data, root=online.root, shards=online.shards, csv=None)
             source = replace(source, mix=[], labels="same")
             task, index = open_data(online.task or config.task, source)
-        assert index is not None  # ``open_stream`` asks for another set where there is no index
+        assert index is not None  # ``open_stream`` requires another set if there is no index
         if index.classes < 2 or not (index.labels_per_clip > 0).any():
             raise UserError(
                 "online probes need labelled clips, this data has none: give online.shards= or "
@@ -108,7 +108,7 @@ class OnlineProbe(StepCallback):
         odd = check_rounds(self.rounds, index, multi_label=True) + doubts(index.vocabulary)
         for line in odd:
             log.warning("online probe: %s", line)
-        self.rows = curve(read_jsonl(out / "metrics.jsonl"))  # of a run that goes on, or is done
+        self.rows = curve(read_jsonl(out / "metrics.jsonl"))  # of a resumed or finished run
         self.gates: dict[str, np.ndarray] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -116,7 +116,7 @@ class OnlineProbe(StepCallback):
         done = trainer.global_step
         self.rows = [r for r in self.rows if done and r["step"] <= done]
         if not done or (self._due(trainer, done) and all(r["step"] != done for r in self.rows)):
-            self._probe(trainer, pl_module, done)  # the control, or one that an end cut off
+            self._probe(trainer, pl_module, done)  # the baseline, or one interrupted before
 
     def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         if self._due(trainer, step):
@@ -126,15 +126,15 @@ class OnlineProbe(StepCallback):
         return step % self.config.online.every == 0 or step == trainer.max_steps
 
     def _cut_off(self) -> None:
-        """Called after each step of the probes. After the last step of the run it does not cut
-        off: nothing would make up for that."""
+        """Called after each step of the probes; stops them if the run was asked to end, except
+        after the last step of the run, when they could not be repeated."""
         if not self._last and self.stopping is not None and self.stopping.wanted:
             raise _CutOff
 
     def _probe(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         self._last = step == trainer.max_steps
         *_, evaluated = module.objective.encoders().values()  # type: ignore[union-attr, operator]
-        encoder = whole_encoder(evaluated)  # all ranks together
+        encoder = whole_encoder(evaluated)  # the same on all ranks
         if trainer.is_global_zero:
             assert encoder is not None
             try:
@@ -145,7 +145,7 @@ class OnlineProbe(StepCallback):
         self.metrics.pause()
 
     def _tell(self, trainer: pl.Trainer, results: dict[str, dict[str, Any]], step: int) -> None:
-        """Results to the metrics, the pictures and the log."""
+        """Writes the results to the metrics, the plots and the log."""
         row: dict[str, Any] = {}
         for method, entry in results.items():
             own: dict[str, Any] = {}
@@ -169,7 +169,7 @@ class OnlineProbe(StepCallback):
     def probe(
         self, encoder: Encoder, device: torch.device, on_step: Callable[[], None] = lambda: None
     ) -> dict[str, dict[str, Any]]:
-        """Train and judge once; ``{method: {"mean", "std", "folds", "gate"}}``."""
+        """Trains and evaluates once; returns ``{method: {"mean", "std", "folds", "gate"}}``."""
         online, frames = self.config.online, self.config.frontend.frames
         autocast = autocast_for(self.config.hardware)
         bad = BadClips(max_bad=self.config.data.max_bad)
@@ -225,7 +225,7 @@ class OnlineProbe(StepCallback):
         return summary([o for o in outcomes if o.method not in broken])
 
     def build(self, method: str, *, encoder: Encoder | None = None) -> Probe:
-        """A fresh probe of the encoder's shape; ``encoder``: for those that are made of it."""
+        """Returns a fresh probe of the encoder's shape; ``encoder``: for probes built from it."""
         model, head = self.config.model, self.config.online.head.for_task(self.task.per_class)
         return build_probe(
             method,
@@ -238,7 +238,7 @@ class OnlineProbe(StepCallback):
         )
 
     def draw(self) -> None:
-        """``plots/probe_curve.png`` and ``plots/layer_gate.png``."""
+        """Writes ``plots/probe_curve.png`` and ``plots/layer_gate.png``."""
         chance = chance_of(self.task.metric, self.index.classes)
         file = self.out / "plots" / "probe_curve.png"
         plot_probe_curve(self.rows, file, metric=self.task.metric, chance=chance)
@@ -246,7 +246,7 @@ class OnlineProbe(StepCallback):
             plot_layer_gates(self.gates, self.out / "plots" / "layer_gate.png")
 
     def table(self) -> str:
-        """The curve as text: a line a probing, mean and deviation over the held-out folds."""
+        """Returns the curve as text: a line per probe run, mean and deviation over folds."""
         methods = list(dict.fromkeys(r["method"] for r in self.rows))
         steps = sorted({r["step"] for r in self.rows})
         cell = {(r["step"], r["method"]): r for r in self.rows}
@@ -265,7 +265,7 @@ class OnlineProbe(StepCallback):
 
 
 def _training_split(index: Index, split: str) -> str:
-    """The split to train probes on, where pre-training takes ``split`` of the same clips."""
+    """Returns the split to train probes on if pre-training uses ``split`` of the same clips."""
     if "train" in index.splits or (split in ("auto", "all") and TRAIN[1] not in index.splits):
         return "auto"
     return TRAIN[1] if split in ("auto", "all") else split
@@ -274,9 +274,9 @@ def _training_split(index: Index, split: str) -> str:
 def choose_rounds(
     index: Index, *, folds: int, max_clips: int, seed: int, split: str = "auto"
 ) -> list[Round]:
-    """The first ``folds`` held-out rounds of ``index``, of at most ``max_clips`` clips together.
+    """Returns the first ``folds`` folds of ``index``, with at most ``max_clips`` clips in total.
 
-    A set with neither folds nor splits has a fifth of its labelled clips held out.
+    If a set has neither folds nor splits, a fifth of its labelled clips is held out.
     """
     clips = np.random.default_rng(derive_seed(seed, "online clips")).permutation(len(index))
     clips = clips[index.labels_per_clip[clips] > 0][:max_clips]
@@ -302,7 +302,7 @@ def _percent(mean: float, std: float | None) -> str:
 
 
 def curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The probings in the rows of a ``metrics.jsonl``, a row a step and method."""
+    """Returns the probe results in rows of a ``metrics.jsonl``, one row per step and method."""
     found: list[dict[str, Any]] = []
     for row in rows:
         own: dict[str, dict[str, Any]] = {}

@@ -1,10 +1,10 @@
-"""One training step of pre-training, whatever the objective, and its optimiser.
+"""The LightningModule of pre-training: one training step of any objective, and its optimiser.
 
     waves -> objective: loss, scalars -> AdamW at the scheduled rate -> objective.after_step
 
-Everything random hangs on (seed, micro-batch, rank) alone, what the objective draws (masks) on
-(seed, place in the stream), never on what came before: an interrupted and resumed run ends with the
-same weights as one that was left alone, and masks do not change with the number of devices or of
+All randomness depends on (seed, micro-batch, rank) alone, and that of the objective (masks) on
+(seed, place in the stream), never on earlier draws: an interrupted and resumed run ends with the
+same weights as an uninterrupted one, and masks do not change with the number of devices or of
 micro-batches.
 """
 
@@ -29,7 +29,7 @@ from bat.types import Grid, WaveBatch
 
 
 def build_encoder(config: Pretrain) -> Encoder:
-    """A fresh encoder as the configuration says. Works on ``meta`` too."""
+    """Builds a fresh encoder from the configuration. Works on ``meta`` too."""
     model, front = config.model, config.frontend
     return find_encoder(model.backbone)(
         width=model.width,
@@ -49,13 +49,13 @@ def build_encoder(config: Pretrain) -> Encoder:
 
 
 def build_objective(config: Pretrain) -> Objective:
-    """The objective around a fresh encoder. Works on ``meta`` too."""
+    """Builds the objective around a fresh encoder. Works on ``meta`` too."""
     objective = find_objective(config.objective.name)
     return objective.build(config.objective, build_encoder(config), seed=config.seed)
 
 
 class Pretraining(Shardable):
-    """One training step of the objective, and its optimiser."""
+    """LightningModule with the training step of the objective and its optimiser."""
 
     def __init__(self, config: Pretrain) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Pretraining(Shardable):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        """The real step, at the scheduled rate; then what the objective does after it."""
+        """Steps the optimiser at the scheduled rate, then calls ``objective.after_step``."""
         done, optim = self.global_step, self.config.optim
         set_lr(
             optimizer,
@@ -108,9 +108,9 @@ class Pretraining(Shardable):
         self.objective.after_step(done, skip=self.guard.skip)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gradients are complete: their norm, clipping, and whether there will be a step."""
+        """Computes the gradients' norm, clips them and decides whether to skip the step."""
         self.figures["grad_norm"] = self.guard.inspect(optimizer, self.parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in every checkpoint how it came to be."""
+        """Adds provenance to every checkpoint."""
         checkpoint["bat"] = {"version": __version__, "config": redact_tree(to_dict(self.config))}

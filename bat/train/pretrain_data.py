@@ -1,7 +1,7 @@
-"""The training stream of a pre-training, as the configuration says.
+"""Opens the training stream of pre-training from the configuration.
 
-By index where that can be (``AudioData``: exactly resumable), else from front to end
-(``SequentialData``: it says that it is not).
+Clips are read by index where possible (``AudioData``, exactly resumable), else sequentially
+(``SequentialData``, which warns that it is not).
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ NEEDS_AN_INDEX = ("mix", "shuffle", "window", "balance", "epoch_clips", "cache_w
 
 @dataclass(frozen=True)
 class PretrainData:
-    """A stream and what it is over."""
+    """A stream and the data it reads."""
 
     data: StreamData
     task: Task
     index: Index | None
-    """None: read from front to end."""
+    """Index of the clips; None if they are read sequentially."""
 
     def describe(self) -> str:
-        """A few words: how many clips, of what."""
+        """Returns a short description: the number of clips and their source."""
         if self.index is None:
             shards = self.data.facts()["shards"]
             return f"{shards} shards, read from front to end (NOT exactly resumable)"
@@ -52,9 +52,9 @@ class PretrainData:
 
 
 def open_stream(config: Pretrain, out: Path | None = None) -> PretrainData:
-    """Open what ``config.data`` names; ``out`` is the folder of the run, for ``bad_clips.jsonl``.
+    """Opens the data that ``config.data`` names; ``out``: run folder, for ``bad_clips.jsonl``.
 
-    Raises ``UserError`` as ``open_data``, and for settings that do not fit the data.
+    Raises ``UserError`` as ``open_data`` does, and for settings that do not fit the data.
     """
     data = config.data
     try:
@@ -90,7 +90,7 @@ def open_stream(config: Pretrain, out: Path | None = None) -> PretrainData:
 
 
 def _labels(config: Pretrain) -> Literal["same", "drop"]:
-    """Whether the labels of the data are read: the names of folders are none, unless said so."""
+    """Returns True if labels are read; folder names count as labels only if the settings say so."""
     data = config.data
     folders = config.task == FOLDER.name and data.root is not None and Path(data.root).is_dir()
     if data.labels != "folders":
@@ -138,10 +138,10 @@ def _sequential(config: Pretrain, out: Path | None, why: NotIndexable) -> Sequen
 
 
 def training_clips(index: Index, split: str) -> np.ndarray | None:
-    """Ids of the clips to pre-train on (``data.split``, see ``choose_split``); None: all of them.
+    """Returns ids of the clips to pre-train on (``data.split``, see ``choose_split``); None: all.
 
-    Raises ``UserError`` for a split that the data does not have, or where ``auto`` finds none but
-    such as are held out.
+    Raises ``UserError`` for a split that the data does not have, or if ``auto`` finds only held-out
+    splits.
     """
     name = next((n for n in TRAIN if n in index.splits), None) if split == "auto" else split
     if name is None or name == "all":

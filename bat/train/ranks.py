@@ -1,7 +1,7 @@
-"""What the processes of a run tell one another on the host, beside the devices' own traffic.
+"""Collective operations among the ranks on the host, separate from those of the devices.
 
-Over a gloo group of its own: a number that all must agree on does not wait for a GPU, and never
-meets a gradient half-way. With one process everything here is the identity.
+Uses its own gloo process group, so agreeing on a number neither waits for a GPU nor interleaves
+with gradient reduction. With one process every operation is the identity.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-_made: tuple[Any, dist.ProcessGroup] | None = None  # for which world, and the group
+_made: tuple[Any, dist.ProcessGroup] | None = None  # its world group, and the gloo group
 
 
 class Ranks:
-    """Agreement among all processes; every rank must make the same calls in the same order."""
+    """Reductions over all ranks; every rank must make the same calls in the same order."""
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank, self.world = rank, world
@@ -33,15 +33,15 @@ class Ranks:
         return _made[1]
 
     def maximum(self, values: Sequence[int]) -> list[int]:
-        """The greatest of each value over the ranks."""
+        """Returns the maximum of each value over the ranks."""
         return self._reduce(torch.tensor(values, dtype=torch.int64), dist.ReduceOp.MAX)
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """The sum of each value over the ranks."""
+        """Returns the sum of each value over the ranks."""
         return self._reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.SUM)
 
     def gather(self, thing: Any) -> list[Any]:
-        """``thing`` of every rank, in their order."""
+        """Returns ``thing`` of every rank, in rank order."""
         found: list[Any] = [thing] * self.world
         if self.world > 1:
             dist.all_gather_object(found, thing, group=self._group())
@@ -54,19 +54,19 @@ class Ranks:
 
 
 LAUNCHER = "BAT_LAUNCHER"
-"""Environment variable: the process whose launcher (Lightning's) started the others."""
+"""Environment variable: id of the process whose Lightning launcher started the others."""
 
 
 def leave_quietly() -> None:
-    """In a child of Lightning's launcher: exit with 0. The first process tells how the run ended;
-    its observer would kill it at once for a child's other code (2.6.6)."""
+    """Exits with 0 in a child of Lightning's launcher. The first process reports how the run ended;
+    its observer would kill it at once if a child exited with another code (2.6.6)."""
     if os.environ.get(LAUNCHER) == str(os.getppid()):
         raise SystemExit(0)
 
 
 def part() -> None:
-    """Undo what connects this process with the others, at the end of a command: threads of theirs
-    that live on abort some processes as they end (torch 2.11, gloo)."""
+    """Destroys the process groups at the end of a command: threads of theirs that are still alive
+    abort some processes at exit (torch 2.11, gloo)."""
     global _made
     _made = None
     if dist.is_available() and dist.is_initialized():
@@ -74,5 +74,5 @@ def part() -> None:
 
 
 def ranks_of(trainer: pl.Trainer) -> Ranks:
-    """The processes of ``trainer``; ask once they have met (from ``setup`` on)."""
+    """Returns the ranks of ``trainer``; valid once processes are connected (from ``setup`` on)."""
     return Ranks(trainer.global_rank, trainer.world_size)

@@ -1,4 +1,4 @@
-"""One pre-training run from a resolved configuration to its export, pictures and summary."""
+"""Runs a pre-training from a resolved configuration to its export, plots and summary."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ log = logging.getLogger("bat")
 
 
 def pretrain(config: Pretrain, *, dry_run: bool = False, force: bool = False) -> Path:
-    """Pre-train as ``config`` says; returns the run folder. Continues what is already there.
+    """Pre-trains as ``config`` says and returns the run folder. Resumes an existing run there.
 
-    Raises ``Interrupted`` where the run was asked to end: it is saved, and can go on.
-    ``force``: continue with other settings all the same.
+    Raises ``Interrupted`` if the run was asked to end; it is saved and can be resumed.
+    ``force``: resume although the settings differ.
     """
     out = default_out(config)
     start_logging()
@@ -73,7 +73,7 @@ def _set_up(
     force: bool,
     begin: Callable[[], None],
 ) -> tuple[Fitting, list[OnlineProbe]]:
-    """The training and its online probes, if there are any; says in the log what it is."""
+    """Builds the training and its online probes, if any, and describes it in the log."""
     probes: list[OnlineProbe] = []
 
     def more(metrics: Metrics, stopping: Stopping) -> list[Callback]:
@@ -115,7 +115,7 @@ def _set_up(
 
 
 def _is_finished(config: Pretrain, out: Path, fitting: Fitting) -> bool:
-    """Whether an earlier start has trained to the last step and left everything."""
+    """Returns True if an earlier start trained to the last step and wrote all outputs."""
     newest = fitting.newest
     trained = newest is not None and step_of(newest) >= config.train.steps
     return trained and (out / "summary.json").is_file() and (out / "export").is_dir()
@@ -129,7 +129,7 @@ def _finish(
     fitting: Fitting,
     probes: list[OnlineProbe],
 ) -> None:
-    """Export, pictures and summary of a training that is at its last step."""
+    """Writes export, plots and summary after the last training step."""
     data, trainer = source.data, fitting.trainer
     everybodys = data.bad_clips_all_ranks()
     state = full_state(module)
@@ -162,15 +162,15 @@ def _finish(
 
 
 def device_name(device: torch.device) -> str:
-    """What to call it in a summary."""
+    """Returns the device's name for a summary."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def export(
     module: Pretraining, out: Path, *, step: int, data: StreamData, state: dict[str, Tensor]
 ) -> Path:
-    """Write ``out/export``: the objective's encoders, of the ``full_state`` of ``module``, and how
-    they came to be."""
+    """Writes ``out/export``: the objective's encoders from the ``full_state`` of ``module``, and
+    their provenance."""
     encoders = module.objective.encoders()
     prefixes = {part: f"{name}." for name, part in module.named_modules()}
 
@@ -193,12 +193,12 @@ def export(
 
 
 def draw(module: Pretraining, data: StreamData, out: Path) -> None:
-    """``plots/``: a few spectrograms with their masks, if there are any, and the curves of losses
-    and learning rate."""
+    """Writes ``plots/``: a few spectrograms with their masks, if the objective has any, and the
+    curves of losses and learning rate."""
     plots = out / "plots"
     plots.mkdir(exist_ok=True)
     batch = data.first_batch().first(4).to(module.device)
-    # the trainer has moved the module to the CPU: nothing is to be compiled for it there
+    # the trainer has moved the module to the CPU: do not compile for it there
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         spectrogram = module.objective.spectrogram(batch)
         masks = module.objective.example_masks(batch)
@@ -216,10 +216,10 @@ def draw(module: Pretraining, data: StreamData, out: Path) -> None:
 
 
 def _dry_run(config: Pretrain, module: Pretraining, source: PretrainData) -> None:
-    """Build everything, take one batch, compute the loss, train nothing.
+    """Builds everything and computes the loss of one batch without training.
 
-    On a GPU the whole micro-batch goes forward and backward, so its memory is known; on the CPU
-    one clip goes forward, since Base at full size takes minutes and tens of gigabytes there.
+    On a GPU the whole micro-batch runs forward and backward, to measure its memory; on the CPU only
+    one clip runs forward, since Base at full size takes minutes and tens of gigabytes there.
     """
     device = torch.device("cuda" if _wants_cuda(config) else "cpu")
     module, batch = module.to(device), source.data.first_batch()

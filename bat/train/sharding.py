@@ -1,14 +1,14 @@
-"""How many processes a run has, and what each of them holds.
+"""Sets up data-parallel training: the number of processes, DDP and FSDP2.
 
-DDP keeps everything on every device. FSDP2 (``fully_shard``, through Lightning's
+DDP keeps a full copy on every device. FSDP2 (``fully_shard``, through Lightning's
 ``ModelParallelStrategy``) splits weights, gradients, the optimiser's moments and the EMA teacher
-along their first axis. A unit is gathered when its forward begins and dropped when it ends: every
-block of an encoder, what else the module names (``units``), and the rest, the root, with
-``training_step``. Sums are taken in float32 and weights travel as they are kept, so FSDP2's numbers
-are DDP's but for the order of additions.
+along their first axis. A unit is gathered when its forward begins and freed when it ends: every
+block of an encoder, the other modules that ``units`` returns, and the rest, the root, with
+``training_step``. Sums are taken in float32 and weights are sent in their own type, so FSDP2 equals
+DDP up to the order of additions.
 
 Checkpoints are one plain file with DDP's keys, written and read by the ``CheckpointIO`` of the run
-(Lightning 2.6.6 reads them past it): any number of processes goes on from any other's.
+(Lightning 2.6.6 would bypass it when reading): a run can resume on any number of processes.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ T = TypeVar("T")
 
 
 def _launched(slurm: str, torchrun: str) -> int | None:
-    """A number that the launcher of this process gives; None where nobody launched it."""
+    """Returns a number set by the launcher of this process; None without a launcher."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # first: torchrun may run within a Slurm job
         return int(os.environ[torchrun])
     if "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in (
-        "bash",  # Lightning's rule for a shell within a job
+        "bash",  # Lightning's rule for an interactive shell within a job
         "interactive",
     ):
         return int(os.environ.get(slurm, "1"))
@@ -48,14 +48,14 @@ def _launched(slurm: str, torchrun: str) -> int | None:
 
 
 def devices(hardware: Hardware) -> int | str:
-    """``hardware.devices`` for the Trainer; ``auto`` is what torchrun or Slurm started here."""
+    """Returns ``devices`` for the Trainer; ``auto``: as many as torchrun or Slurm started here."""
     if hardware.devices == "auto":
         return _launched("SLURM_NTASKS_PER_NODE", "LOCAL_WORLD_SIZE") or "auto"
     return int(hardware.devices) if hardware.devices.isdigit() else hardware.devices
 
 
 def nodes(hardware: Hardware) -> int:
-    """Machines of the run; ``num_nodes=0`` is what torchrun or Slurm gave, else 1."""
+    """Returns the number of nodes; ``num_nodes=0``: as set by torchrun or Slurm, else 1."""
     if hardware.num_nodes:
         return hardware.num_nodes
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -64,7 +64,7 @@ def nodes(hardware: Hardware) -> int:
 
 
 def world_size(hardware: Hardware) -> int:
-    """Processes of the run, as the Trainer will count them."""
+    """Returns the number of processes of the run, as the Trainer will count them."""
     wanted, gpus = devices(hardware), 0
     if hardware.accelerator in ("auto", "gpu", "cuda"):
         gpus = torch.cuda.device_count()
@@ -77,7 +77,7 @@ def world_size(hardware: Hardware) -> int:
 
 
 def check_strategy(hardware: Hardware) -> None:
-    """Raise ``UserError`` for a strategy that the accelerator does not have."""
+    """Raises ``UserError`` for a strategy that the accelerator does not support."""
     if hardware.strategy == "fsdp" and hardware.accelerator not in ("auto", "cpu", "gpu", "cuda"):
         raise UserError(
             f"hardware.strategy=fsdp splits a model among GPUs or CPU processes, not on "
@@ -86,23 +86,23 @@ def check_strategy(hardware: Hardware) -> None:
 
 
 def strategy(hardware: Hardware) -> str | Strategy:
-    """What the Trainer is to spread the run with; ``auto`` on a single device."""
+    """Returns the strategy for the Trainer; ``auto`` on a single device."""
     if hardware.strategy == "fsdp":
         if world_size(hardware) == 1:
             return "auto"  # nothing to split
         return Sharded(save_distributed_checkpoint=False)
     if hardware.strategy == "ddp" or world_size(hardware) > 1:
-        # all buffers are constants, alike everywhere: nothing to send around before each step
+        # all buffers are constants and equal on all ranks: no broadcast before each step
         return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     return "auto"
 
 
 class Sharded(ModelParallelStrategy):
-    """FSDP2 over all processes, with checkpoints that are DDP's."""
+    """FSDP2 over all processes, with checkpoints in DDP's format."""
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning hands us the optimiser's state; its own way reads the file itself."""
+        """Makes Lightning pass the optimiser's state to us instead of reading the file itself."""
         return True
 
     def setup_environment(self) -> None:
@@ -112,7 +112,7 @@ class Sharded(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None]:
-        """Gradients stay here, added up, but for the last micro-batch of a step."""
+        """Accumulates gradients locally and reduces them at the last micro-batch of a step."""
         root = self.lightning_module
         assert isinstance(root, FSDPModule)
         root.set_requires_gradient_sync(False)
@@ -136,7 +136,7 @@ class Sharded(ModelParallelStrategy):
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Each process takes its part of the file's weights."""
+        """Loads each process's part of the checkpoint's weights."""
         assert self.lightning_module is not None
         own = dict(self.lightning_module.named_parameters())
         state = {name: _part(t, own.get(name)) for name, t in checkpoint["state_dict"].items()}
@@ -153,7 +153,7 @@ class Sharded(ModelParallelStrategy):
 
 
 def _part(whole: Any, like: Tensor | None) -> Any:
-    """``whole`` split as ``like`` is, where both have one shape; nothing is sent."""
+    """Splits ``whole`` as ``like`` is, if their shapes are equal; without communication."""
     if not (isinstance(like, DTensor) and isinstance(whole, Tensor) and whole.shape == like.shape):
         return whole
     whole = whole.to(like.device)
@@ -161,7 +161,7 @@ def _part(whole: Any, like: Tensor | None) -> Any:
 
 
 def _whole(tree: Any, *, keep: bool) -> Any:
-    """``tree`` with plain tensors on the CPU for DTensors; without ``keep`` only take part."""
+    """Replaces DTensors in ``tree`` by full CPU tensors; without ``keep`` only takes part."""
     if isinstance(tree, dict):
         return {name: _whole(value, keep=keep) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -172,10 +172,10 @@ def _whole(tree: Any, *, keep: bool) -> Any:
 
 
 def full_state(module: nn.Module, *, everywhere: bool = False) -> dict[str, Any]:
-    """The state dict of ``module`` in plain tensors. **Every rank must call it.**
+    """Returns the state dict of ``module`` in plain tensors. **Every rank must call it.**
 
-    Where it is sharded, tensors are gathered one by one to the CPU of rank 0 (the others get an
-    empty dict), or of all with ``everywhere``. Else it is ``module.state_dict()``.
+    If ``module`` is sharded, tensors are gathered one by one to the CPU of rank 0 (other ranks get
+    an empty dict), or of all ranks with ``everywhere``. Otherwise ``module.state_dict()``.
     """
     if not is_sharded(module):
         return dict(module.state_dict())
@@ -185,8 +185,8 @@ def full_state(module: nn.Module, *, everywhere: bool = False) -> dict[str, Any]
 
 
 def whole_encoder(encoder: Encoder) -> Encoder | None:
-    """``encoder`` itself; where it is sharded, a whole copy on its device for rank 0 and None for
-    the others. **Every rank must call it.** The global random state is left alone."""
+    """Returns ``encoder``, or if it is sharded a full copy on its device for rank 0 and None for
+    the others. **Every rank must call it.** The global random state is unchanged."""
     if not is_sharded(encoder):
         return encoder
     state = full_state(encoder)
@@ -198,14 +198,14 @@ def whole_encoder(encoder: Encoder) -> Encoder | None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether each process holds a part of ``module`` only."""
+    """Returns True if each process holds only a part of ``module``."""
     return any(isinstance(p, DTensor) for p in module.parameters())
 
 
 @torch.no_grad()
 def total_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of all gradients: a plain 0-dim float32 tensor on their device, alike on all
-    ranks. Parameters without a gradient are left out. The host waits for nothing."""
+    """Returns the Euclidean norm of all gradients: a plain 0-dim float32 tensor on their device,
+    equal on all ranks. Parameters without a gradient are omitted. Does not synchronise the host."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros(())
@@ -222,16 +222,16 @@ class Shardable(pl.LightningModule):
     """A module that ``hardware=fsdp`` splits."""
 
     def units(self) -> list[nn.Module]:
-        """What is gathered at a time, in the order of use: modules called by their forward."""
+        """Returns the modules gathered one at a time, in order of use; called by their forward."""
         raise NotImplementedError
 
     def configure_model(self) -> None:
-        """Lightning calls it in each process, once all are there."""
+        """Shards the module; Lightning calls it in each process once all are connected."""
         mesh = self.device_mesh
         if mesh is None or isinstance(self, FSDPModule):
             return
-        # dropped after the forward in any case: a forward without backward (teacher, probes)
-        # would leave the weights whole, and the EMA would average nothing
+        # always freed after the forward: a forward without backward (teacher, probes)
+        # would leave the weights gathered, and the EMA would not update the shards
         how: dict[str, Any] = {"mesh": mesh["data_parallel"], "reshard_after_forward": True}
         for unit in self.units():
             fully_shard(unit, **how)
@@ -242,5 +242,5 @@ class Shardable(pl.LightningModule):
         assert not whole, f"not sharded: {whole}"
 
     def within(self, what: Callable[[], T]) -> T:
-        """``what()``, weights gathered as in a training step. **Every rank must call it.**"""
+        """Calls ``what`` with gathered weights, as in a step. **Every rank must call it.**"""
         return what()

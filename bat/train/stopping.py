@@ -1,13 +1,14 @@
-"""Ending a run so that it can go on: signals, and whatever else asks for an end (``Stopping.ask``).
+"""Resumable shutdown of a run, on signals and on request (``Stopping.ask``).
 
-A signal (``signals.py``) only sets a flag. At the end of each micro-batch the ranks agree on the
-host (``ranks.py``) whether anybody asked; then, once the optimiser's step is complete, all save and
-stop, and the process exits with 75 (``RESUME_ME``): the same command continues. An error asked
-for on one rank ends all of them, so that none waits in a collective for one that is gone.
+A signal (``bat/shutdown.py``) only sets a flag. At the end of each micro-batch the ranks agree on
+the host (``ranks.py``) whether any of them was asked to end; then, once the optimiser's step is
+complete, all save and stop, and the process exits with 75 (``RESUME_ME``): the same command
+resumes. An error on one rank ends all of them, so that none waits in a collective for one that has
+exited.
 
 Lightning 2.6.6 ends a SIGTERM with exit code 0 and, under DDP, calls a collective within the signal
 handler: a deadlock unless the right ranks are signalled. Its handlers are not installed, and its
-broadcast before every batch, which would wait for the device, is not made (private names:
+broadcast before every batch, which would wait for the device, is disabled (private names:
 ``_SignalConnector.register_signal_handlers``, ``_TrainingEpochLoop._broadcast_sigterm_tensor``;
 asserted).
 """
@@ -31,9 +32,9 @@ _NOTHING, _SAVE, _FAIL = 0, 1, 2
 
 
 class Stopping(Callback):
-    """Ends the run at the next batch end when asked to; ``finish`` then says how it ended.
+    """Ends the run at the next batch end when asked to; ``finish`` then reports how it ended.
 
-    Belongs after all callbacks that may ask, so that a step asked at is a step saved at.
+    Must come after all callbacks that may ask, so that the run is saved at the step of the request.
     """
 
     def __init__(self) -> None:
@@ -43,32 +44,32 @@ class Stopping(Callback):
         self._ended: str | None = None
         self._ranks = Ranks()
         self.clocks: list[Callable[[], bool]] = []
-        """Asked on every rank at each batch end; one that says yes makes ``due`` true on all."""
+        """Called on every rank at each batch end; if any returns True, ``due`` is True on all."""
         self.due = False
-        """Whether a checkpoint is due by somebody's clock."""
+        """True if a checkpoint is due by the clock of any rank."""
 
     @property
     def wanted(self) -> bool:
-        """Whether this process was asked to end: long work between two steps may cut itself off."""
+        """True if this process was asked to end; long work between steps may then stop early."""
         return self._asked != _NOTHING
 
     @property
     def ending(self) -> bool:
-        """Whether all ranks agreed to save and end after this step."""
+        """True if all ranks agreed to save and end after this step."""
         return self._ended is not None
 
     def ask(self, why: str, error: Exception | None = None) -> None:
-        """End at the next batch end; from any thread, on any rank.
+        """Requests an end at the next batch end; from any thread, on any rank.
 
-        Without ``error`` the run is saved and ends by ``Interrupted``; with it nothing is saved
-        and ``error`` is raised (other ranks raise a ``UserError`` that names it).
+        Without ``error`` the run is saved and raises ``Interrupted``; with it nothing is saved and
+        ``error`` is raised (other ranks raise a ``UserError`` that names it).
         """
         with self._lock:
             if (_FAIL if error else _SAVE) > self._asked:
                 self._asked, self._why, self._error = (_FAIL if error else _SAVE), why, error
 
     def finish(self) -> None:
-        """Call after ``fit``: raises ``Interrupted`` where the run ended before its last step."""
+        """Raises ``Interrupted`` if the run ended before its last step; call after ``fit``."""
         if self._ended is not None:
             leave_quietly()
             raise Interrupted(self._ended)
@@ -83,7 +84,7 @@ class Stopping(Callback):
         signals.register_signal_handlers = lambda: None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Asked to end while starting (a long probing): no step is begun."""
+        """Ends before the first step if asked to while starting (during a long probe run)."""
         (asked,) = self._ranks.maximum([self._asked])
         if asked == _FAIL:
             self._raise()
@@ -91,7 +92,7 @@ class Stopping(Callback):
             self._end(trainer, "before the first step of this start")
 
     def note(self, name: str) -> None:
-        """A signal came: called within its handler, so without the lock."""
+        """Records a signal; called within its handler, hence without the lock."""
         if not self._asked:
             self._asked, self._why = _SAVE, name
 
@@ -122,6 +123,6 @@ class Stopping(Callback):
         raise UserError(f"another process of the run failed: {errors[0]}")
 
     def check_errors(self) -> None:
-        """Raise on all ranks what any of them was asked to fail with: after the last step."""
+        """Raises the error requested on any rank on all ranks, after the last step."""
         if self._ranks.maximum([self._asked])[0] == _FAIL:
             self._raise()

@@ -1,13 +1,13 @@
-"""Fine-tuning: encoder and head trained together on labels (docs/method.md 5).
+"""Fine-tunes encoder and head together on labels (docs/method.md 5).
 
     wave -> colour noise -> front end -> time roll -> mixup -> SpecAugment
          -> encoder with drop path -> head
          -> the task's loss -> AdamW with layer-wise decay at the scheduled rate
 
 The head is a probe, ``linear`` by default: LayerNorm, dropout, linear on the last class token, or
-the mean patch of an encoder without one. Waves are rolled by the stream (``data.roll``).
-Everything random hangs on (seed, fold, micro-batch, rank) alone, so that a resumed run is the same
-run.
+on the mean patch if the encoder has none. Waves are rolled by the stream (``data.roll``).
+All randomness depends on (seed, fold, micro-batch, rank) alone, so a resumed run equals an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from bat.types import Features, WaveBatch
 
 
 class Supervised(Shardable):
-    """Encoder and head, one training step, and their optimiser."""
+    """LightningModule of encoder and head with the training step and the optimiser."""
 
     def __init__(
         self,
@@ -51,9 +51,9 @@ class Supervised(Shardable):
         start: str = "",
         targets_of: TargetsOf | None = None,
     ) -> None:
-        """``frames`` of each clip; None: its own number. ``start``: digest of the encoder's first
-        weights; a checkpoint of others is refused. ``targets_of``: labels of time patches or tokens
-        of a batch; None: its labels."""
+        """``frames`` of each clip; None: its own number. ``start``: digest of the encoder's initial
+        weights; checkpoints with another digest are refused. ``targets_of``: returns labels of time
+        patches or tokens of a batch; None: the batch's own labels are used."""
         super().__init__()
         self.targets_of = targets_of
         self.config, self.loss, self.frames, self.fold = config, loss, frames, fold
@@ -75,10 +75,10 @@ class Supervised(Shardable):
         self.figures: dict[str, Tensor] = {}
         self.clips = 0
         self.guard = Guard(config.optim.clip_norm)
-        self.train()  # a loaded encoder is in eval mode, and Lightning leaves modes as they are
+        self.train()  # a loaded encoder is in eval mode, and Lightning does not change modes
 
     def units(self) -> list[torch.nn.Module]:
-        """The blocks; the head is small and stays with the rest."""
+        """Returns the blocks; the head is small and stays in the root unit."""
         return list(blocks_of(self.backbone))
 
     def training_step(self, batch: WaveBatch, batch_idx: int) -> Tensor:
@@ -101,7 +101,7 @@ class Supervised(Shardable):
     def encoded(
         self, spectrogram: Tensor, patches: Tensor | None, *, total: int | None = None
     ) -> Features:
-        """What the head reads of ``augmented``'s clips."""
+        """Returns the features of ``augmented``'s clips that the head reads."""
         if patches is None:
             return self.backbone.features(spectrogram)
         return self.backbone.features_alone(spectrogram, patches, total=total)
@@ -110,11 +110,11 @@ class Supervised(Shardable):
     def augmented(
         self, batch: WaveBatch, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Spectrograms (B, 1, frames, mels), targets and time patches (B,) of a training batch;
-        each augmentation acts where it is on. Targets are labels (B, C), labels of time patches
-        (B, T, C), NaN beyond a clip's end, or tokens (B, U).
+        """Returns spectrograms (B, 1, frames, mels), targets and time patches (B,) of a training
+        batch, with the augmentations that are enabled. Targets are labels (B, C), labels of time
+        patches (B, T, C), NaN beyond a clip's end, or tokens (B, U).
 
-        A mixed clip has the patches of the longer one; None with a fixed number of frames.
+        A mixed clip has the time patches of the longer one; None with a fixed number of frames.
         """
         own = self.config.augment
         waves, targets = batch.waves, batch.targets
@@ -133,7 +133,7 @@ class Supervised(Shardable):
         if self.targets_of is not None:
             targets = self.targets_of(batch, T).to(x.device)
         if own.mixup_p:
-            # which patches are a clip's is mixed as its labels are; so is which have labels
+            # the masks of valid and of labelled patches are mixed as the labels are
             y, shape = targets.flatten(1), targets.shape
             inside = x.new_ones(len(x), T)
             if patches is not None:
@@ -157,7 +157,7 @@ class Supervised(Shardable):
         return x, targets, patches
 
     def layer_of(self, name: str) -> int:
-        """Layer of parameter ``name`` for layer-wise decay: the head and the rest are L + 1."""
+        """Returns the layer of parameter ``name`` for layer-wise decay; L + 1 for head and rest."""
         inner = name.removeprefix("backbone.")
         return self.backbone.depth + 1 if inner == name else self.backbone.layer_of(inner)
 
@@ -173,13 +173,13 @@ class Supervised(Shardable):
             layer_of=self.layer_of,
             depth=self.backbone.depth,
         )
-        groups.sort(key=lambda g: -g["scale"])  # the first group's rate is the one logged
+        groups.sort(key=lambda g: -g["scale"])  # the rate of the first group is logged
         return adamw(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        """The real step, at the scheduled rate."""
+        """Steps the optimiser at the scheduled rate."""
         optim = self.config.optim
         set_lr(
             optimizer,
@@ -192,11 +192,11 @@ class Supervised(Shardable):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gradients are complete: their norm, clipping, and whether there will be a step."""
+        """Computes the gradients' norm, clips them and decides whether to skip the step."""
         self.figures["grad_norm"] = self.guard.inspect(optimizer, self.parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in every checkpoint how it came to be."""
+        """Adds provenance to every checkpoint."""
         checkpoint["bat"] = {
             "version": __version__,
             "config": redact_tree(to_dict(self.config)),
@@ -204,7 +204,7 @@ class Supervised(Shardable):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue only what began with the same encoder."""
+        """Refuses a checkpoint of a run that began with other encoder weights."""
         if checkpoint.get("bat", {}).get("start", "") != self.start:
             raise UserError(
                 f"the unfinished fold {self.fold} began with another encoder than checkpoint="

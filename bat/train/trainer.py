@@ -1,9 +1,8 @@
-"""Lightning's Trainer as every command of ours wants it, and the run folder it writes to.
+"""Builds Lightning's Trainer for all commands and the loggers of its run folder.
 
 A run leaves ``out/``: config.yaml, metrics.jsonl, train.log, checkpoints/, export/, plots/,
-summary.json. Lightning owns the loop; what is ours is small: checkpoints (``checkpointing.py``), an
-end that can be resumed (``stopping.py``), gradients looked at before a step (``guard.py``), and
-metrics as JSON lines.
+summary.json. Lightning runs the loop; added here are checkpoints (``checkpointing.py``), resumable
+shutdown (``stopping.py``), the NaN guard (``guard.py``) and metrics as JSON lines.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ log = logging.getLogger("bat")
 
 
 class JsonLines(Logger):
-    """One JSON object a line: ``{"step": ..., name: value, ...}``. Survives a resume by appending.
+    """Logs one JSON object per line: ``{"step": ..., name: value, ...}``. A resumed run appends.
 
-    Lines of steps after the checkpoint that a resumed run starts from are dropped first, so that
-    every step is there once.
+    Lines of steps after the checkpoint that a run resumes from are dropped first, so that every
+    step appears once.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +58,7 @@ class JsonLines(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The run folder has config.yaml."""
+        """Does nothing: the run folder has config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -71,13 +70,13 @@ class JsonLines(Logger):
         self.append(row)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a line, from any thread and any rank."""
+        """Adds a line, from any thread and any rank."""
         with self._lock:
             self._unwritten += (json.dumps(row) + "\n").encode()
             self._write()
 
     def _write(self) -> None:
-        """Append what waits, whole or not at all; on a full disk it goes on waiting."""
+        """Appends the pending lines, all or none; on a full disk they stay pending."""
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             size = os.fstat(file).st_size
@@ -96,9 +95,9 @@ class JsonLines(Logger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Drop the lines of steps after ``step``; all of them at step 0, which begins anew.
+        """Drops the lines of steps after ``step``, all of them at step 0 (a new run).
 
-        A half-written last line goes too.
+        A half-written last line is dropped too.
         """
         filter_jsonl(self.path, lambda row: bool(step) and (row.get("step") or 0) <= step)
 
@@ -114,11 +113,11 @@ def build_trainer(
     name: str,
     resumed: bool = False,
 ) -> pl.Trainer:
-    """A Trainer for ``train.steps`` optimiser steps.
+    """Builds a Trainer for ``train.steps`` optimiser steps.
 
-    Metrics go to ``out/metrics.jsonl`` and, when ``log.wandb`` says so, to Weights & Biases: to
-    the same run of theirs where ``resumed``.
-    Raises ``UserError`` where the hardware asked for is not there.
+    Metrics go to ``out/metrics.jsonl`` and, if ``log.wandb`` is set, to Weights & Biases: to the
+    same run there if ``resumed``.
+    Raises ``UserError`` if the requested hardware is not available.
     """
     check_strategy(hardware)
     assert hardware.precision != "auto", "settled by with_precision, before a run begins"
@@ -170,14 +169,14 @@ def build_trainer(
 
 
 class OneWandbRun(WandbLogger):
-    """One run of Weights & Biases over all starts of a training, whose steps only grow.
+    """Logs all starts of a training to one Weights & Biases run, whose steps only increase.
 
-    What an earlier start logged and a kill undid is not logged again. ``out/wandb/bat.json`` keeps
+    Steps that are repeated after a kill are not logged again. ``out/wandb/bat.json`` keeps
     the run's id, the latest step and the names logged at it.
     """
 
     def __init__(self, log: Log, out: Path, name: str, *, resumed: bool) -> None:
-        """``resumed``: this start continues a checkpoint; else a new run begins."""
+        """``resumed``: this start resumes from a checkpoint; otherwise a new run begins."""
         import wandb
 
         self._file = out / "wandb" / "bat.json"
@@ -195,11 +194,11 @@ class OneWandbRun(WandbLogger):
             # it would store the command line, which may hold a signed URL
             settings=wandb.Settings(x_disable_meta=True, console="off"),
         )
-        self._wandb_init.pop("anonymous", None)  # Lightning 2.6.6 gives it, and wandb warns of it
+        self._wandb_init.pop("anonymous", None)  # Lightning 2.6.6 sets it, and wandb warns about it
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Log ``metrics`` unless they were logged before."""
+        """Logs ``metrics`` unless they were logged before."""
         step = self._latest if step is None else step
         new = set(metrics) - (self._names if step == self._latest else set())
         if step < self._latest or not new:
@@ -212,7 +211,7 @@ class OneWandbRun(WandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """End the run: the next fold has one of its own."""
+        """Ends the run, since the next fold has its own."""
         super().finalize(status)
         if self._experiment is not None:
             self._experiment.finish(exit_code=0 if status == "success" else 1)

@@ -1,9 +1,9 @@
-"""A loader that stalls: noticed, named, and at last ended so that the run can be resumed.
+"""Detects and reports a stalled loader, and finally ends the run so that it can be resumed.
 
-Waiting is measured where it happens, around Lightning's call of the loader, by way of its profiler
-(``[_TrainingEpochLoop].train_dataloader_next``, 2.6.6; a test holds the name): probing, saving and
-whatever else is done between two steps is not waiting. A thread watches, for the training process
-may hang in a read; it cannot be asked to end then, so the thread ends it.
+Waiting time is measured around Lightning's call of the loader through its profiler
+(``[_TrainingEpochLoop].train_dataloader_next``, 2.6.6; a test checks the name), so online probes,
+saving and other work between two steps do not count. A thread monitors it, since the training
+process may hang in a read; it cannot react to a request then, so the thread ends it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from bat.errors import RESUME_ME
 log = logging.getLogger("bat")
 
 GRACE_SECONDS = 60.0
-"""How long a run that was asked to end still waits for a batch before it ends without one."""
+"""Seconds that a run asked to end waits for a batch before it ends without one."""
 
 
 class FetchClock(PassThroughProfiler):
-    """Since when the training process waits for a batch, and for how long it has in all."""
+    """Records since when the training process waits for a batch, and its total waiting time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.since: float | None = None
-        """``time.perf_counter()`` when the wait began; None: a batch is being worked on."""
+        """``time.perf_counter()`` when the wait began; None while a batch is processed."""
         self.total = 0.0
 
     def start(self, action_name: str) -> None:
@@ -46,18 +46,18 @@ class FetchClock(PassThroughProfiler):
 
 
 class Watchdog(threading.Thread):
-    """Says that the loader stalls, says so again, and at last ends the process.
+    """Warns repeatedly that the loader stalls, and finally ends the process.
 
     Time during which the whole process was stopped (SIGSTOP, a suspended machine) does not count.
 
     Args:
-        clock: of the training process.
-        warn_seconds: of waiting between two warnings; 0: none.
-        stop_seconds: of waiting after which ``leave`` is called; 0: never.
-        say: called with (kind, line, facts) where something is wrong, from this thread.
-        sitting_on: what each reader is at, see ``StreamData.sitting_on``.
-        wanted: whether the run was asked to end: then it waits no longer than ``GRACE_SECONDS``.
-        leave: called with the last word.
+        clock: clock of the training process.
+        warn_seconds: seconds of waiting between two warnings; 0: none.
+        stop_seconds: seconds of waiting after which ``leave`` is called; 0: never.
+        say: called with (kind, line, facts) for each problem, from this thread.
+        sitting_on: returns what each reader is reading, see ``StreamData.sitting_on``.
+        wanted: True if the run was asked to end; it then waits at most ``GRACE_SECONDS``.
+        leave: called with the final message.
     """
 
     def __init__(
@@ -78,29 +78,29 @@ class Watchdog(threading.Thread):
         limits = [s for s in (warn_seconds, stop_seconds) if s > 0]
         self.tick = min(1.0, min(limits, default=10.0) / 10)
         self._end = threading.Event()
-        self._wait: float | None = None  # the wait under way: the clock's ``since``
-        self._waited = self._asked = 0.0  # of it, in all and since the run was asked to end
+        self._wait: float | None = None  # the current wait: the clock's ``since``
+        self._waited = self._asked = 0.0  # seconds of it: total, since asked to end
         self._warned = 0
         self._before = 0.0
 
     def stop(self) -> None:
-        """End the thread."""
+        """Ends the thread."""
         self._end.set()
         if self is not threading.current_thread() and self.is_alive():
             self.join(timeout=10)
 
     def run(self) -> None:
-        """A look a tick until stopped, or until there is nothing left to wait for."""
+        """Checks once per tick until stopped, or until nothing is left to wait for."""
         self._before = time.perf_counter()
         while not self._end.wait(self.tick):
             try:
                 if self.look(time.perf_counter()):
                     return
-            except Exception:  # a full disk under the metrics must not end the watch
+            except Exception:  # a full disk under the metrics must not end the watchdog
                 log.exception("the watch over the loader goes on after")
 
     def look(self, now: float) -> bool:
-        """Judge the wait under way at ``now``; True: the process was told to leave."""
+        """Checks the current wait at ``now``; returns True if the process was told to leave."""
         passed, self._before = min(now - self._before, 2 * self.tick), now
         since = self.clock.since
         if since != self._wait:
@@ -129,9 +129,9 @@ class Watchdog(threading.Thread):
 
 
 def leave(why: str) -> None:
-    """End this process at once with the code that says "resume me", its loader workers with it.
+    """Ends this process and its loader workers at once with the exit code for resuming.
 
-    Nothing is saved: the training process may hang in a read for ever.
+    Nothing is saved, since the training process may hang in a read forever.
     """
     try:
         log.error("%s: ending; the same command continues from the last checkpoint", why)
@@ -139,5 +139,5 @@ def leave(why: str) -> None:
             worker.kill()
         for stream in (*log.handlers, sys.stdout, sys.stderr):
             stream.flush()
-    finally:  # whatever is wrong with a disk or a pipe
+    finally:  # on any error of a disk or a pipe
         os._exit(RESUME_ME)
