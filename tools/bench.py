@@ -34,7 +34,6 @@ PARTS = ("step", "changes", "masks", "cgp", "laboratory", "frontend", "stream", 
 PACKAGES = (
     "torch",
     "torchaudio",
-    "triton",
     "flash-attn",
     "lightning",
     "numpy",

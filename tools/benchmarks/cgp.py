@@ -5,8 +5,8 @@ for both. Ours: pooling as one operator with its own backward, the blocks mixed 
 normalised stack, AdamW's fused kernel; plain: torch's default AdamW. *peak_mb* is what the step
 needs above features, weights, gradients and optimiser state (``Step.extra_mb``).
 Two operators are also measured alone, forward and backward: the mixing of the blocks, and the
-pooling (*low*, *middle*, *high* of every prototype). On a GPU: 48 clips, both compiled, and last
-the Triton kernels. A case that fails is a row with its ``error``; the others go on.
+pooling (*low*, *middle*, *high* of every prototype). On a GPU: 48 clips, both compiled. A case
+that fails is a row with its ``error``; the others go on.
 """
 
 from __future__ import annotations
