@@ -135,6 +135,13 @@ def test_golden_tables(arrays: dict[str, np.ndarray]) -> None:
     np.testing.assert_allclose(LogMel().window, arrays["stft_window_1024"], rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize(("rate", "n_fft", "n_mels"), [(16000, 1024, 128), (44100, 400, 40)])
+def test_bank_equals_torchaudio(rate: int, n_fft: int, n_mels: int) -> None:
+    bank = htk_bank(sample_rate=rate, n_fft=n_fft, n_mels=n_mels, device=CPU)
+    other = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0.0, rate / 2, n_mels, rate)
+    torch.testing.assert_close(bank, other, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("samples", [8000, 16000, 16159, 17919])
 def test_equals_torchaudio(samples: int) -> None:
     wave = noise(samples)

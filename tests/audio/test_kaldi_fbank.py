@@ -11,6 +11,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
+from bat.audio.filters import kaldi_bank
 from bat.audio.frontend import STATISTICS, KaldiFbank
 from bat.errors import UserError
 
@@ -139,6 +140,14 @@ def test_golden_statistics(arrays: dict[str, np.ndarray]) -> None:
             wanted = (stats[name][theirs]["mu"], stats[name][theirs]["std"])
             assert STATISTICS[kind][ours] == wanted
         assert len(STATISTICS[kind]) == len(names)
+
+
+def test_bank_equals_torchaudio() -> None:
+    other, _ = torchaudio.compliance.kaldi.get_mel_banks(
+        80, 1024, 32000.0, 20.0, 0.0, 100.0, -500.0, 1.0
+    )
+    bank = kaldi_bank(sample_rate=32000, n_fft=1024, n_mels=80, device=torch.device("cpu"))
+    torch.testing.assert_close(bank[:512].T, other, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["eat", "beats"])
