@@ -4,11 +4,15 @@ All candidates (``candidates.py``) share each batch of features (``features.py``
 that it also runs inside Lightning. Every random number depends on a seed, the fold, the method and
 the step only: the result of a probe does not depend on the others trained with it, and the state of
 the global generators is restored at the end.
+
+On a CPU the probes of a step are trained in threads: the operations of one probe are too short to
+be shared among cores, and on a busy machine the cores would wait for each other in each of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -21,8 +25,9 @@ from bat.errors import UserError
 from bat.eval.features import Batches, device_of, evaluating, to_device
 from bat.nn.losses import Loss, against, to_clip
 from bat.nn.optim import adamw, param_groups, warmup_cosine
-from bat.probes.base import Probe
+from bat.probes.base import Dropout, Probe
 from bat.seeding import derive_seed, seed_generators
+from bat.types import Features
 
 K = TypeVar("K", bound=Hashable)
 
@@ -34,6 +39,10 @@ class Training(NamedTuple):
     optim: Optim
     name: str
     seed: int
+
+    def seed_at(self, step: int) -> int:
+        """Returns the seed of the random numbers of a step."""
+        return derive_seed(self.seed, self.name, step)
 
 
 def fit(
@@ -54,25 +63,35 @@ def fit(
     active = dict(trainings)
     groups = [g for key, training in trainings.items() for g in _groups(training, key)]
     optimizer = adamw(groups, lr=0.0)  # one for all: a call costs more than a small probe's update
+    sizes = {k: sum(p.numel() for p in t.probe.parameters()) for k, t in trainings.items()}
+    alone = set(trainings)  # trained one by one; from the second step on only where it must be so
 
-    with own_randomness(device):
+    with own_randomness(device), _threads(list(sizes.values()), device) as pool:
         for step, (features, targets) in zip(range(steps), batches, strict=False):
             features, targets = to_device(features, device), targets.to(device)
             inside = features.inside() if targets.ndim < 3 else None
-            of_batch = partial(against, loss, inside=inside)
-            losses = {}
+            train = partial(
+                _backward,
+                step=step,
+                features=features,
+                targets=targets,
+                loss=partial(against, loss, inside=inside),
+                autocast=autocast,
+            )
             optimizer.zero_grad()  # without a gradient, stopped probes are not updated
-            for key, (probe, optim, name, seed) in active.items():
-                seed_generators(derive_seed(seed, name, step), device)
-                if not probe.training:
-                    probe.train()
-                with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                    logits = probe(features)
-                value = probe.training_loss(of_batch, logits, targets)
-                value.backward()
-                if optim.clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(probe.parameters(), optim.clip_norm)
-                losses[key] = value.detach()
+            together = sorted(active.keys() - alone, key=lambda k: -sizes[k])  # longest first
+            found = pool.map(train, [active[key] for key in together]) if pool else iter(())
+            drew: set[K] = set()  # from the global generator, which threads cannot share
+            losses: dict[K, Tensor] = {}
+            for key in (key for key in active if key in alone):
+                seed_generators(active[key].seed_at(step), device)
+                before = torch.get_rng_state()
+                losses[key] = train(active[key])
+                if not torch.equal(before, torch.get_rng_state()):
+                    drew.add(key)
+            losses |= zip(together, found, strict=True)
+            if pool:
+                alone = drew
             for group in optimizer.param_groups:
                 optim = trainings[group["training"]].optim
                 group["lr"] = warmup_cosine(
@@ -84,10 +103,57 @@ def fit(
                 )
             optimizer.step()
             if after_step is not None:
-                for key in after_step(step + 1, losses):
+                for key in after_step(step + 1, {key: losses[key] for key in active}):
                     active.pop(key, None)
                 if not active:
                     return
+
+
+def _backward(
+    training: Training,
+    *,
+    step: int,
+    features: Features,
+    targets: Tensor,
+    loss: Loss,
+    autocast: torch.dtype | None,
+) -> Tensor:
+    """Adds the gradients of a batch to a probe's parameters; returns the loss."""
+    probe, optim = training.probe, training.optim
+    device = features.patches.device.type
+    dropouts = [module for module in probe.modules() if isinstance(module, Dropout)]
+    for number, dropout in enumerate(dropouts):
+        dropout.seed = training.seed_at(step) + number
+    if not probe.training:
+        probe.train()
+    with torch.autocast(device, autocast, enabled=autocast is not None):
+        logits = probe(features)
+    for dropout in dropouts:
+        dropout.seed = None
+    value = probe.training_loss(loss, logits, targets)
+    value.backward()
+    if optim.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(probe.parameters(), optim.clip_norm)
+    return value.detach()
+
+
+@contextmanager
+def _threads(sizes: Sequence[int], device: torch.device) -> Iterator[ThreadPoolExecutor | None]:
+    """Yields threads that share the cores, one for each large probe; None if one would do.
+
+    ``sizes``: number of parameters of each probe.
+    """
+    cores = torch.get_num_threads()
+    count = min(cores, round(sum(sizes) / max(sizes)))
+    if device.type != "cpu" or count < 2:
+        yield None
+        return
+    torch.set_num_threads(cores // count)
+    try:
+        with ThreadPoolExecutor(count, "probe") as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(cores)
 
 
 def _groups(training: Training, key: Hashable) -> list[dict[str, Any]]:

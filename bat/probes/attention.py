@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bat.probes.base import Level, Probe
+from bat.probes.base import Dropout, Level, Probe
 from bat.types import Features, Needs
 
 
@@ -39,7 +39,7 @@ class Attentive(Probe):
         pooled_width: int | None = None,
     ) -> None:
         super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.fc = nn.Linear(pooled_width or width, classes, bias=self.biased)
 
     def forward(self, features: Features) -> Tensor:

@@ -88,6 +88,23 @@ class Probe(nn.Module):
         return None
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose mask can be drawn from a ``seed`` instead of the global generator.
+
+    Probes that draw from nothing else are trained in threads, where a global generator would give
+    each of them numbers that depend on the others. The seed counts on the CPU only.
+    """
+
+    seed: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.seed is None or not self.training or x.device.type != "cpu":
+            return super().forward(x)
+        generator = torch.Generator().manual_seed(self.seed)
+        kept = torch.empty_like(x).bernoulli_(1 - self.p, generator=generator)
+        return x * kept.div_(1 - self.p)
+
+
 def check_level(probe: type[Probe], level: Level) -> None:
     """Raise ``UserError`` if ``probe`` is not defined at ``level``."""
     if level not in probe.levels:

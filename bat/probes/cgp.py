@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bat.errors import UserError
-from bat.probes.base import Level, Probe, fill_padding, mean_patch
+from bat.probes.base import Dropout, Level, Probe, fill_padding, mean_patch
 from bat.probes.extremes import pool_prototypes
 from bat.probes.mixing import few_rows, mix_normalised
 from bat.types import Features, Needs
@@ -58,7 +58,7 @@ class CGP(Probe):
         self.cls = cls or "patches"
         self.layer_logits = nn.Parameter(torch.ones(depth))  # (L,)
         self.prototypes = nn.Parameter(0.02 * torch.randn(prototypes, width))  # (K, D)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.fc = nn.Linear(3 * prototypes, classes)
 
     def forward(self, features: Features) -> Tensor:

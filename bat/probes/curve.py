@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bat.probes.base import Level, Probe
+from bat.probes.base import Dropout, Level, Probe
 from bat.probes.linear import one_vector, one_vector_needs
 from bat.types import Features, Needs
 
@@ -48,7 +48,7 @@ class LinearCurve(Probe):
         self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]))  # (L, C)
         self.scale = nn.Parameter(torch.ones(depth, width)) if norm else None  # (L, D)
         self.shift = nn.Parameter(torch.zeros(depth, width)) if norm else None  # (L, D)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, features: Features) -> Tensor:
         """Computes logits of every block: (L, B, C) at clip level, (L, B, T, C) at frame level."""

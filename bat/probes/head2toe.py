@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bat.probes.base import Level, Probe
+from bat.probes.base import Dropout, Level, Probe
 from bat.probes.linear import one_vector, one_vector_needs
 from bat.probes.mixing import few_rows
 from bat.types import Features, Needs
@@ -43,7 +43,7 @@ class Head2Toe(Probe):
         super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
         self.lasso = lasso
         self.norm = nn.LayerNorm(depth * width, eps=1e-6) if norm else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.fc = nn.Linear(depth * width, classes)
 
     def forward(self, features: Features) -> Tensor:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bat.probes.base import Level, Probe, mean_patch, mix_blocks
+from bat.probes.base import Dropout, Level, Probe, mean_patch, mix_blocks
 from bat.types import Features, Needs
 
 
@@ -38,7 +38,7 @@ class Linear(Probe):
         super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
         self.layer_logits = nn.Parameter(torch.zeros(depth)) if self.gated else None  # (L,)
         self.norm = nn.LayerNorm(width, eps=1e-6) if norm else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.fc = nn.Linear(width, classes)
 
     def forward(self, features: Features) -> Tensor:

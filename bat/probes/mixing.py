@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 EPS = 1e-12
 """Lower bound of the norm in divisions, as in ``torch.nn.functional.normalize``."""
-CPU_TOKENS = 512
-"""Tokens processed at a time on the CPU: 1.6 MB of float32 at D = 768."""
+CPU_ELEMENTS = 512 * 768
+"""Elements of one block processed at a time on the CPU: 1.6 MB of float32."""
 
 
 def mix_normalised(layers: Tensor, gate: Tensor) -> Tensor:
@@ -49,14 +49,15 @@ def sum_type(x: Tensor) -> torch.dtype:
 
 def _pieces(rows: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yields indices (clips, tokens) of the pieces that are processed together."""
-    _, B, N, _ = rows.shape
+    _, B, N, D = rows.shape
     if rows.device.type != "cpu":
         yield slice(None), slice(None)
         return
-    clips = max(1, CPU_TOKENS // max(1, N))  # several short clips per call
+    tokens = max(1, CPU_ELEMENTS // D)
+    clips = max(1, tokens // max(1, N))  # several short clips per call
     for b in range(0, B, clips):
-        for start in range(0, N, CPU_TOKENS):
-            yield slice(b, b + clips), slice(start, start + CPU_TOKENS)
+        for start in range(0, N, tokens):
+            yield slice(b, b + clips), slice(start, start + tokens)
 
 
 @torch.library.custom_op(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bat.probes.base import Level, Probe
+from bat.probes.base import Dropout, Level, Probe
 from bat.probes.linear import one_vector, one_vector_needs
 from bat.types import Features, Needs
 
@@ -40,7 +40,7 @@ class MLP(Probe):
         hidden = width if hidden is None else hidden
         self.norm = nn.LayerNorm(width, eps=1e-6) if norm else nn.Identity()
         self.hidden = nn.Linear(width, hidden)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.fc = nn.Linear(hidden, classes)
 
     def forward(self, features: Features) -> Tensor:

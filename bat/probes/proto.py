@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bat.probes.base import Level, Probe
+from bat.probes.base import Dropout, Level, Probe
 from bat.probes.protobin import best_match
 from bat.types import Features, Needs
 
@@ -59,7 +59,7 @@ class Proto(Probe):
         self.prototypes = nn.Parameter(0.02 * torch.randn(classes * J, width))  # class-major
         self.raw_weights = nn.Parameter(torch.full((classes, J), math.log(math.e - 1)))
         self.bias = nn.Parameter(torch.full((classes,), BIAS))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     @property
     def class_weights(self) -> Tensor:

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bat.probes.base import Level, Probe, fill_padding
+from bat.probes.base import Dropout, Level, Probe, fill_padding
 from bat.probes.extremes import pool_prototypes
 from bat.probes.mixing import few_rows, mix_normalised
 from bat.types import Features, Needs
@@ -47,7 +47,7 @@ class ProtoBin(Probe):
         super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
         K = prototypes if per_class is None else per_class * classes
         self.prototypes = nn.Parameter(0.02 * torch.randn(K, width))  # (K, D)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.fc = nn.Linear(K, classes)
 
     def forward(self, features: Features) -> Tensor:

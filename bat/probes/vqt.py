@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bat.errors import UserError
-from bat.probes.base import Level, Probe
+from bat.probes.base import Dropout, Level, Probe
 from bat.probes.linear import one_vector
 from bat.probes.mixing import few_rows
 from bat.types import Features, Needs
@@ -80,7 +80,7 @@ class VQT(Probe):
         inputs = width + depth * queries * width
         norm = norm if vqt_norm is None else vqt_norm
         self.norm = nn.LayerNorm(inputs, eps=1e-6) if norm else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.fc = nn.Linear(inputs, classes)
 
     def forward(self, features: Features) -> Tensor:

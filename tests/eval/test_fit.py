@@ -85,6 +85,32 @@ def test_a_probe_does_not_depend_on_its_companions(bank):
     assert alone == together
 
 
+class _GlobalDraws(LinearCurve):
+    """A probe from elsewhere, whose dropout draws from the global generator."""
+
+    def __init__(self, **words):
+        super().__init__(**words)
+        self.dropout = torch.nn.Dropout(0.5)
+
+
+def test_fit__results_with_two_threads_are_those_with_one(bank):
+    def build(method):
+        if method != "global":
+            return _build(method)
+        return _GlobalDraws(classes=C, width=D, depth=L, has_cls=True)
+
+    cores, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            methods = ["cgp", "protobin", "global"]
+            results.append(_validate(bank, methods, steps=20, build=build))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(cores)
+    assert results[0] == results[1]
+
+
 def test_same_seed_same_result_and_another_seed_another(bank):
     first, again = _validate(bank, ["cgp"], steps=8), _validate(bank, ["cgp"], steps=8)
     assert first == again

@@ -24,7 +24,7 @@ def _reference(layers: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(L, B, T, FREQ, D), (L, B, D)])
 @pytest.mark.parametrize("piece", [1, 5, 512])
 def test_values_and_gradients_equal_the_equation(monkeypatch, shape, piece):
-    monkeypatch.setattr(mixing, "CPU_TOKENS", piece)
+    monkeypatch.setattr(mixing, "CPU_ELEMENTS", piece * D)
     layers = _layers(*shape).requires_grad_()
     gate = torch.tensor([0.5, -0.2, 0.7], requires_grad=True)
     up = _layers(*shape[1:], seed=1)
