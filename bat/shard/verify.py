@@ -94,9 +94,7 @@ def verify(
                 report.add("shard", entry.name, "", "missing: the manifest lists it")
     checker = _Checker(report, tars, entries, manifests, index_dir)
     numbers = None if vocabulary is None else {name: i for i, name in enumerate(vocabulary)}
-    results = ordered_map(
-        partial(check_part, vocabulary=numbers), _parts(tars), jobs=jobs, progress=False
-    )
+    results = ordered_map(partial(check_part, vocabulary=numbers), _parts(tars), jobs=jobs)
     known = [load_table(tar, index_dir) for tar in tars] if progress else []
     total = sum(len(t.clips) for t in known if t) if all(known) else None
     from tqdm import tqdm

@@ -176,7 +176,7 @@ def test_an_esc_folder_read_plainly_gets_a_note(
         (["info", "in"], "in holds no .tar shards"),
         (["info", "in/*.tar"], "--plot FILE: say where the picture goes"),
         (["info", "in", "--plot", "x.jpg"], "--plot x.jpg: a .png"),
-        (["in", "in/dog/1.wav"], "cannot be written"),
+        (["in", "in/dog/1.wav"], "cannot write to out=in/dog/1.wav"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(

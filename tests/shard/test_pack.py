@@ -100,12 +100,9 @@ def test_progress_of_one_long_recording(
 ) -> None:
     monkeypatch.setattr(pack_module, "CHUNK_SECONDS", 0.1)
     row = recording(tmp_path / "in/long.flac", noise(0.9))
-    works = list(works_of(row, Recipe(clip_seconds=0.05)))
-    assert sum(work.share for work in works) > 1  # 1.0000000000000002: the bar must not complain
     write_shards([row], tmp_path / "s", clip_seconds=0.05, progress=True)
     shown = capsys.readouterr().err
     assert "100%" in shown
-    assert "clips/s" in shown
 
 
 def test_min_seconds_decides_on_rests_and_on_whole_clips(tmp_path: Path) -> None:
@@ -160,7 +157,7 @@ def test_a_long_recording_is_not_held_in_memory(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         works = list(works_of(row, recipe))
-        outcomes = pack_module.pack(works[200], recipe=recipe).clips
+        outcomes = pack_module.pack(works[200], recipe=recipe)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -241,7 +238,7 @@ def test_aiff_is_kept_as_it_is(tmp_path: Path) -> None:
         ({"sample_rate": 16}, "sample_rate=16: in Hz"),
         ({"clip_seconds": 0.0}, "clip_seconds=0.0"),
         ({"min_seconds": -1.0}, "min_seconds=-1.0"),
-        ({"clip_seconds": 1.0, "min_seconds": 2.0}, "nothing is left"),
+        ({"clip_seconds": 1.0, "min_seconds": 2.0}, "min_seconds=2.0: 0 to 1"),
         ({"jobs": 0}, "jobs=0"),
         ({"shard_bytes": 0}, "shard_bytes=0"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from bat.shard import pack as pack_module
 from bat.shard.pack import Packed, Recipe, works_of
 from bat.shard.write import write_shards
 from bat.tasks.base import Row
-from tests.shard.test_pack import RATE, clips, noise, recording
+from tests.shard.test_pack import clips, noise, recording
 
 
 def claiming(path: Path, wave: np.ndarray, frames: int) -> Row:
@@ -40,35 +39,6 @@ def test_a_length_that_the_file_cannot_hold_is_one_entry(
     size = row.path.stat().st_size
     why = f"corrupt: its header claims {2**36 - 1} frames, more than {size} bytes can hold"
     assert (entry["key"], entry["reason"], manifest.clips) == ("forged", why, 1)
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize("end", [2.0, 1.7])
-def test_the_rest_behind_the_true_end_is_one_entry(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: float, jobs: int
-) -> None:
-    monkeypatch.setattr(pack_module, "CHUNK_SECONDS", 1.0)  # not in other processes
-    calls: list[int] = []
-    real = pack_module._pieces
-
-    def counted(work: Any, *args: Any) -> Any:
-        calls.append(work.first)
-        return real(work, *args)
-
-    monkeypatch.setattr(pack_module, "_pieces", counted)
-    row = claiming(tmp_path / "in/long.flac", noise(end), RATE * 5000)
-    after = recording(tmp_path / "in/next.flac", noise(0.1))
-    assert len(list(works_of(row, Recipe(clip_seconds=0.5)))) == 5000
-    manifest = write_shards([row, after], tmp_path / "s", clip_seconds=0.5, jobs=jobs)
-    whole = int(end / 0.5)
-    assert list(clips(tmp_path / "s")) == [*(f"long_{k:05d}" for k in range(whole)), "next"]
-    (entry,) = manifest.left_out
-    assert (entry["key"], entry["file"]) == (f"long_{whole:05d}", "long.flac")
-    says = f"nor does anything else from {whole * 0.5:g} s to its end at 5000 s"
-    assert entry["reason"].endswith(says)
-    assert entry["reason"].startswith(("corrupt: ", "short: "))
-    if jobs == 1:
-        assert len(calls) <= 3 + 2  # two are under way when the end is met
 
 
 def test_damage_of_a_whole_chunk_is_not_taken_for_the_end(
@@ -98,7 +68,7 @@ def test_hours_of_silence_are_no_forgery(tmp_path: Path) -> None:
     recipe = Recipe(clip_seconds=60.0)
     works = list(works_of(Row(path, "s", ()), recipe))
     assert len(works) == 120
-    (last,) = pack_module.pack(works[-1], recipe=recipe).clips
+    (last,) = pack_module.pack(works[-1], recipe=recipe)
     assert isinstance(last, Packed)
     assert last.frames == 480_000
 

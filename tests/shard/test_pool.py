@@ -64,10 +64,10 @@ def test_an_exception_arrives_at_its_place(jobs: int) -> None:
 
 
 def test_a_dead_process_is_a_clear_error() -> None:
-    with pytest.raises(UserError, match="one of the 2 worker processes died"):
+    with pytest.raises(UserError, match="a worker process died"):
         list(ordered_map(die, range(10), jobs=2))
     with pytest.raises(UserError, match="jobs=0"):
-        ordered_map(die, range(10), jobs=0)
+        list(ordered_map(die, range(10), jobs=0))
 
 
 def test_processes_leave_ctrl_c_to_the_caller() -> None:
@@ -75,15 +75,6 @@ def test_processes_leave_ctrl_c_to_the_caller() -> None:
         assert list(ordered_map(interrupted, range(4), jobs=2)) == [0, 1, 2, 3]
     except KeyboardInterrupt:
         pytest.fail("a process took the Ctrl-C for its own")
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_progress_counts_items_and_time_left(jobs: int, capsys: pytest.CaptureFixture[str]) -> None:
-    results = ordered_map(slow_square, [1, 2, 3], jobs=jobs, progress=True, unit="shard")
-    assert [square for square, _ in results] == [1, 4, 9]
-    shown = capsys.readouterr().err
-    assert "3/3" in shown
-    assert "shard/s" in shown or "s/shard" in shown
 
 
 def alive(process: int) -> bool:
