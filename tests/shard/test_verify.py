@@ -17,9 +17,7 @@ from bat.audio.decode import encode
 from bat.data.manifest import Manifest
 from bat.data.table import ShardTable
 from bat.errors import UserError
-from bat.shard import verify as verify_module
-from bat.shard.findings import Report
-from bat.shard.verify import verify
+from bat.shard.verify import Report, verify
 from bat.shard.write import write_shards
 from bat.tasks.base import Row
 
@@ -86,17 +84,6 @@ def test_good_shards_are_fit_whatever_the_number_of_jobs(shards: Path) -> None:
     assert (one.shards, one.hashed, one.clips, one.problems) == (3, 3, 12, [])
     assert one.seconds == pytest.approx(2.4)
     assert sum(one.counts.values()) == 0
-
-
-def test_parts_of_a_shard_are_put_together(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    edit(shards / "shard-00001.tar", lambda m: m.update({"k7.wav": wav(1)}))
-    whole = verify(shards)
-    monkeypatch.setattr(verify_module, "PART_BYTES", 5_000)
-    assert len(list(verify_module._parts([shards / "shard-00000.tar"]))) > 5
-    assert verify(shards).json() == whole.json()
-    assert found(whole, "duplicate") == {
-        "k7": "the same audio as shard-00000.tar/k1 (leak: folds 1 and 2)"
-    }
 
 
 @pytest.mark.parametrize("codec", ["flac", "wav", "ogg"])
