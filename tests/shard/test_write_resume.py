@@ -20,7 +20,7 @@ from bat.lock import hold
 from bat.shard import pack, write
 from bat.shard.write import MARKER, write_shards
 from bat.tasks.base import Row, load_task
-from tests.shard.test_write import contents
+from tests.shard.files import contents
 
 OPTIONS: dict[str, Any] = {"codec": "flac", "clip_seconds": 0.1, "shard_bytes": 20_000}
 KILLED = """
@@ -69,7 +69,8 @@ def whole(rows: list[Row], tmp_path: Path) -> dict[str, str]:
 
 def stopped(rows: list[Row], out: Path, *, shards: int) -> None:
     """Writes ``rows`` until so many shards are finished, then stops as by a Ctrl-C."""
-    real, done = write.scan, []
+    real = write.scan
+    done: list[int] = []
 
     def scan(*args: Any) -> Any:
         if len(done) == shards:
@@ -182,7 +183,8 @@ def test_write_shards__full_disk_keeps_the_finished_shards(
         with pytest.raises(UserError, match="cannot be written: No space left"):
             write_shards(rows, tmp_path / "s", **OPTIONS)
     assert not (tmp_path / "s").exists()
-    real, finished = write.replace_durably, []
+    real = write.replace_durably
+    finished: list[int] = []
 
     def replace(*paths: Path) -> None:
         if finished:
