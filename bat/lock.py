@@ -72,7 +72,7 @@ def _lock(folder: Path) -> BinaryIO | None:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file: BinaryIO = path.open("a+b", buffering=0)  # type: ignore[assignment]
+            file: BinaryIO = path.open("a+b", buffering=0)
         except FileNotFoundError:
             continue  # another holder ended and removed the empty folder
         except OSError as error:
