@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from bat.redact import Redacting, one_line, printable, redact, redact_tree, shown
+from bat.redact import RedactingFormatter, one_line, printable, redact, redact_tree, shown
 from bat.report.tables import plain
 
 SIGNATURE = "X-Amz-Credential=AKIAIOSFODNN7EXAMPLE%2F2026&X-Amz-Signature=0badc0ffee"
@@ -165,10 +165,10 @@ def test_redact_tree__existing_path_stays(tmp_path: Path) -> None:
     assert redact_tree({"password": str(there)}) == {"password": "***"}
 
 
-def test_redacting__lines_and_tracebacks_show_no_credential() -> None:
+def test_redacting_formatter__lines_and_tracebacks_show_no_credential() -> None:
     out = io.StringIO()
     handler = logging.StreamHandler(out)
-    handler.addFilter(Redacting())
+    handler.setFormatter(RedactingFormatter("%(message)s"))
     log = logging.getLogger("test_redact")
     log.propagate = False
     log.addHandler(handler)

@@ -4,8 +4,8 @@ The processes are spawned, so they inherit neither threads nor locks of the call
 signals to it. Each has a pipe of its own, with a thread of the caller at the other end, and ends
 with the caller, which closes it.
 
-Departure from ``concurrent.futures``: a process that dies while it sends its result would leave
-``ProcessPoolExecutor`` waiting forever (CPython 3.11), as would one whose caller is killed.
+Departure from ``ProcessPoolExecutor``, which waits forever for a process that dies while it sends
+its result, and whose processes wait forever for a caller that is killed (CPython 3.11).
 """
 
 from __future__ import annotations

@@ -246,8 +246,8 @@ def _contradictions(
     """Yields the problems of a shard that is not as its manifest says."""
     if checked.sha256 not in ("", entry.sha256):
         size = tar.stat().st_size
-        told = f"; {size} bytes, not {entry.bytes}" if size != entry.bytes else ""
-        yield "shard", "", f"its sha256 is not the manifest's: it was changed{told}"
+        sizes = f"; {size} bytes, not {entry.bytes}" if size != entry.bytes else ""
+        yield "shard", "", f"its sha256 is not the manifest's: it was changed{sizes}"
     if checked.table is not None and entry.clips != len(checked.table.clips):
         yield "shard", "", f"{len(checked.table.clips)} clips, the manifest says {entry.clips}"
 
@@ -316,8 +316,8 @@ class _Clips:
             why = f"the same audio as {where}{_leak(one, other)}"
             report.add("duplicate", one.shard, one.key, why)
             if set(one.labels) != set(other.labels):
-                said, meant = (", ".join(clip.labels) or "unlabelled" for clip in (one, other))
-                why = f"labelled {said}; {where}, the same audio, has {meant}"
+                labels, others = (", ".join(c.labels) or "unlabelled" for c in (one, other))
+                why = f"labelled {labels}; {where}, the same audio, has {others}"
                 report.add("label", one.shard, one.key, why)
         for i, first in _repeated(np.array(self.keys, "S")):
             if self.audio[i] != self.audio[first] or not self.audio[i]:  # else reported already
