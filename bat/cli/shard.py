@@ -57,9 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     if given[:1] == ["verify"]:
         return _verify(given[1:])
     if given[:1] == ["info"]:
-        with cli.Command(_info_parser(), given[1:]) as call:
-            _info(call.options)
-        return call.code
+        return _info(given[1:])
     with cli.Command(build_parser(), given) as call:
         _index(call.options) if call.options.out is None else _pack(call.options)
     return call.code
@@ -330,38 +328,37 @@ def _verify(argv: list[str]) -> int:
     return call.code or int(not is_fit)
 
 
-def _info_parser() -> argparse.ArgumentParser:
+def _info(argv: list[str]) -> int:
+    """Describes shards as text and as a plot."""
     p = cli.parser("shard info", INFO, INFO_EPILOG)
     p.add_argument("shards", metavar="SHARDS", type=Path, help="a folder, a tar or a glob")
     p.add_argument("--plot", metavar="FILE", type=Path, help="the picture (SHARDS/info.png)")
     _add_index_dir(p)
-    return p
+    with cli.Command(p, argv) as call:
+        from bat.report.data_plots import plot_data
+        from bat.shard.info import summarise
 
-
-def _info(args: argparse.Namespace) -> None:
-    """Describes shards as text and as a plot."""
-    from bat.report.data_plots import plot_data
-    from bat.shard.info import summarise
-
-    plot = args.plot or args.shards / "info.png"
-    if args.plot is None and not args.shards.is_dir():
-        raise UserError("--plot FILE: say where the picture goes (SHARDS is not a folder)")
-    if plot.suffix != ".png":
-        raise UserError(f"--plot {plot}: a .png")
-    summary = summarise(args.shards, index_dir=args.index_dir)
-    print("\n".join([*summary.text(), *summary.histograms()]))
-    plot_data(
-        plot,
-        title=f"{args.shards.resolve().name}: {summary.headline}",
-        classes=dict(zip(summary.vocabulary, summary.label_counts.tolist(), strict=True)),
-        seconds=summary.seconds,
-        rates=summary.rates,
-        codecs=summary.codecs,
-        splits=summary.splits,
-        folds=summary.folds,
-        labels_per_clip=summary.labels_per_clip,
-    )
-    print(f"\npicture   {plot}")
+        args = call.options
+        plot = args.plot or args.shards / "info.png"
+        if args.plot is None and not args.shards.is_dir():
+            raise UserError("--plot FILE: say where the picture goes (SHARDS is not a folder)")
+        if plot.suffix != ".png":
+            raise UserError(f"--plot {plot}: a .png")
+        summary = summarise(args.shards, index_dir=args.index_dir)
+        print("\n".join([*summary.text(), *summary.histograms()]))
+        plot_data(
+            plot,
+            title=f"{args.shards.resolve().name}: {summary.headline}",
+            classes=dict(zip(summary.vocabulary, summary.label_counts.tolist(), strict=True)),
+            seconds=summary.seconds,
+            rates=summary.rates,
+            codecs=summary.codecs,
+            splits=summary.splits,
+            folds=summary.folds,
+            labels_per_clip=summary.labels_per_clip,
+        )
+        print(f"\npicture   {plot}")
+    return call.code
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +32,7 @@ from bat.audio.decode import (
 )
 from bat.audio.reader import channel_mean
 from bat.data.table import parse_labels
+from bat.shard.pack import decoded
 
 Kind = Literal["shard", "corrupt", "label", "silent", "clipped", "duplicate", "unread"]
 
@@ -142,20 +144,8 @@ def _listen(data: bytes, info: AudioInfo, expected: int | None) -> tuple[float, 
     """
     peak, digest = 0.0, hashlib.blake2b(digest_size=8)
     clipped = np.zeros(info.channels, np.int64)
-    pieces = max(1, math.ceil(info.frames / (PIECE_SECONDS * info.sample_rate)))
-    for piece in range(pieces):
-        try:
-            wave = decode_channels(
-                data,
-                sample_rate=info.sample_rate,
-                start_seconds=piece * PIECE_SECONDS,
-                max_seconds=PIECE_SECONDS if pieces > 1 else None,
-                expected_frames=expected,
-            )  # (S, channels)
-        except DecodeError as error:
-            if error.kind == "empty" and piece:  # an MP3 ends within the slack of its header
-                break
-            raise
+    read = partial(decode_channels, sample_rate=info.sample_rate, expected_frames=expected)
+    for wave in decoded(data, info, PIECE_SECONDS, read):  # (S, channels)
         peak = max(peak, float(wave.max()), -float(wave.min()))
         clipped += _in_runs(np.abs(wave) >= FULL_SCALE)
         digest.update(np.ascontiguousarray(channel_mean(wave)).tobytes())

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,26 +150,36 @@ def _whole(row: Row, recipe: Recipe) -> Packed | LeftOut:
     if seconds > bound and not is_kept:
         why = f"{seconds:.6g} s, and {bound:g} are encoded in one piece: give --clip-seconds"
         raise DecodeError("long", why)
-    read = decode_channels if recipe.channels == "keep" else decode
-    parts = max(1, math.ceil(seconds / bound))
-    for part in range(parts):
-        try:
-            wave = read(
-                data,
-                sample_rate=rate,
-                start_seconds=part * bound,
-                max_seconds=bound if parts > 1 else None,
-                expected_frames=info.frames,
-                min_seconds=recipe.min_seconds or 0.0,
-                max_decode_seconds=bound,
-                max_file_seconds=math.inf,
-            )
-        except DecodeError as error:
-            if error.kind != "empty" or not part:  # an MP3 ends within the slack of its header
-                raise
+    read = functools.partial(
+        decode_channels if recipe.channels == "keep" else decode,
+        sample_rate=rate,
+        expected_frames=info.frames,
+        min_seconds=recipe.min_seconds or 0.0,
+        max_decode_seconds=bound,
+        max_file_seconds=math.inf,
+    )
+    (wave,) = deque(decoded(data, info, bound, read), maxlen=1)  # one part if it is not kept
     if is_kept:
         return Packed(row.key, suffix, data, info.frames, rate, row.start_seconds)
     return _encoded(wave, row, row.key, rate, row.start_seconds, recipe)
+
+
+def decoded(
+    data: bytes, info: AudioInfo, part_seconds: float, read: Callable[..., np.ndarray]
+) -> Iterator[np.ndarray]:
+    """Yields a whole file as ``read`` (``decode`` with its settings) decodes it, part by part.
+
+    Raises:
+        DecodeError: any part of it does not decode.
+    """
+    parts = max(1, math.ceil(info.frames / info.sample_rate / part_seconds))
+    for part in range(parts):
+        most = part_seconds if parts > 1 else None
+        try:
+            yield read(data, start_seconds=part * part_seconds, max_seconds=most)
+        except DecodeError as error:
+            if error.kind != "empty" or not part:  # an MP3 ends within the slack of its header
+                raise
 
 
 def _pieces(work: Work, info: AudioInfo, recipe: Recipe) -> Iterator[Packed | LeftOut]:
