@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,26 @@ from typing import Any
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Returns the rows of a ``metrics.jsonl``; a half-written last line is omitted."""
     rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
     return rows
 
 
 def filter_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Drops the rows that ``keep`` rejects and a half-written last line, atomically."""
     rows = [row for row in read_jsonl(path) if keep(row)]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    replace_durably(temporary, path)
+    _write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON atomically."""
+    _write(path, json.dumps(data, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     replace_durably(temporary, path)
 
 
@@ -43,9 +43,6 @@ def replace_durably(temporary: Path, target: Path) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, target)
     folder = os.open(target.parent, os.O_RDONLY)
-    try:
+    with suppress(OSError):  # not supported by the file system; the file itself is complete
         os.fsync(folder)
-    except OSError:  # not supported by the file system; the file itself is complete
-        pass
-    finally:
-        os.close(folder)
+    os.close(folder)

@@ -1,9 +1,9 @@
 """Locks a run folder for one process; the kernel releases the lock when the holder dies.
 
 A POSIX record lock (``lockf``) on ``OUT/.lock``: it works across machines on NFS, and loader
-workers, which inherit the open file, do not keep it after a kill. The file names the holder and is
-removed at the end, together with the folder if it is otherwise empty; a file left by a killed run
-does not block.
+workers, which inherit the open file, do not keep it after a kill (they would keep that of
+``filelock``). The file names the holder and is removed at the end, together with the folder if it
+is otherwise empty; a file left by a killed run does not block.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from bat.errors import UserError
 
@@ -35,25 +36,24 @@ def hold(folder: Path) -> Iterator[None]:
     Raises ``UserError`` with process, machine and time if another process holds it. On a file
     system without locks it warns and continues.
     """
-    path = folder / LOCK
     name = str(folder.resolve())
     if name in _held:  # do not even read: closing the file would release this process's lock
         raise UserError(f"out={folder} is in use by this very process: give another out=")
     made = [f for f in (folder, *folder.parents) if not f.exists()]
-    file = _lock(folder, path)
+    file = _lock(folder)
     _held.add(name)
     try:
         if file is not None:
             who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
             with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
-                os.ftruncate(file, 0)
-                os.pwrite(file, json.dumps(who).encode() + b"\n", 0)
+                file.truncate(0)
+                file.write(json.dumps(who).encode() + b"\n")
         yield
     finally:
         _held.discard(name)
         if file is not None:
-            path.unlink(missing_ok=True)
-            os.close(file)
+            (folder / LOCK).unlink(missing_ok=True)
+            file.close()
         with contextlib.suppress(OSError):  # not empty: in use
             for empty in made:
                 empty.rmdir()
@@ -66,40 +66,36 @@ def check_free(folder: Path) -> None:
             pass
 
 
-def _lock(folder: Path, path: Path) -> int | None:
+def _lock(folder: Path) -> BinaryIO | None:
     """Returns the open, locked file; None if the file system has no locks."""
-    tries = 0
+    path = folder / LOCK
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            file: BinaryIO = path.open("a+b", buffering=0)
+        except FileNotFoundError:
+            continue  # another holder ended and removed the empty folder
         except OSError as error:
-            tries += 1
-            if isinstance(error, FileNotFoundError) and tries < 100:
-                continue  # another holder ended and removed the empty folder
             raise UserError(f"cannot write to out={folder}: {error}; choose another") from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            file.seek(0)
+            said = file.read()
+            file.close()
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                message = _in_use(folder, path)
-                os.close(file)
-                raise UserError(message) from error
-            os.close(file)
+                raise UserError(_in_use(folder, said)) from error
             log.warning("no lock on out=%s (%s): see that no other run uses it", folder, error)
             return None
-        try:
-            if os.path.samestat(os.fstat(file), os.stat(path)):
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        except FileNotFoundError:
-            pass
-        os.close(file)  # its holder ended and removed it between the two calls
+        file.close()  # its holder ended and removed it between the two calls
 
 
-def _in_use(folder: Path, path: Path) -> str:
+def _in_use(folder: Path, said: bytes) -> str:
     try:
-        who = json.loads(path.read_text(encoding="utf-8"))
-        holder = f"process {who['pid']} on {who['host']} since {who['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+        holder = "process {pid} on {host} since {since}".format(**json.loads(said))
+    except (ValueError, KeyError, TypeError):
         holder = "another process"
     return f"out={folder} is in use by {holder}: wait for it to end, or give another out="

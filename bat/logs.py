@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from bat.redact import Redacting
+from bat.redact import RedactingFormatter
 
 NOISE = (
     ".*does not have many workers.*",  # expected on two cores
@@ -49,14 +49,12 @@ def start_logging(out: Path | None = None) -> None:
         logger.removeHandler(handler)
         handler.close()
     screen = logging.StreamHandler()
-    screen.addFilter(Redacting())
-    screen.setFormatter(logging.Formatter("%(message)s"))
+    screen.setFormatter(RedactingFormatter("%(message)s"))
     logger.addHandler(screen)
     if out is not None and is_main():
         out.mkdir(parents=True, exist_ok=True)
         file = _LogFile(out / "train.log", encoding="utf-8")
-        file.addFilter(Redacting())
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        file.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
         for record in said:
             file.handle(record)

@@ -65,8 +65,6 @@ _KEY = re.compile(
     r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|\Z)", re.DOTALL
 )
 _SECRET = re.compile(rf"(?:.*[._-])?(?:{SECRET_NAME}|token)", re.IGNORECASE)
-
-
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters (C0, C1), line and direction marks, and surrogates."""
 
@@ -116,21 +114,18 @@ def redact_tree(tree: T) -> T:
     A string whose key names a secret (``password``, ``token``, ``api_key``) is replaced whole; one
     that is an existing path on this disk is kept. Other values are those of ``tree``.
     """
-    made: Any = tree
+    copy: Any = tree
     if isinstance(tree, str):
-        made = redact(tree)
-        if made != tree and os.path.exists(os.path.expanduser(tree)):
-            made = tree
+        copy = tree if os.path.exists(os.path.expanduser(tree)) else redact(tree)
     elif isinstance(tree, dict):
-        made = {key: _under(key, value) for key, value in tree.items()}
-    elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        made = type(tree)(*(redact_tree(value) for value in tree))
+        copy = {key: _under(key, value) for key, value in tree.items()}
     elif isinstance(tree, (list, tuple)):
-        made = type(tree)(redact_tree(value) for value in tree)
+        values = [redact_tree(value) for value in tree]
+        copy = type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        values = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree) if f.init}
-        made = dataclasses.replace(tree, **{k: _under(k, v) for k, v in values.items()})
-    return made
+        fields = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree) if f.init}
+        copy = dataclasses.replace(tree, **{k: _under(k, v) for k, v in fields.items()})
+    return copy
 
 
 def _under(key: Any, value: Any) -> Any:
@@ -139,15 +134,8 @@ def _under(key: Any, value: Any) -> Any:
     return redact_tree(value)
 
 
-class Redacting(logging.Filter):
-    """Log filter that applies ``redact`` and ``printable`` to lines and tracebacks."""
+class RedactingFormatter(logging.Formatter):
+    """Log formatter that applies ``redact`` and ``printable`` to lines and tracebacks."""
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = shown(record.getMessage()), ()
-        if record.exc_info and record.exc_info[0] is not None:
-            record.exc_text = shown(logging.Formatter().formatException(record.exc_info))
-        elif record.exc_text:
-            record.exc_text = shown(record.exc_text)
-        if record.stack_info:
-            record.stack_info = shown(record.stack_info)
-        return True
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))

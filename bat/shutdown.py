@@ -16,49 +16,46 @@ from types import FrameType
 
 from bat.errors import Interrupted
 
-_listener: Callable[[str], None] | None = None
-_interrupted = False
-
-
-def _on_signal(number: int, frame: FrameType | None) -> None:
-    global _interrupted
-    name = signal.Signals(number).name
-    if _listener is None:
-        raise Interrupted(f"{name}, with nothing to save")
-    if number == signal.SIGINT:
-        if _interrupted:
-            raise KeyboardInterrupt  # a second Ctrl-C is intended
-        _interrupted = True
-    _listener(name)
-
 
 @contextmanager
 def minding_signals() -> Iterator[None]:
     """Makes SIGTERM and SIGUSR1 end a command by ``Interrupted``."""
-    with _handled(signal.SIGTERM, signal.SIGUSR1):
+
+    def end(name: str) -> None:
+        raise Interrupted(f"{name}, with nothing to save")
+
+    with _handled(end, signal.SIGTERM, signal.SIGUSR1):
         yield
 
 
 @contextmanager
 def listening(listener: Callable[[str], None]) -> Iterator[None]:
-    """Passes the name of each of the three signals to ``listener``, within the handler."""
-    global _listener, _interrupted
-    with _handled(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        _listener, _interrupted = listener, False
-        try:
-            yield
-        finally:
-            _listener = None
+    """Passes the name of each of the three signals to ``listener``, within the handler; a second
+    Ctrl-C is a ``KeyboardInterrupt``."""
+    interrupted = False
+
+    def listen(name: str) -> None:
+        nonlocal interrupted
+        if name == "SIGINT":
+            if interrupted:
+                raise KeyboardInterrupt
+            interrupted = True
+        listener(name)
+
+    with _handled(listen, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        yield
 
 
 @contextmanager
-def _handled(*numbers: signal.Signals) -> Iterator[None]:
+def _handled(handle: Callable[[str], None], *numbers: signal.Signals) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only main may set them
         yield
         return
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        signal.signal(number, _on_signal)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        handle(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         yield
     finally:

@@ -44,7 +44,7 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def test_a_second_process_is_refused_with_the_first_ones_name(tmp_path: Path) -> None:
+def test_hold__second_process_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
     first = holder(tmp_path)
     try:
         with (
@@ -56,7 +56,7 @@ def test_a_second_process_is_refused_with_the_first_ones_name(tmp_path: Path) ->
         end(first)
 
 
-def test_a_killed_holders_lock_is_no_obstacle_though_its_child_lives_on(tmp_path: Path) -> None:
+def test_hold__lock_of_a_killed_holder_is_free_though_its_child_lives_on(tmp_path: Path) -> None:
     first = holder(tmp_path, "fork")
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
@@ -69,7 +69,7 @@ def test_a_killed_holders_lock_is_no_obstacle_though_its_child_lives_on(tmp_path
     assert not (tmp_path / LOCK).exists()
 
 
-def test_the_same_process_cannot_hold_a_folder_twice_but_again(tmp_path: Path) -> None:
+def test_hold__same_process_cannot_hold_a_folder_twice_but_again(tmp_path: Path) -> None:
     with hold(tmp_path):
         with pytest.raises(UserError, match="in use by this very process"), hold(tmp_path):
             pass
@@ -84,7 +84,7 @@ def test_the_same_process_cannot_hold_a_folder_twice_but_again(tmp_path: Path) -
     assert not (tmp_path / LOCK).exists()
 
 
-def test_of_many_that_come_at_once_one_holds_at_a_time(tmp_path: Path) -> None:
+def test_hold__of_many_at_once_one_holds_at_a_time(tmp_path: Path) -> None:
     script = """
 import sys, time
 from pathlib import Path

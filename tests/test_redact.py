@@ -1,4 +1,4 @@
-"""What counts as a credential, and what must stay readable."""
+"""``redact`` hides credentials and leaves all other text readable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from bat.redact import Redacting, one_line, printable, redact, redact_tree, shown
+from bat.redact import RedactingFormatter, one_line, printable, redact, redact_tree, shown
 from bat.report.tables import plain
 
 SIGNATURE = "X-Amz-Credential=AKIAIOSFODNN7EXAMPLE%2F2026&X-Amz-Signature=0badc0ffee"
@@ -67,7 +67,7 @@ TOKEN = "hf_" + "aB3" * 11
         ("-----BEGIN RSA PRIVATE KEY-----\nMII\n-----END RSA PRIVATE KEY-----", "***"),
     ],
 )
-def test_a_credential_is_hidden_and_the_rest_stays(text: str, expected: str) -> None:
+def test_redact__credential_is_hidden_and_the_rest_stays(text: str, expected: str) -> None:
     assert redact(text) == expected
     assert redact(expected) == expected
 
@@ -104,7 +104,7 @@ def test_a_credential_is_hidden_and_the_rest_stays(text: str, expected: str) -> 
         "label 'Secret, whisper: quiet' is not in the vocabulary",
     ],
 )
-def test_what_is_no_credential_stays(text: str) -> None:
+def test_redact__other_text_stays(text: str) -> None:
     assert redact(text) == text
 
 
@@ -115,8 +115,8 @@ def test_what_is_no_credential_stays(text: str) -> None:
         *(" --a-", " -u", " -ua", "?%", "cookie ", "A_", "'"),
     ],
 )
-def test_text_made_to_hold_it_up_does_not(part: str) -> None:
-    """What takes squared time in its length would not end here."""
+def test_redact__time_is_linear_in_the_length(part: str) -> None:
+    """A pattern that takes squared time would not end here."""
     text = part * (100_000 // len(part))
     assert "***" not in redact(text)
 
@@ -133,7 +133,7 @@ class Section:
     api_key: str = "abc"
 
 
-def test_a_tree_is_copied_with_its_strings_redacted() -> None:
+def test_redact_tree__copies_with_its_strings_redacted() -> None:
     section = Section()
     tree = {
         "data": section,
@@ -154,8 +154,8 @@ def test_a_tree_is_copied_with_its_strings_redacted() -> None:
     assert section == Section()
 
 
-def test_a_path_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
-    """A run whose ``data.root`` was altered in its ``config.yaml`` could not be judged."""
+def test_redact_tree__existing_path_stays(tmp_path: Path) -> None:
+    """A run whose ``data.root`` was altered in its ``config.yaml`` could not be evaluated."""
     there = tmp_path / "set token=abc" / "audio"
     there.mkdir(parents=True)
     absent = there.parent / "video"
@@ -165,10 +165,10 @@ def test_a_path_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
     assert redact_tree({"password": str(there)}) == {"password": "***"}
 
 
-def test_a_log_shows_no_credential_in_lines_and_tracebacks() -> None:
+def test_redacting_formatter__lines_and_tracebacks_show_no_credential() -> None:
     out = io.StringIO()
     handler = logging.StreamHandler(out)
-    handler.addFilter(Redacting())
+    handler.setFormatter(RedactingFormatter("%(message)s"))
     log = logging.getLogger("test_redact")
     log.propagate = False
     log.addHandler(handler)
@@ -187,7 +187,7 @@ def test_a_log_shows_no_credential_in_lines_and_tracebacks() -> None:
     assert text.count("Traceback") == 1
 
 
-def test_control_characters_are_spelled_out() -> None:
+def test_printable__control_characters_are_spelled_out() -> None:
     text = "a\x1b[2Jb\x9bc\u202ed\ud800\r\té\n"
     assert printable(text) == "a\\x1b[2Jb\\x9bc\\u202ed\\ud800\\r\té\n"
     assert one_line("a\n\tb") == "a\\n\\tb"

@@ -1,7 +1,7 @@
 """``bat-shard``: converts data sets into shards with a manifest, or indexes them in place.
 
-``bat-shard SOURCE OUT`` writes shards, ``bat-shard SHARDS`` indexes them in place,
-``bat-shard verify`` (``shard_verify.py``) and ``bat-shard info`` (``shard_info.py``) read them.
+``bat-shard SOURCE OUT`` writes shards, ``bat-shard SHARDS`` indexes them in place, ``bat-shard
+verify`` and ``bat-shard info`` read them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,9 @@ from bat.errors import UserError
 from bat.redact import printable
 
 if TYPE_CHECKING:
-    from bat.data.manifest import Manifest
     from bat.shard.info import Summary
     from bat.shard.rows import Rows
-    from bat.tasks.base import LeftOut, Row
+    from bat.tasks.base import Row
 
 ABOUT = "Write audio as WebDataset shards (KEY.flac + KEY.json) with an index and a manifest."
 EPILOG = """\
@@ -38,15 +38,29 @@ examples:
 SOURCE: a folder of audio, a CSV, AudioSet's CSVs, EAT manifests (.tsv + .lbl), parquet, shards.
 A source with splits is written as OUT/SPLIT/. A folder called verify or info: ./verify, ./info.
 """
+VERIFY = "Read all shards again: hashes, every clip decoded, its JSON, duplicates among all clips."
+VERIFY_EPILOG = """\
+exit code: 0; 1 where a shard is not what its manifest says, a clip is corrupt or wrongly labelled
+(silent, clipped and duplicate clips are reported only); 2 where nothing could be checked.
+"""
+INFO = "Totals, labels and their balance, lengths, sample rates, codecs, splits and folds."
+INFO_EPILOG = (
+    "Read from the tables beside the shards: `bat-shard SHARDS` makes them where there are none."
+)
 LARGE = 100_000
 """Number of clips from which the paper's pre-training (Base, 400,000 steps) is suggested."""
 CODECS = ("keep", "flac", "opus", "wav", "ogg")
 
 
-def add_jobs(p: argparse.ArgumentParser) -> None:
-    from bat.shard.pool import cores
-
-    p.add_argument("--jobs", type=int, default=cores(), metavar="N", help="processes (cores)")
+def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["verify"]:
+        return _verify(given[1:])
+    if given[:1] == ["info"]:
+        return _info(given[1:])
+    with cli.Command(build_parser(), given) as call:
+        _index(call.options) if call.options.out is None else _pack(call.options)
+    return call.code
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,7 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--split", metavar="NAME", help="write this split alone")
     p.add_argument(
-        "--codec", choices=CODECS, help="keep the files' bytes, or encode them anew (keep)"
+        "--codec",
+        choices=CODECS,
+        default="keep",
+        help="keep the files' bytes, or encode them anew (keep)",
     )
     p.add_argument("--sample-rate", type=int, metavar="HZ", help="resample to this (as it is)")
     p.add_argument("--channels", choices=("mono", "keep"), help="(mono where a clip is encoded)")
@@ -71,30 +88,26 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--shard-mb", type=float, metavar="N", help="largest shard, MB (1000)")
     p.add_argument("--folds", type=int, metavar="N", help="deal the clips into N folds")
     p.add_argument("--splits", metavar="NAME=PART,...", help="deal them: train=0.9,test=0.1")
-    p.add_argument(
-        "--index-dir", metavar="DIR", type=Path, help="in place: for the tables of read-only shards"
-    )
-    add_jobs(p)
     p.add_argument("--dry-run", action="store_true", help="say what would be written")
+    _add_jobs(p)
+    _add_index_dir(p)
     return p
 
 
-def body(args: argparse.Namespace) -> None:
-    for name, low, high in (
-        ("shard_mb", 1e-6, 1e9),
-        ("sample_rate", 1000, 768_000),
-        ("clip_seconds", 0.01, 1e9),
-        ("min_seconds", 0, 1e9),
-        ("jobs", 1, 1024),
-    ):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            flag = f"--{name.replace('_', '-')} {value:g}"
-            raise UserError(f"{flag}: {low:g} to {high:g}" + (" Hz" if "rate" in name else ""))
-    if args.out is None:
-        _in_place(args)
-    else:
-        _pack(args)
+def _add_jobs(p: argparse.ArgumentParser) -> None:
+    from bat.shard.pool import cores
+
+    p.add_argument("--jobs", type=int, default=cores(), metavar="N", help="processes (cores)")
+
+
+def _add_index_dir(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--index-dir", metavar="DIR", type=Path, help="in place: for the tables of read-only shards"
+    )
+
+
+def _note(text: str) -> None:
+    print(f"bat-shard: note: {printable(text)}", file=sys.stderr)
 
 
 def _asked(args: argparse.Namespace) -> list[str]:
@@ -105,7 +118,7 @@ def _asked(args: argparse.Namespace) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in given]
 
 
-def _in_place(args: argparse.Namespace) -> None:
+def _index(args: argparse.Namespace) -> None:
     from bat.shard.in_place import index_in_place
     from bat.shard.info import summarise
     from bat.shard.rows import detect
@@ -116,24 +129,21 @@ def _in_place(args: argparse.Namespace) -> None:
         why = f"{flags[0]} needs it" if flags else f"{args.source} holds no .tar to index in place"
         raise UserError(f"give OUT, the folder for the shards: {why}")
     if args.dry_run:
-        for line in summarise(args.source, index_dir=args.index_dir).text():
-            print(line)
+        print("\n".join(summarise(args.source, index_dir=args.index_dir).text()))
         print("dry run: nothing was written")
         return
     done = index_in_place(args.source, index_dir=args.index_dir, jobs=args.jobs, progress=True)
     for note in done.notes:
-        print(f"bat-shard: note: {printable(note)}", file=sys.stderr)
+        _note(note)
     summary = summarise(args.source, index_dir=args.index_dir)
     for line in [*summary.text(), *(f"note      {doubt}" for doubt in doubts(summary.vocabulary))]:
         print(line)
     kept = done.shards - done.written
     print(f"indexed   {done.written} shards" + (f", {kept} were indexed already" if kept else ""))
     if done.unreadable:
-        first = done.unreadable[0]
-        why = _kinds(done.unreadable)
-        print(
-            f"damaged   {len(done.unreadable)} ({why}; the first: {first['file']}/{first['key']})"
-        )
+        first = "{file}/{key}".format(**done.unreadable[0])
+        kinds = _kinds(done.unreadable)
+        print(f"damaged   {len(done.unreadable)} ({kinds}; the first: {first})")
     for path in done.manifests:
         print(f"manifest  {path}")
     cache = [f"data.cache={args.index_dir}"] if args.index_dir else []
@@ -141,10 +151,22 @@ def _in_place(args: argparse.Namespace) -> None:
 
 
 def _pack(args: argparse.Namespace) -> None:
+    from bat.data.manifest import Manifest
+    from bat.shard.info import summarise
+    from bat.shard.pack import Recipe
     from bat.shard.rows import open_rows
+    from bat.shard.write import write_shards
 
     if args.index_dir is not None:
         raise UserError("--index-dir is for indexing in place: leave OUT away, or leave it away")
+    megabytes = 1000 if args.shard_mb is None else args.shard_mb
+    if not 0 < megabytes < 1e9 or args.jobs < 1:
+        raise UserError(f"--shard-mb {megabytes:g} and --jobs {args.jobs} must be positive")
+    options = {
+        name: getattr(args, name)
+        for name in ("codec", "sample_rate", "channels", "clip_seconds", "min_seconds")
+    }
+    Recipe(**options)  # checks them before anything is read
     found = open_rows(args.source, task=args.task, labels=args.labels, split=args.split)
     if found.kind == "shards" and not _asked(args):
         raise UserError(
@@ -152,25 +174,50 @@ def _pack(args: argparse.Namespace) -> None:
             f"to write them anew ask for a codec, rate, channels, cutting, size, folds or splits"
         )
     for note in found.notes:
-        print(f"bat-shard: note: {printable(note)}", file=sys.stderr)
-    folders = _deal(args, found)
+        _note(note)
+    folders = _folders(args, found)
     if args.dry_run:
         _describe(folders, found.vocabulary)
         print(f"dry run: nothing was written to {args.out}")
         return
-    manifests = _write(args, folders, found)
-    _report(args.out, manifests, found.kind)
+    first, entries = next(iter(folders)), []
+    by_split = {folder.name: folder for folder in folders}
+    for folder, rows in folders.items():
+        was_complete = Manifest.load(folder) is not None
+        if len(folders) > 1:
+            print(f"bat-shard: {folder}: {len(rows)} files", file=sys.stderr)
+        manifest = write_shards(
+            rows,
+            folder,
+            **options,
+            shard_bytes=round(megabytes * 1e6),
+            vocabulary=found.vocabulary,
+            left_out=[  # the first folder also lists those of no folder
+                e for e in found.left_out if by_split.get(e.split or "", first) == folder
+            ],
+            jobs=args.jobs,
+            progress=True,
+        )
+        entries += manifest.left_out
+        if was_complete:
+            print(f"{folder} was complete already: nothing written")
+    summary = summarise(args.out)
+    for line in summary.text():
+        if not line.startswith("left out"):
+            print(line + f" in {args.out}" * line.startswith("shards"))
+    where = args.out / "manifest.json" if args.out in folders else f"manifest.json of {args.out}/*"
+    print(f"left out  {f'{len(entries)} ({_kinds(entries)}): listed in {where}' if entries else 0}")
+    print(f"next      {next_command(summary, args.out, found.kind)}")
 
 
-def _deal(args: argparse.Namespace, found: Rows) -> dict[Path, list[Row]]:
+def _folders(args: argparse.Namespace, found: Rows) -> dict[Path, list[Row]]:
     """Returns the rows of each output folder, with folds and splits assigned."""
     from bat.shard.assign import assign_folds, assign_splits
 
     rows = found.rows
     for flag, value in (("folds", args.folds), ("splits", args.splits)):
         if value is not None and any(getattr(row, flag[:-1]) is not None for row in rows):
-            note = f"--{flag} deals the clips anew: the {flag} of {args.source} are not kept"
-            print(f"bat-shard: note: {printable(note)}", file=sys.stderr)
+            _note(f"--{flag} deals the clips anew: the {flag} of {args.source} are not kept")
     if args.splits is not None:
         rows = assign_splits(rows, parse_splits(args.splits))
     if args.folds is not None:
@@ -186,14 +233,6 @@ def _deal(args: argparse.Namespace, found: Rows) -> dict[Path, list[Row]]:
     for row in rows:
         folders.setdefault(args.out / (row.split or "unsplit"), []).append(row)
     return folders
-
-
-def _absent(found: Rows, folders: dict[Path, list[Row]]) -> dict[Path, list[LeftOut]]:
-    """Returns the omitted files to list in each folder; the first also lists those of no folder."""
-    names, entries = {folder.name: folder for folder in folders}, defaultdict(list)
-    for entry in found.left_out:
-        entries[names.get(entry.split or "", next(iter(folders)))].append(entry)
-    return entries
 
 
 def parse_splits(text: str) -> dict[str, float]:
@@ -213,46 +252,17 @@ def parse_splits(text: str) -> dict[str, float]:
     return parts
 
 
-def _write(
-    args: argparse.Namespace, folders: dict[Path, list[Row]], found: Rows
-) -> dict[Path, Manifest]:
-    from bat.data.manifest import Manifest
-    from bat.shard.write import write_shards
-
-    manifests, left_out = {}, _absent(found, folders)
-    for folder, rows in folders.items():
-        complete = Manifest.load(folder) is not None
-        if len(folders) > 1:
-            print(f"bat-shard: {folder}: {len(rows)} files", file=sys.stderr)
-        manifests[folder] = write_shards(
-            rows,
-            folder,
-            codec=args.codec or "keep",
-            sample_rate=args.sample_rate,
-            channels=args.channels,
-            clip_seconds=args.clip_seconds,
-            min_seconds=args.min_seconds,
-            shard_bytes=round((args.shard_mb or 1000) * 1e6),
-            vocabulary=found.vocabulary,
-            left_out=left_out[folder],
-            jobs=args.jobs,
-            progress=True,
-        )
-        if complete:
-            print(f"{folder} was complete already: nothing written")
-    return manifests
-
-
 def _describe(folders: dict[Path, list[Row]], vocabulary: list[str]) -> None:
+    """Prints what would be written."""
     import numpy as np
 
     from bat.shard.info import balance
 
     rows = [row for some in folders.values() for row in some]
-    plain = [row for row in rows if row.span is None and row.cell is None]
+    paths = {row.path for row in rows if row.span is None and row.cell is None}
     sizes = [row.span[1] for row in rows if row.span is not None]
-    sizes += [path.stat().st_size for path in {row.path for row in plain} if path.is_file()]
-    absent = sum(not row.path.is_file() for row in plain)
+    sizes += [path.stat().st_size for path in paths if path.is_file()]
+    absent = sum(not path.is_file() for path in paths)
     suffixes = Counter(row.suffix for row in rows)
     print(f"clips     {len(rows)} ({', '.join(f'{n} {s}' for s, n in suffixes.most_common())})")
     if sizes:
@@ -260,8 +270,7 @@ def _describe(folders: dict[Path, list[Row]], vocabulary: list[str]) -> None:
     count = Counter(label for row in rows for label in row.labels)
     print(f"labels    {len(vocabulary)} classes" if count else "labels    none")
     if count:
-        for line in balance(vocabulary, np.array([count[name] for name in vocabulary])):
-            print(line)
+        print("\n".join(balance(vocabulary, np.array([count[name] for name in vocabulary]))))
     folds = Counter(row.fold for row in rows if row.fold is not None)
     print(f"folds     {', '.join(f'{k} {n}' for k, n in sorted(folds.items())) or 'none'}")
     if len(folders) > 1 or rows[0].split is not None:
@@ -269,24 +278,9 @@ def _describe(folders: dict[Path, list[Row]], vocabulary: list[str]) -> None:
         print(f"splits    {shown}")
 
 
-def _kinds(entries: list[dict[str, str]]) -> str:
+def _kinds(entries: Sequence[dict[str, str]]) -> str:
     kinds = Counter(entry["reason"].split(":", 1)[0] for entry in entries)
     return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-
-
-def _report(out: Path, manifests: dict[Path, Manifest], kind: str) -> None:
-    from bat.shard.info import summarise
-
-    summary = summarise(out)
-    for line in summary.text():
-        if line.startswith("shards"):
-            line += f" in {out}"
-        if not line.startswith("left out"):
-            print(line)
-    entries = [entry for manifest in manifests.values() for entry in manifest.left_out]
-    where = out / "manifest.json" if out in manifests else f"manifest.json of {out}/*"
-    print(f"left out  {f'{len(entries)} ({_kinds(entries)}): listed in {where}' if entries else 0}")
-    print(f"next      {next_command(summary, out, kind)}")
 
 
 def next_command(summary: Summary, shards: Path, kind: str, *more: str) -> str:
@@ -302,25 +296,68 @@ def next_command(summary: Summary, shards: Path, kind: str, *more: str) -> str:
     splits = set(summary.splits)
     if splits and not splits & {*TRAIN}:
         words.append(f"data.split={'train-balanced' if 'train-balanced' in splits else 'all'}")
-    held_out = len(summary.folds) > 1 or {"train", "test"} <= set(summary.splits)
-    labelled = (summary.label_counts > 0).sum() > 1
-    if summary.clips < LARGE and not (labelled and (held_out or not summary.splits)):
+    can_hold_out = len(summary.folds) > 1 or {"train", "test"} <= splits
+    is_labelled = (summary.label_counts > 0).sum() > 1
+    if summary.clips < LARGE and not (is_labelled and (can_hold_out or not splits)):
         words += ["online.every=0"]
     return "bat-pretrain " + shlex.join([*words, f"data.shards={shards}", *more])
 
 
-def main(argv: list[str] | None = None) -> int:
-    given = sys.argv[1:] if argv is None else argv
-    if given[:1] == ["verify"]:
-        from bat.cli import shard_verify
+def _verify(argv: list[str]) -> int:
+    """Reads shards, reports problems and returns 1 if any is serious."""
+    p = cli.parser("shard verify", VERIFY, VERIFY_EPILOG)
+    p.add_argument("shards", metavar="SHARDS", type=Path, help="a folder, a tar or a glob")
+    p.add_argument("--json", metavar="FILE", type=Path, help="write all findings there")
+    _add_jobs(p)
+    _add_index_dir(p)
+    is_fit = True
+    with cli.Command(p, argv) as call:
+        from bat.data.tar import write_atomic
+        from bat.shard.verify import verify
 
-        return shard_verify.main(given[1:])
-    if given[:1] == ["info"]:
-        from bat.cli import shard_info
+        args = call.options
+        if args.json is not None and not args.json.parent.is_dir():
+            raise UserError(f"--json {args.json}: {args.json.parent} is not a folder")
+        report = verify(args.shards, index_dir=args.index_dir, jobs=args.jobs, progress=True)
+        is_fit = report.ok
+        print("\n".join(report.text()))
+        print("verdict   " + ("fit for training" if is_fit else "not fit: see above"))
+        if args.json is not None:
+            write_atomic(args.json, report.json().encode())
+            print(f"listed    {args.json}")
+    return call.code or int(not is_fit)
 
-        return shard_info.main(given[1:])
-    with cli.Command(build_parser(), argv) as call:
-        body(call.options)
+
+def _info(argv: list[str]) -> int:
+    """Describes shards as text and as a plot."""
+    p = cli.parser("shard info", INFO, INFO_EPILOG)
+    p.add_argument("shards", metavar="SHARDS", type=Path, help="a folder, a tar or a glob")
+    p.add_argument("--plot", metavar="FILE", type=Path, help="the picture (SHARDS/info.png)")
+    _add_index_dir(p)
+    with cli.Command(p, argv) as call:
+        from bat.report.data_plots import plot_data
+        from bat.shard.info import summarise
+
+        args = call.options
+        plot = args.plot or args.shards / "info.png"
+        if args.plot is None and not args.shards.is_dir():
+            raise UserError("--plot FILE: say where the picture goes (SHARDS is not a folder)")
+        if plot.suffix != ".png":
+            raise UserError(f"--plot {plot}: a .png")
+        summary = summarise(args.shards, index_dir=args.index_dir)
+        print("\n".join([*summary.text(), *summary.histograms()]))
+        plot_data(
+            plot,
+            title=f"{args.shards.resolve().name}: {summary.headline}",
+            classes=dict(zip(summary.vocabulary, summary.label_counts.tolist(), strict=True)),
+            seconds=summary.seconds,
+            rates=summary.rates,
+            codecs=summary.codecs,
+            splits=summary.splits,
+            folds=summary.folds,
+            labels_per_clip=summary.labels_per_clip,
+        )
+        print(f"\npicture   {plot}")
     return call.code
 
 

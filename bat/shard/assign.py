@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from bat.errors import UserError
+from bat.shard.rows import SPLIT_NAME
 from bat.tasks.base import Row
 
 
@@ -29,8 +29,8 @@ def assign_folds(rows: Sequence[Row], folds: int, *, seed: int = 0) -> list[Row]
     """
     if folds < 2:
         raise UserError(f"folds={folds}: 2 or more")
-    parts = _deal(rows, [1 / folds] * folds, seed)
-    _check(parts, [f"fold {i + 1}" for i in range(folds)], rows)
+    names = [f"fold {i + 1}" for i in range(folds)]
+    parts = _deal(rows, dict.fromkeys(names, 1 / folds), seed)
     return [replace(row, fold=part + 1) for row, part in zip(rows, parts, strict=True)]
 
 
@@ -47,7 +47,7 @@ def assign_splits(
             split that gets no clip.
     """
     for name, share in fractions.items():
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name, re.ASCII):
+        if not SPLIT_NAME.fullmatch(name):
             raise UserError(f"split {name!r}: use letters, digits, _, - and dots")
         if not 0 < share <= 1:
             raise UserError(f"split {name}={share:g}: a fraction of the clips, over 0 and up to 1")
@@ -55,30 +55,29 @@ def assign_splits(
     if abs(total - 1) > 1e-6:
         said = ",".join(f"{name}={share:g}" for name, share in fractions.items())
         raise UserError(f"splits {said or 'are empty'}: the fractions sum to {total:g}, not to 1")
+    parts = _deal(rows, {f"split {name!r}": share for name, share in fractions.items()}, seed)
     names = list(fractions)
-    parts = _deal(rows, list(fractions.values()), seed)
-    _check(parts, [f"split {name!r}" for name in names], rows)
     return [replace(row, split=names[part]) for row, part in zip(rows, parts, strict=True)]
 
 
-def _recording(row: Row) -> tuple[object, ...]:
-    """Returns a key that is equal for clips of one file; members and cells count as files."""
-    return row.path, row.span, row.cell
+def _deal(rows: Sequence[Row], fractions: Mapping[str, float], seed: int) -> list[int]:
+    """Returns the number of the part of each row; the names of the parts are for errors.
 
-
-def _deal(rows: Sequence[Row], shares: Sequence[float], seed: int) -> list[int]:
-    """Returns the number of the part of each row."""
-    clips: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    Raises:
+        UserError: a part that gets no recording.
+    """
+    recordings: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
-        clips[_recording(row)].append(i)
+        recordings[row.path, row.span, row.cell].append(i)  # a member or a cell counts as a file
     count = Counter(label for row in rows for label in set(row.labels))
     strata: dict[str, list[tuple[bytes, str, list[int]]]] = defaultdict(list)
-    for found in clips.values():
+    for found in recordings.values():
         labels = {label for i in found for label in rows[i].labels}
         stratum = min(labels, key=lambda label: (count[label], label), default="")
         key = min(rows[i].key for i in found)
         digest = hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogateescape")).digest()
         strata[stratum].append((digest, key, found))
+    shares = list(fractions.values())
     parts = [0] * len(rows)
     total, everything = [0] * len(shares), 0
     for stratum in sorted(strata, key=lambda label: (count[label], label)):
@@ -92,12 +91,9 @@ def _deal(rows: Sequence[Row], shares: Sequence[float], seed: int) -> list[int]:
             total[part] += len(found)
             for i in found:
                 parts[i] = part
+    for part, name in enumerate(fractions):
+        if not total[part]:
+            raise UserError(
+                f"{name} gets none of the {len(recordings)} recordings: ask for fewer parts"
+            )
     return parts
-
-
-def _check(parts: Sequence[int], names: Sequence[str], rows: Sequence[Row]) -> None:
-    got = set(parts)
-    for part, name in enumerate(names):
-        if part not in got:
-            recordings = len({_recording(row) for row in rows})
-            raise UserError(f"{name} gets none of the {recordings} recordings: ask for fewer parts")

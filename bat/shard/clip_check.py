@@ -18,28 +18,37 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
-from bat.audio.decode import MP3_SLACK_FRAMES, DecodeError, decode_channels, probe
+from bat.audio.decode import (
+    MP3_SLACK_FRAMES,
+    AudioInfo,
+    DecodeError,
+    decode_channels,
+    probe,
+)
 from bat.audio.reader import channel_mean
 from bat.data.table import parse_labels
+from bat.shard.pack import decoded
 
 Kind = Literal["shard", "corrupt", "label", "silent", "clipped", "duplicate", "unread"]
 
 PIECE_SECONDS = 60
 SILENT_PEAK = 1e-3  # -60 dBFS
 FULL_SCALE = 0.9999  # 32767 / 32768, the largest positive sample of 16 bits, is above it
-CLIPPED_PART = 1e-3
+CLIPPED_SHARE = 1e-3
 CLIPPED_RUN = 3
 
 
 @dataclass
 class ClipReport:
-    """The findings on one clip. ``problems``: ``[(kind, why), ...]``."""
+    """The findings on one clip."""
 
     problems: list[tuple[Kind, str]] = field(default_factory=list)
+    """``[(kind, why), ...]``"""
     seconds: float = 0.0
     audio_hash: int = 0
     """Hash of the samples; 0 if there are none to compare: corrupt or silent."""
@@ -56,35 +65,35 @@ def check_clip(
         vocabulary: class name -> index; None: the set has no vocabulary to check against.
     """
     report = ClipReport(labels=tuple(parse_labels(dict(meta))))
-    report.problems += [("label", why) for why in label_faults(meta, report.labels, vocabulary)]
+    problems = report.problems
+    problems += [("label", why) for why in label_faults(meta, report.labels, vocabulary)]
     try:
         info = probe(data)
-        frames = _number(meta, "num_samples", report.problems)
-        rate = _number(meta, "sample_rate", report.problems)
+        frames, rate = (_count(meta, name, problems) for name in ("num_samples", "sample_rate"))
         if rate is not None and rate != info.sample_rate:
             why = f"sample_rate {rate} in its JSON, {info.sample_rate} Hz in the file"
-            report.problems.append(("label", why))
+            problems.append(("label", why))
             frames = None  # meant for another rate than the file's
         slack = MP3_SLACK_FRAMES if info.codec == "mp3" else 0
         if frames is not None and info.frames > frames + slack:
             why = f"num_samples {frames} in its JSON, {info.frames} in the file"
-            report.problems.append(("label", why))
+            problems.append(("label", why))
             frames = None
         if "num_samples" not in meta and (cut := missing_end(data)):
             raise DecodeError("short", cut)
-        loudness = _listen(data, info.frames, info.sample_rate, info.channels, frames)
+        peak, clipped, audio_hash = _listen(data, info, frames)
     except DecodeError as error:
-        report.problems.append(("corrupt", f"{error.kind}: {error}"))
+        problems.append(("corrupt", f"{error.kind}: {error}"))
         return report
     report.seconds = info.frames / info.sample_rate
-    if loudness.peak < SILENT_PEAK:
-        level = f"{20 * math.log10(loudness.peak):.0f} dBFS" if loudness.peak else "all zeros"
-        report.problems.append(("silent", f"peak {level}"))
+    if peak < SILENT_PEAK:
+        level = f"{20 * math.log10(peak):.0f} dBFS" if peak else "all zeros"
+        problems.append(("silent", f"peak {level}"))
         return report
-    report.audio_hash = loudness.hash or 1
-    if loudness.clipped > CLIPPED_PART:
-        why = f"{100 * loudness.clipped:.2f} % of the samples in runs at full scale"
-        report.problems.append(("clipped", why))
+    report.audio_hash = audio_hash or 1
+    if clipped > CLIPPED_SHARE:
+        why = f"{100 * clipped:.2f} % of the samples in runs at full scale"
+        problems.append(("clipped", why))
     return report
 
 
@@ -124,50 +133,29 @@ def missing_end(data: bytes) -> str | None:
     return None
 
 
-@dataclass
-class _Loudness:
-    peak: float = 0.0
-    clipped: float = 0.0
-    """Clipped fraction of the samples of the worst channel."""
-    hash: int = 0
+def _listen(data: bytes, info: AudioInfo, expected: int | None) -> tuple[float, float, int]:
+    """Decodes the whole clip, ``PIECE_SECONDS`` at a time.
 
-
-def _listen(data: bytes, frames: int, rate: int, channels: int, expected: int | None) -> _Loudness:
-    """Decodes the whole clip, ``PIECE_SECONDS`` at a time, and measures its loudness.
+    Returns:
+        The peak, the share of samples in runs at full scale in the worst channel, and the hash.
 
     Raises:
         DecodeError: any part of it does not decode.
     """
-    found, digest = _Loudness(), hashlib.blake2b(digest_size=8)
-    clipped = np.zeros(channels, np.int64)
-    pieces = max(1, math.ceil(frames / (PIECE_SECONDS * rate)))
-    for piece in range(pieces):
-        try:
-            wave = decode_channels(
-                data,
-                sample_rate=rate,
-                start_seconds=piece * PIECE_SECONDS,
-                max_seconds=PIECE_SECONDS if pieces > 1 else None,
-                expected_frames=expected,
-            )  # (S, channels)
-        except DecodeError as error:
-            if error.kind == "empty" and piece:  # an MP3 ends within the slack of its header
-                break
-            raise
-        found.peak = max(found.peak, float(wave.max()), -float(wave.min()))
+    peak, digest = 0.0, hashlib.blake2b(digest_size=8)
+    clipped = np.zeros(info.channels, np.int64)
+    read = partial(decode_channels, sample_rate=info.sample_rate, expected_frames=expected)
+    for wave in decoded(data, info, PIECE_SECONDS, read):  # (S, channels)
+        peak = max(peak, float(wave.max()), -float(wave.min()))
         clipped += _in_runs(np.abs(wave) >= FULL_SCALE)
-        mono = channel_mean(wave)
-        digest.update(np.ascontiguousarray(mono).tobytes())
-    found.clipped = float(clipped.max()) / max(1, frames)
-    found.hash = int.from_bytes(digest.digest(), "little")
-    return found
+        digest.update(np.ascontiguousarray(channel_mean(wave)).tobytes())
+    share = float(clipped.max()) / max(1, info.frames)
+    return peak, share, int.from_bytes(digest.digest(), "little")
 
 
 def _in_runs(hot: np.ndarray) -> np.ndarray:
     """Counts the samples in runs of ``CLIPPED_RUN`` or more: (S, channels) bool -> (channels,)."""
     counts = np.zeros(hot.shape[1], np.int64)
-    if len(hot) < CLIPPED_RUN:
-        return counts
     for channel in np.flatnonzero(hot.sum(0) >= CLIPPED_RUN):
         edges = np.flatnonzero(np.diff(hot[:, channel].astype(np.int8), prepend=0, append=0))
         lengths = edges[1::2] - edges[::2]
@@ -175,12 +163,12 @@ def _in_runs(hot: np.ndarray) -> np.ndarray:
     return counts
 
 
-def _number(meta: Mapping[str, Any], name: str, faults: list[tuple[Kind, str]]) -> int | None:
+def _count(meta: Mapping[str, Any], name: str, problems: list[tuple[Kind, str]]) -> int | None:
     """Returns a count of the JSON, or None; a value that is not a count is a fault."""
     value = meta.get(name)
     if value is None:
         return None
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 1:
         return int(min(value, 2**62))
-    faults.append(("label", f"{name} {value!r:.40} in its JSON is no count"))
+    problems.append(("label", f"{name} {value!r:.40} in its JSON is no count"))
     return None

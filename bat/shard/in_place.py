@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bat.audio.decode import DecodeError
-from bat.audio.decode import probe as read_header
+from bat.audio.decode import DecodeError, probe
 from bat.data.local_shards import table_places
 from bat.data.manifest import Counts, Manifest, ShardInfo
 from bat.data.table import ShardTable, ask_clips, scan
@@ -61,122 +59,108 @@ def index_in_place(
         UserError: nothing found, not plain tars, a folder that cannot be written, a shard that
             differs from its manifest, folders with different vocabularies.
     """
+    from tqdm import tqdm
+
     tars = [Path(shard.place) for shard in local_shards(source)]
-    folders = list(dict.fromkeys(tar.parent for tar in tars))
-    for folder in folders if index_dir is None else ():
+    manifests = {folder: Manifest.load(folder) for folder in dict.fromkeys(t.parent for t in tars)}
+    for folder in manifests if index_dir is None else ():
         if not os.access(folder, os.W_OK):
-            raise UserError(_cannot_write(folder, "it is read-only"))
-    manifests = {folder: Manifest.load(folder) for folder in folders}
-    whole = source.is_dir() and index_dir is None
-    known = {
-        folder / entry.name: entry for folder, m in manifests.items() if m for entry in m.shards
-    }
-    jobs_of = [(tar, known.get(tar), whole and not known.get(tar)) for tar in tars]
-    done, tables, entries = Indexed(shards=len(tars)), [], []
-    results = ordered_map(
-        partial(_index, index_dir=index_dir), jobs_of, jobs=jobs, progress=progress, unit="shard"
-    )
-    with closing(results):
-        for tar, (table, written, unreadable) in zip(tars, results, strict=True):
-            tables.append(table)
+            raise _cannot_write(folder, "it is read-only")
+    is_whole = source.is_dir() and index_dir is None
+    entries = {f / shard.name: shard for f, m in manifests.items() if m for shard in m.shards}
+    work = [(tar, entries.get(tar)) for tar in tars]
+    index = partial(_index, index_dir=index_dir, hashed=is_whole)
+    done, tables, left_out = Indexed(shards=len(tars)), {}, {}
+    with closing(ordered_map(index, work, jobs=jobs)) as results:
+        shown = tqdm(results, total=len(tars), unit="shard", disable=not progress)
+        for tar, (table, is_new, unreadable) in zip(tars, shown, strict=True):
+            tables[tar] = table
             done.clips += len(table.clips)
-            done.written += written
+            done.written += is_new
             done.unreadable += unreadable
-            entries.append([*unreadable, *_left_out(tar, table)])
-    if whole:
-        _write_manifests(done, tars, tables, entries, manifests)
-    elif index_dir is not None:
+            left_out[tar] = unreadable + [
+                {"key": sample_key(name), "file": f"{tar.name}/{name}", "reason": reason}
+                for name, reason in table.left_out.items()
+            ]
+    if index_dir is not None:
         done.notes.append(f"no manifest.json: the tables are in {index_dir}, the shards untouched")
-    else:
+    elif not is_whole:
         done.notes.append("no manifest.json: these are not the whole of a folder")
+    given = [m.vocabulary for m in manifests.values() if m and m.vocabulary]
+    vocabulary = joint_vocabulary(list(tables.values()), given) if is_whole else []
+    for folder, manifest in manifests.items() if is_whole else ():
+        path = folder / "manifest.json"
+        if manifest is None and path.exists():
+            done.notes.append(f"{path} is another program's: left as it is")
+        elif manifest is None:
+            counts = Counts(vocabulary)
+            mine = [tar for tar in tars if tar.parent == folder]
+            for tar in mine:
+                counts.add(tar.name, tables[tar])
+            hashes = "\n".join(tables[tar].sha256 for tar in mine)
+            counts.manifest(
+                left_out=[entry for tar in mine for entry in left_out[tar]],
+                source=hashlib.sha256(hashes.encode()).hexdigest(),
+            ).save(folder)
+            done.manifests.append(path)
     return done
 
 
 def _index(
-    job: tuple[Path, ShardInfo | None, bool], *, index_dir: Path | None
+    work: tuple[Path, ShardInfo | None], *, index_dir: Path | None, hashed: bool
 ) -> tuple[ShardTable, bool, list[dict[str, str]]]:
-    """Returns the table of one tar, True if it was written, and the clips that do not open."""
-    tar, entry, hashed = job
+    """Returns the table of one tar, True if it was written, and the clips that do not open.
+
+    Args:
+        work: the tar, and its entry in the manifest, with which it is compared.
+        hashed: the table needs the tar's hash also if no manifest has it.
+    """
+    tar, entry = work
     if entry is not None and tar.stat().st_size != entry.bytes:
+        size = tar.stat().st_size
         raise UserError(
-            f"{tar} has {tar.stat().st_size} bytes, its manifest.json says {entry.bytes}: "
-            f"copy it again"
+            f"{tar} has {size} bytes, its manifest.json says {entry.bytes}: copy it again"
         )
     table = load_table(tar, index_dir)
-    written = table is None or (entry is not None and table.sha256 not in ("", entry.sha256))
-    sha256 = entry.sha256 if entry else "" if table is None or written else table.sha256
-    if (hashed and not sha256) or (sha256 and table is None):
+    sha256, known = table.sha256 if table else "", entry.sha256 if entry else ""
+    is_new = table is None
+    if (known and sha256 != known) or (hashed and not sha256):
+        is_new = True
         with tar.open("rb") as file:
-            now, written = hashlib.file_digest(file, "sha256").hexdigest(), True
-        if sha256 not in ("", now):
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if known not in ("", sha256):
             raise UserError(
                 f"{tar} was changed since its manifest.json was written: copy it again, or remove "
                 f"the manifest"
             )
-        sha256 = now
-    if table is None:
-        table = scan(tar, probe=True)
-    else:
-        written |= ask_clips(tar, table.clips) > 0
-    table.sha256 = sha256 or table.sha256
-    if written:
+    table = scan(tar) if table is None else table
+    table.sha256 = sha256
+    is_new |= ask_clips(tar, table.clips) > 0
+    if is_new:
         place = table_places(tar, index_dir)[-1]
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             table.save(place)
         except OSError as error:
-            raise UserError(_cannot_write(place.parent, error.strerror)) from error
-    keys = table.key_list()
-    unknown = (table.clips["frames"] < 0) | (table.clips["rate"] == 0)
-    unreadable = []
-    for i in np.flatnonzero(unknown).tolist():
-        reason = f"{_why(tar, table, i)}; it stays in its shard and is skipped when read"
-        unreadable.append({"key": keys[i], "file": tar.name, "reason": reason})
-    return table, written, unreadable
+            raise _cannot_write(place.parent, error.strerror) from error
+    unknown = np.flatnonzero((table.clips["frames"] < 0) | (table.clips["rate"] == 0))
+    return table, is_new, _unreadable(tar, table, unknown) if len(unknown) else []
 
 
-def _why(tar: Path, table: ShardTable, i: int) -> str:
-    size, offset = int(table.clips["size"][i]), int(table.clips["offset"][i])
+def _unreadable(tar: Path, table: ShardTable, clips: np.ndarray) -> list[dict[str, str]]:
+    entries, keys = [], table.key_list()
     with tar.open("rb") as file:
-        try:
-            info = read_header(os.pread(file.fileno(), size, offset))
-        except DecodeError as error:
-            return f"{error.kind}: {error}"
-    return f"empty: {info.frames} frames"
+        for i in clips.tolist():
+            size, offset = int(table.clips["size"][i]), int(table.clips["offset"][i])
+            try:
+                info = probe(os.pread(file.fileno(), size, offset))
+                why = f"empty: {info.frames} frames"
+            except DecodeError as error:
+                why = f"{error.kind}: {error}"
+            reason = f"{why}; it stays in its shard and is skipped when read"
+            entries.append({"key": keys[i], "file": tar.name, "reason": reason})
+    return entries
 
 
-def _left_out(tar: Path, table: ShardTable) -> list[dict[str, str]]:
-    return [
-        {"key": sample_key(name), "file": f"{tar.name}/{name}", "reason": reason}
-        for name, reason in table.left_out.items()
-    ]
-
-
-def _write_manifests(
-    done: Indexed,
-    tars: Sequence[Path],
-    tables: Sequence[ShardTable],
-    entries: Sequence[list[dict[str, str]]],
-    manifests: dict[Path, Manifest | None],
-) -> None:
-    """Write ``manifest.json`` to each folder that has none; one vocabulary for all."""
-    given = [m.vocabulary for m in manifests.values() if m and m.vocabulary]
-    vocabulary = joint_vocabulary(tables, given)
-    for folder, manifest in manifests.items():
-        if manifest is not None:
-            continue
-        if (folder / "manifest.json").exists():
-            done.notes.append(f"{folder / 'manifest.json'} is another program's: left as it is")
-            continue
-        mine = [k for k, tar in enumerate(tars) if tar.parent == folder]
-        counts = Counts(vocabulary)
-        for k in mine:
-            counts.add(tars[k].name, tables[k])
-        digest = hashlib.sha256("\n".join(tables[k].sha256 for k in mine).encode())
-        left_out = [entry for k in mine for entry in entries[k]]
-        counts.manifest(left_out=left_out, source=digest.hexdigest()).save(folder)
-        done.manifests.append(folder / "manifest.json")
-
-
-def _cannot_write(folder: Path, why: str | None) -> str:
-    return f"{folder} cannot be written ({why}): give --index-dir FOLDER for the tables"
+def _cannot_write(folder: Path, why: str | None) -> UserError:
+    return UserError(f"{folder} cannot be written ({why}): give --index-dir FOLDER for the tables")

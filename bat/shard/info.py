@@ -175,43 +175,6 @@ def local_shards(source: Path) -> list[Shard]:
     return shards
 
 
-def tally(
-    tables: Sequence[ShardTable], *, vocabulary: Sequence[str], splits: Sequence[str] = ()
-) -> Summary:
-    """Returns counts over ``tables``.
-
-    Args:
-        vocabulary: has all labels of the tables.
-        splits: for each table, the split of clips whose JSON names none; empty: no split.
-    """
-    numbers = {name: i for i, name in enumerate(vocabulary)}
-    total = Summary(
-        len(tables), sum(t.tar_bytes for t in tables), 0, list(vocabulary),
-        np.zeros(len(vocabulary), np.int64), Counter(), np.zeros(0, np.float32),
-    )  # fmt: skip
-    seconds = []
-    for k, table in enumerate(tables):
-        clips = table.clips
-        total.clips += len(clips)
-        known = (clips["frames"] > 0) & (clips["rate"] > 0)
-        rate = np.where(known, clips["rate"], 1)
-        seconds.append(np.where(known, clips["frames"] / rate, np.nan).astype(np.float32))
-        to_global = np.array([numbers[name] for name in table.names], np.int64)
-        total.label_counts += np.bincount(to_global[table.labels], minlength=len(numbers))
-        total.labels_per_clip.update(_tallied(clips["labels"]))
-        total.rates.update({str(r): n for r, n in _tallied(clips["rate"]).items() if r})
-        total.codecs.update({AUDIO_SUFFIXES[c]: n for c, n in _tallied(clips["codec"]).items()})
-        total.folds.update({str(f): n for f, n in _tallied(clips["fold"]).items() if f >= 0})
-        for split, n in _tallied(clips["split"]).items():
-            name = table.splits[split] if split >= 0 else (splits[k] if splits else "")
-            if name:
-                total.splits[name] += n
-        total.left_out.update(why.split(":", 1)[0] for why in table.left_out.values())
-    if seconds:
-        total.seconds = np.concatenate(seconds)
-    return total
-
-
 def summarise(source: Path, *, index_dir: Path | None = None) -> Summary:
     """Returns the summary of a folder of shards (or of its sub-folders, whose names are then
     splits).
@@ -222,17 +185,42 @@ def summarise(source: Path, *, index_dir: Path | None = None) -> Summary:
     shards = local_shards(source)
     tars = [Path(shard.place) for shard in shards]
     tables = [load_table(tar, index_dir) or scan(tar) for tar in tars]
-    manifests = {folder: Manifest.load(folder) for folder in dict.fromkeys(t.parent for t in tars)}
-    given = [m.vocabulary for m in manifests.values() if m and m.vocabulary]
-    total = tally(
-        tables,
-        vocabulary=joint_vocabulary(tables, given),
-        splits=[shard.split for shard in shards],
+    found = (Manifest.load(folder) for folder in dict.fromkeys(tar.parent for tar in tars))
+    manifests = [manifest for manifest in found if manifest is not None]
+    vocabulary = joint_vocabulary(tables, [m.vocabulary for m in manifests if m.vocabulary])
+    label_ids = {name: i for i, name in enumerate(vocabulary)}
+    total = Summary(
+        shards=len(tables),
+        bytes=sum(table.tar_bytes for table in tables),
+        clips=sum(len(table.clips) for table in tables),
+        vocabulary=vocabulary,
+        label_counts=np.zeros(len(vocabulary), np.int64),
+        labels_per_clip=Counter(),
+        seconds=np.concatenate([_seconds(table.clips) for table in tables]),
     )
-    entries = [entry for m in manifests.values() if m for entry in m.left_out]
+    for shard, table in zip(shards, tables, strict=True):
+        clips = table.clips
+        to_global = np.array([label_ids[name] for name in table.names], np.int64)
+        total.label_counts += np.bincount(to_global[table.labels], minlength=len(vocabulary))
+        total.labels_per_clip.update(_tallied(clips["labels"]))
+        total.rates.update({str(r): n for r, n in _tallied(clips["rate"]).items() if r})
+        total.codecs.update({AUDIO_SUFFIXES[c]: n for c, n in _tallied(clips["codec"]).items()})
+        total.folds.update({str(f): n for f, n in _tallied(clips["fold"]).items() if f >= 0})
+        for split, n in _tallied(clips["split"]).items():
+            name = table.splits[split] if split >= 0 else shard.split
+            if name:
+                total.splits[name] += n
+        total.left_out.update(why.split(":", 1)[0] for why in table.left_out.values())
+    entries = [entry for manifest in manifests for entry in manifest.left_out]
     if entries:  # the writer lists clips that are in no tar
         total.left_out = Counter(entry["reason"].split(":", 1)[0] for entry in entries)
     return total
+
+
+def _seconds(clips: np.ndarray) -> np.ndarray:  # (n,) CLIP -> (n,) float32, NaN where unknown
+    known = (clips["frames"] > 0) & (clips["rate"] > 0)
+    rate = np.where(known, clips["rate"], 1)
+    return np.where(known, clips["frames"] / rate, np.nan).astype(np.float32)
 
 
 def _tallied(values: np.ndarray) -> dict[int, int]:

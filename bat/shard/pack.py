@@ -4,48 +4,82 @@ A recording longer than ``clip_seconds`` becomes pieces ``KEY_00000``, ``KEY_000
 by seeking, ``CHUNK_SECONDS`` at a time, each such chunk a ``Work`` of its own: a day of audio takes
 the memory of a minute and is shared by all processes. Chunks are resampled whole and do not depend
 on the process, so the bytes are the same for any number of processes. If a chunk does not decode,
-its pieces are tried one by one: damage affects only the piece it is in. If nothing of the rest
-decodes (truncated; a header that claims too much), the rest is left out as one entry. A recording
-whose bytes are kept may have any length, one that is encoded whole an hour at most.
+its pieces are tried one by one: damage affects only the piece it is in. A recording whose bytes are
+kept may have any length, one that is encoded whole an hour at most.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import stat
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from bat.audio.decode import (
-    AudioInfo,
-    DecodeError,
-    decode,
-    decode_channels,
-    encode,
-    probe,
-)
-from bat.audio.encode import OPUS_RATES_HZ
+from bat.audio.decode import RATES_HZ, AudioInfo, DecodeError, decode, decode_channels, probe
+from bat.audio.encode import OPUS_RATES_HZ, encode
 from bat.data.files import MAX_SECONDS, check_claim, read_row, reason_of
 from bat.errors import UserError
-from bat.shard.settings import Channels as Channels
-from bat.shard.settings import Codec as Codec
-from bat.shard.settings import Recipe as Recipe
 from bat.tasks.base import AUDIO_SUFFIXES, LeftOut, Row
+
+Codec = Literal["keep", "flac", "opus", "wav", "ogg"]
+Channels = Literal["mono", "keep"]
 
 CHUNK_SECONDS = 60.0  # 23 MB of 48 kHz stereo float32
 SLACK = 0.02  # a recording longer than clip_seconds by this share at most stays whole
 MAX_DECODE_SECONDS = 3600.0
-LOOKS = 16  # places of the rest that are tried before it is left out
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The conversion of each row; the fields are arguments of ``write_shards``.
+
+    Raises:
+        UserError: settings that no clip could satisfy.
+    """
+
+    codec: Codec = "keep"
+    sample_rate: int | None = None
+    channels: Channels | None = None
+    clip_seconds: float | None = None
+    min_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.codec not in get_args(Codec):
+            raise UserError(f"codec {self.codec!r}: one of {', '.join(get_args(Codec))}")
+        if self.channels not in (None, *get_args(Channels)):
+            raise UserError(f"channels {self.channels!r}: mono or keep")
+        rate, low, high = self.sample_rate, *RATES_HZ
+        if rate is not None and not low <= rate <= high:
+            raise UserError(f"sample_rate={rate}: in Hz, {low} to {high}")
+        if self.codec == "opus" and rate is not None and rate not in OPUS_RATES_HZ:
+            raise UserError(f"Opus has no {rate} Hz: one of {', '.join(map(str, OPUS_RATES_HZ))}")
+        clip, least = self.clip_seconds, self.min_seconds
+        if clip is not None and not 0.01 <= clip < math.inf:
+            raise UserError(f"clip_seconds={clip}: 0.01 or more")
+        if least is not None and not 0 <= least <= (clip or 1e9):
+            raise UserError(f"min_seconds={least}: 0 to {clip or 1e9:g} (clip_seconds)")
+
+    @property
+    def shortest_rest(self) -> float:
+        """Shortest duration of the last piece of a recording, in seconds."""
+        assert self.clip_seconds is not None
+        return self.clip_seconds / 2 if self.min_seconds is None else self.min_seconds
+
+    @property
+    def longest_read(self) -> float:
+        """Greatest duration that is decoded at once, in seconds."""
+        return max(MAX_DECODE_SECONDS, (self.clip_seconds or 0.0) * (1 + SLACK) + 1)
 
 
 @dataclass(frozen=True)
 class Work:
-    """A row, or the pieces ``first .. stop - 1`` of a long one, prepared by one call."""
+    """A row, or the pieces ``first .. stop - 1`` of a long one, packed by one call."""
 
     row: Row
     info: AudioInfo | None = None
@@ -54,11 +88,6 @@ class Work:
     stop: int = 1
     count: int = 1
     """Number of pieces of the recording."""
-
-    @property
-    def share(self) -> float:
-        """Fraction of the row that this work covers."""
-        return (self.stop - self.first) / self.count
 
 
 class Packed(NamedTuple):
@@ -72,40 +101,25 @@ class Packed(NamedTuple):
     start_seconds: float
 
 
-class Outcome(NamedTuple):
-    """The result of a work."""
-
-    clips: list[Packed | LeftOut]
-    """Clips and clips left out, in order."""
-    ended: bool = False
-    """True if the last entry stands for all the rest of the row: its further works give nothing."""
-
-
 def works_of(row: Row, recipe: Recipe) -> Iterator[Work]:
     """Yields the works of ``row``: one, or the chunks of a recording that is to be cut."""
-    seconds = recipe.clip_seconds
-    if seconds is None:
+    info, seconds = None, recipe.clip_seconds
+    if seconds is not None:
+        with suppress(DecodeError, OSError):  # packing it gives the same error
+            file = _file_of(row)
+            probed = probe(file, max_file_seconds=MAX_SECONDS)
+            check_claim(probed, len(file) if isinstance(file, bytes) else file.stat().st_size)
+            info = probed
+    if info is None or seconds is None or info.frames <= seconds * info.sample_rate * (1 + SLACK):
         yield Work(row)
         return
-    try:
-        file = row.path if _is_file(row) else _held(row)
-        info = probe(file, max_file_seconds=MAX_SECONDS)
-        check_claim(info, len(file) if isinstance(file, bytes) else file.stat().st_size)
-    except (DecodeError, OSError):
-        yield Work(row)  # preparing it gives the same error
-        return
-    clip_frames = seconds * info.sample_rate
-    if info.frames <= clip_frames * (1 + SLACK):
-        yield Work(row)
-        return
-    count = math.ceil(info.frames / clip_frames - 1e-9)
+    count = math.ceil(info.frames / (seconds * info.sample_rate) - 1e-9)
     step = max(1, int(CHUNK_SECONDS / seconds))
     for first in range(0, count, step):
-        stop = min(first + step, count)
-        yield Work(row, info, first, stop, count)
+        yield Work(row, info, first, min(first + step, count), count)
 
 
-def pack(work: Work, *, recipe: Recipe) -> Outcome:
+def pack(work: Work, *, recipe: Recipe) -> list[Packed | LeftOut]:
     """Returns the clips of ``work``, in order, and the clips left out of it.
 
     Bytes are kept as they are where rate, codec and channels agree (``codec="keep"``: any codec;
@@ -114,14 +128,12 @@ def pack(work: Work, *, recipe: Recipe) -> Outcome:
     Raises:
         UserError: Opus is requested for a rate that it lacks.
     """
-    row = work.row
     if work.info is not None:
-        clips = list(_pieces(work, work.info, recipe))
-        return _without_rest(clips, work, work.info, recipe.clip_seconds or 0.0)
+        return list(_pieces(work, work.info, recipe))
     try:
-        return Outcome([_whole(row, recipe)])
+        return [_whole(work.row, recipe)]
     except (DecodeError, OSError) as error:
-        return Outcome([LeftOut(row.key, row.name, reason_of(error, row))])
+        return [LeftOut(work.row.key, work.row.name, reason_of(error, work.row))]
 
 
 def _whole(row: Row, recipe: Recipe) -> Packed | LeftOut:
@@ -133,107 +145,87 @@ def _whole(row: Row, recipe: Recipe) -> Packed | LeftOut:
     same_codec = recipe.codec in ("keep", info.codec) and suffix in AUDIO_SUFFIXES
     stays = (None, "keep") if recipe.codec == "keep" else ("keep",)
     same_channels = info.channels == 1 or recipe.channels in stays
-    stays_whole = rate == info.sample_rate and same_codec and same_channels
-    seconds, bound = info.frames / info.sample_rate, _bound(recipe)
-    if seconds > bound and not stays_whole:
+    is_kept = rate == info.sample_rate and same_codec and same_channels
+    seconds, bound = info.frames / info.sample_rate, recipe.longest_read
+    if seconds > bound and not is_kept:
         why = f"{seconds:.6g} s, and {bound:g} are encoded in one piece: give --clip-seconds"
         raise DecodeError("long", why)
-    read = decode_channels if recipe.channels == "keep" else decode
-    parts = max(1, math.ceil(seconds / bound))
-    for part in range(parts):
-        try:
-            wave = read(
-                data,
-                sample_rate=rate,
-                start_seconds=part * bound,
-                max_seconds=bound if parts > 1 else None,
-                expected_frames=info.frames,
-                min_seconds=recipe.min_seconds or 0.0,
-                max_decode_seconds=bound,
-                max_file_seconds=math.inf,
-            )
-        except DecodeError as error:
-            if error.kind != "empty" or not part:  # an MP3 ends within the slack of its header
-                raise
-    if stays_whole:
+    read = functools.partial(
+        decode_channels if recipe.channels == "keep" else decode,
+        sample_rate=rate,
+        expected_frames=info.frames,
+        min_seconds=recipe.min_seconds or 0.0,
+        max_decode_seconds=bound,
+        max_file_seconds=math.inf,
+    )
+    (wave,) = deque(decoded(data, info, bound, read), maxlen=1)  # one part if it is not kept
+    if is_kept:
         return Packed(row.key, suffix, data, info.frames, rate, row.start_seconds)
     return _encoded(wave, row, row.key, rate, row.start_seconds, recipe)
 
 
+def decoded(
+    data: bytes, info: AudioInfo, part_seconds: float, read: Callable[..., np.ndarray]
+) -> Iterator[np.ndarray]:
+    """Yields a whole file as ``read`` (``decode`` with its settings) decodes it, part by part.
+
+    Raises:
+        DecodeError: any part of it does not decode.
+    """
+    parts = max(1, math.ceil(info.frames / info.sample_rate / part_seconds))
+    for part in range(parts):
+        most = part_seconds if parts > 1 else None
+        try:
+            yield read(data, start_seconds=part * part_seconds, max_seconds=most)
+        except DecodeError as error:
+            if error.kind != "empty" or not part:  # an MP3 ends within the slack of its header
+                raise
+
+
 def _pieces(work: Work, info: AudioInfo, recipe: Recipe) -> Iterator[Packed | LeftOut]:
-    row, first, stop = work.row, work.first, work.stop
-    seconds = recipe.clip_seconds
+    row, first, stop, seconds = work.row, work.first, work.stop, recipe.clip_seconds
     assert seconds is not None
     rate = recipe.sample_rate or info.sample_rate
     rest = info.frames / info.sample_rate - (stop - 1) * seconds  # seconds of the last piece
-    brief = rest < recipe.shortest_rest - 1e-9
-    whole = stop - 1 if brief else stop
+    is_brief = rest < recipe.shortest_rest - 1e-9
+    whole = stop - 1 if is_brief else stop
 
     def read(begin: int, end: int) -> np.ndarray:
-        get = decode_channels if recipe.channels == "keep" else decode
-        return get(
-            row.path if _is_file(row) else _held(row),
+        return (decode_channels if recipe.channels == "keep" else decode)(
+            _file_of(row),
             sample_rate=rate,
             start_seconds=begin * seconds,
             max_seconds=(end - begin) * seconds,
             expected_frames=info.frames,
-            max_decode_seconds=_bound(recipe),
+            max_decode_seconds=recipe.longest_read,
             max_file_seconds=math.inf,
         )
 
-    wave = None
+    chunk = None
     if whole > first:
         with suppress(DecodeError, OSError):  # then piece by piece, below
-            wave = read(first, whole)
+            chunk = read(first, whole)
     for k in range(first, whole):
         key = f"{row.key}_{k:05d}"
-        start_seconds = round(row.start_seconds + k * seconds, 6)
         try:
-            if wave is None:
-                piece = read(k, k + 1)
+            if chunk is None:
+                wave = read(k, k + 1)
             else:
                 begin, end = (round((i - first) * seconds * rate) for i in (k, k + 1))
-                piece = wave[begin:end]
-            yield _encoded(piece, row, key, rate, start_seconds, recipe)
+                wave = chunk[begin:end]
+            start_seconds = round(row.start_seconds + k * seconds, 6)
+            yield _encoded(wave, row, key, rate, start_seconds, recipe)
         except (DecodeError, OSError) as error:
             yield LeftOut(key, row.name, reason_of(error, row))
-    if brief:
+    if is_brief:
         why = f"brief: the last {rest:.3g} s of the recording, less than {recipe.shortest_rest:g}"
         yield LeftOut(f"{row.key}_{stop - 1:05d}", row.name, why)
-
-
-def _without_rest(
-    clips: list[Packed | LeftOut], work: Work, info: AudioInfo, clip_seconds: float
-) -> Outcome:
-    """Replaces the last of ``clips`` by one entry if they and all after them do not decode."""
-    good = max((i + 1 for i, clip in enumerate(clips) if isinstance(clip, Packed)), default=0)
-    if good == len(clips) or work.stop == work.count:
-        return Outcome(clips)
-    seconds = info.frames / info.sample_rate
-    last = (info.frames - 1) / info.sample_rate
-    for start_seconds in np.linspace(last, work.stop * clip_seconds, LOOKS).tolist():
-        with suppress(DecodeError, OSError):
-            decode(
-                work.row.path if _is_file(work.row) else _held(work.row),
-                sample_rate=info.sample_rate,
-                start_seconds=start_seconds,
-                max_seconds=1 / info.sample_rate,
-                max_file_seconds=math.inf,
-            )
-            return Outcome(clips)
-    lost = clips[good]
-    assert isinstance(lost, LeftOut)
-    begin = (work.first + good) * clip_seconds
-    why = f"{lost.reason}; nor does anything else from {begin:.6g} s to its end at {seconds:.6g} s"
-    return Outcome([*clips[:good], lost._replace(reason=why)], ended=True)
 
 
 def _encoded(
     wave: np.ndarray, row: Row, key: str, rate: int, start_seconds: float, recipe: Recipe
 ) -> Packed | LeftOut:
-    codec: Literal["flac", "opus", "wav", "ogg"] = (
-        "flac" if recipe.codec == "keep" else recipe.codec
-    )
+    codec = "flac" if recipe.codec == "keep" else recipe.codec
     try:
         data = encode(wave, sample_rate=rate, codec=codec)
     except UserError as error:
@@ -244,16 +236,11 @@ def _encoded(
     return Packed(key, codec, data, info.frames, info.sample_rate, start_seconds)
 
 
-def _bound(recipe: Recipe) -> float:
-    """Returns the greatest duration of one decoding, in seconds."""
-    return max(MAX_DECODE_SECONDS, (recipe.clip_seconds or 0.0) * (1 + SLACK) + 1)
-
-
-def _is_file(row: Row) -> bool:
-    """Return True if ``row`` can be read from its path, by seeking."""
-    if row.span is not None or row.cell is not None:
-        return False
-    return stat.S_ISREG(row.path.stat().st_mode)
+def _file_of(row: Row) -> Path | bytes:
+    """Returns the path of a row that can be read by seeking, else its bytes."""
+    if row.span is None and row.cell is None and row.path.is_file():
+        return row.path
+    return _held(row)
 
 
 @functools.lru_cache(maxsize=1)  # the chunks of a row are adjacent

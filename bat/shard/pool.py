@@ -1,12 +1,11 @@
-"""Maps a function over many items in several processes, results in order, few in flight.
+"""Maps a function over items in several processes: results in order, few items in flight.
 
-The processes are spawned, not forked: threads and locks of the caller (CUDA, a progress bar) are
-not inherited. They leave Ctrl-C and SIGTERM to the caller, and end with it even if it is killed:
-each has its own pipe, which then closes.
+The processes are spawned, so they inherit neither threads nor locks of the caller, and leave
+signals to it. Each has a pipe of its own, with a thread of the caller at the other end, and ends
+with the caller, which closes it.
 
-Departure from ``concurrent.futures``: its processes wait for work forever when the caller is
-killed (CPython 3.11), and its one result pipe with a thread behind it takes 0.5 ms for a result of
-300 kB.
+Departure from ``ProcessPoolExecutor``, which waits forever for a process that dies while it sends
+its result, and whose processes wait forever for a caller that is killed (CPython 3.11).
 """
 
 from __future__ import annotations
@@ -16,11 +15,12 @@ import os
 import signal
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from itertools import count
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from bat.errors import UserError
@@ -28,10 +28,9 @@ from bat.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-CALLERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that the caller handles, though batch systems send them to all processes."""
 AHEAD = 2  # items in flight for each process: one in work, one waiting
-_END: Any = object()
 
 
 def cores() -> int:
@@ -40,13 +39,7 @@ def cores() -> int:
 
 
 def ordered_map(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    *,
-    jobs: int,
-    progress: bool = False,
-    total: int | None = None,
-    unit: str = "clip",
+    function: Callable[[Item], Result], items: Iterable[Item], *, jobs: int
 ) -> Generator[Result, None, None]:
     """Yields ``function`` of each of ``items``, in their order.
 
@@ -55,11 +48,8 @@ def ordered_map(
 
     Args:
         function: importable by name (or a ``functools.partial`` of such) where ``jobs > 1``.
-        items: taken one by one, at most ``2 * jobs`` ahead of what has been yielded. Small ones
-            (under 64 kB pickled, else two sides of a full pipe could wait for each other).
+        items: taken one by one, at most ``2 * jobs`` ahead of what has been yielded.
         jobs: processes; 1: only the caller's own.
-        progress: show a bar with rate and time left on stderr.
-        total: number of items where they have no length.
 
     Raises:
         UserError: ``jobs`` below 1, or a process that died (killed, or out of memory).
@@ -67,101 +57,75 @@ def ordered_map(
     """
     if jobs < 1:
         raise UserError(f"jobs={jobs}: 1 or more processes")
-    results = map(function, items) if jobs == 1 else _parallel(function, iter(items), jobs)
-    if not progress:
-        return _closing(results)
-    from tqdm import tqdm
+    if jobs == 1:
+        yield from map(function, items)
+        return
+    workers: list[_Worker] = []
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+    threads = ThreadPoolExecutor(jobs)
+    waiting: deque[Future[Result]] = deque()
 
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    return _closing(tqdm(results, total=total, unit=unit), results)
+    def work(item: Item) -> Result:
+        worker = idle.get()
+        try:
+            return worker(item)
+        finally:
+            idle.put(worker)
 
-
-def _closing(
-    shown: Iterable[Result], source: Iterator[Result] | None = None
-) -> Generator[Result, None, None]:
-    """Yields from ``shown``; at any end, also closes its bar and the processes of its source."""
     try:
-        yield from shown
+        for item in items:
+            if len(workers) < jobs:
+                workers.append(_Worker(function))
+                idle.put(workers[-1])
+            waiting.append(threads.submit(work, item))
+            if len(waiting) == AHEAD * jobs:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
-        for it in (shown, source):
-            getattr(it, "close", lambda: None)()
+        for worker in workers:
+            worker.process.kill()
+        threads.shutdown(cancel_futures=True)
+        for worker in workers:
+            worker.process.join()
+            worker.pipe.close()
 
 
 class _Worker:
-    """A process, the caller's end of its pipe, and the numbers of the items it has."""
+    """A process that calls ``function``, and the caller's end of its pipe."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         resource_tracker.ensure_running()  # otherwise it unblocks signals while it starts
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, CALLERS)  # inherited until it ignores them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited by the process
         try:
             self.process.start()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # the process has it now: its death closes the pipe
         self.pipe.send(function)
-        self.items: deque[int] = deque()
 
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
-
-
-def _parallel(
-    function: Callable[[Item], Result], items: Iterator[Item], jobs: int
-) -> Iterator[Result]:
-    workers: list[_Worker] = []
-    done: dict[int, tuple[bool, Any]] = {}  # {number: (success, result or exception)}
-    taken, more = 0, True
-    try:
-        for number in count():
-            while more and taken < number + AHEAD * jobs:
-                item = next(items, _END)
-                more = item is not _END
-                if more:
-                    if taken < jobs:
-                        workers.append(_Worker(function))
-                    worker = min(workers, key=lambda w: len(w.items))
-                    _alive(jobs, worker.pipe.send, item)
-                    worker.items.append(taken)
-                    taken += 1
-            if number == taken:
-                return
-            while number not in done:
-                busy = {w.pipe: w for w in workers if w.items}
-                for pipe in wait(list(busy)):
-                    worker = busy[pipe]  # type: ignore[index]
-                    done[worker.items.popleft()] = _alive(jobs, worker.pipe.recv)
-            good, result = done.pop(number)
-            if not good:
-                raise result
-            yield result
-    finally:
-        for worker in workers:
-            worker.end()
-
-
-def _alive(jobs: int, talk: Callable[..., Any], *said: Any) -> Any:
-    try:
-        return talk(*said)
-    except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-        raise UserError(
-            f"one of the {jobs} worker processes died (killed, or out of memory?): run it again, "
-            f"with fewer jobs if memory is short"
-        ) from error
+    def __call__(self, item: Any) -> Any:
+        try:
+            self.pipe.send(item)
+            good, result = self.pipe.recv()
+        except (EOFError, ConnectionError) as error:
+            raise UserError(
+                "a worker process died (killed, or out of memory?): run it again, with fewer jobs "
+                "if memory is short"
+            ) from error
+        if not good:
+            raise result
+        return result
 
 
 def _serve(pipe: Connection[Any, Any]) -> None:
     """Answers items, in a process of its own, until the caller has ended."""
-    for number in CALLERS:
-        signal.signal(number, signal.SIG_IGN)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # numpy reads it on import, with the function
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    with suppress(EOFError, ConnectionError):
         function = pipe.recv()
         while True:
             item = pipe.recv()

@@ -1,7 +1,7 @@
 """Opens a source of any supported layout as rows: detects it, reads its clips and labels.
 
-``open_rows`` detects the layout of a source, reads it with its module of ``bat.tasks`` (foreign
-shards are read here) and names the labels. Layouts are tested in this order:
+``open_rows`` detects the layout of a source, reads it with its module of ``bat.tasks`` (shards are
+read here) and names the labels. Layouts are tested in this order:
 
 ==========  ============================================================================
 shards      ``.tar``: in the folder or its sub-folders (then these are the splits), a tar, a glob
@@ -17,35 +17,36 @@ folder      any other folder
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bat.data.manifest import Manifest
+from bat.data.sources import find
+from bat.data.table import parse_labels, read_contents, tabulate
+from bat.data.table_sets import joint_vocabulary
+from bat.data.tar import escape_key, sample_key
 from bat.errors import UserError
-from bat.shard import shard_rows
 from bat.tasks import audioset, eat, folder, parquet
 from bat.tasks.base import LeftOut, Row, load_task, read_csv
 from bat.tasks.labels import Labels, Reading, doubts, held_out_alone, labels_of, named
 
+SPLIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
+"""A split that can be the name of a folder."""
+
 
 @dataclass(frozen=True)
-class Rows:
-    """The clips of a source."""
+class Rows(Reading):
+    """The clips of a source. ``vocabulary`` is that of the whole source, whatever ``split``;
+    ``left_out`` is of ``split`` alone."""
 
-    rows: list[Row]
-    vocabulary: list[str]
-    """Class names in the order of their indices; of the whole source, whatever ``split``."""
-    kind: str
+    kind: str = ""
     """``folder, csv, audioset, eat, parquet, shards``, or the task that read it."""
-    notes: list[str]
-    """Notes for the user on how it was read."""
-    left_out: list[LeftOut] = field(default_factory=list)
-    """Clips that the source lists and does not hold; only those of ``split`` if it is given."""
 
 
 def open_rows(
@@ -73,37 +74,51 @@ def open_rows(
         if not glob.has_magic(str(source)) and "{" not in str(source):
             raise UserError(f"{source} does not exist: give a folder, a CSV, parquet or shards")
     kind = detect(source) if task is None else task
-    names = labels_of(labels) if labels is not None else None
-    if kind in _READERS:
-        found = _READERS[kind](source, names, split)
-        kind = "csv" if kind == "folder" and source.is_file() else kind
-    else:
-        own = load_task(kind)
-        rows, vocabulary = own.read(source)
-        found = Reading(rows, vocabulary, []) if names is None else named(rows, names, source)
-        found = replace(found, left_out=own.left_out(source) if own.left_out else [])
+    found = _read(source, kind, labels_of(labels) if labels is not None else None, split)
+    if kind == "folder" and source.is_file():
+        kind = "csv"
     notes = found.notes + _layout_notes(source, kind, task) + doubts(found.vocabulary)
-    notes += held_out_alone(found.rows) + _twin_names(found.rows)
+    notes += held_out_alone(found.rows) + _unicode_notes(found.rows)
     rows, left_out = found.rows, found.left_out
-    for name in sorted({row.split for row in rows if row.split is not None}):
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name, re.ASCII):
+    splits = sorted({row.split for row in rows if row.split is not None})
+    for name in splits:
+        if not SPLIT_NAME.fullmatch(name):
             raise UserError(
                 f"{source}: split {name!r} cannot be the name of a folder: use letters, digits, "
                 f"_, - and dots"
             )
     if split is not None:
-        known = sorted({row.split for row in rows if row.split is not None})
-        if split not in known and folder.split_of(split) in known:
+        if split not in splits and folder.split_of(split) in splits:
             split = folder.split_of(split)  # the name of the folder's split
         rows = [row for row in rows if row.split == split]
         left_out = [entry for entry in left_out if entry.split in (None, split)]
         if not rows:
-            raise UserError(
-                f"{source} has no split {split!r}: it has {', '.join(known) or 'no splits'}"
-            )
+            known = ", ".join(splits) or "no splits"
+            raise UserError(f"{source} has no split {split!r}: it has {known}")
     if not rows:
         raise UserError(f"{source} holds no clips")
-    return Rows(_unique(rows, source), found.vocabulary, kind, notes, left_out)
+    return Rows(_unique(rows, source), found.vocabulary, notes, left_out, kind)
+
+
+def _read(source: Path, kind: str, labels: Labels | None, split: str | None) -> Reading:
+    """Reads ``source`` as ``kind``; ``split`` spares EAT's manifests of other splits."""
+    if kind == "shards":
+        return _read_shards(source, labels)
+    if kind == "audioset":
+        return audioset.read(source, labels)
+    if kind == "eat":
+        return eat.read(source, labels, split=split)
+    if kind in ("folder", "csv"):
+        return folder.read(source, labels)
+    if kind == "parquet":
+        paths = None if source.exists() else [Path(p) for p in sorted(glob.glob(str(source)))]
+        if paths == []:
+            raise UserError(f"no parquet file at {source}")
+        return parquet.read(source, labels, paths=paths)
+    task = load_task(kind)
+    rows, vocabulary = task.read(source)
+    found = Reading(rows, vocabulary, []) if labels is None else named(rows, labels, source)
+    return replace(found, left_out=task.left_out(source) if task.left_out else [])
 
 
 def detect(source: Path) -> str:
@@ -112,28 +127,27 @@ def detect(source: Path) -> str:
         return "parquet" if source.suffix == ".parquet" else "shards"
     if source.is_file() and source.suffix.lower() in (".tar", ".gz", ".tgz"):
         return "shards"
-    held = _held(source) if source.is_dir() else set()
-    if {"tar", "*/tar"} & held:
+    depths = _depths(source) if source.is_dir() else set()
+    if {("tar", 0), ("tar", 1)} & depths:
         return "shards"
     if audioset.segment_tables(source):
         return "audioset"
     if source.suffix.lower() == ".tsv" or eat.manifests(source):
         return "eat"
-    if source.suffix.lower() == ".parquet" or {"parquet", "*/parquet", "*/*/parquet"} & held:
+    if source.suffix.lower() == ".parquet" or any(suffix == "parquet" for suffix, _ in depths):
         return "parquet"
     return _published(source) or "folder"
 
 
-def _held(root: Path) -> set[str]:
-    """Returns where ``tar`` and ``parquet`` files lie: in ``root`` (``tar``), below (``*/tar``,
-    ...)."""
+def _depths(root: Path) -> set[tuple[str, int]]:
+    """Returns ``(suffix, folders below root)`` of the ``tar`` and ``parquet`` files, to depth 2."""
     found = set()
     for place, names, files in os.walk(root, followlinks=True):  # two levels: links cannot loop
         depth = len(Path(place).relative_to(root).parts)
         names[:] = [n for n in names if not n.startswith(".")] if depth < 2 else []
         for suffix in ("tar", "parquet"):
             if any(n.endswith(f".{suffix}") and n[0] != "." for n in files):
-                found.add("*/" * depth + suffix)
+                found.add((suffix, depth))
     return found
 
 
@@ -156,7 +170,7 @@ def _layout_notes(source: Path, kind: str, task: str | None) -> list[str]:
     """Returns notes on label files in a folder that were found, or were not used."""
     if kind in ("esc50", "esc10") and task is None:
         return [f"labels and folds are those of task {kind}; --task folder reads it plainly"]
-    if kind != "folder" or not source.is_dir():
+    if kind != "folder":
         return []
     for name in ("meta/esc50.csv", "meta.csv"):
         if (source / name).is_file():
@@ -169,7 +183,7 @@ def _layout_notes(source: Path, kind: str, task: str | None) -> list[str]:
     return []
 
 
-def _twin_names(rows: list[Row]) -> list[str]:
+def _unicode_notes(rows: list[Row]) -> list[str]:
     """Returns a note if keys differ only in Unicode form (an accent as a character of its own)."""
     keys: dict[str, str] = {}
     for row in rows:
@@ -182,9 +196,7 @@ def _twin_names(rows: list[Row]) -> list[str]:
 def _unique(rows: list[Row], source: Path) -> list[Row]:
     """Returns ``rows``; adds split and shard in front of a key that several files have."""
     count = Counter(row.key for row in rows)
-    if len(count) == len(rows):
-        return rows
-    files: set[tuple[Any, ...]] = set()
+    files: set[tuple[object, ...]] = set()
     keys: set[str] = set()
     found = []
     for row in rows:
@@ -205,20 +217,58 @@ def _unique(rows: list[Row], source: Path) -> list[Row]:
     return found
 
 
-def _parquet(source: Path, labels: Labels | None, split: str | None) -> Reading:
-    if source.exists():
-        return parquet.read(source, labels)
-    paths = [Path(path) for path in sorted(glob.glob(str(source)))]
-    if not paths:
-        raise UserError(f"no parquet file at {source}")
-    return parquet.read(source, labels, paths=paths)
+def _read_shards(source: Path, labels: Labels | None) -> Reading:
+    """Returns the clips of local WebDataset shards, each a span of its tar.
+
+    From a clip's JSON it reads the labels (``parse_labels``), ``mid``, ``id``, ``fold``, ``split``,
+    ``start_seconds``, ``events``, ``text``; other fields are dropped.
+
+    Raises:
+        UserError: no shards, no audio in them, an unknown label, manifests that disagree.
+    """
+    rows: list[Row] = []
+    left_out: list[LeftOut] = []
+    tables = []
+    shards = [(Path(shard.place), folder.split_of(shard.split) or None) for shard in find(source)]
+    for tar, split in shards:
+        contents = read_contents(tar)
+        tables.append(tabulate(contents))
+        left_out += [
+            LeftOut(sample_key(name), f"{tar.name}/{name}", why, split)
+            for name, why in contents.left_out.items()
+        ]
+        for key, (member, suffix) in contents.audio.items():
+            row = _row_of(contents.metas.get(key, {}), key, split)
+            span = (member.offset, member.size)
+            rows.append(replace(row, path=tar, span=span, codec=suffix))
+    if not rows:
+        raise UserError(f"{source}: its {len(shards)} shards hold no audio")
+    found = named(rows, labels, shards[0][0].parent)
+    if found.rows is rows:  # the names are those of the shards
+        manifests = [Manifest.load(place) for place in dict.fromkeys(t.parent for t, _ in shards)]
+        given = [m.vocabulary for m in manifests if m is not None and m.vocabulary]
+        found = replace(found, vocabulary=joint_vocabulary(tables, given))
+    reasons = Counter(entry.reason for entry in left_out).most_common()
+    notes = [f"{n} members of the shards left out: {reason}" for reason, n in reasons]
+    return replace(found, notes=notes + found.notes, left_out=left_out)
 
 
-_READERS: dict[str, Callable[[Path, Labels | None, str | None], Reading]] = {
-    "shards": lambda source, labels, split: shard_rows.read(source, labels),
-    "audioset": lambda source, labels, split: audioset.read(source, labels),
-    "eat": lambda source, labels, split: eat.read(source, labels, split=split),
-    "parquet": _parquet,
-    "folder": lambda source, labels, split: folder.read(source, labels),
-    "csv": lambda source, labels, split: folder.read(source, labels),
-}
+def _row_of(meta: dict[str, Any], key: str, split: str | None) -> Row:
+    """Returns a row with the fields of a clip's JSON, those of another type left away."""
+    name, fold, mids = meta.get("id"), meta.get("fold"), meta.get("mid")
+    labels = tuple(label for label, _ in parse_labels(meta))
+    mids = tuple(x for x in (mids if isinstance(mids, list) else [mids]) if isinstance(x, str))
+    start = meta.get("start_seconds", 0.0)
+    if not isinstance(start, (int, float)) or not math.isfinite(start) or start < 0:
+        start = 0.0
+    return Row(
+        path=Path(),
+        key=name if isinstance(name, str) and escape_key(name) == key else key,
+        labels=labels,
+        fold=fold if isinstance(fold, int) and 0 <= fold < 1 << 15 else None,
+        split=meta["split"] if isinstance(meta.get("split"), str) else split,
+        start_seconds=float(start),
+        mids=mids if len(mids) == len(labels) else (),
+        events=tuple(meta["events"]) if "events" in meta else None,
+        text=meta.get("text"),
+    )

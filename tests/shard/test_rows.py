@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import json
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from bat.errors import UserError
 from bat.shard.rows import detect, open_rows
 from bat.tasks.base import LeftOut, load_task
 from bat.tasks.parquet import parquet_files
+from tests.shard.files import write_tar
 
 
 def lay(root: Path, files: dict[str, str]) -> Path:
@@ -25,17 +23,6 @@ def lay(root: Path, files: dict[str, str]) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     return root
-
-
-def tar(path: Path, members: dict[str, bytes | dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as file:
-        for name, data in members.items():
-            data = data if isinstance(data, bytes) else json.dumps(data).encode()
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-    return path
 
 
 SEGMENTS = '# Segments\n# num\n# YTID, start\nabc, 30.000, 40.000, "/m/1"\n'
@@ -63,7 +50,7 @@ META = "filename,fold,category\n" + "".join(
         ({".cache/x.tar": "", ".hidden.parquet": "", "a.wav": ""}, "folder"),
     ],
 )
-def test_what_a_folder_is_taken_for(tmp_path: Path, files: dict[str, str], kind: str) -> None:
+def test_detect__folder(tmp_path: Path, files: dict[str, str], kind: str) -> None:
     assert detect(lay(tmp_path, files)) == kind
 
 
@@ -81,13 +68,13 @@ def test_what_a_folder_is_taken_for(tmp_path: Path, files: dict[str, str], kind:
         ("none-*.parquet", "parquet"),
     ],
 )
-def test_what_a_file_or_a_pattern_is_taken_for(tmp_path: Path, name: str, kind: str) -> None:
+def test_detect__file_or_pattern(tmp_path: Path, name: str, kind: str) -> None:
     if "none" not in name:
         lay(tmp_path, {name: ""})
     assert detect(tmp_path / name) == kind
 
 
-def test_a_csv_with_mids_numbers_and_names(tmp_path: Path) -> None:
+def test_open_rows__csv_with_mids_numbers_and_names(tmp_path: Path) -> None:
     text = "path,labels,split\na.wav,/m/1;0,train\nb.wav,Speech,test\n"
     lay(tmp_path, {"clips.csv": text, "a.wav": "a", "b.wav": "bb", "classes.csv": CLASSES})
     found = open_rows(tmp_path / "clips.csv", labels=tmp_path / "classes.csv")
@@ -106,7 +93,7 @@ def test_a_csv_with_mids_numbers_and_names(tmp_path: Path) -> None:
         open_rows(tmp_path / "clips.csv", labels=tmp_path / "classes.csv")
 
 
-def test_audioset_and_another_label_file(tmp_path: Path) -> None:
+def test_open_rows__audioset_with_another_label_file(tmp_path: Path) -> None:
     lay(tmp_path, {"eval_segments.csv": SEGMENTS, "x/Yabc.wav": ""})
     with pytest.raises(UserError, match=r"class_labels_indices\.csv does not exist"):
         open_rows(tmp_path)
@@ -118,7 +105,7 @@ def test_audioset_and_another_label_file(tmp_path: Path) -> None:
     ]
 
 
-def test_published_layouts_are_used_unless_told_otherwise(tmp_path: Path) -> None:
+def test_open_rows__published_layouts_are_used_unless_told_otherwise(tmp_path: Path) -> None:
     names = [line.split(",")[0] for line in META.splitlines()[1:]]
     lay(tmp_path, {"meta.csv": META} | {f"audio/{name}": "" for name in names})
     found = open_rows(tmp_path)
@@ -135,7 +122,7 @@ def test_published_layouts_are_used_unless_told_otherwise(tmp_path: Path) -> Non
     assert found.vocabulary[0] == "sneezing"
 
 
-def test_a_csv_that_lies_in_the_folder_is_pointed_at(tmp_path: Path) -> None:
+def test_open_rows__csv_in_the_folder_is_pointed_at(tmp_path: Path) -> None:
     lay(tmp_path, {"clips.csv": "\ufeffpath, label\na.wav,x\n", "a.wav": ""})
     assert "clips.csv lists files: give it as the source" in open_rows(tmp_path).notes[0]
 
@@ -148,9 +135,9 @@ CONFIT: dict[str, bytes | dict[str, Any]] = {
 }
 
 
-def test_confit_shards_with_splits_in_folders(tmp_path: Path) -> None:
-    tar(tmp_path / "train/shard-00000.tar", CONFIT)
-    tar(tmp_path / "test/shard-00000.tar", {"Yc.wav": b"RIFFc", "Yc.json": {"label_id": [0]}})
+def test_open_rows__confit_shards_with_splits_in_folders(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train/shard-00000.tar", CONFIT)
+    write_tar(tmp_path / "test/shard-00000.tar", {"Yc.wav": b"RIFFc", "Yc.json": {"label_id": [0]}})
     found = open_rows(tmp_path, split="train")
     assert found.kind == "shards"
     assert [(r.key, r.labels, r.split, r.suffix, read_row(r)) for r in found.rows] == [
@@ -166,7 +153,7 @@ def test_confit_shards_with_splits_in_folders(tmp_path: Path) -> None:
     assert [r.labels for r in found.rows] == [("Speech",), ("Dog", "Speech"), ("Dog",)]
 
 
-def test_our_own_fields_and_laions(tmp_path: Path) -> None:
+def test_open_rows__fields_of_our_shards_and_laions(tmp_path: Path) -> None:
     meta = {
         "id": "song.v3",
         "label": ["Dog"],
@@ -177,7 +164,7 @@ def test_our_own_fields_and_laions(tmp_path: Path) -> None:
     }
     key = escape_key("song.v3")
     laion = {"text": ["a bark"], "tag": [], "original_data": {"class_labels": ["Bark"]}}
-    tar(
+    write_tar(
         tmp_path / "a.tar",
         {
             f"{key}.flac": b"fLaC",
@@ -202,9 +189,9 @@ def test_our_own_fields_and_laions(tmp_path: Path) -> None:
     assert first.name == "a.tar/song.v3"
 
 
-def test_splits_of_folders_by_either_name(tmp_path: Path) -> None:
+def test_open_rows__splits_of_folders_by_either_name(tmp_path: Path) -> None:
     for folder in ("training", "Dev", "other"):
-        tar(tmp_path / folder / "s.tar", {f"{folder}.flac": b"x", f"{folder}.m4a": b"y"})
+        write_tar(tmp_path / folder / "s.tar", {f"{folder}.flac": b"x", f"{folder}.m4a": b"y"})
     found = open_rows(tmp_path)
     assert {r.key: r.split for r in found.rows} == {
         "training": "train",
@@ -219,10 +206,10 @@ def test_splits_of_folders_by_either_name(tmp_path: Path) -> None:
         open_rows(tmp_path, split="eval")
 
 
-def test_keys_of_several_shards_are_told_apart(tmp_path: Path) -> None:
+def test_open_rows__keys_of_several_shards_are_told_apart(tmp_path: Path) -> None:
     for split in ("train", "test"):
         for i in range(2):
-            tar(tmp_path / split / f"s{i}.tar", {"0.flac": b"x", f"{split}{i}.flac": b"y"})
+            write_tar(tmp_path / split / f"s{i}.tar", {"0.flac": b"x", f"{split}{i}.flac": b"y"})
     keys = [row.key for row in open_rows(tmp_path).rows]
     assert keys == [
         "test__s0__0",
@@ -239,8 +226,8 @@ def test_keys_of_several_shards_are_told_apart(tmp_path: Path) -> None:
         open_rows(tmp_path / "clips.csv")
 
 
-def test_shards_and_parquet_in_linked_folders_are_seen(tmp_path: Path) -> None:
-    tar(tmp_path / "disk/s.tar", {"0.flac": b"x"})
+def test_open_rows__shards_and_parquet_in_linked_folders(tmp_path: Path) -> None:
+    write_tar(tmp_path / "disk/s.tar", {"0.flac": b"x"})
     (tmp_path / "set").mkdir()
     (tmp_path / "set/train").symlink_to("../disk")
     found = open_rows(tmp_path / "set")
@@ -250,8 +237,8 @@ def test_shards_and_parquet_in_linked_folders_are_seen(tmp_path: Path) -> None:
     assert parquet_files(tmp_path / "set") == [tmp_path / "set/train/s.parquet"]
 
 
-def test_a_split_that_could_leave_the_folder_is_refused(tmp_path: Path) -> None:
-    tar(tmp_path / "a.tar", {"0.flac": b"x", "0.json": {"split": "../../etc"}})
+def test_open_rows__split_that_could_leave_the_folder_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"0.flac": b"x", "0.json": {"split": "../../etc"}})
     with pytest.raises(UserError, match=r"split '\.\./\.\./etc' cannot be the name of a folder"):
         open_rows(tmp_path)
 
@@ -266,7 +253,7 @@ def test_a_split_that_could_leave_the_folder_is_refused(tmp_path: Path) -> None:
         ("x-*.parquet", "no parquet file at"),
     ],
 )
-def test_nothing_there(
+def test_open_rows__missing_source_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, says: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -274,13 +261,13 @@ def test_nothing_there(
         open_rows(Path(name))
 
 
-def test_shards_without_audio(tmp_path: Path) -> None:
-    tar(tmp_path / "a.tar", {"0.txt": b"x"})
+def test_open_rows__shards_without_audio_are_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"0.txt": b"x"})
     with pytest.raises(UserError, match="its 1 shards hold no audio"):
         open_rows(tmp_path)
 
 
-def test_no_torch_and_no_pyarrow_until_they_are_needed() -> None:
+def test_import__loads_no_torch_and_no_pyarrow() -> None:
     code = (
         "import sys, bat.shard.rows, bat.shard.assign; "
         "sys.exit(', '.join({'torch', 'pyarrow', 'webdataset'} & set(sys.modules)) or 0)"
@@ -289,7 +276,7 @@ def test_no_torch_and_no_pyarrow_until_they_are_needed() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_classes_of_the_test_split_alone_and_odd_names_are_said(tmp_path: Path) -> None:
+def test_open_rows__notes_on_classes(tmp_path: Path) -> None:
     text = "path,label,split\na.wav,Dog,train\nb.wav,dog,train\nc.wav,cow,test\n"
     source = lay(tmp_path, {"x.csv": text, "a.wav": "", "b.wav": "", "c.wav": ""})
     notes = " ".join(open_rows(source / "x.csv").notes)
@@ -298,7 +285,7 @@ def test_classes_of_the_test_split_alone_and_odd_names_are_said(tmp_path: Path) 
     assert "'cow'" in notes
 
 
-def test_folder_names_that_become_labels_are_said(tmp_path: Path) -> None:
+def test_open_rows__notes_on_folder_names(tmp_path: Path) -> None:
     source = lay(tmp_path, {"2021-05/a.wav": "", "nan/b.wav": "", "site/\u00e9.wav": ""})
     (source / "site/e\u0301.wav").touch()
     found = open_rows(source)

@@ -1,11 +1,9 @@
-"""``verify``: each kind of damage is found, named, and nothing else is."""
+"""``verify``: each kind of damage is found and named, and nothing else is."""
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,59 +11,34 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bat.audio.decode import encode
-from bat.data.manifest import Manifest
+from bat.audio.encode import encode
 from bat.data.table import ShardTable
 from bat.errors import UserError
 from bat.shard import verify as verify_module
-from bat.shard.findings import Report
-from bat.shard.verify import verify
+from bat.shard.verify import Report, verify
 from bat.shard.write import write_shards
-from bat.tasks.base import Row
+from tests.shard.files import RATE, audio, noise, read_tar, recording, write_tar
 
-RATE = 16_000
 Members = dict[str, bytes]
-
-
-def noise(seed: int, seconds: float = 0.2, level: float = 0.3) -> np.ndarray:
-    return np.random.default_rng(seed).uniform(-level, level, round(seconds * RATE))
-
-
-def wav(seed: int, **how: float) -> bytes:
-    return encode(noise(seed, **how), sample_rate=RATE, codec="wav")
-
-
-def write_tar(path: Path, members: Members) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def read_tar(path: Path) -> Members:
-    with tarfile.open(path) as tar:
-        return {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
+SILENCE = encode(np.zeros(3200), sample_rate=RATE, codec="wav")
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     """Twelve clips k0 .. k11 of two classes and two folds in three shards."""
-    rows = []
-    for i in range(12):
-        path = tmp_path / f"in/k{i}.wav"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(wav(i))
-        rows.append(Row(path, f"k{i}", ("cat",) if i % 2 else ("dog",), fold=1 + i // 6))
+    rows = [
+        recording(
+            tmp_path / f"in/k{i}.wav", noise(i), labels=(("dog", "cat")[i % 2],), fold=1 + i // 6
+        )
+        for i in range(12)
+    ]
     manifest = write_shards(rows, tmp_path / "s", shard_bytes=40_000)
     assert [s.clips for s in manifest.shards] == [4, 4, 4]
     return tmp_path / "s"
 
 
 def edit(tar: Path, change: Callable[[Members], object]) -> None:
-    """Rewrite a tar, and its entry in the manifest and its table, as one who hides it would."""
+    """Rewrites a tar with other members."""
     members = read_tar(tar)
     change(members)
     write_tar(tar, members)
@@ -79,29 +52,20 @@ def found(report: Report, kind: str) -> dict[str, str]:
     return {p.key: p.why for p in report.problems if p.kind == kind}
 
 
-def test_good_shards_are_fit_whatever_the_number_of_jobs(shards: Path) -> None:
-    one, two = verify(shards), verify(shards, jobs=2)
-    assert one == two
-    assert one.ok
-    assert (one.shards, one.hashed, one.clips, one.problems) == (3, 3, 12, [])
-    assert one.seconds == pytest.approx(2.4)
-    assert sum(one.counts.values()) == 0
-
-
-def test_parts_of_a_shard_are_put_together(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    edit(shards / "shard-00001.tar", lambda m: m.update({"k7.wav": wav(1)}))
-    whole = verify(shards)
-    monkeypatch.setattr(verify_module, "PART_BYTES", 5_000)
-    assert len(list(verify_module._parts([shards / "shard-00000.tar"]))) > 5
-    assert verify(shards).json() == whole.json()
-    assert found(whole, "duplicate") == {
-        "k7": "the same audio as shard-00000.tar/k1 (leak: folds 1 and 2)"
-    }
+def test_verify__good_shards_are_fit_and_unchanged(shards: Path) -> None:
+    before = {p.name: p.read_bytes() for p in shards.iterdir()}
+    report = verify(shards)
+    assert report == verify(shards, jobs=2)
+    assert report.ok
+    assert (report.shards, report.hashed, report.clips, report.problems) == (3, 3, 12, [])
+    assert report.seconds == pytest.approx(2.4)
+    assert sum(report.counts.values()) == 0
+    assert {p.name: p.read_bytes() for p in shards.iterdir()} == before
 
 
 @pytest.mark.parametrize("codec", ["flac", "wav", "ogg"])
-def test_a_cut_clip_is_corrupt(shards: Path, codec: str) -> None:
-    data = encode(noise(1, seconds=2), sample_rate=RATE, codec=codec)  # type: ignore[arg-type]
+def test_verify__cut_clip_is_corrupt(shards: Path, codec: str) -> None:
+    data = audio(1, seconds=2, codec=codec)
 
     def change(m: Members) -> None:
         del m["k1.wav"]
@@ -116,26 +80,26 @@ def test_a_cut_clip_is_corrupt(shards: Path, codec: str) -> None:
     assert report.counts["label"] == report.counts["silent"] == 0
 
 
-def test_silent_and_nearly_silent(shards: Path) -> None:
+def test_verify__silent_clips_are_reported_and_no_duplicates(shards: Path) -> None:
     def change(m: Members) -> None:
-        m["k0.wav"] = encode(np.zeros(3200), sample_rate=RATE, codec="wav")
-        m["k1.wav"] = wav(1, level=0.0009)
-        m["k2.wav"] = wav(2, level=0.0012)
-        m["k3.wav"] = m["k0.wav"]  # silence is no duplicate of silence
+        m["k0.wav"] = m["k3.wav"] = SILENCE
+        m["k1.wav"] = audio(1, level=0.0009)
+        m["k2.wav"] = audio(2, level=0.0012)
 
     edit(shards / "shard-00000.tar", change)
     report = verify(shards)
-    assert list(found(report, "silent")) == ["k0", "k1", "k3"]
-    assert found(report, "silent")["k0"] == "peak all zeros"
-    assert found(report, "silent")["k1"] == "peak -61 dBFS"
+    assert found(report, "silent") == {
+        "k0": "peak all zeros",
+        "k1": "peak -61 dBFS",
+        "k3": "peak all zeros",
+    }
     assert report.counts["duplicate"] == 0
 
 
-def test_twins_in_another_codec_with_another_label(shards: Path) -> None:
+def test_verify__duplicate_in_another_codec_with_another_label(shards: Path) -> None:
     def change(m: Members) -> None:
-        flac = encode(noise(9), sample_rate=RATE, codec="flac")
         del m["k2.wav"]
-        m["k2.flac"] = flac  # k9's audio, a cat's; k2 is a dog
+        m["k2.flac"] = audio(9, codec="flac")  # k9's audio, a cat's; k2 is a dog
 
     edit(shards / "shard-00000.tar", change)
     report = verify(shards)
@@ -145,21 +109,41 @@ def test_twins_in_another_codec_with_another_label(shards: Path) -> None:
     assert not report.ok
 
 
-def test_wrong_labels_are_named(shards: Path) -> None:
-    def change(m: Members) -> None:
+def test_verify__duplicates_of_one_label_are_fit(tmp_path: Path) -> None:
+    members: dict[str, Any] = {f"{key}.wav": audio(1) for key in "abc"} | {"d.wav": audio(2)}
+    members |= {f"{key}.json": {"label": ["x", "y"]} for key in "acd"}
+    members["b.json"] = {"label": ["y", "x", "y"]}
+    write_tar(tmp_path / "s.tar", members)
+    report = verify(tmp_path)
+    assert found(report, "duplicate") == dict.fromkeys("bc", "the same audio as s.tar/a")
+    assert report.ok
+    assert report.hashed == 0
+
+
+def test_verify__same_key_or_audio_in_two_splits_leaks(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train/s.tar", {"a.wav": audio(1), "b.wav": audio(3)})
+    write_tar(tmp_path / "test/s.tar", {"a.wav": audio(2), "b.wav": audio(3)})
+    assert [p[1:] for p in verify(tmp_path).problems] == [
+        ("train/s.tar", "b", "the same audio as test/s.tar/b (leak: splits test and train)"),
+        ("train/s.tar", "a", "the key is taken by test/s.tar/a (leak: splits test and train)"),
+    ]
+
+
+def test_verify__wrong_labels_and_lengths_are_named(shards: Path) -> None:
+    def labels(m: Members) -> None:
         meta(m, "k0", label=["wolf"])
         meta(m, "k1", label_id=[1])
         meta(m, "k2", label=["dog", "cat"], label_id=[1])
         meta(m, "k3", label=[], label_id=[])
 
-    def numbers(m: Members) -> None:
+    def lengths(m: Members) -> None:
         meta(m, "k4", num_samples=3000)
         meta(m, "k5", sample_rate=8000, num_samples=1600)
         meta(m, "k6", num_samples="many")
         m["k7.json"] = b"no JSON"
 
-    edit(shards / "shard-00000.tar", change)
-    edit(shards / "shard-00001.tar", numbers)
+    edit(shards / "shard-00000.tar", labels)
+    edit(shards / "shard-00001.tar", lengths)
     report = verify(shards)
     assert found(report, "label") == {
         "k0": "label 'wolf' is not in the vocabulary",
@@ -175,11 +159,30 @@ def test_wrong_labels_are_named(shards: Path) -> None:
     assert report.counts["corrupt"] == 0
 
 
-def test_a_changed_shard_fails_its_hash(shards: Path) -> None:
+def test_verify__without_vocabulary_the_majority_numbers_the_labels(tmp_path: Path) -> None:
+    labels = [("a", 0), ("a", 0), ("a", 5), ("b", 1), ("b", 1), ("c", 1), ("d", 3)]
+    members: dict[str, Any] = {}
+    for i, (label, number) in enumerate(labels):
+        members |= {f"{i}.wav": audio(i), f"{i}.json": {"label": [label], "label_id": [number]}}
+    write_tar(tmp_path / "s.tar", members)
+    report = verify(tmp_path)
+    assert found(report, "label") == {
+        "2": "label_id 5 for 'a', mostly 0",
+        "5": "label_id 1 for 'c' and 'b'",
+    }
+    assert not report.ok
+
+
+def test_verify__few_labelled_clips_are_no_fault(tmp_path: Path) -> None:
+    members = {"a.wav": audio(1), "a.json": {"label": "x"}, "b.wav": audio(2), "c.wav": audio(3)}
+    write_tar(tmp_path / "s.tar", members)
+    assert verify(tmp_path).problems == []
+
+
+def test_verify__changed_bit_fails_the_hash(shards: Path) -> None:
     path = shards / "shard-00002.tar"
     data = bytearray(path.read_bytes())
-    at = data.index(b"RIFF") + 2000
-    data[at] ^= 1  # one bit of one sample
+    data[data.index(b"RIFF") + 2000] ^= 1
     path.write_bytes(data)
     report = verify(shards)
     assert [p[1:] for p in report.problems] == [
@@ -188,9 +191,9 @@ def test_a_changed_shard_fails_its_hash(shards: Path) -> None:
     assert not report.ok
 
 
-def test_missing_foreign_and_cut_shards(shards: Path) -> None:
+def test_verify__missing_unlisted_and_cut_shards_are_named(shards: Path) -> None:
     (shards / "shard-00000.tar").unlink()
-    write_tar(shards / "shard-00007.tar", {"x.wav": wav(77)})
+    write_tar(shards / "shard-00007.tar", {"x.wav": audio(77)})
     cut = shards / "shard-00001.tar"
     cut.write_bytes(cut.read_bytes()[:20_000])
     (shards / "shard-00002.tar").write_bytes(b"x" * 5000)
@@ -208,7 +211,7 @@ def test_missing_foreign_and_cut_shards(shards: Path) -> None:
     assert found(report, "corrupt") == {"k6.wav": "cut short: the tar ends before it"}
 
 
-def test_a_table_that_lies_is_found(shards: Path) -> None:
+def test_verify__untrue_table_is_found(shards: Path) -> None:
     tar = shards / "shard-00000.tar"
     table = ShardTable.load(tar.with_suffix(".idx.npz"), tar)
     assert table is not None
@@ -219,12 +222,10 @@ def test_a_table_that_lies_is_found(shards: Path) -> None:
     ]
 
 
-def test_a_manifest_that_lies_is_found(shards: Path) -> None:
+def test_verify__untrue_manifests_are_found(shards: Path, tmp_path: Path) -> None:
     text = (shards / "manifest.json").read_text()
-    told = json.loads(text)
-    told["label_counts"] = [7, 5]
-    told["folds"] = {"1": 12}
-    (shards / "manifest.json").write_text(json.dumps(told))
+    changed = json.loads(text) | {"label_counts": [7, 5], "folds": {"1": 12}}
+    (shards / "manifest.json").write_text(json.dumps(changed))
     assert {p.why for p in verify(shards).problems} == {
         "its label_counts are not those of the clips",
         "its folds are not those of the clips",
@@ -233,13 +234,9 @@ def test_a_manifest_that_lies_is_found(shards: Path) -> None:
     [problem] = verify(shards).problems
     assert (problem.kind, problem.shard) == ("shard", "manifest.json")
     assert "is damaged" in problem.why
-
-
-def test_sub_folders_with_one_vocabulary(shards: Path, tmp_path: Path) -> None:
+    (shards / "manifest.json").write_text(text)
     shutil.move(shards, tmp_path / "all/train")
-    other = tmp_path / "b.wav"
-    other.write_bytes(wav(50))
-    write_shards([Row(other, "b", ("bee",))], tmp_path / "all/test")
+    write_shards([recording(tmp_path / "b.wav", noise(50), labels=("bee",))], tmp_path / "all/test")
     report = verify(tmp_path / "all")
     assert (report.shards, report.clips) == (4, 13)
     assert [(p.shard, p.why) for p in report.problems if p.kind == "shard"] == [
@@ -247,13 +244,21 @@ def test_sub_folders_with_one_vocabulary(shards: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_nothing_there_is_a_mistake(tmp_path: Path) -> None:
+def test_verify__folder_without_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no"):
         verify(tmp_path)
 
 
-def test_manifest_survives(shards: Path) -> None:
-    before = {p.name: p.read_bytes() for p in shards.iterdir()}
-    verify(shards)
-    assert {p.name: p.read_bytes() for p in shards.iterdir()} == before
-    assert Manifest.load(shards) is not None
+def test_report__keeps_the_first_findings_and_counts_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_module, "KEPT", 2)
+    members = {f"a{i}.wav": audio(1) for i in range(6)} | {f"z{i}.wav": SILENCE for i in range(4)}
+    write_tar(tmp_path / "s.tar", members)
+    report = verify(tmp_path)
+    assert (report.counts["duplicate"], report.counts["silent"]) == (5, 4)
+    assert list(found(report, "duplicate")) == ["a1", "a2"]
+    assert list(found(report, "silent")) == ["z0", "z1"]
+    read = json.loads(report.json())
+    assert (read["counts"]["duplicate"], len(read["problems"]), read["ok"]) == (5, 4, True)
+    assert "  ... and 3 more (--json FILE lists them)" in report.text()

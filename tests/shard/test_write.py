@@ -1,69 +1,52 @@
-"""Shards: the format, that it is the same twice, atomic, and honest about what it left out."""
+"""``write_shards``: the format, that it is the same twice, and what the manifest says."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 
-from bat.audio.decode import decode, encode, probe
+from bat.audio.decode import decode
 from bat.data.index import open_index
 from bat.data.manifest import Manifest
-from bat.data.table import scan
 from bat.data.tar import escape_key
 from bat.errors import UserError
 from bat.shard.rows import open_rows
 from bat.shard.write import write_shards
-from bat.tasks.base import Row, load_task
+from bat.tasks.base import LeftOut, Row, load_task
+from tests.shard.files import audio, clips, contents, noise, read_tar, recording, write_tar
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """Names and hashes; of a table all but the time of its tar."""
-
-    def told(path: Path) -> bytes:
-        if path.suffix != ".npz":
-            return path.read_bytes()
-        with np.load(path) as file:
-            head = json.loads(file["head"].tobytes())
-            assert head.pop("mtime_ns") > 0
-            arrays = [file[name].tobytes() for name in ("clips", "labels", "keys")]
-        return b"\0".join([json.dumps(head).encode(), *arrays])
-
-    return {p.name: hashlib.sha256(told(p)).hexdigest() for p in folder.iterdir()}
-
-
-def wave_file(path: Path, *, frames: int = 800, rate: int = 16_000, codec: str = "wav") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tone = np.sin(np.arange(frames) * 0.05 + len(path.name)) * 0.5
-    path.write_bytes(encode(tone, sample_rate=rate, codec=codec))  # type: ignore[arg-type]
-    return path
-
-
-def packed(root: Path, out: Path) -> Path:
-    """The files below ``root`` as shards in ``out``."""
-    found, names = load_task("folder").read(root)
-    write_shards(found, out, vocabulary=names)
-    return out
+def packed(root: Path, out: Path) -> Manifest:
+    """Writes the files below ``root`` as shards in ``out``."""
+    rows, names = load_task("folder").read(root)
+    return write_shards(rows, out, vocabulary=names)
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> list[Row]:
-    names = ["a", "song.v3", "song.v4", "ü/ß", "b"]
     return [
-        Row(wave_file(tmp_path / f"in/{i}.wav"), name, ("x",) if i % 2 else ("y", "x"), fold=i)
-        for i, name in enumerate(names)
+        replace(
+            recording(tmp_path / f"in/{i}.wav", noise(i, 0.05)),
+            key=name,
+            labels=("x",) if i % 2 else ("y", "x"),
+            fold=i,
+        )
+        for i, name in enumerate(["a", "song.v3", "song.v4", "ü/ß", "b"])
     ]
 
 
-def test_esc10_subset_reads_back_with_webdataset_and_with_the_index(
+def test_write_shards__esc10_reads_back_with_webdataset_and_with_the_index(
     esc10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     all_rows, names = load_task("esc10").read(esc10)
@@ -89,24 +72,33 @@ def test_esc10_subset_reads_back_with_webdataset_and_with_the_index(
         assert (meta["num_samples"], meta["sample_rate"]) == (index.frames[i], index.rate[i])
         assert len(decode(clip.data, sample_rate=44_100)) == index.frames[i]
     for fold in index.folds:
-        assert index.clips_in_fold(fold).tolist() == [
-            i for i, row in enumerate(rows) if row.fold == fold
-        ]
+        wanted = [i for i, row in enumerate(rows) if row.fold == fold]
+        assert index.clips_in_fold(fold).tolist() == wanted
 
 
-def test_same_input_same_bytes_from_anywhere(rows: list[Row], tmp_path: Path) -> None:
-    write_shards(rows, tmp_path / "one", shard_bytes=11_000)
+def test_write_shards__same_bytes_from_anywhere(rows: list[Row], tmp_path: Path) -> None:
+    one = write_shards(rows, tmp_path / "one", shard_bytes=11_000)
     shutil.copytree(tmp_path / "in", tmp_path / "elsewhere/in")
     moved = [replace(r, path=tmp_path / "elsewhere/in" / r.path.name) for r in rows]
     write_shards(moved, tmp_path / "two", shard_bytes=11_000)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    assert set(contents(tmp_path / "one")) == {
+    wanted = contents(tmp_path / "one")
+    assert contents(tmp_path / "two") == wanted
+    assert set(wanted) == {
         "manifest.json",
         *(f"shard-{i:05d}{end}" for i in range(2) for end in (".tar", ".idx.npz")),
     }
+    for row in rows:  # a copy without its times differs in the source alone
+        os.utime(row.path, ns=(0, 1_000_000))
+    three = write_shards(rows, tmp_path / "three", shard_bytes=11_000)
+    assert one.source != three.source
+    assert replace(three, source=one.source) == one
+    found = contents(tmp_path / "three")
+    assert {name for name in wanted if wanted[name] != found[name]} == {"manifest.json"}
 
 
-def test_tars_are_plain_ustar_and_match_the_manifest(rows: list[Row], tmp_path: Path) -> None:
+def test_write_shards__tars_are_plain_and_match_the_manifest(
+    rows: list[Row], tmp_path: Path
+) -> None:
     manifest = write_shards(rows, tmp_path / "s", shard_bytes=11_000)
     assert [s.clips for s in manifest.shards] == [3, 2]
     for shard in manifest.shards:
@@ -114,15 +106,40 @@ def test_tars_are_plain_ustar_and_match_the_manifest(rows: list[Row], tmp_path: 
         assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
         assert data[257:265] == b"ustar\x0000"
         with tarfile.open(tmp_path / "s" / shard.name) as tar:
-            for member in tar.getmembers():
-                assert (member.mtime, member.uid, member.uname) == (0, 0, "bat")
-                assert member.isreg()
+            assert {(m.mtime, m.uid, m.uname, m.isreg()) for m in tar} == {(0, 0, "bat", True)}
     assert manifest.bytes == sum(s.bytes for s in manifest.shards)
     assert manifest.vocabulary == ["x", "y"]
     assert Manifest.load(tmp_path / "s") == manifest
+    written = open_index(tmp_path / "s")
+    for path in (tmp_path / "s").glob("*.idx.npz"):
+        path.unlink()
+    rebuilt = open_index(tmp_path / "s")
+    assert rebuilt.hash == written.hash
+    assert np.array_equal(rebuilt.offset, written.offset)
 
 
-def test_keys_are_escaped_and_stay_apart(rows: list[Row], tmp_path: Path) -> None:
+def test_write_shards__tar_is_what_webdataset_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WDS_SECURE", "1")
+    import webdataset
+
+    names = ("a.wav", "bb.flac", "k" * 78 + ".ogg")
+    rows = [recording(tmp_path / f"in/{name}", noise(i)) for i, name in enumerate(names)]
+    write_shards(rows, tmp_path / "s")
+    theirs = io.BytesIO()
+    writer = webdataset.TarWriter(
+        theirs, encoder=False, compress=False, mtime=0, user="bat", group="bat", mode=0o644
+    )
+    members = read_tar(tmp_path / "s/shard-00000.tar")
+    for row in rows:
+        parts = {suffix: members[f"{row.key}.{suffix}"] for suffix in (row.suffix, "json")}
+        writer.write({"__key__": row.key, **parts})
+    writer.close()
+    assert theirs.getvalue() == (tmp_path / "s/shard-00000.tar").read_bytes()
+
+
+def test_write_shards__keys_are_escaped_and_stay_apart(rows: list[Row], tmp_path: Path) -> None:
     write_shards([*rows, replace(rows[0], path=rows[1].path)], tmp_path / "s")
     index = open_index(tmp_path / "s")
     keys = [index.key(i) for i in range(len(index))]
@@ -134,31 +151,43 @@ def test_keys_are_escaped_and_stay_apart(rows: list[Row], tmp_path: Path) -> Non
     assert len(escape_key("k" * 300)) == 80
 
 
-def test_unreadable_files_are_left_out_and_listed(rows: list[Row], tmp_path: Path) -> None:
+def test_write_shards__unreadable_and_absent_files_are_listed(
+    rows: list[Row], tmp_path: Path
+) -> None:
     rows[1].path.write_bytes(b"no audio at all")
-    flac = wave_file(tmp_path / "in/cut.flac", frames=16_000, codec="flac")
-    flac.write_bytes(flac.read_bytes()[: flac.stat().st_size // 2])
-    bad = [
-        *rows,
-        replace(rows[0], path=flac, key="cut"),
-        replace(rows[0], path=Path("no"), key="n"),
-    ]
+    cut = recording(tmp_path / "in/cut.flac", noise(1, 1.0))
+    cut.path.write_bytes(cut.path.read_bytes()[: cut.path.stat().st_size // 2])
     (tmp_path / "in/empty.wav").touch()
-    bad.append(replace(rows[0], path=tmp_path / "in/empty.wav", key="empty"))
-    manifest = write_shards(bad, tmp_path / "s")
+    missing = (replace(cut, path=tmp_path / f"in/{name}.wav", key=name) for name in ("n", "empty"))
+    absent = [LeftOut('Y\'"left_out": []', "Yä", "no file", "train"), LeftOut("b", "c", "d")]
+    manifest = write_shards([*rows, cut, *missing], tmp_path / "s", left_out=absent)
     assert manifest.clips == 4
     assert open_index(tmp_path / "s").labels_per_clip.sum() == sum(manifest.label_counts)
-    why = {entry["key"]: entry["reason"].split(":")[0] for entry in manifest.left_out}
-    assert why == {
-        "song.v3": "corrupt",
-        "cut": "corrupt",
-        "n": "unreadable",
-        "empty": "empty",
-    }
-    assert str(tmp_path) not in (tmp_path / "s/manifest.json").read_text()
+    assert [(e["key"], e["reason"].split(":")[0]) for e in manifest.left_out] == [
+        (absent[0].key, "no file"),
+        ("b", "d"),
+        ("song.v3", "corrupt"),
+        ("cut", "corrupt"),
+        ("n", "unreadable"),
+        ("empty", "empty"),
+    ]
+    assert Manifest.load(tmp_path / "s") == manifest
+    text = (tmp_path / "s/manifest.json").read_text()
+    assert str(tmp_path) not in text
+    assert text.splitlines().count('  {"key": "b", "file": "c", "reason": "d"},') == 1
 
 
-def test_nothing_readable_is_an_error_and_leaves_nothing(rows: list[Row], tmp_path: Path) -> None:
+def test_write_shards__failure_leaves_nothing(rows: list[Row], tmp_path: Path) -> None:
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"vocabulary": ["x"]}, "'y' is not among the 1 classes"),
+        ({"jobs": 0}, "jobs=0"),
+        ({"shard_bytes": 0}, "shard_bytes=0"),
+    )
+    for options, says in refused:
+        with pytest.raises(UserError, match=says):
+            write_shards(rows, tmp_path / "s", **options)
+    with pytest.raises(UserError, match="no clips"):
+        write_shards([], tmp_path / "s")
     for row in rows:
         row.path.write_bytes(b"")
     with pytest.raises(UserError, match=r"none of the 5 clips can be read \(the first: 0.wav"):
@@ -166,50 +195,47 @@ def test_nothing_readable_is_an_error_and_leaves_nothing(rows: list[Row], tmp_pa
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize("codec", ["flac", "wav", "ogg"])
-def test_encoding_and_resampling(tmp_path: Path, codec: str) -> None:
-    row = Row(wave_file(tmp_path / "a.wav", frames=44_100, rate=44_100), "a", ())
-    write_shards([row], tmp_path / "s", codec=codec, sample_rate=16_000)  # type: ignore[arg-type]
-    index = open_index(tmp_path / "s")
-    info = probe(index.read(0).data)
-    assert (info.codec, info.sample_rate, info.channels) == (codec, 16_000, 1)
-    assert (index.frames[0], index.rate[0], index.read(0).codec) == (info.frames, 16_000, codec)
-    assert info.frames == 16_000
-    assert index.classes == 0
-
-
-def test_keep_at_another_rate_becomes_flac_and_at_its_own_stays(tmp_path: Path) -> None:
-    rows = [
-        Row(wave_file(tmp_path / "a.wav", frames=8_000, rate=8_000), "a", ()),
-        Row(wave_file(tmp_path / "b.wav", frames=16_000), "b", ()),
-    ]
-    write_shards(rows, tmp_path / "s", sample_rate=16_000)
-    index = open_index(tmp_path / "s")
-    assert [index.read(i).codec for i in range(2)] == ["flac", "wav"]
-    assert index.read(1).data == rows[1].path.read_bytes()
-    assert index.frames.tolist() == [16_000, 16_000]
-
-
-def test_labels_outside_the_vocabulary_and_wrong_options(rows: list[Row], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'y' is not among the 1 classes"):
-        write_shards(rows, tmp_path / "s", vocabulary=["x"])
-    with pytest.raises(UserError, match="codec 'mp3': one of keep, flac"):
-        write_shards(rows, tmp_path / "s", codec="mp3")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="no clips"):
-        write_shards([], tmp_path / "s")
-
-
-def test_a_complete_set_is_not_written_again_nor_over(rows: list[Row], tmp_path: Path) -> None:
-    write_shards(rows, tmp_path / "s")
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "s").iterdir()}
-    write_shards(rows, tmp_path / "s")
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "s").iterdir()} == before
+def test_write_shards__complete_set_is_not_written_again_nor_over(
+    rows: list[Row], tmp_path: Path
+) -> None:
+    out = tmp_path / "s"
+    write_shards(rows, out, shard_bytes=11_000)
+    before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    write_shards(rows, out, shard_bytes=11_000)
+    assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
     with pytest.raises(UserError, match="already holds a complete set of 5 clips from other"):
-        write_shards(rows[:3], tmp_path / "s")
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "s").iterdir()} == before
+        write_shards(rows[:3], out, shard_bytes=11_000)
+    path, then = rows[2].path, rows[2].path.stat().st_mtime_ns
+    data = path.read_bytes()
+    path.write_bytes(audio(77, seconds=0.05))
+    assert path.stat().st_size == len(data)
+    os.utime(path, ns=(then, then + 1_000_000))
+    with pytest.raises(UserError, match="from other files"):  # other audio of the same length
+        write_shards(rows, out, shard_bytes=11_000)
+    path.write_bytes(data)
+    os.utime(path, ns=(then, then))
+    assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
+    os.truncate(out / "shard-00001.tar", 5_000)
+    with pytest.raises(UserError, match=r"00001.tar has 5000 bytes, its manifest.json says \d+"):
+        write_shards(rows, out, shard_bytes=11_000)
+    (out / "shard-00001.tar").unlink()
+    with pytest.raises(UserError, match=r"00001\.tar is missing: copy it again"):
+        write_shards(rows, out, shard_bytes=11_000)
 
 
-def test_somebody_elses_shards_are_not_touched(rows: list[Row], tmp_path: Path) -> None:
+def test_write_shards__other_tar_of_rows_is_another_source(rows: list[Row], tmp_path: Path) -> None:
+    write_shards(rows, tmp_path / "s")
+    found = open_rows(tmp_path / "s").rows
+    write_shards(found, tmp_path / "again", codec="flac")
+    tar = tmp_path / "s/shard-00000.tar"
+    os.utime(tar, ns=(0, tar.stat().st_mtime_ns + 1_000_000))
+    with pytest.raises(UserError, match="from other files"):
+        write_shards(found, tmp_path / "again", codec="flac")
+
+
+def test_write_shards__other_programs_shards_are_not_touched(
+    rows: list[Row], tmp_path: Path
+) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/shard-00000.tar").write_bytes(b"precious")
     with pytest.raises(UserError, match="did not write"):
@@ -217,44 +243,24 @@ def test_somebody_elses_shards_are_not_touched(rows: list[Row], tmp_path: Path) 
     assert contents(tmp_path / "theirs").keys() == {"shard-00000.tar"}
 
 
-def test_a_full_disk_is_one_clear_error(
-    rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.filterwarnings("error")
+def test_write_shards__progress_reaches_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="cannot be written: No space left"):
-        write_shards(rows, tmp_path / "s")
-    assert not (tmp_path / "s").exists()
+    row = recording(tmp_path / "in/long.flac", noise(0, 0.9))
+    write_shards([row], tmp_path / "s", clip_seconds=0.05, progress=True)
+    assert "100%" in capsys.readouterr().err
 
 
-def test_the_index_written_is_the_index_scanned(rows: list[Row], tmp_path: Path) -> None:
-    manifest = write_shards(rows, tmp_path / "s", shard_bytes=11_000)
-    written = open_index(tmp_path / "s")
-    for path in (tmp_path / "s").glob("*.idx.npz"):
-        path.unlink()
-    rebuilt = open_index(tmp_path / "s")
-    assert rebuilt.hash == written.hash
-    assert np.array_equal(rebuilt.offset, written.offset)
-    table = scan(tmp_path / "s/shard-00001.tar")
-    assert len(table.clips) == manifest.shards[1].clips
-
-
-def test_audio_without_a_decoder_is_left_out_by_that_name(tmp_path: Path) -> None:
-    wave = encode(np.zeros(800) + 0.1, sample_rate=16_000, codec="wav")
+def test_write_shards__audio_without_a_decoder_is_left_out_by_that_name(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.wav").write_bytes(wave)
+    (tmp_path / "in/a.wav").write_bytes(audio(0))
     (tmp_path / "in/b.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(500))
-    rows, names = load_task("folder").read(tmp_path / "in")
-    assert [row.key for row in rows] == ["a", "b"]
-    manifest = write_shards(rows, tmp_path / "out", vocabulary=names)
+    manifest = packed(tmp_path / "in", tmp_path / "out")
     why = "no decoder for m4a: convert it with ffmpeg"
     assert manifest.left_out == [{"key": "b", "file": "b.m4a", "reason": why}]
-    with tarfile.open(tmp_path / "foreign.tar", "w") as tar:
-        for path in sorted((tmp_path / "in").iterdir()):
-            tar.add(path, path.name)
-    index = open_index(tmp_path / "foreign.tar")
+    files = {path.name: path.read_bytes() for path in sorted((tmp_path / "in").iterdir())}
+    index = open_index(write_tar(tmp_path / "foreign.tar", files))
     assert (len(index), index.left_out) == (1, {"foreign.tar/b.m4a": why})
 
 
@@ -270,56 +276,39 @@ FORMATS = {
     **{name: name.upper() for name in ("sds", "voc", "w64", "wve", "xi")},
     "snd": "MPC2K",
 }
-"""Suffixes, and libsndfile's name of what such a file holds."""
+"""Suffixes, and libsndfile's name of the format of such a file."""
 
 
-def test_every_format_that_libsndfile_reads_is_packed_and_read_again(tmp_path: Path) -> None:
+def test_write_shards__every_format_that_libsndfile_reads(tmp_path: Path) -> None:
     wave = np.sin(np.arange(8000) * 0.05) * 0.5
     (tmp_path / "in").mkdir()
     for suffix, kind in FORMATS.items():
         with (tmp_path / f"in/{suffix}.{suffix.upper()}").open("wb") as file:
             soundfile.write(file, wave, 8000, format=kind)
-    made = packed(tmp_path / "in", tmp_path / "made")
-    assert Manifest.load(made).left_out == []  # type: ignore[union-attr]
-    index = open_index(made)
+    assert packed(tmp_path / "in", tmp_path / "s").left_out == []
+    index = open_index(tmp_path / "s")
     assert [index.key(i) for i in range(len(index))] == sorted(FORMATS)
     for i in range(len(index)):
         rate = int(index.rate[i])  # AVR, SVX and others store the rate as they can
         assert len(decode(index.read(i).data, sample_rate=rate)) >= 7990
 
 
-def test_names_that_are_not_utf8_go_through(tmp_path: Path) -> None:
+def test_write_shards__names_that_are_not_utf8(tmp_path: Path) -> None:
     for name in (b"caf\xe9/\xff.wav", b"tea/b.wav", b"tea/\xfe.m4a"):
         path = Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name))
-        wave_file(path)
-    made = packed(tmp_path / "in", tmp_path / "made")
-    manifest = Manifest.load(made)
-    assert manifest is not None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(audio(len(name), seconds=0.05))
+    manifest = packed(tmp_path / "in", tmp_path / "s")
     assert manifest.vocabulary == [r"caf\xe9", "tea"]
-    assert [entry["file"] for entry in manifest.left_out] == []  # an .m4a that is a WAV is read
-    assert len(open_index(made)) == 3
-    with tarfile.open(made / "shard-00000.tar") as file:
-        texts = [file.extractfile(m).read() for m in file if m.name.endswith(".json")]  # type: ignore[union-attr]
-    assert [json.loads(text)["id"] for text in texts] == [
-        r"caf\xe9__\xff",
-        "tea__b",
-        r"tea__\xfe",
-    ]
-    long = Row(Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/tea/\xfe.m4a")), "long", ())
-    cut = write_shards([long], tmp_path / "cut", clip_seconds=0.01)  # by seeking in its path
-    assert cut.clips == 5
+    assert manifest.left_out == []  # an .m4a that is a WAV is read
+    metas = [meta for _, meta in clips(tmp_path / "s").values()]
+    assert [meta["id"] for meta in metas] == [r"caf\xe9__\xff", "tea__b", r"tea__\xfe"]
+    row = Row(Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/tea/\xfe.m4a")), "long", ())
+    assert write_shards([row], tmp_path / "cut", clip_seconds=0.01).clips == 5  # by seeking
 
 
-def test_paths_of_the_same_key_are_numbered(tmp_path: Path) -> None:
-    names = ("a/b.wav", "a__b.wav", "a/b/c.wav", "a__b/c.wav", "a/b__c.flac", "x.wav", "x.flac")
-    for name in names:
-        wave_file(tmp_path / "in" / name, codec=name.rpartition(".")[2])
-    made = packed(tmp_path / "in", tmp_path / "made")
-    index = open_index(made)
-    assert len(index) == len(names)
-    rows, _ = load_task("folder").read(tmp_path / "in")
-    keys = {row.path.relative_to(tmp_path / "in").as_posix(): row.key for row in rows}
-    assert keys == {
+def test_write_shards__paths_of_the_same_key_are_numbered(tmp_path: Path) -> None:
+    wanted = {
         "a/b.wav": "a__b.wav",
         "a__b.wav": "a__b.wav#2",
         "a/b/c.wav": "a__b__c.wav",
@@ -328,11 +317,17 @@ def test_paths_of_the_same_key_are_numbered(tmp_path: Path) -> None:
         "x.wav": "x.wav",
         "x.flac": "x.flac",
     }
+    for name in wanted:
+        recording(tmp_path / "in" / name, noise(0, 0.05))
+    rows, _ = load_task("folder").read(tmp_path / "in")
+    keys = {row.path.relative_to(tmp_path / "in").as_posix(): row.key for row in rows}
+    assert keys == wanted
+    assert write_shards(rows, tmp_path / "s").clips == len(clips(tmp_path / "s")) == len(wanted)
 
 
-def test_linked_folders_are_read_once_and_the_rest_is_listed(tmp_path: Path) -> None:
+def test_open_rows__linked_folders_are_read_once_and_the_rest_is_listed(tmp_path: Path) -> None:
     for name in ("in/a/1.wav", "disk/b/2.wav", "disk/c/3.wav", "in/.git/4.wav", "in/._1.wav"):
-        wave_file(tmp_path / name)
+        recording(tmp_path / name, noise(0, 0.05))
     for link, target in {
         "in/linked": "../disk",
         "in/loop": "..",
