@@ -1,4 +1,4 @@
-"""Summaries of probing runs as ``bat-probe`` writes them, with numbers drawn at random."""
+"""Builds summaries of probe runs as ``bat-probe`` writes them, with random numbers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 METHODS = ("linear", "lcgp", "cgp")
 
 
-def judged(rng: np.random.Generator, accuracy: float, *, classes: int) -> dict[str, Any]:
-    """As ``metrics.evaluate``: class 2 is without a held-out clip."""
+def metrics(rng: np.random.Generator, accuracy: float, *, classes: int) -> dict[str, Any]:
+    """Returns metrics as ``ranking.evaluate`` does; class 2 has no held-out clip."""
     ap: list[float | None] = [float(v) for v in rng.uniform(accuracy / 2, 1, classes)]
     ap[2] = None
     return {
@@ -40,12 +40,12 @@ def result(
     """One probe of one encoder, accurate to about ``level``."""
     rounds = {
         fold: {
-            str(seed): judged(rng, level + float(rng.uniform(-0.02, 0.02)), classes=classes)
+            str(seed): metrics(rng, level + float(rng.uniform(-0.02, 0.02)), classes=classes)
             for seed in seeds
         }
         for fold in folds
     }
-    names = [m for m in judged(rng, 0.5, classes=classes) if m not in ("absent", "per_class")]
+    names = [m for m in metrics(rng, 0.5, classes=classes) if m not in ("absent", "per_class")]
     over = "seeds" if len(seeds) > 1 else "folds" if len(folds) > 1 else "none"
     by_seed = {n: [[f[str(s)][n] for f in rounds.values()] for s in seeds] for n in names}
     values = {n: [statistics.mean(r) for r in rows] for n, rows in by_seed.items()}
@@ -79,7 +79,7 @@ def summary(
     depth: int = 12,
     draw: int = 0,
 ) -> dict[str, Any]:
-    """A whole ``summary.json``; an encoder called ``random`` is the untrained control."""
+    """Returns a whole ``summary.json``; the encoder ``random`` is the random-init baseline."""
     rng = np.random.default_rng(draw)
 
     def encoder(place: int, name: str) -> dict[str, Any]:
