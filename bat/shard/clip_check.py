@@ -22,8 +22,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bat.audio.decode import MP3_SLACK_FRAMES, DecodeError, decode_channels, probe
-from bat.audio.reader import channel_mean
+from bat.audio.decode import (
+    MP3_SLACK_FRAMES,
+    DecodeError,
+    channel_mean,
+    decode_channels,
+    probe,
+)
 from bat.data.table import parse_labels
 
 Kind = Literal["shard", "corrupt", "label", "silent", "clipped", "duplicate", "unread"]
