@@ -197,7 +197,7 @@ def _details(section: Section) -> list[Details]:
     found = []
     if section.rows:
         found.append(Details("Every fold and seed", folds(section, section.metrics)))
-    found += [*_classes(section), *_gates(section), *_selected(section)]
+    found += [*_classes(section), *_gates(section)]
     for name, encoder in section.encoders.items():
         if blocks := _blocks(encoder.get("insight") or {}):
             found.append(Details(f"Blocks of {name}", blocks, BLOCKS))
@@ -262,24 +262,6 @@ def _gates(section: Section) -> list[Details]:
     header = ["encoder", "probe", "trainings", *(str(b) for b in range(1, depth + 1))]
     text = "Weight of each block, the first to the last; the weights of a gate sum to 1."
     return [Details("Layer gates", Table(header, cells, words=2, tints=tints), text)]
-
-
-def _selected(section: Section) -> list[Details]:
-    """Tabulates learning rate, weight decay and step of every training."""
-    cells = []
-    for row in section.rows:
-        for key, found in (row.entry.get("chosen") or {}).items():
-            fold, _, seed = key.rpartition("-")
-            values = [shown(found.get(k)) for k in ("lr", "weight_decay", "step", "candidates")]
-            score = number(found.get("validation"))
-            cells.append([row.encoder, row.method, fold, seed, *values, score])
-    if not cells:
-        return []
-    by = {str(s["protocol"].get("metric", "task")) for s in section.summaries}
-    score = TITLES["map"] if by == {"map"} else TITLES[section.metric]
-    header = ["encoder", "probe", "held out", "seed", "learning rate", "weight decay", "step"]
-    header += ["candidates", f"{score} on validation"]
-    return [Details("Selected rates and steps", Table(header, cells, words=4))]
 
 
 def _blocks(insight: Mapping[str, Any]) -> Table | None:

@@ -70,6 +70,15 @@ def mark_chance(line: Any, chance: float | None) -> None:
         line(100 * chance, color="#777777", lw=1, ls=":", label="chance")
 
 
+def line_with_band(
+    axis: Any, x: Any, y: np.ndarray, std: np.ndarray, *, top: float | None = 100, **style: Any
+) -> None:
+    """Draws a line and a band of one standard deviation, which ends at 0 and ``top``."""
+    ends = np.clip([y - std, y + std], 0, top)
+    axis.fill_between(x, *ends, color=style["color"], alpha=0.16, lw=0)
+    axis.plot(x, y, **style)
+
+
 def from_zero(axis: Any) -> None:
     """Sets the vertical axis from 0 to slightly above the data."""
     top = axis.dataLim.y1
@@ -250,18 +259,14 @@ def plot_probe_curve(
     with figure(path, figsize=(8, 4.4)) as (_, axis):
         for i, method in enumerate(sorted({r["method"] for r in rows})):
             own = sorted((r for r in rows if r["method"] == method), key=lambda r: r["step"])
-            x = np.array([r["step"] for r in own], dtype=float)
+            x = [r["step"] for r in own]
             y = 100 * np.array([r[metric] for r in own], dtype=float)
-            band = 100 * np.array([r.get(f"{metric}_std") or 0.0 for r in own], dtype=float)
-            colour = COLOURS[i % 7]
+            std = 100 * np.array([r.get(f"{metric}_std") or 0.0 for r in own], dtype=float)
+            style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "lw": 2, "ms": 5}
             if x[0] == 0:
                 label = f"{method}, random weights ({y[0]:.1f} %)"
-                axis.axhline(y[0], color=colour, lw=1.2, ls="--", label=label)
-            axis.fill_between(
-                x, *np.clip([y - band, y + band], 0, 100), color=colour, alpha=0.16, lw=0
-            )
-            label = f"{method} (last {y[-1]:.1f} %)"
-            axis.plot(x, y, color=colour, lw=2, marker=MARKERS[i % 7], ms=5, label=label)
+                axis.axhline(y[0], color=style["color"], lw=1.2, ls="--", label=label)
+            line_with_band(axis, x, y, std, label=f"{method} (last {y[-1]:.1f} %)", **style)
         mark_chance(axis.axhline, chance)
         axis.set_xlabel("pre-training step")
         axis.set_ylabel(f"{metric} on held-out folds (%)")

@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bat.report.plots import COLOURS, MARKERS, figure, from_zero, legend, mark_chance, short
+from bat.report.plots import (
+    COLOURS,
+    MARKERS,
+    figure,
+    from_zero,
+    legend,
+    line_with_band,
+    mark_chance,
+    short,
+)
 
 GREYS = ("#8a8a8a", "#4d4d4d", "#b4b4b4")
 THICK: Any = {"lw": 3.4, "alpha": 0.45, "solid_capstyle": "butt"}
@@ -66,15 +75,14 @@ def plot_layer_curve(
     with figure(path, figsize=(8.6, 4.4)) as (_, axis):
         for name, style in encoder_styles(curves, controls).items():
             y = 100 * np.asarray(curves[name]["mean"], dtype=float)
+            std = curves[name].get("std")
+            band = 100 * np.nan_to_num(np.asarray(0.0 if std is None else std, dtype=float))
             x = np.arange(1, len(y) + 1)
             L = max(L, len(y))
-            if curves[name].get("std") is not None:
-                band = 100 * np.nan_to_num(np.asarray(curves[name]["std"], dtype=float))
-                ends = np.clip([y - band, y + band], 0, None if lower else 100)
-                axis.fill_between(x, *ends, color=style["color"], alpha=0.15, lw=0)
             at = int(y.argmin() if lower else y.argmax())
-            best = f"best {y[at]:.1f} %, block {at + 1}"
-            axis.plot(x, y, label=f"{short(name)}\n{best}", lw=1.8, ms=5, **style)
+            label = f"{short(name)}\nbest {y[at]:.1f} %, block {at + 1}"
+            top = None if lower else 100
+            line_with_band(axis, x, y, band, top=top, label=label, lw=1.8, ms=5, **style)
         mark_chance(axis.axhline, chance)
         _block_axis(axis, L)
         axis.set_ylabel(f"{metric} (%)")
@@ -226,20 +234,16 @@ def plot_norms_ranks(
     L = max((len(s["norms"]["patches"]) for s in insights.values()), default=1)
     size = (13, 0.9 + 2.9 * len(kinds))
     with figure(path, len(kinds), 3, figsize=size, sharex=True) as (fig, axes):
-        axes = axes.reshape(-1, 3)
         for row, (kind, kind_name) in zip(axes, kinds.items(), strict=True):
             for name, style in encoder_styles(insights, controls).items():
+                style |= {"label": short(name, 40), "lw": 1.7, "ms": 4.5}
                 found = insights[name]
                 norms = np.array(found["norms"].get(kind) or np.empty((0, 3)), dtype=float)
-                mean, std = norms[:, 0], norms[:, 1]
                 x = np.arange(1, len(norms) + 1)
-                ends = np.maximum(0, [mean - std, mean + std])
-                row[0].fill_between(x, *ends, color=style["color"], alpha=0.15, lw=0)
-                rank, spread = (found.get(what, {}).get(kind) or [] for what in ("rank", "spread"))
-                for axis, values in zip(row, (mean, rank, spread), strict=True):
-                    y = np.array(values, dtype=float)  # None: NaN
-                    x = np.arange(1, len(y) + 1)
-                    axis.plot(x, y, lw=1.7, ms=4.5, label=short(name, 40), **style)
+                line_with_band(row[0], x, norms[:, 0], norms[:, 1], top=None, **style)
+                for axis, what in ((row[1], "rank"), (row[2], "spread")):
+                    y = np.array(found.get(what, {}).get(kind) or [], dtype=float)  # None: NaN
+                    axis.plot(np.arange(1, len(y) + 1), y, **style)
             titles = ("L2 norm", "Effective rank", "Spread between clips")
             for axis, title in zip(row, titles, strict=True):
                 axis.set_title(f"{title}, {kind_name}")

@@ -185,16 +185,19 @@ def grid(section: Section, metrics: Sequence[str]) -> Table:
 
 
 def folds(section: Section, metrics: Sequence[str]) -> Table:
-    """Returns ``metrics`` of every fold and seed."""
+    """Returns ``metrics`` and selected settings of every fold and seed."""
     metrics = [m for m in metrics if m in section.metrics]
-    cells = [
-        [row.encoder, row.method, fold, seed, *(number(found.get(m), m) for m in metrics)]
-        for row in section.rows
-        for fold, seeds in row.entry["folds"].items()
-        for seed, found in seeds.items()
-    ]
+    selected = {"lr": "learning rate", "weight_decay": "weight decay", "step": "step"}
+    cells = []
+    for row in section.rows:
+        for fold, seeds in row.entry["folds"].items():
+            for seed, found in seeds.items():
+                chosen = (row.entry.get("chosen") or {}).get(f"{fold}-{seed}", {})
+                numbers = [number(found.get(m), m) for m in metrics]
+                numbers += [shown(chosen.get(key)) for key in selected]
+                cells.append([row.encoder, row.method, fold, seed, *numbers])
     header = ["encoder", "probe", "held out", "seed", *(TITLES[m] for m in metrics)]
-    return Table(header, cells, words=4)
+    return Table([*header, *selected.values()], cells, words=4)
 
 
 def ranking(section: Section) -> Table:

@@ -117,13 +117,14 @@ def test_write_page__plots_are_embedded_and_links_lead_to_sections(hostile: str,
 def test_write_page__every_number_and_setting_is_shown(tmp_path: Path) -> None:
     given = summary(seeds=[0, 1])
     page = read(tmp_path, given)
-    rows = {tuple(row[:4]): row[4:] for row in page.rows if len(row) == 4 + 6}  # six metrics
+    rows = {tuple(row[:4]): row[4:] for row in page.rows if len(row) == 4 + 6 + 3}
     for name, encoder in given["encoders"].items():
         for method, entry in encoder["results"].items():
             for fold, seeds in entry["folds"].items():
                 for seed, found in seeds.items():
                     numbers = [f"{100 * found[m]:.2f}" for m in ("accuracy", "map")]
-                    assert rows[name, method, fold, seed][:2] == numbers
+                    shown = rows[name, method, fold, seed]
+                    assert shown[:2] + shown[-3:] == [*numbers, "0.001", "0.05", "400"]
             if entry["gate"]:
                 [gate] = [r for r in page.rows if r[:3] == [name, method, "10"]]
                 first = [values[0] for values in entry["gate"].values()]
@@ -138,7 +139,7 @@ def test_write_page__every_number_and_setting_is_shown(tmp_path: Path) -> None:
     ):
         assert line in page.rows
     [header] = [row for row in page.rows if row[0] == "encoder" and "digest" in row]
-    [line] = [row for row in page.rows if row[0] == "A" and len(row) == len(header)]
+    line = page.rows[page.rows.index(header) + 1]
     assert dict(zip(header, line, strict=True))["frames"] == "512"
 
 
