@@ -65,8 +65,8 @@ def _classes(axis: Any, classes: Mapping[str, int]) -> None:
         axis.invert_yaxis()
         axis.grid(False, axis="y")
         axis.set_xlabel("clips")
-        if uneven:
-            axis.set_xscale("log")
+        axis.set_xscale("log" if uneven else "linear")
+        _plain_ticks(axis.xaxis)
         return
     rank, shown = np.arange(1, len(order) + 1), np.maximum(counts, 0.5)
     axis.fill_between(rank, shown, 0.5, color=COLOURS[0], alpha=0.35, step="mid")
@@ -74,7 +74,7 @@ def _classes(axis: Any, classes: Mapping[str, int]) -> None:
     axis.set_xlabel("class, from the most to the least frequent")
     axis.set_ylabel("clips")
     axis.set_yscale("log" if uneven else "linear")
-    axis.yaxis.set_major_formatter(compact)
+    _plain_ticks(axis.yaxis)
     for at, ha, above in ((0, "left", 8), (len(order) - 1, "right", 24)):
         name, n = order[at]
         axis.annotate(f"{short(name, 28)}: {n:,}", (rank[at], shown[at]), (0, above),
@@ -85,28 +85,22 @@ def _classes(axis: Any, classes: Mapping[str, int]) -> None:
 
 def _lengths(axis: Any, seconds: np.ndarray) -> None:
     unknown, seconds = int(np.isnan(seconds).sum()), seconds[~np.isnan(seconds)]
-    title = "Clips by length" + (f" ({unknown:,} unknown)" if unknown else "")
-    axis.set_title(title)
+    axis.set_title("Clips by length" + (f" ({unknown:,} unknown)" if unknown else ""))
     if not len(seconds):
         _empty(axis, "no length is known")
         return
-    low, high = float(seconds.min()), float(seconds.max())
-    if high - low < 1e-3:
-        _bars(axis, {f"{low:.3g}": len(seconds)}, title, "seconds")
-        return
     axis.set_xlabel("seconds")
     axis.set_ylabel("clips")
+    low, high, median = float(seconds.min()), float(seconds.max()), float(np.median(seconds))
     wide = high > 50 * low > 0
-    edges = np.geomspace(low, high, 41) if wide else np.linspace(low, high, 41)
-    edges[0], edges[-1] = low, high
-    counts = axis.hist(seconds, bins=edges, color=COLOURS[2])[0]
+    bins = np.geomspace(low, high, 41) if wide else 40
+    counts = axis.hist(seconds, bins=bins, color=COLOURS[2])[0]
     if counts.max() > 50 * counts[counts > 0].min():  # else few clips are invisible
         axis.set_yscale("log", nonpositive="clip")
         axis.set_ylim(bottom=0.5)
-    axis.yaxis.set_major_formatter(compact)
-    if wide:
-        axis.set_xscale("log")
-    median = float(np.median(seconds))
+    axis.set_xscale("log" if wide else "linear")
+    _plain_ticks(axis.xaxis)
+    _plain_ticks(axis.yaxis)
     axis.axvline(median, color="#333333", lw=1.1, ls="--", label=f"median {median:.3g} s")
     axis.legend(loc="best")
     axis.margins(y=0.15)
@@ -128,7 +122,7 @@ def _bars(axis: Any, counts: Mapping[str, int], title: str, xlabel: str) -> None
     roomy = len(shown) <= 7
     texts = [f"{n:,}" if roomy else compact(n) for n in shown.values()]
     axis.bar_label(bars, texts, fontsize=9 if roomy else 8, padding=2)
-    axis.yaxis.set_major_formatter(compact)
+    _plain_ticks(axis.yaxis)
     names = [short(name, 12) for name in shown]
     crowded = sum(map(len, names)) > 45
     axis.set_xticks(range(len(shown)), names, rotation=30 if crowded else 0,
@@ -145,6 +139,12 @@ def _empty(axis: Any, text: str) -> None:
     axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", color="#777777")
     axis.set_xticks([])
     axis.set_yticks([])
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Labels the major ticks of ``xaxis`` or ``yaxis`` by ``compact``, without formulas."""
+    axis.set_major_formatter(compact)
+    axis.set_minor_formatter(lambda *_: "")
 
 
 def compact(number: float, _: object = None) -> str:
