@@ -119,8 +119,10 @@ class Classification(Metric):
         clips = np.arange(n)  # of each row
         if self.groups is not None:
             clips = np.unique(np.asarray(self.groups), return_inverse=True)[1]
-        right = torch.from_numpy(scores.argmax(1) == hard.argmax(1)).double()  # (n,)
-        ranks = [_rank(scores[:, c], hard[:, c]) for c in range(classes) if hard[:, c].any()]
+        if value == "accuracy":
+            right = torch.from_numpy(scores.argmax(1) == hard.argmax(1)).double()  # (n,)
+        else:
+            ranks = [_rank(scores[:, c], hard[:, c]) for c in range(classes) if hard[:, c].any()]
         found = []
         for drawn in draws(int(clips.max()) + 1, resamples=resamples, seed=seed):
             counts = torch.from_numpy(drawn[:, clips].T.astype(np.float32))  # (n, r)

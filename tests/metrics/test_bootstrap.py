@@ -124,19 +124,19 @@ def test_interval__moved_replicates_cover_a_low_map() -> None:
     g = torch.Generator().manual_seed(0)
 
     def one() -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randn(300, 20, generator=g), (torch.rand(300, 20, generator=g) < 0.05).float()
+        return torch.randn(100, 60, generator=g), (torch.rand(100, 60, generator=g) < 0.04).float()
 
     def score(logits: torch.Tensor, targets: torch.Tensor) -> float:
         return float(evaluate(logits, targets, multi_label=True)["map"])
 
-    truth = np.mean([score(*one()) for _ in range(60)])
+    truth = np.mean([score(*one()) for _ in range(30)])
     plain = moved = 0
-    for _ in range(25):
+    for _ in range(16):
         logits, targets = one()
-        found = replicates(logits, targets, "map", several=True, resamples=60)
+        found = replicates(logits, targets, "map", several=True, resamples=50)
         low, high = interval(found)
         plain += low <= truth <= high
         low, high = interval(found, at=score(logits, targets))
         moved += low <= truth <= high
-    assert moved / 25 > 0.8
-    assert plain < moved - 3, (plain, moved)
+    assert moved / 16 > 0.8
+    assert plain < 8
