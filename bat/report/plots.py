@@ -262,7 +262,7 @@ def plot_probe_curve(
             x = [r["step"] for r in own]
             y = 100 * np.array([r[metric] for r in own], dtype=float)
             std = 100 * np.array([r.get(f"{metric}_std") or 0.0 for r in own], dtype=float)
-            style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "lw": 2, "ms": 5}
+            style: Any = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "lw": 2, "ms": 5}
             if x[0] == 0:
                 label = f"{method}, random weights ({y[0]:.1f} %)"
                 axis.axhline(y[0], color=style["color"], lw=1.2, ls="--", label=label)
