@@ -1,19 +1,16 @@
 """Augments whole batches on the device (docs/method.md 5).
 
-Mixup, SpecAugment, colour noise, time roll, roll of waves. Every random number is drawn from the
-given ``torch.Generator``, on the generator's own device: with one on the GPU no data leave it, with
-a CPU one the draws are the same on every machine. Each clip has its own draws, except in
-``time_roll``; there is no loop over clips and no host synchronisation. Random draws and
-computation are separate: ``mix`` and ``add_noise`` are the deterministic parts, which the golden
-vectors cover.
+Mixup, SpecAugment, colour noise, time roll. Every random number is drawn from the given
+``torch.Generator``, on the generator's own device: with one on the GPU no data leave it, with a CPU
+one the draws are the same on every machine. Each clip has its own draws, except in ``time_roll``;
+there is no loop over clips and no host synchronisation. Random draws and computation are separate:
+``mix`` and ``add_noise`` are the deterministic parts, which the golden vectors cover.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from bat.errors import UserError
 
 
 def mixup(
@@ -31,9 +28,8 @@ def mixup(
     Returns:
         Mixed inputs and targets, of the same shapes.
     """
-    _check_probability(p)
-    if not alpha > 0:
-        raise UserError(f"alpha={alpha}: more than zero, it shapes Beta(alpha, alpha)")
+    assert 0.0 <= p <= 1.0, p
+    assert alpha > 0, alpha
     shape = torch.full((len(x), 2), alpha, dtype=torch.float64, device=generator.device)
     # torch.distributions takes no generator; this is the call beneath its Gamma (torch 2.11)
     gamma = torch._standard_gamma(shape, generator=generator)  # (B, 2)
@@ -48,10 +44,12 @@ def mix(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         x: (B, ...). y: (B, C). weight: (B,) in [0, 1], the share of the reversed batch.
     """
-    return (
-        _blend(x, weight.to(x.dtype)),
-        _blend(y, weight.to(y.dtype)).clamp(0.0, 1.0),
-    )
+
+    def blend(values: Tensor) -> Tensor:
+        w = weight.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
+        return (1.0 - w) * values + w * values.flip(0)
+
+    return blend(x), blend(y).clamp(0.0, 1.0)
 
 
 def spec_augment(
@@ -74,13 +72,7 @@ def spec_augment(
     Returns:
         (B, 1, T, F), a new tensor.
     """
-    for name, number in (
-        ("freq_width", freq_width),
-        ("time_width", time_width),
-        ("repeats", repeats),
-    ):
-        if number < 0:
-            raise UserError(f"{name}={number}: zero or more")
+    assert min(freq_width, time_width, repeats) >= 0
     batch, _, frames, mels = spectrogram.shape
     time = _bands(batch, repeats, frames, time_width, generator)  # (B, T)
     freq = _bands(batch, repeats, mels, freq_width, generator)  # (B, F)
@@ -136,7 +128,7 @@ def colour_noise(
     Returns:
         (B, S).
     """
-    _check_probability(p)
+    assert 0.0 <= p <= 1.0, p
     batch, samples = waves.shape
     chosen = _uniform(batch, generator=generator) < p
     exponents = beta[0] + (beta[1] - beta[0]) * _uniform(batch, generator=generator)
@@ -178,44 +170,6 @@ def add_noise(
     return waves + noise * scale
 
 
-def roll(
-    waves: Tensor,
-    *,
-    generator: torch.Generator | None = None,
-    shifts: Tensor | None = None,
-    lengths: Tensor | None = None,
-) -> Tensor:
-    """Roll each clip to the right, circularly within its own valid samples.
-
-    Args:
-        waves: (B, S).
-        generator: draws each shift uniformly in [0, length); or
-        shifts: (B,) integer, samples, any sign. Exactly one of the two.
-        lengths: (B,) valid samples of each row: later samples are unchanged; None: all S.
-
-    Returns:
-        (B, S).
-    """
-    if (generator is None) == (shifts is None):
-        raise UserError("roll takes a generator or shifts, exactly one of them")
-    batch, samples = waves.shape
-    if lengths is None:
-        lengths = torch.full((batch,), samples, device=waves.device)
-    lengths = lengths.to(waves.device).clamp(1, samples)
-    if generator is not None:
-        share = _uniform(batch, generator=generator).to(waves.device, non_blocking=True)
-        shifts = (share * lengths).long()
-    assert shifts is not None
-    position = torch.arange(samples, device=waves.device)  # (S,)
-    source = (position - shifts.to(waves.device)[:, None]).remainder(lengths[:, None])  # (B, S)
-    return waves.gather(1, torch.where(_inside(samples, lengths), source, position))
-
-
-def _blend(x: Tensor, weight: Tensor) -> Tensor:
-    weight = weight.view(-1, *[1] * (x.ndim - 1))
-    return (1.0 - weight) * x + weight * x.flip(0)
-
-
 def _bands(batch: int, repeats: int, size: int, width: int, generator: torch.Generator) -> Tensor:
     """Returns which of ``size`` places lie in ``repeats`` random bands: (batch, size) bool."""
     draws = _uniform(2, batch, repeats, 1, generator=generator)
@@ -231,8 +185,3 @@ def _inside(samples: int, lengths: Tensor) -> Tensor:
 
 def _uniform(*shape: int, generator: torch.Generator) -> Tensor:
     return torch.rand(*shape, generator=generator, device=generator.device, dtype=torch.float64)
-
-
-def _check_probability(p: float) -> None:
-    if not 0.0 <= p <= 1.0:
-        raise UserError(f"p={p}: a probability, in [0, 1]")

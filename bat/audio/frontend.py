@@ -25,19 +25,28 @@ Everything is float32, whatever the autocast state or the precision that the mod
 ``torch.set_float32_matmul_precision("high")`` CUDA does the mel product in TF32, which moves values
 of ``LogMel`` by up to 6e-5, 2e-4 for clips of little range (emulated). There is no loop over clips
 and no host synchronisation.
+
+The mel banks are computed in float32 in the order of operations of torchaudio (2.11), whose banks
+the published checkpoints were trained on: equal to the last bit on the same machine. torchaudio's
+own functions read a value of the bank, which meta and fake tensors do not have.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import abc
+import math
+from collections.abc import Callable
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from bat.audio.base import Crop, FrontEnd, Pad, extend, zero_beyond
-from bat.audio.filters import htk_bank, kaldi_bank
 from bat.errors import UserError
+
+Pad = Literal["spectrogram", "waveform", "clip"]
+Crop = Literal["waveform", "spectrogram"]
+Samples = TypeVar("Samples", int, Tensor)
 
 STATISTICS: dict[str, dict[str, tuple[float, float]]] = {
     "eat": {
@@ -58,6 +67,154 @@ STATISTICS: dict[str, dict[str, tuple[float, float]]] = {
     },
 }
 """Mean and deviation of the log filter bank by front end and data set (docs/method.md 1)."""
+
+
+class FrontEnd(nn.Module, abc.ABC):
+    """Base of the two front ends: the call, cropping and padding, the float32 tables.
+
+    Attributes:
+        sample_rate: Hz the waveform must have.
+        hop_length: samples from frame to frame.
+        n_mels: mel bands.
+        clip_samples: samples that ``pad="clip"`` pads to, else 0.
+    """
+
+    window: Tensor
+    filters: Tensor
+
+    def __init__(
+        self,
+        *,
+        sample_rate: int,
+        hop_length: int,
+        n_mels: int,
+        pad: Pad,
+        crop: Crop,
+        clip_seconds: float | None,
+    ) -> None:
+        super().__init__()
+        for name, value, known in (("pad", pad, Pad), ("crop", crop, Crop)):
+            if value not in get_args(known):
+                raise UserError(f"{name}={value!r}: one of {', '.join(get_args(known))}")
+        if (pad == "clip") != (clip_seconds is not None):
+            raise UserError(
+                f"pad={pad!r} with clip_seconds={clip_seconds}: pad='clip' pads to clip_seconds, "
+                "and nothing else uses them"
+            )
+        if clip_seconds is not None and not 0 < clip_seconds < math.inf:
+            raise UserError(f"clip_seconds={clip_seconds}: a positive number of seconds")
+        sizes = {"sample_rate": sample_rate, "hop_length": hop_length, "n_mels": n_mels}
+        for name, number in sizes.items():
+            if number < 1:
+                raise UserError(f"{name}={number}: at least 1")
+        self.sample_rate = sample_rate
+        self.hop_length = hop_length
+        self.n_mels = n_mels
+        self.pad = pad
+        self.crop = crop
+        self.clip_samples = round((clip_seconds or 0) * sample_rate)
+
+    def forward(
+        self,
+        waveform: Tensor,
+        frames: int,
+        lengths: Tensor | None = None,
+        *,
+        row_frames: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the batch as spectrograms of ``frames`` frames.
+
+        Args:
+            waveform: (B, S) floating point in [-1, 1] at ``sample_rate``.
+            frames: time frames of the result.
+            lengths: (B,) integer, valid samples of each row (0 counts as 1); None: all S.
+            row_frames: (B,) integer, at most ``frames``: the value of ``frames`` if each row were
+                computed alone (``pad="waveform"`` pads to it); None: ``frames``.
+
+        Returns:
+            (B, 1, frames, n_mels) float32, zero beyond each clip's valid frames.
+
+        Raises:
+            UserError: a waveform that is not (B, S) floating point, ``frames`` below 1, ``lengths``
+                that are not (B,).
+        """
+        if waveform.ndim != 2 or waveform.shape[1] < 1:
+            raise UserError(f"waveform of shape {tuple(waveform.shape)}: give (clips, samples)")
+        if not waveform.is_floating_point():
+            raise UserError(f"waveform of {waveform.dtype}: give floating point in [-1, 1]")
+        if frames < 1:
+            raise UserError(f"frames={frames}: at least 1")
+        if lengths is not None and lengths.shape != waveform.shape[:1]:
+            raise UserError(f"lengths of shape {tuple(lengths.shape)} for {len(waveform)} clips")
+
+        with torch.autocast(waveform.device.type, enabled=False):
+            x = waveform.to(self.window.dtype)  # (B, S)
+            most = self.max_samples(frames)
+            if self.crop == "waveform" and x.shape[1] > most:
+                x = x[:, :most]
+            if lengths is None:
+                valid = x.new_full((x.shape[0],), x.shape[1], dtype=torch.int64)
+            else:
+                valid = lengths.to(x.device, torch.int64).clamp(1, x.shape[1])  # (B,)
+                x = _zero_beyond(x, valid)
+            x = self._centre(x, valid)
+            if self.pad == "waveform":
+                x, full = _extend(x, valid, (frames - 1) * self.hop_length)
+                if row_frames is not None:
+                    own = (row_frames.to(x.device, torch.int64) - 1) * self.hop_length
+                    full = torch.maximum(valid, own)
+                valid = full
+            elif self.pad == "clip":
+                fits = self.clip_samples if self.crop == "spectrogram" else most
+                x, valid = _extend(x, valid, min(self.clip_samples, fits))
+            x, shown = self._transform(x, valid)  # (B, T, F), (B, T, 1)
+            x = x.masked_fill(~shown, 0.0)
+            # crops where frames are too many, appends zeros where too few
+            return F.pad(x, (0, 0, 0, frames - x.shape[1])).unsqueeze(1)  # (B, 1, frames, F)
+
+    @abc.abstractmethod
+    def valid_frames(self, lengths: Samples) -> Samples:
+        """Returns the frames of clips of ``lengths`` samples, before any cropping or padding."""
+
+    @abc.abstractmethod
+    def max_samples(self, frames: int) -> int:
+        """Returns the samples beyond which a clip would have more than ``frames`` frames."""
+
+    def padded_samples(self, lengths: Samples) -> Samples:
+        """Returns the signal samples of clips of ``lengths`` samples after ``pad="clip"`` has
+        padded them; else ``lengths``."""
+        return _at_least(lengths, self.clip_samples)
+
+    @abc.abstractmethod
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns window and filter bank, float32."""
+
+    @abc.abstractmethod
+    def _transform(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Transforms (B, S) to all frames (B, T, F), and a mask of the valid ones (B, T, 1)
+        bool."""
+
+    def _centre(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return x
+
+    def _shown(self, x: Tensor, lengths: Tensor) -> Tensor:
+        steps = torch.arange(x.shape[1], device=x.device)
+        return (steps < self.valid_frames(lengths)[:, None]).unsqueeze(-1)  # (B, T, 1)
+
+    def _make_tables(self, device: torch.device | None = None) -> None:
+        window, filters = self._tables(device or torch.get_default_device())
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("filters", filters, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrontEnd:
+        # casting a model to bfloat16 must not round the tables, and leaving the meta device must
+        # not leave them empty (they are in no state dict that could fill them)
+        stale = self.window.is_meta
+        super()._apply(fn, recurse)
+        stale = stale or self.window.dtype not in (torch.float32, torch.float64)
+        if stale and not self.window.is_meta:
+            self._make_tables(self.window.device)
+        return self
 
 
 class LogMel(FrontEnd):
@@ -97,16 +254,15 @@ class LogMel(FrontEnd):
         self.n_fft = n_fft
         self._make_tables()
 
-    def _count(self, lengths: Tensor | int) -> Tensor | int:
+    def valid_frames(self, lengths: Samples) -> Samples:
         return 1 + lengths // self.hop_length
 
     def max_samples(self, frames: int) -> int:
         return frames * self.hop_length - 1
 
     def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return torch.hann_window(self.n_fft, device=device, dtype=torch.float32), htk_bank(
-            sample_rate=self.sample_rate, n_fft=self.n_fft, n_mels=self.n_mels, device=device
-        )
+        window = torch.hann_window(self.n_fft, device=device, dtype=torch.float32)
+        return window, htk_bank(self.sample_rate, self.n_fft, self.n_mels, device)
 
     def _transform(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         x = self._reflect(x, lengths)  # (B, S + n_fft)
@@ -182,10 +338,8 @@ class KaldiFbank(FrontEnd):
         self.n_fft = 2 ** (self.window_length - 1).bit_length()
         self._make_tables()
 
-    def _count(self, lengths: Tensor | int) -> Tensor | int:
-        beyond = lengths - self.window_length
-        beyond = beyond.clamp(min=0) if isinstance(beyond, Tensor) else max(beyond, 0)
-        return 1 + beyond // self.hop_length
+    def valid_frames(self, lengths: Samples) -> Samples:
+        return 1 + _at_least(lengths - self.window_length, 0) // self.hop_length
 
     def max_samples(self, frames: int) -> int:
         return self.window_length + frames * self.hop_length - 1
@@ -194,24 +348,74 @@ class KaldiFbank(FrontEnd):
         window = torch.hann_window(
             self.window_length, periodic=False, device=device, dtype=torch.float32
         )
-        return window if self.kind == "eat" else window.pow(0.85), kaldi_bank(
-            sample_rate=self.sample_rate, n_fft=self.n_fft, n_mels=self.n_mels, device=device
-        )
+        bank = kaldi_bank(self.sample_rate, self.n_fft, self.n_mels, device)
+        return window if self.kind == "eat" else window.pow(0.85), bank
 
     def _centre(self, x: Tensor, lengths: Tensor) -> Tensor:
         if self.kind == "beats":
             return x * 2.0**15
         mean = x.sum(1) / lengths  # (B,); samples beyond the clip are zero
-        return zero_beyond(x - mean[:, None], lengths)
+        return _zero_beyond(x - mean[:, None], lengths)
 
     def _transform(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        x, lengths = extend(x, lengths, self.window_length)
+        x, lengths = _extend(x, lengths, self.window_length)
         x = x.unfold(1, self.window_length, self.hop_length)  # (B, T, window)
         x = x - x.mean(-1, keepdim=True)
         x = x - self.PRE_EMPHASIS * torch.cat([x[..., :1], x[..., :-1]], dim=-1)
         spectrum = torch.fft.rfft(x * self.window, n=self.n_fft)  # (B, T, bins)
         mel = (_power(spectrum) @ self.filters).clamp(min=self.LEAST_POWER).log()  # (B, T, F)
         return (mel - self.mean) / (2.0 * self.std), self._shown(mel, lengths)
+
+
+def htk_bank(sample_rate: int, n_fft: int, n_mels: int, device: torch.device) -> Tensor:
+    """Returns triangles of height 1, equally spaced on ``2595 log10(1 + f / 700)`` up to sr / 2.
+
+    Returns:
+        (n_fft / 2 + 1, n_mels) float32.
+    """
+    nyquist = sample_rate // 2
+    bins = torch.linspace(0, nyquist, n_fft // 2 + 1, device=device)  # Hz
+    top = 2595.0 * math.log10(1.0 + nyquist / 700.0)
+    edges = 700.0 * (10.0 ** (torch.linspace(0.0, top, n_mels + 2, device=device) / 2595.0) - 1.0)
+    width = edges[1:] - edges[:-1]  # (n_mels + 1,)
+    ahead = edges[None, :] - bins[:, None]  # (bins, n_mels + 2)
+    rising = -1.0 * ahead[:, :-2] / width[:-1]
+    falling = ahead[:, 2:] / width[1:]
+    return torch.minimum(rising, falling).clamp(min=0.0)
+
+
+def kaldi_bank(sample_rate: int, n_fft: int, n_mels: int, device: torch.device) -> Tensor:
+    """Returns triangles, straight on the mel axis ``1127 ln(1 + f / 700)``, from 20 Hz to sr / 2.
+
+    Kaldi leaves the bin at sr / 2 out: its row is zero.
+
+    Returns:
+        (n_fft / 2 + 1, n_mels) float32.
+    """
+    low, high = (1127.0 * math.log(1.0 + hz / 700.0) for hz in (20.0, sample_rate / 2))
+    step = (high - low) / (n_mels + 1)
+    index = torch.arange(n_mels, device=device)[:, None]
+    left, centre, right = (low + (index + k) * step for k in (0.0, 1.0, 2.0))  # (n_mels, 1)
+    hz = (sample_rate / n_fft) * torch.arange(n_fft // 2, device=device)
+    mel = (1127.0 * (1.0 + hz / 700.0).log())[None, :]  # (1, n_fft / 2)
+    rising = (mel - left) / (centre - left)
+    falling = (right - mel) / (right - centre)
+    bank = torch.minimum(rising, falling).clamp(min=0.0)  # (n_mels, n_fft / 2)
+    return F.pad(bank, (0, 1)).T.contiguous()
+
+
+def _at_least(x: Samples, least: int) -> Samples:
+    return x.clamp(min=least) if isinstance(x, Tensor) else max(x, least)
+
+
+def _zero_beyond(x: Tensor, lengths: Tensor) -> Tensor:
+    beyond = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+    return x.masked_fill(beyond, 0.0)  # (B, S)
+
+
+def _extend(x: Tensor, lengths: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Pads clips shorter than ``samples`` with zeros up to there, which count as signal."""
+    return F.pad(x, (0, max(0, samples - x.shape[1]))), lengths.clamp(min=samples)
 
 
 def _power(spectrum: Tensor) -> Tensor:

@@ -23,12 +23,12 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from bat.audio.decode import (
     MAX_FILE_SECONDS,
     DecodeError,
+    check_length,
     decode,
     decode_into,
     probe,
     write_rolled,
 )
-from bat.audio.reader import check_length
 from bat.data.heartbeat import Heartbeat
 from bat.data.index import Index
 from bat.data.plan import CROP, OFFSET, ROLL, MixedPlan, Plan, below, philox

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bat import registry
-from bat.audio.base import Pad
-from bat.audio.frontend import KaldiFbank, LogMel
+from bat.audio.frontend import KaldiFbank, LogMel, Pad
 from bat.errors import UserError
 from bat.nn.attention import Backend
 from bat.nn.embed import PosLayout

@@ -129,7 +129,7 @@ def prototype_maps(
     autocast: torch.dtype | None = None,
     top: int = 10,
 ) -> list[dict[str, Any]]:
-    """Returns the patches that a class's prototypes select in clips, for ``report.insight_plots``.
+    """Returns the patches that a class's prototypes select in clips, for ``report.probe_plots``.
 
     ``batches`` of ``eval_loader(index, ids)``; ``classes[i]`` is the class to explain in the
     i-th of these; ``labels`` names all classes. One dictionary per readable clip: ``label``,

@@ -16,7 +16,7 @@ from bat.eval.encoder_list import RANDOM
 from bat.eval.run_diagnostics import maps_of
 from bat.eval.suite import Evaluation
 from bat.metrics.base import describe
-from bat.report import insight_plots, probe_plots
+from bat.report import probe_plots
 from bat.report.page import COMPARISONS
 from bat.report.plots import COLOURS, chance_of, plot_folds, plot_layer_gates
 from bat.report.sections import TITLES
@@ -50,7 +50,7 @@ def draw_encoder(folder: Path, evaluation: Evaluation, entry: dict[str, Any]) ->
     name, maps = maps_of(evaluation)
     if maps:
         path = folder / f"{MAPS}{name}.png"
-        drawn.append(insight_plots.plot_prototype_maps(maps, path))
+        drawn.append(probe_plots.plot_prototype_maps(maps, path))
     elif (
         evaluation.config.insight.maps
     ):  # its head was not kept, but the existing plot is still valid
@@ -105,10 +105,10 @@ def draw_comparison(folder: Path, summary: dict[str, Any]) -> None:
         ))  # fmt: skip
     if sinks := {n: i["sinks"] for n, i in inside.items() if i.get("sinks")}:
         path = folder / "attention-sinks.png"
-        drawn.append(insight_plots.plot_sinks(sinks, path, controls=controls))
+        drawn.append(probe_plots.plot_sinks(sinks, path, controls=controls))
     if norms := {n: i for n, i in inside.items() if i.get("norms")}:
         path = folder / "norms-ranks.png"
-        drawn.append(insight_plots.plot_norms_ranks(norms, path, controls=controls))
+        drawn.append(probe_plots.plot_norms_ranks(norms, path, controls=controls))
     _remove_others(folder, COMPARISONS, drawn)
     for other in folder.iterdir():
         if other.is_dir() and not other.is_symlink() and other.name not in encoders:

@@ -40,7 +40,7 @@ def statistics_of(evaluation: Evaluation) -> dict[str, Any]:
 def maps_of(evaluation: Evaluation) -> tuple[str, list[dict[str, Any]]]:
     """Returns the probe, and what its prototypes select in held-out clips of the last fold.
 
-    In the form of ``report.insight_plots.plot_prototype_maps``; ("", []) if nothing can be drawn:
+    In the form of ``report.probe_plots.plot_prototype_maps``; ("", []) if nothing can be drawn:
     no trained probe with prototypes, frame labels, or unreadable clips that are not all known.
     """
     count, held = evaluation.config.insight.maps, evaluation.ready.rounds[-1]

@@ -22,7 +22,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+import bat.metrics
 from bat.errors import UserError
+from bat.metrics.bootstrap import draws
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,13 @@ class Counted(Metric):
         """Counts of every clip, by value."""
 
     def compute(self) -> dict[str, Any]:
-        return {
-            name: float(ratio(np.sum(self.counts[name], axis=0)[None])[0])
-            if self.counts[name]
-            else math.nan
-            for name, ratio in self.ratios.items()
-        }
+        found = dict.fromkeys(self.ratios, math.nan)
+        for name, counts in self.counts.items():
+            if counts:
+                found[name] = float(self.ratios[name](np.sum(counts, axis=0)[None])[0])
+        return found
 
     def replicates(self, value: str, *, resamples: int, seed: int) -> NDArray[np.float64]:
-        from bat.metrics.bootstrap import draws
-
         counts = np.stack(self.counts[value])  # (clips, ...)
         blocks = draws(len(counts), resamples=resamples, seed=seed)
         found = [self.ratios[value](np.tensordot(d.astype(float), counts, 1)) for d in blocks]
@@ -100,10 +99,9 @@ class Counted(Metric):
 @functools.cache
 def families() -> dict[str, type[Metric]]:
     """Returns the metric that computes each value of this folder, by the value's name."""
-    package = importlib.import_module("bat.metrics")
     found: dict[str, type[Metric]] = {}
-    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
-        for metric in getattr(importlib.import_module(f"bat.metrics.{module}"), "METRICS", ()):
+    for name in sorted(m.name for m in pkgutil.iter_modules(bat.metrics.__path__)):
+        for metric in getattr(importlib.import_module(f"bat.metrics.{name}"), "METRICS", ()):
             found |= dict.fromkeys(metric.values, metric)
     return found
 
@@ -119,24 +117,21 @@ def find_metric(name: str) -> tuple[type[Metric], str]:
     """
     if name in families():
         return families()[name], name
-    if "." not in name:
+    path, _, value = name.rpartition(".")
+    module, _, attribute = path.rpartition(".")
+    if not module:
         close = difflib.get_close_matches(name, families(), n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise UserError(
             f"unknown metric {name!r}{hint}. Known: {', '.join(families())}; or the dotted path "
             "package.module.Class.value"
         )
-    path, _, value = name.rpartition(".")
-    module, _, attribute = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError) as error:
         raise UserError(f"metric {name} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Metric)) or value not in found.values:
-        raise UserError(
-            f"metric {name}: {path} is no subclass of bat.metrics.base.Metric with the value "
-            f"{value!r}"
-        )
+        raise UserError(f"metric {name}: {path} is no Metric with the value {value!r}")
     _OUTSIDE.update(found.values)
     return found, value
 
@@ -145,11 +140,6 @@ def describe(name: str) -> Value:
     """Returns the value called ``name``; an unknown one has its name as title."""
     known = families().get(name)
     return known.values[name] if known else _OUTSIDE.get(name, Value(name))
-
-
-def is_better(name: str, a: float, b: float) -> bool:
-    """Return True if ``a`` is a better value of ``name`` than ``b``."""
-    return rank_key(name, a) > rank_key(name, b)
 
 
 def rank_key(name: str, value: float | None) -> float:

@@ -2,47 +2,70 @@
 
 The page suits phones, print, and light and dark modes. It shows the results first, then details:
 every fold and seed, classes, gates, selected rates, diagnostics of the encoders, protocol,
-unreadable clips, versions. Long parts are collapsed.
+unreadable clips, versions. Long parts are collapsed. ``page.html.jinja`` is its template, which
+escapes all text, since names come from users' files and tables.
 """
 
 from __future__ import annotations
 
+import base64
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bat.report.cells import (
-    LEADS,
+import jinja2
+
+from bat.report.sections import TITLES, Section, sections
+from bat.report.tables import (
     NOTHING,
-    bounds_of,
-    few,
+    Table,
+    bounds,
+    confidence,
+    folds,
     gains,
     gaps,
     grid,
-    intervals,
     mean,
     notes,
     number,
     paired,
     ranking,
-    rounds,
+    shown,
     spread,
 )
-from bat.report.html import Html, details, page, picture, table, tag
-from bat.report.inside import insides
-from bat.report.sections import TITLES, Section, is_control, sections
 
-LEADING = 10
-"""Lines of the ranking shown without unfolding."""
-SAID = (
+SHOWN_KEYS = 200
+"""Maximum number of unreadable clips listed."""
+RUN = (
     "recipe", "steps", "epochs", "min_steps", "batch", "clip_seconds", "data", "bootstrap",
     "control", "precision", "device", "seconds",
 )  # fmt: skip
 """Keys of a summary that are listed with the protocol, if present."""
-SHOWN_KEYS = 200
-"""Maximum number of unreadable clips listed."""
+CAPTIONS = {
+    "attention-sinks": "Share of attention on the most attended token, block by block",
+    "comparison": "Every probe of every encoder",
+    "folds": "Results by held-out fold",
+    "gates": "Weight that each layer gate gives to each block",
+    "layer-curve": "A linear probe on each block alone",
+    "layer-gates": "Layer gates",
+    "norms-ranks": "Token norms and effective rank, block by block",
+}
+COMPARISONS = ("attention-sinks", "comparison", "gates", "layer-curve", "norms-ranks")
+"""Names of plots that show all encoders together, without ``.png``."""
+ENCODER = (
+    "checkpoint", "weights", "backbone", "features", "digest", "width", "depth", "heads", "has_cls",
+    "patch_hop_ms", "frames", "seconds",
+)  # fmt: skip
+"""Keys of an encoder in a summary that are listed."""
+BLOCKS = (
+    "sinks: share of attention on the most attended token, mean over heads and clips. norms: mean, "
+    "standard deviation and maximum over tokens. rank: effective rank of token vectors, near 1 in "
+    "a collapse. spread: how far tokens differ between clips, 0 if all are equal. curve: a linear "
+    "probe on this block alone, fractions."
+)
 
 
 class Picture(NamedTuple):
@@ -59,18 +82,17 @@ class Picture(NamedTuple):
         text = CAPTIONS.get(self.path.stem, words[:1].upper() + words[1:])
         return f"{text}: {self.encoder}" if self.encoder else text
 
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.path.read_bytes()).decode("ascii")
 
-CAPTIONS = {
-    "attention-sinks": "Share of attention on the most attended token, block by block",
-    "comparison": "Every probe of every encoder",
-    "folds": "Results by held-out round",
-    "gates": "Weight that each layer gate gives to each block",
-    "layer-curve": "A linear probe on each block alone",
-    "layer-gates": "Layer gates",
-    "norms-ranks": "Token norms and effective rank, block by block",
-}
-COMPARISONS = ("attention-sinks", "comparison", "gates", "layer-curve", "norms-ranks")
-"""Names of plots that show all encoders together, without ``.png``."""
+
+class Details(NamedTuple):
+    """A collapsed part of the page."""
+
+    title: str
+    table: Table
+    text: str = ""
 
 
 def write_page(
@@ -85,139 +107,126 @@ def write_page(
     ``pictures``: plots of each run, keyed by the ``run`` of its summary.
     Raises ``OSError`` if a plot cannot be read or the page cannot be written.
     """
-    found = sections(summaries)
-    body = [tag("h1", title), _overview(found)]
-    for i, section in enumerate(found, 1):
-        body.append(tag("section", *_section(section, pictures or {}), id=f"s{i}"))
-    path.write_text(page(title, *body), encoding="utf-8")
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    content = [_content(section, pictures or {}) for section in sections(summaries)]
+    page = templates.get_template("page.html.jinja").render(title=title, sections=content)
+    path.write_text(page, encoding="utf-8")
     return path
 
 
-def _overview(found: Sequence[Section]) -> Html:
-    if len(found) == 1:
-        return tag("p", _finding(found[0]), class_="lead")
-    lines = [
-        tag("li", tag("a", section.title, href=f"#s{i}"), ": ", _finding(section))
-        for i, section in enumerate(found, 1)
-    ]
-    return tag("ul", *lines)
+def _content(section: Section, pictures: Mapping[str, Sequence[Picture]]) -> dict[str, Any]:
+    """Returns what the template shows of a section."""
+    first = section.summaries[0]
+    main = grid(section, section.metrics)
+    main.tints = _tints(section)
+    runs = {str(s.get("run", "")) for s in section.summaries}
+    return {
+        "title": section.title,
+        "finding": _finding(section),
+        "facts": f"{first['clips']} clips, {len(section.labels)} classes, {len(first['rounds'])} "
+        f"fold(s), {len(first['seeds'])} seed(s); {TITLES[section.metric]} in %",
+        "permuted": section.permuted,
+        "main": main,
+        "notes": notes(section),
+        "ranking": ranking(section) if len(section.rows) > 1 else None,
+        "comparisons": {
+            heading: table
+            for heading, table in (
+                ("Compared with fine-tuning", gaps(section)),
+                ("Compared with random init", gains(section)),
+            )
+            if table
+        },
+        "plots": _plots({run: files for run, files in pictures.items() if run in runs}),
+        "details": _details(section),
+    }
 
 
 def _finding(section: Section) -> str:
     """Returns the main result in a sentence."""
     if not section.rows:
         return "No probe was trained."
-    row = section.ranking[0]
-    text = f"{row.method} on {row.encoder}: {spread(row, section.metric)}% "
-    text += TITLES[section.metric]
+    row, metric = section.ranking[0], section.metric
+    text = f"{row.method} on {row.encoder}: {spread(row, metric)}% {TITLES[metric]}"
     if row.entry["interval"]:
-        share = f"{100 * section.summaries[0]['confidence']:g}%"
-        text += f", {share} interval {bounds_of(row.entry['interval'])}"
+        text += f", {confidence(section)} interval {bounds(row.entry['interval'])}"
     if len(section.rows) > 1:
-        text = f"Best of {len(section.rows)} results on the clips they are judged on: {text}"
-    for gain in section.gains():
-        if gain.row == row:
-            theirs = number(mean(gain.control, section.metric), section.metric)
-            text += f"; the same probe on the untrained {gain.control.encoder}: {theirs}%"
-            if gain.paired:
-                text += f", gain {paired(gain.paired, section.metric)}"
-    return text + "."
-
-
-def _section(section: Section, pictures: Mapping[str, Sequence[Picture]]) -> list[Html]:
-    first = section.summaries[0]
-    title = TITLES[section.metric]
-    facts = f"{first['clips']} clips, {len(section.labels)} classes, {len(first['rounds'])} "
-    facts += f"round(s), {len(first['seeds'])} seed(s); {title} in %"
-    body = [tag("h2", section.title), tag("p", facts, class_="soft")]
-    if section.permuted:
-        body.append(tag("p", notes(section)[0], class_="warn"))
-    header, cells, best = grid(section, section.metrics)
-    below = f"Bold: {LEADS}." if best else ""
-    body.append(table(header, cells, best=best, tints=_tints(section), caption=below))
-    body.append(tag("ul", *(tag("li", note) for note in notes(section))))
-    if len(section.rows) > 1:
-        header, cells = ranking(section)
-        body += [tag("h3", "Ranking"), table(header, cells[:LEADING], words=3)]
-        if len(cells) > LEADING:
-            rest = table(header, cells[LEADING:], words=3)
-            body.append(details(f"The other {len(cells) - LEADING}", rest))
-    if found := gaps(section):
-        body += [tag("h3", "Against fine-tuning"), table(*found, words=2)]
-    if found := gains(section):
-        body += [tag("h3", "Against the untrained encoder"), table(*found, words=2)]
-    names = {str(s.get("run", "")) for s in section.summaries}
-    body += _pictures({run: shown for run, shown in pictures.items() if run in names})
-    body += [tag("h3", "What it rests on"), *_foundations(section)]
-    return body
+        text = f"Best of {len(section.rows)} probes, all evaluated on the same clips: {text}"
+    for one, baseline in section.baselines():
+        if one == row:
+            theirs = number(mean(baseline, metric), metric)
+            text += f"; the same probe on the untrained {baseline.encoder}: {theirs}%"
+            if difference := section.difference(row, baseline):
+                text += f", gain {paired(difference, metric)}"
+    return f"{text}."
 
 
 def _tints(section: Section) -> dict[tuple[int, int], float]:
-    """Returns the tints of the main table's cells, from the worst mean to the best."""
+    """Returns the shades of the main table's cells, from the worst mean to the best."""
     if len(section.encoders) < 2 or len(section.rows) < 2:
         return {}
+    encoders, methods = list(section.encoders), section.methods
     values = {
-        (section.methods.index(row.method), list(section.encoders).index(row.encoder) + 1): mean(
-            row, section.metric
-        )
+        (methods.index(row.method), encoders.index(row.encoder) + 1): mean(row, section.metric)
         for row in section.rows
     }
-    tints = _scaled(values)
-    return {key: 1 - tint for key, tint in tints.items()} if section.lower else tints
-
-
-def _scaled(values: Mapping[tuple[int, int], float]) -> dict[tuple[int, int], float]:
-    finite = [v for v in values.values() if not math.isnan(v)]
-    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    values = {cell: value for cell, value in values.items() if not math.isnan(value)}
+    low, high = min(values.values(), default=0.0), max(values.values(), default=0.0)
     span = (high - low) or 1.0
-    return {key: (v - low) / span for key, v in values.items() if not math.isnan(v)}
+    tints = {cell: (value - low) / span for cell, value in values.items()}
+    return {cell: 1 - tint for cell, tint in tints.items()} if section.lower else tints
 
 
-def _pictures(pictures: Mapping[str, Sequence[Picture]]) -> list[Html]:
-    found: list[Html] = []
-    for run, shown in pictures.items():
-        owner = f" of {run}" if len(pictures) > 1 else ""
-        for encoder in dict.fromkeys(p.encoder for p in shown):
-            heading = f"Pictures{owner}" + (f": {encoder}" if encoder else "")
-            figures = [picture(p.path, p.caption) for p in shown if p.encoder == encoder]
-            found += [tag("h3", heading), tag("div", *figures, class_="figures")]
+def _plots(pictures: Mapping[str, Sequence[Picture]]) -> dict[str, list[Picture]]:
+    found: dict[str, list[Picture]] = {}
+    for run, files in pictures.items():
+        for picture in files:
+            heading = f"Plots of {run}" if len(pictures) > 1 else "Plots"
+            heading += f": {picture.encoder}" if picture.encoder else ""
+            found.setdefault(heading, []).append(picture)
     return found
 
 
-def _foundations(section: Section) -> list[Html]:
+def _details(section: Section) -> list[Details]:
     found = []
-    if bounds := intervals(section):
-        found.append(details(f"Intervals of {TITLES[section.metric]}", table(*bounds)))
     if section.rows:
-        found.append(
-            details("Every round and seed", table(*rounds(section, section.metrics), words=4))
-        )
-    found += _classes(section)
-    found += insides(section)
-    found.append(details("Encoders", _encoders(section)))
+        found.append(Details("Every fold and seed", folds(section, section.metrics)))
+    found += [*_classes(section), *_gates(section)]
+    for name, encoder in section.encoders.items():
+        if blocks := _blocks(encoder.get("insight") or {}):
+            found.append(Details(f"Blocks of {name}", blocks, BLOCKS))
+    cells = [[n, *(shown(e.get(key)) for key in ENCODER)] for n, e in section.encoders.items()]
+    found.append(Details("Encoders", Table(["encoder", *ENCODER], cells, words=6, long=(1, 4, 5))))
     for summary in section.summaries:
-        name = f" of {summary['run']}" if len(section.summaries) > 1 else ""
-        found.append(details(f"Protocol{name}", *_protocol(summary)))
+        run = f" of {summary['run']}" if len(section.summaries) > 1 else ""
+        found.append(Details(f"Protocol{run}", _protocol(summary), str(summary["how"])))
+        header = ["fold", "to train", "to select on", "held out"]
+        sizes = [[str(f[k]) for k in ("name", "train", "valid", "test")] for f in summary["rounds"]]
+        found.append(Details(f"Clips by fold{run}", Table(header, sizes)))
     return [*found, *_unreadable(section)]
 
 
-def _classes(section: Section) -> list[Html]:
+def _classes(section: Section) -> list[Details]:
     """Tabulates each class's average precision under each encoder's best probe, hardest first."""
     rows = [row for name in section.encoders if (row := section.best(name)) is not None]
-    columns = [(row, section.class_precision(row)) for row in rows]
-    columns = [(row, values) for row, values in columns if values]
+    columns = [(row, values) for row in rows if (values := section.class_precision(row))]
     if not columns:
         return []
-    positives = _positives(section)
     leading = next((v for row, v in columns if row == section.ranking[0]), columns[0][1])
     order = sorted(
         range(len(section.labels)), key=lambda c: (leading[c] is None, leading[c] or 0.0)
     )
-    known = [section.labels[c] for c in order if leading[c] is not None]
-    header = ["class", "clips held out", *(f"{r.encoder}: {r.method}" for r, _ in columns)]
+    first_seeds = [next(iter(s.values())) for s in section.ranking[0].entry["folds"].values()]
+    positives = [sum(m["per_class"]["positives"][c] for m in first_seeds) for c in order]
     cells = [
-        [section.labels[c], positives[c], *(number(values[c]) for _, values in columns)]
-        for c in order
+        [section.labels[c], str(n), *(number(values[c]) for _, values in columns)]
+        for c, n in zip(order, positives, strict=True)
     ]
     tints = {
         (i, j): value
@@ -225,74 +234,73 @@ def _classes(section: Section) -> list[Html]:
         for j, (_, values) in enumerate(columns, 2)
         if (value := values[c]) is not None
     }
-    if len(known) > 6:
-        said = f"Hardest: {few(known[:5])}. Easiest: {few(known[:-6:-1])}."
-    else:
-        said = f"From the hardest to the easiest: {few(known)}."
-    text = "Average precision in %, mean over rounds and seeds that hold such a clip."
-    return [
-        details(
-            f"Average precision of {len(section.labels)} classes",
-            tag("p", said),
-            table(header, cells, tints=tints, caption=text),
-        )
+    header = ["class", "clips held out", *(f"{row.encoder}: {row.method}" for row, _ in columns)]
+    text = "Average precision in %, mean over folds and seeds that hold such a clip; hardest first."
+    title = f"Average precision of {len(section.labels)} classes"
+    return [Details(title, Table(header, cells, tints=tints), text)]
+
+
+def _gates(section: Section) -> list[Details]:
+    """Tabulates the layer gate of each encoder and probe, mean over folds and seeds."""
+    gates = []
+    for row in section.rows:
+        if given := list((row.entry.get("gate") or {}).values()):
+            gate = [sum(column) / len(given) for column in zip(*given, strict=True)]
+            gates.append(([row.encoder, row.method, str(len(given))], gate))
+    if not gates:
+        return []
+    depth = max(len(gate) for _, gate in gates)
+    cells = [
+        [*head, *(f"{v:.3f}" for v in gate), *[NOTHING] * (depth - len(gate))]
+        for head, gate in gates
     ]
+    tints = {
+        (i, j): value / max(gate)
+        for i, (_, gate) in enumerate(gates)
+        for j, value in enumerate(gate, 3)
+    }
+    header = ["encoder", "probe", "trainings", *(str(b) for b in range(1, depth + 1))]
+    text = "Weight of each block, the first to the last; the weights of a gate sum to 1."
+    return [Details("Layer gates", Table(header, cells, words=2, tints=tints), text)]
 
 
-def _positives(section: Section) -> list[str]:
-    """Returns the number of held-out clips of each class over all folds."""
-    row = section.ranking[0]
-    counts = [next(iter(seeds.values()))["per_class"]["positives"] for seeds in
-              row.entry["folds"].values()]  # fmt: skip
-    return [str(sum(column)) for column in zip(*counts, strict=True)]
-
-
-def _encoders(section: Section) -> Html:
-    header = ["encoder", "checkpoint", "weights", "kind", "features", "digest"]
-    header += ["width", "blocks", "heads", "class token", "patch, ms", "frames", "seconds"]
-    cells = []
-    for name, e in section.encoders.items():
-        kept = NOTHING  # results of an earlier start need no features
-        if e["features"] is not None:
-            kept = "{cache}, {gb:.3f} GB ({why})".format(**e["features"])
-        spent = ", ".join(f"{what} {seconds:g}" for what, seconds in e["seconds"].items())
-        kind = str(e["backbone"]) + (" (untrained)" if is_control(e) else "")
-        cells.append(
-            [name, str(e["checkpoint"]), str(e["weights"]), kind, kept, str(e["digest"])[:16]]
-            + [str(e[key]) for key in ("width", "depth", "heads")]
-            + ["yes" if e["has_cls"] else "no", f"{e['patch_hop_ms']:g}"]
-            + [str(e.get("frames", NOTHING)), spent]
-        )
-    return table(header, cells, words=6, long=(1, 4))
-
-
-def _protocol(summary: Mapping[str, Any]) -> list[Html]:
-    def listed(values: Mapping[str, Any]) -> Html:
-        cells = [[str(k), NOTHING if v is None else str(v)] for k, v in values.items()]
-        return table(["setting", "value"], cells, words=2, long=(1,))
-
-    lines = [
-        [r["name"], *(str(r[k]) for k in ("train", "valid", "test"))] for r in summary["rounds"]
+def _blocks(insight: Mapping[str, Any]) -> Table | None:
+    """Returns one line per block with all measurements; None if there are none."""
+    columns: dict[str, list[str]] = {}
+    for what, measured in insight.items():
+        for kind, values in measured.items() if isinstance(measured, dict) else ():
+            if isinstance(values, list) and any(v is not None for v in values):
+                columns[f"{what}, {kind}"] = [shown(v) for v in values]
+    if not columns:
+        return None
+    cells = [
+        [str(block), *(NOTHING if v is None else v for v in line)]
+        for block, line in enumerate(itertools.zip_longest(*columns.values()), 1)
     ]
-    run = {"seeds": ", ".join(map(str, summary["seeds"]))}
-    run |= {key: summary[key] for key in SAID if summary.get(key) is not None}
-    parts = [(part, summary.get(part) or {}) for part in ("head", "optim")]
-    settings = {f"{part}.{key}": value for part, own in parts for key, value in own.items()}
-    return [
-        tag("p", str(summary["how"])),
-        listed({**summary["protocol"], **run, **settings, "bat": summary["version"]}),
-        table(["round", "to train", "to choose", "held out"], lines, caption="Clips."),
-    ]
+    caption = f"Over {insight['clips']} clips." if "clips" in insight else ""
+    if uniform := (insight.get("sinks") or {}).get("uniform"):
+        caption += f" Attention spread evenly has a sink of {uniform:.4f}."
+    return Table(["block", *columns], cells, caption=caption.strip())
 
 
-def _unreadable(section: Section) -> list[Html]:
+def _protocol(summary: Mapping[str, Any]) -> Table:
+    settings = {**summary["protocol"], "seeds": summary["seeds"]}
+    settings |= {key: summary[key] for key in RUN if summary.get(key) is not None}
+    for part in ("head", "optim"):
+        settings |= {f"{part}.{key}": value for key, value in (summary.get(part) or {}).items()}
+    settings["bat"] = summary["version"]
+    cells = [[str(key), shown(value)] for key, value in settings.items()]
+    return Table(["setting", "value"], cells, words=2, long=(1,))
+
+
+def _unreadable(section: Section) -> list[Details]:
     keys: dict[str, str] = {}
     for encoder in section.encoders.values():
         keys |= encoder["bad_clips"].get("keys") or {}
     if not keys:
         return []
-    lines = [[str(key), str(why)] for key, why in list(keys.items())[:SHOWN_KEYS]]
-    more = len(keys) - len(lines)
-    text = f"{more} more are in summary.json." if more > 0 else ""
-    clips = table(["clip", "why"], lines, words=2, long=(0, 1), caption=text)
-    return [details(f"Clips that could not be read: {len(keys)}", clips)]
+    cells = [[str(key), str(why)] for key, why in list(keys.items())[:SHOWN_KEYS]]
+    more = len(keys) - len(cells)
+    caption = f"{more} more are in summary.json." if more > 0 else ""
+    clips = Table(["clip", "why"], cells, words=2, long=(0, 1), caption=caption)
+    return [Details(f"Clips that could not be read: {len(keys)}", clips)]

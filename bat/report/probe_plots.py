@@ -1,49 +1,43 @@
-"""Plots comparisons of encoders: ranking of probes, and results and gates by block.
+"""Plots of probed encoders: comparison of probes, results and gates by block, diagnostics.
 
-As in ``plots.py``, functions take plain numbers and a path, write one PNG and return the path.
-Metrics are fractions and drawn in percent; blocks count from 1. Names come from users' files: they
-are shortened in the middle, and a ``$`` in them does not start a formula.
+Style and conventions are those of ``plots.py``; blocks count from 1. ``controls`` names the
+random-init baselines, which are drawn in grey.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bat.report.plots import COLOURS, MARKERS, figure, short
+from bat.report.plots import (
+    COLOURS,
+    MARKERS,
+    figure,
+    from_zero,
+    legend,
+    line_with_band,
+    mark_chance,
+    short,
+)
 
-GREY = "#8a8a8a"
-GREYS = (GREY, "#4d4d4d", "#b4b4b4")
+GREYS = ("#8a8a8a", "#4d4d4d", "#b4b4b4")
 THICK: Any = {"lw": 3.4, "alpha": 0.45, "solid_capstyle": "butt"}
-CONTROLS = ("random",)
-"""Random-init baselines that encoders are compared with."""
+FOR, AGAINST = "#E66100", "#3B6FD4"
+"""Colours of evidence for a class and against it."""
 
 
-@contextmanager
-def plain_figure(path: Path, rows: int = 1, columns: int = 1, **settings: Any) -> Iterator[Any]:
-    """``plots.figure`` without mathtext in names."""
-    import matplotlib
-
-    with (
-        matplotlib.rc_context({"text.parse_math": False}),
-        figure(path, rows, columns, **settings) as found,
-    ):
-        yield found
-
-
-def looks(names: Iterable[str], controls: Collection[str] = CONTROLS) -> dict[str, dict[str, Any]]:
-    """Returns colour and marker of each encoder, the same in all plots; baselines are grey."""
+def encoder_styles(names: Iterable[str], controls: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Returns colour and marker of each encoder, the same in all plots; baselines are hollow."""
     found: dict[str, dict[str, Any]] = {}
     i = hollow = 0
     for name in names:
         if name in controls:
-            look = {"color": GREYS[hollow % 3], "marker": MARKERS[(hollow + hollow // 21) % 7]}
-            found[name] = {**look, "markerfacecolor": "white"}
+            marker = MARKERS[(hollow + hollow // 21) % 7]
+            found[name] = {"color": GREYS[hollow % 3], "marker": marker, "markerfacecolor": "white"}
             hollow += 1
         else:
             found[name] = {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7]}
@@ -51,25 +45,16 @@ def looks(names: Iterable[str], controls: Collection[str] = CONTROLS) -> dict[st
     return found
 
 
-def blocks(axis: Any, L: int, *, label: bool = True) -> None:
-    """Draws block numbers below ``axis``."""
+def _block_axis(axis: Any, L: int) -> None:
     axis.set_xticks(range(L, 0, -1 if L <= 16 else -2))
     axis.set_xlim(0.5, L + 0.5)
-    if label:
-        axis.set_xlabel("block of the encoder")
+    axis.set_xlabel("block of the encoder")
 
 
-def from_zero(axis: Any) -> None:
-    """Sets the vertical axis from 0 to slightly above the data."""
-    top = axis.dataLim.y1
-    axis.set_ylim(0, 1.08 * top if np.isfinite(top) and top > 0 else 1)
-
-
-def rectangle(x: float, y: float, width: float, height: float, *, color: str, lw: float) -> Any:
-    """Returns a frame (an unfilled rectangle)."""
+def _frame(axis: Any, x: float, y: float, width: float, height: float, **style: Any) -> None:
     from matplotlib.patches import Rectangle
 
-    return Rectangle((x, y), width, height, fill=False, edgecolor=color, lw=lw, clip_on=False)
+    axis.add_patch(Rectangle((x, y), width, height, fill=False, clip_on=False, **style))
 
 
 def plot_layer_curve(
@@ -78,71 +63,62 @@ def plot_layer_curve(
     *,
     metric: str,
     chance: float | None = None,
-    controls: Collection[str] = CONTROLS,
+    controls: Collection[str],
     lower: bool = False,
-    title: str = "Layer curve: a linear probe on every block alone",
 ) -> Path:
     """Plots a metric by block, one line per encoder, with a band of one standard deviation.
 
     ``curves``: encoder -> ``{"mean": (L,), "std": (L,) | None}``; ``chance``: drawn if given;
     ``lower``: True if lower is better.
     """
-    path = Path(path)
-    with plain_figure(path, figsize=(8.6, 4.4)) as (_, axes):
-        axis = axes[0, 0]
-        for name, look in looks(curves, controls).items():
-            curve = curves[name]
-            y = 100 * np.asarray(curve["mean"], dtype=float)
+    L = 1
+    with figure(path, figsize=(8.6, 4.4)) as (_, axis):
+        for name, style in encoder_styles(curves, controls).items():
+            y = 100 * np.asarray(curves[name]["mean"], dtype=float)
+            std = curves[name].get("std")
+            band = 100 * np.nan_to_num(np.asarray(0.0 if std is None else std, dtype=float))
             x = np.arange(1, len(y) + 1)
-            if curve.get("std") is not None:
-                band = 100 * np.nan_to_num(np.asarray(curve["std"], dtype=float))
-                ends = np.clip([y - band, y + band], 0, None if lower else 100)
-                axis.fill_between(x, *ends, color=look["color"], alpha=0.15, lw=0)
+            L = max(L, len(y))
             at = int(y.argmin() if lower else y.argmax())
-            best = f"best {y[at]:.1f} %, block {at + 1}"
-            axis.plot(x, y, label=f"{short(name)}\n{best}", lw=1.8, ms=5, **look)
-        if chance is not None:
-            axis.axhline(100 * chance, color="#777777", lw=1, ls=":", label="chance")
-        blocks(axis, max((len(np.asarray(c["mean"])) for c in curves.values()), default=1))
+            label = f"{short(name)}\nbest {y[at]:.1f} %, block {at + 1}"
+            top = None if lower else 100
+            line_with_band(axis, x, y, band, top=top, label=label, lw=1.8, ms=5, **style)
+        mark_chance(axis.axhline, chance)
+        _block_axis(axis, L)
         axis.set_ylabel(f"{metric} (%)")
-        axis.set_title(title)
-        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return path
+        axis.set_title("Layer curve: a linear probe on every block alone")
+        legend(axis)
+    return Path(path)
 
 
-def plot_gates_heat(
-    gates: Mapping[str, ArrayLike], path: str | Path, *, title: str = "Layer gate by block"
-) -> Path:
+def plot_gates_heat(gates: Mapping[str, ArrayLike], path: str | Path) -> Path:
     """Plots each row's gate as a line of cells, in percent; rows may have different depths.
 
     ``gates``: name (an encoder, a method, a seed) -> (L,), or (n, L) over folds and seeds, of which
     the mean is drawn. The cell of a row's largest weight is framed.
     """
-    path = Path(path)
-    rows = [np.atleast_2d(np.asarray(g, dtype=float)).mean(0) for g in gates.values()]
+    rows = [100 * np.atleast_2d(np.asarray(g, dtype=float)).mean(0) for g in gates.values()]
     L = max((len(row) for row in rows), default=1)
     table = np.full((max(1, len(rows)), L), np.nan)
     for i, row in enumerate(rows):
-        table[i, : len(row)] = 100 * row
-    top = np.nanmax(table) if np.isfinite(table).any() else 100.0
+        table[i, : len(row)] = row
+    top = np.nanmax(table) if rows else 100.0
     inches = (min(14.0, 3.4 + 0.52 * L), 1.5 + 0.42 * len(table))
-    with plain_figure(path, figsize=inches) as (fig, axes):
-        axis = axes[0, 0]
+    with figure(path, figsize=inches) as (fig, axis):
         axis.grid(False)
-        where = {"aspect": "auto", "extent": (0.5, L + 0.5, len(table) - 0.5, -0.5)}
-        picture = axis.imshow(table, cmap="Blues", vmin=0, vmax=top, **where)
+        extent = (0.5, L + 0.5, len(table) - 0.5, -0.5)
+        picture = axis.imshow(table, cmap="Blues", vmin=0, vmax=top, aspect="auto", extent=extent)
         for i, row in enumerate(rows):
-            for block, weight in enumerate(100 * row, start=1):
+            for block, weight in enumerate(row, start=1):
                 axis.text(block, i, f"{weight:.0f}", ha="center", va="center", fontsize=8.5,
                           color="white" if weight > 0.6 * top else "#222222")  # fmt: skip
-            frame = (int(row.argmax()) + 0.5, i - 0.5)
-            axis.add_patch(rectangle(*frame, 1, 1, color=COLOURS[1], lw=1.8))
+            _frame(axis, int(row.argmax()) + 0.5, i - 0.5, 1, 1, edgecolor=COLOURS[1], lw=1.8)
         axis.set_yticks(range(len(rows)), [short(name) for name in gates])
         axis.tick_params(length=0)
-        blocks(axis, L)
-        axis.set_title(title)
+        _block_axis(axis, L)
+        axis.set_title("Layer gate by block")
         fig.colorbar(picture, ax=axis, label="weight (%)", pad=0.01)
-    return path
+    return Path(path)
 
 
 def plot_comparison(
@@ -153,65 +129,177 @@ def plot_comparison(
     std_over: str = "seeds",
     confidence: float = 0.95,
     chance: float | None = None,
-    controls: Collection[str] = CONTROLS,
+    controls: Collection[str],
     finetuned: Mapping[str, float] | None = None,
     lower: bool = False,
-    title: str = "Probes and encoders",
 ) -> Path:
     """Plots one row per method, the best first, with one dot per encoder.
 
     ``results``: encoder -> method -> ``{"mean", "std", "interval": (lo, hi) | None}``. A thick line
     is one standard deviation over ``std_over`` (``none``: not drawn), a thin one the confidence
-    interval at ``confidence``. ``controls``: encoders drawn in grey, which do not count for the
-    order; ``finetuned``: an encoder's fine-tuned result, as a line; ``lower``: True if lower is
-    better.
+    interval at ``confidence``. ``controls`` do not count for the order; ``finetuned``: an encoder's
+    fine-tuned result, as a line; ``lower``: True if lower is better.
     """
-    path = Path(path)
     sign, top = (-1, None) if lower else (1, 100)  # an error rate may be above 100 %
-    best: dict[str, float] = {}
-    for name, methods in results.items():
-        for method, row in methods.items():
-            if name not in controls or set(results) <= set(controls):
-                best[method] = max(best.get(method, -np.inf), sign * row["mean"])
-            best.setdefault(method, -np.inf)
+    ranked = [name for name in results if name not in controls] or list(results)
+    best = dict.fromkeys((m for methods in results.values() for m in methods), -np.inf)
+    for name in ranked:
+        for method, found in results[name].items():
+            best[method] = max(best[method], sign * found["mean"])
     order = sorted(best, key=lambda method: -best[method])
     n = max(1, len(results))
     inches = (9.6, 1.6 + max(2, len(order)) * max(0.3, 0.13 * n + 0.08))
-    with plain_figure(path, figsize=inches) as (_, axes):
-        axis = axes[0, 0]
+    lines: dict[str, dict[str, Any]] = {}  # kinds that are drawn, by label
+    with figure(path, figsize=inches) as (_, axis):
         axis.grid(False, axis="y")
-        spread = interval = False
-        for i, (name, look) in enumerate(looks(results, controls).items()):
-            methods, colour = results[name], look["color"]
-            have = [method for method in order if method in methods]
-            y = np.array([order.index(method) for method in have]) + (i - (n - 1) / 2) * 0.7 / n
-            x = 100 * np.array([methods[method]["mean"] for method in have])
-            for at, middle, method in zip(y, x, have, strict=True):
-                found = methods[method]
+        for i, (name, style) in enumerate(encoder_styles(results, controls).items()):
+            x, y = [], []
+            for method, found in results[name].items():
+                at, middle = order.index(method) + (i - (n - 1) / 2) * 0.7 / n, found["mean"]
+                x.append(100 * middle)
+                y.append(at)
+                kinds: list[tuple[Any, str, Any]] = []
                 if found.get("interval"):
-                    interval = True
-                    ends = np.clip(100 * np.array(found["interval"]), 0, top)
-                    axis.plot(ends, [at, at], color=colour, lw=1)
+                    kinds.append((found["interval"], f"{100 * confidence:g} % interval", {"lw": 1}))
                 if found.get("std") and std_over != "none":
-                    spread = True
-                    ends = np.clip(np.array([-1, 1]) * 100 * found["std"] + middle, 0, top)
-                    axis.plot(ends, [at, at], color=colour, **THICK)
-            label = short(name) + (" (control)" if name in controls else "")
-            axis.plot(x, y, ls="", ms=6, label=label, **look)
+                    ends = (middle - found["std"], middle + found["std"])
+                    kinds.append((ends, f"± std over {std_over}", THICK))
+                for ends, label, line in kinds:
+                    lines[label] = line
+                    ends = np.clip(100 * np.array(ends), 0, top)
+                    axis.plot(ends, [at, at], color=style["color"], **line)
+            label = short(name) + (" (random init)" if name in controls else "")
+            axis.plot(x, y, ls="", ms=6, label=label, **style)
             if name in (finetuned or {}):
-                axis.axvline(100 * (finetuned or {})[name], color=colour, lw=1.2, ls="--",
+                axis.axvline(100 * (finetuned or {})[name], color=style["color"], lw=1.2, ls="--",
                              label=f"{short(name)}, fine-tuned")  # fmt: skip
-        if chance is not None:
-            axis.axvline(100 * chance, color="#777777", lw=1, ls=":", label="chance")
-        if spread:
-            axis.plot([], [], color=GREY, label=f"± std over {std_over}", **THICK)
-        if interval:
-            axis.plot([], [], color=GREY, lw=1, label=f"{100 * confidence:g} % interval")
+        mark_chance(axis.axvline, chance)
+        for label, line in lines.items():
+            axis.plot([], [], color=GREYS[0], label=label, **line)
         for at in range(0, len(order), 2):
             axis.axhspan(at - 0.5, at + 0.5, color="#f4f4f4", zorder=0, lw=0)
         axis.set_yticks(range(len(order)), [short(method) for method in order])
         axis.set_ylim(len(order) - 0.5, -0.5)
         axis.set_xlabel(f"{metric} (%)")
-        axis.set_title(title)
-        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return path
+        axis.set_title("Probes and encoders")
+        legend(axis)
+    return Path(path)
+
+
+def plot_sinks(
+    sinks: Mapping[str, Mapping[str, Any]],
+    path: str | Path,
+    *,
+    controls: Collection[str],
+) -> Path:
+    """Plots the attention share of the most attended token by block, gates on and off.
+
+    ``sinks``: encoder -> ``{"gate on": (L,), "gate off": (L,) | None, "uniform": 1 / tokens}``.
+    Encoders without gates have one line.
+    """
+    with figure(path, figsize=(8.6, 4.4)) as (_, axis):
+        for name, style in encoder_styles(sinks, controls).items():
+            on, off = sinks[name]["gate on"], sinks[name].get("gate off")
+            x = range(1, len(on) + 1)
+            label = f"{short(name)}, {'no gates' if off is None else 'gates as trained'}"
+            axis.plot(x, 100 * np.array(on), lw=1.8, ms=5, label=label, **style)
+            if off is not None:
+                open_style = {**style, "markerfacecolor": "white", "ls": "--", "lw": 1.3, "ms": 5}
+                axis.plot(x, 100 * np.array(off), label=f"{short(name)}, gates open", **open_style)
+        for share in sorted({s["uniform"] for s in sinks.values() if s.get("uniform")}):
+            label = f"even attention, 1/{round(1 / share)}"
+            axis.axhline(100 * share, color="#777777", lw=1, ls=":", label=label)
+        _block_axis(axis, max((len(s["gate on"]) for s in sinks.values()), default=1))
+        from_zero(axis)
+        axis.set_ylabel("share of attention (%)")
+        axis.set_title("Attention sink: share of the most attended token")
+        legend(axis)
+    return Path(path)
+
+
+def plot_norms_ranks(
+    insights: Mapping[str, Mapping[str, Any]],
+    path: str | Path,
+    *,
+    controls: Collection[str],
+) -> Path:
+    """Plots token norms (mean, one deviation), effective rank and spread over clips by block.
+
+    ``insights``: encoder -> the result of ``eval.diagnostics.encoder_statistics``. Patches are in
+    the top row, class tokens, if any, in the bottom row; missing values are not drawn.
+    """
+    kinds = {"patches": "patches", "cls": "class token"}
+    if not any(s["norms"].get("cls") for s in insights.values()):
+        del kinds["cls"]
+    L = max((len(s["norms"]["patches"]) for s in insights.values()), default=1)
+    size = (13, 0.9 + 2.9 * len(kinds))
+    with figure(path, len(kinds), 3, figsize=size, sharex=True) as (fig, axes):
+        for row, (kind, kind_name) in zip(axes, kinds.items(), strict=True):
+            for name, style in encoder_styles(insights, controls).items():
+                style |= {"label": short(name, 40), "lw": 1.7, "ms": 4.5}
+                found = insights[name]
+                norms = np.array(found["norms"].get(kind) or np.empty((0, 3)), dtype=float)
+                x = np.arange(1, len(norms) + 1)
+                line_with_band(row[0], x, norms[:, 0], norms[:, 1], top=None, **style)
+                for axis, what in ((row[1], "rank"), (row[2], "spread")):
+                    y = np.array(found.get(what, {}).get(kind) or [], dtype=float)  # None: NaN
+                    axis.plot(np.arange(1, len(y) + 1), y, **style)
+            titles = ("L2 norm", "Effective rank", "Spread between clips")
+            for axis, title in zip(row, titles, strict=True):
+                axis.set_title(f"{title}, {kind_name}")
+                _block_axis(axis, L)
+                if not np.isfinite(axis.dataLim.y1):
+                    axis.text(0.5, 0.5, "not known", transform=axis.transAxes, ha="center",
+                              color="#777777")  # fmt: skip
+                    axis.set_yticks([])
+                from_zero(axis)
+        for axis in axes[:-1].flat:
+            axis.set_xlabel("")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))))
+    return Path(path)
+
+
+def plot_prototype_maps(maps: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Plots clips and the patches of each that the strongest prototypes of its class select.
+
+    Each of ``maps`` has ``label``, ``key``, ``spectrogram`` (frames, mels), ``evidence`` (T, F),
+    ``hop_ms`` between frames, ``seconds`` that the clip fills (from
+    ``eval.diagnostics.prototype_maps``). Left: the spectrogram. Right: the same in grey, with
+    selected patches framed and tinted by their contribution to the class's logit; evidence against
+    the class is blue.
+    """
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
+    shades = [(AGAINST, 0.85), (AGAINST, 0.0), (FOR, 0.0), (FOR, 0.85)]
+    colours = [to_rgba(*shade) for shade in shades]
+    tints = LinearSegmentedColormap.from_list(
+        "evidence", list(zip((0, 0.5, 0.5, 1), colours, strict=True))
+    )
+    n = max(1, len(maps))
+    with figure(path, n, 2, figsize=(12, 0.7 + 2.3 * n), sharey="row") as (fig, axes):
+        for (left, right), item in zip(axes, maps, strict=False):
+            image = np.asarray(item["spectrogram"], dtype=float)  # (frames, mels)
+            evidence = np.asarray(item["evidence"], dtype=float)  # (T, F)
+            seconds = len(image) * item["hop_ms"] / 1000
+            where: dict[str, Any] = {"aspect": "auto", "origin": "lower"}
+            where["extent"] = (0.0, seconds, 0.0, float(image.shape[1]))
+            for axis, colour in ((left, "magma"), (right, "Greys")):
+                axis.grid(False)
+                axis.imshow(image.T, cmap=colour, **where)
+                axis.set_xlabel("time (s)")
+                if item["seconds"] < seconds - item["hop_ms"] / 1000:
+                    axis.axvline(item["seconds"], color="#00A0A0", lw=1.2, ls="--")
+            left.set_ylabel("mel bin")
+            left.set_title(short(item["label"], 56))
+            most = float(np.abs(evidence).max()) or 1.0
+            picture = right.imshow(evidence.T, cmap=tints, vmin=-most, vmax=most,
+                                   interpolation="nearest", **where)  # fmt: skip
+            width, height = seconds / evidence.shape[0], image.shape[1] / evidence.shape[1]
+            for t, f in np.argwhere(evidence != 0):
+                colour = FOR if evidence[t, f] > 0 else AGAINST
+                _frame(right, t * width, f * height, width, height, edgecolor=colour, lw=1.0)
+            count = f"{int((evidence != 0).sum())} of {evidence.size} patches selected"
+            right.set_title(f"{short(item['key'], 28)}: {count}")
+            fig.colorbar(picture, ax=right, label="adds to logit", pad=0.01)
+    return Path(path)

@@ -19,7 +19,7 @@ from bat.metrics.base import describe, families
 
 
 class _Titles(dict[str, str]):
-    def __missing__(self, name: str) -> str:  # of a metric from outside bat
+    def __missing__(self, name: str) -> str:  # a metric from outside bat
         return describe(name).title
 
 
@@ -38,23 +38,10 @@ class Row(NamedTuple):
     entry: dict[str, Any]
     """Its ``results`` in the summary: ``mean``, ``std``, ``interval``, ``folds``, ..."""
 
-
-class Gap(NamedTuple):
-    """Comparison of an encoder's best probe with its fine-tuning, as fractions."""
-
-    encoder: str
-    method: str
-    mean: float
-    finetuned: float
-
-
-class Gain(NamedTuple):
-    """Comparison of a probe with its random-init baseline, an encoder of the same shape."""
-
-    row: Row
-    control: Row
-    paired: dict[str, Any] | None
-    """``{"difference", "interval"}`` on the same held-out clips, if known."""
+    @property
+    def trainings(self) -> list[dict[str, Any]]:
+        """Metrics of every fold and seed."""
+        return [metrics for seeds in self.entry["folds"].values() for metrics in seeds.values()]
 
 
 @dataclass
@@ -70,10 +57,6 @@ class Section:
     @property
     def task(self) -> str:
         return str(self.summaries[0]["task"])
-
-    @property
-    def level(self) -> str:
-        return str(self.summaries[0]["level"])
 
     @property
     def metric(self) -> str:
@@ -96,17 +79,13 @@ class Section:
     @property
     def title(self) -> str:
         """Title for a heading."""
-        level = "" if self.level == "clip" else f", {self.level} level"
-        return f"{self.task}{level}" + (" with permuted labels" if self.permuted else "")
-
-    @property
-    def methods(self) -> list[str]:
-        """Probe names in the order of the runs, without those of single blocks (``curve@3``)."""
-        return list(dict.fromkeys(row.method for row in self.rows))
+        level = str(self.summaries[0]["level"])
+        title = self.task if level == "clip" else f"{self.task}, {level} level"
+        return f"{title} with permuted labels" if self.permuted else title
 
     @property
     def rows(self) -> list[Row]:
-        """Every probe of every encoder, in the order of the runs."""
+        """Every probe of every encoder in the order of the runs; no single blocks (``curve@3``)."""
         return [
             Row(name, method, entry)
             for name, encoder in self.encoders.items()
@@ -115,19 +94,24 @@ class Section:
         ]
 
     @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(row.method for row in self.rows))
+
+    @property
     def ranking(self) -> list[Row]:
         """Rows sorted from the best; NaN means come last."""
-        sign = -1 if self.lower else 1
 
         def place(row: Row) -> float:
             value = row.entry["mean"].get(self.metric)
-            return math.inf if value is None or math.isnan(value) else -sign * value
+            if value is None or math.isnan(value):
+                return math.inf
+            return float(value) if self.lower else -float(value)
 
         return sorted(self.rows, key=place)
 
     @property
     def metrics(self) -> list[str]:
-        """Metrics that any probe was evaluated with, the main one first."""
+        """Metrics of any probe, the main one first."""
         there = dict.fromkeys(m for row in self.rows for m in row.entry["mean"])
         found = [m for m in TITLES if m in there] + [m for m in there if m not in TITLES]
         return sorted(found, key=lambda m: m != self.metric)
@@ -138,24 +122,20 @@ class Section:
         groups = [self.ranking]
         groups += [[r for r in self.ranking if r.encoder == name] for name in self.encoders]
         found = [(group[0], row) for group in groups for row in group[1:]]
-        found += [(gain.row, gain.control) for gain in self.gains()]
-        return list({self._names(*pair): pair for pair in found}.values())
+        found += self.baselines()
+        return list({(*a[:2], *b[:2]): (a, b) for a, b in found}.values())
 
     def difference(self, one: Row, other: Row) -> dict[str, Any] | None:
         """Returns ``{"difference", "interval"}`` of ``one`` minus ``other``, paired on the same
         resamples of the held-out clips. Available within one run only, for ``pairs``."""
         if len(self.summaries) > 1:
             return None
-        return self._differences.get(self._names(one, other))
+        return self._differences.get((*one[:2], *other[:2]))
 
     @functools.cached_property
     def _differences(self) -> dict[tuple[str, ...], dict[str, Any]]:
         given = self.summaries[0].get("differences") or []
         return {(*d["of"], *d["minus"]): d for d in given}
-
-    @staticmethod
-    def _names(one: Row, other: Row) -> tuple[str, str, str, str]:
-        return one.encoder, one.method, other.encoder, other.method
 
     def leads(self, row: Row, others: Iterable[Row]) -> bool:
         """Returns True if ``row`` beats each of ``others`` by the whole paired interval."""
@@ -168,51 +148,32 @@ class Section:
         """Returns the best probe of one encoder."""
         return next((row for row in self.ranking if row.encoder == encoder), None)
 
-    def gaps(self) -> list[Gap]:
-        """Returns the gaps of all encoders that were both probed and fine-tuned."""
-        found = []
-        for name, encoder in self.encoders.items():
-            row, tuned = self.best(name), encoder.get("finetuned")
-            if row is not None and tuned is not None:
-                found.append(Gap(name, row.method, row.entry["mean"][self.metric], tuned))
-        return found
-
-    def gains(self) -> list[Gain]:
-        """Returns the gains of all probes that have a random-init baseline."""
+    def baselines(self) -> list[tuple[Row, Row]]:
+        """Returns probes with the same probe on the random-init encoder of the same shape."""
         found = []
         for row in self.rows:
-            control = self._control(row)
-            if control is not None:
-                found.append(Gain(row, control, self.difference(row, control)))
+            encoder = self.encoders[row.encoder]
+            for name, other in self.encoders.items():
+                alike = all(other.get(k) == encoder.get(k) for k in ("backbone", "width", "depth"))
+                entry = other["results"].get(row.method)
+                if entry and alike and is_random(other) and not is_random(encoder):
+                    found.append((row, Row(name, row.method, entry)))
+                    break
         return found
-
-    def _control(self, row: Row) -> Row | None:
-        encoder, shape = self.encoders[row.encoder], ("backbone", "width", "depth")
-        if is_control(encoder):
-            return None
-        for name, other in self.encoders.items():
-            same = all(other.get(key) == encoder.get(key) for key in shape)
-            if is_control(other) and same and row.method in other["results"]:
-                return Row(name, row.method, other["results"][row.method])
-        return None
 
     def class_precision(self, row: Row) -> list[float | None]:
         """Returns each class's average precision, mean over folds and seeds where it is defined."""
-        judged = [m["per_class"]["ap"] for m in _each(row) if m.get("per_class")]
-        columns = [[v for v in column if v is not None] for column in zip(*judged, strict=True)]
+        given = [m["per_class"]["ap"] for m in row.trainings if m.get("per_class")]
+        columns = [[v for v in column if v is not None] for column in zip(*given, strict=True)]
         return [sum(c) / len(c) if c else None for c in columns]
 
     def absent(self) -> list[str]:
         """Returns the classes without a held-out clip in some fold."""
-        found = sorted({c for row in self.rows for m in _each(row) for c in m.get("absent", ())})
-        return [self.labels[c] for c in found]
-
-    def deviation(self) -> set[str]:
-        """Returns what deviations are taken over: ``seeds``, ``folds``, ``none``."""
-        return {str(row.entry["std_over"]) for row in self.rows}
+        found = {c for row in self.rows for m in row.trainings for c in m.get("absent", ())}
+        return [self.labels[c] for c in sorted(found)]
 
 
-def is_control(encoder: Mapping[str, Any]) -> bool:
+def is_random(encoder: Mapping[str, Any]) -> bool:
     """Returns True if an encoder's weights are untrained."""
     return str(encoder["checkpoint"]).partition(":")[0] == "random"
 
@@ -227,7 +188,7 @@ def sections(summaries: Sequence[dict[str, Any]]) -> list[Section]:
         for name, encoder in summary["encoders"].items():
             _add(section, str(name), encoder, run=str(summary.get("run", "another run")))
     for section in found.values():
-        section.differ = _differing(section.summaries)
+        section.differ = _differences(section.summaries)
     return list(found.values())
 
 
@@ -244,10 +205,8 @@ def _add(section: Section, name: str, encoder: dict[str, Any], *, run: str) -> N
     section.encoders[name] = encoder
 
 
-def _differing(summaries: Sequence[dict[str, Any]]) -> list[str]:
-    if len(summaries) < 2:
-        return []
-    found = []
+def _differences(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns what the runs do not have in common; settings with their values."""
     views = {
         "the clips held out": lambda s: [s["clips"], s["rounds"]],
         "the data (other clips, labels or folds)": lambda s: s.get("data"),
@@ -255,30 +214,21 @@ def _differing(summaries: Sequence[dict[str, Any]]) -> list[str]:
         "how the number comes about": lambda s: s["how"],
         "the version of bat": lambda s: s["version"],
     }
-    for what, view in views.items():
-        if any(view(s) != view(summaries[0]) for s in summaries[1:]):
-            found.append(what)
-    for key in SETTINGS:
-        found += _unlike(key, [s.get(key) for s in summaries])
+    found = [
+        what
+        for what, view in views.items()
+        if any(view(s) != view(summaries[0]) for s in summaries[1:])
+    ]
+    settings: dict[str, list[Any]] = {key: [s.get(key) for s in summaries] for key in SETTINGS}
     for part in PARTS:
-        given = [s[part] for s in summaries if part in s]
-        if 0 < len(given) < len(summaries):
-            found.append(f"{part} (unknown of {len(summaries) - len(given)})")
+        given = [s.get(part) or {} for s in summaries]
         for key in dict.fromkeys(key for values in given for key in values):
-            found += _unlike(f"{part}.{key}", [values.get(key) for values in given])
-    windows: dict[str, list[Any]] = {}
+            settings[f"{part}.{key}"] = [values.get(key) for values in given]
+    frames: dict[tuple[str, str], list[Any]] = {}
     for name, encoder in (item for s in summaries for item in s["encoders"].items()):
-        windows.setdefault(f"{encoder['digest']} {name}", []).append(encoder.get("frames"))
-    for place, frames in windows.items():
-        found += _unlike(f"frames of {place.partition(' ')[2]}", frames)
+        frames.setdefault((name, encoder["digest"]), []).append(encoder.get("frames"))
+    for name, values in [*settings.items(), *((f"frames of {k[0]}", v) for k, v in frames.items())]:
+        words = dict.fromkeys("null" if value is None else str(value) for value in values)
+        if len(words) > 1:
+            found.append(f"{name} ({', '.join(words)})")
     return found
-
-
-def _unlike(name: str, values: Sequence[Any]) -> list[str]:
-    """Returns ``name (3, null)`` if values differ, else nothing."""
-    words = dict.fromkeys("null" if value is None else str(value) for value in values)
-    return [f"{name} ({', '.join(words)})"] if len(words) > 1 else []
-
-
-def _each(row: Row) -> list[dict[str, Any]]:
-    return [metrics for seeds in row.entry["folds"].values() for metrics in seeds.values()]

@@ -27,10 +27,10 @@ from bat.audio.decode import (
     MP3_SLACK_FRAMES,
     AudioInfo,
     DecodeError,
+    channel_mean,
     decode_channels,
     probe,
 )
-from bat.audio.reader import channel_mean
 from bat.data.table import parse_labels
 from bat.shard.pack import decoded
 

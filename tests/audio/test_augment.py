@@ -9,16 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bat.audio.augment import (
-    add_noise,
-    colour_noise,
-    mix,
-    mixup,
-    roll,
-    spec_augment,
-    time_roll,
-)
-from bat.errors import UserError
+from bat.audio.augment import add_noise, colour_noise, mix, mixup, spec_augment, time_roll
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -36,19 +27,19 @@ def arrays(golden: Path) -> dict[str, Tensor]:
         return {name: torch.from_numpy(file[name]) for name in names}
 
 
-def test_golden_mix(arrays: dict[str, Tensor]) -> None:
+def test_mix__golden(arrays: dict[str, Tensor]) -> None:
     x, y = mix(arrays["mixup/x"], arrays["mixup/y"], arrays["mixup/weight"].flatten())
     torch.testing.assert_close(x, arrays["mixup/x_out_hard0"], rtol=0, atol=1e-6)
     torch.testing.assert_close(y, arrays["mixup/y_out_hard0"], rtol=0, atol=1e-6)
 
 
-def test_golden_colour_noise(arrays: dict[str, Tensor]) -> None:
+def test_add_noise__golden(arrays: dict[str, Tensor]) -> None:
     get = {key.split("/")[1]: value for key, value in arrays.items()}
     out = add_noise(get["wave"], get["white"], beta=get["decay"][:, 0], snr_db=get["snr_db"][:, 0])
     torch.testing.assert_close(out, get["out"], rtol=0, atol=1e-6)
 
 
-def test_mix_clamps_targets_and_keeps_dtypes() -> None:
+def test_mix__clamps_targets_and_keeps_dtypes() -> None:
     x, y = noise(2, 3).bfloat16(), torch.tensor([[1.5], [1.0]])
     mixed_x, mixed_y = mix(x, y, torch.tensor([0.0, 1.0]))
     assert mixed_x.dtype == torch.bfloat16
@@ -57,7 +48,7 @@ def test_mix_clamps_targets_and_keeps_dtypes() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.8, 0.2, 3.0])
-def test_mixup_weights_are_beta(alpha: float) -> None:
+def test_mixup__weights_are_beta(alpha: float) -> None:
     clips = 40_000  # x tells each clip's weight: first half 1, second half 0
     x = torch.cat([torch.ones(clips // 2), torch.zeros(clips // 2)])[:, None]
     mixed, _ = mixup(x, x, generator=seeded(), p=1.0, alpha=alpha)
@@ -67,7 +58,7 @@ def test_mixup_weights_are_beta(alpha: float) -> None:
     assert weight.unique().numel() > 0.9 * clips  # every clip draws for itself
 
 
-def test_mixup_probability_labels_and_seed() -> None:
+def test_mixup__probability_labels_and_seed() -> None:
     x = torch.arange(10_000.0).double()[:, None, None, None].expand(-1, 1, 2, 2)
     y = torch.eye(2)[torch.arange(10_000) % 2]  # reversal pairs the two classes
     mixed, targets = mixup(x, y, generator=seeded(1), p=0.9)
@@ -84,7 +75,7 @@ def test_mixup_probability_labels_and_seed() -> None:
     assert mixup(x, y, generator=seeded(), p=0.0)[0].equal(x)
 
 
-def test_spec_augment_masks_bands_of_every_clip() -> None:
+def test_spec_augment__masks_bands_of_every_clip() -> None:
     out = spec_augment(
         torch.ones(1500, 1, 112, 128), generator=seeded(), freq_width=16, time_width=32
     )
@@ -102,7 +93,7 @@ def test_spec_augment_masks_bands_of_every_clip() -> None:
         assert bands.float().argmax(1).unique().numel() > 0.6 * bands.shape[1]
 
 
-def test_spec_augment_repeats_and_switches() -> None:
+def test_spec_augment__repeats_and_switches() -> None:
     ones = torch.ones(500, 1, 64, 32)
     once = spec_augment(ones, generator=seeded(), freq_width=0, time_width=16)
     assert not (once == 0).all(2).any()  # no mel masked throughout
@@ -113,11 +104,9 @@ def test_spec_augment_repeats_and_switches() -> None:
     assert ones.all()  # not in place
     wide = spec_augment(ones, generator=seeded(), freq_width=999, time_width=999)
     assert wide.shape == ones.shape
-    with pytest.raises(UserError, match="time_width=-1"):
-        spec_augment(ones, generator=seeded(), freq_width=1, time_width=-1)
 
 
-def test_noise_has_the_asked_level_and_colour() -> None:
+def test_add_noise__level_and_colour() -> None:
     waves, white = noise(3, 16384), noise(3, 16384, seed=1)
     beta, snr = torch.tensor([2.0, 0.0, -2.0]), torch.tensor([5.0, 15.0, 25.0])
     added = (add_noise(waves, white, beta=beta, snr_db=snr) - waves).double()
@@ -129,7 +118,7 @@ def test_noise_has_the_asked_level_and_colour() -> None:
     torch.testing.assert_close(slope, -beta.double(), rtol=0, atol=0.25)
 
 
-def test_noise_looks_at_valid_samples_only() -> None:
+def test_add_noise__only_valid_samples_count() -> None:
     waves, white = torch.zeros(2, 8000), noise(2, 8000, seed=1)
     waves[0, :2000], waves[1] = noise(2000), noise(8000)
     lengths, ones = torch.tensor([2000, 8000]), torch.ones(2)
@@ -142,7 +131,7 @@ def test_noise_looks_at_valid_samples_only() -> None:
     torch.testing.assert_close(out[1:], plain, rtol=0, atol=1e-6)
 
 
-def test_silence_stays_silent_and_differentiable() -> None:
+def test_colour_noise__silence_stays_silent_and_differentiable() -> None:
     waves = torch.zeros(2, 500).requires_grad_()
     out = colour_noise(waves, generator=seeded(), p=1.0)
     assert not out.any()
@@ -151,7 +140,7 @@ def test_silence_stays_silent_and_differentiable() -> None:
     assert waves.grad.eq(1.0).all()
 
 
-def test_colour_noise_probability_ranges_and_seed() -> None:
+def test_colour_noise__probability_ranges_and_seed() -> None:
     waves = noise(3000, 256)
     out = colour_noise(waves, generator=seeded(1), p=0.3, snr_db=(5.0, 25.0))
     added = out - waves
@@ -166,34 +155,10 @@ def test_colour_noise_probability_ranges_and_seed() -> None:
     assert colour_noise(waves, generator=seeded(), p=0.0).equal(waves)
 
 
-def test_roll_equals_torch_roll_inside_each_length() -> None:
-    waves, lengths = noise(5, 100), torch.tensor([100, 60, 1, 7, 100])
-    shifts = torch.tensor([3, -8, 5, 700, 0])
-    out = roll(waves, shifts=shifts, lengths=lengths)
-    for row in range(5):
-        n = int(lengths[row])
-        assert out[row, :n].equal(waves[row, :n].roll(int(shifts[row])))
-        assert out[row, n:].equal(waves[row, n:])
-    assert roll(waves, shifts=shifts)[1].equal(waves[1].roll(-8))
-
-
-def test_drawn_rolls_are_uniform_and_seeded() -> None:
-    waves = torch.zeros(20_000, 10)
-    waves[:, 0] = 1.0
-    lengths = torch.tensor([10, 4]).repeat(10_000)
-    out = roll(waves, generator=seeded(), lengths=lengths)
-    places = out.argmax(1)
-    for length, rows in ((10, slice(0, None, 2)), (4, slice(1, None, 2))):
-        counts = torch.bincount(places[rows], minlength=10) / 10_000
-        assert (counts[:length] - 1 / length).abs().max() < 0.02
-        assert not counts[length:].any()
-    assert out.equal(roll(waves, generator=seeded(), lengths=lengths))
-
-
 def test_time_roll__one_shift_for_the_batch_within_each_clip_s_frames() -> None:
     x, frames = noise(3, 1, 9, 4), torch.tensor([9, 7, 4])
     shifts = set()
-    for seed in range(300):
+    for seed in range(120):
         out = time_roll(x, generator=seeded(seed), frames=frames)
         shifts |= {s for s in range(10) if all(
             out[row, :, :n].equal(x[row, :, :n].roll(s, 1)) for row, n in enumerate(frames.tolist())
@@ -203,17 +168,3 @@ def test_time_roll__one_shift_for_the_batch_within_each_clip_s_frames() -> None:
     assert time_roll(x, generator=seeded()).equal(
         time_roll(x, generator=seeded(), frames=torch.full((3,), 9))
     )
-
-
-def test_bad_arguments() -> None:
-    waves, g = noise(2, 10), seeded()
-    with pytest.raises(UserError, match="exactly one"):
-        roll(waves)
-    with pytest.raises(UserError, match="exactly one"):
-        roll(waves, generator=g, shifts=torch.tensor([1, 2]))
-    with pytest.raises(UserError, match=r"p=1\.5: a probability"):
-        colour_noise(waves, generator=g, p=1.5)
-    with pytest.raises(UserError, match=r"p=-0\.1"):
-        mixup(waves, waves, generator=g, p=-0.1)
-    with pytest.raises(UserError, match="alpha=0"):
-        mixup(waves, waves, generator=g, alpha=0)

@@ -148,7 +148,7 @@ def test_pictures_of_encoders_that_are_not_in_the_run_are_left_out(tmp_path: Pat
     plot_layer_gates({"cgp": [[0.2, 0.8]]}, run / "plots" / "B" / "folds.png")
     html = report([run]).html.read_text(encoding="utf-8")
     assert 'alt="Every probe of every encoder"' in html
-    assert 'alt="Results by held-out round: B"' in html
+    assert 'alt="Results by held-out fold: B"' in html
     assert html.count("<img") == 2
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from bat.errors import UserError
-from bat.metrics.base import Metric, Value, describe, families, find_metric, is_better
+from bat.metrics.base import Metric, Value, describe, families, find_metric, rank_key
+from bat.metrics.bootstrap import draws
 from bat.metrics.events import Events, matches
 from bat.metrics.text import Text, edits
 from tests.reference import events as slow
@@ -70,8 +71,6 @@ def test_replicates__each_draw_is_the_metric_of_the_drawn_clips(value: str) -> N
     metric = Events(classes=2)
     for pair in clips:
         metric.update(*pair)
-    from bat.metrics.bootstrap import draws
-
     found = metric.replicates(value, resamples=7, seed=3)
     (counts,) = draws(5, resamples=7, seed=3)
     for replicate, drawn in zip(found, counts, strict=True):
@@ -84,9 +83,8 @@ def test_replicates__each_draw_is_the_metric_of_the_drawn_clips(value: str) -> N
 
 def test_find_metric__names_directions_and_dotted_paths() -> None:
     assert find_metric("event_f1") == (Events, "event_f1")
-    assert is_better("accuracy", 0.9, 0.8)
-    assert is_better("wer", 0.1, 0.2)
-    assert not is_better("wer", float("nan"), 2.0)
+    assert rank_key("accuracy", 0.9) > rank_key("accuracy", 0.8)
+    assert rank_key("wer", 0.1) > rank_key("wer", 0.2) > rank_key("wer", float("nan"))
     assert find_metric(f"{__name__}.Purity.purity") == (Purity, "purity")
     assert describe("purity").better == "lower"
     assert describe("unheard_of").title == "unheard_of"

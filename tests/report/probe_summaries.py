@@ -1,4 +1,4 @@
-"""Summaries of probing runs as ``bat-probe`` writes them, with numbers drawn at random."""
+"""Builds summaries of probe runs as ``bat-probe`` writes them, with random numbers."""
 
 from __future__ import annotations
 
@@ -9,62 +9,18 @@ from typing import Any
 import numpy as np
 
 METHODS = ("linear", "lcgp", "cgp")
+SCALARS = ("accuracy", "map", "f1", "f1_micro", "auroc", "dprime")
 
 
-def judged(rng: np.random.Generator, accuracy: float, *, classes: int) -> dict[str, Any]:
-    """As ``metrics.evaluate``: class 2 is without a held-out clip."""
+def metrics(rng: np.random.Generator, accuracy: float, *, classes: int) -> dict[str, Any]:
+    """Returns metrics as ``ranking.evaluate`` does; class 2 has no held-out clip."""
     ap: list[float | None] = [float(v) for v in rng.uniform(accuracy / 2, 1, classes)]
     ap[2] = None
-    return {
-        "accuracy": accuracy,
-        "map": statistics.mean(v for v in ap if v is not None),
-        "f1": accuracy - 0.01,
-        "f1_micro": accuracy,
-        "auroc": 0.9,
-        "dprime": 1.8123875,
+    known = statistics.mean(v for v in ap if v is not None)
+    values = (accuracy, known, accuracy - 0.01, accuracy, 0.9, 1.8123875)
+    return dict(zip(SCALARS, values, strict=True)) | {
         "absent": [2],
         "per_class": {"ap": ap, "auroc": ap, "positives": [0 if v is None else 8 for v in ap]},
-    }
-
-
-def result(
-    rng: np.random.Generator,
-    level: float,
-    *,
-    classes: int,
-    folds: Sequence[str],
-    seeds: Sequence[int],
-    depth: int,
-    gated: bool,
-) -> dict[str, Any]:
-    """One probe of one encoder, accurate to about ``level``."""
-    rounds = {
-        fold: {
-            str(seed): judged(rng, level + float(rng.uniform(-0.02, 0.02)), classes=classes)
-            for seed in seeds
-        }
-        for fold in folds
-    }
-    names = [m for m in judged(rng, 0.5, classes=classes) if m not in ("absent", "per_class")]
-    over = "seeds" if len(seeds) > 1 else "folds" if len(folds) > 1 else "none"
-    by_seed = {n: [[f[str(s)][n] for f in rounds.values()] for s in seeds] for n in names}
-    values = {n: [statistics.mean(r) for r in rows] for n, rows in by_seed.items()}
-    if over == "folds":
-        values = {n: rows[0] for n, rows in by_seed.items()}
-    places = [f"{fold}-{seed}" for fold in folds for seed in seeds]
-    mean = {n: statistics.mean(v) for n, v in values.items()}
-    return {
-        "parameters": 23_525_900,
-        "mean": mean,
-        "std": {n: statistics.pstdev(v) for n, v in values.items()},
-        "std_over": over,
-        "interval": [mean["accuracy"] - 0.03, mean["accuracy"] + 0.03],
-        "folds": rounds,
-        "gate": {p: rng.dirichlet(np.ones(depth)).tolist() for p in places} if gated else {},
-        "chosen": {
-            p: {"lr": 0.001, "weight_decay": 0.05, "step": 400, "validation": 0.8, "candidates": 3}
-            for p in places
-        },
     }
 
 
@@ -79,12 +35,41 @@ def summary(
     depth: int = 12,
     draw: int = 0,
 ) -> dict[str, Any]:
-    """A whole ``summary.json``; an encoder called ``random`` is the untrained control."""
+    """Returns a whole ``summary.json``; the encoder ``random`` is the random-init baseline."""
     rng = np.random.default_rng(draw)
+    places = [f"{fold}-{seed}" for fold in folds for seed in seeds]
+    over = "seeds" if len(seeds) > 1 else "folds" if len(folds) > 1 else "none"
+
+    def result(level: float, *, gated: bool) -> dict[str, Any]:
+        """One probe of one encoder, accurate to about ``level``."""
+        found = {
+            fold: {
+                str(seed): metrics(
+                    rng, level + float(rng.uniform(-0.02, 0.02)), classes=len(labels)
+                )
+                for seed in seeds
+            }
+            for fold in folds
+        }
+        values = {}
+        for name in SCALARS:
+            table = np.array([[m[name] for m in row.values()] for row in found.values()])
+            values[name] = table[:, 0] if over == "folds" else table.mean(0)
+        mean = {name: float(v.mean()) for name, v in values.items()}
+        selected = {"lr": 0.001, "weight_decay": 0.05, "step": 400}
+        return {
+            "parameters": 23_525_900,
+            "mean": mean,
+            "std": {name: float(v.std()) for name, v in values.items()},
+            "std_over": over,
+            "interval": [mean["accuracy"] - 0.03, mean["accuracy"] + 0.03],
+            "folds": found,
+            "gate": {p: rng.dirichlet(np.ones(depth)).tolist() for p in places} if gated else {},
+            "chosen": dict.fromkeys(places, selected | {"validation": 0.8, "candidates": 3}),
+        }
 
     def encoder(place: int, name: str) -> dict[str, Any]:
         level = 0.4 if name == "random" else 0.7 - 0.1 * place
-        shape = {"classes": len(labels), "folds": folds, "seeds": seeds, "depth": depth}
         blocks = np.linspace(0.1, 0.5, depth).tolist()
         return {
             "checkpoint": "random:runs/a" if name == "random" else f"runs/{name}",
@@ -108,7 +93,7 @@ def summary(
             "seconds": {"features": 41.5, "probes": 600.0},
             "finetuned": 0.952 if name == "A" else None,
             "results": {
-                method: result(rng, level + 0.02 * i, gated=method in ("cgp", "lcgp"), **shape)
+                method: result(level + 0.02 * i, gated=method in ("cgp", "lcgp"))
                 for i, method in enumerate(methods)
             },
             "insight": {
