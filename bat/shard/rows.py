@@ -29,8 +29,9 @@ from typing import Any
 from bat.errors import UserError
 from bat.shard import shard_rows
 from bat.tasks import audioset, eat, folder, parquet
-from bat.tasks.base import LeftOut, Row, load_task, read_csv
-from bat.tasks.labels import Labels, Reading, doubts, held_out_alone, labels_of, named
+from bat.tasks.base import LeftOut, Reading, Row, load_task
+from bat.tasks.labels import Labels, doubts, held_out_alone, labels_of, named
+from bat.tasks.tables import read_csv
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,9 @@ def open_rows(
         found = _READERS[kind](source, names, split)
         kind = "csv" if kind == "folder" and source.is_file() else kind
     else:
-        own = load_task(kind)
-        rows, vocabulary = own.read(source)
-        found = Reading(rows, vocabulary, []) if names is None else named(rows, names, source)
-        found = replace(found, left_out=own.left_out(source) if own.left_out else [])
+        found = load_task(kind).open(source)
+        if names is not None:
+            found = replace(named(found.rows, names, source), left_out=found.left_out)
     notes = found.notes + _layout_notes(source, kind, task) + doubts(found.vocabulary)
     notes += held_out_alone(found.rows) + _twin_names(found.rows)
     rows, left_out = found.rows, found.left_out

@@ -20,9 +20,9 @@ from bat.data.sources import find
 from bat.data.table import parse_labels, read_contents
 from bat.data.tar import escape_key, sample_key
 from bat.errors import UserError
-from bat.tasks.base import LeftOut, Row
+from bat.tasks.base import LeftOut, Reading, Row
 from bat.tasks.folder import split_of
-from bat.tasks.labels import Labels, Reading, by_number, named
+from bat.tasks.labels import Labels, by_number, named
 
 
 def read(source: Path, labels: Labels | None = None) -> Reading:

@@ -19,9 +19,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from bat.errors import UserError
-from bat.tasks.base import LeftOut, Row, Task, csv_cells
+from bat.tasks.base import LeftOut, Reading, Row, Task
 from bat.tasks.folder import find_audio, split_of
-from bat.tasks.labels import Labels, Reading, labels_beside
+from bat.tasks.labels import Labels, labels_beside
+from bat.tasks.tables import csv_cells
 
 NO_FILE = "no file"
 """Reason given for a segment that is left out."""
@@ -141,27 +142,6 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
     return Reading(translated, labels.vocabulary(every), notes, left_out)
 
 
-def rows(root: Path) -> list[Row]:
-    return read(root).rows
-
-
-def left_out(root: Path) -> list[LeftOut]:
-    return read(root).left_out
-
-
-def vocabulary(root: Path) -> list[str]:
-    labels = class_names(root)
-    return list(labels.names) if labels.numbers else read(root).vocabulary
-
-
 TASK = Task(
-    name="audioset",
-    rows=rows,
-    target="tags",
-    loss="asl",
-    frames=1024,
-    classes=527,
-    per_class=10,
-    vocabulary=vocabulary,
-    left_out=left_out,
+    name="audioset", rows=read, target="tags", loss="asl", frames=1024, classes=527, per_class=10
 )

@@ -6,10 +6,7 @@ otherwise the clips are unlabelled (suitable for pre-training). If all of it lie
 called ``train``, ``Testing`` and the like (``SPLITS``), these are the splits ``train``, ``valid``
 and ``test``, and each is read in that way.
 
-CSV: columns ``path`` (relative to the CSV, or absolute) and optionally ``label`` or ``labels`` (or
-columns of 0 and 1), ``fold`` (from 1) and ``split``, as read by ``labels.listed_clips``. Other
-columns are an error, so that misspelt ones are noticed. A clip may be without a label. Labels are
-names, or mids where a label file lies beside the CSV.
+CSV: see ``bat.tasks.csv``; labels are optional here, and not all files need exist.
 
 The labels determine whether the task is multi-label (``Task.settle``).
 """
@@ -28,13 +25,12 @@ from bat.tasks.base import (
     AUDIO_SUFFIXES,
     UNDECODED_SUFFIXES,
     LeftOut,
+    Reading,
     Row,
     Task,
     as_text,
-    other_form,
-    whole_number,
 )
-from bat.tasks.labels import Labels, Reading, classes_in_words, listed_clips, named, names_of
+from bat.tasks.labels import Labels, classes_in_words, named, names_of
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -158,42 +154,8 @@ def _rows_of_folder(root: Path) -> tuple[list[Row], list[LeftOut]]:
     return rows, left_out
 
 
-def _rows_of_csv(path: Path) -> tuple[list[Row], list[str]]:
-    """Reads the clips of a CSV, and notes on how it was read."""
-    columns, lines, labels, notes = listed_clips(path)
-    if "onset" in columns:  # several lines may be one clip
-        from bat.tasks import own
-
-        listed = own.read(path)
-        return listed.rows, listed.notes
-    keys = keys_of([line["path"] for _, line in lines])
-    rows = []
-    for (_, line), names, key in zip(lines, labels, keys, strict=True):
-        fold = line.get("fold", "")
-        rows.append(
-            Row(
-                path=path.parent / line["path"],
-                key=key,
-                labels=names,
-                fold=whole_number(fold, column="fold", path=path) if fold else None,
-                split=line.get("split") or None,
-                text=line.get("text") or None,
-            )
-        )
-    missing = [row.path for row in rows if not row.path.is_file()]
-    remark = next(filter(None, map(other_form, missing)), "")
-    if len(missing) == len(rows):
-        raise UserError(
-            f"none of the {len(rows)} files of {path} exists (the first: {missing[0]}): "
-            f"paths are relative to the CSV's folder{remark}"
-        )
-    if remark:
-        notes.append(f"{len(missing)} of {len(rows)} files do not exist{remark}")
-    return rows, notes
-
-
 def read(source: Path, labels: Labels | None = None) -> Reading:
-    """Reads the clips of a folder or a CSV.
+    """Reads the clips of a folder, or those that a CSV lists (``bat.tasks.csv``).
 
     Raises:
         UserError: no audio, no such files, unknown columns, an unknown label.
@@ -205,28 +167,9 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
         return replace(found, notes=found.notes + [called] * bool(found.vocabulary))
     if source.suffix.lower() != ".csv":
         raise UserError(f"{source} is neither a folder nor a .csv file")
-    return listed(source, labels)
+    from bat.tasks import csv  # not at the top: it imports this file
+
+    return csv.read(source, labels, labelled=False)
 
 
-def listed(source: Path, labels: Labels | None = None) -> Reading:
-    """Reads the clips that a CSV lists; raises as ``read``."""
-    rows, notes = _rows_of_csv(source)
-    found = named(rows, labels, source.parent)
-    return replace(found, notes=notes + found.notes)
-
-
-def rows(root: Path) -> list[Row]:
-    return read(root).rows
-
-
-def left_out(root: Path) -> list[LeftOut]:
-    return read(root).left_out
-
-
-TASK = Task(
-    name="folder",
-    rows=rows,
-    left_out=left_out,
-    target="class",
-    adapts=True,
-)
+TASK = Task(name="folder", rows=read, target="class", adapts=True)

@@ -25,9 +25,9 @@ from typing import Any
 
 from bat.errors import UserError
 from bat.redact import one_line
-from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task
+from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Reading, Row, Task
 from bat.tasks.folder import find_files, split_of
-from bat.tasks.labels import Labels, Reading, by_number, is_mid, labels_beside, named, names_of
+from bat.tasks.labels import Labels, by_number, is_mid, labels_beside, named, names_of
 
 LABELS = ("labels", "label", "label_id")
 KEYS = ("id", "video_id", "key", "filename", "file_name", "name")
@@ -271,18 +271,4 @@ def read_cell(path: Path, group: int, row: int) -> bytes | None:
         raise OSError(errno.EIO, f"no cell {row} of row group {group}: {error}") from error
 
 
-def rows(root: Path) -> list[Row]:
-    return read(root).rows
-
-
-def vocabulary(root: Path) -> list[str]:
-    return read(root).vocabulary
-
-
-TASK = Task(
-    name="parquet",
-    rows=rows,
-    target="class",
-    vocabulary=vocabulary,
-    adapts=True,
-)
+TASK = Task(name="parquet", rows=read, target="class", adapts=True)

@@ -81,6 +81,6 @@ TASK = Task(
     name="toy_events",
     rows=rows,
     target="events",
-    vocabulary=lambda root: list(CLASSES),
+    vocabulary=CLASSES,
     make=make,
 )

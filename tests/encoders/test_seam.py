@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,28 +12,20 @@ from torch import Tensor
 
 import bat
 from bat.cli import finetune, probe
-from bat.encoders.base import Encoder
+from bat.encoders.base import Encoder, find_encoder
 from bat.errors import UserError
 from bat.probes.base import build_probe, known_probes, takes_encoder
 from bat.types import Features
 
-PAGE = Path(__file__).parents[2] / "docs" / "add_an_encoder.md"
+
+@pytest.fixture
+def page(docs_example: Callable[[str, str], str]) -> str:
+    return docs_example("add_an_encoder.md", "my_encoders")
 
 
 @pytest.fixture
-def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Encoder]:
-    """The example of the docs, imported from a module outside the package."""
-    if not PAGE.is_file():
-        pytest.skip("docs/ is not here: only a checkout has it")
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    (folder / "my_encoders.py").write_text(code)
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.delitem(__import__("sys").modules, "my_encoders", raising=False)
-    from my_encoders import FrameTransformer
-
-    return FrameTransformer  # type: ignore[no-any-return]
+def example(page: str) -> type[Encoder]:
+    return find_encoder("my_encoders.FrameTransformer")
 
 
 def kinds(example: type[Encoder]) -> dict[str, Encoder]:
@@ -91,7 +84,7 @@ def test_probes__take_every_kind_of_encoder(name: str, example: type[Encoder]) -
 
 
 def test_commands__probe_tune_export_and_load_an_encoder_from_outside(
-    example: type[Encoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    example: type[Encoder], page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The three commands of the page, run as printed but for fewer steps."""
     monkeypatch.chdir(tmp_path)
@@ -99,7 +92,7 @@ def test_commands__probe_tune_export_and_load_an_encoder_from_outside(
     with pytest.raises(UserError, match=r"unexpected: blocks\.2"):
         bat.load_encoder("my_encoders.FrameTransformer:weights.pt")  # strictly, and of depth 2
     torch.save(example().state_dict(), "weights.pt")
-    page = PAGE.read_text(encoding="utf-8").replace("\\\n", "")
+    page = page.replace("\\\n", "")
     lines = re.findall(r"^PYTHONPATH=. bat-(\S+) (.*)$", page, re.MULTILINE)
     assert [command for command, _ in lines] == ["probe", "probe", "finetune"]
     quick = ["train.steps=4", "log.progress=false", "hardware.precision=32-true"]
