@@ -28,21 +28,6 @@ NO_FILE = "no file"
 """Reason given for a segment that is left out."""
 
 
-def class_names(root: Path) -> Labels:
-    """Reads the label file of AudioSet in ``root``.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    labels = labels_beside(root)
-    if labels is None or not labels.mids:
-        raise UserError(
-            f"{root / 'class_labels_indices.csv'} does not exist: put AudioSet's there, beside its "
-            f"segments, or its ontology.json (both are on AudioSet's download page)"
-        )
-    return labels
-
-
 def read_segments(path: Path) -> list[tuple[str, float, list[str]]]:
     """Reads ``[(YTID, start_seconds, mids), ...]`` from a segments CSV."""
     found = []
@@ -87,34 +72,33 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
             f"{root} has no *_segments.csv: put balanced_train_segments.csv, "
             f"eval_segments.csv or unbalanced_train_segments.csv there"
         )
-    labels = labels or class_names(root)
+    labels = labels or labels_beside(root)
+    if labels is None or not labels.mids:
+        raise UserError(
+            f"{root / 'class_labels_indices.csv'} does not exist: put AudioSet's there, beside its "
+            f"segments, or its ontology.json (both are on AudioSet's download page)"
+        )
     files: dict[str, Path] = {}
     for path in find_audio(root)[0]:
         files.setdefault(path.stem, path)
     found: dict[str, Row] = {}
     absent: dict[str, LeftOut] = {}
+    again: set[str] = set()
     met: set[str] = set()
     listed = 0
-    again: set[str] = set()
     for table in tables:
         split = split_of_table(table)
         for name, start, mids in read_segments(table):
             listed += 1
             met.update(mids)
+            key = f"Y{name}"
             tails = ("", f"_{start:g}", f"_{start:.3f}", f"_{round(start * 1000)}")
             stems = (f"{y}{name}{tail}" for tail in tails for y in ("Y", ""))
-            stem = next((s for s in stems if s in files), None)
-            key = f"Y{name}"
-            if stem is None:
+            path = next((files[stem] for stem in stems if stem in files), None)
+            if path is None:
                 absent.setdefault(key, LeftOut(key, key, NO_FILE, split))
             elif key not in found:
-                found[key] = Row(
-                    path=files[stem],
-                    key=key,
-                    labels=tuple(mids),
-                    split=split,
-                    start_seconds=start,
-                )
+                found[key] = Row(path, key, tuple(mids), split=split, start_seconds=start)
             elif found[key].split != split:
                 again.add(key)
     if not found:
@@ -132,14 +116,15 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
             f"{len(again)} clips are in two tables: they have the split of the first "
             f"({first.key}: {first.split})"
         )
-    translated = labels.translate(found.values())
-    every = labels.translate([Row(path=tables[0], key="", labels=tuple(sorted(met)))])
     if not labels.numbers:
         notes.append(
             f"{labels.path.name} has no order of classes: they are the {len(met)} that the "
             f"segments name, sorted; class_labels_indices.csv has the official order"
         )
-    return Reading(translated, labels.vocabulary(every), notes, left_out)
+    rows = labels.translate(found.values())
+    # classes of absent clips too
+    classes = labels.translate([Row(tables[0], "", tuple(sorted(met)))])
+    return Reading(rows, labels.vocabulary(classes), notes, left_out)
 
 
 TASK = Task(

@@ -21,15 +21,7 @@ from pathlib import Path
 
 from bat.errors import UserError
 from bat.redact import one_line
-from bat.tasks.base import (
-    AUDIO_SUFFIXES,
-    UNDECODED_SUFFIXES,
-    LeftOut,
-    Reading,
-    Row,
-    Task,
-    as_text,
-)
+from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, LeftOut, Reading, Row, Task, as_text
 from bat.tasks.labels import Labels, classes_in_words, named, names_of
 
 SPLITS = {
@@ -62,31 +54,27 @@ def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], list[
     """
     found: list[str] = []
     left_out: list[LeftOut] = []
-    tops: set[str] = set()  # folders that are read, with all below them
-    above: set[str] = set()
-
-    def is_new(folder: str) -> bool:
-        real = os.path.realpath(folder)
-        around = [str(parent) for parent in Path(real).parents]
-        if real in above or tops.intersection([real, *around]):
-            return False
-        tops.add(real)
-        above.update(around)
-        return True
+    tops = [os.path.join(os.path.realpath(root), "")]  # folders that are read, with all below them
 
     def leave(path: str, why: str) -> None:
-        name = Path(path).relative_to(root).as_posix()
+        name = os.path.relpath(path, root)
         left_out.append(LeftOut(_key(name), as_text(name), why))
 
-    is_new(str(root))
-    for folder, names, files in os.walk(root, onerror=_unreadable, followlinks=True):
+    def refuse(error: OSError) -> None:
+        raise UserError(f"folder {error.filename} cannot be read: {error.strerror}") from error
+
+    for folder, names, files in os.walk(root, onerror=refuse, followlinks=True):
         names.sort()
-        hidden = any(part.startswith(".") for part in Path(folder).relative_to(root).parts)
-        for name in names[:]:
+        inside = "" if folder == str(root) else os.path.relpath(folder, root)
+        hidden = any(part.startswith(".") for part in inside.split(os.sep))
+        for name in [n for n in names if os.path.islink(os.path.join(folder, n))]:
             path = os.path.join(folder, name)
-            if os.path.islink(path) and not is_new(path):
+            real = os.path.join(os.path.realpath(path), "")
+            if any(real.startswith(top) or top.startswith(real) for top in tops):
                 names.remove(name)
                 leave(path, f"link: {as_text(os.path.realpath(path))} is read already")
+            else:
+                tops.append(real)
         for name in files:
             path = os.path.join(folder, name)
             if name.lower().endswith(suffixes):
@@ -98,10 +86,6 @@ def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], list[
                 leave(path, f"link: {as_text(os.readlink(path))} does not exist")
     found.sort(key=lambda path: path.split(os.sep))
     return [Path(path) for path in found], left_out
-
-
-def _unreadable(error: OSError) -> None:
-    raise UserError(f"folder {error.filename} cannot be read: {error.strerror}") from error
 
 
 def _key(path: str) -> str:
@@ -128,48 +112,44 @@ def keys_of(paths: list[str]) -> list[str]:
     return [keys[path] for path in paths]
 
 
-def _rows_of_folder(root: Path) -> tuple[list[Row], list[LeftOut]]:
-    files, left_out = find_audio(root)
-    if not files:
-        first = f"; left out: {left_out[0].file} ({left_out[0].reason})" if left_out else ""
-        raise UserError(
-            f"{root} has no audio (looked for {', '.join('.' + s for s in AUDIO_SUFFIXES)}, "
-            f"sub-folders included{first})"
-        )
-    names = [f.relative_to(root).as_posix() for f in files]
-    tops = {name.partition("/")[0] for name in names}
-    splits = all(top.lower() in SPLITS for top in tops)
-    inside = [name.partition("/")[2] if splits else name for name in names]
-    parents = {name.rpartition("/")[0] for name in inside}
-    labelled = "" not in parents and len(parents) > 1
-    rows = [
-        Row(
-            path=f,
-            key=key,
-            labels=tuple(names_of(as_text(f.parent.name))) if labelled else (),
-            split=split_of(name.partition("/")[0]) if splits else None,
-        )
-        for f, key, name in zip(files, keys_of(names), names, strict=True)
-    ]
-    return rows, left_out
-
-
 def read(source: Path, labels: Labels | None = None) -> Reading:
     """Reads the clips of a folder, or those that a CSV lists (``bat.tasks.csv``).
 
     Raises:
         UserError: no audio, no such files, unknown columns, an unknown label.
     """
-    if source.is_dir():
-        rows, left_out = _rows_of_folder(source)
-        found = replace(named(rows, labels, source), left_out=left_out)
-        called = f"labels are the names of the folders ({classes_in_words(found.vocabulary)})"
-        return replace(found, notes=found.notes + [called] * bool(found.vocabulary))
-    if source.suffix.lower() != ".csv":
-        raise UserError(f"{source} is neither a folder nor a .csv file")
-    from bat.tasks import csv  # not at the top: it imports this file
+    if not source.is_dir():
+        if source.suffix.lower() != ".csv":
+            raise UserError(f"{source} is neither a folder nor a .csv file")
+        from bat.tasks import csv  # not at the top: it imports this file
 
-    return csv.read(source, labels, labelled=False)
+        return csv.read(source, labels, labelled=False)
+    files, left_out = find_audio(source)
+    if not files:
+        first = f"; left out: {left_out[0].file} ({left_out[0].reason})" if left_out else ""
+        raise UserError(
+            f"{source} has no audio (looked for {', '.join('.' + s for s in AUDIO_SUFFIXES)}, "
+            f"sub-folders included{first})"
+        )
+    names = [file.relative_to(source).as_posix() for file in files]
+    splits = all(name.partition("/")[0].lower() in SPLITS for name in names)
+    inside = [name.partition("/")[2] if splits else name for name in names]
+    parents = {name.rpartition("/")[0] for name in inside}
+    labelled = "" not in parents and len(parents) > 1
+    rows = [
+        Row(
+            path=file,
+            key=key,
+            labels=tuple(names_of(as_text(file.parent.name))) if labelled else (),
+            split=split_of(name.partition("/")[0]) if splits else None,
+        )
+        for file, key, name in zip(files, keys_of(names), names, strict=True)
+    ]
+    found = named(rows, labels, source)
+    if found.vocabulary:
+        said = classes_in_words(found.vocabulary)
+        found.notes.append(f"labels are the names of the folders ({said})")
+    return replace(found, left_out=left_out)
 
 
 TASK = Task(name="folder", rows=read, target="class", adapts=True)

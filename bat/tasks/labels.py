@@ -318,15 +318,13 @@ def _csv(path: Path, lines: Sequence[Sequence[str]]) -> Labels:
         rest = [cell for cell in cells if cell not in mids]
         if ids:
             rest.remove(ids[0])
-        if not ids or len(mids) > 1 or len(rest) != 1:
+        has_mid = bool(entries[0][1]) if entries else bool(mids)
+        if not ids or len(rest) != 1 or len(mids) > 1 or bool(mids) != has_mid:
             raise UserError(
-                f"{path}: {','.join(line)!r} is not 'index,mid,name' (or 'index,name'): give "
-                f"class_labels_indices.csv, or a text file with one name a line"
+                f"{path}: {','.join(line)!r} is not 'index,mid,name' (or, like all lines, "
+                f"'index,name'): give class_labels_indices.csv, or a text file, a name a line"
             )
         entries.append((int(ids[0]), mids[0] if mids else "", rest[0]))
     entries.sort()
     given = tuple(mid for _, mid, _ in entries if mid)
-    if given and len(given) < len(entries):
-        bare = next(name for _, mid, name in entries if not mid)
-        raise UserError(f"{path}: {bare!r} has no mid, others have one")
     return Labels(path, tuple(e[2] for e in entries), given, tuple(e[0] for e in entries))

@@ -146,13 +146,14 @@ def _probe(name: str, level: str, encoder: Encoder, **head: Any) -> Probe:
 
 
 def _cases() -> list[tuple[str, str, str, dict[str, Any]]]:
-    """(encoder, probe, level, head); vqt reads BAT's class token."""
-    found = []
-    for encoder in ("gated", "no class token"):
-        for name, level in [*LEVELS, ("curve", "clip"), ("curve", "frame")]:
-            if name != "vqt" or encoder == "gated":
-                found.append((encoder, name, level, {}))
-    return [*found, ("no class token", "cgp", "clip", {"cls": "mean"})]
+    """(encoder, probe, level, head)"""
+    found = [("gated", name, level, {}) for name, level in [*LEVELS, ("curve", "clip")]]
+    found += [("no class token", name, "clip", {}) for name in ("linear", "h2t", "ep", "cgp")]
+    return [
+        *found,
+        ("gated", "curve", "frame", {}),
+        ("no class token", "cgp", "clip", {"cls": "mean"}),
+    ]
 
 
 @pytest.mark.parametrize(("kind", "name", "level", "head"), _cases())

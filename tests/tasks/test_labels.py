@@ -71,7 +71,7 @@ def test_labels_of__names_are_numbered_and_a_name_goes_before_a_number(tmp_path:
     [
         ("x.csv", "index,mid,name\n0,/m/1,a\n0,/m/2,b\n", "lists 0 twice"),
         ("x.csv", "0,/m/1,a\n1,/m/1,b\n", "lists '/m/1' twice"),
-        ("x.csv", "0,/m/1,a\n1,b\n", "'b' has no mid, others have one"),
+        ("x.csv", "0,/m/1,a\n1,b\n", "'1,b' is not 'index,mid,name'"),
         ("x.csv", "0,/m/1,Speech, male\n", "'0,/m/1,Speech,male' is not 'index,mid,name'"),
         ("x.csv", "path,label\na.wav,dog\n", "'a.wav,dog' is not 'index,mid,name'"),
         ("x.csv", "index,mid,name\n", "names no classes"),
