@@ -151,38 +151,11 @@ def test_stand_in__does_nothing_and_imports_nothing(
     assert not trace.exists()
 
 
-def test_pickle__cannot_change_what_it_can_name(tmp_path: Path) -> None:
-    """BUILD sets attributes on anything, classes too; a stand-in keeps none."""
-    state = b"}X\x04\x00\x00\x00pathX\x05\x00\x00\x00ownedsb."
-    with pytest.raises(UserError, match="cannot be read"):
-        checkpoint.read_tensors(
-            with_pickle(tmp_path / "w.pt", b"\x80\x02cargparse\nNamespace\n" + state)
-        )
-    assert not hasattr(argparse.Namespace, "path")
-    assert not hasattr(checkpoint._StandIn, "path")
-
-
-@pytest.mark.parametrize("protocol", [0, 4])
-def test_pickle__of_an_unusual_protocol_is_refused_with_a_remedy(
-    tmp_path: Path, protocol: int
-) -> None:
-    torch.save({"x": [torch.ones(2), 1]}, tmp_path / "w.pt", pickle_protocol=protocol)
-    with pytest.raises(UserError, match=r"torch\.save its weights alone"):
-        checkpoint.read_tensors(tmp_path / "w.pt")
-
-
 def test_tensor__is_held_to_the_bytes_that_are_there(tmp_path: Path) -> None:
     numbers = struct.pack("<4f", 1, 2, 3, 4)
     good = checkpoint.read_tensors(torch_file(tmp_path / "w.pt", rebuilt(1, (3,), (1,)), numbers))
     assert good["x"].tolist() == [2, 3, 4]
-    wrong = [
-        (2, (3,), (1,), 4),  # beyond the end
-        (0, (2, 2), (3, 1), 4),
-        (-1, (1,), (1,), 4),
-        (0, (2,), (-1,), 4),
-        (0, (1 << 40,), (1,), 1 << 40),  # a storage larger than the file
-    ]
-    for case in wrong:
+    for case in ((2, (3,), (1,), 4), (0, (1 << 40,), (1,), 1 << 40)):  # storage beyond the file
         path = torch_file(tmp_path / "w.pt", rebuilt(*case), numbers)
         with pytest.raises(UserError, match="cannot be read"):
             checkpoint.read_tensors(path)
