@@ -52,7 +52,7 @@ def _encoder(name: str = "gated", **words: Any) -> Encoder:
 
 
 def _waves() -> torch.Tensor:
-    """(B, S): clips with noise, not zeros, behind their ends: nobody may look at it."""
+    """(B, S): clips with noise, not zeros, behind their ends, which must have no effect."""
     return 0.1 * torch.randn(len(LENGTHS), 16000, generator=torch.Generator().manual_seed(1))
 
 
@@ -156,7 +156,7 @@ def _cases() -> list[tuple[str, str, str, dict[str, Any]]]:
 
 @pytest.mark.parametrize(("kind", "name", "level", "head"), _cases())
 def test_probe__clips_of_several_lengths_are_what_they_are_alone(kind, name, level, head):
-    """Answers and gradients, judged on clips and, where there are some, on time patches."""
+    """Answers and gradients, of clips and, where there are some, of time patches."""
     encoder, batch, alone = _made(kind)
     probe = _probe(name, level, encoder, **head)
     labels = nn.functional.one_hot(torch.arange(len(LENGTHS)) % C, C).float()
