@@ -94,11 +94,11 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
             key = f"Y{name}"
             tails = ("", f"_{start:g}", f"_{start:.3f}", f"_{round(start * 1000)}")
             stems = (f"{y}{name}{tail}" for tail in tails for y in ("Y", ""))
-            path = next((files[stem] for stem in stems if stem in files), None)
-            if path is None:
+            file = next((files[stem] for stem in stems if stem in files), None)
+            if file is None:
                 absent.setdefault(key, LeftOut(key, key, NO_FILE, split))
             elif key not in found:
-                found[key] = Row(path, key, tuple(mids), split=split, start_seconds=start)
+                found[key] = Row(file, key, tuple(mids), split=split, start_seconds=start)
             elif found[key].split != split:
                 again.add(key)
     if not found:
