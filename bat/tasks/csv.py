@@ -86,9 +86,7 @@ def read(path: Path, labels: Labels | None = None, *, labelled: bool = True) -> 
     strict = labelled or timed
     if strict:
         _check_columns(columns, lines, path)
-        _check_files(lines, path)
-    else:
-        notes += _missing_files(lines, path)
+    notes += _check_files(lines, path, strict=strict)
     names = [line.cells["path"] for line in lines]
     if strict:  # the part below the folder that holds all of them
         common = os.path.commonpath([os.path.dirname(line.file) for line in lines])
@@ -248,38 +246,31 @@ def _check_columns(columns: list[str], lines: Sequence[Line], path: Path) -> Non
         )
 
 
-def _check_files(lines: Sequence[Line], path: Path) -> None:
+def _check_files(lines: Sequence[Line], path: Path, *, strict: bool) -> list[str]:
+    """Raises ``UserError`` if a file is missing; unless ``strict``, if all are.
+
+    Returns a note if some are missing for their Unicode form.
+    """
     there = {file: os.path.isfile(file) for file in {line.file for line in lines}}
     missing = [line for line in lines if not there[line.file]]
     if not missing:
-        return
+        return []
+    count = sum(not found for found in there.values())
+    said = f"{count} of its {len(there)} audio files do not exist"
+    remark = next(filter(None, (other_form(line.file) for line in missing)), "")
+    if not strict and count < len(there):
+        return [f"{said}{remark}"] if remark else []
     names = [line.cells["path"] for line in missing]
     why = f"paths are relative to {path.parent.resolve()}, or absolute"
     if any("\\" in name for name in names):
         why += ", and have / for \\"
-    elif remark := next(filter(None, (other_form(line.file) for line in missing)), ""):
-        why += remark
     elif os.path.isdir(missing[0].file):
         why = f"{names[0]!r} is a folder, and a line names a file"
-    count = sum(not found for found in there.values())
     shown = ", ".join(f"line {line.number}: {line.cells['path']!r}" for line in missing[:SHOWN])
     more = ", ..." if len(missing) > SHOWN else ""
     raise UserError(
-        f"{path}: {count} of its {len(there)} audio files do not exist ({shown}{more}): {why}. "
-        "Mend the paths, or remove the lines"
+        f"{path}: {said} ({shown}{more}): {why}{remark}. Mend the paths, or remove the lines"
     )
-
-
-def _missing_files(lines: Sequence[Line], path: Path) -> list[str]:
-    """Returns a note on odd names of missing files; raises an error if all are missing."""
-    missing = [line.file for line in lines if not os.path.isfile(line.file)]
-    remark = next(filter(None, map(other_form, missing)), "")
-    if len(missing) == len(lines):
-        raise UserError(
-            f"none of the {len(lines)} files of {path} exists (the first: {missing[0]}): "
-            f"paths are relative to the CSV's folder{remark}"
-        )
-    return [f"{len(missing)} of {len(lines)} files do not exist{remark}"] if remark else []
 
 
 def _row(line: Line, key: str, path: Path, *, strict: bool) -> Row:

@@ -96,9 +96,10 @@ def test_commands__probe_tune_export_and_load_an_encoder_from_outside(
     page = page.replace("\\\n", "")
     lines = re.findall(r"^PYTHONPATH=. bat-(\S+) (.*)$", page, re.MULTILINE)
     assert [command for command, _ in lines] == ["probe", "probe", "finetune"]
-    quick = ["train.steps=2", "log.progress=false", "hardware.precision=32-true"]
+    quick = ["train.steps=2", "log.progress=false", "hardware.precision=32-true", "data.workers=0"]
     for number, (command, line) in enumerate(lines):
         words = [*shlex.split(line), f"out={tmp_path / str(number)}", *quick]
+        words += ["bootstrap=100", "insight.encoder=false"] * (command == "probe")
         assert {"probe": probe, "finetune": finetune}[command].main(words) == 0, line
     made = json.loads((tmp_path / "1" / "summary.json").read_text())
     (entry,) = made["encoders"].values()
