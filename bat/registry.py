@@ -1,18 +1,17 @@
-"""Finds encoders, objectives, probes, tasks and metrics by name, without a table of names.
+"""Finds encoders, objectives, probes and tasks by name, without a table of names.
 
-A name is either a file in the folder of its kind, whose constant (``ENCODER``, ``OBJECTIVE``, ...)
-holds the class, or the dotted path ``package.module.Class`` of any class.
+A name is either a file in the folder of its kind, whose constant (``ENCODER``, ``TASK``, ...) holds
+the class or object, or the dotted path ``package.module.Name`` of any.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import pkgutil
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from bat.errors import UserError
 
@@ -23,12 +22,21 @@ DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 def known(folder: str) -> list[str]:
-    """Returns the sorted module names of ``bat/FOLDER`` except ``base``; imports nothing."""
-    found = pkgutil.iter_modules([str(PACKAGE / folder)])
-    return sorted(m.name for m in found if m.name != "base" and not m.ispkg)
+    """Returns the sorted names of the files of ``bat/FOLDER`` with its constant (``TASK`` in
+    ``tasks``; or ``PROBES``, several by name); imports nothing."""
+    constant = re.compile(rf"^{folder[:-1].upper()}S?\b", re.MULTILINE)
+    files = sorted((PACKAGE / folder).glob("*.py"))
+    return [f.stem for f in files if constant.search(f.read_text(encoding="utf-8"))]
 
 
-def find_class(name: str, base: type[T], *, folder: str, key: str) -> type[T]:
+def find_class(
+    name: str,
+    base: type[T],
+    *,
+    folder: str,
+    key: str,
+    table: Mapping[str, type[T]] | None = None,
+) -> type[T]:
     """Returns the subclass of ``base`` called ``name``.
 
     Args:
@@ -36,30 +44,41 @@ def find_class(name: str, base: type[T], *, folder: str, key: str) -> type[T]:
         base: required base class.
         folder: ``encoders``, ``objectives``, ...
         key: the setting that ``name`` was given as, for messages.
+        table: the classes of the folder by name, where a file may have several.
 
     Raises:
         UserError: if it is unknown (lists the known), cannot be imported, or is of another kind.
     """
-    if "." in name:
-        return import_class(name, base, key=key)
-    if name not in known(folder):
-        raise unknown(name, known(folder), key=key)
-    constant = base.__name__.upper()
-    found = getattr(importlib.import_module(f"bat.{folder}.{name}"), constant)
-    assert issubclass(found, base), f"{constant} of bat/{folder}/{name}.py"
-    return found
-
-
-def import_class(name: str, base: type[T], *, key: str) -> type[T]:
-    """Returns the subclass of ``base`` at dotted path ``name``. Raises ``UserError``."""
-    module, _, attribute = name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"cannot import {key}={name}: {error}") from error
+    if table is not None and "." not in name:
+        if name not in table:
+            raise unknown(name, list(table), key=key)
+        return table[name]
+    found = _find(name, base.__name__.upper(), folder=folder, key=key)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise UserError(f"{key}={name} is not a subclass of {base.__module__}.{base.__name__}")
     return found
+
+
+def find_object(name: str, kind: type[T], *, folder: str, key: str) -> T:
+    """Returns the object of type ``kind`` called ``name``; see ``find_class``."""
+    found = _find(name, kind.__name__.upper(), folder=folder, key=key)
+    if not isinstance(found, kind):
+        raise UserError(f"{key}={name} is not a {kind.__module__}.{kind.__name__}")
+    return found
+
+
+def _find(name: str, constant: str, *, folder: str, key: str) -> Any:
+    """Returns ``constant`` of the file ``name`` of ``bat/FOLDER``, or what a dotted path names."""
+    if "." in name:
+        module, _, constant = name.rpartition(".")
+    elif name in known(folder):
+        module = f"bat.{folder}.{name}"
+    else:
+        raise unknown(name, known(folder), key=key)
+    try:
+        return getattr(importlib.import_module(module), constant)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"cannot import {key}={name}: {error}") from error
 
 
 def unknown(name: str, names: Sequence[str], *, key: str) -> UserError:

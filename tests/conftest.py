@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ if WORKER:  # one test process a core: what the tests start gets one thread as w
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -45,6 +48,26 @@ def esc10() -> Path:
     if not folder.is_dir():
         pytest.skip("ESC-10 (../shared/data/esc10) is not on this machine")
     return folder
+
+
+@pytest.fixture
+def docs_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
+    """``docs_example("add_a_probe.md", "my_probes")`` makes the Python of a page importable as a
+    module outside the package, and returns the page."""
+
+    def save(page: str, module: str) -> str:
+        if not DOCS.is_dir():
+            pytest.skip("docs/ is not here: only a checkout has it")
+        text = (DOCS / page).read_text(encoding="utf-8")
+        (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        folder = tmp_path / "modules"
+        folder.mkdir()
+        (folder / f"{module}.py").write_text(code)
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        return text
+
+    return save
 
 
 SMALL = [

@@ -3,16 +3,13 @@
 import argparse
 import collections
 import json
-import os
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
 
 import bat
 from bat import weights as checkpoint
@@ -36,7 +33,7 @@ CLOSE = {"atol": 1e-4, "rtol": 0}
         ("checkpoint_eat_tiny.pt", "student", "eat"),
     ],
 )
-def test_golden_files_give_the_expected_features(
+def test_golden_files__give_the_expected_features(
     golden: Path, file: str, weights: str, expected: str
 ) -> None:
     data = Golden(golden / "checkpoint_expected.npz")
@@ -50,72 +47,70 @@ def test_golden_files_give_the_expected_features(
     torch.testing.assert_close(features.patches, patches, **CLOSE)
 
 
-def test_golden_file_without_heads_asks_for_them(golden: Path) -> None:
+def test_golden_files__say_or_ask_for_what_is_not_in_them(golden: Path) -> None:
+    assert bat.load_encoder(golden / "checkpoint_official_tiny.pt").heads == 4
     with pytest.raises(UserError, match=r"width 32 is not a multiple of 64.*heads=4"):
         bat.load_encoder(golden / "checkpoint_bat_flat_tiny.pt")
-
-
-def test_golden_file_with_one_encoder_has_no_teacher(golden: Path) -> None:
+    with pytest.raises(UserError, match="a BEATs encoder"):
+        bat.load_encoder(golden / "checkpoint_beats_tiny.pt")
     for file in ("checkpoint_eat_tiny.pt", "checkpoint_bat_flat_tiny.pt"):
         with pytest.raises(UserError, match="no teacher"):
             bat.load_encoder(golden / file, weights="teacher", heads=4)
 
 
-def tiny(seed: int) -> BAT:
+def tiny(seed: int = 0) -> BAT:
     torch.manual_seed(seed)
     return BAT(width=64, depth=2, heads=2, grid=Grid(4, 8)).eval()
 
 
-def write_export(folder: Path) -> tuple[BAT, BAT]:
-    student, teacher = tiny(0), tiny(1)
+def same_weights(found: torch.nn.Module, wanted: torch.nn.Module) -> bool:
+    ours, theirs = found.state_dict(), wanted.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def write_export(folder: Path) -> dict[str, BAT]:
+    models = {"student": tiny(0), "teacher": tiny(1)}
     checkpoint.export(
         folder,
         backbone="bat",
-        encoder=student.config(),
-        weights={"student": student.state_dict(), "teacher": teacher.state_dict()},
+        encoder=models["student"].config(),
+        weights={who: model.state_dict() for who, model in models.items()},
         meta={"steps": 7},
     )
-    return student, teacher
+    return models
 
 
-@pytest.mark.parametrize("weights", ["student", "teacher"])
-def test_export_and_load_are_bit_exact(tmp_path: Path, weights: str) -> None:
-    student, teacher = write_export(tmp_path / "export")
-    wanted = student if weights == "student" else teacher
-    for path in (tmp_path, tmp_path / "export"):  # a run folder, and the export itself
-        encoder = bat.load_encoder(path, weights=weights)
-        assert encoder.config() == wanted.config()
-        for name, tensor in wanted.state_dict().items():
-            assert torch.equal(encoder.state_dict()[name], tensor), name
+def load_changed(folder: Path, config: dict[str, Any]) -> Any:
+    (folder / "config.json").write_text(json.dumps(config))
+    return bat.load_encoder(folder)
 
 
-def test_export_holds_exactly_two_files_and_the_papers_names(tmp_path: Path) -> None:
-    write_export(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    names = set(checkpoint.read_tensors(tmp_path / "model.safetensors"))
-    expected = {f"{w}.encoder.{n}" for w in ("student", "teacher") for n in tiny(0).state_dict()}
-    assert names == expected
-    config = json.loads((tmp_path / "config.json").read_text())
+def test_export__two_files_with_the_papers_names_load_bit_for_bit(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    models = write_export(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    names = set(checkpoint.read_tensors(folder / "model.safetensors"))
+    assert names == {f"{who}.encoder.{n}" for who in models for n in tiny().state_dict()}
+    config = json.loads((folder / "config.json").read_text())
     assert (config["format"], config["version"], config["steps"]) == ("bat-export", 1, 7)
+    for who, model in models.items():
+        for path in (tmp_path, folder):  # a run folder, and the export itself
+            found = bat.load_encoder(path, weights=who)
+            assert found.config() == model.config()
+            assert same_weights(found, model)
 
 
-def test_bare_safetensors_encoder_loads(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    student = tiny(0)
-    save_file(student.state_dict(), tmp_path / "model.safetensors")
-    encoder = bat.load_encoder(tmp_path / "model.safetensors", heads=2)
+def test_bare_encoder__is_read_and_has_width_over_64_heads(tmp_path: Path) -> None:
+    save_file(tiny().state_dict(), tmp_path / "model.safetensors")
+    found = bat.load_encoder(tmp_path / "model.safetensors", heads=2)
     x = torch.rand(1, 1, 64, 128)
-    assert torch.equal(encoder.features(x).patches, student.features(x).patches)
-
-
-def test_heads_default_to_width_over_64(tmp_path: Path) -> None:
-    torch.save(tiny(0).state_dict(), tmp_path / "w.pt")
+    assert torch.equal(found.features(x).patches, tiny().features(x).patches)
+    torch.save(tiny().state_dict(), tmp_path / "w.pt")
     assert bat.load_encoder(tmp_path / "w.pt").heads == 1
 
 
-def test_missing_and_unexpected_keys_are_listed(tmp_path: Path) -> None:
-    state = tiny(0).state_dict()
+def test_names__missing_and_unexpected_ones_are_listed(tmp_path: Path) -> None:
+    state = tiny().state_dict()
     del state["blocks.1.attn.gate.bias"]
     state["blocks.1.attn.extra"] = torch.zeros(1)
     torch.save(state, tmp_path / "w.pt")
@@ -123,38 +118,6 @@ def test_missing_and_unexpected_keys_are_listed(tmp_path: Path) -> None:
         bat.load_encoder(tmp_path / "w.pt")
     assert "missing: blocks.1.attn.gate.bias (64,)" in str(caught.value)
     assert "unexpected: blocks.1.attn.extra (1,)" in str(caught.value)
-
-
-def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
-    write_export(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["encoder"]["depth"] = 3
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"missing: blocks\.2"):
-        bat.load_encoder(tmp_path)
-
-
-def test_steps_of_a_training_file_are_a_number_or_not_told(tmp_path: Path) -> None:
-    state = tiny(0).state_dict()
-    for steps, told in ((7, {"steps": 7}), ([[7]], {}), (None, {})):
-        held = {"encoder": state, "ema_encoder": state, "optimized_steps": steps}
-        torch.save(held, tmp_path / "w.pt")
-        assert checkpoint.read_encoder(tmp_path / "w.pt").meta == told
-
-
-class Malicious:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.target}",)
-
-
-def test_a_pickle_that_would_run_a_command_is_refused(tmp_path: Path) -> None:
-    torch.save({"state_dict": Malicious(tmp_path / "owned")}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match="cannot be read without running code"):
-        bat.load_encoder(tmp_path / "evil.pt")
-    assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.parametrize(
@@ -166,7 +129,7 @@ def test_a_pickle_that_would_run_a_command_is_refused(tmp_path: Path) -> None:
         ("broken.safetensors", b"hello", "not a readable safetensors"),
     ],
 )
-def test_unreadable_files_are_named(
+def test_files__unreadable_ones_are_named(
     tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     if content is not None:
@@ -175,26 +138,15 @@ def test_unreadable_files_are_named(
         bat.load_encoder(tmp_path / name)
 
 
-def test_a_folder_without_weights_says_what_it_lacks(tmp_path: Path) -> None:
+def test_files__without_weights_or_encoder_say_what_they_hold(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no model\.safetensors"):
         bat.load_encoder(tmp_path)
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(UserError, match="has not finished"):
         bat.load_encoder(tmp_path)
-
-
-def test_a_file_that_is_no_encoder_says_what_it_holds(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "w.pt")
     with pytest.raises(UserError, match=r"no encoder that is known.*fc\.weight"):
         bat.load_encoder(tmp_path / "w.pt")
-
-
-@pytest.mark.parametrize("text", ["[" * 100_000, "{", '{"version": 1' + "0" * 5_000 + "}"])
-def test_a_config_that_is_no_json_is_named(tmp_path: Path, text: str) -> None:
-    write_export(tmp_path)
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json is missing or not JSON"):
-        bat.load_encoder(tmp_path)
 
 
 def eat(seed: int = 0) -> EAT:
@@ -226,23 +178,16 @@ def pretraining_file(path: Path, rows: int = 512, **others: Any) -> tuple[EAT, E
         "cfg": {"model": argparse.Namespace(lr=np.float64(1)), "seen": {1, 2}},
         "args": argparse.Namespace(depth=12, out=Path("x")),
         "model": state,
-        "criterion": collections.OrderedDict(),
         "optimizer_history": [{"num_updates": 7, "lr": np.float32(0.1)}],
         "task_state": collections.defaultdict(list, {"a": [1]}),
         "extra_state": {"metrics": [(0, np.ones(3))]},
-        "last_optimizer_state": {"state": {0: {"exp_avg": torch.ones(9)}}, "param_groups": []},
     }
     torch.save(held, path)
     return student, teacher
 
 
-def same_weights(found: torch.nn.Module, wanted: torch.nn.Module) -> bool:
-    ours, theirs = found.state_dict(), wanted.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
-
-
 @pytest.mark.parametrize("rows", [512, 6144])
-def test_a_pretraining_file_of_fairseq_gives_student_and_teacher(tmp_path: Path, rows: int) -> None:
+def test_fairseq__a_pretraining_file_gives_student_and_teacher(tmp_path: Path, rows: int) -> None:
     others = {name: torch.ones(2) for name in ("center", "recon_proj.weight", "cls_proj.bias")}
     others["shared_decoder.blocks.0.0.weight"] = torch.ones(2)
     student, teacher = pretraining_file(tmp_path / "EAT.pt", rows, **others)
@@ -252,7 +197,7 @@ def test_a_pretraining_file_of_fairseq_gives_student_and_teacher(tmp_path: Path,
     assert same_weights(bat.load_encoder(tmp_path / "EAT.pt", weights="teacher"), teacher)
 
 
-def test_an_eat_file_with_parts_that_this_encoder_lacks_is_refused(tmp_path: Path) -> None:
+def test_fairseq__parts_that_this_encoder_lacks_are_refused(tmp_path: Path) -> None:
     for name in ("alibi_scale", "context_encoder.blocks.0.norm1.weight"):
         pretraining_file(tmp_path / "EAT.pt", **{PREFIX + name: torch.ones(2)})
         with pytest.raises(UserError, match=f"unexpected: .*{name}"):
@@ -260,7 +205,7 @@ def test_an_eat_file_with_parts_that_this_encoder_lacks_is_refused(tmp_path: Pat
 
 
 @pytest.mark.parametrize("below", ["", "model."])  # where the classifier lies
-def test_a_fine_tuned_file_of_fairseq(
+def test_fairseq__of_a_fine_tuned_file_the_classifier_is_set_aside(
     tmp_path: Path, below: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = {f"model.{n}": t for n, t in fairseq_names(eat()).items()}
@@ -274,27 +219,19 @@ def test_a_fine_tuned_file_of_fairseq(
         bat.load_encoder(tmp_path / "w.pt", weights="teacher")
 
 
-def eat_hub(folder: Path, **config: Any) -> None:
+def test_hub_folder__of_eat(tmp_path: Path) -> None:
     names = {own: name.replace("context_encoder.norm", "pre_norm") for name, own in NAMES.items()}
     state = {f"model.{names.get(n, n)}": t for n, t in eat().state_dict().items()}
-    folder.mkdir(exist_ok=True)
-    safetensors.torch.save_file(state, folder / "model.safetensors")
-    config = {"model_type": "eat", "model_variant": "pretrain", "num_heads": 2, **config}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def test_a_hub_folder_of_eat(tmp_path: Path) -> None:
-    eat_hub(tmp_path)
-    found = bat.load_encoder(tmp_path)
+    save_file(state, tmp_path / "model.safetensors")
+    config = {"model_type": "eat", "model_variant": "pretrain", "num_heads": 2}
+    found = load_changed(tmp_path, config)
     assert isinstance(found, EAT)
     assert same_weights(found, eat())
     assert found.heads == 2  # its config's, not width / 64
-    eat_hub(tmp_path, layer_norm_first=True)
     with pytest.raises(UserError, match=r"another encoder .* layer_norm_first=True \(here False\)"):
-        bat.load_encoder(tmp_path)
-    eat_hub(tmp_path, num_heads="many")
+        load_changed(tmp_path, {**config, "layer_norm_first": True})
     with pytest.raises(UserError, match="heads='many': a whole number"):
-        bat.load_encoder(tmp_path)
+        load_changed(tmp_path, {**config, "num_heads": "many"})
 
 
 HUB = {
@@ -309,24 +246,23 @@ HUB = {
 }
 
 
-def bat_hub(folder: Path, **config: Any) -> Path:
-    if not (folder / "model.safetensors").exists():
-        safetensors.torch.save_file(tiny(0).state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({**HUB, **config}))
-    return folder
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
+    save_file(tiny().state_dict(), tmp_path / "model.safetensors")
+    return tmp_path
 
 
-def test_the_papers_hub_folder(tmp_path: Path) -> None:
-    found = bat.load_encoder(bat_hub(tmp_path))
-    assert same_weights(found, tiny(0))
+def test_hub_folder__of_the_paper(hub: Path) -> None:
+    found = load_changed(hub, HUB)
+    assert same_weights(found, tiny())
     assert (found.heads, found.grid) == (2, Grid(4, 8))
     x = torch.rand(1, 1, 64, 128)
-    assert torch.equal(found.features(x).patches, tiny(0).features(x).patches)
-    longer = bat.load_encoder(bat_hub(tmp_path, input_shape=[1024, 128], chunk_time_patches=4))
+    assert torch.equal(found.features(x).patches, tiny().features(x).patches)
+    longer = load_changed(hub, {**HUB, "input_shape": [1024, 128], "chunk_time_patches": 4})
     assert longer.grid == Grid(4, 8)
-    rated = bat.load_encoder(bat_hub(tmp_path, drop_path_rate=0.1, hop_length=80))
-    assert rated.config()["drop_path"] == 0.1
-    assert rated.frontend.hop_length == 80
+    other = load_changed(hub, {**HUB, "drop_path_rate": 0.1, "hop_length": 80})
+    assert other.config()["drop_path"] == 0.1
+    assert other.frontend.hop_length == 80
 
 
 OTHER = {"model_type": "vit", "qkv_bias": False, "hidden_dropout_prob": 0.1, "layer_norm_eps": 1e-5}
@@ -336,116 +272,72 @@ OTHER |= {"num_hidden_layers": 3, "use_gate": False, "pre_norm": False, "num_att
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_a_hub_folder_of_another_encoder_is_refused(tmp_path: Path, name: str) -> None:
-    for value in [OTHER.get(name, "x"), "x", -1, [], {}, float("nan"), 10**300, [1 << 60, 128]]:
+def test_hub_folder__of_another_encoder_is_refused(hub: Path, name: str) -> None:
+    for value in [OTHER.get(name, "x"), "x", -1, [], {}, float("nan"), [1 << 60, 128]]:
         with pytest.raises(UserError) as caught:
-            bat.load_encoder(bat_hub(tmp_path, **{name: value}))
+            load_changed(hub, {**HUB, name: value})
         assert len(str(caught.value)) < 4000
     if name in ("input_shape", "patch_size", "hidden_size"):
-        config = {k: v for k, v in HUB.items() if k != name}
-        (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(UserError, match=f"does not say {name}"):
-            bat.load_encoder(tmp_path)
+            load_changed(hub, {k: v for k, v in HUB.items() if k != name})
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-@pytest.mark.parametrize(
-    "prefix",
-    ["module.", "_orig_mod.", "model.", "encoder.", "backbone.", "module._orig_mod.model.encoder."],
-)
-def test_a_prefix_of_all_names_is_taken_off_and_said(
+@pytest.mark.parametrize("prefix", ["module.", "backbone.", "module._orig_mod.model.encoder."])
+def test_prefix__of_all_names_is_taken_off_and_said(
     tmp_path: Path, prefix: str, suffix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state = {prefix + n: t for n, t in tiny(0).state_dict().items()}
+    state = {prefix + n: t for n, t in tiny().state_dict().items()}
     path = tmp_path / f"w.{suffix}"
     if suffix == "pt":  # as Lightning saves it
         torch.save({"epoch": 1, "state_dict": state, "optimizer_states": [{"state": {}}]}, path)
     else:
-        safetensors.torch.save_file(state, path)
-    assert same_weights(bat.load_encoder(path), tiny(0))
+        save_file(state, path)
+    assert same_weights(bat.load_encoder(path), tiny())
     assert f"took '{prefix}' off all {len(state)} names" in caplog.text
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_a_wrapped_student_and_teacher(tmp_path: Path, wrapper: str) -> None:
-    both = {f"{wrapper}student.encoder.{n}": t for n, t in tiny(0).state_dict().items()}
-    both |= {f"{wrapper}teacher.encoder.{n}": t for n, t in tiny(1).state_dict().items()}
-    torch.save(both, tmp_path / "w.pt")
-    assert same_weights(bat.load_encoder(tmp_path / "w.pt"), tiny(0))
-    assert same_weights(bat.load_encoder(tmp_path / "w.pt", weights="teacher"), tiny(1))
-    inner = {
-        f"student.encoder.{wrapper}{n}": t for n, t in tiny(0).state_dict().items()
-    }  # compiled by itself
-    torch.save(inner, tmp_path / "w.pt")
-    assert same_weights(bat.load_encoder(tmp_path / "w.pt"), tiny(0))
+def test_prefix__of_a_wrapped_student_and_teacher(tmp_path: Path) -> None:
+    models = {"student": tiny(0), "teacher": tiny(1)}
+    for outer, inner in (("module._orig_mod.", ""), ("", "_orig_mod.")):  # as a whole, or each
+        state = {
+            f"{outer}{who}.encoder.{inner}{name}": tensor
+            for who, model in models.items()
+            for name, tensor in model.state_dict().items()
+        }
+        torch.save(state, tmp_path / "w.pt")
+        for who, model in models.items():
+            assert same_weights(bat.load_encoder(tmp_path / "w.pt", weights=who), model)
 
 
-def remedy(message: str) -> str:
-    """The line of Python in ``message``."""
-    found = re.search(r"torch\.save\(.*'encoder\.pt'\)", message)
-    assert found, message
-    return found[0]
-
-
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_an_encoder_among_other_weights_is_refused_with_a_remedy_that_works(
-    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+def test_encoder__among_other_weights_or_several_is_refused_and_its_place_named(
+    tmp_path: Path,
 ) -> None:
-    state = {f"net.{n}": t for n, t in tiny(0).state_dict().items()}
-    state["projector.weight"] = torch.ones(2)
-    path = tmp_path / f"w.{suffix}"
-    if suffix == "pt":
-        torch.save({"state_dict": state}, path)
-    else:
-        safetensors.torch.save_file(state, path)
-    with pytest.raises(UserError, match=r"under 'net\.', beside projector\.weight") as caught:
-        bat.load_encoder(path)
-    monkeypatch.chdir(tmp_path)
-    exec(remedy(str(caught.value)), {"torch": torch, "safetensors": safetensors})
-    assert same_weights(bat.load_encoder("encoder.pt"), tiny(0))
-
-
-def test_several_encoders_are_refused_with_a_remedy_that_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.save(
-        {"model": tiny(0).state_dict(), "model_ema": tiny(1).state_dict()}, tmp_path / "w.pt"
-    )
-    with pytest.raises(UserError, match="several encoders, 'model', 'model_ema'") as caught:
-        bat.load_encoder(tmp_path / "w.pt")
-    monkeypatch.chdir(tmp_path)
-    exec(remedy(str(caught.value)), {"torch": torch})
-    assert same_weights(bat.load_encoder("encoder.pt"), tiny(0))
-    two = {f"a.{n}": t for n, t in tiny(0).state_dict().items()}
-    two |= {f"b.{n}": t for n, t in tiny(1).state_dict().items()}
-    torch.save(two, tmp_path / "w.pt")
-    with pytest.raises(UserError, match=r"under 'a\.' or 'b\.'\. Save the one you mean"):
-        bat.load_encoder(tmp_path / "w.pt")
-
-
-def test_golden_beats_file_is_named(golden: Path) -> None:
-    with pytest.raises(UserError, match="a BEATs encoder, which this bat does not read"):
-        bat.load_encoder(golden / "checkpoint_beats_tiny.pt")
-
-
-def test_golden_training_file_says_its_heads(golden: Path) -> None:
-    assert bat.load_encoder(golden / "checkpoint_official_tiny.pt").heads == 4
+    state = tiny().state_dict()
+    net = {f"net.{n}": t for n, t in state.items()}
+    for held, said in (
+        ({"state_dict": {**net, "head.w": torch.ones(2)}}, r"under 'net\.', beside head\.w"),
+        ({**net, **{f"b.{n}": t for n, t in state.items()}}, r"under 'net\.' or 'b\.'"),
+        ({"model": state, "model_ema": state}, "several encoders, 'model', 'model_ema'"),
+    ):
+        torch.save(held, tmp_path / "w.pt")
+        with pytest.raises(UserError, match=said):
+            bat.load_encoder(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize(
     ("value", "said"),
     [
         (lambda t: t.long(), r"type: blocks\.1\.norm1\.weight is torch\.int64, not floating"),
-        (lambda t: t.bool(), r"type: blocks\.1\.norm1\.weight is torch\.bool, not floating"),
         (lambda t: t * 1j, r"type: blocks\.1\.norm1\.weight is torch\.complex64, not floating"),
         (lambda t: t * float("nan"), r"NaN or infinity in blocks\.1\.norm1\.weight"),
         (lambda t: t.double() * 1e300, r"NaN or infinity in blocks\.1\.norm1\.weight"),
     ],
 )
-def test_weights_that_are_no_numbers_are_refused_by_name(
+def test_values__that_are_no_numbers_are_refused_by_name(
     tmp_path: Path, value: Any, said: str
 ) -> None:
-    state = tiny(0).state_dict()
+    state = tiny().state_dict()
     state["blocks.1.norm1.weight"] = value(state["blocks.1.norm1.weight"])
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(UserError, match=said):
@@ -453,90 +345,73 @@ def test_weights_that_are_no_numbers_are_refused_by_name(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_other_precisions_become_float32(tmp_path: Path, dtype: torch.dtype) -> None:
-    torch.save({n: t.to(dtype) for n, t in tiny(0).state_dict().items()}, tmp_path / "w.pt")
+def test_values__of_other_precisions_become_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.save({n: t.to(dtype) for n, t in tiny().state_dict().items()}, tmp_path / "w.pt")
     found = bat.load_encoder(tmp_path / "w.pt").cls_token
     assert found.dtype == torch.float32
-    assert torch.equal(found, tiny(0).cls_token.to(dtype).float())
-
-
-def replaced(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    return {**tiny(0).state_dict(), name: tensor}
+    assert torch.equal(found, tiny().cls_token.to(dtype).float())
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor"),
+    ("name", "shape"),
     [
-        *((f"blocks.{n}.norm1.weight", torch.ones(64)) for n in (99999999999, 10**6, 3, "x", "-1")),
-        *(("cls_token", t) for t in (torch.ones(()), torch.ones(64), torch.ones(1, 1, 0))),
-        ("cls_token", torch.ones(1, 1, 65)),
-        ("pos_embed", torch.ones(512)),
-        ("pos_embed", torch.ones(1, 31, 64)),
-        ("patch_embed.proj.weight", torch.ones(64, 1, 0, 0)),
-        ("patch_embed.proj.weight", torch.ones(64, 1, 129, 129)),
-        ("patch_embed.proj.weight", torch.ones(64)),
-        ("blocks.0.mlp.fc1.weight", torch.ones(())),
-        ("blocks.0.mlp.fc1.weight", torch.ones(64 * 65, 64)),
+        *((f"blocks.{n}.norm1.weight", (64,)) for n in (99999999999, 10**6, 3, "x", "-1")),
+        *(("cls_token", shape) for shape in ((), (64,), (1, 1, 0), (1, 1, 65))),
+        *(("pos_embed", shape) for shape in ((512,), (1, 31, 64))),
+        *(("patch_embed.proj.weight", shape) for shape in ((64,), (64, 1, 0, 0), (64, 1, 99, 99))),
+        *(("blocks.0.mlp.fc1.weight", shape) for shape in ((), (64 * 65, 64))),
     ],
 )
-def test_shapes_that_cannot_be_are_refused_before_anything_is_built(
-    tmp_path: Path, name: str, tensor: Tensor
+def test_shapes__that_cannot_be_are_refused_before_anything_is_built(
+    tmp_path: Path, name: str, shape: tuple[int, ...]
 ) -> None:
-    torch.save(replaced(name, tensor), tmp_path / "w.pt")
+    torch.save({**tiny().state_dict(), name: torch.ones(shape)}, tmp_path / "w.pt")
     with pytest.raises(UserError):
         bat.load_encoder(tmp_path / "w.pt")
 
 
-ENCODER: dict[str, Any] = {
-    **BAT(width=64, depth=2, heads=2, grid=Grid(4, 8)).config(),
-    "frontend": {
-        **{"kind": "bat", "sample_rate": 16000, "n_fft": 1024, "hop_length": 160},
-        **{"n_mels": 128, "pad": "spectrogram", "statistics": "audioset"},
-    },
+CONFIG: dict[str, Any] = tiny().config()
+FRONTEND = {
+    **{"kind": "bat", "sample_rate": 16000, "n_fft": 1024, "hop_length": 160},
+    **{"n_mels": 128, "pad": "spectrogram", "statistics": "audioset"},
 }
-WRONG = [None, "x", "", -1, 0, 0.5, 2.0, 10**7, 1 << 30, 1 << 62, 10**300, -(10**300)]
-WRONG += [float("nan"), float("inf"), [], {}, [1, 2], {"a": 1}, True, 5]
+WRONG = [None, "x", "", -1, 0, 0.5, 1 << 30, 10**300, -(10**300)]
+WRONG += [float("nan"), float("inf"), [], {}, [1, 2], {"a": 1}, True]
 GOOD: dict[str, list[Any]] = {
     **{"drop_path": [0, 0.5], "layer_scale": [None], "frontend": [None, {}]},
-    **{"gate": [True], "pre_norm": [True], "hop_length": [5], "frontend.n_fft": [2]},
-    **{"frontend.hop_length": [5], "heads": [None]},
+    **{"gate": [True], "pre_norm": [True], "heads": [None]},
 }
 """Of ``WRONG``, what these settings may be."""
 
 
-@pytest.mark.parametrize("name", [*ENCODER, *(f"frontend.{n}" for n in ENCODER["frontend"])])
-def test_every_setting_of_an_export_has_a_type_and_a_range(tmp_path: Path, name: str) -> None:
-    write_export(tmp_path)
-    text = (tmp_path / "config.json").read_text()
-    place, _, last = name.rpartition(".")
+@pytest.mark.parametrize("name", [*CONFIG, *(f"frontend.{n}" for n in FRONTEND)])
+def test_config__every_setting_has_a_type_and_a_range(name: str) -> None:
+    state, inner = tiny().state_dict(), name.removeprefix("frontend.")
     for value in WRONG:
-        config = json.loads(text)
-        config["encoder"] = json.loads(json.dumps(ENCODER))
-        (config["encoder"]["frontend"] if place else config["encoder"])[last] = value
-        (tmp_path / "config.json").write_text(json.dumps(config))
+        config = {**CONFIG, "frontend": dict(FRONTEND)}
+        owner = config if inner == name else config["frontend"]
+        owner[inner] = value
         if any(type(value) is type(good) and value == good for good in GOOD.get(name, [])):
-            bat.load_encoder(tmp_path)
             continue
         with pytest.raises(UserError) as caught:
-            bat.load_encoder(tmp_path)
+            BAT.from_weights(state, config=config, heads=None)
         assert len(str(caught.value)) < 4000
 
 
 @pytest.mark.parametrize("name", ["format", "version", "backbone", "encoder"])
-def test_every_field_of_an_export_is_held_to_its_type(tmp_path: Path, name: str) -> None:
+def test_config__every_field_has_a_type(tmp_path: Path, name: str) -> None:
     write_export(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for value in WRONG:
-        (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
         with pytest.raises(UserError) as caught:
-            bat.load_encoder(tmp_path)
+            load_changed(tmp_path, {**config, name: value})
         assert len(str(caught.value)) < 4000
 
 
-def test_unknown_and_absent_settings_are_named(tmp_path: Path) -> None:
-    write_export(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    for change, said in (
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"depth": 3}, r"missing: blocks\.2"),
         ({"dpeth": 2}, "dpeth: not known .*depth"),
         ({"frontend": {"hop": 2}}, "frontend: hop: not known .*hop_length"),
         ({"frontend": {"n_mels": 64}}, "n_mels=64 of the front end, 128 mel bins of the patch"),
@@ -544,20 +419,25 @@ def test_unknown_and_absent_settings_are_named(tmp_path: Path) -> None:
         ({"heads": 3}, "width=64: a multiple of heads=3"),
         ({"frontend": {"kind": "eat", "n_fft": 512}}, "windows of 25 ms"),
         ({"frontend": {"statistics": "hsn"}}, "front end 'bat' uses none"),
-    ):
-        encoder = {**config["encoder"], **change}
-        (tmp_path / "config.json").write_text(json.dumps({**config, "encoder": encoder}))
-        with pytest.raises(UserError, match=said):
-            bat.load_encoder(tmp_path)
-    for name in ("width", "depth", "grid", "patch"):
-        encoder = {k: v for k, v in config["encoder"].items() if k != name}
-        (tmp_path / "config.json").write_text(json.dumps({**config, "encoder": encoder}))
-        with pytest.raises(UserError, match=f"{name} not given"):
-            bat.load_encoder(tmp_path)
+        *(({name: None}, f"{name} not given") for name in ("width", "depth", "grid", "patch")),
+    ],
+)
+def test_config__unknown_absent_and_unfit_settings_are_named(
+    change: dict[str, Any], said: str
+) -> None:
+    config = {k: v for k, v in {**CONFIG, **change}.items() if change.get(k, v) is not None}
+    with pytest.raises(UserError, match=said):
+        BAT.from_weights(tiny().state_dict(), config=config, heads=None)
 
 
-def test_a_huge_config_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", '{"version": 1' + "0" * 5_000 + "}"])
+def test_config__no_json_or_a_huge_one_is_named(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_export(tmp_path)
-    monkeypatch.setattr(checkpoint, "MAX_JSON", 100)
-    with pytest.raises(UserError, match="larger than 100 bytes"):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json is missing or not JSON"):
+        bat.load_encoder(tmp_path)
+    monkeypatch.setattr(checkpoint, "MAX_JSON", 0)
+    with pytest.raises(UserError, match="larger than 0 bytes"):
         bat.load_encoder(tmp_path)

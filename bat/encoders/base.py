@@ -6,7 +6,7 @@ import abc
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, Self, overload
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from bat.errors import UserError
 from bat.nn.attention import Backend
 from bat.nn.embed import PosLayout
 from bat.types import Features, Grid, Views
+
+Samples = TypeVar("Samples", int, Tensor)
+"""A number of samples, or one for each clip, (B,)."""
 
 
 class Encoder(nn.Module, abc.ABC):
@@ -67,14 +70,8 @@ class Encoder(nn.Module, abc.ABC):
         encoders with ``has_queries``.
         """
 
-    @overload
-    def time_patches(self, samples: int) -> int: ...
-
-    @overload
-    def time_patches(self, samples: Tensor) -> Tensor: ...
-
     @abc.abstractmethod
-    def time_patches(self, samples: int | Tensor) -> int | Tensor:
+    def time_patches(self, samples: Samples) -> Samples:
         """Returns the time patches T of clips of ``samples`` samples encoded alone, at least 1."""
 
     @abc.abstractmethod
@@ -194,7 +191,6 @@ class SpectrogramEncoder(Encoder):
 
     @property
     def hop_seconds(self) -> float:
-        """Seconds from one time patch to the next."""
         return float(self.patch * self.frontend.hop_length / self.sample_rate)  # type: ignore[operator]
 
     def inputs(
@@ -216,17 +212,12 @@ class SpectrogramEncoder(Encoder):
         own = self.patch * self.time_patches(lengths.clamp(1, waveform.shape[1]))
         return self.frontend(waveform, frames=frames, lengths=lengths, row_frames=own)
 
-    @overload
-    def time_patches(self, samples: int) -> int: ...
-
-    @overload
-    def time_patches(self, samples: Tensor) -> Tensor: ...
-
-    def time_patches(self, samples: int | Tensor) -> int | Tensor:
+    def time_patches(self, samples: Samples) -> Samples:
         """Returns the time patches of clips of ``samples`` samples encoded alone; the last may be
         partly zero frames."""
         front: Any = self.frontend
-        return -(-front.valid_frames(front.padded_samples(samples)) // self.patch)
+        patches: Samples = -(-front.valid_frames(front.padded_samples(samples)) // self.patch)
+        return patches
 
     def first(self, inputs: Tensor, patches: int) -> Tensor:
         """Returns the frames of the first ``patches`` time patches of (B, 1, frames, mels)."""
@@ -260,6 +251,17 @@ class MaskableEncoder(SpectrogramEncoder):
         last-block class tokens (rows, D) and visible patch tokens (rows, n, D)."""
 
 
+Range = type[bool] | tuple[str, ...] | tuple[type[int] | type[float], float, float]
+"""Range of a setting: a boolean, one of some words, or a number from minimum to maximum."""
+FRONTEND: dict[str, Range] = {
+    "kind": ("bat", "eat", "beats"),
+    "sample_rate": (int, 1000, 768_000),
+    "n_fft": (int, 2, 32_768),
+    "hop_length": (int, 1, 65_536),
+    "n_mels": (int, 1, 1024),
+}
+
+
 def make_frontend(
     *,
     kind: Literal["bat", "eat", "beats"] = "bat",
@@ -276,55 +278,29 @@ def make_frontend(
     ``clip_seconds``: for ``pad="clip"``. Raises ``UserError`` for a setting of the wrong type or
     out of range.
     """
-    check_settings(
-        "frontend",
-        {"sample_rate": sample_rate, "n_fft": n_fft, "hop_length": hop_length, "n_mels": n_mels},
-        {
-            "sample_rate": (int, 1000, 768_000),
-            "n_fft": (int, 2, 32_768),
-            "hop_length": (int, 1, 65_536),
-            "n_mels": (int, 1, 1024),
-        },
-    )
-    for name, value in (("kind", kind), ("pad", pad), ("statistics", statistics)):
+    given = {"kind": kind, "sample_rate": sample_rate, "n_fft": n_fft, "hop_length": hop_length}
+    check_settings("frontend", {**given, "n_mels": n_mels}, FRONTEND)
+    for name, value in (("pad", pad), ("statistics", statistics)):
         if not isinstance(value, str):
             raise UserError(f"frontend: {name} must be text, not a {type(value).__name__}")
+    common: dict[str, Any] = {"sample_rate": sample_rate, "n_mels": n_mels}
+    common |= {"pad": pad, "clip_seconds": clip_seconds}
     if kind == "bat":
         if statistics != "audioset":
             raise UserError(f"frontend: statistics={statistics}: the front end 'bat' uses none")
-        return LogMel(
-            sample_rate=sample_rate,
-            n_fft=n_fft,
-            hop_length=hop_length,
-            n_mels=n_mels,
-            pad=pad,
-            clip_seconds=clip_seconds,
+        return LogMel(n_fft=n_fft, hop_length=hop_length, **common)
+    if (n_fft, hop_length) != (1024, 160):
+        raise UserError(
+            f"frontend: n_fft={n_fft}, hop_length={hop_length}: '{kind}' has windows of 25 ms "
+            "every 10 ms; omit both"
         )
-    if kind in ("eat", "beats"):
-        if (n_fft, hop_length) != (1024, 160):
-            raise UserError(
-                f"frontend: n_fft={n_fft}, hop_length={hop_length}: '{kind}' has windows of 25 ms "
-                "every 10 ms; leave both away"
-            )
-        return KaldiFbank(
-            kind=kind,
-            statistics=statistics,
-            sample_rate=sample_rate,
-            n_mels=n_mels,
-            pad=pad,
-            clip_seconds=clip_seconds,
-        )
-    raise UserError(f"unknown front end '{kind}': bat, eat or beats")
+    return KaldiFbank(kind=kind, statistics=statistics, **common)
 
 
 def find_encoder(name: str) -> type[Encoder]:
     """Returns the class of encoder ``name``: a file of ``bat/encoders``, or a dotted
     ``module.Class`` that is imported. Raises ``UserError`` listing the known ones."""
     return registry.find_class(name, Encoder, folder="encoders", key="encoder")  # type: ignore[type-abstract]
-
-
-Range = type[bool] | tuple[str, ...] | tuple[type[int] | type[float], float, float]
-"""Range of a setting: a boolean, one of some words, or a number from minimum to maximum."""
 
 
 def check_settings(what: str, given: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
@@ -339,24 +315,33 @@ def check_settings(what: str, given: Mapping[str, Any], ranges: Mapping[str, Ran
             problems.append(f"{name[:100]} is not known ({', '.join(ranges)})")
         elif allowed is bool:
             if not isinstance(value, bool):
-                problems.append(f"{name}={_shown(value)}: true or false")
+                problems.append(f"{name}={in_short(value)}: true or false")
         elif isinstance(allowed, tuple) and isinstance(allowed[0], str):
             if not isinstance(value, str) or value not in allowed:
-                problems.append(f"{name}={_shown(value)}: one of {', '.join(map(str, allowed))}")
+                problems.append(f"{name}={in_short(value)}: one of {', '.join(map(str, allowed))}")
         else:
             kind, least, most = allowed
             if type(value) not in (int, kind) or not least <= value <= most:
                 noun = "a whole number" if kind is int else "a number"
-                problems.append(f"{name}={_shown(value)}: {noun} from {least} to {most}")
+                problems.append(f"{name}={in_short(value)}: {noun} from {least} to {most}")
     if problems:
         raise UserError(f"{what}: {'; '.join(problems)}")
 
 
-def _shown(value: Any) -> str:
+def in_short(value: Any) -> str:
+    """Formats a value from a file for a message."""
     if isinstance(value, int) and abs(value) >= 1 << 64:
         return "a huge number"
     text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def demand(config: Mapping[str, Any], fixed: Mapping[str, Any], what: str) -> None:
+    """Raises ``UserError`` if ``config`` gives a setting of ``fixed`` another value."""
+    wrong = [name for name, value in fixed.items() if config.get(name, value) != value]
+    if wrong:
+        said = ", ".join(f"{n}={in_short(config[n])} (here {fixed[n]!r})" for n in wrong)
+        raise UserError(f"{what} describes another encoder than this bat has: {said}")
 
 
 def keywords_of(cls: Callable[..., Any], given: Any, what: str) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from bat.encoders.base import (
     MaskableEncoder,
     Range,
     check_settings,
+    demand,
+    in_short,
     keywords_of,
     load_strictly,
     make_frontend,
@@ -59,6 +61,18 @@ SETTINGS: dict[str, Range] = {
     "attention": get_args(Backend),
 }
 """Ranges of settings, except ``grid`` and ``frontend``; ``layer_scale`` may also be None."""
+HUB_FIXED = {
+    **{"qkv_bias": True, "layer_norm_eps": 1e-6, "pos_trainable": False},
+    **{"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0},
+    **{"f_min": 0, "top_db": 80, "feature_normalization": "per_sample_minmax_after_db"},
+}
+"""Fixed settings, with the names of ``config.json`` in BAT's hub folder."""
+HUB_NAMES = {
+    **{"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"},
+    **{"gate": "use_gate", "drop_path": "drop_path_rate", "layer_scale": "init_scale_values"},
+    **{"mlp_ratio": "mlp_ratio", "pre_norm": "pre_norm"},
+}
+"""Names of settings there."""
 
 
 class BAT(MaskableEncoder):
@@ -140,19 +154,12 @@ class BAT(MaskableEncoder):
         return self.pre_norm(torch.cat([cls, tokens], dim=1))
 
     def layers(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Runs the blocks over (B, n, D) embedded tokens with the class token prepended.
-
-        Yields the end-of-block tokens and the MLP outputs of each block, both
-        (B, 1 + n, D), so that a caller keeps only what it needs.
-        """
         x = self.enter(tokens)
         for block in self.blocks:
             x, mlp = block(x)
             yield x, mlp
 
     def encode_views(self, spectrogram: Tensor, views: Views) -> tuple[Tensor, Tensor]:
-        """Encodes masked views: (B, 1, frames, mels) and ``rows = B * V`` masks, clip-major ->
-        last-block class tokens (rows, D) and visible patch tokens (rows, n, D)."""
         tokens = self.embed(spectrogram)  # (B, N, D), once a clip
         rows, n = views.keep_ids.shape
         x = take(tokens, views.keep_ids.view(len(tokens), -1))  # (B, V n, D)
@@ -327,6 +334,41 @@ def shape_of(state: Mapping[str, Tensor], *, mels: int = 128) -> dict[str, Any]:
         "gate": "blocks.0.attn.gate.weight" in state,
         "pre_norm": "pre_norm.weight" in state,
         "layer_scale": 1.0 if "blocks.0.ls1.s" in state else None,
+    }
+
+
+def hub_keywords(config: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Returns the constructor keywords for ``config.json`` of BAT's hub folder.
+
+    Raises ``UserError`` for another encoder's and for sides that are no whole number of patches;
+    ``from_weights`` checks the rest.
+    """
+    demand(config, HUB_FIXED, what)
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "input_shape", "patch_size")
+    absent = [name for name in names if name not in config]
+    if absent:
+        raise UserError(f"{what} does not say {', '.join(absent)}")
+    shape, patch = config["input_shape"], config["patch_size"]
+    chunk = config.get("chunk_time_patches", 64)
+    patch = patch if isinstance(patch, list) else [patch, patch]
+    sides = [*shape, *patch, chunk] if isinstance(shape, list) else []
+    if (
+        len(sides) != 5
+        or any(type(x) is not int or x < 1 for x in sides)
+        or (patch[0] != patch[1] or shape[0] % patch[0] or shape[1] % patch[1])
+    ):
+        raise UserError(
+            f"{what}: input_shape={in_short(shape)}, patch_size={in_short(config['patch_size'])} "
+            f"and chunk_time_patches={in_short(chunk)} are no whole number of square patches"
+        )
+    first = config.get("layer_norm_first", False)
+    front = ("sample_rate", "n_fft", "hop_length", "n_mels")
+    return {
+        **{own: config[name] for own, name in HUB_NAMES.items() if name in config},
+        "patch": patch[0],
+        "grid": [min(chunk, shape[0] // patch[0]), shape[1] // patch[1]],
+        "norm_order": ("post", "pre")[first] if isinstance(first, bool) else first,
+        "frontend": {name: config[name] for name in front if name in config},
     }
 
 

@@ -35,6 +35,11 @@ NOT_THE_ENCODER = (
     "shared_decoder.",
 )
 """Entries of a pre-training file besides the encoder (with ``center``)."""
+HUB_FIXED = {
+    **{"layer_norm_first": False, "norm_eps": 1e-6, "norm_affine": True, "qkv_bias": True},
+    **{"in_chans": 1, "mel_bins": 128},
+}
+"""Fixed settings, with the names of ``config.json`` in EAT's hub folders."""
 
 
 class EAT(BAT):

@@ -34,7 +34,7 @@ from bat.tasks.base import Task
 from bat.types import Grid
 from bat.weights import is_export, resolve
 
-OWN = "own"
+OWN = "csv"
 """Task name of ``data.csv``."""
 PATCH = 16
 """Side of a patch of the encoders in the model fragments, in frames."""

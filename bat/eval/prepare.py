@@ -24,10 +24,9 @@ from bat.eval.splits import DRAWN_FOLDS, Round, check_labels, check_rounds, how,
 from bat.eval.token_targets import TokenTargets, digest_texts, outputs
 from bat.eval.windows import check_events, check_in_place, window
 from bat.nn.losses import Loss, loss_for
-from bat.tasks.base import Task, load_task
+from bat.tasks.base import Reading, Task, load_task
 from bat.tasks.events import Events, digest
 from bat.tasks.labels import classes_in_words, doubts
-from bat.tasks.own import Own
 
 C = TypeVar("C", bound=Supervised)
 
@@ -303,7 +302,7 @@ def _asked(
     return task
 
 
-def _said_of(index: Index, own: Own | None) -> tuple[Events | None, dict[str, str] | None]:
+def _said_of(index: Index, own: Reading | None) -> tuple[Events | None, dict[str, str] | None]:
     """Returns events and texts of the clips by key; None if no clip has any. Where only some clips
     have them, the others get no events or an empty text."""
     if own is not None:
@@ -316,7 +315,7 @@ def _said_of(index: Index, own: Own | None) -> tuple[Events | None, dict[str, st
 
 
 def check_data(
-    config: C, task: Task, index: Index, *, note: str = "", own: Own | None = None
+    config: C, task: Task, index: Index, *, note: str = "", own: Reading | None = None
 ) -> PreparedData[C]:
     """Returns the data with labels, window, events and folds; ``UserError`` if unsuitable."""
     notices: list[str] = list(own.notes) if own is not None else []

@@ -24,9 +24,8 @@ from bat.errors import UserError
 from bat.eval.encoder_list import RANDOM, check_there, checkpoint_name, encoders_of
 from bat.lock import LOCK, check_free, hold
 from bat.redact import redact_tree
-from bat.tasks import folder, own
-from bat.tasks.base import LeftOut, Row, Task, load_task
-from bat.tasks.own import Own
+from bat.tasks import csv, folder
+from bat.tasks.base import LeftOut, Reading, Row, Task, load_task
 
 log = logging.getLogger("bat")
 
@@ -84,12 +83,12 @@ PROBING = (
 
 
 def _unlabelled(path: Path) -> list[Row]:
-    rows = folder.listed(path).rows
+    rows = csv.read(path, labelled=False).rows
     return [replace(row, split=row.split and folder.split_of(row.split)) for row in rows]
 
 
-UNLABELLED = replace(own.TASK, rows=_unlabelled, vocabulary=None)
-"""Task ``own`` for pre-training: the clips of a CSV need no labels."""
+UNLABELLED = replace(csv.TASK, rows=_unlabelled)
+"""Task ``csv`` for pre-training: the clips of a CSV need no labels."""
 
 
 def default_out(config: Pretrain | Supervised) -> Path:
@@ -120,9 +119,7 @@ def check_first(config: Pretrain | Supervised) -> None:
     if isinstance(config, Supervised):
         check_there(config)
     if data.csv:
-        read: Callable[[Path], object] = folder.listed
-        read = own.read if isinstance(config, Supervised) else read
-        read(Path(data.csv))
+        csv.read(Path(data.csv), labelled=isinstance(config, Supervised))
     elif data.root or isinstance(config, Pretrain):
         _check_given(load_task(config.task), data)
     ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
@@ -233,7 +230,7 @@ def open_data(
     """Returns the task and the index of the clips that ``data`` names, read in place.
 
     ``data.shards``: shards, local or remote; ``data.root``: the files that the task reads there;
-    ``data.csv``: the files that it lists (the task is then ``own``, whatever ``task_name``), which
+    ``data.csv``: the files that it lists (the task is then ``csv``, whatever ``task_name``), which
     need no labels unless ``labelled``; the toy tasks write their own clips to ``data.cache``.
     Raises ``UserError`` if nothing is given, or it is missing or unreadable (``NotIndexable``:
     shards that can only be read sequentially).
@@ -246,9 +243,10 @@ def open_data(
         return _open_shards(task, data)
     given = data.root or data.csv
     root = Path(given) if given else _made(task, Path(data.cache) / task.name)
-    rows, vocabulary = task.read(root)
-    absent = task.left_out(root) if task.left_out is not None else []
-    index, left_out, listed = _index_files(task, root, rows, vocabulary, data, absent, progress)
+    found = task.open(root)
+    index, left_out, listed = _index_files(
+        task, root, found.rows, found.vocabulary, data, found.left_out, progress
+    )
     if left_out:
         log.warning(
             "%d files of %s are left out (the first: %s, %s; all: %s)",
@@ -288,8 +286,8 @@ def _index_files(
 
 def _check_given(task: Task, data: Data) -> None:
     """Raise ``UserError`` if ``data`` names nothing that ``task`` reads."""
-    if data.root and task.name == own.TASK.name:
-        raise UserError(f"data.root={data.root} with task=own: name its CSV, data.csv=FILE")
+    if data.root and task.name == csv.TASK.name:
+        raise UserError(f"data.root={data.root} with task=csv: name its CSV, data.csv=FILE")
     if data.root and not Path(data.root).exists():
         raise UserError(f"data.root={data.root} does not exist: name the data of task {task.name}")
     made = task.make is not None or task.name == "toy"
@@ -300,26 +298,26 @@ def _check_given(task: Task, data: Data) -> None:
         )
 
 
-def open_own(data: Data, *, progress: bool = True) -> tuple[Task, Index, Own]:
-    """Returns task ``own``, the index of what ``data.csv`` lists, and the list with its events.
+def open_own(data: Data, *, progress: bool = True) -> tuple[Task, Index, Reading]:
+    """Returns task ``csv``, the index of what ``data.csv`` lists, and the list with its events.
 
-    Raises ``UserError`` as ``own.read``, and if more than ``data.max_bad`` of the files cannot be
+    Raises ``UserError`` as ``csv.read``, and if more than ``data.max_bad`` of the files cannot be
     read; fewer are skipped with a warning and recorded in the list's ``notes``.
     """
     assert data.csv is not None
     path = Path(data.csv)
-    found = own.read(path)
+    found = csv.read(path)
     index, left_out, listed = _index_files(
-        own.TASK, path, found.rows, found.vocabulary, data, [], progress
+        csv.TASK, path, found.rows, found.vocabulary, data, [], progress
     )
     if left_out:
         shown = "; ".join(
             f"line {found.lines[entry.key]}: {entry.file}, {entry.reason.rstrip('.')}"
-            for entry in left_out[: own.SHOWN]
+            for entry in left_out[: csv.SHOWN]
         )
         said = (
             f"{len(left_out)} of the {len(found.rows)} files of {data.csv} cannot be read "
-            f"({shown}{'; ...' if len(left_out) > own.SHOWN else ''}; all: {listed})"
+            f"({shown}{'; ...' if len(left_out) > csv.SHOWN else ''}; all: {listed})"
         )
         if len(left_out) > data.max_bad * len(found.rows):
             raise UserError(
@@ -328,7 +326,7 @@ def open_own(data: Data, *, progress: bool = True) -> tuple[Task, Index, Own]:
             )
         log.warning("%s: left out", said)
         found = replace(found, notes=[*found.notes, f"{said}: left out"])
-    return own.TASK.settle(index.labels_per_clip.tolist()), index, found
+    return csv.TASK.settle(index.labels_per_clip.tolist()), index, found
 
 
 def _open_shards(task: Task, data: Data) -> tuple[Task, Index]:

@@ -157,12 +157,7 @@ def find_probe(name: str) -> type[Probe]:
 
     Raises ``UserError`` that lists the known ones.
     """
-    known = known_probes()
-    if name in known:
-        return known[name]
-    if "." in name:
-        return registry.import_class(name, Probe, key="probe")
-    raise registry.unknown(name, list(known), key="probe")
+    return registry.find_class(name, Probe, folder="probes", key="probe", table=known_probes())
 
 
 def expand(methods: Sequence[str], *, level: Level, encoder: bool = True) -> list[str]:

@@ -33,8 +33,9 @@ from bat.data.table_sets import joint_vocabulary
 from bat.data.tar import escape_key, sample_key
 from bat.errors import UserError
 from bat.tasks import audioset, eat, folder, parquet
-from bat.tasks.base import LeftOut, Row, load_task, read_csv
-from bat.tasks.labels import Labels, Reading, doubts, held_out_alone, labels_of, named
+from bat.tasks.base import LeftOut, Reading, Row, load_task
+from bat.tasks.labels import Labels, doubts, held_out_alone, labels_of, named
+from bat.tasks.tables import read_csv
 
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 """A split that can be the name of a folder."""
@@ -115,10 +116,10 @@ def _read(source: Path, kind: str, labels: Labels | None, split: str | None) -> 
         if paths == []:
             raise UserError(f"no parquet file at {source}")
         return parquet.read(source, labels, paths=paths)
-    task = load_task(kind)
-    rows, vocabulary = task.read(source)
-    found = Reading(rows, vocabulary, []) if labels is None else named(rows, labels, source)
-    return replace(found, left_out=task.left_out(source) if task.left_out else [])
+    found = load_task(kind).open(source)
+    if labels is None:
+        return found
+    return replace(named(found.rows, labels, source), left_out=found.left_out)
 
 
 def detect(source: Path) -> str:

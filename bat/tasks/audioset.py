@@ -19,27 +19,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from bat.errors import UserError
-from bat.tasks.base import LeftOut, Row, Task, csv_cells
+from bat.tasks.base import LeftOut, Reading, Row, Task
 from bat.tasks.folder import find_audio, split_of
-from bat.tasks.labels import Labels, Reading, labels_beside
+from bat.tasks.labels import Labels, labels_beside
+from bat.tasks.tables import csv_cells
 
 NO_FILE = "no file"
 """Reason given for a segment that is left out."""
-
-
-def class_names(root: Path) -> Labels:
-    """Reads the label file of AudioSet in ``root``.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    labels = labels_beside(root)
-    if labels is None or not labels.mids:
-        raise UserError(
-            f"{root / 'class_labels_indices.csv'} does not exist: put AudioSet's there, beside its "
-            f"segments, or its ontology.json (both are on AudioSet's download page)"
-        )
-    return labels
 
 
 def read_segments(path: Path) -> list[tuple[str, float, list[str]]]:
@@ -86,34 +72,33 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
             f"{root} has no *_segments.csv: put balanced_train_segments.csv, "
             f"eval_segments.csv or unbalanced_train_segments.csv there"
         )
-    labels = labels or class_names(root)
+    labels = labels or labels_beside(root)
+    if labels is None or not labels.mids:
+        raise UserError(
+            f"{root / 'class_labels_indices.csv'} does not exist: put AudioSet's there, beside its "
+            f"segments, or its ontology.json (both are on AudioSet's download page)"
+        )
     files: dict[str, Path] = {}
     for path in find_audio(root)[0]:
         files.setdefault(path.stem, path)
     found: dict[str, Row] = {}
     absent: dict[str, LeftOut] = {}
+    again: set[str] = set()
     met: set[str] = set()
     listed = 0
-    again: set[str] = set()
     for table in tables:
         split = split_of_table(table)
         for name, start, mids in read_segments(table):
             listed += 1
             met.update(mids)
+            key = f"Y{name}"
             tails = ("", f"_{start:g}", f"_{start:.3f}", f"_{round(start * 1000)}")
             stems = (f"{y}{name}{tail}" for tail in tails for y in ("Y", ""))
-            stem = next((s for s in stems if s in files), None)
-            key = f"Y{name}"
-            if stem is None:
+            file = next((files[stem] for stem in stems if stem in files), None)
+            if file is None:
                 absent.setdefault(key, LeftOut(key, key, NO_FILE, split))
             elif key not in found:
-                found[key] = Row(
-                    path=files[stem],
-                    key=key,
-                    labels=tuple(mids),
-                    split=split,
-                    start_seconds=start,
-                )
+                found[key] = Row(file, key, tuple(mids), split=split, start_seconds=start)
             elif found[key].split != split:
                 again.add(key)
     if not found:
@@ -131,37 +116,17 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
             f"{len(again)} clips are in two tables: they have the split of the first "
             f"({first.key}: {first.split})"
         )
-    translated = labels.translate(found.values())
-    every = labels.translate([Row(path=tables[0], key="", labels=tuple(sorted(met)))])
     if not labels.numbers:
         notes.append(
             f"{labels.path.name} has no order of classes: they are the {len(met)} that the "
             f"segments name, sorted; class_labels_indices.csv has the official order"
         )
-    return Reading(translated, labels.vocabulary(every), notes, left_out)
-
-
-def rows(root: Path) -> list[Row]:
-    return read(root).rows
-
-
-def left_out(root: Path) -> list[LeftOut]:
-    return read(root).left_out
-
-
-def vocabulary(root: Path) -> list[str]:
-    labels = class_names(root)
-    return list(labels.names) if labels.numbers else read(root).vocabulary
+    rows = labels.translate(found.values())
+    # classes of absent clips too
+    classes = labels.translate([Row(tables[0], "", tuple(sorted(met)))])
+    return Reading(rows, labels.vocabulary(classes), notes, left_out)
 
 
 TASK = Task(
-    name="audioset",
-    rows=rows,
-    target="tags",
-    loss="asl",
-    frames=1024,
-    classes=527,
-    per_class=10,
-    vocabulary=vocabulary,
-    left_out=left_out,
+    name="audioset", rows=read, target="tags", loss="asl", frames=1024, classes=527, per_class=10
 )

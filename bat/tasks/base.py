@@ -1,25 +1,19 @@
 """Defines tasks: rows (file, key, labels, events or text, fold), targets, loss and metrics.
 
-The file name is the registration: ``bat/tasks/NAME.py`` holds ``TASK``. A dotted import path
-(``mylab.tasks.frogs``, a module with a ``TASK``) works wherever a name does, so that a task can
-live outside this package. A task has no Dataset class. docs/add_a_task.md has a complete example;
-the constants are those of docs/method.md 5.
+``bat/tasks/NAME.py`` holds ``TASK``; a dotted import path (``my_tasks.FROGS``) works wherever a
+name does, so that a task can live outside this package. A task has no Dataset class.
+docs/add_a_task.md has a complete example; the constants are those of docs/method.md 5.
 """
 
 from __future__ import annotations
 
-import csv
-import importlib
-import io
-import os
-import pkgutil
 import re
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from bat import registry
 from bat.errors import UserError
 from bat.tasks.events import Detection, Event
 
@@ -86,6 +80,8 @@ class Row:
     """Sounds with onset and offset; ``labels`` is then the union of their labels. None: unknown."""
     text: str | None = None
     """The transcript; None: there is none."""
+    line: int = 0
+    """Line of the CSV that lists it first; 0: none."""
 
     @property
     def suffix(self) -> str:
@@ -111,11 +107,37 @@ class LeftOut(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Reading:
+    """The rows and labels read from a source."""
+
+    rows: list[Row]
+    vocabulary: list[str]
+    """Class names in the order of their indices."""
+    notes: list[str] = field(default_factory=list)
+    """Notes for the user on how it was read."""
+    left_out: list[LeftOut] = field(default_factory=list)
+    """Clips that the source lists and does not hold."""
+
+    @property
+    def events(self) -> dict[str, tuple[Event, ...]] | None:
+        """Events by the rows' keys; None if no row has any."""
+        found = {row.key: row.events for row in self.rows if row.events is not None}
+        return found or None
+
+    @property
+    def lines(self) -> dict[str, int]:
+        """The line of the CSV that lists each clip first, by the rows' keys."""
+        return {row.key: row.line for row in self.rows}
+
+
+@dataclass(frozen=True)
 class Task:
-    """Rows and constants. ``read`` is ``rows`` with the checks common to all tasks."""
+    """Rows and constants; ``open`` reads the rows with the checks common to all tasks."""
 
     name: str
-    rows: Callable[[Path], list[Row]]
+    rows: Callable[[Path], list[Row] | Reading]
+    """Reads the data set at a path; a ``Reading`` if it has notes, clips left out, or an order of
+    classes that is neither ``vocabulary`` nor the sorted names."""
     target: Target
     loss: str = ""
     """``ce``, ``bce``, ``asl`` or ``ctc``; empty: that of ``USUAL``."""
@@ -128,11 +150,9 @@ class Task:
     per_class: int = 20
     """Prototypes per class that *Unmute the Patch Tokens* (arXiv 2509.24901) uses for the task."""
     classes: int | None = None
-    """Number of classes where the task fixes it; ``read`` checks it."""
-    vocabulary: Callable[[Path], list[str]] | None = None
+    """Number of classes where the task fixes it."""
+    vocabulary: Sequence[str] | None = None
     """Class names in the order of their indices; None: the labels that occur, sorted."""
-    left_out: Callable[[Path], list[LeftOut]] | None = None
-    """Clips that the source lists and does not hold; None: none, or unknown."""
     label_sets: tuple[frozenset[str], ...] = ()
     """The class names of the published files, in each of their spellings; empty: any names."""
     adapts: bool = False
@@ -166,8 +186,8 @@ class Task:
             return self
         return replace(self, target=target, loss="", metrics=metrics)
 
-    def read(self, root: str | Path) -> tuple[list[Row], list[str]]:
-        """Returns rows and class names of the data set at ``root``.
+    def open(self, root: str | Path) -> Reading:
+        """Reads the data set at ``root``.
 
         Raises:
             UserError: missing root, no rows, a duplicate key, another number of classes, a label
@@ -176,25 +196,32 @@ class Task:
         root = Path(root)
         if not root.exists():
             raise UserError(f"{root} does not exist: give the folder of task {self.name!r}")
-        rows = self.rows(root)
-        if not rows:
+        found = self.rows(root)
+        if not isinstance(found, Reading):
+            labels = (label for row in found for label in row.labels)
+            found = Reading(found, list(self.vocabulary or in_order(labels)))
+        if not found.rows:
             raise UserError(f"{root} has no clips for task {self.name!r}")
         seen: set[str] = set()
-        for row in rows:
+        names = set(found.vocabulary)
+        for row in found.rows:
             if row.key in seen:
                 raise UserError(f"{row.key!r} is listed twice in {root}: keep one line of it")
             seen.add(row.key)
-        found = in_order(label for row in rows for label in row.labels)
-        names = self.vocabulary(root) if self.vocabulary else found
-        unknown = [label for label in found if label not in set(names)]
-        if unknown:
-            raise UserError(f"{root}: label {unknown[0]!r} is not among the {len(names)} classes")
+            if not names.issuperset(row.labels):
+                label = next(label for label in row.labels if label not in names)
+                raise UserError(f"{root}: label {label!r} is not among the {len(names)} classes")
         if self.classes is not None and len(names) != self.classes:
             raise UserError(
                 f"{root} has {len(names)} classes, task {self.name!r} has {self.classes}: "
                 f"choose the task that fits, or task=folder for labels of your own"
             )
-        return rows, names
+        return found
+
+    def read(self, root: str | Path) -> tuple[list[Row], list[str]]:
+        """Returns the rows and class names that ``open`` reads."""
+        found = self.open(root)
+        return found.rows, found.vocabulary
 
     def settle(self, labels_per_clip: Iterable[int]) -> Task:
         """Returns the task for a data set whose clips have these numbers of labels.
@@ -212,106 +239,12 @@ class Task:
         return self.asking("tags")
 
 
-NO_TASKS = ("base", "events", "labels", "losses", "synthetic")
-"""Files of this folder that are not tasks."""
-
-
-def known_tasks() -> list[str]:
-    """Returns the names of the tasks in ``bat/tasks``."""
-    import bat.tasks
-
-    names = (m.name for m in pkgutil.iter_modules(bat.tasks.__path__))
-    return sorted(name for name in names if name not in NO_TASKS)
-
-
 def load_task(name: str) -> Task:
-    """Returns the task called ``name``: a file of ``bat/tasks`` or a dotted import path.
+    """Returns the task called ``name``: a file of this folder, or a dotted ``package.module.TASK``.
 
-    Raises:
-        UserError: unknown name (lists the known ones), or a module without ``TASK``.
+    Raises ``UserError`` that lists the known ones.
     """
-    module = name if "." in name else f"bat.tasks.{name}"
-    known = ", ".join(known_tasks())
-    if "." not in name and name not in known_tasks():
-        raise UserError(f"no task {name!r}: known are {known}; or give a dotted import path")
-    try:
-        task = getattr(importlib.import_module(module), "TASK", None)
-    except ImportError as error:
-        raise UserError(f"task {name!r} cannot be imported ({error}); known are {known}") from error
-    if not isinstance(task, Task):
-        raise UserError(f"{module} has no TASK of type bat.tasks.base.Task; known are {known}")
-    return task
-
-
-def csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yields number and cells of each line of a CSV (the first is 1), values stripped.
-
-    Empty lines are skipped.
-
-    Raises:
-        UserError: no such file, not UTF-8 text, quotes that do not close.
-    """
-    if path.is_dir():
-        raise UserError(
-            f"{path} is a folder: name the CSV in it, or say task=folder data.root={path}"
-        )
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: name a CSV")
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path} line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): save the file as "
-            "'CSV UTF-8'"
-        ) from error
-    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
-    try:
-        for raw in reader:
-            cells = [cell.strip() for cell in raw]
-            if any(cells):
-                yield reader.line_num, cells
-    except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num} is not CSV ({error})") from error
-
-
-def numbered_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Returns the columns of a CSV, and its lines with their numbers (a header is line 1), values
-    stripped.
-
-    Empty lines are skipped; missing cells at the end of a line are empty.
-
-    Raises:
-        UserError: as ``csv_cells``, and for a line with more cells than the header.
-    """
-    cells = csv_cells(path)
-    _, columns = next(cells, (0, []))
-    lines = []
-    for number, line in cells:
-        if len(line) > len(columns):
-            raise UserError(
-                f"{path} line {number} has {len(line)} cells, the header has {len(columns)}: "
-                'put a value that holds a comma between quotes ("a, b")'
-            )
-        filled = [*line, *[""] * (len(columns) - len(line))]
-        lines.append((number, dict(zip(columns, filled, strict=True))))
-    return columns, lines
-
-
-def read_csv(path: Path, required: Iterable[str]) -> list[dict[str, str]]:
-    """Reads the lines of a CSV with a header, values stripped.
-
-    Raises:
-        UserError: as ``numbered_lines``, and where a column of ``required`` is missing.
-    """
-    columns, lines = numbered_lines(path)
-    missing = [c for c in required if c not in columns]
-    if missing:
-        raise UserError(
-            f"{path} lacks column {missing[0]!r}; it has: {', '.join(columns) or 'nothing'}"
-        )
-    return [cells for _, cells in lines]
+    return registry.find_object(name, Task, folder="tasks", key="task")
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -320,22 +253,3 @@ def in_order(names: Iterable[str]) -> list[str]:
     if all(re.fullmatch(r"[+-]?\d{1,15}(\.\d{1,15})?", name, re.ASCII) for name in known):
         return sorted(known, key=lambda name: (float(name), name))
     return sorted(known)
-
-
-def other_form(path: str | Path) -> str:
-    """Returns a remark for a message about a missing file if a file of that name exists in the
-    other Unicode form (macOS writes an accent as a character of its own); else nothing."""
-    folder, name = os.path.split(path)
-    for form in ("NFC", "NFD"):
-        other = unicodedata.normalize(form, name)
-        if other != name and os.path.isfile(os.path.join(folder, other)):
-            return f" ({name!r} exists in Unicode form {form}: write it so, or rename the file)"
-    return ""
-
-
-def whole_number(value: str, *, column: str, path: Path) -> int:
-    """Converts ``value`` to an int; raises a UserError that names the file and the column."""
-    try:
-        return int(value)
-    except ValueError:
-        raise UserError(f"{path}: {column} {value!r} is not a whole number") from None

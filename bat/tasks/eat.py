@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from bat.errors import UserError
-from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task, other_form
+from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Reading, Row, Task
 from bat.tasks.folder import keys_of
-from bat.tasks.labels import Labels, Reading, cell_names, named
+from bat.tasks.labels import Labels, cell_names, named
+from bat.tasks.tables import other_form
 
 MAX_LINE = 1 << 16
 
@@ -112,22 +114,7 @@ def read(source: Path, labels: Labels | None = None, *, split: str | None = None
     rows = [row for table in wanted for row in _rows_of_table(table, notes)]
     folder = source if source.is_dir() else source.parent
     found = named(rows, labels, folder)
-    return Reading(found.rows, found.vocabulary, notes + found.notes)
+    return replace(found, notes=notes + found.notes)
 
 
-def rows(root: Path) -> list[Row]:
-    return read(root).rows
-
-
-def vocabulary(root: Path) -> list[str]:
-    return read(root).vocabulary
-
-
-TASK = Task(
-    name="eat",
-    rows=rows,
-    target="tags",
-    loss="asl",
-    frames=1024,
-    vocabulary=vocabulary,
-)
+TASK = Task(name="eat", rows=read, target="tags", loss="asl", frames=1024)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from bat.errors import UserError
 from bat.tasks import esc50
-from bat.tasks.base import Row, read_csv
+from bat.tasks.base import Row
+from bat.tasks.tables import read_csv
 
 OWN = """
 baby_cry chainsaw clock_tick dog_bark fire_crackling helicopter person_sneeze rain rooster sea_waves

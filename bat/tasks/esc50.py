@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from bat.errors import UserError
-from bat.tasks.base import Row, Task, other_form, read_csv, whole_number
+from bat.tasks.base import Row, Task
 from bat.tasks.labels import names_of
+from bat.tasks.tables import other_form, read_csv, whole_number
 
 CATEGORIES = """
 dog rooster pig cow frog cat hen insects sheep crow

@@ -6,10 +6,7 @@ otherwise the clips are unlabelled (suitable for pre-training). If all of it lie
 called ``train``, ``Testing`` and the like (``SPLITS``), these are the splits ``train``, ``valid``
 and ``test``, and each is read in that way.
 
-CSV: columns ``path`` (relative to the CSV, or absolute) and optionally ``label`` or ``labels`` (or
-columns of 0 and 1), ``fold`` (from 1) and ``split``, as read by ``labels.listed_clips``. Other
-columns are an error, so that misspelt ones are noticed. A clip may be without a label. Labels are
-names, or mids where a label file lies beside the CSV.
+CSV: see ``bat.tasks.csv``; labels are optional here, and not all files need exist.
 
 The labels determine whether the task is multi-label (``Task.settle``).
 """
@@ -24,17 +21,8 @@ from pathlib import Path
 
 from bat.errors import UserError
 from bat.redact import one_line
-from bat.tasks.base import (
-    AUDIO_SUFFIXES,
-    UNDECODED_SUFFIXES,
-    LeftOut,
-    Row,
-    Task,
-    as_text,
-    other_form,
-    whole_number,
-)
-from bat.tasks.labels import Labels, Reading, classes_in_words, listed_clips, named, names_of
+from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, LeftOut, Reading, Row, Task, as_text
+from bat.tasks.labels import Labels, classes_in_words, named, names_of
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -66,31 +54,27 @@ def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], list[
     """
     found: list[str] = []
     left_out: list[LeftOut] = []
-    tops: set[str] = set()  # folders that are read, with all below them
-    above: set[str] = set()
-
-    def is_new(folder: str) -> bool:
-        real = os.path.realpath(folder)
-        around = [str(parent) for parent in Path(real).parents]
-        if real in above or tops.intersection([real, *around]):
-            return False
-        tops.add(real)
-        above.update(around)
-        return True
+    tops = [os.path.join(os.path.realpath(root), "")]  # folders that are read, with all below them
 
     def leave(path: str, why: str) -> None:
-        name = Path(path).relative_to(root).as_posix()
+        name = os.path.relpath(path, root)
         left_out.append(LeftOut(_key(name), as_text(name), why))
 
-    is_new(str(root))
-    for folder, names, files in os.walk(root, onerror=_unreadable, followlinks=True):
+    def refuse(error: OSError) -> None:
+        raise UserError(f"folder {error.filename} cannot be read: {error.strerror}") from error
+
+    for folder, names, files in os.walk(root, onerror=refuse, followlinks=True):
         names.sort()
-        hidden = any(part.startswith(".") for part in Path(folder).relative_to(root).parts)
-        for name in names[:]:
+        inside = "" if folder == str(root) else os.path.relpath(folder, root)
+        hidden = any(part.startswith(".") for part in inside.split(os.sep))
+        for name in [n for n in names if os.path.islink(os.path.join(folder, n))]:
             path = os.path.join(folder, name)
-            if os.path.islink(path) and not is_new(path):
+            real = os.path.join(os.path.realpath(path), "")
+            if any(real.startswith(top) or top.startswith(real) for top in tops):
                 names.remove(name)
                 leave(path, f"link: {as_text(os.path.realpath(path))} is read already")
+            else:
+                tops.append(real)
         for name in files:
             path = os.path.join(folder, name)
             if name.lower().endswith(suffixes):
@@ -102,10 +86,6 @@ def find_files(root: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], list[
                 leave(path, f"link: {as_text(os.readlink(path))} does not exist")
     found.sort(key=lambda path: path.split(os.sep))
     return [Path(path) for path in found], left_out
-
-
-def _unreadable(error: OSError) -> None:
-    raise UserError(f"folder {error.filename} cannot be read: {error.strerror}") from error
 
 
 def _key(path: str) -> str:
@@ -132,101 +112,44 @@ def keys_of(paths: list[str]) -> list[str]:
     return [keys[path] for path in paths]
 
 
-def _rows_of_folder(root: Path) -> tuple[list[Row], list[LeftOut]]:
-    files, left_out = find_audio(root)
+def read(source: Path, labels: Labels | None = None) -> Reading:
+    """Reads the clips of a folder, or those that a CSV lists (``bat.tasks.csv``).
+
+    Raises:
+        UserError: no audio, no such files, unknown columns, an unknown label.
+    """
+    if not source.is_dir():
+        if source.suffix.lower() != ".csv":
+            raise UserError(f"{source} is neither a folder nor a .csv file")
+        from bat.tasks import csv  # not at the top: it imports this file
+
+        return csv.read(source, labels, labelled=False)
+    files, left_out = find_audio(source)
     if not files:
         first = f"; left out: {left_out[0].file} ({left_out[0].reason})" if left_out else ""
         raise UserError(
-            f"{root} has no audio (looked for {', '.join('.' + s for s in AUDIO_SUFFIXES)}, "
+            f"{source} has no audio (looked for {', '.join('.' + s for s in AUDIO_SUFFIXES)}, "
             f"sub-folders included{first})"
         )
-    names = [f.relative_to(root).as_posix() for f in files]
-    tops = {name.partition("/")[0] for name in names}
-    splits = all(top.lower() in SPLITS for top in tops)
+    names = [file.relative_to(source).as_posix() for file in files]
+    splits = all(name.partition("/")[0].lower() in SPLITS for name in names)
     inside = [name.partition("/")[2] if splits else name for name in names]
     parents = {name.rpartition("/")[0] for name in inside}
     labelled = "" not in parents and len(parents) > 1
     rows = [
         Row(
-            path=f,
+            path=file,
             key=key,
-            labels=tuple(names_of(as_text(f.parent.name))) if labelled else (),
+            labels=tuple(names_of(as_text(file.parent.name))) if labelled else (),
             split=split_of(name.partition("/")[0]) if splits else None,
         )
-        for f, key, name in zip(files, keys_of(names), names, strict=True)
+        for file, key, name in zip(files, keys_of(names), names, strict=True)
     ]
-    return rows, left_out
+    found = named(rows, labels, source)
+    if found.vocabulary:
+        said = classes_in_words(found.vocabulary)
+        found.notes.append(f"labels are the names of the folders ({said})")
+    return replace(found, left_out=left_out)
 
 
-def _rows_of_csv(path: Path) -> tuple[list[Row], list[str]]:
-    """Reads the clips of a CSV, and notes on how it was read."""
-    columns, lines, labels, notes = listed_clips(path)
-    if "onset" in columns:  # several lines may be one clip
-        from bat.tasks import own
-
-        listed = own.read(path)
-        return listed.rows, listed.notes
-    keys = keys_of([line["path"] for _, line in lines])
-    rows = []
-    for (_, line), names, key in zip(lines, labels, keys, strict=True):
-        fold = line.get("fold", "")
-        rows.append(
-            Row(
-                path=path.parent / line["path"],
-                key=key,
-                labels=names,
-                fold=whole_number(fold, column="fold", path=path) if fold else None,
-                split=line.get("split") or None,
-                text=line.get("text") or None,
-            )
-        )
-    missing = [row.path for row in rows if not row.path.is_file()]
-    remark = next(filter(None, map(other_form, missing)), "")
-    if len(missing) == len(rows):
-        raise UserError(
-            f"none of the {len(rows)} files of {path} exists (the first: {missing[0]}): "
-            f"paths are relative to the CSV's folder{remark}"
-        )
-    if remark:
-        notes.append(f"{len(missing)} of {len(rows)} files do not exist{remark}")
-    return rows, notes
-
-
-def read(source: Path, labels: Labels | None = None) -> Reading:
-    """Reads the clips of a folder or a CSV.
-
-    Raises:
-        UserError: no audio, no such files, unknown columns, an unknown label.
-    """
-    if source.is_dir():
-        rows, left_out = _rows_of_folder(source)
-        found = replace(named(rows, labels, source), left_out=left_out)
-        called = f"labels are the names of the folders ({classes_in_words(found.vocabulary)})"
-        return replace(found, notes=found.notes + [called] * bool(found.vocabulary))
-    if source.suffix.lower() != ".csv":
-        raise UserError(f"{source} is neither a folder nor a .csv file")
-    return listed(source, labels)
-
-
-def listed(source: Path, labels: Labels | None = None) -> Reading:
-    """Reads the clips that a CSV lists; raises as ``read``."""
-    rows, notes = _rows_of_csv(source)
-    found = named(rows, labels, source.parent)
-    return replace(found, notes=notes + found.notes)
-
-
-def rows(root: Path) -> list[Row]:
-    return read(root).rows
-
-
-def left_out(root: Path) -> list[LeftOut]:
-    return read(root).left_out
-
-
-TASK = Task(
-    name="folder",
-    rows=rows,
-    left_out=left_out,
-    target="class",
-    adapts=True,
-)
+TASK = Task(name="folder", rows=read, target="class", adapts=True)

@@ -1,8 +1,7 @@
 """Reads the labels of a source: texts, lists and numbers become names of classes.
 
-``names_of`` reads every label, from any source (a CSV, JSON, parquet, a folder's name);
-``listed_clips`` reads a user's CSV with its columns; ``doubts`` reports class names that look
-unintended.
+``names_of`` reads every label, from any source (a CSV, JSON, parquet, a folder's name); ``doubts``
+reports class names that look unintended.
 
 Files that name classes (``labels_of``): ``class_labels_indices.csv`` of AudioSet
 (``index,mid,display_name``), ``label_descriptors.csv`` of EAT and FSD50K's ``vocabulary.csv`` (no
@@ -21,13 +20,14 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bat.errors import UserError
 from bat.redact import one_line
-from bat.tasks.base import LeftOut, Row, csv_cells, in_order, numbered_lines
+from bat.tasks.base import Reading, Row, in_order
+from bat.tasks.tables import csv_cells
 
 BESIDE = ("class_labels_indices.csv", "label_descriptors.csv", "ontology.json")
 """Label files that are found without being named, in order of preference."""
@@ -50,12 +50,12 @@ def names_of(value: Any) -> list[str]:
     values = value if isinstance(value, (list, tuple)) else [value]
     found = []
     for item in values:
-        inner = _items(item) if isinstance(item, str) else None
+        inner = items_of(item) if isinstance(item, str) else None
         found += [_name(x) for x in ([item] if inner is None else inner)]
     return [name for name in found if name]
 
 
-def _items(text: str) -> list[Any] | None:
+def items_of(text: str) -> list[Any] | None:
     """Returns the items of a list that is written as text; None if it is no such list."""
     text = text.strip()
     if not _LIST.fullmatch(text):
@@ -84,7 +84,7 @@ def cell_names(text: str, separator: str | None) -> tuple[str, ...]:
     Raises:
         ValueError: it looks like a list and is none (``[dog, cat]``, ``['dog' 'cat']``).
     """
-    items = _items(text)
+    items = items_of(text)
     if items is None and re.fullmatch(r"\[.*[,;'\"].*\]", text, re.DOTALL):
         raise ValueError(
             f"{text!r} is no list of labels: write ['a', 'b'], or a;b in a column 'labels'"
@@ -100,21 +100,23 @@ def doubts(names: Sequence[str]) -> list[str]:
     for name in names:
         alike[_alike(name)].append(name)
     found = []
-    twins = [several for several in alike.values() if len(several) > 1]
-    if twins:
-        shown = "; ".join(" and ".join(map(_spelled, several)) for several in twins[:3])
+    several = [spellings for spellings in alike.values() if len(spellings) > 1]
+    if several:
+        shown = "; ".join(" and ".join(map(_spelled, spellings)) for spellings in several[:3])
         found.append(
-            f"{len(twins)} class(es) in several spellings, taken for different ones: {shown}"
-            f"{'; ...' if len(twins) > 3 else ''}. Write them alike if they are the same"
+            f"{len(several)} class(es) in several spellings, taken for different ones: {shown}"
+            f"{'; ...' if len(several) > 3 else ''}. Write them alike if they are the same"
         )
-    for words, why in (
-        ([n for n in names if n.lower() in PERHAPS_MISSING],
-         "if that is a missing value, leave the label empty"),
-        ([n for n in names if n[:1] in "[({" and n[-1:] in "])}"],
-         "if that is a list, write ['a', 'b']"),
-    ):  # fmt: skip
-        if words:
-            found.append(f"a class is called {', '.join(map(repr, words[:3]))}: {why}")
+    missing = [n for n in names if n.lower() in PERHAPS_MISSING]
+    if missing:
+        shown = ", ".join(map(repr, missing[:3]))
+        found.append(
+            f"a class is called {shown}: if that is a missing value, leave the label empty"
+        )
+    lists = [n for n in names if n[:1] in "[({" and n[-1:] in "])}"]
+    if lists:
+        shown = ", ".join(map(repr, lists[:3]))
+        found.append(f"a class is called {shown}: if that is a list, write ['a', 'b']")
     return found
 
 
@@ -185,10 +187,15 @@ class Labels:
         found = []
         for row in rows:
             if row.labels not in done:
-                try:
-                    places = list(dict.fromkeys([known[label] for label in row.labels]))
-                except KeyError as error:
-                    raise self._unknown(error.args[0], row) from None
+                unknown = next((label for label in row.labels if label not in known), None)
+                if unknown is not None:
+                    close = difflib.get_close_matches(unknown, [*self.names, *self.mids], 1)
+                    hint = f" (did you mean {close[0]!r}?)" if close else ""
+                    raise UserError(
+                        f"label {unknown!r} of {row.name} is not in {self.path.name}{hint}: give "
+                        "the label file that belongs to the clips"
+                    )
+                places = list(dict.fromkeys(known[label] for label in row.labels))
                 mids = tuple(self.mids[i] for i in places) if self.mids else ()
                 done[row.labels] = tuple(self.names[i] for i in places), mids
             names, mids = done[row.labels]
@@ -197,33 +204,8 @@ class Labels:
 
     def vocabulary(self, rows: Iterable[Row]) -> list[str]:
         """Returns class names in the order of their indices, for translated ``rows``."""
-        return list(self.names) if self.numbers else names_met(rows)
-
-    def _unknown(self, label: str, row: Row) -> UserError:
-        close = difflib.get_close_matches(label, [*self.names, *self.mids], 1)
-        what = f" (did you mean {close[0]!r}?)" if close else ""
-        return UserError(
-            f"label {label!r} of {row.name} is not in {self.path.name}{what}: give the label file "
-            f"that belongs to the clips"
-        )
-
-
-def names_met(rows: Iterable[Row]) -> list[str]:
-    """Returns the labels that occur, sorted; by value if all are numbers."""
-    return in_order(label for row in rows for label in row.labels)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The rows and labels read from a source."""
-
-    rows: list[Row]
-    vocabulary: list[str]
-    """Class names in the order of their indices."""
-    notes: list[str]
-    """Notes for the user on how it was read."""
-    left_out: list[LeftOut] = field(default_factory=list)
-    """Clips that the source lists and does not hold."""
+        met = (label for row in rows for label in row.labels)
+        return list(self.names) if self.numbers else in_order(met)
 
 
 def named(rows: list[Row], labels: Labels | None, beside: Path) -> Reading:
@@ -236,17 +218,17 @@ def named(rows: list[Row], labels: Labels | None, beside: Path) -> Reading:
         UserError: as ``Labels.translate``.
     """
     notes = []
+    met = {label for row in rows for label in row.labels}
+    if labels is None and met and all(map(is_mid, met)):
+        labels = labels_beside(beside)
+        notes.append(
+            f"labels are mids: names are those of {labels.path}"
+            if labels
+            else "labels are mids: class_labels_indices.csv beside them (bat-shard: --labels) "
+            "gives their names"
+        )
     if labels is None:
-        met = {label for row in rows for label in row.labels}
-        if met and all(map(is_mid, met)):
-            labels = labels_beside(beside)
-            notes.append(
-                f"labels are mids: names are those of {labels.path}"
-                if labels
-                else "labels are mids: --labels class_labels_indices.csv gives their names"
-            )
-        if labels is None:
-            return Reading(rows, names_met(rows), notes)
+        return Reading(rows, in_order(met), notes)
     rows = labels.translate(rows)
     if not labels.numbers:
         notes.append(
@@ -305,7 +287,7 @@ def labels_of(path: Path) -> Labels:
         labels, names=tuple(map(one_line, labels.names)), mids=tuple(map(one_line, labels.mids))
     )
     for values in (labels.names, labels.mids, labels.numbers):
-        twice = _twice(values)
+        twice = next((value for value, count in Counter(values).items() if count > 1), None)
         if twice is not None:
             raise UserError(f"{path} lists {twice!r} twice: keep one of them")
     return labels
@@ -336,174 +318,13 @@ def _csv(path: Path, lines: Sequence[Sequence[str]]) -> Labels:
         rest = [cell for cell in cells if cell not in mids]
         if ids:
             rest.remove(ids[0])
-        if not ids or len(mids) > 1 or len(rest) != 1:
+        has_mid = bool(entries[0][1]) if entries else bool(mids)
+        if not ids or len(rest) != 1 or len(mids) > 1 or bool(mids) != has_mid:
             raise UserError(
-                f"{path}: {','.join(line)!r} is not 'index,mid,name' (or 'index,name'): give "
-                f"class_labels_indices.csv, or a text file with one name a line"
+                f"{path}: {','.join(line)!r} is not 'index,mid,name' (or, like all lines, "
+                f"'index,name'): give class_labels_indices.csv, or a text file, a name a line"
             )
         entries.append((int(ids[0]), mids[0] if mids else "", rest[0]))
     entries.sort()
     given = tuple(mid for _, mid, _ in entries if mid)
-    if given and len(given) < len(entries):
-        bare = next(name for _, mid, name in entries if not mid)
-        raise UserError(f"{path}: {bare!r} has no mid, others have one")
     return Labels(path, tuple(e[2] for e in entries), given, tuple(e[0] for e in entries))
-
-
-def _twice(values: Sequence[str] | Sequence[int]) -> str | int | None:
-    seen: set[str | int] = set()
-    for value in values:
-        if value in seen:
-            return value
-        seen.add(value)
-    return None
-
-
-COLUMNS = ("path", "label", "labels", "fold", "split", "onset", "offset", "text")
-ALSO_CALLED = {
-    **dict.fromkeys(("file", "filename", "filepath", "audio", "wav", "clip", "fname"), "path"),
-    **dict.fromkeys(("class", "category", "target", "tag", "eventlabel", "classname"), "label"),
-    **dict.fromkeys(("classes", "categories", "targets", "tags"), "labels"),
-    **dict.fromkeys(("transcript", "transcription", "sentence"), "text"),
-    **dict.fromkeys(("set", "subset", "partition"), "split"),
-    **dict.fromkeys(("start", "begin", "starttime", "onsettime", "startseconds"), "onset"),
-    **dict.fromkeys(("end", "stop", "endtime", "offsettime", "endseconds"), "offset"),
-}
-"""Other names of the columns, in lower case without ``_``, ``-`` and blanks."""
-ZEROS, ONES = ("0", "0.0", "false"), ("1", "1.0", "true")
-"""Cells of a one-hot column, in lower case."""
-
-Line = tuple[int, dict[str, str]]
-
-
-class Listed(NamedTuple):
-    """A user's CSV, with its columns renamed to those of ``COLUMNS``."""
-
-    columns: list[str]
-    lines: list[Line]
-    """``(number, cells)``"""
-    labels: list[tuple[str, ...]]
-    """Labels of each line; empty: none."""
-    notes: list[str]
-    """Notes for the user on how it was read."""
-
-
-def listed_clips(path: Path, known: Sequence[str] = COLUMNS) -> Listed:
-    """Read a CSV whose columns are those of ``known``, or are named as in ``ALSO_CALLED``, in any
-    case.
-
-    Without a column of labels, two or more columns of 0 and 1 are read as one class each.
-
-    Raises:
-        UserError: no such file or not a CSV, an unknown or duplicate column, no ``path`` in the
-            header or in a line, a cell that looks like a list and is none.
-    """
-    given, raw = numbered_lines(path)
-    columns, notes = _columns(given, path, known)
-    classes = _one_hot(given, columns, raw)
-    unknown = next((c for c in given if c not in columns and c not in classes), None)
-    if unknown is not None:
-        raise UserError(f"{path} line 1: {_unknown(unknown, known)}")
-    if "path" not in columns.values():
-        raise UserError(
-            f"{path} line 1: no column 'path' (it has: {', '.join(given) or 'nothing'}): name the "
-            "audio files in one"
-        )
-    if {"label", "labels"} <= set(columns.values()):
-        raise UserError(f"{path} line 1: both 'label' and 'labels': keep one of them")
-    if not raw:
-        raise UserError(f"{path} lists no clips: below its header, give a line a clip")
-    lines = [(n, {new: cells[old] for old, new in columns.items()}) for n, cells in raw]
-    for number, line in lines:
-        if not line["path"]:
-            raise UserError(f"{path} line {number}: no path")
-    if classes:
-        notes.append(f"columns of 0 and 1 are classes: {', '.join(classes)}")
-        found = [tuple(c for c in classes if cells[c].lower() in ONES) for _, cells in raw]
-        never = [c for c in classes if not any(c in names for names in found)]
-        if never:
-            notes.append(f"no clip is of {', '.join(never)}: left out of the classes")
-        labels = [tuple(map(one_line, names)) for names in found]
-    else:
-        labels, said = _cells(lines, path)
-        notes += said
-    return Listed(list(columns.values()), lines, labels, notes)
-
-
-def _columns(
-    given: Sequence[str], path: Path, known: Sequence[str]
-) -> tuple[dict[str, str], list[str]]:
-    """Returns ``{name in the file: name in known}`` of the columns that are known, and notes."""
-    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
-        if len(given) == 1 and separator in given[0]:
-            raise UserError(
-                f"{path} line 1: the columns are separated by {name} ({given[0]!r}): save the file "
-                "with commas (Excel and LibreOffice: 'CSV UTF-8', field separator ',')"
-            )
-    found: dict[str, str] = {}
-    for column in given:
-        if given.count(column) > 1 and column:
-            raise UserError(f"{path} line 1: column {column!r} is there twice: keep one of them")
-        plain = _plain(column)
-        name = plain if plain in known else ALSO_CALLED.get(plain, "")
-        if name in known:
-            other = next((old for old, new in found.items() if new == name), None)
-            if other is not None:
-                raise UserError(
-                    f"{path} line 1: columns {other!r} and {column!r} are both read as {name!r}: "
-                    "keep one of them"
-                )
-            found[column] = name
-    renamed = [f"{old!r} as {new!r}" for old, new in found.items() if old != new]
-    return found, [f"columns read: {', '.join(renamed)}"] if renamed else []
-
-
-def _plain(column: str) -> str:
-    return re.sub("[_ -]", "", column.lower())
-
-
-def _one_hot(given: Sequence[str], columns: dict[str, str], lines: Sequence[Line]) -> list[str]:
-    """Returns the columns that are classes: all others, if they hold only 0 and 1."""
-    others = [c for c in given if c not in columns]
-    names = (*COLUMNS, *ALSO_CALLED)
-    if {"label", "labels"} & set(columns.values()) or len(others) < 2 or not lines:
-        return []
-    plain = all(c and not difflib.get_close_matches(_plain(c), names, 1, 0.8) for c in others)
-    cells = (line[c].lower() for _, line in lines for c in others)
-    return others if plain and all(cell in (*ZEROS, *ONES) for cell in cells) else []
-
-
-def _unknown(column: str, known: Sequence[str]) -> str:
-    if not column or column.startswith("Unnamed:"):
-        return (
-            f"column {column!r} has no name: remove it (pandas: to_csv(..., index=False); a comma "
-            "at the end of the header makes one too)"
-        )
-    meant = next(iter(difflib.get_close_matches(_plain(column), known, n=1)), None)
-    hint = f" (did you mean {meant!r}?)" if meant else ""
-    return f"unknown column {column!r}{hint}; known are {', '.join(known)}. Rename or remove it"
-
-
-def _cells(lines: Sequence[Line], path: Path) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Returns the labels of each line, of column ``label`` or ``labels``, and notes."""
-    column = "label" if "label" in lines[0][1] else "labels"
-    texts = [line.get(column, "") for _, line in lines]
-    separator = None
-    if column == "labels":
-        separator = ";" if any(";" in text and _items(text) is None for text in texts) else ","
-    labels = []
-    for (number, _), text in zip(lines, texts, strict=True):
-        try:
-            labels.append(cell_names(text, separator))
-        except ValueError as error:
-            raise UserError(f"{path} line {number}: {error}") from None
-    notes = []
-    joined = next((text for text in texts if ";" in text and _items(text) is None), None)
-    if joined is not None and column == "label":
-        notes.append(f"column 'label' has one class a line: {joined!r} is one; else say 'labels'")
-    absent = [
-        n for (n, _), text in zip(lines, texts, strict=True) if text and text.lower() in MISSING
-    ]
-    if absent:
-        notes.append(f"{len(absent)} lines say that the label is missing (nan; line {absent[0]})")
-    return labels, notes

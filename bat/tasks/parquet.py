@@ -18,16 +18,16 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bat.errors import UserError
 from bat.redact import one_line
-from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Row, Task
+from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Reading, Row, Task
 from bat.tasks.folder import find_files, split_of
-from bat.tasks.labels import Labels, Reading, by_number, is_mid, labels_beside, named, names_of
+from bat.tasks.labels import Labels, by_number, is_mid, labels_beside, named, names_of
 
 LABELS = ("labels", "label", "label_id")
 KEYS = ("id", "video_id", "key", "filename", "file_name", "name")
@@ -49,39 +49,33 @@ def parquet_files(source: Path) -> list[Path]:
     return find_files(source, (".parquet",))[0]
 
 
-def _audio_column(file: Any, path: Path) -> str:
+def _audio_column(schema: Any, path: Path) -> str:
     """Returns the leaf column that holds the bytes: ``audio`` or ``audio.bytes``."""
-    arrow = _pyarrow()
-    schema = file.schema_arrow
+    types = _pyarrow().types
     if "audio" not in schema.names:
         raise UserError(f"{path} lacks column 'audio'; it has: {', '.join(schema.names)}")
     kind = schema.field("audio").type
     leaf = "audio"
-    if arrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind, leaf = kind.field("bytes").type, "audio.bytes"
-    if not (arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind)):
+    if not (types.is_binary(kind) or types.is_large_binary(kind)):
         raise UserError(f"{path}: column 'audio' is {kind}: encoded files (bytes) are read")
     return leaf
 
 
-def _class_names(file: Any, column: str) -> list[str] | None:
+def _class_names(schema: Any, column: str | None) -> list[str] | None:
     """Returns names of a ClassLabel column, from the hub's own entry in the schema."""
-
-    def find(feature: Any, depth: int = 0) -> list[str] | None:
-        if isinstance(feature, list) and feature:
-            feature = feature[0]
-        if not isinstance(feature, dict) or depth > 4:
-            return None
-        names = feature.get("names")
-        if feature.get("_type") == "ClassLabel" and isinstance(names, list):
-            return [one_line(str(name)) for name in names]
-        return find(feature.get("feature"), depth + 1)
-
-    text = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
     try:
-        return find(json.loads(text)["info"]["features"][column])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+        entry = json.loads((schema.metadata or {})[b"huggingface"])
+        feature = entry["info"]["features"][column]
+        for _ in range(4):  # a label, or a sequence of labels
+            feature = feature[0] if isinstance(feature, list) else feature
+            if feature.get("_type") == "ClassLabel":
+                return [one_line(str(name)) for name in feature["names"]]
+            feature = feature["feature"]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        pass
+    return None
 
 
 def _listed(value: Any) -> list[str]:
@@ -114,62 +108,63 @@ def _split(path: Path, source: Path) -> str | None:
     return split_of(folder) if apart else None
 
 
-class _File:
-    """One parquet file and the properties in its schema."""
+class Cells(NamedTuple):
+    """A row, and the other cells that may name its labels."""
 
-    def __init__(self, path: Path, source: Path) -> None:
-        self.path, self.file = path, _pyarrow().parquet.ParquetFile(path)
-        names = self.file.schema_arrow.names
-        self.label = next((c for c in LABELS if c in names), None)
-        self.key = next((c for c in KEYS if c in names), None)
-        others = (self.label, self.key, "label_id", "human_labels", "fold", "split")
-        self.columns = [c for c in dict.fromkeys(others) if c in names]
-        audio = _audio_column(self.file, path)
-        if (
-            audio != "audio"
-            and self.file.schema_arrow.field("audio").type.get_field_index("path") >= 0
-        ):
-            self.columns.append("audio.path")
-        self.classes = _class_names(self.file, self.label) if self.label else None
-        self.codec = _sniff(read_cell(path, 0, 0)) if self.file.metadata.num_rows else ""
-        self.split = _split(path, source)
+    row: Row
+    numbers: list[str]
+    """``label_id``"""
+    human: list[str]
+    """``human_labels``"""
 
-    def rows(self) -> Iterator[tuple[Row, list[str], list[str]]]:
-        """Yields each row, with its ``label_id`` and its ``human_labels``."""
-        for group in range(self.file.num_row_groups):
-            table: list[dict[str, Any]] = [{}] * self.file.metadata.row_group(group).num_rows
-            if self.columns:
-                table = self.file.read_row_group(group, columns=self.columns).to_pylist()
+
+def _read_file(path: Path, source: Path) -> tuple[list[Cells], list[str] | None]:
+    """Returns the clips of one parquet file, and the names of its ClassLabel."""
+    with _pyarrow().parquet.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        leaf = _audio_column(schema, path)
+        label = next((c for c in LABELS if c in schema.names), None)
+        key = next((c for c in KEYS if c in schema.names), None)
+        wanted = (label, key, "label_id", "human_labels", "fold", "split")
+        columns = [c for c in dict.fromkeys(wanted) if c in schema.names]
+        if leaf != "audio" and schema.field("audio").type.get_field_index("path") >= 0:
+            columns.append("audio.path")
+        classes = _class_names(schema, label)
+        codec = _sniff(read_cell(path, 0, 0)) if file.metadata.num_rows else ""
+        split = _split(path, source)
+        found = []
+        for group in range(file.num_row_groups):
+            table: list[dict[str, Any]] = [{}] * file.metadata.row_group(group).num_rows
+            if columns:
+                table = file.read_row_group(group, columns=columns).to_pylist()
             for i, cells in enumerate(table):
+                labels = _listed(cells.get(label or ""))
+                if classes is not None:
+                    labels = [_class(classes, number, path) for number in labels]
+                inner = Path(str((cells.get("audio") or {}).get("path") or ""))
+                suffix, fold = inner.suffix[1:].lower(), cells.get("fold")
+                name = cells.get(key or "")
+                row = Row(
+                    path=path,
+                    key=str(name or inner.stem or f"{path.stem}-{group}-{i}"),
+                    labels=tuple(dict.fromkeys(labels)),
+                    fold=fold if isinstance(fold, int) else None,
+                    split=str(cells.get("split") or "") or split,
+                    cell=(group, i),
+                    codec=suffix if suffix in (*AUDIO_SUFFIXES, *UNDECODED_SUFFIXES) else codec,
+                )
                 numbers, human = _listed(cells.get("label_id")), _listed(cells.get("human_labels"))
-                yield self._row(cells, group, i), numbers, human
-
-    def _row(self, cells: dict[str, Any], group: int, i: int) -> Row:
-        inner = Path(str((cells.get("audio") or {}).get("path") or ""))
-        suffix, fold = inner.suffix[1:].lower(), cells.get("fold")
-        labels, key = _listed(cells.get(self.label or "")), cells.get(self.key or "")
-        if self.classes is not None:
-            labels = [self._class(label) for label in labels]
-        return Row(
-            path=self.path,
-            key=inner.stem or f"{self.path.stem}-{group}-{i}" if key in (None, "") else str(key),
-            labels=tuple(dict.fromkeys(labels)),
-            fold=fold if isinstance(fold, int) else None,
-            split=str(cells.get("split") or "") or self.split,
-            cell=(group, i),
-            codec=suffix if suffix in (*AUDIO_SUFFIXES, *UNDECODED_SUFFIXES) else self.codec,
-        )
-
-    def _class(self, number: str) -> str:
-        assert self.classes is not None
-        if not number.isdecimal() or int(number) >= len(self.classes):
-            raise UserError(
-                f"{self.path}: label {number} is not among its {len(self.classes)} classes"
-            )
-        return self.classes[int(number)]
+                found.append(Cells(row, numbers, human))
+    return found, classes
 
 
-def _by_human_labels(found: list[tuple[Row, list[str], list[str]]]) -> list[Row] | None:
+def _class(classes: list[str], number: str, path: Path) -> str:
+    if not number.isdecimal() or int(number) >= len(classes):
+        raise UserError(f"{path}: label {number} is not among its {len(classes)} classes")
+    return classes[int(number)]
+
+
+def _by_human_labels(found: list[Cells]) -> list[Row] | None:
     """Returns rows with mids named by ``human_labels``; None if these do not match one to one."""
     names: dict[str, str] = {}
     for row, _, human in found:
@@ -195,32 +190,28 @@ def read(
     if not paths:
         raise UserError(f"{source} has no .parquet file")
     arrow, classes = _pyarrow(), []
-    found: list[tuple[Row, list[str], list[str]]] = []
+    found: list[Cells] = []
     for path in paths:
         try:
-            file = _File(path, source)
-            with file.file:
-                found.extend(file.rows())
+            cells, names = _read_file(path, source)
         except (arrow.ArrowException, OSError) as error:
             raise UserError(f"{path} is not a readable parquet file ({error})") from error
-        classes.append(file.classes)
-    rows = [row for row, _, _ in found]
+        found += cells
+        classes.append(names)
+    rows = [cells.row for cells in found]
     folder = source if source.is_dir() else source.parent
     if labels is None and labels_beside(folder) is None:
         rows = _by_human_labels(found) or rows
     reading = named(rows, labels, folder)
-    if labels is None and classes[0] is not None and all(c == classes[0] for c in classes):
-        return replace(reading, vocabulary=classes[0])
-    pairs = {
-        pair
-        for row, numbers, _ in found
-        for pair in zip(row.labels, map(int, numbers), strict=False)
-        if len(row.labels) == len(numbers)
-    }
-    order = by_number(pairs) if labels is None else None
-    if order is not None and set(reading.vocabulary) <= set(order):
-        return replace(reading, vocabulary=order)
-    return reading
+    if labels is not None:
+        return reading
+    order = classes[0]
+    if order is None or any(names != order for names in classes):
+        numbered = [cells for cells in found if len(cells.row.labels) == len(cells.numbers)]
+        pairs = [zip(c.row.labels, map(int, c.numbers), strict=True) for c in numbered]
+        order = by_number({pair for several in pairs for pair in several})
+    fits = order is not None and set(reading.vocabulary) <= set(order)
+    return replace(reading, vocabulary=order) if order and fits else reading
 
 
 class _Cells:
@@ -230,7 +221,7 @@ class _Cells:
         self.arrow = _pyarrow()
         self.at, self.batch = 0, None
         self.file = self.arrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-        leaf = _audio_column(self.file, path)
+        leaf = _audio_column(self.file.schema_arrow, path)
         info = self.file.metadata.row_group(group)
         sizes = [info.column(i) for i in range(info.num_columns)]
         total = sum(c.total_uncompressed_size for c in sizes if c.path_in_schema == leaf)
@@ -271,18 +262,4 @@ def read_cell(path: Path, group: int, row: int) -> bytes | None:
         raise OSError(errno.EIO, f"no cell {row} of row group {group}: {error}") from error
 
 
-def rows(root: Path) -> list[Row]:
-    return read(root).rows
-
-
-def vocabulary(root: Path) -> list[str]:
-    return read(root).vocabulary
-
-
-TASK = Task(
-    name="parquet",
-    rows=rows,
-    target="class",
-    vocabulary=vocabulary,
-    adapts=True,
-)
+TASK = Task(name="parquet", rows=read, target="class", adapts=True)

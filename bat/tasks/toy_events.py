@@ -2,20 +2,18 @@
 
 Thirty synthetic clips of 3 s with two to four events of 0.4 to 0.7 s in weak noise; classes are
 ``low`` (a tone around 300 Hz), ``high`` (around 2 kHz) and ``noise``. Written if no data are
-given, in the layout that ``rows`` reads: ``audio/*.wav`` and ``events.json``, ``{file: {"split":
-train | valid | test, "events": [[onset_seconds, offset_seconds, label], ...]}}``.
+given, in the layout that ``rows`` reads: ``audio/*.wav`` and ``events.csv``, a line an event as in
+custom data (``bat.tasks.csv``): ``path,split,label,onset,offset``.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
-from bat.errors import UserError
+from bat.tasks import csv
 from bat.tasks.base import Row, Task
-from bat.tasks.events import from_json
 from bat.tasks.synthetic import SAMPLE_RATE, generator, sound, write_bytes, write_wav
 
 CLIPS = {"train": 16, "valid": 6, "test": 8}
@@ -47,40 +45,17 @@ def clip(number: int) -> tuple[np.ndarray, list[tuple[float, float, str]]]:
 
 
 def make(root: Path) -> None:
-    listed = {}
+    lines = ["path,split,label,onset,offset"]
     for number, split in enumerate(s for s, count in CLIPS.items() for _ in range(count)):
         wave, events = clip(number)
-        name = f"{split}-{number:02d}.wav"
-        write_wav(root / "audio" / name, wave)
-        listed[name] = {"split": split, "events": events}
-    write_bytes(root / "events.json", json.dumps(listed, indent=1).encode())
+        path = f"audio/{split}-{number:02d}.wav"
+        write_wav(root / path, wave)
+        lines += [f"{path},{split},{label},{onset},{offset}" for onset, offset, label in events]
+    write_bytes(root / "events.csv", ("\n".join(lines) + "\n").encode())
 
 
 def rows(root: Path) -> list[Row]:
-    file = root / "events.json"
-    if not file.is_file():
-        raise UserError(f"{file} does not exist: it lists the events of audio/*.wav")
-    found = []
-    for name, entry in json.loads(file.read_text(encoding="utf-8")).items():
-        made = [from_json(event) for event in entry["events"]]
-        events = tuple(event for event in made if event is not None)
-        labels = dict.fromkeys(label for event in events for label in event.labels)
-        found.append(
-            Row(
-                path=root / "audio" / name,
-                key=Path(name).stem,
-                labels=tuple(labels),
-                split=entry["split"],
-                events=events,
-            )
-        )
-    return found
+    return csv.read(root / "events.csv").rows
 
 
-TASK = Task(
-    name="toy_events",
-    rows=rows,
-    target="events",
-    vocabulary=lambda root: list(CLASSES),
-    make=make,
-)
+TASK = Task(name="toy_events", rows=rows, target="events", vocabulary=CLASSES, make=make)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bat.tasks.base import Row, Task, read_csv
+from bat.tasks.base import Row, Task
 from bat.tasks.synthetic import SAMPLE_RATE, generator, sound, write_bytes, write_wav
+from bat.tasks.tables import read_csv
 
 CLIPS = {"train": 24, "valid": 8, "test": 8}
 PITCHES_HZ = {"a": 300.0, "b": 600.0, "c": 1_200.0, "d": 2_400.0}

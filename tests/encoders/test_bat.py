@@ -1,12 +1,13 @@
-"""The encoder against the golden vectors and its own promises."""
+"""The encoder against the golden vectors and its own promises; what query tuning takes of it."""
 
 import json
 import re
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from bat.encoders.base import find_encoder, load_strictly
+from bat.encoders.base import Encoder, find_encoder, load_strictly
 from bat.encoders.bat import BAT
 from bat.errors import UserError
 from bat.nn.block import DropPath
@@ -26,7 +27,9 @@ def tiny(**keywords) -> BAT:
 
 
 @pytest.mark.parametrize(("gate", "order", "pre", "scale"), CASES)
-def test_golden_encoder(golden, gate: int, order: int, pre: int, scale: int) -> None:
+def test_golden_encoder__student_and_teacher(
+    golden, gate: int, order: int, pre: int, scale: int
+) -> None:
     data = Golden(golden / "encoder_tiny.npz")
     case = f"gate{gate}_normfirst{order}_prenorm{pre}_layerscale{scale}"
     used = set(data.meta["cases"][case]["weights_used"])
@@ -57,50 +60,45 @@ def test_golden_encoder(golden, gate: int, order: int, pre: int, scale: int) -> 
     torch.testing.assert_close(flat, data[f"{case}/teacher_features"], **close)
 
 
-def test_golden_inner_details(golden) -> None:
+def test_golden_encoder__inner_details(golden) -> None:
     data = Golden(golden / "encoder_tiny.npz")
     used = set(data.meta["cases"]["gate1_normfirst0_prenorm1_layerscale0"]["weights_used"])
     model = BAT(width=48, depth=3, heads=4, grid=Grid(6, 4)).eval()
     load_strictly(model, {n: t for n, t in data.under("w/").items() if n in used}, "golden")
+    tokens = data["detail_tokens_into_block0"]
     with torch.no_grad():
-        embedded = model.patch_embed(data["x"])
-        torch.testing.assert_close(embedded, data["detail_patch_embed"], atol=1e-5, rtol=0)
-        tokens = data["detail_tokens_into_block0"]
-        attended = model.blocks[0].attn(tokens)
-        torch.testing.assert_close(attended, data["detail_block0_attention_out"], atol=1e-5, rtol=0)
-        out, _ = model.blocks[0](tokens)
-        torch.testing.assert_close(out, data["detail_block0_out"], atol=1e-5, rtol=0)
+        found = {
+            "detail_patch_embed": model.patch_embed(data["x"]),
+            "detail_block0_attention_out": model.blocks[0].attn(tokens),
+            "detail_block0_out": model.blocks[0](tokens)[0],
+        }
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, data[name], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("gate", [True, False])
-def test_golden_long_and_short_inputs(golden, gate: bool) -> None:
+def test_golden_encoder__long_and_short_inputs(golden, gate: bool) -> None:
     data = Golden(golden / "heads_tiny.npz")
-    names = [n for n in data.file.files if n.startswith("vit/")]
-    if not gate:
-        weights = {n: t for n, t in data.under("vit/w/").items() if ".attn.gate." not in n}
-    else:
-        weights = data.under("vit/w/")
-    assert weights, names[:5]
+    weights = {n: t for n, t in data.under("vit/w/").items() if gate or ".attn.gate." not in n}
     model = BAT.from_weights(weights, config=None, heads=4).eval()
     assert model.depth == 2
-    suffix = "gate" if gate else "nogate"
     close = {"atol": 1e-4, "rtol": 0}
     checked = 0
     for length in ("long", "short"):
         with torch.no_grad():
             features = model.features(data[f"vit/x_{length}"])
-        for name in names:
-            if not name.endswith(f"{length}_{suffix}/patch_path_patch_tokens"):
-                continue
-            expected = data[name].permute(0, 1, 3, 4, 2)  # (L, B, D, T, F) -> (L, B, T, F, D)
-            torch.testing.assert_close(features.patches, expected, **close)
-            cls_name = name.replace("patch_path_patch_tokens", "patch_path_cls_tokens")
-            torch.testing.assert_close(features.cls, data[cls_name], **close)
-            checked += 1
-    assert checked == 2, names
+        end = f"{length}_{'gate' if gate else 'nogate'}/patch_path_patch_tokens"
+        for name in data.file.files:
+            if name.startswith("vit/") and name.endswith(end):
+                expected = data[name].permute(0, 1, 3, 4, 2)  # (L, B, D, T, F) -> (L, B, T, F, D)
+                torch.testing.assert_close(features.patches, expected, **close)
+                cls = data[name.replace("patch_path_patch_tokens", "patch_path_cls_tokens")]
+                torch.testing.assert_close(features.cls, cls, **close)
+                checked += 1
+    assert checked == 2
 
 
-def test_state_dict_names_are_the_papers() -> None:
+def test_state_dict__names_are_the_papers() -> None:
     """A contract: other people's converters hang on these names."""
     names = set(tiny().state_dict())
     block = {
@@ -113,7 +111,7 @@ def test_state_dict_names_are_the_papers() -> None:
     assert names == outside | {f"blocks.{b}.{n}" for b in range(2) for n in block}
 
 
-def test_golden_names_and_counts_of_base(golden) -> None:
+def test_golden_base__names_and_counts(golden) -> None:
     from bat.nn.decoder import ViTDecoder
 
     schedules = json.loads((golden / "schedules.json").read_text())
@@ -130,7 +128,7 @@ def test_golden_names_and_counts_of_base(golden) -> None:
     assert trainable == counts["student_trainable"]
 
 
-def test_golden_initialisation_in_distribution(golden) -> None:
+def test_golden_base__initialisation_in_distribution(golden) -> None:
     from bat.nn.decoder import ViTDecoder
 
     schedules = json.loads((golden / "schedules.json").read_text())
@@ -156,41 +154,32 @@ def test_golden_initialisation_in_distribution(golden) -> None:
             ), name
 
 
-def test_a_clip_does_not_depend_on_its_neighbours() -> None:
-    model = tiny()
-    x = torch.rand(3, 1, 64, 128)
-    with torch.no_grad():
-        together, alone = model.features(x), model.features(x[1:2])
-    torch.testing.assert_close(together.patches[:, 1:2], alone.patches, atol=1e-5, rtol=0)
-
-
-def test_waveform_in_features_out() -> None:
-    model = tiny()
+@pytest.mark.parametrize("kind", ["bat", "eat", "beats"])
+def test_forward__waveform_in_features_out_with_every_front_end(kind: str) -> None:
+    model = tiny(frontend={"kind": kind})
     with torch.no_grad():
         features = model(torch.randn(2, 16000) * 0.1)  # 101 frames -> 112 -> 7 time patches
+        assert model(torch.randn(50) * 0.1).patches.shape == (2, 1, 1, 8, 32)
     assert features.patches.shape == (2, 2, 7, 8, 32)
     assert features.cls.shape == (2, 2, 32)
     assert model.hop_seconds == 0.16
-
-
-def test_drop_path_rises_linearly_from_zero() -> None:
-    model = BAT(width=32, depth=5, heads=4, grid=Grid(4, 8), drop_path=0.2)
-    assert rates(model) == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
-    model.set_drop_path(0.4)
-    assert rates(model) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
 def rates(model: BAT) -> list[float]:
     return [float(b.drop_path.rate) for b in model.blocks]
 
 
-def test_golden_drop_path_rates(golden) -> None:
+def test_drop_path__rises_linearly_from_zero(golden) -> None:
+    model = BAT(width=32, depth=5, heads=4, grid=Grid(4, 8), drop_path=0.2)
+    assert rates(model) == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    model.set_drop_path(0.4)
+    assert rates(model) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     expected = json.loads((golden / "schedules.json").read_text())
     model = BAT(width=16, depth=12, heads=2, grid=Grid(2, 2), drop_path=0.1)
     assert rates(model) == pytest.approx(expected["drop_path_rate_0.1_depth12_by_block"], abs=1e-7)
 
 
-def test_drop_path_drops_whole_clips_and_keeps_the_mean() -> None:
+def test_drop_path__drops_whole_clips_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
     drop = DropPath(0.25).train()
     out = drop(torch.ones(20_000, 2, 3))
@@ -202,7 +191,7 @@ def test_drop_path_drops_whole_clips_and_keeps_the_mean() -> None:
     assert torch.equal(drop.eval()(x), x)
 
 
-def test_all_blocks_compile_to_one_graph_whatever_their_drop_path() -> None:
+def test_compile__one_graph_for_all_blocks_whatever_their_drop_path() -> None:
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
@@ -214,15 +203,7 @@ def test_all_blocks_compile_to_one_graph_whatever_their_drop_path() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("kind", ["bat", "eat", "beats"])
-def test_waveform_in_features_out_with_every_front_end(kind: str) -> None:
-    model = tiny(frontend={"kind": kind})
-    with torch.no_grad():
-        assert model(torch.randn(2, 16000) * 0.1).patches.shape == (2, 2, 7, 8, 32)
-        assert model(torch.randn(50) * 0.1).patches.shape == (2, 1, 1, 8, 32)
-
-
-def test_config_builds_the_same_model_again() -> None:
+def test_config__builds_the_same_model_again() -> None:
     model = tiny(gate=False, pos_layout="grid", frontend={"hop_length": 80, "pad": "waveform"})
     again = BAT.from_weights(
         model.state_dict(), config=json.loads(json.dumps(model.config())), heads=None
@@ -232,12 +213,7 @@ def test_config_builds_the_same_model_again() -> None:
     assert torch.equal(again.eval().features(x).patches, model.features(x).patches)
 
 
-def test_wrong_spectrogram_shape_is_named() -> None:
-    with pytest.raises(ValueError, match=r"60 frames x 128 mels"):
-        tiny().features(torch.rand(1, 1, 60, 128))
-
-
-def test_strict_loading_lists_everything_and_loads_nothing() -> None:
+def test_load_strictly__lists_everything_and_loads_nothing() -> None:
     model = tiny()
     state = {n: t + 1 for n, t in model.state_dict().items()}
     del state["cls_token"]
@@ -253,6 +229,11 @@ def test_strict_loading_lists_everything_and_loads_nothing() -> None:
     assert torch.equal(model.pre_norm.bias, before)
 
 
+def test_features__of_a_wrong_shape_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"60 frames x 128 mels"):
+        tiny().features(torch.rand(1, 1, 60, 128))
+
+
 def test_find_encoder__unknown_lists_the_known_and_dotted_is_imported() -> None:
     with pytest.raises(UserError, match=r"encoder=bert.*bat, eat"):
         find_encoder("bert")
@@ -261,9 +242,48 @@ def test_find_encoder__unknown_lists_the_known_and_dotted_is_imported() -> None:
         find_encoder("os.system")
 
 
-def test_no_graph_breaks() -> None:
+def test_compile__has_no_graph_breaks() -> None:
     model = tiny()
     x = torch.rand(2, 1, 64, 128)
     compiled = torch.compile(lambda s: model.features(s), backend="eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x).patches, model.features(x).patches)
+
+
+def test_entry__is_what_the_first_block_takes_and_class_tokens_are_each_chunks() -> None:
+    model = tiny()
+    x = torch.rand(2, 1, 112, 128)  # 4 + 3 time patches
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        features = model.features(x, entry=True)
+        parts = [model.features(chunk, entry=True) for chunk in x.split(64, dim=2)]
+        plain = model.features(x)
+    assert parts[0].entry.shape == (2, 4, 8, 32)
+    assert torch.equal(parts[0].entry.flatten(1, 2), seen[0][:, 1:])
+    assert parts[0].pieces is None  # one chunk
+    assert torch.equal(features.entry, torch.cat([p.entry for p in parts], 1))
+    assert torch.equal(features.pieces, torch.stack([p.cls for p in parts], 2))
+    torch.testing.assert_close(features.cls, (parts[0].cls + parts[1].cls) / 2)
+    assert plain.entry is None
+    assert plain.pieces is None
+    assert torch.equal(plain.patches, features.patches)
+
+
+def test_query_blocks__cost_a_small_part_of_a_forward_pass() -> None:
+    model = BAT(width=768, depth=1).eval()
+    x, queries = torch.rand(1, 1, 1024, 128), torch.randn(1, 10, 768, requires_grad=True)
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        features = model.features(x, entry=True)
+    with FlopCounterMode(display=False) as tuning:
+        model.query_blocks(queries, features).sum().backward()
+    assert 0 < tuning.get_total_flops() < 0.1 * forward.get_total_flops()
+
+
+def test_query_blocks__are_not_defined_for_every_encoder() -> None:
+    class Other(BAT):
+        query_blocks = Encoder.query_blocks
+
+    model = Other(width=32, depth=1, heads=4, grid=Grid(4, 8))
+    with pytest.raises(UserError, match="Other has no query_blocks: vqt is not defined"):
+        model.query_blocks(torch.randn(1, 2, 32), model.features(torch.rand(1, 1, 64, 128)))

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,28 +12,20 @@ from torch import Tensor
 
 import bat
 from bat.cli import finetune, probe
-from bat.encoders.base import Encoder
+from bat.encoders.base import Encoder, find_encoder
 from bat.errors import UserError
 from bat.probes.base import build_probe, known_probes, takes_encoder
 from bat.types import Features
 
-PAGE = Path(__file__).parents[2] / "docs" / "add_an_encoder.md"
+
+@pytest.fixture
+def page(docs_example: Callable[[str, str], str]) -> str:
+    return docs_example("add_an_encoder.md", "my_encoders")
 
 
 @pytest.fixture
-def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Encoder]:
-    """The example of the docs, imported from a module outside the package."""
-    if not PAGE.is_file():
-        pytest.skip("docs/ is not here: only a checkout has it")
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    (folder / "my_encoders.py").write_text(code)
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.delitem(__import__("sys").modules, "my_encoders", raising=False)
-    from my_encoders import FrameTransformer
-
-    return FrameTransformer  # type: ignore[no-any-return]
+def example(page: str) -> type[Encoder]:
+    return find_encoder("my_encoders.FrameTransformer")
 
 
 def kinds(example: type[Encoder]) -> dict[str, Encoder]:
@@ -71,27 +64,28 @@ def test_features__a_clip_is_what_it_is_alone(example: type[Encoder]) -> None:
                 torch.testing.assert_close(own.cls, alone.cls, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", list(known_probes()))
-def test_probes__take_every_kind_of_encoder(name: str, example: type[Encoder]) -> None:
-    cls = known_probes()[name]
+def test_probes__take_every_kind_of_encoder(example: type[Encoder]) -> None:
     for kind, encoder in kinds(example).items():
-        for level in cls.levels:
-            shape = {"classes": 3, "width": encoder.width, "depth": encoder.depth, "level": level}
-            if takes_encoder(cls):
-                with pytest.raises(UserError, match="vqt"):
-                    build_probe(name, has_cls=encoder.has_cls, encoder=encoder, **shape)
-                continue
-            made = build_probe(name, has_cls=encoder.has_cls, **shape)
-            with torch.no_grad():
-                features = encoder(WAVES, LENGTHS)
-            logits = made(features)
-            assert logits.shape == ((3, 3) if level == "clip" else (3, 50, 3)), kind
-            logits.sum().backward()
-            assert any(p.grad is not None and p.grad.any() for p in made.parameters()), kind
+        with torch.no_grad():
+            features = encoder(WAVES, LENGTHS)
+        shape = {"width": encoder.width, "depth": encoder.depth, "has_cls": encoder.has_cls}
+        for name, cls in known_probes().items():
+            for level in cls.levels:
+                head = {"classes": 3, "level": level, "prototypes": 5, **shape}
+                if takes_encoder(cls):
+                    with pytest.raises(UserError, match="vqt"):
+                        build_probe(name, encoder=encoder, **head)
+                    continue
+                made = build_probe(name, **head)
+                logits = made(features)
+                assert logits.shape == ((3, 3) if level == "clip" else (3, 50, 3)), (kind, name)
+                logits.sum().backward()
+                moved = any(p.grad is not None and p.grad.any() for p in made.parameters())
+                assert moved, (kind, name)
 
 
 def test_commands__probe_tune_export_and_load_an_encoder_from_outside(
-    example: type[Encoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    example: type[Encoder], page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The three commands of the page, run as printed but for fewer steps."""
     monkeypatch.chdir(tmp_path)
@@ -99,12 +93,13 @@ def test_commands__probe_tune_export_and_load_an_encoder_from_outside(
     with pytest.raises(UserError, match=r"unexpected: blocks\.2"):
         bat.load_encoder("my_encoders.FrameTransformer:weights.pt")  # strictly, and of depth 2
     torch.save(example().state_dict(), "weights.pt")
-    page = PAGE.read_text(encoding="utf-8").replace("\\\n", "")
+    page = page.replace("\\\n", "")
     lines = re.findall(r"^PYTHONPATH=. bat-(\S+) (.*)$", page, re.MULTILINE)
     assert [command for command, _ in lines] == ["probe", "probe", "finetune"]
-    quick = ["train.steps=4", "log.progress=false", "hardware.precision=32-true"]
+    quick = ["train.steps=2", "log.progress=false", "hardware.precision=32-true", "data.workers=0"]
     for number, (command, line) in enumerate(lines):
         words = [*shlex.split(line), f"out={tmp_path / str(number)}", *quick]
+        words += ["bootstrap=100", "insight.encoder=false"] * (command == "probe")
         assert {"probe": probe, "finetune": finetune}[command].main(words) == 0, line
     made = json.loads((tmp_path / "1" / "summary.json").read_text())
     (entry,) = made["encoders"].values()

@@ -97,7 +97,7 @@ EVENTS = """path,label,onset,offset,fold
 
 def test_one_label_a_clip_is_one_label_a_clip(own):
     ready = prepare(own(PLAIN, "task=esc10"))
-    assert (ready.task.name, ready.config.task, ready.task.loss) == ("own", "own", "ce")
+    assert (ready.task.name, ready.config.task, ready.task.loss) == ("csv", "csv", "ce")
     assert ready.index.vocabulary == ["a", "b"]
     assert len(ready.rounds) == 4  # the rarer class has four clips
     assert [len(r.test) for r in ready.rounds] == [3, 2, 2, 2]
@@ -127,7 +127,7 @@ def test_protocol_unmute__one_search_and_the_task_s_prototypes(own, tmp_path):
     assert head.dropout.p == 0
     linear, _ = load_head(*out.glob("heads/*/linear-1-0"))
     assert isinstance(linear.norm, torch.nn.Identity)
-    assert [load_task(name).per_class for name in ("audioset", "esc50", "own")] == [10, 20, 20]
+    assert [load_task(name).per_class for name in ("audioset", "esc50", "csv")] == [10, 20, 20]
 
 
 def test_the_draw_follows_the_seed(own):
@@ -294,9 +294,9 @@ def test_files_that_cannot_be_read_are_told_to_who_reads_the_results(own, sounds
 
 def test_data_mistakes_name_the_remedy(own, sounds):
     with pytest.raises(UserError, match=r"does not exist: name a CSV"):
-        open_data("own", dataclasses.replace(own(PLAIN).data, csv=f"{sounds}/none.csv"))
-    with pytest.raises(UserError, match=r"with task=own: name its CSV, data\.csv=FILE"):
-        open_data("own", dataclasses.replace(own(PLAIN).data, csv=None, root=str(sounds)))
+        open_data("csv", dataclasses.replace(own(PLAIN).data, csv=f"{sounds}/none.csv"))
+    with pytest.raises(UserError, match=r"with task=csv: name its CSV, data\.csv=FILE"):
+        open_data("csv", dataclasses.replace(own(PLAIN).data, csv=None, root=str(sounds)))
     with pytest.raises(UserError, match="class 'c' has a single clip, so no folds can be drawn"):
         open_probing(own(PLAIN.replace("8.flac,a", "8.flac,c")))
     folds = "".join(f"{i}.flac,{'ab'[i > 4]},{1 + (i > 4)}\n" for i in range(9))
@@ -444,7 +444,7 @@ def test_fine_tuning_of_clips_of_their_own_length_is_not_split_among_devices(own
 
 def test_fine_tuning_takes_a_csv_too(own):
     ready = prepare(own(PLAIN, schema=Finetune, command="finetune"))
-    assert (ready.task.name, ready.frames) == ("own", None)
+    assert (ready.task.name, ready.frames) == ("csv", None)
     assert [len(r.train) for r in ready.rounds] == [6, 7, 7, 7]
     assert all(r.valid is None for r in ready.rounds)
     assert "nothing was selected" in ready.how

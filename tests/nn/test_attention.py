@@ -14,7 +14,7 @@ from tests.reference.attention import gated_attention
 
 
 @pytest.mark.parametrize("gate", [True, False])
-def test_equals_the_loop_in_float64(gate: bool) -> None:
+def test_attention__equals_the_loop_in_float64(gate: bool) -> None:
     torch.manual_seed(0)
     layer = Attention(12, 3, gate=gate).double()
     x = torch.randn(2, 5, 12, dtype=torch.float64)
@@ -22,7 +22,7 @@ def test_equals_the_loop_in_float64(gate: bool) -> None:
     torch.testing.assert_close(layer(x), expected, atol=1e-12, rtol=0)
 
 
-def test_equals_timms_gated_attention() -> None:
+def test_attention__equals_timms_gated_attention() -> None:
     torch.manual_seed(0)
     ours = Attention(32, 4)
     timms = timm.layers.Attention(32, num_heads=4, qkv_bias=True, gated=True)
@@ -32,7 +32,7 @@ def test_equals_timms_gated_attention() -> None:
     torch.testing.assert_close(ours(x), timms(x), atol=1e-6, rtol=1e-5)
 
 
-def test_eager_equals_fused_forward_and_backward() -> None:
+def test_attend__eager_equals_fused_forward_and_backward() -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(2, 4, 9, 8, requires_grad=True) for _ in range(3)]
     results = []
@@ -47,13 +47,13 @@ def test_eager_equals_fused_forward_and_backward() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="cudnn attention may fit a GPU")
-def test_explicit_backend_that_does_not_fit_raises() -> None:
+def test_attend__explicit_backend_that_does_not_fit_is_refused() -> None:
     q = torch.randn(1, 2, 3, 8)
     with pytest.raises(UserError, match=r"attention=cudnn cannot run here: torch.float32 of 8"):
         attend(q, q, q, "cudnn")
 
 
-def test_unknown_backend_and_bad_width_are_named() -> None:
+def test_attention__unknown_backend_and_bad_width_are_named() -> None:
     with pytest.raises(ValueError, match=r"unknown attention backend 'fast'.*flash"):
         Attention(8, 2, backend="fast")
     with pytest.raises(ValueError, match="width=10 is not a multiple of heads=4"):
@@ -61,7 +61,7 @@ def test_unknown_backend_and_bad_width_are_named() -> None:
 
 
 @pytest.mark.parametrize("gate", [True, False])
-def test_some_tokens_outputs_equal_those_rows_of_all(gate: bool) -> None:
+def test_attention__outputs_of_some_tokens_equal_those_rows_of_all(gate: bool) -> None:
     torch.manual_seed(0)
     layer = Attention(12, 3, gate=gate).double()
     x = torch.randn(2, 5, 12, dtype=torch.float64)
@@ -71,7 +71,7 @@ def test_some_tokens_outputs_equal_those_rows_of_all(gate: bool) -> None:
     torch.testing.assert_close(layer.combine(layer.project(x)), layer(x), atol=0, rtol=0)
 
 
-def test_auto_takes_what_fits_the_device() -> None:
+def test_choose__auto_takes_what_fits_the_device() -> None:
     bf16 = torch.bfloat16
     assert attention.choose("auto", "cpu", bf16, 64) == "blocked"
     assert attention.choose("auto", "cpu", torch.float32, 64) == "sdpa"
@@ -83,7 +83,7 @@ def test_auto_takes_what_fits_the_device() -> None:
     assert "few heads" in attention.describe("auto", "cpu", bf16, 64)
 
 
-def test_the_package_is_taken_where_it_is_installed_and_fits(monkeypatch) -> None:
+def test_choose__the_package_is_taken_where_it_is_installed_and_fits(monkeypatch) -> None:
     module = types.ModuleType("flash_attn")
     seen = []
 

@@ -23,7 +23,7 @@ def views(rows: int = 4, grid: Grid = GRID):
     return inverse_block_mask(rows, grid, generator=torch.Generator().manual_seed(0))
 
 
-def test_layouts_are_the_stated_bijection_of_each_other() -> None:
+def test_position_code__layouts_are_the_stated_bijection_of_each_other() -> None:
     grid = Grid(64, 8)
     reference, faithful = (position_code(32, grid, layout)[0] for layout in ("reference", "grid"))
     for t, f in ((0, 0), (1, 0), (8, 3), (63, 7), (10, 5)):
@@ -31,7 +31,7 @@ def test_layouts_are_the_stated_bijection_of_each_other() -> None:
         assert torch.equal(reference[t * 8 + f], faithful[cell_t * 8 + cell_f])
 
 
-def test_golden_position_rows_and_columns(golden) -> None:
+def test_golden_position_code__rows_and_columns(golden) -> None:
     data = Golden(golden / "encoder_tiny.npz")
     code = position_code(768, Grid(64, 8))[0]
     rows = data["pos768_rows_0_1_63_64_65_511"]
@@ -41,7 +41,7 @@ def test_golden_position_rows_and_columns(golden) -> None:
     torch.testing.assert_close(position_code(48, GRID), data["w/pos_embed"], atol=1e-6, rtol=0)
 
 
-def test_patches_in_one_product_equal_the_strided_convolution() -> None:
+def test_patch_embed__equals_the_strided_convolution() -> None:
     embed, x = PatchEmbed(4, 12).double(), torch.randn(3, 1, 24, 16, dtype=torch.float64)
     expected = embed.proj(x).flatten(2).transpose(1, 2)  # time-major
     torch.testing.assert_close(embed(x), expected, atol=1e-12, rtol=0)
@@ -49,14 +49,14 @@ def test_patches_in_one_product_equal_the_strided_convolution() -> None:
     assert set(timms.state_dict()) == set(embed.state_dict())
 
 
-def test_mlp_is_timms() -> None:
+def test_mlp__is_timms() -> None:
     ours, timms = Mlp(8, 20), timm.layers.Mlp(8, 20)
     timms.load_state_dict(ours.state_dict())
     x = torch.randn(5, 8)
     assert torch.equal(ours(x), timms(x))
 
 
-def test_place_puts_visible_tokens_where_they_belong() -> None:
+def test_place__puts_visible_tokens_where_they_belong() -> None:
     v = views()
     visible = torch.arange(4 * v.keep_ids.shape[1]).float().view(4, -1, 1).expand(-1, -1, 3)
     canvas = place(visible, v.keep_ids, torch.full((24, 3), -1.0))
@@ -65,7 +65,7 @@ def test_place_puts_visible_tokens_where_they_belong() -> None:
 
 
 @pytest.mark.parametrize("width", [None, 48])
-def test_decoders_give_a_prediction_for_every_masked_patch(width: int | None) -> None:
+def test_decoders__give_a_prediction_for_every_masked_patch(width: int | None) -> None:
     v = views()
     visible = torch.randn(4, v.keep_ids.shape[1], 32)
     masked = 24 - v.keep_ids.shape[1]
@@ -79,7 +79,7 @@ def test_decoders_give_a_prediction_for_every_masked_patch(width: int | None) ->
 @pytest.mark.parametrize(
     ("depth", "width", "gate"), [(1, None, True), (3, 24, True), (2, 24, False)]
 )
-def test_vit_decoder_equals_the_one_that_computes_everything(
+def test_vit_decoder__equals_the_one_that_computes_everything(
     depth: int, width: int | None, gate: bool
 ) -> None:
     """First block shared by the mask tokens, last block where it is looked at: same numbers."""
@@ -101,13 +101,13 @@ def test_vit_decoder_equals_the_one_that_computes_everything(
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-9)
 
 
-def test_masked_ids_are_those_the_mask_names() -> None:
+def test_masked_ids__are_those_the_mask_names() -> None:
     v = views(5, Grid(16, 8))
     for row in range(5):
         assert v.masked_ids[row].tolist() == v.mask[row].nonzero()[:, 0].tolist()
 
 
-def test_cnn_decoder_is_local_in_time_and_frequency() -> None:
+def test_cnn_decoder__is_local_in_time_and_frequency() -> None:
     """One 3 x 3 layer: a visible token reaches its neighbours only."""
     decoder = CNNDecoder(16, GRID, depth=1)
     v = views(1)
@@ -123,7 +123,7 @@ def test_cnn_decoder_is_local_in_time_and_frequency() -> None:
         assert abs(f - f0) <= 1
 
 
-def test_ema_averages_parameters_and_buffers_and_copies_integers() -> None:
+def test_ema__averages_parameters_and_buffers_and_copies_integers() -> None:
     teacher, student = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     with torch.no_grad():
         student.weight.fill_(3.0)
@@ -135,7 +135,7 @@ def test_ema_averages_parameters_and_buffers_and_copies_integers() -> None:
     assert int(teacher.num_batches_tracked) == 7
 
 
-def test_golden_ema_schedule(golden) -> None:
+def test_golden_ema__schedule(golden) -> None:
     schedules = json.loads((golden / "schedules.json").read_text())
     for name in ("ema_ssl_yaml", "ema_small"):
         case = schedules[name]

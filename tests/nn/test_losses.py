@@ -18,7 +18,7 @@ def vectors(golden):
 
 @pytest.mark.parametrize("targets", ["hard", "soft"])
 @pytest.mark.parametrize(("loss", "case"), [(asymmetric, "asl_bat"), (binary, "bce")])
-def test_binary_losses_equal_reference(vectors, loss, case, targets):
+def test_golden_losses__binary(vectors, loss, case, targets):
     logits = vectors["logits"].clone().requires_grad_()
     value = loss(logits, vectors[targets])
     torch.testing.assert_close(value, vectors[f"{case}/{targets}/loss"], atol=1e-6, rtol=1e-6)
@@ -27,7 +27,7 @@ def test_binary_losses_equal_reference(vectors, loss, case, targets):
 
 
 @pytest.mark.parametrize("kind", ["int", "mixed"])
-def test_cross_entropy_equals_reference(vectors, kind):
+def test_golden_losses__cross_entropy(vectors, kind):
     logits = vectors["ce_logits"].clone().requires_grad_()
     one_hot = torch.nn.functional.one_hot(vectors["ce_labels"], 9).float()
     value = cross_entropy(logits, one_hot if kind == "int" else vectors["ce_mixed_targets"])
@@ -37,13 +37,13 @@ def test_cross_entropy_equals_reference(vectors, kind):
     torch.testing.assert_close(logits.grad, wanted, atol=1e-6, rtol=1e-5)
 
 
-def test_losses_are_float32_from_bf16_logits():
+def test_losses__are_float32_from_bf16_logits():
     logits = torch.randn(3, 4).bfloat16()
     for name, loss in LOSSES.items():
         assert loss(logits, torch.eye(4)[:3]).dtype == torch.float32, name
 
 
-def test_frame_logits_against_clip_labels_are_averaged_over_time():
+def test_against__frame_logits_against_clip_labels_are_averaged_over_time():
     logits, targets = torch.randn(2, 5, 3), torch.eye(3)[:2]
     assert torch.equal(against(binary, logits, targets), binary(logits.mean(1), targets))
     frames = torch.rand(2, 5, 3).round()
@@ -52,7 +52,7 @@ def test_frame_logits_against_clip_labels_are_averaged_over_time():
     assert against(cross_entropy, logits, frames).ndim == 0
 
 
-def test_loss_for_takes_the_tasks_own_or_the_named_one():
+def test_loss_for__takes_the_tasks_own_or_the_named_one():
     task = SimpleNamespace(name="birds", loss="asl", target="tags")
     assert loss_for(task) is asymmetric
     assert loss_for(task, "bce") is binary

@@ -54,26 +54,19 @@ def agreement(mask: torch.Tensor, grid: Grid) -> float:
     return float(share.mean())
 
 
-def test_every_row_keeps_exactly_102_of_512_ascending(draw: Draw) -> None:
-    views = draw(500)
+def test_masks__every_row_keeps_exactly_102_of_512_ascending_and_its_own(draw: Draw) -> None:
+    views = draw(500, seed=3)
     assert views.keep_ids.shape == (500, 102)
     assert views.keep_ids.dtype == torch.int64
     assert (views.keep_ids.diff(dim=1) > 0).all()
     assert ((~views.mask).sum(1) == 102).all()
     assert not views.mask.gather(1, views.keep_ids).any()
+    assert len({tuple(r.tolist()) for r in views.keep_ids[:64]}) == 64
+    assert torch.equal(views.keep_ids, draw(500, seed=3).keep_ids)
+    assert not torch.equal(views.keep_ids, draw(500, seed=4).keep_ids)
 
 
-def test_same_seed_same_masks_other_seed_other_masks(draw: Draw) -> None:
-    assert torch.equal(draw(8, seed=3).keep_ids, draw(8, seed=3).keep_ids)
-    assert not torch.equal(draw(8, seed=3).keep_ids, draw(8, seed=4).keep_ids)
-
-
-def test_rows_differ_from_each_other(draw: Draw) -> None:
-    ids = draw(64).keep_ids
-    assert len({tuple(r.tolist()) for r in ids}) == 64
-
-
-def test_blocks_equal_the_slow_version_for_random_centres() -> None:
+def test_blocks_around__equal_the_slow_version_for_random_centres() -> None:
     rng = random.Random(0)
     for time, freq in ((64, 8), (13, 8), (5, 3)):
         for _ in range(20):
@@ -82,7 +75,7 @@ def test_blocks_equal_the_slow_version_for_random_centres() -> None:
             assert set(fast.nonzero()[:, 0].tolist()) == slow.blocks_around(centres, time, freq, 5)
 
 
-def test_distribution_equals_the_slow_version(draw: Draw) -> None:
+def test_masks__distribution_equals_the_slow_version(draw: Draw) -> None:
     grid, rows = Grid(12, 8), 3000
     rng = random.Random(1)
     counts = np.zeros(grid.tokens)
@@ -93,12 +86,12 @@ def test_distribution_equals_the_slow_version(draw: Draw) -> None:
     assert np.abs(fast - counts / rows).max() < 5 * 0.0103
 
 
-def test_too_small_a_grid_is_an_error_that_says_so(draw: Draw) -> None:
+def test_masks__too_small_a_grid_is_refused(draw: Draw) -> None:
     with pytest.raises(ValueError, match="keeps 0 of 2 patches"):
         draw(1, grid=Grid(2, 1))
 
 
-def test_golden_centres_to_blocks(golden) -> None:
+def test_golden_masks__centres_to_blocks(golden) -> None:
     cases = json.loads((golden / "masks.json").read_text())["inverse_block_mask"][
         "centres_to_blocks"
     ]
@@ -110,7 +103,7 @@ def test_golden_centres_to_blocks(golden) -> None:
         assert kept == sorted(expected)
 
 
-def test_golden_distribution(draw: Draw, golden) -> None:
+def test_golden_masks__distribution(draw: Draw, golden) -> None:
     stats = json.loads((golden / "masks.json").read_text())["inverse_block_mask"]["stats"]
     rows = 20_000
     views = draw(rows, seed=11)
@@ -134,7 +127,7 @@ def test_golden_distribution(draw: Draw, golden) -> None:
         assert float((first * second).mean()) == pytest.approx(expected_joint, abs=0.003), pair
 
 
-def test_golden_counts_on_other_grids(draw: Draw, golden) -> None:
+def test_golden_masks__counts_on_other_grids(draw: Draw, golden) -> None:
     for case in json.loads((golden / "masks.json").read_text())["inverse_block_mask_other"]:
         grid, ratio = Grid(case["grid_time"], case["grid_freq"]), case["mask_ratio"]
         views = draw(2000, grid=grid, keep_ratio=1 - ratio)
@@ -148,7 +141,7 @@ def test_golden_counts_on_other_grids(draw: Draw, golden) -> None:
             assert np.abs(map_of(views, grid) - expected).max() < 5 * sigma
 
 
-def test_numbers_of_a_seed_are_splitmix64s() -> None:
+def test_splitmix64__equals_the_published_numbers() -> None:
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     published += [4593380528125082431, 16408922859458223821]  # of seed 1234567
     got = splitmix64(torch.tensor([1234567, -1]), 5)
@@ -162,7 +155,7 @@ def test_numbers_of_a_seed_are_splitmix64s() -> None:
     assert [v % 2**64 for v in got[1].tolist()] == expected
 
 
-def test_a_clips_masks_hang_on_its_place_not_on_its_neighbours() -> None:
+def test_row_seeds__masks_of_a_clip_depend_on_its_place_alone() -> None:
     def masks(positions: list[int], seed: int = 5) -> torch.Tensor:
         seeds = row_seeds(seed, torch.tensor(positions), 3)
         views = inverse_block_mask(len(seeds), PAPER, keep_ratio=1 - 0.8, seeds=seeds)
@@ -174,12 +167,15 @@ def test_a_clips_masks_hang_on_its_place_not_on_its_neighbours() -> None:
     assert not torch.equal(together, masks([10, 11, 2**40], seed=6))
 
 
-def test_seeds_of_many_clips_and_views_are_all_different() -> None:
+def test_row_seeds__are_all_different_and_their_bits_even() -> None:
     seeds = row_seeds(3, torch.arange(100_000), 16)
     assert len(seeds.unique()) == 1_600_000
+    bits = splitmix64(row_seeds(1, torch.arange(2000), 4), 16).flatten()
+    ones = torch.stack([((bits >> k) & 1).double().mean() for k in range(64)])
+    assert float((ones - 0.5).abs().max()) < 5 * 0.5 / len(bits) ** 0.5
 
 
-def test_masks_of_neighbouring_places_and_views_are_independent() -> None:
+def test_row_seeds__masks_of_neighbouring_places_and_views_are_independent() -> None:
     views, clips = 4, 4000
     seeds = row_seeds(0, torch.arange(clips), views)
     kept = ~inverse_block_mask(len(seeds), PAPER, keep_ratio=1 - 0.8, seeds=seeds).mask
@@ -192,9 +188,3 @@ def test_masks_of_neighbouring_places_and_views_are_independent() -> None:
     ):
         shared = (a * b).sum(1)
         assert float(shared.mean()) == pytest.approx(expected, abs=5 * float(shared.std()) / 60)
-
-
-def test_bits_of_seeds_are_even() -> None:
-    bits = splitmix64(row_seeds(1, torch.arange(2000), 4), 16).flatten()
-    ones = torch.stack([((bits >> k) & 1).double().mean() for k in range(64)])
-    assert float((ones - 0.5).abs().max()) < 5 * 0.5 / len(bits) ** 0.5

@@ -21,7 +21,7 @@ SCHEDULES = ("ssl_yaml", "small", "small_constant", "no_warmup", "zero_decay_int
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_rate_equals_reference(schedules, name):
+def test_golden_warmup_cosine__rates(schedules, name):
     case = schedules[f"lr_{name}"]
     for step, *rates in case["rows"]:
         for scale, rate in zip(case.get("scales", [1.0]), rates, strict=True):
@@ -37,7 +37,7 @@ def test_rate_equals_reference(schedules, name):
             assert mine == pytest.approx(rate, abs=1e-12, rel=0), (step, scale)
 
 
-def test_layer_decay_and_weight_decay_equal_reference(schedules):
+def test_golden_param_groups__layer_decay_and_weight_decay(schedules):
     table = schedules["layer_decay_0.75_depth12"]
 
     class Classifier(nn.Module):
@@ -76,7 +76,7 @@ def test_layer_decay_and_weight_decay_equal_reference(schedules):
         assert mine[name] == pytest.approx((row["lr_scale"], row["weight_decay"]), abs=1e-12), name
 
 
-def test_probe_weight_decay_equals_reference(schedules):
+def test_golden_param_groups__weight_decay_of_probes(schedules):
     names = {
         "fc": "fc",
         "norm": "ln",
@@ -98,20 +98,17 @@ def test_probe_weight_decay_equals_reference(schedules):
         assert mine == table[theirs], name
 
 
-def test_pre_training_is_one_group_that_decays():
-    (group,) = param_groups(BAT(width=8, depth=1, heads=2), weight_decay=0.05)
-    assert group["weight_decay"] == 0.05
-    assert group["scale"] == 1.0
+def test_param_groups__pre_training_is_one_that_decays_without_frozen_parameters():
+    model = BAT(width=8, depth=1, heads=2)
+    model.cls_token.requires_grad_(False)
+    (group,) = param_groups(model, weight_decay=0.05)
+    assert (group["weight_decay"], group["scale"]) == (0.05, 1.0)
+    assert [n for n, _ in model.named_parameters() if n != "cls_token"] == [
+        n for n, _ in group["params"]
+    ]
 
 
-def test_frozen_parameters_are_in_no_group():
-    layer = nn.Linear(2, 2)
-    layer.bias.requires_grad_(False)
-    (group,) = param_groups(layer, weight_decay=0.1)
-    assert [name for name, _ in group["params"]] == ["weight"]
-
-
-def test_set_lr_scales_every_group_and_is_a_function_of_the_step():
+def test_set_lr__scales_every_group_and_is_a_function_of_the_step():
     layer = nn.Linear(2, 2)
     groups = [
         {"params": [("weight", layer.weight)], "weight_decay": 0.1, "scale": 1.0},
@@ -128,7 +125,7 @@ def test_set_lr_scales_every_group_and_is_a_function_of_the_step():
     assert type(optimizer) is torch.optim.AdamW
 
 
-def test_adamw_is_fused_on_the_cpu_and_steps_as_the_default_does() -> None:
+def test_adamw__is_fused_on_the_cpu_and_steps_as_the_default_does() -> None:
     torch.manual_seed(0)
     ours, plain = (torch.nn.Linear(5, 3) for _ in range(2))
     plain.load_state_dict(ours.state_dict())

@@ -35,7 +35,7 @@ def slow(attention: Attention, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("weights", [1, 3 * H * N, 2**22])
-def test_received_is_the_mean_of_the_weights_however_few_exist_at_a_time(
+def test_received__is_the_mean_of_the_weights_however_few_exist_at_a_time(
     gate: bool, weights: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sinks, "WEIGHTS", weights)
@@ -48,7 +48,7 @@ def test_received_is_the_mean_of_the_weights_however_few_exist_at_a_time(
     assert torch.equal(sink_share(attention, x), found.amax(-1))
 
 
-def test_a_token_with_one_head_s_key_is_that_head_s_sink() -> None:
+def test_sink_share__a_token_with_one_heads_key_is_that_heads_sink() -> None:
     attention, d = module(), D // H
     with torch.no_grad():
         attention.qkv.weight.zero_()
@@ -63,7 +63,7 @@ def test_a_token_with_one_head_s_key_is_that_head_s_sink() -> None:
     torch.testing.assert_close(share[[0, 1, 3]], torch.full((3,), 1 / N))
 
 
-def test_weights_are_float32_under_autocast() -> None:
+def test_received__is_float32_under_autocast() -> None:
     attention, x = module(), tokens()
     with torch.autocast("cpu", torch.bfloat16):
         rough = received(attention, x)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,20 +18,13 @@ from bat.objectives.base import Objective, find_objective
 from bat.train.pretrain import Pretraining, build_objective
 from bat.train.run_pretrain import pretrain
 
-PAGE = Path(__file__).parents[2] / "docs" / "add_an_objective.md"
+EXAMPLE = "my_objectives.Contrastive"
 
 
 @pytest.fixture
-def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The example of the docs as a module outside the package; its dotted path."""
-    if not PAGE.is_file():
-        pytest.skip("docs/ is not here: only a checkout has it")
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    (folder / "objective_of_the_docs.py").write_text(code)
-    monkeypatch.syspath_prepend(str(folder))
-    return "objective_of_the_docs.Contrastive"
+def page(docs_example: Callable[[str, str], str]) -> str:
+    """docs/add_an_objective.md, with ``EXAMPLE`` importable."""
+    return docs_example("add_an_objective.md", "my_objectives")
 
 
 SMALL = ["recipe=toy", "model.width=48", "model.depth=2", "model.heads=2", "train.steps=4"]
@@ -43,9 +37,9 @@ def settings(*words: str) -> Pretrain:
 
 
 def test_objective_outside__trains_resumes_exports_and_is_probed(
-    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [f"objective.name={example}", "objective.temperature=0.1"]
+    words = [f"objective.name={EXAMPLE}", "objective.temperature=0.1"]
     words += [f"data.cache={tmp_path / 'shards'}"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     pretrain(settings(*words, f"out={whole}"))
@@ -71,13 +65,13 @@ def test_objective_outside__trains_resumes_exports_and_is_probed(
     assert set(bat.load_encoder(whole).state_dict()) == set(moved)
     assert (whole / "plots" / "masks.png").is_file()
     assert from_yaml(Pretrain, whole / "config.yaml").objective.temperature == 0.1
-    (said,) = re.findall(r"^PYTHONPATH=. bat-pretrain (.*)$", PAGE.read_text(), re.MULTILINE)
-    line = said.replace("my_objectives.Contrastive", example).split()
-    assert compose(Pretrain, "pretrain", line).objective.name == example
+    (said,) = re.findall(r"^PYTHONPATH=. bat-pretrain (.*)$", page, re.MULTILINE)
+    line = said.split()
+    assert compose(Pretrain, "pretrain", line).objective.name == EXAMPLE
 
 
-def test_objective_outside__its_settings_are_checked_as_all_others(example: str) -> None:
-    words = [f"objective.name={example}", "objective.temprature=1", "objective.projection=x"]
+def test_objective_outside__its_settings_are_checked_as_all_others(page: str) -> None:
+    words = [f"objective.name={EXAMPLE}", "objective.temprature=1", "objective.projection=x"]
     with pytest.raises(UserError) as caught:
         settings(*words)
     assert "did you mean 'objective.temperature'" in str(caught.value)
@@ -176,8 +170,8 @@ def test_encoder_without_views__is_refused_by_objectives_that_hide_patches(
             objective.build(objective.Config(), Whole(), seed=0)
 
 
-def test_whole_graphs__are_refused_where_an_objective_names_none(example: str) -> None:
-    model = build_objective(settings(f"objective.name={example}"))
+def test_whole_graphs__are_refused_where_an_objective_names_none(page: str) -> None:
+    model = build_objective(settings(f"objective.name={EXAMPLE}"))
     type(model).graphs = ()
     with pytest.raises(UserError, match=r"hardware\.compile=whole.*hardware\.compile=blocks"):
         model.speed_up(compile="whole")

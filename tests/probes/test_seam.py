@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,22 +13,16 @@ from bat.cli import probe
 from bat.probes.base import build_probe
 from bat.types import Features
 
-PAGE = Path(__file__).parents[2] / "docs" / "add_a_probe.md"
+NAME = "my_probes.StatisticsPooling"
 
 
 @pytest.fixture
-def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    if not PAGE.is_file():
-        pytest.skip("docs/ is not here: only a checkout has it")
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    (tmp_path / "my_probes.py").write_text(code)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "my_probes", raising=False)
-    return "my_probes.StatisticsPooling"
+def page(docs_example: Callable[[str, str], str]) -> str:
+    return docs_example("add_a_probe.md", "my_probes")
 
 
-def test_probe_of_the_docs__a_clip_alone_and_in_padding_is_the_same(example: str) -> None:
-    made = build_probe(example, classes=3, width=4, depth=2, has_cls=False)
+def test_probe_of_the_docs__a_clip_alone_and_in_padding_is_the_same(page: str) -> None:
+    made = build_probe(NAME, classes=3, width=4, depth=2, has_cls=False)
     patches = torch.randn(2, 2, 5, 3, 4)
     patches[:, 1, 2:] = 0  # the second clip has two time patches
     logits = made(Features(patches, None, valid=torch.tensor([5, 2])))
@@ -40,12 +34,12 @@ def test_probe_of_the_docs__a_clip_alone_and_in_padding_is_the_same(example: str
 
 
 def test_probe_of_the_docs__its_command_runs_as_printed(
-    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (line,) = re.findall(r"^PYTHONPATH=. bat-probe (.*)$", PAGE.read_text(), re.MULTILINE)
+    (line,) = re.findall(r"^PYTHONPATH=. bat-probe (.*)$", page, re.MULTILINE)
     words = [*shlex.split(line), "out=run", "train.steps=4", "log.progress=false"]
     assert probe.main(words) == 0
     summary = json.loads(Path("run/summary.json").read_text())
     (entry,) = summary["encoders"].values()
-    assert list(entry["results"]) == ["linear", example]
+    assert list(entry["results"]) == ["linear", NAME]

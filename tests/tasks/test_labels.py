@@ -1,4 +1,4 @@
-"""Label files: each form, each mistake, and what stands for what."""
+"""Labels and label files: each form, each mistake, and what stands for what."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bat.errors import UserError
-from bat.tasks.base import Row
+from bat.tasks.base import Row, in_order
 from bat.tasks.labels import (
     by_number,
     cell_names,
@@ -18,7 +18,6 @@ from bat.tasks.labels import (
     is_mid,
     labels_of,
     named,
-    names_met,
     names_of,
 )
 
@@ -42,37 +41,29 @@ def row(*labels: str) -> Row:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_names_and_mids_of_every_form(tmp_path: Path, name: str) -> None:
+def test_labels_of__reads_names_and_mids_of_every_form(tmp_path: Path, name: str) -> None:
     labels = labels_of(write(tmp_path, name, FORMS[name]))
     assert labels.names == ("Speech, male", "Dog")
     assert labels.mids == ("/m/09x0r", "/t/dd1")
     (found,) = labels.translate([row("/t/dd1", "Speech, male", "Dog")])
     assert found.labels == ("Dog", "Speech, male")  # Dog once: its mid and its name are one label
     assert found.mids == ("/t/dd1", "/m/09x0r")
-    numbered = name != "ontology.json"
-    assert labels.vocabulary([found]) == (
-        ["Speech, male", "Dog"] if numbered else ["Dog", "Speech, male"]
-    )
-    if numbered:
+    if name != "ontology.json":
+        assert labels.vocabulary([found]) == ["Speech, male", "Dog"]
         assert labels.translate([row("1")])[0].labels == ("Dog",)
-    else:
+    else:  # no order of its own
+        assert labels.vocabulary([found]) == ["Dog", "Speech, male"]
         with pytest.raises(UserError, match=r"label '1' of a\.wav is not in"):
             labels.translate([row("1")])
 
 
-def test_a_list_of_names_numbers_them_and_a_name_goes_before_a_number(tmp_path: Path) -> None:
-    labels = labels_of(write(tmp_path, "names.txt", "\ufeffcat\n\n dog \n0\n"))
-    assert labels.names == ("cat", "dog", "0")
+def test_labels_of__names_are_numbered_and_a_name_goes_before_a_number(tmp_path: Path) -> None:
+    labels = labels_of(write(tmp_path, "names.txt", "\ufeffSpeech\n\n dog \n0\n"))
     found = labels.translate([row("1"), row("0"), row("2"), row()])
-    assert [r.labels for r in found] == [("dog",), ("0",), ("0",), ()]
-    assert [r.mids for r in found] == [()] * 4
-    assert labels.vocabulary(found) == ["cat", "dog", "0"]
-
-
-def test_an_unknown_label_is_named_with_a_suggestion(tmp_path: Path) -> None:
-    labels = labels_of(write(tmp_path, "names.txt", "Speech\nDog\n"))
+    assert [(r.labels, r.mids) for r in found] == [(("dog",), ()), *[(("0",), ())] * 2, ((), ())]
+    assert labels.vocabulary(found) == ["Speech", "dog", "0"]
     with pytest.raises(UserError, match=r"label 'Speach' of a.wav .* \(did you mean 'Speech'\?\)"):
-        labels.translate([row("Dog"), row("Speach")])
+        labels.translate([row("dog"), row("Speach")])
 
 
 @pytest.mark.parametrize(
@@ -80,17 +71,20 @@ def test_an_unknown_label_is_named_with_a_suggestion(tmp_path: Path) -> None:
     [
         ("x.csv", "index,mid,name\n0,/m/1,a\n0,/m/2,b\n", "lists 0 twice"),
         ("x.csv", "0,/m/1,a\n1,/m/1,b\n", "lists '/m/1' twice"),
-        ("x.csv", "0,/m/1,a\n1,b\n", "'b' has no mid, others have one"),
+        ("x.csv", "0,/m/1,a\n1,b\n", "'1,b' is not 'index,mid,name'"),
         ("x.csv", "0,/m/1,Speech, male\n", "'0,/m/1,Speech,male' is not 'index,mid,name'"),
         ("x.csv", "path,label\na.wav,dog\n", "'a.wav,dog' is not 'index,mid,name'"),
         ("x.csv", "index,mid,name\n", "names no classes"),
         ("x.txt", "a\nb\na\n", "lists 'a' twice"),
         ("x.json", '{"0": "dog"}', "is not an ontology"),
-        ("x.json", "[" * 100_000, "not a label file"),
         ("x.json", '[{"id": 1, "name": "x"}]', "is not an ontology"),
+        ("x.json", "[" * 100_000, "not a label file"),
+        ("x.json", '["a', "not a label file"),
     ],
 )
-def test_damaged_label_files(tmp_path: Path, name: str, text: str, says: str) -> None:
+def test_labels_of__damaged_files_are_named(
+    tmp_path: Path, name: str, text: str, says: str
+) -> None:
     with pytest.raises(UserError, match=says):
         labels_of(write(tmp_path, name, text))
     (tmp_path / "x.bin").write_bytes(b"\xff\xfe\x00")
@@ -100,10 +94,10 @@ def test_damaged_label_files(tmp_path: Path, name: str, text: str, says: str) ->
         labels_of(tmp_path / "none.csv")
 
 
-def test_mids_are_named_by_the_file_beside_and_only_mids(tmp_path: Path) -> None:
+def test_named__mids_get_names_of_the_file_beside_and_nothing_else_does(tmp_path: Path) -> None:
     rows = [row("/t/dd1"), row()]
     assert named(rows, None, tmp_path).vocabulary == ["/t/dd1"]
-    assert "labels are mids: --labels" in named(rows, None, tmp_path).notes[0]
+    assert "labels are mids: class_labels_indices.csv" in named(rows, None, tmp_path).notes[0]
     write(tmp_path, "label_descriptors.csv", FORMS["label_descriptors.csv"])
     found = named(rows, None, tmp_path)
     assert [r.labels for r in found.rows] == [("Dog",), ()]
@@ -113,34 +107,16 @@ def test_mids_are_named_by_the_file_beside_and_only_mids(tmp_path: Path) -> None
 
 
 def test_orders_of_names() -> None:
-    assert names_met([row("10"), row("9", "2")]) == ["2", "9", "10"]
-    assert names_met([row("10"), row("9", "b")]) == ["10", "9", "b"]
+    assert in_order(["10", "9", "2", "-1"]) == ["-1", "2", "9", "10"]
+    assert in_order(["10", "9", "b"]) == ["10", "9", "b"]
     assert by_number({("b", 0), ("a", 2)}) == ["b", "class 1", "a"]
-    assert by_number({("b", 0), ("b", 2)}) is None
-    assert by_number({("b", 0), ("a", 0)}) is None
-    assert by_number({("b", 0), ("a", -1)}) is None
-    assert by_number(set()) is None
+    for pairs in ({("b", 0), ("b", 2)}, {("b", 0), ("a", 0)}, {("b", 0), ("a", -1)}, set()):
+        assert by_number(pairs) is None
 
 
-@pytest.mark.parametrize(
-    ("text", "known"),
-    [
-        ("/m/09x0r", True),
-        ("/t/dd00088", True),
-        ("/g/122z_qxw", True),
-        ("m/1", False),
-        ("/m/", False),
-    ],
-)
-def test_mids_by_their_look(text: str, known: bool) -> None:
-    assert is_mid(text) == known
-
-
-@pytest.mark.parametrize("text", ["[" * 100_000, '[{"id": 1' + "0" * 5_000 + "}]", '["a'])
-def test_a_label_file_that_is_no_json_is_a_mistake(tmp_path: Path, text: str) -> None:
-    (tmp_path / "ontology.json").write_text(text)
-    with pytest.raises(UserError, match="not a label file"):
-        labels_of(tmp_path / "ontology.json")
+def test_is_mid__by_its_form() -> None:
+    assert all(map(is_mid, ("/m/09x0r", "/t/dd00088", "/g/122z_qxw")))
+    assert not any(map(is_mid, ("m/1", "/m/", "Dog")))
 
 
 LISTS = {
@@ -149,11 +125,9 @@ LISTS = {
     "['it\\'s', \"b\", 3]": ["it's", "b", "3"],
     '["caf\\u00e9"]': ["café"],
     "[]": [],
-    "nan": [],
     "NaN": [],
     "<NA>": [],
     "": [],
-    "dog": ["dog"],
     "[noise]": ["[noise]"],
     "Speech, male": ["Speech, male"],
     "\ud800": ["\\ud800"],
@@ -168,13 +142,8 @@ def test_names_of__text_is_a_list_a_name_or_missing(text: str) -> None:
 
 
 def test_names_of__values_of_json_and_parquet() -> None:
-    assert names_of([3.0, 7, "x", "['a', 'b']", None, float("nan"), {}]) == [
-        "3",
-        "7",
-        "x",
-        "a",
-        "b",
-    ]
+    found = names_of([3.0, 7, "x", "['a', 'b']", None, float("nan"), {}])
+    assert found == ["3", "7", "x", "a", "b"]
     assert names_of(float("nan")) == names_of(None) == []
 
 

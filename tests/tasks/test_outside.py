@@ -1,8 +1,8 @@
 """The example of docs/add_a_task.md: a task outside the package, run as the page says."""
 
 import json
-import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,44 +19,36 @@ from bat.tasks import toy_events
 from bat.tasks.base import load_task
 from bat.tasks.synthetic import write_wav
 
-PAGE = Path(__file__).parents[2] / "docs" / "add_a_task.md"
-NAME = "my_tasks.frogs"
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the page says to save, and a few recordings in the layout of its task."""
-    if not PAGE.is_file():
-        pytest.skip("docs/ is not here: only a checkout has it")
-    text = PAGE.read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    recipes = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "my_tasks").mkdir()
-    (tmp_path / "my_tasks/frogs.py").write_text(code)
-    for name, recipe in zip(("frogs", "frogs-finetune"), recipes, strict=True):
-        (tmp_path / f"{name}.yaml").write_text(recipe)
-    for i, split in enumerate(6 * ["train"] + 3 * ["valid"] + 3 * ["test"]):
-        wave, events = toy_events.clip(i)
-        audio = tmp_path / "FROGS" / split / f"{i}.wav"
-        write_wav(audio, wave)
-        lines = ["\t".join(map(str, event)) for event in events]
-        audio.with_suffix(".txt").write_text("\n".join(lines))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
+NAME = "my_tasks.FROGS"
 WORDS = ["data.root=FROGS", "data.cache=cache", "checkpoint=random", "log.progress=false"]
 
 
-def test_task_outside__is_probed_fine_tuned_and_packed_as_the_page_says(folder: Path) -> None:
+@pytest.fixture
+def _folder(
+    docs_example: Callable[[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task and the recipes of the page, and a few recordings in the layout of the task."""
+    page = docs_example("add_a_task.md", "my_tasks")
+    monkeypatch.chdir(tmp_path)
+    recipes = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    for name, recipe in zip(("frogs", "frogs-finetune"), recipes, strict=True):
+        Path(f"{name}.yaml").write_text(recipe)
+    for i, split in enumerate(6 * ["train"] + 3 * ["valid"] + 3 * ["test"]):
+        wave, events = toy_events.clip(i)
+        audio = Path("FROGS") / split / f"{i}.wav"
+        write_wav(audio, wave)
+        lines = ["\t".join(map(str, event)) for event in events]
+        audio.with_suffix(".txt").write_text("\n".join(lines))
+
+
+@pytest.mark.usefixtures("_folder")
+def test_task_outside__is_probed_fine_tuned_and_packed_as_the_page_says() -> None:
     words = [*WORDS, "train.steps=3", "bootstrap=100", "methods=[linear]", "out=run"]
     words += ["insight.encoder=false", "data.workers=0", "hardware=cpu", "protocol.lrs=[0.01]"]
     probe(compose(Probe, "probe", ["recipe=frogs.yaml", *words]))
-    summary = json.loads((folder / "run/summary.json").read_text())
-    assert (summary["task"], summary["target"], summary["metric"]) == (
-        "frogs", "events", "event_f1",
-    )  # fmt: skip
+    summary = json.loads(Path("run/summary.json").read_text())
+    said = [summary[name] for name in ("task", "target", "metric")]
+    assert said == ["frogs", "events", "event_f1"]
     (entry,) = summary["encoders"].values()
     assert list(entry["results"]["linear"]["mean"])[:3] == ["event_f1", "event_f1_macro", "map"]
 
@@ -67,13 +59,14 @@ def test_task_outside__is_probed_fine_tuned_and_packed_as_the_page_says(folder: 
     found = open_rows(Path("FROGS"), task=NAME)
     write_shards(found.rows, Path("shards"), vocabulary=found.vocabulary)
     packed = compose(Probe, "probe", ["recipe=frogs.yaml", *WORDS[1:], "data.shards=[shards]"])
-    asked, made = open_probing(packed), tuned
-    assert asked.labels == made.labels
-    assert asked.index.events == made.index.events
+    from_shards = open_probing(packed)
+    assert from_shards.labels == tuned.labels
+    assert from_shards.index.events == tuned.index.events
     assert open_index("shards").vocabulary == summary["labels"]
 
 
-def test_task_outside__its_own_errors_reach_the_user(folder: Path) -> None:
-    os.remove("FROGS/test/9.txt")
+@pytest.mark.usefixtures("_folder")
+def test_task_outside__its_own_errors_reach_the_user() -> None:
+    Path("FROGS/test/9.txt").unlink()
     with pytest.raises(UserError, match=r"9\.txt"):
         open_probing(compose(Probe, "probe", ["recipe=frogs.yaml", *WORDS]))

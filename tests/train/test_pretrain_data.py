@@ -299,7 +299,7 @@ def test_open_stream__csv_is_read_where_it_lies_and_needs_no_labels(
     cache = tmp_path / "cache"
     words = (f"data.csv={csv}", "data.batch=2", f"data.cache={cache}")
     stream = open_stream(small(*words, out=tmp_path / "run"))
-    assert stream.describe() == "8 clips (task own; no labels)"
+    assert stream.describe() == "8 clips (task csv; no labels)"
     assert sorted(keys_of(stream, 4)) == sorted(
         escape_key(str(f)[1:-5].replace("/", "__")) for f in files
     )
