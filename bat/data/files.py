@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bat.audio.decode import AudioInfo, DecodeError, probe
-from bat.data.clip_fields import CLIP, MAX_AUDIO_BYTES
 from bat.data.index import Index
 from bat.data.sources import Shard
-from bat.data.table import ShardTable
+from bat.data.table import CLIP, MAX_AUDIO_BYTES, ShardTable
 from bat.data.tar import escape_key, write_atomic
 from bat.errors import UserError
 from bat.redact import one_line

@@ -29,8 +29,8 @@ from bat.audio.decode import (
     write_rolled,
 )
 from bat.audio.reader import check_length
-from bat.data.heartbeat import Heartbeat
 from bat.data.index import Index
+from bat.data.loader import IDLE, Heartbeat
 from bat.data.plan import CROP, OFFSET, ROLL, MixedPlan, Plan, below, philox
 from bat.errors import UserError
 from bat.types import Clip, Skipped, WaveBatch
@@ -46,7 +46,7 @@ CROP_SLACK = 0.02
 sets of "5-s clips" hold 5.001 s, and a segment that does not depend on the position can be
 cached."""
 
-AHEAD_BATCHES = 8
+PREFETCH_BATCHES = 8
 """Micro-batches between two prefetches of shards."""
 
 
@@ -62,9 +62,8 @@ class PlanSampler(Sampler[list[Item]]):
         batch: clips of a micro-batch on one rank.
         batches: micro-batches that one iteration yields (``len``).
         batches_done: returns the micro-batches finished so far; called at each ``iter()``.
-        ahead: called from time to time with the ids of the clips of the next ``look_ahead``
-            positions and a few batches more, of all ranks, in their order (to prefetch remote
-            shards); None: no prefetch.
+        prefetch: called from time to time with the ids of the clips of the next ``look_ahead``
+            positions and a few batches more, of all ranks, in their order; None: no prefetch.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class PlanSampler(Sampler[list[Item]]):
         rank: int = 0,
         world: int = 1,
         batches_done: Callable[[], int] = lambda: 0,
-        ahead: Callable[[np.ndarray], None] | None = None,
+        prefetch: Callable[[np.ndarray], None] | None = None,
         look_ahead: int = 8192,
     ) -> None:
         if batch < 1 or batches < 1:
@@ -84,7 +83,7 @@ class PlanSampler(Sampler[list[Item]]):
         assert 0 <= rank < world
         self.plan, self.batch, self.batches = plan, batch, batches
         self.rank, self.world, self.batches_done = rank, world, batches_done
-        self.ahead, self.look_ahead = ahead, look_ahead
+        self.prefetch, self.look_ahead = prefetch, look_ahead
 
     def __len__(self) -> int:
         return self.batches
@@ -94,9 +93,9 @@ class PlanSampler(Sampler[list[Item]]):
         places = self.rank + self.world * np.arange(self.batch)
         size = self.batch * self.world
         for k in range(start, start + self.batches):
-            if self.ahead is not None and (k - start) % AHEAD_BATCHES == 0:
-                last = k * size + self.look_ahead + AHEAD_BATCHES * size
-                self.ahead(self.plan.clips(np.arange(k * size, last)))
+            if self.prefetch is not None and (k - start) % PREFETCH_BATCHES == 0:
+                last = k * size + self.look_ahead + PREFETCH_BATCHES * size
+                self.prefetch(self.plan.clips(np.arange(k * size, last)))
             positions = k * size + places
             clips = self.plan.clips(positions)
             yield list(zip(positions.tolist(), clips.tolist(), strict=True))
@@ -196,7 +195,7 @@ class ClipDataset(Dataset[WaveBatch]):
                 kept.append((position, candidate))
                 break
         if self.heartbeat is not None:
-            self.heartbeat.rests()
+            self.heartbeat.reads(IDLE)
         waves, lengths = rows.tensors()
         targets = np.zeros((len(kept), self.index.classes), np.float32)
         for row, (_, clip) in enumerate(kept):
@@ -291,12 +290,6 @@ def frames_left_out(frames: int, rate: int, clip_seconds: float) -> int:
 def random_start(extra: int, rate: int, *, seed: int, position: int) -> float:
     """Returns the start of the crop of the clip at ``position``, in seconds."""
     return below(extra + 1, philox(seed, position, CROP)) / rate
-
-
-def as_it_is(batch: Any) -> WaveBatch:
-    """Returns ``batch`` unchanged: the collate function of a dataset that makes whole batches."""
-    made: WaveBatch = batch
-    return made
 
 
 class BatchRows:

@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bat.audio.decode import write_rolled
-from bat.data.stream import BatchRows, as_it_is
+from bat.data.loader import as_it_is
+from bat.data.stream import BatchRows
 
 WAVE = np.arange(1, 6, dtype=np.float32)
 

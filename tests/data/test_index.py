@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bat.audio.decode import encode
-from bat.data import local_shards
+from bat.data import index as indices
 from bat.data.index import Index, open_index
 from bat.data.table import MAX_JSON_BYTES, ShardTable, scan
 from bat.data.tar import BLOCK
@@ -204,7 +204,7 @@ def test_a_read_only_folder_uses_the_cache_or_memory(
     assert len(open_index(tmp_path / "ro")) == 1
     assert len(open_index(tmp_path / "ro", cache=tmp_path / "cache")) == 1
     assert len(list((tmp_path / "cache").glob("a-*.idx.npz"))) == 1
-    monkeypatch.setattr(local_shards, "scan", None)  # not needed any more
+    monkeypatch.setattr(indices, "scan", None)  # not needed any more
     assert len(open_index(tmp_path / "ro", cache=tmp_path / "cache")) == 1
 
 
@@ -300,7 +300,7 @@ def test_reading_after_a_fork_and_after_pickling(toy_index: Index) -> None:
 
 
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_shards, "MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(indices, "MAX_OPEN_FILES", 3)
     for i in range(8):
         tar_of(tmp_path / f"{i}.tar", {f"{i}.wav": WAV})
     index = open_index(tmp_path)

@@ -15,8 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bat.data.index import Index, open_index
 from bat.data.module import AudioData, eval_loader
-from bat.data.order import make_plan
-from bat.data.plan import Plan
+from bat.data.plan import Plan, make_plan
 from bat.errors import UserError
 from bat.types import WaveBatch
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bat.data.order import class_balance, make_plan
-from bat.data.plan import MIX_BLOCK, MixedPlan, Plan, below, philox
+from bat.data.plan import MIX_BLOCK, MixedPlan, Plan, below, class_balance, make_plan, philox
 from bat.data.stream import Item, PlanSampler
 from bat.errors import UserError
 
@@ -322,7 +321,7 @@ def test_who_looks_ahead_always_sees_all_that_comes_next() -> None:
         batches=100,
         world=2,
         batches_done=lambda: 50,
-        ahead=lambda clips: asked.append(clips.tolist()),
+        prefetch=lambda clips: asked.append(clips.tolist()),
         look_ahead=100,
     )
     for k, _ in enumerate(sampler, start=50):

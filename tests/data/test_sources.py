@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bat.data.index import NotIndexable, _names, open_index
-from bat.data.sources import Shard, find
+from bat.data.index import NotIndexable, open_index
+from bat.data.sources import Shard, find, names_of
 from bat.errors import UserError
-from tests.data.http_server import FaultyServer
 from tests.data.test_index import WAV, tar_of
 
 
@@ -65,10 +64,9 @@ def test_mistakes_in_naming_shards(
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("pipe:curl x", r"pipe: sources are refused \(it would run a command\)"),
-        ("PIPE:curl x", "pipe: sources are refused"),
-        ("simplecache::http://host/a.tar", "chained URLs may run anything"),
-        ("reference://x.json", "leads to other places"),
+        ("PIPE:curl x", "pipe: sources are refused.* say --allow-pipe"),
+        ("simplecache::http://host/a.tar", "simplecache: sources are refused"),
+        ("reference://x.json", "reference: sources are refused: give a path or a plain URL"),
         ("gopher://me:secret@host/a.tar?token=t", "unknown protocol in 'gopher://host/a.tar'"),
         ("s3://bucket/a.tar", "s3:// needs another package: .*s3fs"),
     ],
@@ -137,19 +135,6 @@ def test_two_kinds_of_shards_in_a_folder_are_not_silently_one(tmp_path: Path) ->
     assert open_index([f"{tmp_path}/s/*.tar", tmp_path / "s/train"]).source.tolist() == [0, 1]
 
 
-def test_a_remote_folder_of_two_kinds_of_shards(tmp_path: Path) -> None:
-    tar_of(tmp_path / "s/b.tar", {"a.wav": WAV})
-    tar_of(tmp_path / "s/train/d.tar", {"d.wav": WAV})
-    with FaultyServer(tmp_path) as server:
-        with pytest.raises(UserError, match=r"/s holds b\.tar and train/d\.tar: two kinds"):
-            find(f"{server.url}/s")
-        (tmp_path / "s/b.tar").rename(tmp_path / "s/train/b.tar")
-        assert [shard.name for shard in find(f"{server.url}/s")] == ["b.tar", "d.tar"]
-        (tmp_path / "s/train/c.tar.gz").touch()
-        with pytest.raises(UserError, match=r"train holds b\.tar and c\.tar\.gz: two kinds"):
-            find(f"{server.url}/s/train")
-
-
 def test_one_shard_under_two_names_is_listed_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,8 +173,8 @@ def test_names_grow_until_they_differ_and_show_no_query(tmp_path: Path) -> None:
     assert sorted(index.left_out) == [f"{place}/{i}b.json" for i, place in enumerate(places)]
     secret = "?X-Amz-Credential=a/b/secret&token=c/d"
     urls = [Shard("http://h/p/a%20b.tar" + secret), Shard("http://me:pw@g/p/a%20b.tar" + secret)]
-    assert _names(urls) == ["h/p/a b.tar", "g/p/a b.tar"]
-    assert _names(urls[:1]) == ["a b.tar"]
+    assert names_of(urls) == ["h/p/a b.tar", "g/p/a b.tar"]
+    assert names_of(urls[:1]) == ["a b.tar"]
 
 
 def test_sub_folders_are_called_as_splits_are(tmp_path: Path) -> None:

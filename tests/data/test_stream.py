@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 
 from bat.audio.decode import decode, encode
 from bat.data.index import Index, open_index
+from bat.data.loader import as_it_is
 from bat.data.plan import Plan
-from bat.data.stream import ClipDataset, EvalSampler, PlanSampler, as_it_is
+from bat.data.stream import ClipDataset, EvalSampler, PlanSampler
 from bat.shard.write import write_shards
 from bat.tasks.base import Row
 from bat.types import WaveBatch
