@@ -419,7 +419,8 @@ def selected(shards: list[Shard], split: str) -> tuple[list[Shard], frozenset[st
         names = {part.strip() for part in split.split(",")}
     elif folders.intersection(TRAIN):
         names = {next(name for name in TRAIN if name in folders)}
-        log.info("pre-training on split %s; data.split=all takes the others too", *names)
+        others = ", ".join(sorted(folders - names)) or "other splits"
+        log.info("pre-training on split %s; data.split=all takes %s too", *names, others)
     elif folders:
         splits = sorted(folders)
         check_no_train(splits, f"the data has the splits {', '.join(splits)}")
