@@ -16,19 +16,18 @@ import hashlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import Dataset, Sampler
 
-from bat.audio.decode import MAX_FILE_SECONDS
 from bat.data.bad_clips import BadClips, merged_states
 from bat.data.index import Index
 from bat.data.loader import Heartbeat, Loader
 from bat.data.plan import MixedPlan, Plan, make_plan
-from bat.data.stream import ClipDataset, EvalSampler, Item, PlanSampler
+from bat.data.stream import ClipDataset, ClipSettings, EvalSampler, Item, PlanSampler
 from bat.errors import UserError
 from bat.types import WaveBatch
 
@@ -226,14 +225,12 @@ class AudioData(StreamData):
         plan: their order; None: all of them, evenly shuffled by ``seed``.
         batch: clips of a micro-batch on one device.
         batches: micro-batches of one of Lightning's epochs on one device.
-        sample_rate: Hz of the waves; clips at another rate are resampled.
-        clip_seconds: length of a row; longer clips are cropped, shorter ones padded.
         seed: of order, crops, rolls and offsets.
-        roll, random_offset, min_seconds, max_seconds, cache_bytes: see ``ClipDataset``.
         workers: loader processes; 0 decodes in the training process.
         look_ahead: positions for which remote shards are prefetched.
         max_bad: fraction of unreadable clips above which the run stops.
         out: run folder in which ``bad_clips.jsonl`` lists unreadable clips; None: no list.
+        settings: what is read of a clip, see ``ClipSettings``.
 
     Raises:
         UserError: a value out of range, an empty selection.
@@ -245,36 +242,20 @@ class AudioData(StreamData):
         index: Index,
         batch: int,
         batches: int,
-        sample_rate: int,
-        clip_seconds: float,
         plan: Plan | MixedPlan | None = None,
         seed: int = 0,
-        roll: bool = False,
-        random_offset: bool = False,
-        min_seconds: float = 0.0,
-        max_seconds: float = MAX_FILE_SECONDS,
         workers: int = 0,
-        cache_bytes: int = 0,
         look_ahead: int = 8192,
         max_bad: float = 0.05,
         out: Path | None = None,
+        **settings: Unpack[ClipSettings],
     ) -> None:
         super().__init__(batch=batch, max_bad=max_bad, workers=workers, out=out)
         self.index, self.look_ahead = index, look_ahead
         self.batches, self.seed = batches, seed
         self.plan = plan or make_plan(index, seed=seed)
         self.dataset = ClipDataset(
-            index,
-            sample_rate=sample_rate,
-            clip_seconds=clip_seconds,
-            seed=seed,
-            roll=roll,
-            random_offset=random_offset,
-            min_seconds=min_seconds,
-            max_seconds=max_seconds,
-            plan=self.plan,
-            cache_bytes=cache_bytes,
-            heartbeat=self.heartbeat,
+            index, seed=seed, plan=self.plan, heartbeat=self.heartbeat, **settings
         )
         self.clip_samples = self.dataset.clip_samples
         # Lightning 2.6.6 decides by the loader's type; this stream resumes exactly
@@ -328,29 +309,13 @@ def eval_loader(
     ids: np.ndarray | None = None,
     *,
     batch: int,
-    sample_rate: int,
-    clip_seconds: float,
     workers: int = 0,
-    cache_bytes: int = 0,
-    min_seconds: float = 0.0,
-    max_seconds: float = MAX_FILE_SECONDS,
+    **settings: Unpack[ClipSettings],
 ) -> Loader:
     """Returns a loader over the clips ``ids`` (None: all) once, in order; unreadable ones are left
-    out.
-
-    Long clips are cut off at their end; files of more than ``max_seconds`` are unreadable.
-    """
+    out, and long clips are cut off at their end."""
     heartbeat = Heartbeat(workers)
-    dataset = ClipDataset(
-        index,
-        sample_rate=sample_rate,
-        clip_seconds=clip_seconds,
-        crop="start",
-        cache_bytes=cache_bytes,
-        min_seconds=min_seconds,
-        max_seconds=max_seconds,
-        heartbeat=heartbeat,
-    )
+    dataset = ClipDataset(index, crop="start", heartbeat=heartbeat, **settings)
 
     def where(worker: int) -> str | None:
         clip = heartbeat.worker(worker)

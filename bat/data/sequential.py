@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Unpack
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from bat.data.module import StreamData
 from bat.data.pipes import PREFIX, output_of
 from bat.data.plan import ORDER, ROLL, below, philox
 from bat.data.sources import TRAIN, RetryPolicy, Shard, check_no_train, find, names_of
-from bat.data.stream import BatchRows, clip_samples, frames_left_out, random_start
+from bat.data.stream import BatchRows, ClipSettings, clip_samples, frames_left_out, random_start
 from bat.data.table import ITS_JSON, parse, unusable
 from bat.data.tar import ForwardFile, read_members, sample_key
 from bat.errors import UserError
@@ -91,7 +91,7 @@ class SequentialBatches(IterableDataset[WaveBatch]):
         rank, world: index of this process and number of the training processes.
         shuffle_clips: number of encoded clips that a reader holds to mix them.
         max_bad: share of the latest shards that may break off.
-        batch, sample_rate, clip_seconds, roll, min_seconds, max_seconds: see ``AudioData``.
+        settings: what is read of a clip, see ``ClipSettings`` (no offset, no cache).
 
     Raises:
         UserError: while reading: not one clip (of ``splits``) in all shards, too many shards that
@@ -103,8 +103,6 @@ class SequentialBatches(IterableDataset[WaveBatch]):
         shards: Sequence[Shard],
         *,
         batch: int,
-        sample_rate: int,
-        clip_seconds: float,
         splits: Collection[str] | None = None,
         seed: int = 0,
         epoch: int = 0,
@@ -112,18 +110,18 @@ class SequentialBatches(IterableDataset[WaveBatch]):
         world: int = 1,
         shuffle_clips: int = 256,
         max_bad: float = 0.05,
-        roll: bool = False,
-        min_seconds: float = 0.0,
-        max_seconds: float = MAX_FILE_SECONDS,
         policy: RetryPolicy | None = None,
         heartbeat: Heartbeat | None = None,
+        **settings: Unpack[ClipSettings],
     ) -> None:
         self.shards, self.names, self.splits = list(shards), names_of(shards), splits
         self.seed, self.epoch, self.rank, self.world = seed, epoch, rank, world
-        self.shuffle_clips, self.max_bad = shuffle_clips, max_bad
-        self.batch, self.sample_rate, self.clip_seconds = batch, sample_rate, clip_seconds
-        self.roll, self.min_seconds, self.max_seconds = roll, min_seconds, max_seconds
+        self.batch, self.shuffle_clips, self.max_bad = batch, shuffle_clips, max_bad
         self.policy, self.heartbeat = policy or RetryPolicy(), heartbeat
+        self.sample_rate, self.clip_seconds = settings["sample_rate"], settings["clip_seconds"]
+        self.roll = settings.get("roll", False)
+        self.min_seconds = settings.get("min_seconds", 0.0)
+        self.max_seconds = settings.get("max_seconds", MAX_FILE_SECONDS)
         self._other_splits: set[str] = set()
 
     def __iter__(self) -> Iterator[WaveBatch]:
@@ -320,8 +318,7 @@ class SequentialData(StreamData):
     Args:
         shards: as ``open_index`` takes them, compressed tars too.
         split: a name, several (``a,b``), ``all``, or ``auto``: see ``selected``.
-        batch, sample_rate, clip_seconds, seed, roll, min_seconds, max_seconds, workers, max_bad,
-            out: as ``AudioData``.
+        batch, seed, workers, max_bad, out, settings: as ``AudioData``.
         retries, timeout_seconds, redirects: of remote shards, as ``open_index``.
 
     Raises:
@@ -333,44 +330,40 @@ class SequentialData(StreamData):
         shards: Sequence[str | Path],
         *,
         batch: int,
-        sample_rate: int,
-        clip_seconds: float,
         split: str = "auto",
         seed: int = 0,
-        roll: bool = False,
-        min_seconds: float = 0.0,
-        max_seconds: float = MAX_FILE_SECONDS,
         workers: int = 0,
         max_bad: float = 0.05,
         out: Path | None = None,
         retries: int = 5,
         timeout_seconds: float = 30.0,
         redirects: Sequence[str] = (),
+        **settings: Unpack[ClipSettings],
     ) -> None:
         super().__init__(batch=batch, max_bad=max_bad, workers=workers, out=out)
-        self.clip_samples, self.seed = clip_samples(clip_seconds, sample_rate), seed
-        policy = RetryPolicy(retries, timeout_seconds, redirects=tuple(redirects))
-        found = [shard for source in shards for shard in find(source, policy)]
+        self.policy = RetryPolicy(retries, timeout_seconds, redirects=tuple(redirects))
+        found = [shard for source in shards for shard in find(source, self.policy)]
         if not found:
             raise UserError("the list of shards is empty: give a folder, a glob or a URL")
         self.shards, self.splits = selected(found, split)
-        self._settings: dict[str, Any] = {
-            "batch": batch,
-            "sample_rate": sample_rate,
-            "clip_seconds": clip_seconds,
-            "splits": self.splits,
-            "seed": seed,
-            "roll": roll,
-            "min_seconds": min_seconds,
-            "max_seconds": max_seconds,
-            "max_bad": max_bad,
-            "policy": policy,
-            "heartbeat": self.heartbeat,
-        }
+        self.seed, self.settings = seed, settings
+        self.clip_samples = clip_samples(settings["clip_seconds"], settings["sample_rate"])
 
     def _batches(self, *, epoch: int) -> SequentialBatches:
         rank, world = self._ranks()
-        return SequentialBatches(self.shards, epoch=epoch, rank=rank, world=world, **self._settings)
+        return SequentialBatches(
+            self.shards,
+            batch=self.batch,
+            splits=self.splits,
+            seed=self.seed,
+            epoch=epoch,
+            rank=rank,
+            world=world,
+            max_bad=self.bad_clips.max_bad,
+            policy=self.policy,
+            heartbeat=self.heartbeat,
+            **self.settings,
+        )
 
     def named(self, what: int) -> str:
         return self.shards[what].name

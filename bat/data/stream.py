@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Required, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -119,6 +119,28 @@ class EvalSampler(Sampler[list[Item]]):
             yield list(zip(rows.tolist(), self.ids[rows].tolist(), strict=True))
 
 
+class ClipSettings(TypedDict, total=False):
+    """What is read of a clip; ``ClipDataset`` and all that make one take these settings."""
+
+    sample_rate: Required[int]
+    """Hz of the waves; clips at another rate are resampled."""
+    clip_seconds: Required[float]
+    """Longest wave; longer clips are cropped while reading, by a seek."""
+    roll: bool
+    """Circular shift of each wave by a random offset."""
+    random_offset: bool
+    """Put a clip shorter than ``clip_seconds`` at a random place of a silent wave of that length,
+    all of which counts as signal; False: waves keep their own length."""
+    min_seconds: float
+    """Clips shorter than this are unreadable ("brief")."""
+    max_seconds: float
+    """Longer files are unreadable ("long"), whatever part of them is wanted. Where the index knows
+    the length, not a byte of them is read."""
+    cache_bytes: int
+    """Bytes of decoded waves kept in memory, in each loader process. Only clips whose segment does
+    not depend on the position are kept: the cache changes no value."""
+
+
 class ClipDataset(Dataset[WaveBatch]):
     """Reads, decodes, crops, rolls and places the clips of a batch of ``Item``s.
 
@@ -126,48 +148,36 @@ class ClipDataset(Dataset[WaveBatch]):
     no wave is copied twice, and in a worker that memory is already shared with the trainer.
 
     Args:
-        sample_rate: Hz of the waves.
-        clip_seconds: longest wave; longer clips are cropped while reading, by a seek.
         seed: of crops, rolls and offsets, with the position.
         crop: position of a crop; ``random`` by (seed, position).
-        roll: circular shift of each wave by a random offset.
-        random_offset: put a clip shorter than ``clip_seconds`` at a random place of a silent wave
-            of that length, all of which counts as signal; False: waves keep their own length.
-        min_seconds: clips shorter than this are unreadable ("brief").
-        max_seconds: longer files are unreadable ("long"), whatever part of them is wanted. Where
-            the index knows the length, not a byte of them is read.
         plan: its ``stand_ins`` replace unreadable clips (training); None: no replacement, the
             batch lacks the clip (evaluation).
-        cache_bytes: bytes of decoded waves kept in memory, in each loader process. Only clips whose
-            segment does not depend on the position are kept: the cache changes no value.
         heartbeat: records the clip that this process reads.
+        settings: see ``ClipSettings``.
     """
 
     def __init__(
         self,
         index: Index,
         *,
-        sample_rate: int,
-        clip_seconds: float,
         seed: int = 0,
         crop: Literal["random", "start"] = "random",
-        roll: bool = False,
-        random_offset: bool = False,
-        min_seconds: float = 0.0,
-        max_seconds: float = MAX_FILE_SECONDS,
         plan: Plan | MixedPlan | None = None,
-        cache_bytes: int = 0,
         heartbeat: Heartbeat | None = None,
+        **settings: Unpack[ClipSettings],
     ) -> None:
-        if clip_seconds <= 0 or sample_rate < 1:
-            raise UserError(f"clip_seconds={clip_seconds}, sample_rate={sample_rate}: not positive")
-        self.index = index
-        self.sample_rate, self.clip_seconds = sample_rate, clip_seconds
-        self.seed, self.crop, self.roll, self.plan = seed, crop, roll, plan
-        self.random_offset, self.min_seconds = random_offset, min_seconds
-        self.max_seconds, self.heartbeat = max_seconds, heartbeat
+        self.index, self.seed, self.crop, self.plan = index, seed, crop, plan
+        self.sample_rate, self.clip_seconds = settings["sample_rate"], settings["clip_seconds"]
+        self.roll = settings.get("roll", False)
+        self.random_offset = settings.get("random_offset", False)
+        self.min_seconds = settings.get("min_seconds", 0.0)
+        self.max_seconds = settings.get("max_seconds", MAX_FILE_SECONDS)
+        self.heartbeat = heartbeat
         self._cache: dict[int, np.ndarray] = {}
-        self._room = cache_bytes
+        self._room = settings.get("cache_bytes", 0)
+        if self.clip_seconds <= 0 or self.sample_rate < 1:
+            values = f"clip_seconds={self.clip_seconds}, sample_rate={self.sample_rate}"
+            raise UserError(f"{values}: not positive")
 
     def __len__(self) -> int:
         return len(self.index)

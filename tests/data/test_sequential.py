@@ -324,7 +324,7 @@ def test_split__auto_says_what_it_takes(
 ) -> None:
     caplog.set_level(logging.INFO, logger="bat")
     assert len(opened(folders).shards) == 2
-    assert "split train; data.split=all takes the others too" in caplog.text
+    assert "split train; data.split=all takes test too" in caplog.text
     caplog.clear()
     put(tmp_path / "w/dev/s-0.tar.gz", {"c": None})
     with pytest.raises(UserError, match="the splits valid: none of them is called train"):
