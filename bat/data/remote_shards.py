@@ -41,8 +41,6 @@ THREADS = 16
 FETCHERS, PREFETCHERS = 4, 2
 """Threads that fetch shards at the start, and during training."""
 POLL_SECONDS = 0.05
-TOUCH_SECONDS = 5.0
-"""Least time between two updates on disk of a shard's time of use."""
 log = logging.getLogger(__name__)
 
 
@@ -57,7 +55,6 @@ class ShardCache:
     def __init__(self, folder: Path, *, max_bytes: int, hold_seconds: float = 60.0) -> None:
         self.folder, self.max_bytes, self.hold_seconds = folder, max_bytes, hold_seconds
         (folder / "locks").mkdir(parents=True, exist_ok=True)
-        self._used: dict[str, float] = {}
         self._failed: dict[str, tuple[float, str]] = {}
 
     def open(self, name: str, size: int, fetch: Callable[[Path], None]) -> int:
@@ -122,11 +119,8 @@ class ShardCache:
         if os.fstat(fd).st_size != size:
             os.close(fd)
             return None
-        now = time.monotonic()
-        if now - self._used.get(name, -TOUCH_SECONDS) >= TOUCH_SECONDS:
-            self._used[name] = now
-            with contextlib.suppress(PermissionError):  # another user's
-                os.utime(fd)
+        with contextlib.suppress(PermissionError):  # another user's
+            os.utime(fd)
         return fd
 
     def _files(self, suffix: str) -> list[tuple[float, int, Path]]:

@@ -16,6 +16,7 @@ shard that breaks off ends there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import logging
@@ -31,13 +32,13 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from bat.audio.decode import MAX_FILE_SECONDS, DecodeError, decode_into, probe
+from bat.audio.decode import DecodeError, decode_into
 from bat.data.loader import IDLE, Heartbeat, Loader
 from bat.data.module import StreamData
 from bat.data.pipes import PREFIX, output_of
-from bat.data.plan import ORDER, ROLL, below, philox
+from bat.data.plan import ORDER, below, philox
 from bat.data.sources import TRAIN, RetryPolicy, Shard, check_no_train, find, names_of
-from bat.data.stream import BatchRows, ClipSettings, clip_samples, frames_left_out, random_start
+from bat.data.stream import BatchRows, ClipReader, ClipSettings, clip_samples
 from bat.data.table import ITS_JSON, parse, unusable
 from bat.data.tar import ForwardFile, read_members, sample_key
 from bat.errors import UserError
@@ -82,7 +83,7 @@ class _Sample:
     """None: its JSON cannot be read, so its split is not known."""
 
 
-class SequentialBatches(IterableDataset[WaveBatch]):
+class SequentialBatches(ClipReader, IterableDataset[WaveBatch]):
     """Endless batches of decoded clips; each epoch's clips occur once over all readers.
 
     Args:
@@ -114,22 +115,22 @@ class SequentialBatches(IterableDataset[WaveBatch]):
         heartbeat: Heartbeat | None = None,
         **settings: Unpack[ClipSettings],
     ) -> None:
+        super().__init__(seed=seed, **settings)
         self.shards, self.names, self.splits = list(shards), names_of(shards), splits
-        self.seed, self.epoch, self.rank, self.world = seed, epoch, rank, world
+        self.epoch, self.rank, self.world = epoch, rank, world
         self.batch, self.shuffle_clips, self.max_bad = batch, shuffle_clips, max_bad
         self.policy, self.heartbeat = policy or RetryPolicy(), heartbeat
-        self.sample_rate, self.clip_seconds = settings["sample_rate"], settings["clip_seconds"]
-        self.roll = settings.get("roll", False)
-        self.min_seconds = settings.get("min_seconds", 0.0)
-        self.max_seconds = settings.get("max_seconds", MAX_FILE_SECONDS)
         self._other_splits: set[str] = set()
 
     def __iter__(self) -> Iterator[WaveBatch]:
         reader, readers = self._reader()
-        samples = clip_samples(self.clip_seconds, self.sample_rate)
         count, failures, items = 0, 0, self._shuffled()
         while True:
-            rows, keys, positions = BatchRows(self.batch, samples), list[str](), list[int]()
+            rows, keys, positions = (
+                BatchRows(self.batch, self.clip_samples),
+                list[str](),
+                list[int](),
+            )
             skipped: list[Skipped] = []
             while len(keys) < self.batch:
                 item = next(items)
@@ -137,7 +138,9 @@ class SequentialBatches(IterableDataset[WaveBatch]):
                 if isinstance(item, Clip):
                     count += 1
                     try:
-                        rows.keep(*self._fill(rows.next, item, position))
+                        how, _ = self.segment(item.data, position)
+                        place = functools.partial(self.place, position)
+                        rows.keep(*decode_into(rows.next, item.data, place=place, **how))
                         keys.append(item.key)
                         positions.append(position)
                         failures = 0
@@ -171,27 +174,6 @@ class SequentialBatches(IterableDataset[WaveBatch]):
     def _reads(self, what: int) -> None:
         if self.heartbeat is not None:
             self.heartbeat.reads(what)
-
-    def _fill(self, row: np.ndarray, clip: Clip, position: int) -> tuple[int, int]:
-        info = probe(clip.data, max_file_seconds=self.max_seconds)
-        rate, start_seconds = info.sample_rate, 0.0
-        extra = frames_left_out(info.frames, rate, self.clip_seconds)
-        if extra:
-            start_seconds = random_start(extra, rate, seed=self.seed, position=position)
-
-        def place(samples: int) -> tuple[int, int]:
-            return 0, below(samples, philox(self.seed, position, ROLL)) if self.roll else 0
-
-        return decode_into(
-            row,
-            clip.data,
-            place=place,
-            sample_rate=self.sample_rate,
-            start_seconds=start_seconds,
-            max_seconds=self.clip_seconds,
-            min_seconds=self.min_seconds,
-            max_file_seconds=self.max_seconds,
-        )
 
     def _shuffled(self) -> Iterator[Clip | Skipped]:
         """Yields the clips that this reader reads, mixed within a window of an epoch."""

@@ -33,7 +33,7 @@ from bat.data.index import Index
 from bat.data.loader import IDLE, Heartbeat
 from bat.data.plan import CROP, OFFSET, ROLL, MixedPlan, Plan, below, philox
 from bat.errors import UserError
-from bat.types import Clip, Skipped, WaveBatch
+from bat.types import Skipped, WaveBatch
 
 Item = tuple[int, int]
 """(position, clip id), which a sampler yields and a dataset reads."""
@@ -141,19 +141,83 @@ class ClipSettings(TypedDict, total=False):
     not depend on the position are kept: the cache changes no value."""
 
 
-class ClipDataset(Dataset[WaveBatch]):
-    """Reads, decodes, crops, rolls and places the clips of a batch of ``Item``s.
+class ClipReader:
+    """Decodes, crops, rolls and places clips, by (seed, position) alone.
+
+    Args:
+        seed: of crops, rolls and offsets, with the position.
+        crop: position of a crop; ``random`` by (seed, position).
+        settings: see ``ClipSettings``.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        crop: Literal["random", "start"] = "random",
+        **settings: Unpack[ClipSettings],
+    ) -> None:
+        self.seed, self.crop = seed, crop
+        self.sample_rate, self.clip_seconds = settings["sample_rate"], settings["clip_seconds"]
+        self.roll = settings.get("roll", False)
+        self.random_offset = settings.get("random_offset", False)
+        self.min_seconds = settings.get("min_seconds", 0.0)
+        self.max_seconds = settings.get("max_seconds", MAX_FILE_SECONDS)
+        if self.clip_seconds <= 0 or self.sample_rate < 1:
+            values = f"clip_seconds={self.clip_seconds}, sample_rate={self.sample_rate}"
+            raise UserError(f"{values}: not positive")
+
+    @property
+    def clip_samples(self) -> int:
+        """Samples S of every batch."""
+        return clip_samples(self.clip_seconds, self.sample_rate)
+
+    def segment(
+        self, data: bytes, position: int, frames: int = 0, rate: int = 0
+    ) -> tuple[dict[str, Any], bool]:
+        """Returns how ``decode`` reads the segment at ``position`` of an encoded clip of ``frames``
+        samples at ``rate`` (0: unknown), and whether it is the same at every position."""
+        known = frames > 0 and rate > 0
+        how: dict[str, Any] = {
+            "sample_rate": self.sample_rate,
+            "start_seconds": 0.0,
+            "max_seconds": self.clip_seconds,
+            "expected_frames": frames if frames > 0 else None,
+            "expected_rate": rate if rate > 0 else None,
+            "min_seconds": self.min_seconds,
+            "max_file_seconds": self.max_seconds,
+        }
+        if self.crop == "start":
+            return how, True
+        if not known:
+            info = probe(data, max_file_seconds=self.max_seconds)
+            frames, rate = info.frames, info.sample_rate
+        extra = frames_left_out(frames, rate, self.clip_seconds)
+        if extra:
+            start = below(extra + 1, philox(self.seed, position, CROP))
+            how["start_seconds"] = start / rate
+        return how, not extra
+
+    def place(self, position: int, samples: int) -> tuple[int, int]:
+        """Returns offset and roll of a wave at ``position``."""
+        roll = below(samples, philox(self.seed, position, ROLL)) if self.roll else 0
+        room = self.clip_samples - samples
+        if not self.random_offset or room <= 0:
+            return 0, roll
+        return below(room + 1, philox(self.seed, position, OFFSET)), roll
+
+
+class ClipDataset(ClipReader, Dataset[WaveBatch]):
+    """Reads the clips of a batch of ``Item``s.
 
     The loader calls ``batch`` (as ``__getitems__``), which decodes into the batch's own memory:
     no wave is copied twice, and in a worker that memory is already shared with the trainer.
 
     Args:
-        seed: of crops, rolls and offsets, with the position.
-        crop: position of a crop; ``random`` by (seed, position).
         plan: its ``stand_ins`` replace unreadable clips (training); None: no replacement, the
             batch lacks the clip (evaluation).
         heartbeat: records the clip that this process reads.
-        settings: see ``ClipSettings``.
+        seed, crop, settings: see ``ClipReader``.
     """
 
     def __init__(
@@ -166,26 +230,13 @@ class ClipDataset(Dataset[WaveBatch]):
         heartbeat: Heartbeat | None = None,
         **settings: Unpack[ClipSettings],
     ) -> None:
-        self.index, self.seed, self.crop, self.plan = index, seed, crop, plan
-        self.sample_rate, self.clip_seconds = settings["sample_rate"], settings["clip_seconds"]
-        self.roll = settings.get("roll", False)
-        self.random_offset = settings.get("random_offset", False)
-        self.min_seconds = settings.get("min_seconds", 0.0)
-        self.max_seconds = settings.get("max_seconds", MAX_FILE_SECONDS)
-        self.heartbeat = heartbeat
+        super().__init__(seed=seed, crop=crop, **settings)
+        self.index, self.plan, self.heartbeat = index, plan, heartbeat
         self._cache: dict[int, np.ndarray] = {}
         self._room = settings.get("cache_bytes", 0)
-        if self.clip_seconds <= 0 or self.sample_rate < 1:
-            values = f"clip_seconds={self.clip_seconds}, sample_rate={self.sample_rate}"
-            raise UserError(f"{values}: not positive")
 
     def __len__(self) -> int:
         return len(self.index)
-
-    @property
-    def clip_samples(self) -> int:
-        """Samples S of every batch."""
-        return clip_samples(self.clip_seconds, self.sample_rate)
 
     def batch(self, items: Sequence[Item]) -> WaveBatch:
         """Returns the clips of ``items``; unreadable ones without a stand-in are left out."""
@@ -237,14 +288,6 @@ class ClipDataset(Dataset[WaveBatch]):
             self.index.key(clip), self.index.shard_name(clip), kind, str(why or error), position
         )
 
-    def _place(self, position: int, samples: int) -> tuple[int, int]:
-        """Returns offset and roll of a wave at ``position``."""
-        roll = below(samples, philox(self.seed, position, ROLL)) if self.roll else 0
-        room = self.clip_samples - samples
-        if not self.random_offset or room <= 0:
-            return 0, roll
-        return below(room + 1, philox(self.seed, position, OFFSET)), roll
-
     def _fill(self, row: np.ndarray, clip: int, position: int) -> tuple[int, int]:
         """Writes the segment of ``clip`` at ``position`` into ``row``; returns (offset, n)."""
         wave = self._cache.get(clip)
@@ -252,42 +295,19 @@ class ClipDataset(Dataset[WaveBatch]):
             frames, rate = int(self.index.frames[clip]), int(self.index.rate[clip])
             if frames > 0 and rate > 0:
                 check_length(frames, rate, self.max_seconds)
-            encoded = self.index.read(clip)
-            start_seconds, extra_frames = self._segment(clip, position, encoded)
-            how: dict[str, Any] = {
-                "sample_rate": self.sample_rate,
-                "start_seconds": start_seconds,
-                "max_seconds": self.clip_seconds,
-                "expected_frames": frames if frames > 0 else None,
-                "expected_rate": rate if rate > 0 else None,
-                "min_seconds": self.min_seconds,
-                "max_file_seconds": self.max_seconds,
-            }
-            fixed = self.crop != "random" or not extra_frames
+            data = self.index.read(clip).data
+            how, fixed = self.segment(data, position, frames, rate)
             if not fixed or not self._room:
-                place = functools.partial(self._place, position)
-                return decode_into(row, encoded.data, place=place, **how)
-            wave = decode(encoded.data, **how)
+                place = functools.partial(self.place, position)
+                return decode_into(row, data, place=place, **how)
+            wave = decode(data, **how)
             if wave.nbytes <= self._room:
                 self._room -= wave.nbytes
                 self._cache[clip] = wave
         wave = wave[: len(row)]
-        offset, roll = self._place(position, len(wave))
+        offset, roll = self.place(position, len(wave))
         write_rolled(row[offset:], wave, roll)
         return offset, len(wave)
-
-    def _segment(self, clip: int, position: int, encoded: Clip) -> tuple[float, int]:
-        """Returns the start of the segment in seconds, and the source frames it leaves out."""
-        frames, rate = int(self.index.frames[clip]), int(self.index.rate[clip])
-        if self.crop == "start":
-            return 0.0, 0
-        if frames <= 0 or rate <= 0:
-            info = probe(encoded.data, max_file_seconds=self.max_seconds)
-            frames, rate = info.frames, info.sample_rate
-        extra = frames_left_out(frames, rate, self.clip_seconds)
-        if not extra:
-            return 0.0, 0
-        return random_start(extra, rate, seed=self.seed, position=position), extra
 
 
 def frames_left_out(frames: int, rate: int, clip_seconds: float) -> int:
@@ -295,11 +315,6 @@ def frames_left_out(frames: int, rate: int, clip_seconds: float) -> int:
     wanted = math.ceil(clip_seconds * rate - 1e-6)  # as many as decode reads
     extra = frames - wanted
     return extra if extra > CROP_SLACK * wanted else 0
-
-
-def random_start(extra: int, rate: int, *, seed: int, position: int) -> float:
-    """Returns the start of the crop of the clip at ``position``, in seconds."""
-    return below(extra + 1, philox(seed, position, CROP)) / rate
 
 
 class BatchRows:

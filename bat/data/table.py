@@ -434,11 +434,8 @@ def tabulate(found: Contents, sha256: str = "") -> ShardTable:
 
 
 def ask_clips(path: Path, clips: np.ndarray) -> int:
-    """Fill ``frames`` and ``rate`` where they are unknown, from the clips' own headers.
-
-    Returns:
-        The number of clips completed; those that do not open stay unknown.
-    """
+    """Fill ``frames`` and ``rate`` where they are unknown, from the clips' own headers; clips that
+    do not open stay unknown. Returns the number of clips completed."""
     filled = 0
     with path.open("rb") as file:
         for i in np.flatnonzero((clips["frames"] < 0) | (clips["rate"] == 0)):
@@ -447,10 +444,9 @@ def ask_clips(path: Path, clips: np.ndarray) -> int:
                 info = read_header(os.pread(file.fileno(), size, offset))
             except DecodeError:
                 continue
-            if not info.frames:
-                continue
-            if clips["frames"][i] < 0:
-                clips["frames"][i] = info.frames
-            clips["rate"][i] = info.sample_rate
-            filled += 1
+            if info.frames:
+                if clips["frames"][i] < 0:
+                    clips["frames"][i] = info.frames
+                clips["rate"][i] = info.sample_rate
+                filled += 1
     return filled

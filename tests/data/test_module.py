@@ -116,14 +116,10 @@ def uninterrupted(toy_shards: Path) -> Seen:
 @pytest.mark.parametrize(
     ("moment", "done", "workers"),
     [
-        (("batch", 1), 1, 0),
-        (("batch", 3), 3, 0),
         (("batch", 3), 3, 1),
         (("batch", 4), 4, 0),  # the last batch of an epoch
         (("batch", 5), 5, 0),  # the first of the second
         (("epoch", 1), 4, 1),
-        (("epoch", 2), 8, 0),
-        (("exception", 1), 6, 0),
         (("exception", 1), 6, 1),
     ],
 )
@@ -304,29 +300,11 @@ def test_a_checkpoint_holds_the_counts_of_all_processes(spoilt: Index) -> None:
     assert both["kinds"] == {kind: 2 * n for kind, n in own["kinds"].items()}
 
 
-def test_few_clips_are_judged_at_the_end(spoilt: Index) -> None:
-    module = data(spoilt)
-    fit(Recorder(), module, steps=5)
-    module.bad_clips.check()
-    with pytest.raises(UserError, match="unreadable"):
-        module.bad_clips.check(final=True)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_readable_is_one_clear_error(spoilt: Index, workers: int) -> None:
     module = data(spoilt, train_ids=np.array([0, 4]), workers=workers, max_bad=1.0)
     with pytest.raises(UserError, match=r"unreadable \(\d+ corrupt\), too many in a row"):
         fit(Recorder(), module, steps=3)
-
-
-def test_bad_clips_survive_a_resume(spoilt: Index, tmp_path: Path) -> None:
-    save = SaveAt(tmp_path / "a.ckpt", ("batch", 4))
-    module = data(spoilt, max_bad=1.0)
-    fit(Recorder(), module, steps=4, save=save)
-    again = data(spoilt, max_bad=1.0)
-    again.load_state_dict(module.state_dict())
-    assert again.bad_clips.state_dict() == module.bad_clips.state_dict()
-    assert again.bad_clips.bad > 0
 
 
 def test_settings_out_of_range(toy_index: Index) -> None:

@@ -71,25 +71,6 @@ def test_another_world_with_the_same_global_batch_keeps_the_batches(
     assert many == one == half
 
 
-def test_two_million_clips_in_64_ranks() -> None:
-    """Each rank's own sampler, all of an epoch's batches, cut in two by a resume."""
-    clips, world, batch = 2_000_000, 64, 250
-    plan, seen = Plan(clips, seed=0), np.zeros(clips, np.int64)
-    for rank in range(world):
-        for first, count in ((0, 41), (41, 84)):  # 125 x 64 x 250 = 2 M
-            sampler = PlanSampler(
-                plan,
-                batch=batch,
-                batches=count,
-                rank=rank,
-                world=world,
-                batches_done=lambda first=first: first,
-            )
-            for items in sampler:
-                seen[[clip for _, clip in items]] += 1
-    assert (seen == 1).all()
-
-
 def test_order_depends_on_seed_and_epoch_only() -> None:
     order = Plan(8, seed=0).order
     assert order(0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]  # a change here breaks running resumes
@@ -153,16 +134,16 @@ def test_gumbel_top_k_draws_without_replacement_in_proportion() -> None:
     weights = np.array([1.0, 2.0, 5.0, 0.0])
     one: Counter[int] = Counter()
     out: Counter[int] = Counter()
-    for epoch in range(4000):
+    for epoch in range(1500):
         one.update(Plan(4, seed=1, weights=weights, epoch_clips=1).order(epoch).tolist())
         pair = Plan(4, seed=1, weights=weights, epoch_clips=2).order(epoch).tolist()
         assert len(set(pair)) == 2
         out.update({0, 1, 2} - set(pair))
     assert one[3] == 0
     for clip, p in enumerate([1 / 8, 2 / 8, 5 / 8]):
-        assert abs(one[clip] - 4000 * p) < 5 * np.sqrt(4000 * p * (1 - p))
+        assert abs(one[clip] - 1500 * p) < 5 * np.sqrt(1500 * p * (1 - p))
     left = 2 / 8 * 5 / 6 + 5 / 8 * 2 / 3  # clip 0 is the one left out
-    assert abs(out[0] - 4000 * left) < 5 * np.sqrt(4000 * left * (1 - left))
+    assert abs(out[0] - 1500 * left) < 5 * np.sqrt(1500 * left * (1 - left))
 
 
 def test_a_weighted_epoch_is_shuffled_evenly_not_heavy_clips_first() -> None:
@@ -183,16 +164,6 @@ def test_an_epoch_of_fewer_clips_takes_others_each_time() -> None:
     positions = np.arange(25, 35)  # across two epochs
     both = [*plan.order(0)[25:].tolist(), *plan.order(1)[:5].tolist()]
     assert plan.clips(positions).tolist() == both
-
-
-def test_a_weighted_epoch_in_windows() -> None:
-    plan = Plan(
-        1000, seed=0, weights=np.linspace(0.1, 1, 1000), epoch_clips=200, window=40, shard=SHARD
-    )
-    order = plan.order(5)
-    assert len(set(order.tolist())) == 200
-    changes = [len(np.unique(SHARD[order[i : i + 40]])) for i in range(0, 200, 40)]
-    assert max(changes) <= 20
 
 
 def test_class_balance_is_the_mean_of_one_over_counts() -> None:

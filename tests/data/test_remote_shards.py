@@ -337,9 +337,8 @@ def test_prefetch__fetches_in_the_background_what_half_the_cache_holds(
 
 
 def test_cache__least_recently_used_shard_goes_and_a_damaged_one_is_fetched_anew(
-    server: FaultyServer, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: FaultyServer, shards: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("bat.data.remote_shards.TOUCH_SECONDS", 0.0)
     room = int(np.sort(open_index(shards).shard_bytes)[-2:].sum())
     there = open_index(f"{server.url}/set", cache=tmp_path / "cache", cache_bytes=room)
     for clip in (0, 3, 0, 6):  # shards 0, 1, 0, 2: 1 goes
