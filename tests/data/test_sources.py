@@ -16,7 +16,7 @@ from bat.errors import UserError
 from tests.data.test_index import WAV, tar_of
 
 
-def test_the_many_ways_to_name_shards(tmp_path: Path) -> None:
+def test_find__many_ways_to_name_shards(tmp_path: Path) -> None:
     for i in range(11):
         tar_of(tmp_path / f"s/shard-{i:05d}.tar", {f"{i}.wav": WAV})
 
@@ -46,7 +46,7 @@ def test_the_many_ways_to_name_shards(tmp_path: Path) -> None:
         ("s2", "hold no audio"),
     ],
 )
-def test_mistakes_in_naming_shards(
+def test_find__mistakes_in_naming_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any, says: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -71,12 +71,12 @@ def test_mistakes_in_naming_shards(
         ("s3://bucket/a.tar", "s3:// needs another package: .*s3fs"),
     ],
 )
-def test_sources_that_are_refused_not_run(source: str, says: str) -> None:
+def test_find__sources_that_are_refused_not_run(source: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         open_index(source)
 
 
-def test_sub_folders_are_splits_unless_the_json_says_another(tmp_path: Path) -> None:
+def test_find__sub_folders_are_splits_unless_the_json_says_another(tmp_path: Path) -> None:
     member = {"a.wav": WAV, "b.wav": WAV, "b.json": {"split": "valid"}}
     tar_of(tmp_path / "train/s-0.tar", member)
     tar_of(tmp_path / "test/s-0.tar", {"c.wav": WAV})
@@ -92,12 +92,7 @@ def test_sub_folders_are_splits_unless_the_json_says_another(tmp_path: Path) -> 
     assert open_index(f"file://{tmp_path}/train").shard_name(0) == "s-0.tar"
 
 
-def test_a_split_that_no_clip_has_does_not_exist(tmp_path: Path) -> None:
-    tar_of(tmp_path / "train/s-0.tar", {"b.wav": WAV, "b.json": {"split": "x"}})
-    assert open_index(tmp_path).splits == ["x"]
-
-
-def test_each_clip_knows_its_source(tmp_path: Path) -> None:
+def test_find__each_clip_knows_its_source(tmp_path: Path) -> None:
     for name, clips in (("one/a", "x"), ("one/b", "y"), ("two/a", "zw")):
         tar_of(tmp_path / f"{name}.tar", {f"{key}.wav": WAV for key in clips})
     index = open_index([tmp_path / "two", tmp_path / "one"])
@@ -111,7 +106,7 @@ def test_each_clip_knows_its_source(tmp_path: Path) -> None:
     index.prefetch([0, 1])  # nothing to do
 
 
-def test_compressed_tars_cannot_be_indexed(tmp_path: Path) -> None:
+def test_find__compressed_tars_cannot_be_indexed(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz"):
         pass
     for source in (tmp_path, tmp_path / "a.tar.gz", "http://host/a.tgz"):
@@ -119,7 +114,7 @@ def test_compressed_tars_cannot_be_indexed(tmp_path: Path) -> None:
             open_index(source)
 
 
-def test_two_kinds_of_shards_in_a_folder_are_not_silently_one(tmp_path: Path) -> None:
+def test_find__two_kinds_of_shards_in_a_folder_are_not_silently_one(tmp_path: Path) -> None:
     tar_of(tmp_path / "s/b.tar", {"a.wav": WAV})
     tar_of(tmp_path / "s/.hidden/c.tar", {"b.wav": WAV})
     assert len(open_index(tmp_path / "s")) == 1
@@ -135,7 +130,7 @@ def test_two_kinds_of_shards_in_a_folder_are_not_silently_one(tmp_path: Path) ->
     assert open_index([f"{tmp_path}/s/*.tar", tmp_path / "s/train"]).source.tolist() == [0, 1]
 
 
-def test_one_shard_under_two_names_is_listed_twice(
+def test_find__one_shard_under_two_names_is_listed_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -149,22 +144,7 @@ def test_one_shard_under_two_names_is_listed_twice(
     assert Shard(url + "a").identity != Shard("http://h/x.tar?id=2").identity
 
 
-@pytest.mark.parametrize("source", [".", "s-0.tar", "*.tar", "s-{0..1}.tar", Path("s-0.tar")])
-def test_shards_of_the_current_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("s-0", "s-1"):
-        tar_of(Path(f"{name}.tar"), {f"{name}.wav": WAV})
-    index = open_index(source)
-    assert index.shard_name(0) == "s-0.tar"
-    tar_of(Path("../other/s-0.tar"), {"c.wav": WAV})
-    both = open_index([source, "../other"])
-    assert both.shard_name(0) == f"{tmp_path.name}/s-0.tar"
-    assert both.shard_name(len(index)) == "other/s-0.tar"
-
-
-def test_names_grow_until_they_differ_and_show_no_query(tmp_path: Path) -> None:
+def test_find__names_grow_until_they_differ_and_show_no_query(tmp_path: Path) -> None:
     places = ("x/train/a.tar", "y/train/a.tar", "y/train/b.tar")
     for i, place in enumerate(places):
         tar_of(tmp_path / place, {f"{i}.wav": WAV, f"{i}b.json": b"["})
@@ -177,7 +157,7 @@ def test_names_grow_until_they_differ_and_show_no_query(tmp_path: Path) -> None:
     assert names_of(urls[:1]) == ["a b.tar"]
 
 
-def test_sub_folders_are_called_as_splits_are(tmp_path: Path) -> None:
+def test_find__sub_folders_are_called_as_splits_are(tmp_path: Path) -> None:
     for folder in ("Training", "dev", "part7"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "s-0.tar").touch()
