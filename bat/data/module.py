@@ -136,13 +136,9 @@ class StreamData(LightningDataModule):
 
     def _agree(self) -> None:
         """Raise ``UserError`` on every rank if the ranks would read different streams."""
-        _, world = self._ranks()
-        if world == 1 or not torch.distributed.is_initialized():
-            return
-        streams = [dict[str, Any]() for _ in range(world)]
-        torch.distributed.all_gather_object(streams, self._stream())
-        for rank, theirs in enumerate(streams):
-            for name, value in streams[0].items():
+        first, *others = self.gather(self._stream())
+        for rank, theirs in enumerate(others, start=1):
+            for name, value in first.items():
                 if theirs.get(name) != value:
                     raise UserError(
                         f"rank {rank} has {name} {theirs.get(name)}, rank 0 {value}: the ranks "
@@ -151,11 +147,8 @@ class StreamData(LightningDataModule):
 
     def bad_clips_all_ranks(self) -> dict[str, int]:
         """Returns ``{"seen", "bad"}`` summed over the ranks; all ranks must call it."""
-        counts = torch.tensor([self.bad_clips.seen, self.bad_clips.bad])
-        trainer = self.trainer
-        if trainer is not None and trainer.world_size > 1:
-            counts = trainer.strategy.reduce(counts.to(self._device()), reduce_op="sum")
-        return {"seen": int(counts[0]), "bad": int(counts[1])}
+        counts = self.gather((self.bad_clips.seen, self.bad_clips.bad))
+        return {"seen": sum(seen for seen, _ in counts), "bad": sum(bad for _, bad in counts)}
 
     def _recount(self) -> None:
         """Convert Lightning's loaded counts to micro-batches of this run's size."""

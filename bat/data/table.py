@@ -130,7 +130,9 @@ class ShardTable:
             table = cls(clips=clips, labels=labels, keys=keys, **head)
             if not table._is_valid() or (tar is not None and not table._describes(tar)):
                 return None
-            table.names, table.splits = ([*map(one_line, t)] for t in (table.names, table.splits))
+            for texts in (table.names, table.splits):
+                if not "".join(texts).isprintable():
+                    texts[:] = map(one_line, texts)
             return table
         except UNREADABLE:
             return None
@@ -146,8 +148,8 @@ class ShardTable:
         return (
             [array.dtype for array in (clips, labels, keys)] == [CLIP, np.int32, np.uint8]
             and clips.ndim == labels.ndim == keys.ndim == 1
-            and all(isinstance(x, int) for x in (tar_bytes, self.mtime_ns, *self.ids))
-            and all(isinstance(x, str) for x in (self.sha256, *texts))
+            and {*map(type, (tar_bytes, self.mtime_ns, *self.ids))} == {int}
+            and {*map(type, (self.sha256, *texts))} == {str}
             and all(isinstance(events, list) for events in self.events.values())
             and all(from_json(event) for events in self.events.values() for event in events)
             and len(self.names) == len(self.ids)
@@ -206,9 +208,6 @@ def table_places(tar: Path, folder: Path | None) -> list[Path]:
         digest = hashlib.sha256(os.fsencode(tar.resolve())).hexdigest()[:12]
         places.append(folder / f"{tar.stem}-{digest}.idx.npz")
     return places
-
-
-# ---- the JSON of a clip
 
 
 def parse(text: bytes) -> dict[str, Any]:
@@ -271,9 +270,6 @@ def parse_labels(meta: dict[str, Any]) -> list[tuple[str, int]]:
 def _whole(value: Any, default: int, limit: int) -> int:
     ok = isinstance(value, (int, float)) and value == value and 0 <= value < limit
     return int(value) if ok else default
-
-
-# ---- scanning a shard
 
 
 def unusable(member: Member, suffix: str) -> tuple[str, str] | None:
