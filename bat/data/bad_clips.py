@@ -25,7 +25,7 @@ class BadClips:
 
     Args:
         max_bad: fraction of ``seen`` above which ``check`` raises.
-        judge_after: clips seen before ``check`` evaluates; ``check(final=True)`` always does.
+        check_after: clips seen before ``check`` evaluates; ``check(final=True)`` always does.
         file: ``bad_clips.jsonl``, to which each bad clip is added once: ``{key, shard, kind, why,
             position}``. Lines of an earlier run in the same folder are kept.
     """
@@ -33,11 +33,11 @@ class BadClips:
     KEYS_KEPT = 10_000
 
     def __init__(
-        self, *, max_bad: float = 0.05, judge_after: int = 100, file: Path | None = None
+        self, *, max_bad: float = 0.05, check_after: int = 100, file: Path | None = None
     ) -> None:
         if not 0 <= max_bad <= 1:
             raise UserError(f"max_bad={max_bad} is a fraction: it must lie in [0, 1]")
-        self.max_bad, self.judge_after, self.file = max_bad, judge_after, file
+        self.max_bad, self.check_after, self.file = max_bad, check_after, file
         self.seen = 0
         self.kinds: Counter[str] = Counter()
         self.shards: Counter[str] = Counter()
@@ -100,7 +100,7 @@ class BadClips:
         """
         recent = self._recent_seen >= RECENT_CLIPS
         late = recent and self._recent_bad > self.max_bad * self._recent_seen
-        enough = final or self.seen >= self.judge_after
+        enough = final or self.seen >= self.check_after
         if enough and (late or self.bad > self.max_bad * self.seen):
             key, why = next(iter(self.keys.items()))
             latest = f"; of the latest {self._recent_seen} {self._recent_bad}" if late else ""

@@ -30,9 +30,9 @@ C = Skipped("c", "shard-00007.tar", "corrupt", "damaged", 9)
 
 
 def test_bad_clips__error_names_kinds_shards_and_the_list(tmp_path: Path) -> None:
-    bad = BadClips(max_bad=0.1, judge_after=10, file=tmp_path / "run" / "bad_clips.jsonl")
+    bad = BadClips(max_bad=0.1, check_after=10, file=tmp_path / "run" / "bad_clips.jsonl")
     bad.add(batch(5, A, B))
-    bad.check()  # too few to judge
+    bad.check()  # too few
     bad.add(batch(5, C, A))
     with pytest.raises(UserError) as caught:
         bad.check()

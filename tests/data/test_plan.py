@@ -245,8 +245,8 @@ def some_index(**kw: Any) -> Any:
 
 
 def test_plan__order_is_in_windows_for_remote_shards() -> None:
-    far = some_index(remote=True, fits=False)
-    assert "windows of 8192" in make_plan(far, seed=0).identity()
+    remote = some_index(remote=True, fits=False)
+    assert "windows of 8192" in make_plan(remote, seed=0).identity()
     small = some_index(remote=True, fits=False, cache_bytes=50)
     with pytest.raises(UserError, match=r"8192 clips lies in about 3 .*lower data\.window"):
         make_plan(small, seed=0)
@@ -254,10 +254,10 @@ def test_plan__order_is_in_windows_for_remote_shards() -> None:
     assert "windows of 7" in make_plan(some_index(), seed=0, shuffle="window", window=7).identity()
     assert "windows" in make_plan(some_index(remote=True), seed=0).identity()
     assert "windows" not in make_plan(some_index(), seed=0).identity()
-    near = make_plan(some_index(remote=True), seed=0, shuffle="exact")
-    assert "windows" not in near.identity()
+    exact = make_plan(some_index(remote=True), seed=0, shuffle="exact")
+    assert "windows" not in exact.identity()
     with pytest.raises(UserError, match="shuffle=exact over remote shards"):
-        make_plan(far, seed=0, shuffle="exact")
+        make_plan(remote, seed=0, shuffle="exact")
 
 
 def test_plan__settings_of_the_order() -> None:
@@ -275,7 +275,7 @@ def test_plan__settings_of_the_order() -> None:
     assert set(clips.tolist()) == set(range(5, 30))
 
 
-def test_plan__who_looks_ahead_always_sees_all_that_comes_next() -> None:
+def test_plan__prefetch_always_covers_all_that_comes_next() -> None:
     plan, asked = Plan(1000, seed=0), list[list[int]]()
     sampler = PlanSampler(
         plan,
