@@ -35,9 +35,9 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bat.data.index import Index, open_index
-from bat.data.loader import worker_init
+from bat.data.loader import as_it_is, worker_init
 from bat.data.plan import Plan
-from bat.data.stream import ClipDataset, Item, PlanSampler, as_it_is
+from bat.data.stream import ClipDataset, Item, PlanSampler
 from bat.data.table import CLIP, ShardTable
 from bat.shard.rows import open_rows
 from bat.shard.write import write_shards

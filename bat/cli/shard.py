@@ -286,7 +286,7 @@ def _kinds(entries: Sequence[dict[str, str]]) -> str:
 def next_command(summary: Summary, shards: Path, kind: str, *more: str) -> str:
     """Returns the suggested pre-training of ``shards``: the paper's for a large set, else that of
     ESC-50 or ESC-10 (tiny, for two cores), with online probes if clips can be held out."""
-    from bat.data.splits import TRAIN
+    from bat.data.sources import TRAIN
 
     words = [f"recipe={kind if kind in ('esc10', 'esc50') else 'esc10'}"]
     if summary.clips >= LARGE:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bat.errors import UserError
+from bat.io import filter_jsonl, read_jsonl
 from bat.redact import redact_tree
 from bat.types import Skipped, WaveBatch
 
@@ -24,7 +25,7 @@ class BadClips:
 
     Args:
         max_bad: fraction of ``seen`` above which ``check`` raises.
-        judge_after: clips seen before ``check`` evaluates; ``check(final=True)`` always does.
+        check_after: clips seen before ``check`` evaluates; ``check(final=True)`` always does.
         file: ``bad_clips.jsonl``, to which each bad clip is added once: ``{key, shard, kind, why,
             position}``. Lines of an earlier run in the same folder are kept.
     """
@@ -32,11 +33,11 @@ class BadClips:
     KEYS_KEPT = 10_000
 
     def __init__(
-        self, *, max_bad: float = 0.05, judge_after: int = 100, file: Path | None = None
+        self, *, max_bad: float = 0.05, check_after: int = 100, file: Path | None = None
     ) -> None:
         if not 0 <= max_bad <= 1:
             raise UserError(f"max_bad={max_bad} is a fraction: it must lie in [0, 1]")
-        self.max_bad, self.judge_after, self.file = max_bad, judge_after, file
+        self.max_bad, self.check_after, self.file = max_bad, check_after, file
         self.seen = 0
         self.kinds: Counter[str] = Counter()
         self.shards: Counter[str] = Counter()
@@ -45,7 +46,7 @@ class BadClips:
         """``{key: "kind: why"}``: each bad clip once, the first ``KEYS_KEPT`` of them."""
         self._recent: deque[tuple[int, int]] = deque()  # (seen, bad) of the latest batches
         self._recent_seen = self._recent_bad = 0
-        self._listed: set[tuple[str, str]] | None = None
+        self._listed: set[tuple[Any, Any]] | None = None
 
     @property
     def bad(self) -> int:
@@ -74,17 +75,9 @@ class BadClips:
     def _list(self, file: Path, clips: list[Skipped]) -> None:
         """Add those of ``clips`` that ``file`` does not list yet; repairs a truncated last line."""
         if self._listed is None:
-            self._listed = set()
-            text = file.read_text("utf-8", "replace") if file.is_file() else ""
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:
-                file.write_text(whole, encoding="utf-8")
-            for line in whole.splitlines():
-                try:
-                    entry = json.loads(line)
-                    self._listed.add((entry["shard"], entry["key"]))
-                except (ValueError, KeyError, TypeError):
-                    continue
+            if file.is_file():
+                filter_jsonl(file, lambda row: isinstance(row, dict))
+            self._listed = {(row.get("shard"), row.get("key")) for row in read_jsonl(file)}
         lines = []
         for clip in clips:
             if (clip.shard, clip.key) not in self._listed:
@@ -105,17 +98,17 @@ class BadClips:
         The fraction is taken over all clips and over the latest ``RECENT_CLIPS``, so that a disk
         that fails late is noticed too.
         """
-        judged = final or self.seen >= self.judge_after
         recent = self._recent_seen >= RECENT_CLIPS
         late = recent and self._recent_bad > self.max_bad * self._recent_seen
-        if judged and (late or self.bad > self.max_bad * self.seen):
+        enough = final or self.seen >= self.check_after
+        if enough and (late or self.bad > self.max_bad * self.seen):
             key, why = next(iter(self.keys.items()))
             latest = f"; of the latest {self._recent_seen} {self._recent_bad}" if late else ""
+            listed = f"; all are listed in {self.file}" if self.file is not None else ""
             raise UserError(
                 f"{self.summary()}{latest}: more than max_bad={self.max_bad:g} (the first: {key}, "
-                f"{why}). Most are in {self._worst()}"
-                + (f"; all are listed in {self.file}" if self.file is not None else "")
-                + ". Check the data (shards: bat-shard verify DIR), or raise data.max_bad"
+                f"{why}). Most are in {self._worst()}{listed}. Check the data (shards: bat-shard "
+                "verify DIR), or raise data.max_bad"
             )
 
     def _worst(self) -> str:

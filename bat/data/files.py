@@ -15,19 +15,18 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bat.audio.decode import AudioInfo, DecodeError, probe
-from bat.data.clip_fields import CLIP, MAX_AUDIO_BYTES
 from bat.data.index import Index
 from bat.data.sources import Shard
-from bat.data.table import ShardTable
+from bat.data.table import CLIP, MAX_AUDIO_BYTES, ShardTable
 from bat.data.tar import escape_key, write_atomic
 from bat.errors import UserError
 from bat.redact import one_line
@@ -46,8 +45,8 @@ SAMPLED_BYTES = 4096
 """Bytes at the start, the middle and the end of a file that its checksum covers."""
 MAX_SPLITS = 127
 MAX_FOLD = (1 << 15) - 1
-PART = 64
-"""Number of files that a thread takes at a time."""
+PART = 1024
+"""Number of files that are asked for at a time."""
 
 
 class Header(NamedTuple):
@@ -70,7 +69,7 @@ def read_row(row: Row) -> bytes:
     """
     if row.cell is not None:
         return _read_cell(row.path, *row.cell)
-    return _read_file(row.path, row.span)
+    return _read_parts(row.path, row.span)[0]
 
 
 def _read_cell(path: Path, group: int, row: int) -> bytes:
@@ -81,17 +80,11 @@ def _read_cell(path: Path, group: int, row: int) -> bytes:
     return data
 
 
-def _read_file(path: Path, span: tuple[int, int] | None) -> bytes:
-    with _opened(path, span) as (file, offset, size):
-        data = os.pread(file, size, offset)
-    if len(data) != size:
-        raise DecodeError("short", f"{path.name} ends inside the clip: it was cut")
-    return data
-
-
-@contextmanager
-def _opened(path: Path, span: tuple[int, int] | None) -> Iterator[tuple[int, int, int]]:
-    """Yields the descriptor of a regular file, and the offset and the size of the clip in it."""
+def _read_parts(
+    path: Path, span: tuple[int, int] | None, *, sampled: bool = False
+) -> tuple[bytes, int]:
+    """Reads the clip at ``span`` (offset, size) of a regular file, or the whole file; ``sampled``:
+    only the bytes that the checksum covers. Returns them and the size of the clip."""
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would block without it
     try:
         status = os.fstat(file)
@@ -99,9 +92,15 @@ def _opened(path: Path, span: tuple[int, int] | None) -> Iterator[tuple[int, int
             raise DecodeError("corrupt", "not a regular file")
         offset, size = span or (0, status.st_size)
         _check_size(size)
-        yield file, offset, size
+        if sampled:
+            parts = [os.pread(file, SAMPLED_BYTES, offset + at) for at in _samples(size)]
+            return b"".join(parts), size
+        data = os.pread(file, size, offset)
     finally:
         os.close(file)
+    if len(data) != size:
+        raise DecodeError("short", f"{path.name} ends inside the clip: it was cut")
+    return data, size
 
 
 def _check_size(size: int) -> None:
@@ -109,6 +108,15 @@ def _check_size(size: int) -> None:
         raise DecodeError("empty", "the file is empty")
     if size > MAX_AUDIO_BYTES:
         raise DecodeError("long", f"the file is larger than {MAX_AUDIO_BYTES} bytes")
+
+
+def _samples(size: int) -> tuple[int, int, int]:
+    """Returns the offsets of the parts that the checksum of a file of ``size`` bytes covers."""
+    return 0, size // 2, max(0, size - SAMPLED_BYTES)
+
+
+def _checksum(data: bytes) -> int:
+    return zlib.crc32(b"".join(data[at : at + SAMPLED_BYTES] for at in _samples(len(data))))
 
 
 def check_claim(info: AudioInfo, size: int) -> None:
@@ -177,9 +185,8 @@ class FileIndex(Index):
         if offset < 0:
             data = _read_cell(path, *divmod(-1 - offset, 1 << 32))
         else:
-            data = _read_file(path, (offset, size) if offset else None)
-        parts = (data[at : at + SAMPLED_BYTES] for at in _samples(size))
-        if len(data) != size or _crc(parts) != self._header[i]:
+            data, _ = _read_parts(path, (offset, size) if offset else None)
+        if len(data) != size or _checksum(data) != self._header[i]:
             raise OSError(5, f"{path.name} was changed since it was indexed: start again")
         codec = AUDIO_SUFFIXES[self.codec[i]]
         return Clip(self.key(i), data, codec, self.labels(i), self.shard_name(i))
@@ -192,15 +199,6 @@ def _offset_of(row: Row) -> int:
         return -1 - (group << 32 | number)
     assert row.span is None or row.span[0] > 0, "a member of a tar has a header before it"
     return row.span[0] if row.span else 0
-
-
-def _samples(size: int) -> tuple[int, int, int]:
-    """Returns the offsets of the parts that the checksum of a file of ``size`` bytes covers."""
-    return 0, size // 2, max(0, size - SAMPLED_BYTES)
-
-
-def _crc(parts: Iterable[bytes]) -> int:
-    return functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
 
 
 def index_files(
@@ -228,8 +226,13 @@ def index_files(
     Raises:
         UserError: no file can be read; a fold or a number of splits that an index cannot hold.
     """
-    headers, left_out = _headers(rows, cache, absent, progress)
-    kept = [(row, header) for row, header in zip(rows, headers, strict=True) if header is not None]
+    kept: list[tuple[Row, Header]] = []
+    left_out = [*absent]
+    for row, said in zip(rows, _headers(rows, cache, absent, progress), strict=True):
+        if isinstance(said, Header):
+            kept.append((row, said))
+        else:
+            left_out.append(LeftOut(row.key, row.name, said, row.split))
     if not kept:
         first = left_out[len(absent)]
         raise UserError(
@@ -281,68 +284,54 @@ def _table(kept: Sequence[tuple[Row, Header]], vocabulary: list[str]) -> ShardTa
 
 def _headers(
     rows: Sequence[Row], cache: Path | None, absent: Sequence[LeftOut], progress: bool
-) -> tuple[list[Header | None], list[LeftOut]]:
-    """Returns the header of each row (None if the row is left out), and all clips left out."""
+) -> list[Header | str]:
+    """Returns the header of each row, or the reason why it is left out; keeps them in ``cache``."""
     from tqdm import tqdm
 
-    before = _recall(cache)
-    files = before.get("files", {})
-
-    def ask(part: Sequence[tuple[str, Row]]) -> list[list[Any]]:
-        """Returns ``[modification time, bytes of the file, *Header]`` of each row, or a reason in
-        place of the header."""
-        said = []
-        for name, row in part:
-            stamp: list[Any] = []
-            try:
-                state = os.stat(row.path)
-                stamp = [state.st_mtime_ns, state.st_size]
-                known: list[Any] = files.get(name, [])
-                said.append(known if known[:2] == stamp else [*stamp, *_header_of(row)])
-            except DecodeError as error:
-                said.append([*stamp, reason_of(error, row)])
-            except OSError as error:
-                said.append([0, -1, reason_of(error, row)])  # read again at the next start
-        return said
-
-    named = [(_name(row), row) for row in rows]
-    parts = [named[start : start + PART] for start in range(0, len(rows), PART)]
-    found: list[list[Any]] = []
+    before: dict[str, Any] = {}
+    if cache is not None:
+        with suppress(OSError, ValueError):
+            kept = json.loads(cache.read_bytes())
+            before = kept if isinstance(kept, dict) else {}
+    files = before.get("files")
+    known = files if isinstance(files, dict) else {}
+    names = [_name(row) for row in rows]
+    entries: list[list[Any]] = []
     threads = 1 if any(row.cell is not None for row in rows) else THREADS  # cells are read in order
-    bar = tqdm(
-        total=len(rows), desc="headers", unit="file", leave=False, delay=1.0, disable=not progress
-    )
-    with bar, ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(parts), 2 * threads):  # an interrupt waits for this many parts
-            for answers in pool.map(ask, parts[start : start + 2 * threads]):
-                found += answers
-                bar.update(len(answers))
-    left_out = [*absent]
-    headers: list[Header | None] = []
-    for row, entry in zip(rows, found, strict=True):
-        header: Any = entry[2:]
-        headers.append(Header(*header) if len(header) > 1 else None)
-        if headers[-1] is None:
-            left_out.append(LeftOut(row.key, row.name, header[0], row.split))
-    now = {
-        "left_out": [{"key": e.key, "file": e.file, "reason": e.reason} for e in left_out],
-        "files": {name: entry for (name, _), entry in zip(named, found, strict=True)},
-    }
+    with (
+        tqdm(total=len(rows), desc="headers", leave=False, delay=1.0, disable=not progress) as bar,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        for start in range(0, len(rows), PART):  # an interrupt waits for this many
+            part = slice(start, start + PART)
+            entries += pool.map(_entry, rows[part], [known.get(name, []) for name in names[part]])
+            bar.update(len(rows[part]))
+    left_out = [{"key": e.key, "file": e.file, "reason": e.reason} for e in absent]
+    left_out += [
+        {"key": row.key, "file": row.name, "reason": entry[2]}
+        for row, entry in zip(rows, entries, strict=True)
+        if len(entry) == 3
+    ]
+    now = {"left_out": left_out, "files": dict(zip(names, entries, strict=True))}
     if cache is not None and now != before:
         with suppress(OSError):  # without a cache the run is slower, but works
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(cache, json.dumps(now).encode())
-    return headers, left_out
+    return [entry[2] if len(entry) == 3 else Header(*entry[2:]) for entry in entries]
 
 
-def _recall(cache: Path | None) -> dict[str, Any]:
-    """Reads the results of an earlier call; empty where there are none."""
-    if cache is not None:
-        with suppress(OSError, ValueError):
-            kept = json.loads(cache.read_bytes())
-            if isinstance(kept, dict) and isinstance(kept.get("files"), dict):
-                return kept
-    return {}
+def _entry(row: Row, known: list[Any]) -> list[Any]:
+    """Returns ``[modification time, bytes of the file, *Header]`` of a row, or a reason in place of
+    the header; ``known``: what an earlier call returned."""
+    stamp: list[Any] = []
+    try:
+        state = os.stat(row.path)
+        stamp = [state.st_mtime_ns, state.st_size]
+        return known if known[:2] == stamp else [*stamp, *_header_of(row)]
+    except DecodeError as error:
+        return [*stamp, reason_of(error, row)]
+    except OSError as error:
+        return [0, -1, reason_of(error, row)]  # read again at the next start
 
 
 def _name(row: Row) -> str:
@@ -354,16 +343,14 @@ def _name(row: Row) -> str:
 def _header_of(row: Row) -> Header:
     """Reads the header of the file of ``row``; raises as ``read_row``."""
     if row.span is None and row.cell is None:
-        with _opened(row.path, None) as (file, _, size):
-            parts = [os.pread(file, SAMPLED_BYTES, at) for at in _samples(size)]
-        info = probe(row.path, max_file_seconds=MAX_SECONDS)
+        sampled, size = _read_parts(row.path, None, sampled=True)
+        info, checksum = probe(row.path, max_file_seconds=MAX_SECONDS), zlib.crc32(sampled)
     else:
         data = read_row(row)
         size = len(data)
-        parts = [data[at : at + SAMPLED_BYTES] for at in _samples(size)]
-        info = probe(data, max_file_seconds=MAX_SECONDS)
+        info, checksum = probe(data, max_file_seconds=MAX_SECONDS), _checksum(data)
     check_claim(info, size)
     if not info.frames:
         raise DecodeError("empty", "no samples")
     codec = next((c for c in (info.codec, row.suffix) if c in AUDIO_SUFFIXES), "wav")
-    return Header(size, info.frames, info.sample_rate, _crc(parts), codec)
+    return Header(size, info.frames, info.sample_rate, checksum, codec)

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from bat.data.local_shards import Files, local_tables
-from bat.data.sources import NotIndexable, RetryPolicy, Shard, find
-from bat.data.table import ShardTable
-from bat.data.table_sets import joint_vocabulary
+from bat.data.manifest import Manifest, ShardInfo, joint_vocabulary
+from bat.data.sources import NotIndexable, RetryPolicy, Shard, find, names_of
+from bat.data.table import ShardTable, scan, table_places
 from bat.data.tar import BLOCK
 from bat.errors import UserError
 from bat.tasks.base import AUDIO_SUFFIXES
@@ -33,6 +33,25 @@ if TYPE_CHECKING:
     from bat.data.remote_shards import RemoteShards
 
 CACHE_BYTES = 100_000_000_000
+MAX_OPEN_FILES = 256
+
+
+class OpenFiles:
+    """File descriptors by path; the least recently used one is closed."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def pread(self, path: Path, size: int, offset: int) -> bytes:
+        if path not in self._open:
+            self._open[path] = os.open(path, os.O_RDONLY)
+            if len(self._open) > MAX_OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+        self._open.move_to_end(path)
+        return os.pread(self._open[path], size, offset)
+
+    def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
+        return OpenFiles, ()
 
 
 class Index:
@@ -57,7 +76,7 @@ class Index:
     ) -> None:
         self.paths = [shard.place for shard in shards]
         self.vocabulary = list(vocabulary or ())
-        self._names = _names(shards)
+        self._names = names_of(shards)
         self.left_out = {
             f"{shard}/{name}": reason
             for shard, table in zip(self._names, tables, strict=True)
@@ -76,6 +95,8 @@ class Index:
         self.fold = np.ascontiguousarray(clips["fold"])
         self._header = np.ascontiguousarray(clips["header"])
         self.splits, self.split = _splits(shards, tables)
+        self.events: dict[int, tuple[Event, ...]] = {}
+        self.texts: dict[int, str] = {}
         if vocabulary is None:  # labels dropped
             self.label_ids, self.label_ptr = np.empty(0, np.int32), np.zeros(len(clips) + 1, int)
         else:
@@ -83,10 +104,22 @@ class Index:
             to_global = (np.array([numbers[name] for name in t.names], np.int32) for t in tables)
             flat = [to[table.labels] for to, table in zip(to_global, tables, strict=True)]
             self.label_ids, self.label_ptr = np.concatenate(flat), _pointers(clips["labels"])
+            self._add_events_and_texts(tables)
         self._keys = np.concatenate([t.keys for t in tables])
         self._key_ptr = _pointers(clips["key"])
-        self._files, self._remote_shards = Files(), remote_shards
-        self.events, self.texts = _said(tables) if vocabulary is not None else ({}, {})
+        self._files, self._remote_shards = OpenFiles(), remote_shards
+
+    def _add_events_and_texts(self, tables: Sequence[ShardTable]) -> None:
+        first = 0
+        for table in tables:
+            keys = table.key_list() if table.events or table.texts else ()
+            for i, key in enumerate(keys, start=first):
+                if key in table.events:
+                    made = map(from_json, table.events[key])
+                    self.events[i] = tuple(event for event in made if event is not None)
+                if key in table.texts:
+                    self.texts[i] = table.texts[key]
+            first += len(table.clips)
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -205,44 +238,15 @@ class Index:
 
         Returns at once and replaces the shards of an earlier call that have not been started.
         Fetches as many as the cache holds; local shards and those already in the cache cost
-        nothing. Call it from the main process: a forked worker does not inherit the thread.
+        nothing.
         """
         if self._remote_shards is not None:
             self._remote_shards.prefetch(shards)
 
 
-def _names(shards: Sequence[Shard]) -> list[str]:
-    """Returns file names, with as many parent folders as needed to make them distinct."""
-    names = [shard.name for shard in shards]
-    for depth in range(2, 65):
-        if len(set(names)) == len(names):
-            break
-        names = [shard.called(depth) for shard in shards]
-    return names
-
-
 def _pointers(counts: np.ndarray) -> np.ndarray:
     """Converts (n,) counts to (n + 1,) int64 offsets."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-
-
-def _said(
-    tables: Sequence[ShardTable],
-) -> tuple[dict[int, tuple[Event, ...]], dict[int, str]]:
-    """Returns events and texts by the number of the clip."""
-    events: dict[int, tuple[Event, ...]] = {}
-    texts: dict[int, str] = {}
-    first = 0
-    for table in tables:
-        if table.events or table.texts:
-            number = {key: first + i for i, key in enumerate(table.key_list())}
-            for key, several in table.events.items():
-                if key in number:
-                    made = (from_json(event) for event in several)
-                    events[number[key]] = tuple(event for event in made if event is not None)
-            texts |= {number[key]: text for key, text in table.texts.items() if key in number}
-        first += len(table.clips)
-    return events, texts
 
 
 def _splits(shards: Sequence[Shard], tables: Sequence[ShardTable]) -> tuple[list[str], np.ndarray]:
@@ -283,7 +287,7 @@ def open_index(
             folder are made anew each time.
         cache_bytes: bytes of remote shards that the cache may hold.
         labels: ``same``: all sources have one vocabulary; ``drop``: the labels are dropped.
-        retries: tries without progress before a remote shard counts as unreachable.
+        retries: tries before a remote shard counts as unreachable.
         timeout_seconds: longest time that a server may send nothing.
         redirects: hosts that a server may redirect to, besides itself: ``cdn.org``, ``*.cdn.org``.
 
@@ -303,17 +307,16 @@ def open_index(
     if not found:
         raise UserError("the list of shards is empty: give a folder, a glob or shard-{0..9}.tar")
     seen = Counter(shard.identity for shard in given)
-    if len(seen) < len(given):
-        twice = min(shard.name for shard in given if seen[shard.identity] > 1)
-        raise UserError(f"shard {twice} is listed twice: each clip counts once, see data.mix")
-    piped = next((shard for shard in given if shard.command), None)
-    if piped is not None:
-        raise NotIndexable(f"{piped.name} is what a command writes")
-    packed = next((shard for shard in given if shard.compressed), None)
-    if packed is not None:
-        raise NotIndexable(f"{packed.name} is compressed: give uncompressed WebDataset shards")
-
-    tables, vocabularies = local_tables(given, whole=[Path(s) for s in sources], cache=cache)
+    for shard in given:
+        if seen[shard.identity] > 1:
+            raise UserError(
+                f"shard {shard.name} is listed twice: each clip counts once, see data.mix"
+            )
+        if shard.command:
+            raise NotIndexable(f"{shard.name} is what a command writes")
+        if shard.compressed:
+            raise NotIndexable(f"{shard.name} is compressed: give uncompressed WebDataset shards")
+    tables, vocabularies = _local_tables(given, whole=[Path(s) for s in sources], cache=cache)
     remote_shards = None
     if any(shard.remote for shard in given):
         from bat.data.remote_shards import RemoteShards
@@ -331,3 +334,82 @@ def open_index(
     return Index(
         shards=given, tables=ordered, vocabulary=names, sources=numbers, remote_shards=remote_shards
     )
+
+
+def _local_tables(
+    shards: Sequence[Shard], *, whole: Sequence[Path], cache: Path | None
+) -> tuple[dict[int, ShardTable], list[list[str]]]:
+    """Returns ``{number: table}`` of the local ones of ``shards``, and their manifests'
+    vocabularies.
+
+    Args:
+        whole: folders that must hold all shards listed in their manifests, or in those below them.
+        cache: folder for a table that cannot be written beside its shard.
+
+    Raises:
+        UserError: a shard that is missing, not a tar, or different from its manifest.
+    """
+    local = {i: shard.place for i, shard in enumerate(shards) if isinstance(shard.place, Path)}
+    vocabularies: list[list[str]] = []
+    entries: dict[Path, ShardInfo] = {}
+    for folder in dict.fromkeys(path.parent for path in local.values()):
+        manifest = Manifest.load(folder)
+        if manifest is None:
+            continue
+        if manifest.vocabulary:
+            vocabularies.append(manifest.vocabulary)
+        listed = {folder / entry.name: entry for entry in manifest.shards}
+        entries |= listed
+        if folder in whole or folder.parent in whole:
+            for path in listed:
+                if not path.exists():
+                    raise UserError(
+                        f"{folder} lacks {path.name}, which its manifest.json lists: copy it "
+                        f"again, or remove the folder and run the bat-shard command that made it"
+                    )
+    return {i: _local_table(path, entries.get(path), cache) for i, path in local.items()}, (
+        vocabularies
+    )
+
+
+def _local_table(path: Path, entry: ShardInfo | None, cache: Path | None) -> ShardTable:
+    """Returns the table of a local shard, read or made, and held to its ``entry`` of a manifest.
+
+    If the tar has another modification time (a copy) but the same content, the lengths of the old
+    table are kept.
+    """
+    size = path.stat().st_size
+    if entry is not None and size != entry.bytes:
+        raise UserError(
+            f"{path} has {size} bytes, its manifest.json says {entry.bytes}: copy it again"
+        )
+    places = table_places(path, cache)
+    tables = (ShardTable.load(place, path) for place in places)
+    table = next(
+        (t for t in tables if t and (entry is None or t.sha256 in ("", entry.sha256))), None
+    )
+    if table is None:
+        table = scan(path, entry.sha256 if entry else "")
+        before = next(filter(None, (ShardTable.load(place, None) for place in places)), None)
+        if before is not None and before.agrees(table):
+            for name in ("frames", "rate"):
+                unknown = table.clips[name] <= 0
+                table.clips[name][unknown] = before.clips[name][unknown]
+        elif before is not None and entry is not None and before.sha256 == entry.sha256:
+            raise UserError(
+                f"{path} was changed since its manifest.json was written: copy it again, or remove "
+                f"the manifest and run bat-shard {path.parent}"
+            )
+        for place in places:
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                table.save(place)
+                break
+            except OSError:
+                continue
+    if entry is not None and len(table.clips) != entry.clips:
+        raise UserError(
+            f"{path} has {len(table.clips)} clips, its manifest.json says {entry.clips}: copy it "
+            "again"
+        )
+    return table

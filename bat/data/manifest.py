@@ -10,10 +10,9 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -25,11 +24,14 @@ from bat.data.table import ShardTable
 from bat.data.tar import write_atomic
 from bat.errors import UserError
 from bat.redact import one_line
-from bat.tasks.base import Row
+from bat.tasks.base import Row, in_order
+from bat.tasks.labels import by_number
 
 VERSION = 2
 MAX_BYTES = 1 << 28
 COUNT = 1 << 62
+MAX_CLASSES = 100_000
+"""Greatest number of classes; the targets of each clip of a batch have one entry for each."""
 
 
 @dataclass(frozen=True)
@@ -78,53 +80,34 @@ class Manifest:
             return None
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path} is larger than {MAX_BYTES} bytes: no manifest is")
-        try:
-            fields = json.loads(path.read_bytes())
-            if not isinstance(fields, dict) or "source" not in fields:
-                return None
-            if fields["version"] != VERSION:
-                raise UserError(
-                    f"{path} is version {fields['version']}, this bat reads {VERSION}: remove it "
-                    f"and run bat-shard {folder}, or write the shards again"
-                )
-            fields["shards"] = [ShardInfo(**shard) for shard in fields["shards"]]
-            made = cls(**fields)
-            made._check()
-            return replace(made, vocabulary=[*map(one_line, made.vocabulary)])
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path} is damaged ({error}): write the shards again") from error
+        return parse_manifest(path.read_bytes(), str(folder))
 
     def _check(self) -> None:
         """Raise ``ValueError`` for a field of the wrong type."""
 
-        def count(*values: Any) -> bool:
+        def are_counts(*values: Any) -> bool:
             return all(type(value) is int and 0 <= value < COUNT for value in values)
 
-        def seconds(value: Any) -> bool:
-            return type(value) in (int, float) and 0 <= value < COUNT
+        def are_texts(*values: Any) -> bool:
+            return all(type(value) is str for value in values)
 
-        def texts(value: Any) -> bool:
-            return type(value) is list and all(type(text) is str for text in value)
-
+        seconds = [self.seconds, *(shard.seconds for shard in self.shards)]
+        if not all(type(value) in (int, float) and 0 <= value < COUNT for value in seconds):
+            raise ValueError("its seconds are no numbers")
         for shard in self.shards:
-            name, sha256 = shard.name, shard.sha256
-            if type(name) is not str or not re.fullmatch(r"(?!\.{1,2}$)[^/\\\0]{1,255}", name):
-                raise ValueError(f"{name!r:.80} is not the name of a shard")
-            if not count(shard.clips, shard.bytes) or not seconds(shard.seconds):
-                raise ValueError(f"clips, bytes or seconds of {name} are no counts")
-            if type(sha256) is not str or not re.fullmatch(r"([0-9a-f]{64})?", sha256):
-                raise ValueError(f"sha256 of {name} is none")
-        tables = (self.splits, self.folds, self.rates)
-        if not (
-            count(self.clips, self.bytes, *self.label_counts)
-            and seconds(self.seconds)
-            and texts(self.vocabulary)
-            and all(texts(list(table)) and count(*table.values()) for table in tables)
-            and all(texts([*entry, *entry.values()]) for entry in self.left_out)
-        ):
-            raise ValueError("its totals are no counts, or its names no text")
+            if not re.fullmatch(r"(?!\.{1,2}$)[^/\\\0]{1,255}", shard.name):
+                raise ValueError(f"{shard.name!r:.80} is not the name of a shard")
+            if not are_counts(shard.clips, shard.bytes):
+                raise ValueError(f"clips or bytes of {shard.name} are no counts")
+            if not re.fullmatch(r"([0-9a-f]{64})?", shard.sha256):
+                raise ValueError(f"sha256 of {shard.name} is none")
+        for table in (self.splits, self.folds, self.rates):
+            if not (are_texts(*table) and are_counts(*table.values())):
+                raise ValueError("its splits, folds or rates are no counts")
+        if not are_counts(self.clips, self.bytes, *self.label_counts):
+            raise ValueError("its totals are no counts")
+        if not all(are_texts(*entry, *entry.values()) for entry in self.left_out):
+            raise ValueError("its list of clips left out is no text")
 
     def save(self, folder: Path) -> None:
         """Write ``manifest.json``, one line for each clip left out (there may be a million)."""
@@ -148,14 +131,42 @@ class Manifest:
         return None
 
 
+def parse_manifest(data: bytes, folder: str) -> Manifest | None:
+    """Reads the manifest ``data`` of ``folder``, as ``Manifest.load``."""
+    path = f"{folder}/manifest.json"
+    try:
+        fields = json.loads(data)
+        if not isinstance(fields, dict) or "source" not in fields:
+            return None
+        if fields["version"] != VERSION:
+            raise UserError(
+                f"{path} is version {fields['version']}, this bat reads {VERSION}: remove it "
+                f"and run bat-shard {folder}, or write the shards again"
+            )
+        shards = [ShardInfo(**shard) for shard in fields.pop("shards")]
+        vocabulary = [one_line(name) for name in _list(fields.pop("vocabulary"))]
+        made = Manifest(shards=shards, vocabulary=vocabulary, **fields)
+        made._check()
+        return made
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): write the shards again") from error
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r:.80} is no list")
+    return value
+
+
 class Counts:
     """Sums up the tables of shards to the counts of a manifest."""
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
         self.vocabulary = list(vocabulary)
         self.shards: list[ShardInfo] = []
-        self._number = {name: i for i, name in enumerate(self.vocabulary)}
-        self._labels = np.zeros(len(self.vocabulary), np.int64)
+        self._labels: Counter[str] = Counter()
         self._splits: Counter[str] = Counter()
         self._folds: Counter[int] = Counter()
         self._rates: Counter[int] = Counter()
@@ -163,17 +174,12 @@ class Counts:
     def add(self, name: str, table: ShardTable) -> ShardInfo:
         """Count the shard ``name``. A label outside the vocabulary is not counted."""
         clips = table.clips
-        per_name = np.bincount(table.labels, minlength=len(table.names))
-        for label, count in zip(table.names, per_name.tolist(), strict=True):
-            if label in self._number:
-                self._labels[self._number[label]] += count
-        split = clips["split"]
+        per_name = np.bincount(table.labels, minlength=len(table.names)).tolist()
+        self._labels.update(dict(zip(table.names, per_name, strict=True)))
         for i, label in enumerate(table.splits):
-            self._splits[label] += int((split == i).sum())
-        for counter, field, least in ((self._folds, "fold", 0), (self._rates, "rate", 1)):
-            values, counts = np.unique(clips[field], return_counts=True)
-            known = values >= least
-            counter.update(dict(zip(values[known].tolist(), counts[known].tolist(), strict=True)))
+            self._splits[label] += int((clips["split"] == i).sum())
+        self._folds.update(clips["fold"][clips["fold"] >= 0].tolist())
+        self._rates.update(clips["rate"][clips["rate"] >= 1].tolist())
         known = (clips["frames"] > 0) & (clips["rate"] > 0)
         seconds = float((clips["frames"][known] / clips["rate"][known]).sum())
         info = ShardInfo(name, len(clips), table.tar_bytes, table.sha256, round(seconds, 3))
@@ -189,7 +195,7 @@ class Counts:
             seconds=round(sum(s.seconds for s in shards), 3),
             bytes=sum(s.bytes for s in shards),
             vocabulary=self.vocabulary,
-            label_counts=self._labels.tolist(),
+            label_counts=[self._labels[name] for name in self.vocabulary],
             splits=dict(sorted(self._splits.items())),
             folds={str(k): n for k, n in sorted(self._folds.items())},
             rates={str(k): n for k, n in sorted(self._rates.items())},
@@ -237,17 +243,51 @@ def remote_manifest(folder: str, policy: RetryPolicy) -> Manifest | None:
 
     try:
         data = read(f"{folder}/manifest.json", limit=MAX_BYTES, policy=policy)
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
+    except (FileNotFoundError, PermissionError):
         return None
     except OSError as error:
         raise UserError(error.strerror) from None
-    with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "manifest.json").write_bytes(data)
-        try:
-            manifest = Manifest.load(Path(name))
-        except UserError as error:
-            raise UserError(str(error).replace(name, shown(folder))) from None
+    manifest = parse_manifest(data, shown(folder))
     for entry in manifest.shards if manifest else ():
-        if not re.fullmatch(r"[^/\\]+", entry.name) or not unquote(entry.name).endswith(SUFFIXES):
+        if not unquote(entry.name).endswith(SUFFIXES):
             raise UserError(f"{shown(folder)}/manifest.json lists {entry.name!r}: not a shard")
     return manifest
+
+
+def joint_vocabulary(tables: Sequence[ShardTable], given: Sequence[list[str]]) -> list[str]:
+    """Returns class names in the order of their indices.
+
+    They come from the manifests where there are some; else from ``label_id`` (``by_number``); else
+    they are the names, sorted, numbers by value.
+
+    Args:
+        given: the vocabularies of the manifests.
+
+    Raises:
+        UserError: manifests that disagree, a label that theirs lacks, more than ``MAX_CLASSES``.
+    """
+    names = {name for table in tables for name in table.names}
+    most = max([len(names), *map(len, given)])
+    if most > MAX_CLASSES:
+        raise UserError(
+            f"the shards have {most} class names, more than {MAX_CLASSES}: are they captions? "
+            "data.labels=drop pre-trains without labels"
+        )
+    if not given:
+        pairs = {pair for t in tables for pair in zip(t.names, t.ids, strict=True)}
+        return by_number(pairs) or in_order(names)
+    for other in given[1:]:
+        if other != given[0]:
+            odd = sorted(set(other) ^ set(given[0]))
+            what = f"{odd[0]!r} is in one only" if odd else "the order differs"
+            raise UserError(
+                f"the data sets have different labels ({what}): write them with one vocabulary, or "
+                "pre-train without labels (data.labels=drop)"
+            )
+    unknown = sorted(names - set(given[0]))
+    if unknown:
+        raise UserError(
+            f"label {unknown[0]!r} is not in the vocabulary of manifest.json: `bat-shard verify` "
+            "names the clips"
+        )
+    return list(given[0])

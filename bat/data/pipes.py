@@ -2,9 +2,9 @@
 
 A command is run only after ``allow_pipes(True)``, which only the flag ``--allow-pipe`` calls: no
 recipe, manifest or URL can do so. ``bat.data.sources.find`` checks this; the ``Shard`` that it
-makes carries the permission to loader workers, however they are started. The output is read like
-any other stream, from front to end, anew for each reader and epoch. A command ends with its reader,
-however that ends: see ``pipe_guard``.
+makes carries the permission to loader workers. The output is read like any other stream, from
+front to end, anew for each reader and epoch. A command is killed with its children when its reader
+stops; where the reader itself is killed, the command ends when it next writes (SIGPIPE).
 """
 
 from __future__ import annotations
@@ -12,22 +12,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import selectors
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Generator
+import tempfile
+from collections.abc import Iterator
+from typing import BinaryIO
 
-from bat.data import pipe_guard
 from bat.redact import redact
 
 PREFIX = "pipe:"
-PIECE_BYTES = 1 << 20
-LAST_WORDS_BYTES = 4096
 LEAVE_SECONDS = 30.0
 """Longest time that a command may run on after the end of its output."""
-POLL_SECONDS = 0.5
+DRAIN_BYTES = 1 << 20
+"""Bytes that may follow the end of a tar (tar fills up its last block); a command that writes more
+is killed."""
 
 _allowed = False
 
@@ -42,60 +40,48 @@ def pipes_allowed() -> bool:
     return _allowed
 
 
-def output_of(command: str) -> Generator[bytes, None, None]:
-    """Yields the output of ``command`` in pieces; kills the command if the generator is closed.
+@contextlib.contextmanager
+def output_of(command: str) -> Iterator[BinaryIO]:
+    """Opens the output of ``command``; kills the command at the end.
 
     Raises:
-        OSError: at the end, if its exit code is not 0: the code and its last line of errors.
+        OSError: at the end, if the output was read to its end and the exit code is not 0: the code
+            and the last line of errors.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", pipe_guard.__file__, command],
-        stdin=subprocess.PIPE,  # ends with this process
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # its own process group, killed as a whole
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
-    out, errors = process.stdout.fileno(), process.stderr.fileno()
-    words = b""
-    try:
-        with selectors.DefaultSelector() as selector:
-            for descriptor in (out, errors):
-                selector.register(descriptor, selectors.EVENT_READ)
-            until: float | None = None
-            while until is None or process.poll() is None:
-                ready = selector.select(POLL_SECONDS if until is None else 0.02)
-                for key, _ in ready:
-                    data = os.read(key.fd, PIECE_BYTES)
-                    if key.fd == errors:
-                        words = (words + data)[-LAST_WORDS_BYTES:]
-                    if not data:
-                        selector.unregister(key.fd)
-                        until = time.monotonic() + LEAVE_SECONDS if key.fd == out else until
-                    elif key.fd == out:
-                        yield data
-                if until is not None and time.monotonic() > until:
-                    raise OSError(errno.EIO, "its command does not end after its output")
-            while any(key.fd == errors for key, _ in selector.select(0)):
-                data = os.read(errors, PIECE_BYTES)
-                words = (words + data)[-LAST_WORDS_BYTES:]
-                if not data:
-                    break
-        if process.returncode:
-            raise OSError(errno.EIO, f"its command ended {_how(process.returncode, words)}")
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
-        process.stderr.close()
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,  # its own process group, killed as a whole
+        )
+        assert process.stdout is not None
+        broken: Exception | None = None
+        try:
+            try:
+                yield process.stdout  # type: ignore[misc]
+            except Exception as error:  # perhaps because the command failed
+                broken = error
+            if len(process.stdout.read(DRAIN_BYTES)) < DRAIN_BYTES:
+                try:
+                    code = process.wait(LEAVE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    raise OSError(errno.EIO, "its command does not end after its output") from None
+                if code:
+                    errors.seek(max(0, errors.seek(0, os.SEEK_END) - 4096))
+                    raise OSError(errno.EIO, f"its command ended {_ended(code, errors.read())}")
+            if broken is not None:
+                raise broken
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
 
 
-def _how(code: int, words: bytes) -> str:
-    text = "".join(c if c.isprintable() else "\n" for c in words.decode("utf-8", "replace"))
-    said = ([line.strip() for line in redact(text).splitlines() if line.strip()] or [""])[-1][-300:]
+def _ended(code: int, errors: bytes) -> str:
+    text = "".join(c if c.isprintable() else "\n" for c in errors.decode("utf-8", "replace"))
+    lines = [line.strip() for line in redact(text).splitlines() if line.strip()]
     how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-    return f"{how}: {said or 'it said nothing'}"
+    return f"{how}: {lines[-1][-300:] if lines else 'it said nothing'}"

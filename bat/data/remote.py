@@ -1,24 +1,25 @@
-"""Reads remote files by fsspec: whole files, small ones, listings.
+"""Reads remote files by fsspec: whole files, small ones, streams, listings.
 
-A file is fetched whole in one request and compared with the size and version (ETag or modification
-time) it should have; a truncated file is fetched again from its start, so two versions are never
-joined. Failures are retried according to the ``RetryPolicy``. HTTP redirects are followed on the
-same server, and to hosts that the policy names. File systems are made once a process: a forked
-loader worker has its own. Messages show no user names, passwords or signatures.
+A file is fetched whole and compared with the size and the version (ETag or modification time) it
+should have; after a failure it is fetched again from its start, so two versions are never joined.
+Redirects are followed on the same server, and to hosts that the policy names. File systems are
+made once a process: a forked loader worker has its own. Messages show no user names, passwords or
+signatures.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fnmatch
-import html
+import io
 import os
 import re
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 import fsspec
@@ -30,7 +31,6 @@ from bat.redact import redact
 
 PIECE_BYTES = 4 << 20
 LONGEST_PAUSE_SECONDS = 60.0
-MAX_LISTING_BYTES = 1 << 24
 FULL = (errno.ENOSPC, errno.EDQUOT)
 TAGS = ("ETag", "etag", "generation", "blob_id", "Last-Modified", "LastModified", "last_modified",
         "mtime")  # fmt: skip
@@ -44,14 +44,12 @@ class Stat(NamedTuple):
     """Changes with the content (ETag, modification time); empty if the server reports none."""
 
 
-class ChangedError(OSError):
-    """The file on the server has another version than the requested one."""
+class RefusedError(OSError):
+    """A file of another version than requested, or a redirect to a host that is not allowed."""
 
 
-class RedirectError(OSError):
-    """The server redirects to another host or port, or too often."""
-
-
+FINAL = (RefusedError, FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
+"""Errors after which no further try is made."""
 _systems: dict[Any, Any] = {}
 
 
@@ -91,7 +89,7 @@ def _redirect_guard(policy: RetryPolicy) -> aiohttp.TraceConfig:
             or any(fnmatch.fnmatchcase(n, pattern) for n in names for pattern in policy.redirects)
         )
         if not allowed:
-            raise RedirectError(
+            raise RefusedError(
                 errno.EIO,
                 f"{shown(str(asked.url))} leads to another place, {shown(str(there))}: name that "
                 f"one, or allow its host, data.redirects=[{there.host}]",
@@ -100,6 +98,20 @@ def _redirect_guard(policy: RetryPolicy) -> aiohttp.TraceConfig:
     guard = aiohttp.TraceConfig()
     guard.on_request_redirect.append(check)
     return guard
+
+
+def _cause(error: Exception, url: str) -> Exception:
+    """Returns the actual cause of ``error``, with a message where it is final."""
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # fsspec reports any failure of ``info`` like this
+    if isinstance(error, aiohttp.TooManyRedirects):
+        return RefusedError(errno.EIO, f"{shown(url)} leads on and on: too many redirects")
+    status = error.status if isinstance(error, aiohttp.ClientResponseError) else 0
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        return FileNotFoundError(errno.ENOENT, f"{shown(url)} does not exist")
+    if isinstance(error, (PermissionError, IsADirectoryError)) or status in (401, 403):
+        return PermissionError(errno.EACCES, f"{shown(url)} is refused")
+    return OSError(errno.EIO, f"HTTP {status}") if status else error
 
 
 def why(error: BaseException, url: str, policy: RetryPolicy) -> str:
@@ -115,50 +127,26 @@ def why(error: BaseException, url: str, policy: RetryPolicy) -> str:
     return re.sub(r"\?[^\s'\"]*", "", text)[:300] or type(error).__name__
 
 
-def _cause(error: Exception, url: str) -> Exception:
-    """Returns the actual cause where fsspec reports that the file does not exist."""
-    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    if isinstance(error, aiohttp.TooManyRedirects):
-        return RedirectError(errno.EIO, f"{shown(url)} leads on and on: too many redirects")
-    if isinstance(error, aiohttp.ClientResponseError):
-        text = f"HTTP {error.status}"
-        if error.status in (404, 410):
-            return FileNotFoundError(errno.ENOENT, text)
-        if error.status in (401, 403):
-            return PermissionError(errno.EACCES, text)
-        return OSError(errno.EIO, text)
-    return error
-
-
 def attempt(action: Callable[[], T], url: str, policy: RetryPolicy) -> T:
     """Calls ``action()``, and again after a failure, with pauses that double.
 
     Raises:
-        OSError: it stays unreachable. Immediately: FileNotFoundError, PermissionError,
-            ``ChangedError``, ``RedirectError``, a full disk.
+        OSError: it stays unreachable. Immediately: one of ``FINAL``, a full disk.
     """
-    tries = 0
+    tries, pause = 0, policy.backoff_seconds
     while True:
         try:
             return action()
         except Exception as raised:
             error = _cause(raised, url)
-            if isinstance(error, (ChangedError, RedirectError, ImportError)):
-                raise error from None
-            if isinstance(error, OSError) and error.errno in FULL:
-                raise
-            if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
-                reason = "does not exist" if isinstance(error, FileNotFoundError) else "is refused"
-                number = error.errno or errno.EIO
-                raise type(error)(number, f"{shown(url)} {reason}") from None
-            tries += 1
-            if tries >= policy.retries:
-                reason = f"{why(error, url, policy)} ({tries} tries)"
-                message = f"{shown(url)} cannot be reached: {reason}"
-                raise OSError(errno.EIO, message) from None
-        seconds = policy.backoff_seconds * 2.0 ** min(tries - 1, 20)
-        time.sleep(min(seconds, LONGEST_PAUSE_SECONDS))
+        tries += 1
+        if isinstance(error, FINAL) or (isinstance(error, OSError) and error.errno in FULL):
+            raise error
+        if tries >= policy.retries:
+            reason = f"{why(error, url, policy)} ({tries} tries)"
+            raise OSError(errno.EIO, f"{shown(url)} cannot be reached: {reason}")
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
 def _info(url: str, policy: RetryPolicy) -> Stat:
@@ -173,13 +161,6 @@ def stat(url: str, policy: RetryPolicy) -> Stat:
     return attempt(lambda: _info(url, policy), url, policy)
 
 
-def _check(url: str, tag: str, policy: RetryPolicy) -> None:
-    """Raise ``ChangedError`` if the server has another version than ``tag``."""
-    if tag and _info(url, policy).tag not in ("", tag):
-        message = f"{shown(url)} was changed on the server: start the run again"
-        raise ChangedError(errno.EIO, message)
-
-
 def download(url: str, path: Path, *, size: int, tag: str = "", policy: RetryPolicy) -> None:
     """Fetch a whole file to ``path``.
 
@@ -188,13 +169,15 @@ def download(url: str, path: Path, *, size: int, tag: str = "", policy: RetryPol
         tag: tag of the requested version (``stat``); empty: any.
 
     Raises:
-        OSError: as ``attempt``.
+        OSError: as ``attempt``; ``RefusedError`` if the server has another version.
     """
 
     def fetch() -> None:
         system, name = _system_of(url, policy)
         system.get_file(name, os.fspath(path))
-        _check(url, tag, policy)
+        if tag and _info(url, policy).tag not in ("", tag):
+            message = f"{shown(url)} was changed on the server: start the run again"
+            raise RefusedError(errno.EIO, message)
         got = path.stat().st_size
         if got != size:
             raise OSError(errno.EIO, f"the server sent {got} bytes, {size} were expected")
@@ -207,28 +190,19 @@ def _open(url: str, policy: RetryPolicy) -> Any:
     return system.open(path, "rb", **({"block_size": 0} if is_http(url) else {}))
 
 
-def stream(url: str, policy: RetryPolicy) -> Generator[bytes, None, None]:
-    """Yields the bytes of ``url`` in pieces, from front to end; a broken connection is not resumed.
+@contextlib.contextmanager
+def opened(url: str, policy: RetryPolicy) -> Iterator[io.BufferedReader]:
+    """Opens ``url`` to be read from front to end; a broken connection is not resumed.
 
     Raises:
-        OSError: as ``attempt`` at the start; where the connection breaks, or too little is
-            received.
+        OSError: as ``attempt`` at the start; where the connection breaks.
     """
-    size = stat(url, policy).size
-    got = 0
     with attempt(lambda: _open(url, policy), url, policy) as file:
-        while True:
-            try:
-                data = file.read(PIECE_BYTES)
-            except Exception as error:
-                text = why(_cause(error, url), url, policy)
-                raise OSError(errno.EIO, f"{shown(url)} broke off: {text}") from None
-            if not data:
-                break
-            got += len(data)
-            yield data
-    if size not in (None, got):
-        raise OSError(errno.EIO, f"{shown(url)} broke off: {got} of {size} bytes came")
+        try:
+            yield io.BufferedReader(file, 1 << 17)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            reason = why(error, url, policy)
+            raise OSError(errno.EIO, f"{shown(url)} broke off: {reason}") from None
 
 
 def read(url: str, *, limit: int, policy: RetryPolicy) -> bytes:
@@ -260,29 +234,19 @@ def listing(folder: str, policy: RetryPolicy) -> list[str]:
         UserError: the server cannot be reached.
     """
 
-    def ask() -> list[str]:
-        system, path = _system_of(folder, policy)
-        entries = system.ls(path, detail=True)
-        names = [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries]
-        deep = [e["type"] == "directory" for e in entries]
-        return [name + "/" * is_folder for name, is_folder in zip(names, deep, strict=True)]
+    def ask() -> set[str]:
+        system, path = _system_of(f"{folder}/", policy)
+        names = set()
+        for entry in system.ls(path, detail=True):
+            parent, _, name = entry["name"].rstrip("/").rpartition("/")
+            if not is_http(folder) or parent == folder:  # a page may link to anywhere
+                names.add(name + "/" * (entry["type"] == "directory"))
+        return names
 
     try:
-        names = _links(folder, policy) if is_http(folder) else attempt(ask, folder, policy)
+        names = attempt(ask, folder, policy)
     except (FileNotFoundError, PermissionError, NotADirectoryError):
         return []
     except OSError as error:
         raise UserError(error.strerror) from None
-    return sorted({n for n in names if re.fullmatch(r"[^/]+/?", n) and not n.startswith(".")})
-
-
-def _links(folder: str, policy: RetryPolicy) -> list[str]:
-    """Returns the links on the page of an HTTP folder that lie below it. (fsspec's own reading has
-    no size bound.)"""
-    page = read(f"{folder}/", limit=MAX_LISTING_BYTES, policy=policy).decode("utf-8", "replace")
-    targets = re.findall(
-        r"<a\s[^<>]{0,500}?href\s*=\s*[\"']([^\"'<>]{1,2000})", page, re.IGNORECASE
-    )
-    found = [urljoin(f"{folder}/", html.unescape(target)) for target in targets]
-    plain = [re.split(r"[?#]", link, maxsplit=1)[0] for link in found]
-    return [link.removeprefix(f"{folder}/") for link in plain if link.startswith(f"{folder}/")]
+    return sorted(n for n in names if re.fullmatch(r"[^/?#]+/?", n) and not n.startswith("."))

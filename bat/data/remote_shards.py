@@ -1,36 +1,174 @@
-"""Reads remote shards and their tables through the local cache.
+"""Reads remote shards and their tables through a bounded folder that all processes share.
 
-Sizes and hashes come from ``manifest.json``, else from the server. A table is the ``.idx.npz``
-beside the remote shard; where there is none and the cache holds the whole set, the shard is fetched
-and scanned. Both are kept in the cache under a name that changes with the shard's place, size and
-hash, so a set that changed is not taken for the old one.
+``ShardCache`` keeps whole shards: one process fetches a shard while the others wait for it (a file
+lock), and the file appears whole. The least recently used shards are deleted to make room; a
+process that has one open keeps it. ``RemoteShards`` knows the shards of a run: sizes and hashes
+come from ``manifest.json``, else from the server; a table is the ``.idx.npz`` beside the remote
+shard, and where there is none and the cache holds the whole set, the shard is fetched and scanned.
+Names in the cache change with a shard's place, size and hash, so a set that changed is not taken
+for the old one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from bat.data.cache import Prefetcher, ShardCache
+from filelock import FileLock, Timeout
+
 from bat.data.manifest import remote_manifest
-from bat.data.remote import download, read, stat
+from bat.data.remote import FULL, download, read, stat
 from bat.data.sources import NotIndexable, RetryPolicy, Shard, identity, shown
 from bat.data.table import MAX_TABLE_BYTES, ShardTable, scan
-from bat.data.table_sets import place_of, recall, remember
-from bat.data.tar import escape_key, is_tar, write_atomic
+from bat.data.tar import escape_key, write_atomic
 from bat.errors import UserError
 
-ASKERS, FETCHERS = 16, 4
-"""Threads that read tables and that fetch shards at start-up."""
+THREADS = 16
+"""Threads that read tables at the start."""
+FETCHERS, PREFETCHERS = 4, 2
+"""Threads that fetch shards at the start, and during training."""
+POLL_SECONDS = 0.05
 log = logging.getLogger(__name__)
+
+
+class ShardCache:
+    """Shards in ``folder``: at most ``max_bytes``, and at most what its disk has room for.
+
+    Args:
+        hold_seconds: time for which a shard that could not be fetched is not tried again by this
+            process, so that reading of the other data continues.
+    """
+
+    def __init__(self, folder: Path, *, max_bytes: int, hold_seconds: float = 60.0) -> None:
+        self.folder, self.max_bytes, self.hold_seconds = folder, max_bytes, hold_seconds
+        (folder / "locks").mkdir(parents=True, exist_ok=True)
+        self._failed: dict[str, tuple[float, str]] = {}
+
+    def open(self, name: str, size: int, fetch: Callable[[Path], None]) -> int:
+        """Returns a descriptor of the shard ``name`` of ``size`` bytes; the caller closes it.
+
+        Args:
+            fetch: ``fetch(path)`` makes the file ``path``.
+
+        Raises:
+            OSError: as ``fetch``; the fetch failed less than ``hold_seconds`` ago; a full disk.
+        """
+        found = self._opened(name, size)
+        if found is not None:
+            return found
+        until, reason = self._failed.get(name, (0.0, ""))
+        if time.monotonic() < until:
+            raise OSError(errno.EIO, reason)
+        part = self.folder / f"{name}-{size}.part"
+        with self._lock(name):
+            found = self._opened(name, size)  # another process may have fetched it meanwhile
+            if found is not None:
+                return found
+            try:
+                self._make_room(part, size)
+                fetch(part)
+                if part.stat().st_size != size:
+                    raise OSError(errno.EIO, f"{name} has another size than {size} bytes")
+                os.replace(part, part.with_suffix(".tar"))
+                return os.open(part.with_suffix(".tar"), os.O_RDONLY)
+            except OSError as error:
+                part.unlink(missing_ok=True)
+                if error.errno in FULL:
+                    raise OSError(
+                        errno.ENOSPC,
+                        f"the disk of the cache {self.folder} is full (a shard has {size} bytes): "
+                        "make room there, or set data.cache to another disk",
+                    ) from None
+                text = f"{error.strerror or error}; tried again after {self.hold_seconds:.0f} s"
+                self._failed[name] = time.monotonic() + self.hold_seconds, text
+                raise OSError(error.errno or errno.EIO, text) from None
+
+    def holds(self, name: str, size: int) -> bool:
+        """Return True if the shard is in the cache; this counts as a use."""
+        found = self._opened(name, size)
+        if found is not None:
+            os.close(found)
+        return found is not None
+
+    def capacity(self) -> int:
+        """Returns the bytes that the cache may hold, as its disk is now."""
+        held = sum(size for _, size, _ in self._files(".tar"))
+        return min(self.max_bytes, held + shutil.disk_usage(self.folder).free)
+
+    def _lock(self, name: str) -> FileLock:
+        return FileLock(self.folder / "locks" / f"{name}.lock", poll_interval=POLL_SECONDS)
+
+    def _opened(self, name: str, size: int) -> int | None:
+        try:
+            fd = os.open(f"{self.folder}/{name}-{size}.tar", os.O_RDONLY)  # called for each read
+        except FileNotFoundError:
+            return None
+        if os.fstat(fd).st_size != size:
+            os.close(fd)
+            return None
+        with contextlib.suppress(PermissionError):  # another user's
+            os.utime(fd)
+        return fd
+
+    def _files(self, suffix: str) -> list[tuple[float, int, Path]]:
+        """Returns (time of last use, bytes on disk, path) of each file, oldest use first."""
+        found = []
+        for path in self.folder.glob(f"*{suffix}"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
+        return sorted(found)
+
+    def _make_room(self, part: Path, size: int) -> None:
+        """Delete the least recently used shards until ``size`` bytes fit; waits for fetches."""
+        if size > self.max_bytes:
+            raise OSError(errno.EFBIG, f"{size} bytes do not fit in a cache of {self.max_bytes}")
+        while True:
+            with self._lock("room"):
+                reserved, unwritten = self._under_way(part)
+                shards = self._files(".tar")
+                held = sum(n for _, n, _ in shards)
+                free = shutil.disk_usage(self.folder).free
+                over = size + max(reserved + held - self.max_bytes, unwritten - free)
+                for _, n, path in shards:
+                    if over <= 0:
+                        break
+                    path.unlink(missing_ok=True)
+                    over -= n
+                if over <= 0:
+                    part.touch()
+                    return
+                if not reserved:
+                    raise OSError(errno.ENOSPC, "no room")
+            time.sleep(POLL_SECONDS)
+
+    def _under_way(self, part: Path) -> tuple[int, int]:
+        """Returns the bytes of other fetches, and how many of them are not yet on the disk; removes
+        abandoned ones."""
+        reserved = unwritten = 0
+        for _, size, path in self._files(".part"):
+            name, _, wanted = path.stem.rpartition("-")
+            if path == part or not wanted.isdigit():
+                continue
+            try:
+                with self._lock(name).acquire(blocking=False):
+                    path.unlink(missing_ok=True)
+            except Timeout:
+                reserved, unwritten = reserved + int(wanted), unwritten + int(wanted) - size
+        return reserved, unwritten
 
 
 @dataclass(frozen=True)
@@ -49,13 +187,58 @@ class RemoteShard:
     """Name in the cache."""
 
 
+class Prefetcher:
+    """Calls ``fetch`` on each shard of the latest list in background threads, in order."""
+
+    def __init__(self, fetch: Callable[[RemoteShard], None]) -> None:
+        self.fetch = fetch
+        self._begin()
+
+    def __reduce__(self) -> tuple[type[Prefetcher], tuple[object]]:
+        return Prefetcher, (self.fetch,)
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()  # a forked child inherits none of the threads
+        self._wanted: deque[RemoteShard] = deque()
+        self._busy: set[RemoteShard] = set()
+        self._news = threading.Condition()
+        self._threads: list[threading.Thread] = []
+
+    def want(self, shards: Sequence[RemoteShard]) -> None:
+        """Fetch ``shards``, in order; replaces those of an earlier call that have not begun."""
+        if self._pid != os.getpid():
+            self._begin()
+        with self._news:
+            self._wanted = deque(shard for shard in shards if shard not in self._busy)
+            self._news.notify_all()
+        while shards and len(self._threads) < PREFETCHERS:
+            thread = threading.Thread(target=self._work, name="bat-prefetch", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._wanted)
+                shard = self._wanted.popleft()
+                self._busy.add(shard)
+            try:
+                self.fetch(shard)
+            except OSError:
+                pass  # raised when a clip of it is read
+            except Exception:
+                log.exception("prefetching failed; it is fetched when a clip of it is read")
+            with self._news:
+                self._busy.discard(shard)
+
+
 class RemoteShards:
     """The remote ones of ``shards``.
 
     Raises:
-        NotIndexable: a server that does not report a shard's size.
-        UserError: a shard that does not exist, an unreachable server, a disk that cannot hold two
-            shards, a cache that cannot be written.
+        NotIndexable: a server that does not report a shard's size; a shard beyond the cache.
+        UserError: a shard that does not exist, an unreachable server, a cache that cannot be
+            written.
     """
 
     def __init__(
@@ -88,41 +271,26 @@ class RemoteShards:
             if entry is not None:
                 size, tag, sha, clips = entry.bytes, "", entry.sha256, entry.clips
             else:
-                found = self._asked(url)
-                size, tag, sha, clips = found[0], found[1], "", -1
+                size, tag = self._size_and_tag(url)
+                sha, clips = "", -1
             what = f"{identity(url)}\n{size}\n{sha or tag}"
             digest = hashlib.sha256(what.encode()).hexdigest()[:16]
             file = f"{escape_key(Path(name).stem)}-{digest}"
             return RemoteShard(url, name, size, tag, sha, clips, file)
 
-        with ThreadPoolExecutor(ASKERS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             self.shards = dict(zip(urls, pool.map(ask, urls.items()), strict=True))
         sizes = [shard.size for shard in self.shards.values()]
-        if max(sizes) > self.cache.max_bytes:
+        if max(sizes) > cache_bytes:
             raise NotIndexable(
                 f"a shard of {max(sizes)} bytes does not fit in the cache {self.folder} "
-                f"({self.cache.max_bytes} bytes): raise data.cache_gb"
+                f"({cache_bytes} bytes): raise data.cache_gb"
             )
         self.bytes = sum(sizes)
-        self.fits = self.bytes <= self.cache.max_bytes  # not the disk: this sets the order
-        self._check_disk(max(sizes))
-        self._prefetcher = Prefetcher(self.have)
+        self.fits = self.bytes <= cache_bytes  # whatever the disk has: this sets the order
+        self._prefetcher = Prefetcher(self._have)
 
-    def _check_disk(self, largest: int) -> None:
-        room, most = self.cache.room(), self.cache.max_bytes
-        text = (
-            f"the disk of the cache {self.folder} has room for {room} bytes, data.cache_gb="
-            f"{most / 1e9:g} is more"
-        )
-        if room < min(2 * largest, self.bytes, most):
-            raise UserError(
-                f"{text}, and two shards of {largest} bytes do not fit: make room there, or set "
-                f"data.cache to a folder on a larger disk"
-            )
-        if room < min(self.bytes, most):
-            log.warning("%s: shards will be fetched again more often", text)
-
-    def _asked(self, url: str) -> tuple[int, str]:
+    def _size_and_tag(self, url: str) -> tuple[int, str]:
         try:
             size, tag = stat(url, self.policy)
         except FileNotFoundError:
@@ -140,21 +308,16 @@ class RemoteShards:
             NotIndexable: a shard without a table beside it, and the cache cannot hold the set.
             UserError: a shard that is not a tar, differs from its manifest, or cannot be reached.
         """
-        stamp = [shard.file for shard in self.shards.values()]
-        merged = place_of(self.folder / "tables", stamp)
-        known = recall(merged, stamp)
-        if known is not None:
-            return dict(zip(self.shards, known, strict=True))
-        with ThreadPoolExecutor(ASKERS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             found = dict(zip(self.shards, pool.map(self._table, self.shards.values()), strict=True))
         missing = {i: self.shards[i] for i, table in found.items() if table is None}
         if missing and not self.fits:
-            shard, need = next(iter(missing.values())), sum(f.size for f in self.shards.values())
+            shard = next(iter(missing.values()))
             raise NotIndexable(
                 f"{shown(shard.url)} has no {Path(shard.name).stem}.idx.npz of this bat beside it, "
-                f"and the cache "
-                f"({self.cache.max_bytes / 1e9:.3g} GB) cannot hold the set ({need / 1e9:.3g} GB) "
-                f"to make it: run bat-shard where the shards lie, or raise data.cache_gb"
+                f"and the cache ({self.cache.max_bytes / 1e9:.3g} GB) cannot hold the set "
+                f"({self.bytes / 1e9:.3g} GB) to make it: run bat-shard where the shards lie, or "
+                f"raise data.cache_gb"
             )
         if missing:
             gb = sum(shard.size for shard in missing.values()) / 1e9
@@ -168,10 +331,11 @@ class RemoteShards:
                     f"{shown(shard.url)} has {len(tables[i].clips)} clips, its manifest.json says "
                     f"{shard.clips}: copy it there again"
                 )
-        remember(merged, stamp, list(tables.values()))
         return tables
 
     def _table(self, shard: RemoteShard) -> ShardTable | None:
+        """Returns the table of ``shard``: from the cache, else from beside it; None if there is
+        none."""
         path = self.folder / "tables" / f"{shard.file}.idx.npz"
         table = _load(path, shard)
         if table is None:
@@ -188,13 +352,12 @@ class RemoteShards:
         return table
 
     def _scan(self, shard: RemoteShard) -> ShardTable:
-        try:
-            os.close(self._open(shard))
-        except OSError as error:
-            raise UserError(f"{shard.name} cannot be indexed: {error.strerror}") from None
         path = self.folder / f"{shard.file}-{shard.size}.tar"
         try:
+            os.close(self._open(shard))
             table = scan(path, shard.sha256)
+        except OSError as error:
+            raise UserError(f"{shard.name} cannot be indexed: {error.strerror}") from None
         except UserError as error:
             raise UserError(str(error).replace(str(path), shown(shard.url))) from None
         table.save(self.folder / "tables" / f"{shard.file}.idx.npz")
@@ -204,19 +367,14 @@ class RemoteShards:
         return self.cache.open(shard.file, shard.size, partial(self._fetch, shard))
 
     def _fetch(self, shard: RemoteShard, path: Path) -> None:
-        """Fetch ``shard`` whole to ``path`` and check its content."""
+        """Fetch ``shard`` whole to ``path`` and check its hash, where it is known."""
         download(shard.url, path, size=shard.size, tag=shard.tag, policy=self.policy)
-        with path.open("rb") as file:
-            good = (
-                hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
-                if shard.sha256
-                else is_tar(file)
-            )
-        if not good:
-            said = (
-                "sha256 than its manifest.json says" if shard.sha256 else "content than a tar has"
-            )
-            raise OSError(5, f"{shown(shard.url)} has another {said}: copy it there again")
+        if shard.sha256:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != shard.sha256:
+                said = f"{shown(shard.url)} has another sha256 than its manifest.json says"
+                raise OSError(errno.EIO, f"{said}: copy it there again")
 
     def pread(self, number: int, size: int, offset: int) -> bytes:
         """Reads bytes of shard ``number``, fetching it if necessary; raises ``OSError``."""
@@ -228,7 +386,7 @@ class RemoteShards:
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Prefetch as ``Index.prefetch``; half the cache (the rest is in use) for larger sets."""
-        room = min(self.cache.max_bytes, self.cache.room())
+        room = self.cache.capacity()
         room //= 1 if room >= self.bytes else 2
         wanted = []
         for number in dict.fromkeys(int(n) for n in numbers):
@@ -242,10 +400,8 @@ class RemoteShards:
             wanted = [shard for shard in wanted if not self.cache.holds(shard.file, shard.size)]
         self._prefetcher.want(wanted)
 
-    def have(self, shard: RemoteShard) -> None:
-        """Fetch ``shard`` into the cache, if possible."""
-        with contextlib.suppress(OSError):  # the error is raised when a clip of it is read
-            os.close(self._open(shard))
+    def _have(self, shard: RemoteShard) -> None:
+        os.close(self._open(shard))
 
 
 def _load(path: Path, shard: RemoteShard) -> ShardTable | None:

@@ -1,4 +1,4 @@
-"""Reads shards that cannot be indexed from front to end, endlessly: **not exactly resumable**.
+"""Trains on shards that cannot be indexed, from front to end: **not exactly resumable**.
 
 It is used for compressed tars, the output of commands (``pipe:``), and remote tars without tables
 that the cache cannot hold. Nothing is kept on disk. The order of the shards is a function of (seed,
@@ -9,314 +9,399 @@ readers, each reads all and takes every n-th clip. The position of a reader is n
 resumed run begins with the shards of another ``epoch``.
 
 A sample is ``KEY.flac`` + ``KEY.json`` side by side, as WebDataset writes them; the rules of
-``bat.data.table`` hold (regular members, known suffixes, size caps, no pickle). Reading of a shard
-that breaks off ends there. In ``take_skipped`` it counts as approximately the number of clips that
-are lost (``Losses``), and each unusable member counts as one. Clips of other splits are skipped
-without being counted.
+``bat.data.table`` hold (regular members, known suffixes, size bounds, no pickle). Reading of a
+shard that breaks off ends there.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import contextlib
+import functools
+import gzip
+import hashlib
+import logging
 import os
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, Unpack
 
 import numpy as np
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from bat.audio.decode import DecodeError, decode_into
+from bat.data.loader import IDLE, Heartbeat, Loader
+from bat.data.module import StreamData
+from bat.data.pipes import PREFIX, output_of
 from bat.data.plan import ORDER, below, philox
-from bat.data.sources import RetryPolicy, Shard, find, shown
-from bat.data.splits import split_of
-from bat.data.table import ITS_JSON, MAX_AUDIO_BYTES, MAX_JSON_BYTES, parse_labels
-from bat.data.tar import Member, sample_key
-from bat.data.tar_stream import open_stream, stream_members
+from bat.data.sources import TRAIN, RetryPolicy, Shard, check_no_train, find, names_of
+from bat.data.stream import BatchRows, ClipReader, ClipSettings, clip_samples
+from bat.data.table import ITS_JSON, parse, unusable
+from bat.data.tar import ForwardFile, read_members, sample_key
 from bat.errors import UserError
-from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, no_decoder
-from bat.types import Clip, Skipped
+from bat.redact import one_line
+from bat.tasks.base import AUDIO_SUFFIXES
+from bat.types import Clip, Skipped, WaveBatch
 
 WINDOW = 100
 """Random stream of the window's shuffling (lower numbers are those of ``bat.data.plan``)."""
 WINDOW_BYTES = 1 << 28
 """Bytes of encoded clips that a reader holds to mix them; fewer long recordings fit."""
-MAX_UNFIT = 10_000
-"""Number of consecutive unusable members after which reading of a shard ends."""
+LATEST_SHARDS = 100
+"""Latest shards of a reader of which ``max_bad`` may break off."""
+TOO_MANY_IN_A_ROW = 1000
+log = logging.getLogger("bat")
 
 
-class SequentialClips(IterableDataset[Clip]):
-    """Endless clips of ``shards``; each epoch's clips occur once over all readers.
+@contextlib.contextmanager
+def open_stream(shard: Shard, policy: RetryPolicy) -> Iterator[BinaryIO]:
+    """Opens the unpacked bytes of a shard; gzip is recognised by its first bytes."""
+    with contextlib.ExitStack() as stack:
+        file: Any
+        if shard.command:
+            file = stack.enter_context(output_of(str(shard.place).removeprefix(PREFIX)))
+        elif isinstance(shard.place, Path):
+            file = stack.enter_context(shard.place.open("rb"))
+        else:
+            from bat.data.remote import opened
+
+            file = stack.enter_context(opened(shard.place, policy))
+        if file.peek(2)[:2] == b"\x1f\x8b":
+            file = gzip.GzipFile(fileobj=file)
+        yield file
+
+
+@dataclass
+class _Sample:
+    key: str = ""
+    codec: str = ""
+    data: bytes = b""
+    meta: dict[str, Any] | None = field(default_factory=dict)
+    """None: its JSON cannot be read, so its split is not known."""
+
+
+class SequentialBatches(ClipReader, IterableDataset[WaveBatch]):
+    """Endless batches of decoded clips; each epoch's clips occur once over all readers.
 
     Args:
-        shards: as ``open_index`` takes them, compressed tars too; or ``Shard``.
-        splits: splits of the clips to read, ``""`` for clips without one; None: all clips. See
-            ``bat.data.splits``.
+        splits: splits of the clips to read, ``""`` for clips without one; None: all clips.
         seed, epoch: of the order; ``epoch`` is the first one to read.
         rank, world: index of this process and number of the training processes.
-        vocabulary: class names in the order of their indices; empty: clips have no labels.
         shuffle_clips: number of encoded clips that a reader holds to mix them.
+        max_bad: share of the latest shards that may break off.
+        settings: what is read of a clip, see ``ClipSettings`` (no offset, no cache).
 
     Raises:
-        UserError: no shards found; while reading: a label that ``vocabulary`` lacks, not one clip
-            (of ``splits``) in all shards, ``SPAN`` unreadable shards in a row.
+        UserError: while reading: not one clip (of ``splits``) in all shards, too many shards that
+            break off, too many unreadable clips in a row.
     """
 
     def __init__(
         self,
-        shards: str | Path | Sequence[str | Path | Shard],
+        shards: Sequence[Shard],
         *,
+        batch: int,
         splits: Collection[str] | None = None,
         seed: int = 0,
         epoch: int = 0,
         rank: int = 0,
         world: int = 1,
-        vocabulary: Sequence[str] = (),
         shuffle_clips: int = 256,
-        retries: int = 5,
-        timeout_seconds: float = 30.0,
-        redirects: Sequence[str] = (),
+        max_bad: float = 0.05,
+        policy: RetryPolicy | None = None,
+        heartbeat: Heartbeat | None = None,
+        **settings: Unpack[ClipSettings],
     ) -> None:
-        if shuffle_clips < 1 or epoch < 0:
-            raise UserError(f"{shuffle_clips=}, {epoch=}: at least 1, not negative")
-        assert 0 <= rank < world
-        self.policy = RetryPolicy(retries, timeout_seconds, redirects=tuple(redirects))
-        sources = [shards] if isinstance(shards, (str, Path)) else list(shards)
-        self.shards = [
-            shard
-            for source in sources
-            for shard in ([source] if isinstance(source, Shard) else find(source, self.policy))
-        ]
-        if not self.shards:
-            raise UserError("the list of shards is empty: give a folder, a glob or a URL")
-        self.splits = splits
-        self._names = _names(self.shards)
-        self.seed, self.epoch, self.rank, self.world = seed, epoch, rank, world
-        self.classes = {name: i for i, name in enumerate(vocabulary)}
-        self.shuffle_clips = shuffle_clips
-        self._skipped: list[Skipped] = []
-        self._broke: Skipped | None = None  # error at which the latest shard ended, if any
-        self._unfit = 0  # consecutive unusable members
-        self._others: set[str] = set()  # splits skipped
-        self._losses = Losses(SPAN)
-        self._yielded = 0
+        super().__init__(seed=seed, **settings)
+        self.shards, self.names, self.splits = list(shards), names_of(shards), splits
+        self.epoch, self.rank, self.world = epoch, rank, world
+        self.batch, self.shuffle_clips, self.max_bad = batch, shuffle_clips, max_bad
+        self.policy, self.heartbeat = policy or RetryPolicy(), heartbeat
+        self._other_splits: set[str] = set()
 
-    def take_skipped(self) -> list[Skipped]:
-        """Returns this process's skipped clips since the last call; ``position``: clips before."""
-        taken, self._skipped = self._skipped, []
-        return taken
+    def __iter__(self) -> Iterator[WaveBatch]:
+        reader, readers = self._reader()
+        count, failures, items = 0, 0, self._shuffled()
+        while True:
+            rows, keys, positions = (
+                BatchRows(self.batch, self.clip_samples),
+                list[str](),
+                list[int](),
+            )
+            skipped: list[Skipped] = []
+            while len(keys) < self.batch:
+                item = next(items)
+                position = count * readers + reader
+                if isinstance(item, Clip):
+                    count += 1
+                    try:
+                        how, _ = self.segment(item.data, position)
+                        place = functools.partial(self.place, position)
+                        rows.keep(*decode_into(rows.next, item.data, place=place, **how))
+                        keys.append(item.key)
+                        positions.append(position)
+                        failures = 0
+                        continue
+                    except DecodeError as error:
+                        item = Skipped(item.key, item.shard, error.kind, str(error), position)
+                skipped.append(item._replace(position=position))
+                failures += 1
+                if failures > TOO_MANY_IN_A_ROW:
+                    raise UserError(
+                        f"{failures} unreadable clips in a row (the last: {item.key}, {item.why}): "
+                        "check the shards"
+                    )
+            self._reads(IDLE)
+            waves, lengths = rows.tensors()
+            yield WaveBatch(
+                waves=waves,  # (B, S)
+                lengths=lengths,
+                targets=torch.zeros(self.batch, 0),
+                keys=keys,
+                positions=torch.tensor(positions, dtype=torch.int64),
+                skipped=skipped,
+            )
 
-    def __iter__(self) -> Iterator[Clip]:
+    def _reader(self) -> tuple[int, int]:
+        """Returns the number of this reader and how many there are."""
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        reader, readers = self.rank * workers + number, self.world * workers
-        span = math.ceil(min(len(self.shards), SPAN) / workers)
-        self._losses = Losses(max(span, LEAST_SPAN))
+        return self.rank * workers + number, self.world * workers
+
+    def _reads(self, what: int) -> None:
+        if self.heartbeat is not None:
+            self.heartbeat.reads(what)
+
+    def _shuffled(self) -> Iterator[Clip | Skipped]:
+        """Yields the clips that this reader reads, mixed within a window of an epoch."""
         window, held = list[Clip](), 0
-        bits, last = philox(self.seed, reader, WINDOW), self.epoch
-        for epoch, clip in self._dealt(reader, readers):
+        bits, last = philox(self.seed, self._reader()[0], WINDOW), self.epoch
+
+        def drawn() -> Clip:
+            i = below(len(window), bits)
+            window[i], window[-1] = window[-1], window[i]
+            return window.pop()
+
+        for epoch, item in self._dealt():
+            if isinstance(item, Skipped):
+                yield item
+                continue
             while window and epoch != last:  # an epoch's end empties the window
-                yield self._out(window, below(len(window), bits))
-            held, last = len(clip.data) + (held if window else 0), epoch
-            window.append(clip)
+                yield drawn()
+            held, last = len(item.data) + (held if window else 0), epoch
+            window.append(item)
             while len(window) >= self.shuffle_clips or (window and held > WINDOW_BYTES):
-                out = self._out(window, below(len(window), bits))
+                out = drawn()
                 held -= len(out.data)
                 yield out
-
-    def _out(self, window: list[Clip], i: int) -> Clip:
-        window[i], window[-1] = window[-1], window[i]
-        self._yielded += 1
-        self._skipped += self._losses.due()
-        return window.pop()
 
     def order(self, epoch: int) -> np.ndarray:
         """Returns the numbers of the shards in the order of ``epoch``: (m,) int64."""
         return np.argsort(philox(self.seed, epoch, ORDER).random_raw(len(self.shards)))
 
-    def _dealt(self, reader: int, readers: int) -> Iterator[tuple[int, Clip]]:
+    def _dealt(self) -> Iterator[tuple[int, Clip | Skipped]]:
         """Yields (epoch, clip) that this reader reads, without end."""
-        count = len(self.shards)
-        all_read_all = count < readers
-        place, barren, dead = (0 if all_read_all else reader), set[Shard](), 0
+        (reader, readers), count = self._reader(), len(self.shards)
+        shared = count < readers  # each reads all shards
+        place, barren = (0 if shared else reader), set[int]()
+        broken: deque[bool] = deque(maxlen=LATEST_SHARDS)
         while True:
             epoch, i = divmod(place, count)
             epoch += self.epoch
-            shard = self.shards[int(self.order(epoch)[i])]
-            found = 0
-            for n, clip in enumerate(self._clips(shard)):
-                found += 1
-                if not all_read_all or (n + i + epoch) % readers == reader:
-                    yield epoch, clip
-            self._losses.shard(found, self._broke)
-            barren = set() if found else barren | {shard}
-            dead = dead + 1 if self._broke and not found else 0
-            if len(barren) == count or dead >= SPAN:
-                raise UserError(self._nothing(shard, dead))
-            place += 1 if all_read_all else readers
+            number = int(self.order(epoch)[i])
+            found, broke = 0, ""
+            self._reads(number)
+            for item in self._clips(number):
+                if isinstance(item, Clip):
+                    found += 1
+                    if shared and (found - 1 + i + epoch) % readers != reader:
+                        continue
+                elif not item.key:
+                    broke = item.why
+                yield epoch, item
+                self._reads(number)
+            barren = set() if found else barren | {number}
+            broken.append(bool(broke))
+            name, latest = self.names[number], sum(broken)
+            if latest > self.max_bad * LATEST_SHARDS and self.max_bad < 1:
+                raise UserError(
+                    f"{latest} of the latest {len(broken)} shards broke off (the last: {name}, "
+                    f"{broke}), more than max_bad={self.max_bad:g}: check the shards"
+                )
+            if len(barren) == count:
+                why = f"the last: {name}, {broke}" if broke else "they hold no audio"
+                if self._other_splits and not broke:
+                    splits = ", ".join(sorted(self._other_splits - {""})) or "not given"
+                    wanted = " or ".join(repr(name) for name in sorted(self.splits or ()) if name)
+                    why = f"none has split {wanted}; splits are {splits}; see data.split"
+                raise UserError(f"none of the {count} shards gave a clip ({why})")
+            place += 1 if shared else readers
 
-    def _nothing(self, shard: Shard, dead: int) -> str:
-        """Returns the reason why reading ends without any clip."""
-        if self._others and self._broke is None:
-            wanted = " or ".join(repr(name) for name in sorted(self.splits or ()) if name)
-            splits = sorted(self._others - {""}) or "not given"
-            return f"no clip has split {wanted}: splits are {splits}"
-        why = self._skipped[-1].why if self._skipped else "they hold no audio"
-        which = f"latest {dead}" if dead >= SPAN else str(len(self.shards))
-        where = f"{self._names[shard]}: {why}"
-        return f"none of the {which} shards gave a clip ({where}): check the shards"
+    def _clips(self, number: int) -> Iterator[Clip | Skipped]:
+        """Yields the clips of one shard as far as it can be read, and what is wrong with the others
+        (without a key: the error at which the shard ends)."""
+        shard, name = self.shards[number], self.names[number]
+        sample = _Sample()
 
-    def _skip(self, shard: Shard, key: str, kind: str, why: str) -> None:
-        self._unfit += 1
-        self._skipped.append(Skipped(key, self._names[shard], kind, why, self._yielded))
+        def skip(key: str, kind: str, why: str) -> Skipped:
+            return Skipped(key, name, kind, why, 0)
 
-    def _clips(self, shard: Shard) -> Iterator[Clip]:
-        """Yields the clips of one shard, as far as it can be read."""
-        sample = _Sample("", "", b"", {})
-        self._broke, self._unfit = None, 0
+        def finished() -> Iterator[Clip]:
+            if sample.data and self._is_wanted(sample, shard):
+                yield Clip(sample.key, sample.data, sample.codec, (), name)
+
         try:
             with open_stream(shard, self.policy) as file:
-                for member, data in stream_members(file):
+                source = ForwardFile(file)
+                for member in read_members(source):
                     suffix = os.path.splitext(member.name)[1][1:].lower()
                     key = sample_key(member.name)
-                    if self._unfit >= MAX_UNFIT:
-                        raise OSError(5, f"{MAX_UNFIT} members in a row are no clips")
-                    reason = _unfit(member, suffix)
-                    if suffix == "json" or (suffix in AUDIO_SUFFIXES and not reason):
+                    problem = unusable(member, suffix)
+                    if problem and suffix != "json":
+                        yield skip(key, *problem)
+                    elif suffix == "json" or suffix in AUDIO_SUFFIXES:
                         if key != sample.key:
-                            if self._wanted(shard, sample):
-                                yield self._clip(shard, sample)
-                            sample = _Sample(key, "", b"", {})
-                        meta = None if reason or suffix != "json" else _object(data())
-                        if meta is not None:
-                            sample = sample._replace(meta=meta)
-                        elif suffix == "json":  # a clip without labels, or of an unknown split
-                            reason = reason or ("corrupt", "not a JSON object")
-                            self._skip(shard, key, reason[0], f"{ITS_JSON}: {reason[1]}")
-                            sample = sample._replace(useless=True)
-                        elif not sample.data:
-                            sample = sample._replace(codec=suffix, data=data())
-                            self._unfit = 0
+                            yield from finished()
+                            sample = _Sample(key)
+                        if suffix != "json" and sample.data:
+                            yield skip(key, "corrupt", "a second one of this key")
+                        elif suffix != "json":
+                            sample.codec, sample.data = suffix, source.take(member.size)
                         else:
-                            self._skip(shard, key, "corrupt", "a second one of this key")
-                    elif reason:
-                        self._skip(shard, key, *reason)
+                            try:
+                                sample.meta = None if problem else parse(source.take(member.size))
+                            except (ValueError, TypeError, RecursionError):
+                                problem, sample.meta = ("corrupt", "not a JSON object"), None
+                            if problem:
+                                yield skip(key, problem[0], f"{ITS_JSON}: {problem[1]}")
         except (OSError, EOFError, zlib.error) as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            self._skip(shard, "", "unreadable", why)
-            self._broke = self._skipped[-1]
-            if (self.classes or self.splits is not None) and not sample.meta:
-                sample = sample._replace(data=b"")  # label and split may be in what is missing
-        if self._wanted(shard, sample):
-            yield self._clip(shard, sample)
+            yield skip("", "unreadable", why)
+            if self.splits is not None and not sample.meta:
+                return  # its split may be in what is missing
+        yield from finished()
 
-    def _wanted(self, shard: Shard, sample: _Sample) -> bool:
-        if self.splits is None or sample.useless or not sample.data:
-            return bool(sample.data) and not sample.useless
-        split = split_of(sample.meta, shard)
+    def _is_wanted(self, sample: _Sample, shard: Shard) -> bool:
+        if sample.meta is None or self.splits is None:
+            return sample.meta is not None
+        said = sample.meta.get("split")
+        split = one_line(said) if isinstance(said, str) and said else shard.split
         if split not in self.splits:
-            self._others.add(split)
+            self._other_splits.add(split)
         return split in self.splits
 
-    def _clip(self, shard: Shard, sample: _Sample) -> Clip:
-        names = [name for name, _ in parse_labels(sample.meta)] if self.classes else []
-        for name in names:
-            if name not in self.classes:
-                raise UserError(f"label {name!r} of {sample.key} is not in the vocabulary")
-        labels = tuple(self.classes[name] for name in names)
-        return Clip(sample.key, sample.data, sample.codec, labels, self._names[shard])
 
-
-def _names(shards: Sequence[Shard]) -> dict[Shard, str]:
-    """Returns file names, with their folders where two shards share one."""
-    often = Counter(shard.name for shard in shards)
-
-    def longer(place: Path | str) -> str:
-        parts = place.parts if isinstance(place, Path) else shown(place).split("/")
-        return "/".join(parts[-2:])
-
-    return {s: s.name if often[s.name] == 1 or s.command else longer(s.place) for s in shards}
-
-
-class _Sample(NamedTuple):
-    key: str
-    codec: str
-    data: bytes
-    meta: dict[str, Any]
-    useless: bool = False
-    """True if its JSON cannot be read."""
-
-
-def _object(text: bytes) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError):
-        return None
-
-
-def _unfit(member: Member, suffix: str) -> tuple[str, str] | None:
-    """Returns (kind, why) of a member that should be a clip and cannot be; None for any other."""
-    if suffix in UNDECODED_SUFFIXES:
-        return "unknown", no_decoder(suffix)
-    if suffix != "json" and suffix not in AUDIO_SUFFIXES:
-        return None
-    if not member.regular:
-        return "corrupt", "not a regular file"
-    if member.size == 0:
-        return "empty", "the file is empty"
-    cap = MAX_JSON_BYTES if suffix == "json" else MAX_AUDIO_BYTES
-    return ("long", f"larger than {cap} bytes") if member.size > cap else None
-
-
-SPAN = 100
-"""Number of latest shards over which losses are averaged in a process."""
-LEAST_SPAN = 8
-MAX_RATE = 100.0
-"""Greatest number of lost clips reported for each clip read."""
-
-
-class Losses:
-    """Reports the clips of lost shards gradually, so that ``data.max_bad`` takes them into account.
-
-    The number of clips in a lost shard is unknown. It is estimated as the mean number in shards
-    read whole, minus the clips that were read from it, and at least one. Reported at once, one lost
-    shard of thousands would look like the end of the data set; so its clips are reported evenly
-    over the ``span`` shards that follow, and shards not yet read count as good. At any time the
-    reports thus give approximately the share of clips lost in the latest ``span`` shards.
+class SequentialData(StreamData):
+    """Training stream over ``shards`` read from front to end, without labels.
 
     Args:
-        span: shards over which a loss is reported.
+        shards: as ``open_index`` takes them, compressed tars too.
+        split: a name, several (``a,b``), ``all``, or ``auto``: see ``selected``.
+        batch, seed, workers, max_bad, out, settings: as ``AudioData``.
+        retries, timeout_seconds, redirects: of remote shards, as ``open_index``.
+
+    Raises:
+        UserError: no shards found, only splits for evaluation, a value out of range.
     """
 
-    def __init__(self, span: int) -> None:
-        self._latest: deque[tuple[int, Skipped | None]] = deque(maxlen=span)
-        self._span, self._whole, self._clips = span, 0, 0
-        self._rate = self._debt = 0.0
-        self._told = 0
+    def __init__(
+        self,
+        shards: Sequence[str | Path],
+        *,
+        batch: int,
+        split: str = "auto",
+        seed: int = 0,
+        workers: int = 0,
+        max_bad: float = 0.05,
+        out: Path | None = None,
+        retries: int = 5,
+        timeout_seconds: float = 30.0,
+        redirects: Sequence[str] = (),
+        **settings: Unpack[ClipSettings],
+    ) -> None:
+        super().__init__(batch=batch, max_bad=max_bad, workers=workers, out=out)
+        self.policy = RetryPolicy(retries, timeout_seconds, redirects=tuple(redirects))
+        found = [shard for source in shards for shard in find(source, self.policy)]
+        if not found:
+            raise UserError("the list of shards is empty: give a folder, a glob or a URL")
+        self.shards, self.splits = selected(found, split)
+        self.seed, self.settings = seed, settings
+        self.clip_samples = clip_samples(settings["clip_seconds"], settings["sample_rate"])
 
-    def shard(self, clips: int, broke: Skipped | None) -> None:
-        """Record that a shard gave ``clips`` and ended, or ``broke`` off (reported once
-        already)."""
-        self._latest.append((clips, broke))
-        if broke is None:
-            self._whole, self._clips = self._whole + 1, self._clips + clips
-        else:
-            self._debt -= 1
-        mean = self._clips / self._whole if self._whole else 1.0
-        missing = sum(max(1.0, mean - n) for n, lost in self._latest if lost)
-        there = sum(n for n, _ in self._latest) + mean * (self._span - len(self._latest))
-        self._rate = min(missing / max(there, 1.0), MAX_RATE)
+    def _batches(self, *, epoch: int) -> SequentialBatches:
+        rank, world = self._ranks()
+        return SequentialBatches(
+            self.shards,
+            batch=self.batch,
+            splits=self.splits,
+            seed=self.seed,
+            epoch=epoch,
+            rank=rank,
+            world=world,
+            max_bad=self.bad_clips.max_bad,
+            policy=self.policy,
+            heartbeat=self.heartbeat,
+            **self.settings,
+        )
 
-    def due(self) -> list[Skipped]:
-        """Returns the losses to report with the next clip that is read; usually none."""
-        lost = [broke for _, broke in self._latest if broke is not None]
-        if not lost:
-            self._debt = 0.0
-            return []
-        self._debt += self._rate
-        count = max(0, int(self._debt))
-        self._debt -= count
-        self._told += count
-        return [lost[(self._told - i) % len(lost)] for i in range(count)]
+    def named(self, what: int) -> str:
+        return self.shards[what].name
+
+    def first_batch(self) -> WaveBatch:
+        return next(iter(self._batches(epoch=0)))
+
+    def facts(self) -> dict[str, Any]:
+        """As ``AudioData``; the hash is of the names of the shards, sizes of the local ones, and
+        splits."""
+        digest = hashlib.sha256(repr(self.splits and sorted(self.splits)).encode())
+        for shard in self.shards:
+            size = -1
+            if isinstance(shard.place, Path) and shard.place.exists():
+                size = shard.place.stat().st_size
+            digest.update(os.fsencode(f"\0{shard.split}/{shard.name}\0{size}"))
+        order = "front to end, not exactly resumable"
+        return {"hash": digest.hexdigest(), "shards": len(self.shards), "order": order}
+
+    def train_dataloader(self) -> Loader:
+        self._recount()
+        # the first epoch to read: differs between resumes, does not count epochs
+        return self._loader(self._batches(epoch=self.batches_done()))
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "reading": "front to end",
+            "data set": self.facts()["hash"][:16],
+            "seed": self.seed,
+        }
+
+
+def selected(shards: list[Shard], split: str) -> tuple[list[Shard], frozenset[str] | None]:
+    """Returns the shards to open, and the splits of the clips to keep (``""``: clips without one);
+    None: all clips.
+
+    Sub-folders name splits at once; the JSON of the clips is known only as they are read.
+    ``auto`` takes the first of ``TRAIN`` that is a sub-folder, all clips where the sub-folders have
+    other names (``check_no_train``), and without sub-folders the clips of ``TRAIN`` and those
+    without a split.
+    """
+    if split == "all":
+        return shards, None
+    folders = {shard.split for shard in shards if shard.split}
+    if split != "auto":
+        names = {part.strip() for part in split.split(",")}
+    elif folders.intersection(TRAIN):
+        names = {next(name for name in TRAIN if name in folders)}
+        others = ", ".join(sorted(folders - names)) or "other splits"
+        log.info("pre-training on split %s; data.split=all takes %s too", *names, others)
+    elif folders:
+        splits = sorted(folders)
+        check_no_train(splits, f"the data has the splits {', '.join(splits)}")
+        return shards, None
+    else:
+        return shards, frozenset(["", *TRAIN])
+    if names <= folders:
+        shards = [shard for shard in shards if shard.split in ("", *names)]
+    return shards, frozenset(names)

@@ -1,4 +1,4 @@
-"""Finds the shards that a source names, local or remote.
+"""Finds the shards that a source names, local or remote, and the splits to train on.
 
 A source is a folder, a tar, a glob, braces (``shard-{00000..00041}.tar``), or a URL of any of these
 that fsspec knows (``https://``, ``s3://``, ``gs://``, ``hf://``, ...). A folder whose sub-folders
@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from bat.data.pipes import PREFIX, pipes_allowed
@@ -24,18 +26,19 @@ from bat.tasks.folder import split_of
 COMPRESSED = (".tar.gz", ".tgz")
 SUFFIXES = (".tar", *COMPRESSED)
 REFUSED = {
-    "pipe": "it would run a command",
-    **dict.fromkeys(("reference", "generic", "data", "dir"), "it leads to other places"),
-    **dict.fromkeys(("git", "jlab", "jupyter", "dask", "arrow_hdfs"), "it is no store of shards"),
-    **dict.fromkeys(("zip", "tar", "libarchive"), "unpack the archive first"),
-    **dict.fromkeys(("cached", "filecache", "simplecache", "blockcache"), "bat has its own cache"),
-    **dict.fromkeys(("async_wrapper", "asyncwrapper", "asynclocal"), "give the path itself"),
+    *("pipe", "reference", "generic", "data", "dir", "git", "jlab", "jupyter", "dask"),
+    *("arrow_hdfs", "zip", "tar", "libarchive", "cached", "filecache", "simplecache"),
+    *("blockcache", "async_wrapper", "asyncwrapper", "asynclocal"),
 }
+"""Protocols of fsspec that run a command, lead to other places, or are no store of shards."""
 SIGNATURE = re.compile(
     r"x-(amz|goog|oss|ms)-.*|sig(nature)?|expires|token|access_?token|key-pair-id|policy|se|sp|sv"
     r"|sr|st|spr|awsaccesskeyid|googleaccessid",
     re.IGNORECASE,
 )
+TRAIN = ("train", "train-unbalanced")
+"""Splits that ``auto`` takes, in order of preference; the second is the larger one of AudioSet."""
+log = logging.getLogger("bat")
 
 
 class NotIndexable(UserError):  # noqa: N818
@@ -101,6 +104,16 @@ class Shard(NamedTuple):
         return "/".join([*folders, self.name][-depth:])
 
 
+def names_of(shards: Sequence[Shard]) -> list[str]:
+    """Returns file names, with as many parent folders as needed to make them distinct."""
+    names = [shard.name for shard in shards]
+    for depth in range(2, 65):
+        if len(set(names)) == len(names):
+            break
+        names = [shard.called(depth) for shard in shards]
+    return names
+
+
 def is_url(source: str | Path) -> bool:
     return isinstance(source, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", source) is not None
 
@@ -115,21 +128,6 @@ def identity(url: str) -> str:
     """Returns ``url`` without credentials: a shard with a new signature is the same shard."""
     query = [(k, v) for k, v in parse_qsl(urlsplit(url).query) if not SIGNATURE.fullmatch(k)]
     return shown(url) + "?" + urlencode(sorted(query))
-
-
-@overload
-def expand(source: Path) -> list[Path]: ...
-@overload
-def expand(source: str | Path) -> list[Path | str]: ...
-
-
-def expand(source: str | Path) -> list[Path] | list[Path | str]:
-    """Returns the shards that ``source`` names, in order: local paths, strings for URLs.
-
-    Raises:
-        UserError: as ``find``.
-    """
-    return [shard.place for shard in find(source)]
 
 
 def find(source: str | Path, policy: RetryPolicy | None = None) -> list[Shard]:
@@ -149,9 +147,10 @@ def find(source: str | Path, policy: RetryPolicy | None = None) -> list[Shard]:
     braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
     if braces:
         first, last, names = braces.groups()
-        width = len(first or "")
-        found = names.split(",") if names else range(int(first), int(last) + 1)
-        words = [f"{x:0{width}d}" if isinstance(x, int) else x for x in found]
+        if names:
+            words = names.split(",")
+        else:
+            words = [f"{x:0{len(first)}d}" for x in range(int(first), int(last) + 1)]
         before, after = text[: braces.start()], text[braces.end() :]
         return [shard for word in words for shard in find(before + word + after, policy)]
     return _remote(text, policy or RetryPolicy()) if is_url(source) else _local(Path(text), text)
@@ -161,19 +160,20 @@ def _local(path: Path, text: str) -> list[Shard]:
     if path.is_dir():
         tars = [Shard(p) for p in _tars(path)]
         below = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-        deeper = [Shard(p, split_of(folder.name)) for folder in below for p in _tars(folder)]
-        if not tars and not deeper:
+        tars += [Shard(p, split_of(folder.name)) for folder in below for p in _tars(folder)]
+        if not tars:
             raise UserError(f"{path} holds no .tar shards: bat-shard makes some")
-        return _one_kind(str(path), tars + deeper)
+        return _one_kind(str(path), tars)
     if not path.exists():
         found = [Path(p) for p in sorted(glob.glob(text))] if glob.has_magic(text) else []
         if not found:
+            hint = "give a folder of .tar files, a glob or a list"
             if text.startswith(("{'", '{"')):  # a mapping, as a recipe or a shell may write it
-                raise UserError(
-                    f"no shard at {text}: YAML reads `: ` as a mapping, so put the whole into "
-                    f"quotes of its own: data.shards=\"'pipe:COMMAND'\""
+                hint = (
+                    "YAML reads `: ` as a mapping, so put the whole into quotes of its own: "
+                    "data.shards=\"'pipe:COMMAND'\""
                 )
-            raise UserError(f"no shard at {text}: give a folder of .tar files, a glob or a list")
+            raise UserError(f"no shard at {text}: {hint}")
         return [Shard(p) for p in found]
     if not path.name.endswith(SUFFIXES):
         raise UserError(f"{path} is not a .tar: give uncompressed WebDataset shards")
@@ -206,10 +206,9 @@ def _checked(url: str) -> str:
     """Returns ``url`` with its protocol in lower case; ``UserError`` if it is not allowed."""
     protocol, rest = url.split(":", 1)
     protocol = protocol.lower()
-    why = "chained URLs may run anything" if "::" in url else REFUSED.get(protocol)
-    if why:
+    if protocol in REFUSED or "::" in url:
         hint = ", or say --allow-pipe to bat-pretrain" if protocol == "pipe" else ""
-        raise UserError(f"{protocol}: sources are refused ({why}): give a path or plain URL{hint}")
+        raise UserError(f"{protocol}: sources are refused: give a path or a plain URL{hint}")
     import fsspec
 
     try:
@@ -231,10 +230,8 @@ def _remote(url: str, policy: RetryPolicy) -> list[Shard]:
     path = urlsplit(url).path
     if "*" in path:
         folder, _, pattern = url.rpartition("/")
-        regex = re.escape(pattern).replace(r"\*", ".*")
-        names = [
-            n for n in listing(folder, policy) if n.endswith(SUFFIXES) and re.fullmatch(regex, n)
-        ]
+        regex = re.compile(re.escape(pattern).replace(r"\*", ".*"))
+        names = [n for n in listing(folder, policy) if n.endswith(SUFFIXES) and regex.fullmatch(n)]
         if not names:
             raise UserError(f"no shard at {shown(url)}: the server lists none of that name")
         return [Shard(f"{folder}/{name}") for name in names]
@@ -244,17 +241,35 @@ def _remote(url: str, policy: RetryPolicy) -> list[Shard]:
     manifest = remote_manifest(folder, policy)
     if manifest is not None:
         return [Shard(join(folder, entry.name)) for entry in manifest.shards]
-    names = listing(folder, policy)
-    found = [Shard(f"{folder}/{name}") for name in names if name.endswith(SUFFIXES)]
-    found += [
-        Shard(f"{folder}/{name}/{tar}", name)
-        for name in (name.rstrip("/") for name in names if name.endswith("/"))
-        for tar in listing(f"{folder}/{name}", policy)
-        if tar.endswith(SUFFIXES)
-    ]
+    found = []
+    for name in listing(folder, policy):
+        if name.endswith(SUFFIXES):
+            found.append(Shard(f"{folder}/{name}"))
+        elif name.endswith("/"):
+            below = listing(f"{folder}/{name[:-1]}", policy)
+            tars = [tar for tar in below if tar.endswith(SUFFIXES)]
+            found += [Shard(f"{folder}/{name}{tar}", name[:-1]) for tar in tars]
     if not found:
         raise UserError(
             f"{shown(url)} has no manifest.json and lists no .tar: name the shards, as in "
             f"{shown(folder)}/shard-{{00000..00041}}.tar"
         )
     return _one_kind(shown(folder), found)
+
+
+def check_no_train(splits: Sequence[str], counted: str) -> None:
+    """Warn that ``data.split=auto`` takes all clips because none of ``TRAIN`` is among ``splits``.
+
+    Raises ``UserError`` if some are for evaluation (``test``, ``valid``); ``counted`` describes the
+    splits found.
+    """
+    if any(split_of(name) in ("test", "valid") for name in splits):
+        raise UserError(
+            f"{counted}: none of them is called train. Say which to pre-train on: "
+            "data.split=NAME (several: A,B), or data.split=all, the held-out ones too"
+        )
+    log.warning(
+        "pre-training on all clips: none of the splits (%s) is called train; data.split=NAME "
+        "takes one of them",
+        ", ".join(splits),
+    )

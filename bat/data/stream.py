@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Required, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -29,11 +29,11 @@ from bat.audio.decode import (
     probe,
     write_rolled,
 )
-from bat.data.heartbeat import Heartbeat
 from bat.data.index import Index
+from bat.data.loader import IDLE, Heartbeat
 from bat.data.plan import CROP, OFFSET, ROLL, MixedPlan, Plan, below, philox
 from bat.errors import UserError
-from bat.types import Clip, Skipped, WaveBatch
+from bat.types import Skipped, WaveBatch
 
 Item = tuple[int, int]
 """(position, clip id), which a sampler yields and a dataset reads."""
@@ -46,7 +46,7 @@ CROP_SLACK = 0.02
 sets of "5-s clips" hold 5.001 s, and a segment that does not depend on the position can be
 cached."""
 
-AHEAD_BATCHES = 8
+PREFETCH_BATCHES = 8
 """Micro-batches between two prefetches of shards."""
 
 
@@ -62,9 +62,8 @@ class PlanSampler(Sampler[list[Item]]):
         batch: clips of a micro-batch on one rank.
         batches: micro-batches that one iteration yields (``len``).
         batches_done: returns the micro-batches finished so far; called at each ``iter()``.
-        ahead: called from time to time with the ids of the clips of the next ``look_ahead``
-            positions and a few batches more, of all ranks, in their order (to prefetch remote
-            shards); None: no prefetch.
+        prefetch: called from time to time with the ids of the clips of the next ``look_ahead``
+            positions and a few batches more, of all ranks, in their order; None: no prefetch.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class PlanSampler(Sampler[list[Item]]):
         rank: int = 0,
         world: int = 1,
         batches_done: Callable[[], int] = lambda: 0,
-        ahead: Callable[[np.ndarray], None] | None = None,
+        prefetch: Callable[[np.ndarray], None] | None = None,
         look_ahead: int = 8192,
     ) -> None:
         if batch < 1 or batches < 1:
@@ -84,7 +83,7 @@ class PlanSampler(Sampler[list[Item]]):
         assert 0 <= rank < world
         self.plan, self.batch, self.batches = plan, batch, batches
         self.rank, self.world, self.batches_done = rank, world, batches_done
-        self.ahead, self.look_ahead = ahead, look_ahead
+        self.prefetch, self.look_ahead = prefetch, look_ahead
 
     def __len__(self) -> int:
         return self.batches
@@ -94,9 +93,9 @@ class PlanSampler(Sampler[list[Item]]):
         places = self.rank + self.world * np.arange(self.batch)
         size = self.batch * self.world
         for k in range(start, start + self.batches):
-            if self.ahead is not None and (k - start) % AHEAD_BATCHES == 0:
-                last = k * size + self.look_ahead + AHEAD_BATCHES * size
-                self.ahead(self.plan.clips(np.arange(k * size, last)))
+            if self.prefetch is not None and (k - start) % PREFETCH_BATCHES == 0:
+                last = k * size + self.look_ahead + PREFETCH_BATCHES * size
+                self.prefetch(self.plan.clips(np.arange(k * size, last)))
             positions = k * size + places
             clips = self.plan.clips(positions)
             yield list(zip(positions.tolist(), clips.tolist(), strict=True))
@@ -120,63 +119,124 @@ class EvalSampler(Sampler[list[Item]]):
             yield list(zip(rows.tolist(), self.ids[rows].tolist(), strict=True))
 
 
-class ClipDataset(Dataset[WaveBatch]):
-    """Reads, decodes, crops, rolls and places the clips of a batch of ``Item``s.
+class ClipSettings(TypedDict, total=False):
+    """What is read of a clip; ``ClipDataset`` and all that make one take these settings."""
+
+    sample_rate: Required[int]
+    """Hz of the waves; clips at another rate are resampled."""
+    clip_seconds: Required[float]
+    """Longest wave; longer clips are cropped while reading, by a seek."""
+    roll: bool
+    """Circular shift of each wave by a random offset."""
+    random_offset: bool
+    """Put a clip shorter than ``clip_seconds`` at a random place of a silent wave of that length,
+    all of which counts as signal; False: waves keep their own length."""
+    min_seconds: float
+    """Clips shorter than this are unreadable ("brief")."""
+    max_seconds: float
+    """Longer files are unreadable ("long"), whatever part of them is wanted. Where the index knows
+    the length, not a byte of them is read."""
+    cache_bytes: int
+    """Bytes of decoded waves kept in memory, in each loader process. Only clips whose segment does
+    not depend on the position are kept: the cache changes no value."""
+
+
+class ClipReader:
+    """Decodes, crops, rolls and places clips, by (seed, position) alone.
+
+    Args:
+        seed: of crops, rolls and offsets, with the position.
+        crop: position of a crop; ``random`` by (seed, position).
+        settings: see ``ClipSettings``.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        crop: Literal["random", "start"] = "random",
+        **settings: Unpack[ClipSettings],
+    ) -> None:
+        self.seed, self.crop = seed, crop
+        self.sample_rate, self.clip_seconds = settings["sample_rate"], settings["clip_seconds"]
+        self.roll = settings.get("roll", False)
+        self.random_offset = settings.get("random_offset", False)
+        self.min_seconds = settings.get("min_seconds", 0.0)
+        self.max_seconds = settings.get("max_seconds", MAX_FILE_SECONDS)
+        if self.clip_seconds <= 0 or self.sample_rate < 1:
+            values = f"clip_seconds={self.clip_seconds}, sample_rate={self.sample_rate}"
+            raise UserError(f"{values}: not positive")
+
+    @property
+    def clip_samples(self) -> int:
+        """Samples S of every batch."""
+        return clip_samples(self.clip_seconds, self.sample_rate)
+
+    def segment(
+        self, data: bytes, position: int, frames: int = 0, rate: int = 0
+    ) -> tuple[dict[str, Any], bool]:
+        """Returns how ``decode`` reads the segment at ``position`` of an encoded clip of ``frames``
+        samples at ``rate`` (0: unknown), and whether it is the same at every position."""
+        known = frames > 0 and rate > 0
+        how: dict[str, Any] = {
+            "sample_rate": self.sample_rate,
+            "start_seconds": 0.0,
+            "max_seconds": self.clip_seconds,
+            "expected_frames": frames if frames > 0 else None,
+            "expected_rate": rate if rate > 0 else None,
+            "min_seconds": self.min_seconds,
+            "max_file_seconds": self.max_seconds,
+        }
+        if self.crop == "start":
+            return how, True
+        if not known:
+            info = probe(data, max_file_seconds=self.max_seconds)
+            frames, rate = info.frames, info.sample_rate
+        extra = frames_left_out(frames, rate, self.clip_seconds)
+        if extra:
+            start = below(extra + 1, philox(self.seed, position, CROP))
+            how["start_seconds"] = start / rate
+        return how, not extra
+
+    def place(self, position: int, samples: int) -> tuple[int, int]:
+        """Returns offset and roll of a wave at ``position``."""
+        roll = below(samples, philox(self.seed, position, ROLL)) if self.roll else 0
+        room = self.clip_samples - samples
+        if not self.random_offset or room <= 0:
+            return 0, roll
+        return below(room + 1, philox(self.seed, position, OFFSET)), roll
+
+
+class ClipDataset(ClipReader, Dataset[WaveBatch]):
+    """Reads the clips of a batch of ``Item``s.
 
     The loader calls ``batch`` (as ``__getitems__``), which decodes into the batch's own memory:
     no wave is copied twice, and in a worker that memory is already shared with the trainer.
 
     Args:
-        sample_rate: Hz of the waves.
-        clip_seconds: longest wave; longer clips are cropped while reading, by a seek.
-        seed: of crops, rolls and offsets, with the position.
-        crop: position of a crop; ``random`` by (seed, position).
-        roll: circular shift of each wave by a random offset.
-        random_offset: put a clip shorter than ``clip_seconds`` at a random place of a silent wave
-            of that length, all of which counts as signal; False: waves keep their own length.
-        min_seconds: clips shorter than this are unreadable ("brief").
-        max_seconds: longer files are unreadable ("long"), whatever part of them is wanted. Where
-            the index knows the length, not a byte of them is read.
         plan: its ``stand_ins`` replace unreadable clips (training); None: no replacement, the
             batch lacks the clip (evaluation).
-        cache_bytes: bytes of decoded waves kept in memory, in each loader process. Only clips whose
-            segment does not depend on the position are kept: the cache changes no value.
         heartbeat: records the clip that this process reads.
+        seed, crop, settings: see ``ClipReader``.
     """
 
     def __init__(
         self,
         index: Index,
         *,
-        sample_rate: int,
-        clip_seconds: float,
         seed: int = 0,
         crop: Literal["random", "start"] = "random",
-        roll: bool = False,
-        random_offset: bool = False,
-        min_seconds: float = 0.0,
-        max_seconds: float = MAX_FILE_SECONDS,
         plan: Plan | MixedPlan | None = None,
-        cache_bytes: int = 0,
         heartbeat: Heartbeat | None = None,
+        **settings: Unpack[ClipSettings],
     ) -> None:
-        if clip_seconds <= 0 or sample_rate < 1:
-            raise UserError(f"clip_seconds={clip_seconds}, sample_rate={sample_rate}: not positive")
-        self.index = index
-        self.sample_rate, self.clip_seconds = sample_rate, clip_seconds
-        self.seed, self.crop, self.roll, self.plan = seed, crop, roll, plan
-        self.random_offset, self.min_seconds = random_offset, min_seconds
-        self.max_seconds, self.heartbeat = max_seconds, heartbeat
+        super().__init__(seed=seed, crop=crop, **settings)
+        self.index, self.plan, self.heartbeat = index, plan, heartbeat
         self._cache: dict[int, np.ndarray] = {}
-        self._room = cache_bytes
+        self._room = settings.get("cache_bytes", 0)
 
     def __len__(self) -> int:
         return len(self.index)
-
-    @property
-    def clip_samples(self) -> int:
-        """Samples S of every batch."""
-        return clip_samples(self.clip_seconds, self.sample_rate)
 
     def batch(self, items: Sequence[Item]) -> WaveBatch:
         """Returns the clips of ``items``; unreadable ones without a stand-in are left out."""
@@ -196,7 +256,7 @@ class ClipDataset(Dataset[WaveBatch]):
                 kept.append((position, candidate))
                 break
         if self.heartbeat is not None:
-            self.heartbeat.rests()
+            self.heartbeat.reads(IDLE)
         waves, lengths = rows.tensors()
         targets = np.zeros((len(kept), self.index.classes), np.float32)
         for row, (_, clip) in enumerate(kept):
@@ -228,14 +288,6 @@ class ClipDataset(Dataset[WaveBatch]):
             self.index.key(clip), self.index.shard_name(clip), kind, str(why or error), position
         )
 
-    def _place(self, position: int, samples: int) -> tuple[int, int]:
-        """Returns offset and roll of a wave at ``position``."""
-        roll = below(samples, philox(self.seed, position, ROLL)) if self.roll else 0
-        room = self.clip_samples - samples
-        if not self.random_offset or room <= 0:
-            return 0, roll
-        return below(room + 1, philox(self.seed, position, OFFSET)), roll
-
     def _fill(self, row: np.ndarray, clip: int, position: int) -> tuple[int, int]:
         """Writes the segment of ``clip`` at ``position`` into ``row``; returns (offset, n)."""
         wave = self._cache.get(clip)
@@ -243,42 +295,19 @@ class ClipDataset(Dataset[WaveBatch]):
             frames, rate = int(self.index.frames[clip]), int(self.index.rate[clip])
             if frames > 0 and rate > 0:
                 check_length(frames, rate, self.max_seconds)
-            encoded = self.index.read(clip)
-            start_seconds, extra_frames = self._segment(clip, position, encoded)
-            how: dict[str, Any] = {
-                "sample_rate": self.sample_rate,
-                "start_seconds": start_seconds,
-                "max_seconds": self.clip_seconds,
-                "expected_frames": frames if frames > 0 else None,
-                "expected_rate": rate if rate > 0 else None,
-                "min_seconds": self.min_seconds,
-                "max_file_seconds": self.max_seconds,
-            }
-            fixed = self.crop != "random" or not extra_frames
+            data = self.index.read(clip).data
+            how, fixed = self.segment(data, position, frames, rate)
             if not fixed or not self._room:
-                place = functools.partial(self._place, position)
-                return decode_into(row, encoded.data, place=place, **how)
-            wave = decode(encoded.data, **how)
+                place = functools.partial(self.place, position)
+                return decode_into(row, data, place=place, **how)
+            wave = decode(data, **how)
             if wave.nbytes <= self._room:
                 self._room -= wave.nbytes
                 self._cache[clip] = wave
         wave = wave[: len(row)]
-        offset, roll = self._place(position, len(wave))
+        offset, roll = self.place(position, len(wave))
         write_rolled(row[offset:], wave, roll)
         return offset, len(wave)
-
-    def _segment(self, clip: int, position: int, encoded: Clip) -> tuple[float, int]:
-        """Returns the start of the segment in seconds, and the source frames it leaves out."""
-        frames, rate = int(self.index.frames[clip]), int(self.index.rate[clip])
-        if self.crop == "start":
-            return 0.0, 0
-        if frames <= 0 or rate <= 0:
-            info = probe(encoded.data, max_file_seconds=self.max_seconds)
-            frames, rate = info.frames, info.sample_rate
-        extra = frames_left_out(frames, rate, self.clip_seconds)
-        if not extra:
-            return 0.0, 0
-        return random_start(extra, rate, seed=self.seed, position=position), extra
 
 
 def frames_left_out(frames: int, rate: int, clip_seconds: float) -> int:
@@ -286,17 +315,6 @@ def frames_left_out(frames: int, rate: int, clip_seconds: float) -> int:
     wanted = math.ceil(clip_seconds * rate - 1e-6)  # as many as decode reads
     extra = frames - wanted
     return extra if extra > CROP_SLACK * wanted else 0
-
-
-def random_start(extra: int, rate: int, *, seed: int, position: int) -> float:
-    """Returns the start of the crop of the clip at ``position``, in seconds."""
-    return below(extra + 1, philox(seed, position, CROP)) / rate
-
-
-def as_it_is(batch: Any) -> WaveBatch:
-    """Returns ``batch`` unchanged: the collate function of a dataset that makes whole batches."""
-    made: WaveBatch = batch
-    return made
 
 
 class BatchRows:

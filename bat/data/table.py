@@ -3,14 +3,15 @@
 A shard is a plain WebDataset tar: ``KEY.flac`` + ``KEY.json`` side by side. Its ``ShardTable`` lets
 training read by ``pread`` without parsing a tar; it lies beside the shard as
 ``shard-00000.idx.npz``. ``scan`` makes it for any shard, of bat or foreign: regular members only,
-suffixes of an allow-list, size caps, no pickle, nothing unpacked. A foreign JSON seldom gives the
-length of a clip: ``scan(probe=True)`` reads it from the clips themselves.
+suffixes of an allow-list, size bounds, no pickle, nothing unpacked. A table may come from an
+untrusted source too: each number is held to its range before it is used. A foreign JSON seldom
+gives the length of a clip: ``scan(probe=True)`` reads it from the clips themselves.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
-import itertools
 import json
 import os
 import zipfile
@@ -23,31 +24,46 @@ import numpy as np
 
 from bat.audio.decode import DecodeError
 from bat.audio.decode import probe as read_header
-from bat.data.clip_fields import CLIP as CLIP
-from bat.data.clip_fields import MAX_AUDIO_BYTES as MAX_AUDIO_BYTES
-from bat.data.clip_fields import UNREADABLE as UNREADABLE
-from bat.data.clip_fields import parse, sound
 from bat.data.tar import BLOCK, Member, members, sample_key, write_atomic
 from bat.errors import UserError
 from bat.redact import one_line
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, no_decoder
+from bat.tasks.events import from_json
 from bat.tasks.labels import names_of
 
 VERSION = 3
+MAX_AUDIO_BYTES = 1 << 30
 MAX_JSON_BYTES = 1 << 20
+MAX_ALL_JSON_BYTES = 1 << 29
+"""Limit on the JSON bytes of one shard."""
 MAX_TABLE_BYTES = 1 << 28
 MAX_MEMBERS = 1 << 21
-"""Limit on clips, JSON members and members left out of one shard."""
-MAX_ALL_JSON_BYTES = 1 << 29
-"""Limit on the JSON bytes of one shard as it is read."""
-MAX_KEPT_BYTES = 1 << 28
-"""Limit on the memory for the content of a shard's JSON."""
-ITS_JSON = "its JSON cannot be read"
-"""Reason why a clip is left out that would otherwise have no labels."""
-MEMBERS_LOOKED_AT = 8
-"""Members around a clip that are searched for its JSON."""
+"""Limit on the members of one shard."""
 MAX_NAME = 512
 """Characters of a member's name in the list of clips left out."""
+ITS_JSON = "its JSON cannot be read"
+"""Reason why a clip is left out that would otherwise have no labels."""
+UNREADABLE = (
+    *(OSError, ArithmeticError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error),
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError),
+)
+"""Exceptions that numpy, zipfile and json raise on damaged or foreign files."""
+KEY_BYTES = np.zeros(256, bool)
+KEY_BYTES[list(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")] = True
+CLIP = np.dtype(
+    [
+        ("offset", "<i8"),  # of the audio bytes in the tar
+        ("size", "<i8"),
+        ("frames", "<i8"),  # at ``rate``; -1 unknown
+        ("rate", "<i4"),  # 0 unknown
+        ("codec", "u1"),  # index into AUDIO_SUFFIXES
+        ("fold", "<i2"),  # -1 none
+        ("split", "i1"),  # index into ``splits``; -1 none
+        ("labels", "<u2"),  # number of labels
+        ("key", "u1"),  # length of the key, bytes
+        ("header", "<u4"),  # CRC-32 of its header in the tar
+    ]
+)
 
 
 @dataclass
@@ -100,8 +116,7 @@ class ShardTable:
         None.
 
         Checked: the range of all numbers; size and modification time of the tar; the headers of the
-        first, middle and last clip, and their labels where the JSON is beside the clip. With
-        ``tar=None`` only the numbers.
+        first, middle and last clip. With ``tar=None`` only the numbers.
         """
         try:
             with zipfile.ZipFile(path) as packed:  # checked before numpy unpacks anything
@@ -110,56 +125,126 @@ class ShardTable:
             with np.load(path, allow_pickle=False) as file:
                 head = json.loads(file["head"].tobytes())
                 clips, labels, keys = file["clips"], file["labels"], file["keys"]
-            if head.pop("version") != VERSION or clips.dtype != CLIP:
+            if head.pop("version") != VERSION:
                 return None
             table = cls(clips=clips, labels=labels, keys=keys, **head)
-            fits = sound(**vars(table)) and (tar is None or table._describes(tar))
-            if not fits:
+            if not table._is_valid() or (tar is not None and not table._describes(tar)):
                 return None
-            table.names, table.splits = ([*map(one_line, t)] for t in (table.names, table.splits))
+            for texts in (table.names, table.splits):
+                if not "".join(texts).isprintable():
+                    texts[:] = map(one_line, texts)
             return table
-        except (*UNREADABLE, UserError):
+        except UNREADABLE:
             return None
 
+    def _is_valid(self) -> bool:
+        """Return True if all values are within their ranges; raises ``UNREADABLE`` on wrong types.
+
+        Clips must lie one after the other, and each label must belong to a clip.
+        """
+        clips, labels, keys, tar_bytes = self.clips, self.labels, self.keys, self.tar_bytes
+        ends = clips["offset"] + clips["size"]
+        texts = [*self.names, *self.splits, *self.left_out.values(), *self.texts.values()]
+        return (
+            [array.dtype for array in (clips, labels, keys)] == [CLIP, np.int32, np.uint8]
+            and clips.ndim == labels.ndim == keys.ndim == 1
+            and {*map(type, (tar_bytes, self.mtime_ns, *self.ids))} == {int}
+            and {*map(type, (self.sha256, *texts))} == {str}
+            and all(isinstance(events, list) for events in self.events.values())
+            and all(from_json(event) for events in self.events.values() for event in events)
+            and len(self.names) == len(self.ids)
+            and _within(clips["size"], 1, min(MAX_AUDIO_BYTES, tar_bytes))
+            and _within(clips["offset"], BLOCK, tar_bytes - clips["size"])
+            and _within(clips["offset"][1:], ends[:-1] + BLOCK, tar_bytes)
+            and _within(clips["frames"], -1, 1 << 62)
+            and _within(clips["rate"], 0, 1 << 31)
+            and _within(clips["codec"], 0, len(AUDIO_SUFFIXES) - 1)
+            and _within(clips["fold"], -1, 1 << 15)
+            and _within(clips["split"], -1, len(self.splits) - 1)
+            and _within(clips["key"], 1, 80)
+            and _within(labels, 0, len(self.names) - 1)
+            and bool(np.bincount(labels, minlength=len(self.names)).all())
+            and int(clips["labels"].sum(dtype=int)) == len(labels)
+            and int(clips["key"].sum(dtype=int)) == len(keys)
+            and bool(KEY_BYTES[keys].all())
+        )
+
     def _describes(self, tar: Path) -> bool:
-        clips, n = self.clips, len(self.clips)
-        keys, last_labels = self.key_list(), np.cumsum(clips["labels"], dtype=int)
+        n = len(self.clips)
         with tar.open("rb") as file:
             now = os.fstat(file.fileno())
             if (now.st_size, now.st_mtime_ns) != (self.tar_bytes, self.mtime_ns):
                 return False
-            for i in sorted({0, n // 2, n - 1}) if n else ():
-                head = os.pread(file.fileno(), BLOCK, int(clips["offset"][i]) - BLOCK)
-                if zlib.crc32(head) != clips["header"][i]:
-                    return False
-                begin = int(clips["offset"][i - 1] + clips["size"][i - 1]) if i else 0
-                begin = -(-begin // BLOCK) * BLOCK
-                for member in itertools.islice(members(file, tar, begin), MEMBERS_LOOKED_AT):
-                    if member.name.lower().endswith(".json") and sample_key(member.name) == keys[i]:
-                        meta, _ = parse(os.pread(file.fileno(), member.size, member.offset))
-                        ids = self.labels[last_labels[i] - clips["labels"][i] : last_labels[i]]
-                        if [name for name, _ in parse_labels(meta)] != [self.names[k] for k in ids]:
-                            return False
-                        break
-        return True
+            return all(
+                zlib.crc32(os.pread(file.fileno(), BLOCK, int(clip["offset"]) - BLOCK))
+                == clip["header"]
+                for clip in (self.clips[[0, n // 2, n - 1]] if n else ())
+            )
 
     def agrees(self, now: ShardTable) -> bool:
         """Return True if ``now`` describes the same tar; ``self`` alone may know a length."""
-        if self.clips.shape != now.clips.shape:
-            return False
-        same = all(
-            np.array_equal(self.clips[name], now.clips[name])
-            for name in ("offset", "size", "codec", "fold", "split", "labels", "key")
-        )
+        fields = ("offset", "size", "codec", "fold", "split", "labels", "key")
         known = now.clips["frames"] > 0
         return (
-            same
+            self.clips.shape == now.clips.shape
+            and all(np.array_equal(self.clips[name], now.clips[name]) for name in fields)
             and np.array_equal(self.clips["frames"][known], now.clips["frames"][known])
             and np.array_equal(self.labels, now.labels)
             and np.array_equal(self.keys, now.keys)
             and (self.names, self.ids, self.splits) == (now.names, now.ids, now.splits)
             and (self.events, self.texts) == (now.events, now.texts)
         )
+
+
+def _within(values: np.ndarray, low: int | np.ndarray, high: int | np.ndarray) -> bool:
+    return bool(((values >= low) & (values <= high)).all())
+
+
+def table_places(tar: Path, folder: Path | None) -> list[Path]:
+    """Returns the possible places of the table of ``tar``: beside it, then in a folder for
+    read-only shards."""
+    places = [tar.with_suffix(".idx.npz")]
+    if folder is not None:
+        digest = hashlib.sha256(os.fsencode(tar.resolve())).hexdigest()[:12]
+        places.append(folder / f"{tar.stem}-{digest}.idx.npz")
+    return places
+
+
+def parse(text: bytes) -> dict[str, Any]:
+    """Returns the fields of a clip's JSON that bat reads (docs/data.md).
+
+    A nested object where a value is expected becomes an empty list or object; control characters in
+    texts are escaped.
+
+    Raises:
+        ValueError, TypeError, RecursionError: not a JSON object.
+    """
+    said = dict(json.loads(text))
+    values = ("id", "fold", "split", "start_seconds", "num_samples", "sample_rate")
+    lists = ("label", "labels", "label_id", "mid")  # a single value or a list
+    kept = {name: _flat(said[name]) for name in values if name in said}
+    kept |= {name: _listed(said[name]) for name in lists if name in said}
+    original = said.get("original_data")  # LAION's layout
+    if isinstance(original, dict) and "class_labels" in original:
+        kept["original_data"] = {"class_labels": _listed(original["class_labels"])}
+    if isinstance(said.get("text"), str):
+        kept["text"] = one_line(said["text"])
+    if isinstance(said.get("events"), list):  # keeps the valid ones
+        found = (from_json(entry) for entry in said["events"])
+        kept["events"] = [
+            e._replace(labels=tuple(map(one_line, e.labels))) for e in found if e is not None
+        ]
+    return kept
+
+
+def _flat(value: Any) -> Any:
+    if isinstance(value, str):
+        return one_line(value)
+    return type(value)() if isinstance(value, (list, dict)) else value
+
+
+def _listed(value: Any) -> Any:
+    return [_flat(x) for x in value] if isinstance(value, list) else _flat(value)
 
 
 def parse_labels(meta: dict[str, Any]) -> list[tuple[str, int]]:
@@ -187,6 +272,21 @@ def _whole(value: Any, default: int, limit: int) -> int:
     return int(value) if ok else default
 
 
+def unusable(member: Member, suffix: str) -> tuple[str, str] | None:
+    """Returns (kind, why) of a member that should be a clip or its JSON and cannot be; None for any
+    other."""
+    if suffix in UNDECODED_SUFFIXES:
+        return "unknown", no_decoder(suffix)
+    if suffix != "json" and suffix not in AUDIO_SUFFIXES:
+        return None
+    if not member.regular:
+        return "corrupt", "not a regular file"
+    if member.size == 0:
+        return "empty", "empty"
+    limit = MAX_JSON_BYTES if suffix == "json" else MAX_AUDIO_BYTES
+    return ("long", f"larger than {limit} bytes") if member.size > limit else None
+
+
 @dataclass
 class Contents:
     """The contents of a shard: its clips and their JSON, by key, in the order of the clips."""
@@ -204,41 +304,34 @@ def read_contents(path: Path) -> Contents:
     """Read the headers and JSON members of a shard; no audio is read.
 
     Raises:
-        UserError: missing file, not a tar, more in it than ``MAX_MEMBERS``, ``MAX_ALL_JSON_BYTES``
-            or ``MAX_KEPT_BYTES``.
+        UserError: missing file, not a tar, more in it than ``MAX_MEMBERS`` or
+            ``MAX_ALL_JSON_BYTES``.
     """
     found = Contents(0, 0, {}, {}, {})
     audio, metas, left_out = found.audio, found.metas, found.left_out
-    useless: dict[str, tuple[str, str]] = {}  # JSON by key: its name, and why it cannot be read
-    text_bytes = kept_bytes = 0
+    damaged: dict[str, tuple[str, str]] = {}  # JSON by key: its name, and why it cannot be read
+    text_bytes = 0
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             end = found.tar_bytes = status.st_size
             found.mtime_ns = status.st_mtime_ns
-            for member in members(file, path):
-                if len(audio) + len(metas) + len(left_out) + len(useless) > MAX_MEMBERS:
+            for number, member in enumerate(members(file, path)):
+                if number >= MAX_MEMBERS:
                     raise UserError(f"shard {path} has more than {MAX_MEMBERS} members: split it")
                 suffix = os.path.splitext(member.name)[1][1:].lower()
-                if suffix in UNDECODED_SUFFIXES:
-                    left_out[member.name[:MAX_NAME]] = no_decoder(suffix)
-                if suffix != "json" and suffix not in AUDIO_SUFFIXES:
+                if suffix not in ("json", *AUDIO_SUFFIXES, *UNDECODED_SUFFIXES):
                     continue
                 key, name = sample_key(member.name), member.name[:MAX_NAME]
-                cap = MAX_JSON_BYTES if suffix == "json" else MAX_AUDIO_BYTES
-                why = ""
-                if not member.regular:
-                    why = "not a regular file"
-                elif member.offset + member.size > end:
+                _, why = unusable(member, suffix) or ("", "")
+                if not why and member.offset + member.size > end:
                     why = "cut short: the tar ends before it"
-                elif member.size == 0:
-                    why = "empty"
-                elif member.size > cap:
-                    why = f"larger than {cap} bytes"
-                if key in (metas if suffix == "json" else audio):
+                if suffix in UNDECODED_SUFFIXES:
+                    left_out[name] = why
+                elif key in (metas if suffix == "json" else audio):
                     left_out[name] = "a second one of this key"
                 elif why and suffix == "json":
-                    useless[key] = name, why
+                    damaged[key] = name, why
                 elif why:
                     left_out[name] = why
                 elif suffix != "json":
@@ -249,23 +342,17 @@ def read_contents(path: Path) -> Contents:
                         what = f"more than {MAX_ALL_JSON_BYTES} bytes of JSON"
                         raise UserError(f"shard {path} has {what}: split it")
                     try:
-                        text = os.pread(file.fileno(), member.size, member.offset)
-                        metas[key], size = parse(text)
+                        metas[key] = parse(os.pread(file.fileno(), member.size, member.offset))
                     except (ValueError, TypeError, RecursionError):
-                        useless[key] = name, "not a JSON object"
-                        continue
-                    kept_bytes += size
-                    if kept_bytes > MAX_KEPT_BYTES:
-                        what = f"labels and other fields of more than {MAX_KEPT_BYTES} bytes"
-                        raise UserError(f"shard {path} has {what} in its JSON: split it")
+                        damaged[key] = name, "not a JSON object"
             if end >= BLOCK and os.pread(file.fileno(), BLOCK, end - BLOCK).strip(b"\0"):
                 left_out["(end)"] = "no end marker: the tar may be cut short"
                 last = next(reversed(audio), "")
                 if metas and last not in metas:
-                    useless.setdefault(last, ("", "the tar ends before it"))
+                    damaged.setdefault(last, ("", "the tar ends before it"))
     except OSError as error:
         raise UserError(f"shard {path} cannot be read: {error.strerror}") from error
-    for key, (name, why) in useless.items():
+    for key, (name, why) in damaged.items():
         if key in audio and key not in metas:
             member, _ = audio.pop(key)
             left_out[member.name[:MAX_NAME]] = f"{ITS_JSON}: {why}"
@@ -298,8 +385,9 @@ def tabulate(found: Contents, sha256: str = "") -> ShardTable:
     splits: dict[str, int] = {}
     clips = np.zeros(len(found.audio), CLIP)
     labels: list[int] = []
+    metas = {key: found.metas.get(key, {}) for key in found.audio}
     for i, (key, (member, suffix)) in enumerate(found.audio.items()):
-        meta = found.metas.get(key, {})
+        meta = metas[key]
         pairs = parse_labels(meta)[: (1 << 16) - 1]
         for name, number in pairs:
             if names.setdefault(name, len(names)) == len(ids):
@@ -321,13 +409,11 @@ def tabulate(found: Contents, sha256: str = "") -> ShardTable:
             len(key),
             member.header,
         )
-    keys = np.frombuffer("".join(found.audio).encode("ascii"), np.uint8)
-    flat = np.array(labels, np.int32)
     return ShardTable(
         tar_bytes=found.tar_bytes,
         clips=clips,
-        labels=flat,
-        keys=keys,
+        labels=np.array(labels, np.int32),
+        keys=np.frombuffer("".join(found.audio).encode("ascii"), np.uint8),
         names=list(names),
         ids=ids,
         splits=list(splits),
@@ -335,24 +421,17 @@ def tabulate(found: Contents, sha256: str = "") -> ShardTable:
         sha256=sha256,
         mtime_ns=found.mtime_ns,
         events={
-            key: [[*event[:2], list(event.labels)] for event in found.metas[key]["events"]]
-            for key in found.audio
-            if "events" in found.metas.get(key, {})
+            key: [[*event[:2], list(event.labels)] for event in meta["events"]]
+            for key, meta in metas.items()
+            if "events" in meta
         },
-        texts={
-            key: found.metas[key]["text"]
-            for key in found.audio
-            if "text" in found.metas.get(key, {})
-        },
+        texts={key: meta["text"] for key, meta in metas.items() if "text" in meta},
     )
 
 
 def ask_clips(path: Path, clips: np.ndarray) -> int:
-    """Fill ``frames`` and ``rate`` where they are unknown, from the clips' own headers.
-
-    Returns:
-        The number of clips completed; those that do not open stay unknown.
-    """
+    """Fill ``frames`` and ``rate`` where they are unknown, from the clips' own headers; clips that
+    do not open stay unknown. Returns the number of clips completed."""
     filled = 0
     with path.open("rb") as file:
         for i in np.flatnonzero((clips["frames"] < 0) | (clips["rate"] == 0)):
@@ -361,10 +440,9 @@ def ask_clips(path: Path, clips: np.ndarray) -> int:
                 info = read_header(os.pread(file.fileno(), size, offset))
             except DecodeError:
                 continue
-            if not info.frames:
-                continue
-            if clips["frames"][i] < 0:
-                clips["frames"][i] = info.frames
-            clips["rate"][i] = info.sample_rate
-            filled += 1
+            if info.frames:
+                if clips["frames"][i] < 0:
+                    clips["frames"][i] = info.frames
+                clips["rate"][i] = info.sample_rate
+                filled += 1
     return filled

@@ -1,9 +1,8 @@
-"""Reads tar headers and makes sample keys, safely for foreign shards.
+"""Reads tar headers, makes sample keys, and writes files atomically.
 
-Headers are read by ``tarfile`` through ``ForwardFile``, which bounds the effect of a forged header;
-nothing is unpacked, no link is followed (docs/security.md). Sample keys are
-``[A-Za-z0-9_-]{1,80}``; others are escaped. A key ends at the *last* dot of a name, so
-``song.v3.flac`` and ``song.v4.flac`` stay apart.
+``tarfile`` reads the headers through ``ForwardFile``; nothing is unpacked and no link is followed
+(docs/security.md). A sample key is ``[A-Za-z0-9_-]{1,80}``; other names are escaped. It ends at the
+*last* dot of a name, so ``song.v3.flac`` and ``song.v4.flac`` are two samples.
 """
 
 from __future__ import annotations
@@ -40,7 +39,14 @@ def escape_key(name: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:71]}-{digest}"
 
 
+def sample_key(member: str) -> str:
+    """Returns the key of a member: its name without ``./`` and suffix, escaped."""
+    return escape_key(os.path.splitext(member.removeprefix("./"))[0])
+
+
 class Member(NamedTuple):
+    """A member of a tar: the place of its bytes."""
+
     name: str
     offset: int
     size: int
@@ -58,7 +64,7 @@ class TarError(OSError):
 
 
 class ForwardFile:
-    """A file from which ``tarfile`` reads headers: forward only, in bounded reads.
+    """A file as ``tarfile`` reads headers from it: forward only, headers of a bounded size.
 
     Args:
         file: read from its present position.
@@ -75,38 +81,33 @@ class ForwardFile:
         return self._at
 
     def seek(self, to: int) -> None:
-        """Raises ``TarError`` for a seek backwards, which only a forged size causes."""
+        """Skip to ``to``; raises ``TarError`` for a seek backwards, which a forged size causes."""
         if to < self._at:
             raise TarError(f"it is damaged at byte {self._at}: it leads back to {to}")
         if self._seeks:
             self._file.seek(to)
             self._at = to
         while self._at < to:
-            data = self._file.read(min(SKIP_BYTES, to - self._at))
-            if not data:
-                raise TarError(f"it breaks off at byte {self._at}", short=True)
-            self._at += len(data)
+            self.take(min(SKIP_BYTES, to - self._at))
 
     def read(self, size: int) -> bytes:
-        """Raises ``TarError`` for a header of more than ``MAX_HEADER_BYTES``."""
         if size > MAX_HEADER_BYTES:
             raise TarError(f"it is damaged at byte {self._at}: a name of {size} bytes")
         self.block = self._file.read(size)
         self._at += len(self.block)
         return self.block
 
-    def take(self, member: Member) -> bytes:
-        """Reads the bytes of ``member``, the member returned last."""
-        data: bytes = self._file.read(member.size)
+    def take(self, size: int) -> bytes:
+        """Reads exactly ``size`` bytes; after a member was returned, its content begins here."""
+        data: bytes = self._file.read(size)
         self._at += len(data)
-        if len(data) != member.size:
+        if len(data) != size:
             raise TarError(f"it breaks off at byte {self._at}", short=True)
         return data
 
 
 def read_members(source: ForwardFile) -> Iterator[Member]:
-    """Yields the members of a tar, in order, headers only (``tarfile`` reads them; nothing is
-    unpacked).
+    """Yields the members of a tar, in order; only headers are read.
 
     Raises:
         TarError: not a tar, damaged, or it ends without an end mark.
@@ -117,8 +118,7 @@ def read_members(source: ForwardFile) -> Iterator[Member]:
         while (info := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps them all
             if info.size < 0:
-                at = source.tell() - len(source.block)
-                raise TarError(f"it is damaged at byte {at}: a size of {info.size}")
+                raise tarfile.ReadError(f"a size of {info.size}")
             regular = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not info.issparse()
             crc = zlib.crc32(source.block)
             yield Member(info.name, info.offset_data, info.size, regular, crc)
@@ -135,36 +135,18 @@ def read_members(source: ForwardFile) -> Iterator[Member]:
         raise TarError(f"it is damaged at byte {at}")
 
 
-def members(file: BinaryIO, path: Path, start: int = 0) -> Iterator[Member]:
+def members(file: BinaryIO, path: Path) -> Iterator[Member]:
     """Yields the members of the tar ``path``; those of a truncated tar up to its end.
-
-    Args:
-        start: offset of a header at which to begin.
 
     Raises:
         UserError: ``path`` is not a tar, or is damaged between members.
     """
-    file.seek(start)
-    source = ForwardFile(file, seeks=True)
     try:
-        yield from read_members(source)
+        yield from read_members(ForwardFile(file, seeks=True))
     except TarError as error:
         if not error.short:
             what = (error.strerror or "").removeprefix("it ")
             raise UserError(f"{path} {what}: give uncompressed WebDataset shards") from error
-
-
-def is_tar(file: BinaryIO) -> bool:
-    """Return True if ``file`` begins like a tar."""
-    try:
-        return next(read_members(ForwardFile(file)), None) is not None
-    except TarError:
-        return False
-
-
-def sample_key(member: str) -> str:
-    """Returns the key of a member: its name without ``./`` and suffix, escaped."""
-    return escape_key(os.path.splitext(member.removeprefix("./"))[0])
 
 
 def temporary(path: Path) -> Path:

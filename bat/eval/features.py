@@ -22,8 +22,7 @@ from bat.data.bad_clips import BadClips
 from bat.data.index import Index
 from bat.data.loader import Loader
 from bat.data.module import AudioData, eval_loader
-from bat.data.order import make_plan
-from bat.data.plan import MixedPlan, Plan
+from bat.data.plan import MixedPlan, Plan, make_plan
 from bat.data.stream import STAND_INS
 from bat.encoders.base import Encoder
 from bat.errors import UserError

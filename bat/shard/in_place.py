@@ -20,10 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from bat.audio.decode import DecodeError, probe
-from bat.data.local_shards import table_places
-from bat.data.manifest import Counts, Manifest, ShardInfo
-from bat.data.table import ShardTable, ask_clips, scan
-from bat.data.table_sets import joint_vocabulary
+from bat.data.manifest import Counts, Manifest, ShardInfo, joint_vocabulary
+from bat.data.table import ShardTable, ask_clips, scan, table_places
 from bat.data.tar import sample_key
 from bat.errors import UserError
 from bat.shard.info import load_table, local_shards

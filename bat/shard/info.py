@@ -16,11 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bat.data.local_shards import table_places
-from bat.data.manifest import Manifest
+from bat.data.manifest import Manifest, joint_vocabulary
 from bat.data.sources import Shard, find
-from bat.data.table import ShardTable, scan
-from bat.data.table_sets import joint_vocabulary
+from bat.data.table import ShardTable, scan, table_places
 from bat.errors import UserError
 from bat.tasks.base import AUDIO_SUFFIXES
 

@@ -26,9 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bat.data.local_shards import table_places
 from bat.data.manifest import Counts, Manifest, ShardInfo
-from bat.data.table import ITS_JSON, ShardTable, read_contents, tabulate
+from bat.data.table import ITS_JSON, ShardTable, read_contents, table_places, tabulate
 from bat.errors import UserError
 from bat.redact import one_line
 from bat.shard.clip_check import Kind, check_clip

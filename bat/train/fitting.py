@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from bat.config.schema import Finetune, Pretrain
-from bat.data.base import StreamData
+from bat.data.module import StreamData
 from bat.errors import UserError
 from bat.shutdown import listening
 from bat.train.callbacks import Metrics

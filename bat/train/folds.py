@@ -23,7 +23,7 @@ from bat.config import schema
 from bat.config.compose import to_dict
 from bat.data.bad_clips import BadClips
 from bat.data.module import AudioData
-from bat.data.order import make_plan
+from bat.data.plan import make_plan
 from bat.errors import UserError
 from bat.eval.features import FeatureStream
 from bat.eval.fit import own_randomness, predictions

@@ -21,7 +21,7 @@ import lightning.pytorch as pl
 import torch
 
 from bat.config.running import Health
-from bat.data.base import StreamData
+from bat.data.module import StreamData
 from bat.errors import UserError
 from bat.eval.collapse import representation
 from bat.objectives.base import Objective

@@ -15,13 +15,11 @@ import numpy as np
 
 from bat.config.schema import Pretrain
 from bat.config.sections import Data
-from bat.data.base import StreamData
 from bat.data.index import Index
-from bat.data.module import AudioData
-from bat.data.order import make_plan
-from bat.data.sequential_data import SequentialData
-from bat.data.sources import NotIndexable
-from bat.data.splits import TRAIN, check_no_train
+from bat.data.module import AudioData, StreamData
+from bat.data.plan import make_plan
+from bat.data.sequential import SequentialData
+from bat.data.sources import TRAIN, NotIndexable, check_no_train
 from bat.errors import UserError
 from bat.eval.run_folder import open_data
 from bat.tasks.base import Task, load_task

@@ -16,7 +16,7 @@ from bat import __version__
 from bat import weights as checkpoint
 from bat.config.compose import to_dict
 from bat.config.schema import Pretrain
-from bat.data.base import StreamData
+from bat.data.module import StreamData
 from bat.encoders.base import Encoder, SpectrogramEncoder
 from bat.eval.hardware import attention_in_words, with_precision
 from bat.eval.loading import autocast_for

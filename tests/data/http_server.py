@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import http.server
-import re
 import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -19,24 +17,21 @@ from bat.audio.decode import encode
 
 
 class FaultyServer:
-    """Serves ``folder`` (with ranges) while in a ``with`` block.
+    """Serves ``folder`` while in a ``with`` block.
 
     ``faults[name]``: what to do with the next requests of a file, one each: ``"500"`` or another
     status; ``"stall"``: send 10 bytes, then nothing; ``"drop:N"``: promise all, send N and close;
     ``"short:N"``: pretend the rest has N bytes; ``"end:N"``: as drop, without having promised a
     length; ``""``: behave. The last one stays where it ends in ``*``, e.g. ``"500*"``.
-    ``ranges=False``: ranges are ignored.
     """
 
-    def __init__(self, folder: Path, *, ranges: bool = True, listing: bool = True) -> None:
-        self.folder, self.ranges, self.listing = folder, ranges, listing
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.faults: defaultdict[str, list[str]] = defaultdict(list)
         self.requests: list[tuple[str, str]] = []
         """(name, range) of each request."""
         self.redirects: dict[str, str] = {}
         """``{name: Location}``"""
-        self.before: dict[int, Callable[[], object]] = {}
-        """What is done before request number n (from 1) is answered."""
         self.done = threading.Event()
 
     def __enter__(self) -> FaultyServer:
@@ -97,7 +92,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         name = unquote(urlsplit(self.path).path).lstrip("/")
         asked = self.headers.get("Range", "")
         server.requests.append((name, asked))
-        server.before.pop(len(server.requests), lambda: None)()
         if name in server.redirects:
             self.send_response(302)
             self.send_header("Location", server.redirects[name])
@@ -106,7 +100,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         kind, _, number = server.fault(name).partition(":")
         path = server.folder / name
-        if kind.isdigit() or not path.exists() or (path.is_dir() and not server.listing):
+        if kind.isdigit() or not path.exists():
             self.send_response(int(kind or 404))
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -114,21 +108,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if path.is_dir():
             links = [p.name + "/" * p.is_dir() for p in sorted(path.iterdir())]
             data = "".join(f'<a href="{link}">{link}</a>\n' for link in links).encode()
-            self._head(200, "text/html", len(data))
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
             self.wfile.write(data)
             return
         data = path.read_bytes()
-        whole = len(data)
-        tag = f'"{path.stat().st_mtime_ns}"'
-        ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", asked) if server.ranges else None
-        if ranged:
-            first = int(ranged[1])
-            data = data[first : int(ranged[2]) + 1 if ranged[2] else None]
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/{whole}")
-        else:
-            self.send_response(200)
-        self.send_header("ETag", tag)
+        self.send_response(200)
+        self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
         if kind == "short":
             data = data[: int(number)]
         if kind == "end":
@@ -148,12 +136,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             self.wfile.write(data)
-
-    def _head(self, status: int, kind: str, length: int) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(length))
-        self.end_headers()
 
 
 def wave(i: int) -> bytes:

@@ -225,7 +225,7 @@ def test_index_files__impossible_folds_and_splits(rows: list[Row]) -> None:
         index_of(many)
 
 
-def test_the_bytes_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files__bytes_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.wav"
     path.write_bytes(b"0123456789")
     assert read_row(Row(path, "a", ())) == b"0123456789"
@@ -248,7 +248,7 @@ def test_the_bytes_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         read_row(Row(path, "a", ()))
 
 
-def test_the_bytes_of_a_cell(tmp_path: Path) -> None:
+def test_files__bytes_of_a_cell(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"audio": b"fLaC", "id": "a"}, {"audio": None, "id": "b"}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")

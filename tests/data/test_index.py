@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bat.audio.decode import encode
-from bat.data import local_shards
+from bat.data import index as indices
 from bat.data.index import Index, open_index
 from bat.data.table import MAX_JSON_BYTES, ShardTable, scan
 from bat.data.tar import BLOCK
@@ -49,7 +49,7 @@ def confit(key: str, labels: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def test_confit_shards_are_read_in_place_with_their_own_numbers(tmp_path: Path) -> None:
+def test_index__confit_shards_are_read_in_place_with_their_own_numbers(tmp_path: Path) -> None:
     tar_of(tmp_path / "shard-00000.tar", confit("Ya-_1", {"Speech": 0, "Music": 3}))
     tar_of(tmp_path / "shard-00001.tar", confit("Yb", {"Dog": 1}) | {"Yc.wav": WAV})
     index = open_index(tmp_path)
@@ -78,7 +78,7 @@ def test_confit_shards_are_read_in_place_with_their_own_numbers(tmp_path: Path) 
         ([{"label": ["b"], "label_id": [0]}, {"label": ["b"], "label_id": [1]}], ["b"]),
     ],
 )
-def test_label_fields_of_the_field(
+def test_index__label_fields_of_the_field(
     tmp_path: Path, metas: list[dict[str, Any]], vocabulary: list[str]
 ) -> None:
     members = {f"{i}.wav": WAV for i in range(2)} | {f"{i}.json": m for i, m in enumerate(metas)}
@@ -86,20 +86,7 @@ def test_label_fields_of_the_field(
     assert open_index(tmp_path).vocabulary == vocabulary
 
 
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_names_in_every_tar_format(tmp_path: Path, format: int) -> None:
-    long = "folder/" * 12 + "x" * 60  # beyond the 100 bytes of a plain header
-    path = tar_of(tmp_path / "a.tar", {f"./{long}.wav": WAV, "b.wav": WAV + b"\0\0"}, format)
-    table = scan(path)
-    index = open_index(path)
-    assert table.clips["size"].tolist() == [len(WAV), len(WAV) + 2]
-    assert index.read(0).data == WAV
-    assert index.key(0).startswith("folder_folder")
-    assert index.key(1) == "b"
-    assert ShardTable.load(tmp_path / "a.idx.npz", path) is not None
-
-
-def test_hostile_members_are_left_out_and_listed(tmp_path: Path) -> None:
+def test_index__hostile_members_are_left_out_and_listed(tmp_path: Path) -> None:
     link = tarfile.TarInfo("link.wav")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     device = tarfile.TarInfo("device.wav")
@@ -140,7 +127,7 @@ def test_hostile_members_are_left_out_and_listed(tmp_path: Path) -> None:
     assert index.left_out["a.tar/link.wav"] == "not a regular file"
 
 
-def test_dots_in_names_do_not_merge_clips(tmp_path: Path) -> None:
+def test_index__dots_in_names_do_not_merge_clips(tmp_path: Path) -> None:
     tar_of(
         tmp_path / "a.tar",
         {"song.v3.wav": WAV, "song.v3.json": {"label": "x"}, "song.v4.wav": WAV},
@@ -150,7 +137,7 @@ def test_dots_in_names_do_not_merge_clips(tmp_path: Path) -> None:
     assert index.labels_per_clip.tolist() == [1, 0]
 
 
-def test_a_tar_cut_short_keeps_its_whole_clips_and_says_so(tmp_path: Path) -> None:
+def test_index__tar_cut_short_keeps_its_whole_clips_and_says_so(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "a.tar", {f"{i}.wav": WAV for i in range(3)})
     data = path.read_bytes()
     path.write_bytes(data[: 2 * (512 + 2048) + 600])
@@ -161,35 +148,13 @@ def test_a_tar_cut_short_keeps_its_whole_clips_and_says_so(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("data", [b"", b"not a tar", b"x" * 5_000, WAV])
-def test_what_is_not_a_tar(tmp_path: Path, data: bytes) -> None:
+def test_index__what_is_not_a_tar(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(data)
     with pytest.raises(UserError, match=r"a\.tar is not a"):
         open_index(tmp_path)
 
 
-def test_a_damaged_tar_names_the_place(tmp_path: Path) -> None:
-    path = tar_of(tmp_path / "a.tar", {"0.wav": WAV, "1.wav": WAV})
-    data = bytearray(path.read_bytes())
-    data[2560:2600] = b"\xff" * 40
-    path.write_bytes(data)
-    with pytest.raises(UserError, match="damaged at byte 2560"):
-        open_index(tmp_path)
-
-
-def test_a_stale_table_is_made_anew(tmp_path: Path) -> None:
-    path = tar_of(tmp_path / "a.tar", {"old.wav": WAV})
-    assert open_index(tmp_path).key(0) == "old"
-    size = path.stat().st_size
-    tar_of(path, {"new.wav": WAV})  # same size, other content
-    assert path.stat().st_size == size
-    assert open_index(tmp_path).key(0) == "new"
-    (tmp_path / "a.idx.npz").write_bytes(b"PK rubbish")
-    assert open_index(tmp_path).key(0) == "new"
-    np.savez(tmp_path / "a.idx.npz", head=np.array([{"evil": 1}], dtype=object))
-    assert open_index(tmp_path).key(0) == "new"
-
-
-def test_a_read_only_folder_uses_the_cache_or_memory(
+def test_index__read_only_folder_uses_the_cache_or_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tar_of(tmp_path / "ro/a.tar", {"a.wav": WAV})
@@ -204,7 +169,7 @@ def test_a_read_only_folder_uses_the_cache_or_memory(
     assert len(open_index(tmp_path / "ro")) == 1
     assert len(open_index(tmp_path / "ro", cache=tmp_path / "cache")) == 1
     assert len(list((tmp_path / "cache").glob("a-*.idx.npz"))) == 1
-    monkeypatch.setattr(local_shards, "scan", None)  # not needed any more
+    monkeypatch.setattr(indices, "scan", None)  # not needed any more
     assert len(open_index(tmp_path / "ro", cache=tmp_path / "cache")) == 1
 
 
@@ -219,7 +184,7 @@ def written(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def test_shards_are_held_to_their_manifest(written: Path) -> None:
+def test_index__shards_are_held_to_their_manifest(written: Path) -> None:
     last = written / "shard-00001.tar"
     data = last.read_bytes()
     last.write_bytes(data[:-512])
@@ -236,7 +201,7 @@ def test_shards_are_held_to_their_manifest(written: Path) -> None:
     assert len(open_index(written)) == 2
 
 
-def test_splits_and_selections(written: Path) -> None:
+def test_index__splits_and_selections(written: Path) -> None:
     index = open_index(written)
     assert index.splits == ["x", "y"]
     assert index.clips_in_split("y").tolist() == [2, 3]
@@ -249,7 +214,7 @@ def test_splits_and_selections(written: Path) -> None:
         index.clips_in_fold(1)
 
 
-def test_data_sets_of_different_labels_do_not_mix(written: Path, tmp_path: Path) -> None:
+def test_index__data_sets_of_different_labels_do_not_mix(written: Path, tmp_path: Path) -> None:
     rows = [Row(tmp_path / "0.wav", "other", ("c",))]
     write_shards(rows, tmp_path / "other", vocabulary=["a", "b", "c"])
     with pytest.raises(UserError, match=r"different labels \('c' is in one only"):
@@ -261,7 +226,7 @@ def test_data_sets_of_different_labels_do_not_mix(written: Path, tmp_path: Path)
     assert open_index([written, tmp_path / "none"]).vocabulary == ["a", "b"]
 
 
-def test_labels_are_dropped_where_asked(written: Path, tmp_path: Path) -> None:
+def test_index__labels_are_dropped_where_asked(written: Path, tmp_path: Path) -> None:
     write_shards([Row(tmp_path / "0.wav", "other", ("c",))], tmp_path / "other")
     index = open_index([written, tmp_path / "other"], labels="drop")
     assert (len(index), index.vocabulary, index.classes) == (5, [], 0)
@@ -271,7 +236,7 @@ def test_labels_are_dropped_where_asked(written: Path, tmp_path: Path) -> None:
     assert index.splits == ["x", "y"]
 
 
-def test_folds_partition(toy_index: Index) -> None:
+def test_index__folds_partition(toy_index: Index) -> None:
     assert toy_index.folds == [1, 2]
     for fold in (1, 2):
         held, rest = toy_index.clips_in_fold(fold), toy_index.clips_not_in_fold(fold)
@@ -279,13 +244,13 @@ def test_folds_partition(toy_index: Index) -> None:
         assert sorted(k for i in held for k in toy_index.labels(i)) == list(range(5))
 
 
-def test_hash_is_of_the_content_not_of_the_place(toy_shards: Path, tmp_path: Path) -> None:
+def test_index__hash_is_of_the_content_not_of_the_place(toy_shards: Path, tmp_path: Path) -> None:
     shutil.copytree(toy_shards, tmp_path / "copy")
     assert open_index(tmp_path / "copy").hash == open_index(toy_shards).hash
     assert open_index(toy_shards / "shard-00000.tar").hash != open_index(toy_shards).hash
 
 
-def test_reading_after_a_fork_and_after_pickling(toy_index: Index) -> None:
+def test_index__reading_after_a_fork_and_after_pickling(toy_index: Index) -> None:
     data = toy_index.read(3).data
     copy = pickle.loads(pickle.dumps(toy_index))
     assert copy.read(3).data == data
@@ -299,26 +264,7 @@ def test_reading_after_a_fork_and_after_pickling(toy_index: Index) -> None:
     assert toy_index.read(3).data == data
 
 
-def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_shards, "MAX_OPEN_FILES", 3)
-    for i in range(8):
-        tar_of(tmp_path / f"{i}.tar", {f"{i}.wav": WAV})
-    index = open_index(tmp_path)
-    before = len(os.listdir("/proc/self/fd"))
-    for i in [*range(8), *range(8)]:
-        assert index.read(i).data == WAV
-    assert len(os.listdir("/proc/self/fd")) - before <= 3
-
-
-def test_a_shard_cut_after_it_was_indexed_is_an_error_of_the_clip(tmp_path: Path) -> None:
-    path = tar_of(tmp_path / "a.tar", {"a.wav": WAV})
-    index = open_index(path)
-    os.truncate(path, 700)
-    with pytest.raises(OSError, match="ends inside the clip"):
-        index.read(0)
-
-
-def test_a_clip_whose_json_is_cut_off_is_left_out(tmp_path: Path) -> None:
+def test_index__clip_whose_json_is_cut_off_is_left_out(tmp_path: Path) -> None:
     """Not kept without labels: it has some."""
     path = tar_of(tmp_path / "a.tar", confit("a", {"x": 0}) | confit("b", {"x": 0}))
     whole = path.read_bytes()

@@ -1,70 +1,59 @@
-"""Loader workers are killed; the batches are what they would have been, and the run is told."""
+"""Loader workers are killed or stall: no batch is lost, and the run is told what they read."""
 
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from multiprocessing import active_children
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from bat.data.index import Index
-from bat.data.loader import OUTLIVED, Loader
+from bat.data.loader import IDLE, OUTLIVED, Heartbeat, Loader
 from bat.data.module import eval_loader
-from bat.data.sequential_data import SequentialData
+from bat.data.sequential import SequentialData
 from bat.errors import Interrupted, UserError
+from bat.types import Clip
 from tests.data.test_module import data
 
 
 class Echo(Dataset[Any]):
-    """Gives each batch of items back, having done ``act``."""
+    """Gives each batch of numbers back, having done ``act``."""
 
     def __init__(self, act: Callable[[int], None]) -> None:
         self.act = act
 
-    def __getitems__(self, items: list[Any]) -> Any:
-        self.act(items[0][0])
-        return [number for number, _ in items]
-
-
-class Numbers(torch.utils.data.Sampler[Any]):
-    """Batches ``[(k, 0)]``."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Any:
-        return ([(k, 0)] for k in range(self.count))
+    def __getitems__(self, batch: list[int]) -> Any:
+        self.act(batch[0])
+        return batch
 
 
 def echo(
     count: int = 12, *, workers: int = 2, act: Callable[[int], None] = lambda k: None, **more: Any
 ) -> Loader:
-    return Loader(Echo(act), Numbers(count), workers=workers, **more)
+    batches: Any = [[k] for k in range(count)]
+    return Loader(Echo(act), batches, workers=workers, **more)
 
 
 def numbers(batches: Any) -> list[int]:
     return [number for got in batches for number in got]
 
 
-def kill_one(before: set[Any]) -> int:
+def kill_one(before: set[Any]) -> None:
     """Kill one of the processes that are not among ``before``."""
     process = sorted(set(active_children()) - before, key=lambda p: p.pid or 0)[-1]
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    return process.pid
+    os.kill(process.pid or 0, signal.SIGKILL)
 
 
 def kill_all(before: set[Any]) -> None:
@@ -73,10 +62,29 @@ def kill_all(before: set[Any]) -> None:
         process.kill()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_loader__worker_killed_no_batch_is_lost_or_repeated(toy_index: Index, workers: int) -> None:
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def until(what: Callable[[], Any]) -> Any:
+    """The first true value of ``what()``."""
+    end = time.monotonic() + 20
+    while not (found := what()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found
+
+
+# ---- workers that die
+
+
+def test_loader__worker_killed_no_batch_is_lost_or_repeated(toy_index: Index) -> None:
     wanted = list(data(toy_index, batches=20).train_dataloader())
-    stream, told = data(toy_index, batches=20, workers=workers), list[str]()
+    stream, told = data(toy_index, batches=20, workers=2), list[str]()
     stream.on_death = told.append
     before, got = set(active_children()), []
     for batch in stream.train_dataloader():
@@ -86,11 +94,13 @@ def test_loader__worker_killed_no_batch_is_lost_or_repeated(toy_index: Index, wo
     assert [b.positions.tolist() for b in got] == [b.positions.tolist() for b in wanted]
     assert all(a.waves.equal(b.waves) for a, b in zip(got, wanted, strict=True))
     (line,) = told
-    assert f"worker {workers - 1} was killed by SIGKILL" in line
+    assert "worker 1 was killed by SIGKILL" in line
     assert "data.workers" in line
 
 
-def test_loader__worker_killed_by_a_clip_names_the_clip(toy_index: Index, monkeypatch) -> None:
+def test_loader__worker_killed_by_a_clip_names_the_clip(
+    toy_index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clip, read, main = 3, toy_index.read, os.getpid()
 
     def deadly(i: int) -> Any:
@@ -144,34 +154,27 @@ def test_loader__death_raises_nothing_between_two_batches() -> None:
     assert len(told) == 1
 
 
-def faulty(k: int) -> None:
-    if k == 3:
-        raise KeyError("a bug")
-
-
-def refusing(k: int) -> None:
-    if k == 3:
-        raise UserError("label 'dog' is not in the vocabulary:\ngive one") from KeyError("dog")
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loader__exception_of_a_worker_is_no_death(workers: int) -> None:
-    before = set(active_children())
-    batches = iter(echo(act=faulty, workers=workers))
-    assert numbers(next(batches) for _ in range(3)) == [0, 1, 2]
-    with pytest.raises(KeyError, match="a bug"):
-        next(batches)
-    kill_all(before)
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (KeyError("a bug"), KeyError, "a bug"),
+        (UserError("label 'dog' is unknown:\ngive one"), UserError, "^label .*:\ngive one$"),
+        (RuntimeError("unable to write to file </torch_1_2>"), UserError, "--shm-size"),
+    ],
+)
+def test_loader__exception_of_a_worker_is_no_death_and_keeps_its_words(
+    workers: int, error: Exception, kind: type[Exception], says: str
+) -> None:
+    def act(k: int) -> None:
+        if k == 3:
+            raise error from KeyError("dog")
 
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_loader__user_error_keeps_its_own_words(workers: int) -> None:
     before = set(active_children())
-    batches = iter(echo(act=refusing, workers=workers))
+    batches = iter(echo(act=act, workers=workers))
     assert numbers(next(batches) for _ in range(3)) == [0, 1, 2]
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(kind, match=says):
         next(batches)
-    assert str(caught.value) == "label 'dog' is not in the vocabulary:\ngive one"
     kill_all(before)
 
 
@@ -190,61 +193,111 @@ STUCK = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from multiprocessing import active_children
-from tests.data.test_loader import echo
+from bat.data.loader import Loader
 
-def act(k):
-    if k > 1:
-        time.sleep(60)
+class Slow:
+    def __getitems__(self, batch):
+        time.sleep(60 * (batch[0] > 1))
+        return batch
 
-batches = iter(echo(act=act))
-next(batches)
-print(*(process.pid for process in active_children()), flush=True)
-if sys.argv[2] == "killed":
+def start():
+    batches = iter(Loader(Slow(), [[k] for k in range(12)], workers=2))
+    next(batches)
+    print(*(process.pid for process in active_children()), flush=True)
+    return batches
+
+killed = os.fork()
+if killed == 0:
+    kept = start()
     os.kill(os.getpid(), signal.SIGKILL)
-sys.modules["kept"] = batches
+os.waitpid(killed, 0)
+sys.modules["kept"] = start()
 """
 
 
-@pytest.mark.parametrize("how", ["killed", "at its end"])
-def test_loader__stuck_workers_end_with_their_parent(how: str) -> None:
-    """multiprocessing would send a SIGTERM, which they ignore, and wait."""
+def test_loader__stuck_workers_end_with_their_parent() -> None:
+    """One is killed, the other ends: multiprocessing would send a SIGTERM, which the workers
+    ignore, and wait."""
     root = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-c", STUCK, root, how]
-    done = subprocess.run(command, timeout=120, check=False, stdout=subprocess.PIPE, text=True)
-    assert done.returncode == (-9 if how == "killed" else 0)
+    command = [sys.executable, "-c", STUCK, root]
+    done = subprocess.run(command, timeout=120, check=True, stdout=subprocess.PIPE, text=True)
     pids = [int(pid) for pid in done.stdout.split()]
-    assert len(pids) == 2
-    until = time.monotonic() + 10
-    while any(alive(pid) for pid in pids):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    assert len(pids) == 4
+    until(lambda: not any(alive(pid) for pid in pids))
 
 
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
+# ---- what they read
 
 
-SHM = """
-import sys
-import torch
-sys.path.insert(0, sys.argv[1])
-from bat.data import heartbeat
+def test_heartbeat__one_reads_what_another_process_writes() -> None:
+    """By a fork, and through the pickle that torch gives to a process it spawns."""
+    heartbeat = Heartbeat(2)
+    assert heartbeat.readings() == []
+    for other in (heartbeat, pickle.loads(bytes(ForkingPickler.dumps(heartbeat)))):
+        pid = os.fork()
+        if pid == 0:
+            other.reads(41)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        time.sleep(0.02)
+        ((reader, what, seconds),) = heartbeat.readings()
+        assert (reader, what) == ("the training process", 41)
+        assert 0.02 <= seconds < 5
+        heartbeat.reads(IDLE)
+        assert heartbeat.readings() == []
 
-def full(*_, **__):
-    raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
 
-torch.Tensor.share_memory_ = full
-heartbeat.Heartbeat(1)
-"""
+def test_sitting_on__names_a_stuck_worker_its_clip_and_shard(
+    toy_index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, read = data(toy_index, batch=2, batches=20, workers=2), toy_index.read
+    clip = int(stream.plan.clips(np.arange(2, 4))[0])  # of the second batch, worker 1's first
+
+    def slow(i: int) -> Clip:
+        worker = get_worker_info()
+        if i == clip and worker is not None and worker.id == 1:
+            time.sleep(60)
+        return read(i)
+
+    monkeypatch.setattr(toy_index, "read", slow)
+    before = set(active_children())
+    batches = iter(stream.train_dataloader())
+    name = re.escape(f"worker 1: {stream.named(clip)}, for ")
+    until(lambda: [bool(re.fullmatch(name + r"\d+ s", s)) for s in stream.sitting_on()] == [True])
+    kill_all(before)
+    del batches
 
 
-def test_heartbeat__full_shared_memory_is_a_user_error() -> None:
-    root = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-c", SHM, root]
-    done = subprocess.run(command, timeout=60, check=False, capture_output=True, text=True)
-    assert "--shm-size" in done.stderr
-    assert "data.workers=0" in done.stderr
+def test_sitting_on__the_training_process_that_decodes(
+    toy_index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, seen, read = data(toy_index, batch=2), list[str](), toy_index.read
+
+    def told(i: int) -> Clip:
+        seen.extend(stream.sitting_on())
+        return read(i)
+
+    monkeypatch.setattr(toy_index, "read", told)
+    next(iter(stream.train_dataloader()))
+    clips = stream.plan.clips(np.arange(2))
+    assert seen == [f"the training process: {stream.named(int(i))}, for 0 s" for i in clips]
+    assert stream.sitting_on() == []
+
+
+def test_sitting_on__names_the_shard_that_is_read_from_front_to_end(
+    tmp_path: Path, toy_shards: Path
+) -> None:
+    """The second shard is a pipe that nobody writes to: the first clip behind it never comes."""
+    name = sorted(path.name for path in toy_shards.glob("*.tar"))[0]
+    shards = [tmp_path / name, tmp_path / "zz.tar"]
+    for shard in shards:
+        shard.write_bytes((toy_shards / name).read_bytes())
+    stream = SequentialData(shards, batch=2, sample_rate=16_000, clip_seconds=0.3, workers=2)
+    shards[1].unlink()
+    os.mkfifo(shards[1])
+    before = set(active_children())
+    batches = iter(stream.train_dataloader())
+    lines = until(lambda: [line for line in stream.sitting_on() if "zz.tar, for " in line])
+    assert all(re.fullmatch(r"worker [01]: zz.tar, for \d+ s", line) for line in lines)
+    kill_all(before)
+    del batches

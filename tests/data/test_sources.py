@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bat.data.index import NotIndexable, _names, open_index
-from bat.data.sources import Shard, find
+from bat.data.index import NotIndexable, open_index
+from bat.data.sources import Shard, find, names_of
 from bat.errors import UserError
-from tests.data.http_server import FaultyServer
 from tests.data.test_index import WAV, tar_of
 
 
-def test_the_many_ways_to_name_shards(tmp_path: Path) -> None:
+def test_find__many_ways_to_name_shards(tmp_path: Path) -> None:
     for i in range(11):
         tar_of(tmp_path / f"s/shard-{i:05d}.tar", {f"{i}.wav": WAV})
 
@@ -47,7 +46,7 @@ def test_the_many_ways_to_name_shards(tmp_path: Path) -> None:
         ("s2", "hold no audio"),
     ],
 )
-def test_mistakes_in_naming_shards(
+def test_find__mistakes_in_naming_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any, says: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -65,20 +64,19 @@ def test_mistakes_in_naming_shards(
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("pipe:curl x", r"pipe: sources are refused \(it would run a command\)"),
-        ("PIPE:curl x", "pipe: sources are refused"),
-        ("simplecache::http://host/a.tar", "chained URLs may run anything"),
-        ("reference://x.json", "leads to other places"),
+        ("PIPE:curl x", "pipe: sources are refused.* say --allow-pipe"),
+        ("simplecache::http://host/a.tar", "simplecache: sources are refused"),
+        ("reference://x.json", "reference: sources are refused: give a path or a plain URL"),
         ("gopher://me:secret@host/a.tar?token=t", "unknown protocol in 'gopher://host/a.tar'"),
         ("s3://bucket/a.tar", "s3:// needs another package: .*s3fs"),
     ],
 )
-def test_sources_that_are_refused_not_run(source: str, says: str) -> None:
+def test_find__sources_that_are_refused_not_run(source: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         open_index(source)
 
 
-def test_sub_folders_are_splits_unless_the_json_says_another(tmp_path: Path) -> None:
+def test_find__sub_folders_are_splits_unless_the_json_says_another(tmp_path: Path) -> None:
     member = {"a.wav": WAV, "b.wav": WAV, "b.json": {"split": "valid"}}
     tar_of(tmp_path / "train/s-0.tar", member)
     tar_of(tmp_path / "test/s-0.tar", {"c.wav": WAV})
@@ -94,12 +92,7 @@ def test_sub_folders_are_splits_unless_the_json_says_another(tmp_path: Path) -> 
     assert open_index(f"file://{tmp_path}/train").shard_name(0) == "s-0.tar"
 
 
-def test_a_split_that_no_clip_has_does_not_exist(tmp_path: Path) -> None:
-    tar_of(tmp_path / "train/s-0.tar", {"b.wav": WAV, "b.json": {"split": "x"}})
-    assert open_index(tmp_path).splits == ["x"]
-
-
-def test_each_clip_knows_its_source(tmp_path: Path) -> None:
+def test_find__each_clip_knows_its_source(tmp_path: Path) -> None:
     for name, clips in (("one/a", "x"), ("one/b", "y"), ("two/a", "zw")):
         tar_of(tmp_path / f"{name}.tar", {f"{key}.wav": WAV for key in clips})
     index = open_index([tmp_path / "two", tmp_path / "one"])
@@ -113,7 +106,7 @@ def test_each_clip_knows_its_source(tmp_path: Path) -> None:
     index.prefetch([0, 1])  # nothing to do
 
 
-def test_compressed_tars_cannot_be_indexed(tmp_path: Path) -> None:
+def test_find__compressed_tars_cannot_be_indexed(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz"):
         pass
     for source in (tmp_path, tmp_path / "a.tar.gz", "http://host/a.tgz"):
@@ -121,7 +114,7 @@ def test_compressed_tars_cannot_be_indexed(tmp_path: Path) -> None:
             open_index(source)
 
 
-def test_two_kinds_of_shards_in_a_folder_are_not_silently_one(tmp_path: Path) -> None:
+def test_find__two_kinds_of_shards_in_a_folder_are_not_silently_one(tmp_path: Path) -> None:
     tar_of(tmp_path / "s/b.tar", {"a.wav": WAV})
     tar_of(tmp_path / "s/.hidden/c.tar", {"b.wav": WAV})
     assert len(open_index(tmp_path / "s")) == 1
@@ -137,20 +130,7 @@ def test_two_kinds_of_shards_in_a_folder_are_not_silently_one(tmp_path: Path) ->
     assert open_index([f"{tmp_path}/s/*.tar", tmp_path / "s/train"]).source.tolist() == [0, 1]
 
 
-def test_a_remote_folder_of_two_kinds_of_shards(tmp_path: Path) -> None:
-    tar_of(tmp_path / "s/b.tar", {"a.wav": WAV})
-    tar_of(tmp_path / "s/train/d.tar", {"d.wav": WAV})
-    with FaultyServer(tmp_path) as server:
-        with pytest.raises(UserError, match=r"/s holds b\.tar and train/d\.tar: two kinds"):
-            find(f"{server.url}/s")
-        (tmp_path / "s/b.tar").rename(tmp_path / "s/train/b.tar")
-        assert [shard.name for shard in find(f"{server.url}/s")] == ["b.tar", "d.tar"]
-        (tmp_path / "s/train/c.tar.gz").touch()
-        with pytest.raises(UserError, match=r"train holds b\.tar and c\.tar\.gz: two kinds"):
-            find(f"{server.url}/s/train")
-
-
-def test_one_shard_under_two_names_is_listed_twice(
+def test_find__one_shard_under_two_names_is_listed_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -164,22 +144,7 @@ def test_one_shard_under_two_names_is_listed_twice(
     assert Shard(url + "a").identity != Shard("http://h/x.tar?id=2").identity
 
 
-@pytest.mark.parametrize("source", [".", "s-0.tar", "*.tar", "s-{0..1}.tar", Path("s-0.tar")])
-def test_shards_of_the_current_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("s-0", "s-1"):
-        tar_of(Path(f"{name}.tar"), {f"{name}.wav": WAV})
-    index = open_index(source)
-    assert index.shard_name(0) == "s-0.tar"
-    tar_of(Path("../other/s-0.tar"), {"c.wav": WAV})
-    both = open_index([source, "../other"])
-    assert both.shard_name(0) == f"{tmp_path.name}/s-0.tar"
-    assert both.shard_name(len(index)) == "other/s-0.tar"
-
-
-def test_names_grow_until_they_differ_and_show_no_query(tmp_path: Path) -> None:
+def test_find__names_grow_until_they_differ_and_show_no_query(tmp_path: Path) -> None:
     places = ("x/train/a.tar", "y/train/a.tar", "y/train/b.tar")
     for i, place in enumerate(places):
         tar_of(tmp_path / place, {f"{i}.wav": WAV, f"{i}b.json": b"["})
@@ -188,11 +153,11 @@ def test_names_grow_until_they_differ_and_show_no_query(tmp_path: Path) -> None:
     assert sorted(index.left_out) == [f"{place}/{i}b.json" for i, place in enumerate(places)]
     secret = "?X-Amz-Credential=a/b/secret&token=c/d"
     urls = [Shard("http://h/p/a%20b.tar" + secret), Shard("http://me:pw@g/p/a%20b.tar" + secret)]
-    assert _names(urls) == ["h/p/a b.tar", "g/p/a b.tar"]
-    assert _names(urls[:1]) == ["a b.tar"]
+    assert names_of(urls) == ["h/p/a b.tar", "g/p/a b.tar"]
+    assert names_of(urls[:1]) == ["a b.tar"]
 
 
-def test_sub_folders_are_called_as_splits_are(tmp_path: Path) -> None:
+def test_find__sub_folders_are_called_as_splits_are(tmp_path: Path) -> None:
     for folder in ("Training", "dev", "part7"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "s-0.tar").touch()

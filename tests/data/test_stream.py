@@ -8,18 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, Dataset
 
-from bat.audio.decode import decode, encode
+from bat.audio.decode import decode, encode, write_rolled
 from bat.data.index import Index, open_index
+from bat.data.loader import as_it_is
 from bat.data.plan import Plan
-from bat.data.stream import ClipDataset, EvalSampler, PlanSampler, as_it_is
+from bat.data.stream import BatchRows, ClipDataset, EvalSampler, PlanSampler
 from bat.shard.write import write_shards
 from bat.tasks.base import Row
 from bat.types import WaveBatch
 
 
-def test_evaluation_reads_each_row_once_in_order() -> None:
+def test_clip_dataset__evaluation_reads_each_row_once_in_order() -> None:
     ids = np.array([4, 2, 9, 7, 1])
     sampler = EvalSampler(ids, batch=2)
     assert list(sampler) == [[(0, 4), (1, 2)], [(2, 9), (3, 7)], [(4, 1)]]
@@ -57,7 +59,9 @@ def dataset(index: Index, **kw: object) -> ClipDataset:
     return ClipDataset(index, **settings)
 
 
-def test_a_crop_is_a_piece_of_the_clip_and_changes_with_the_position(tmp_path: Path) -> None:
+def test_clip_dataset__crop_is_a_piece_of_the_clip_and_changes_with_the_position(
+    tmp_path: Path,
+) -> None:
     index = noise_set(tmp_path, seconds=[2.0])
     whole = decode(index.read(0).data, sample_rate=16_000)
     data, starts = dataset(index), []
@@ -73,19 +77,19 @@ def test_a_crop_is_a_piece_of_the_clip_and_changes_with_the_position(tmp_path: P
     assert max(starts) > 20_000
 
 
-def test_crop_at_the_start(tmp_path: Path) -> None:
+def test_clip_dataset__crop_at_the_start(tmp_path: Path) -> None:
     index = noise_set(tmp_path, seconds=[2.0])
     whole = decode(index.read(0).data, sample_rate=16_000)
     assert np.array_equal(wave_of(dataset(index, crop="start"), 0, 0), whole[:8_000])
 
 
-def test_a_hair_too_long_is_read_from_the_start(tmp_path: Path) -> None:
+def test_clip_dataset__hair_too_long_is_read_from_the_start(tmp_path: Path) -> None:
     index = noise_set(tmp_path, seconds=[0.505])
     whole = decode(index.read(0).data, sample_rate=16_000)
     assert all(np.array_equal(wave_of(dataset(index), p, 0), whole[:8_000]) for p in range(4))
 
 
-def test_roll_is_circular_and_of_the_position(tmp_path: Path) -> None:
+def test_clip_dataset__roll_is_circular_and_of_the_position(tmp_path: Path) -> None:
     index = noise_set(tmp_path, seconds=[0.25])
     plain, data = wave_of(dataset(index), 0, 0), dataset(index, roll=True)
     offsets = set()
@@ -98,7 +102,7 @@ def test_roll_is_circular_and_of_the_position(tmp_path: Path) -> None:
     assert not np.array_equal(wave_of(dataset(index, roll=True, seed=1), 0, 0), wave_of(data, 0, 0))
 
 
-def test_the_cache_changes_no_value_and_holds_what_it_may(tmp_path: Path) -> None:
+def test_clip_dataset__cache_changes_no_value_and_holds_what_it_may(tmp_path: Path) -> None:
     index = noise_set(tmp_path, seconds=[0.5, 2.0, 0.25, 0.5])
     plain = dataset(index, roll=True)
     cached = dataset(index, roll=True, cache_bytes=4 * 13_000)
@@ -109,7 +113,7 @@ def test_the_cache_changes_no_value_and_holds_what_it_may(tmp_path: Path) -> Non
     assert sorted(cached._cache) == [0, 2]  # 1 is cropped at random, 3 finds no room
 
 
-def test_resampled_rows_have_the_exact_length(tmp_path: Path) -> None:
+def test_clip_dataset__resampled_rows_have_the_exact_length(tmp_path: Path) -> None:
     index = noise_set(tmp_path, seconds=[1.0, 0.7], rate=44_100)
     data = dataset(index)
     for position in range(10):
@@ -117,7 +121,7 @@ def test_resampled_rows_have_the_exact_length(tmp_path: Path) -> None:
             assert wave_of(data, position, clip).shape == (8_000,)
 
 
-def test_collate_pads_on_the_right_to_one_length(tmp_path: Path) -> None:
+def test_clip_dataset__collate_pads_on_the_right_to_one_length(tmp_path: Path) -> None:
     index = noise_set(tmp_path, seconds=[0.25, 2.0])
     data = dataset(index)
     batch = data.batch([(7, 0), (8, 1)])
@@ -131,7 +135,9 @@ def test_collate_pads_on_the_right_to_one_length(tmp_path: Path) -> None:
     assert batch.skipped == []
 
 
-def test_a_short_clip_at_a_random_offset_is_whole_and_its_window_is_signal(tmp_path: Path) -> None:
+def test_clip_dataset__short_clip_at_a_random_offset_is_whole_and_its_window_is_signal(
+    tmp_path: Path,
+) -> None:
     index = noise_set(tmp_path, seconds=[0.25, 0.5])
     whole = decode(index.read(0).data, sample_rate=16_000)
     data, starts = dataset(index, random_offset=True, cache_bytes=10**6), []
@@ -162,7 +168,7 @@ def spoil(index: Index, *clips: int) -> None:
             file.write(b"\0" * int(index.size[clip]))
 
 
-def test_a_bad_clip_is_replaced_deterministically_from_the_pool(tmp_path: Path) -> None:
+def test_clip_dataset__bad_clip_is_replaced_deterministically_from_the_pool(tmp_path: Path) -> None:
     index = noise_set(tmp_path, seconds=[0.5] * 6)
     spoil(index, 2, 3)
     data = dataset(index, plan=Plan([0, 2, 3, 5], seed=0))
@@ -177,7 +183,7 @@ def test_a_bad_clip_is_replaced_deterministically_from_the_pool(tmp_path: Path) 
     assert stand_ins == {"clip0", "clip5"}
 
 
-def test_in_evaluation_a_bad_clip_is_dropped_and_reported(tmp_path: Path) -> None:
+def test_clip_dataset__in_evaluation_a_bad_clip_is_dropped_and_reported(tmp_path: Path) -> None:
     index = noise_set(tmp_path, seconds=[0.5] * 3)
     spoil(index, 1)
     data = dataset(index, crop="start")
@@ -192,7 +198,7 @@ def test_in_evaluation_a_bad_clip_is_dropped_and_reported(tmp_path: Path) -> Non
     assert (empty.waves.shape, empty.targets.shape) == ((0, 8_000), (0, 1))
 
 
-def test_a_clip_shorter_than_indexed_is_noticed(tmp_path: Path) -> None:
+def test_clip_dataset__clip_shorter_than_indexed_is_noticed(tmp_path: Path) -> None:
     """A truncated WAV reads short without a word: only the recorded length tells."""
     wav = encode(np.zeros(800) + 0.1, sample_rate=16_000, codec="wav")
     cut = wav[:1_000]
@@ -209,7 +215,16 @@ def test_a_clip_shorter_than_indexed_is_noticed(tmp_path: Path) -> None:
     assert [(s.key, s.kind) for s in batch.skipped] == [("a", "short")]
 
 
-def test_a_shard_that_vanishes_is_a_reason_not_a_crash(tmp_path: Path) -> None:
+def test_clip_dataset__what_the_index_knows_to_be_too_long_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = noise_set(tmp_path, seconds=[0.5])
+    monkeypatch.setattr(index, "read", None)
+    (skipped,) = dataset(index, max_seconds=0.4)[0, 0].skipped
+    assert skipped.kind == "long"
+
+
+def test_clip_dataset__shard_that_vanishes_is_a_reason_not_a_crash(tmp_path: Path) -> None:
     index = noise_set(tmp_path, seconds=[0.5])
     index.paths[0].unlink()
     (skipped,) = dataset(index)[0, 0].skipped
@@ -221,7 +236,9 @@ def test_a_shard_that_vanishes_is_a_reason_not_a_crash(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_any_number_of_workers_gives_the_same_batches(toy_index: Index, workers: int) -> None:
+def test_clip_dataset__any_number_of_workers_gives_the_same_batches(
+    toy_index: Index, workers: int
+) -> None:
     def batches(count: int) -> list[WaveBatch]:
         return list(
             DataLoader(
@@ -238,10 +255,50 @@ def test_any_number_of_workers_gives_the_same_batches(toy_index: Index, workers:
         assert one.waves.equal(other.waves)
 
 
-def test_foreign_clips_without_a_length_are_probed(tmp_path: Path) -> None:
+def test_clip_dataset__foreign_clips_without_a_length_are_probed(tmp_path: Path) -> None:
     index = noise_set(tmp_path, seconds=[2.0])
     data = dataset(index)
     known = wave_of(data, 3, 0)
     index.frames = np.array([-1])
     index.rate = np.array([0])
     assert np.array_equal(wave_of(data, 3, 0), known)
+
+
+# ---- rows of a batch
+
+
+WAVE = np.arange(1, 6, dtype=np.float32)
+
+
+@pytest.mark.parametrize("roll", range(5))
+@pytest.mark.parametrize("offset", [0, 2])
+def test_clip_dataset__row_is_silence_the_rolled_wave_and_silence(roll: int, offset: int) -> None:
+    rows = BatchRows(2, 9)
+    rows.next[:] = 7.0  # whatever was there
+    write_rolled(rows.next[offset:], WAVE, roll)
+    rows.keep(offset, 5)
+    waves, lengths = rows.tensors()
+    wanted = np.zeros(9, np.float32)
+    wanted[offset : offset + 5] = np.roll(WAVE, roll)
+    assert waves.tolist() == [wanted.tolist()]
+    assert lengths.tolist() == [offset + 5]
+
+
+class Shared(Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitems__(self, items: list[int]) -> tuple[torch.Tensor, bool]:
+        rows = BatchRows(2, 5)
+        rows.next[:] = WAVE
+        rows.keep(0, 5)
+        waves, _ = rows.tensors()
+        return waves, waves.is_shared()
+
+
+def test_clip_dataset__memory_is_shared_in_a_worker_only() -> None:
+    for workers in (0, 1):
+        loader = DataLoader(Shared(), batch_size=2, num_workers=workers, collate_fn=as_it_is)
+        ((waves, shared),) = list(loader)
+        assert waves.tolist() == [WAVE.tolist()]
+        assert shared is (workers == 1)

@@ -1,4 +1,4 @@
-"""A shard's table: nothing impossible is believed, wherever the table lies."""
+"""A shard's table and manifest: nothing impossible is believed, wherever it lies."""
 
 from __future__ import annotations
 
@@ -12,60 +12,52 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bat.data import tar as tars
+from bat.audio.decode import encode
 from bat.data.index import open_index
+from bat.data.manifest import Manifest
 from bat.data.table import ShardTable, scan
 from bat.data.tar import temporary, write_atomic
 from bat.errors import UserError
 from bat.shard.in_place import index_in_place
-from bat.tasks.base import AUDIO_SUFFIXES
+from bat.shard.write import write_shards
+from bat.tasks.base import AUDIO_SUFFIXES, Row
 from tests.data.test_index import WAV, confit, tar_of
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """Three clips, the middle one having two labels."""
-    members = confit("a", {"x": 0}) | confit("b", {"x": 0, "y": 1}) | confit("c", {"y": 1})
-    members["b.json"] |= {"split": "train", "fold": 2}
-    return tar_of(tmp_path / "s.tar", members)
+    return three(tmp_path / "s.tar", "x", "y")
+
+
+def three(path: Path, first: str, last: str, keys: str = "abc") -> Path:
+    """A tar of three clips; the same size whatever the names."""
+    members = confit(keys[0], {first: 0}) | confit(keys[1], {"x": 0, "y": 1})
+    members[f"{keys[1]}.json"] |= {"split": "train", "fold": 2}
+    return tar_of(path, members | confit(keys[2], {last: 1}))
 
 
 def saved(path: Path, **changes: Any) -> Path:
     """The table of ``path`` with ``changes``, saved beside it."""
-    table = scan(path)
     place = path.with_suffix(".idx.npz")
-    ShardTable(**vars(table) | changes).save(place)
+    ShardTable(**vars(scan(path)) | changes).save(place)
     return place
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("codec", 200),
-        ("codec", len(AUDIO_SUFFIXES)),
-        ("split", 5),
-        ("split", -2),
-        ("size", 1 << 46),
-        ("size", 0),
-        ("size", -1),
-        ("offset", 1 << 46),
-        ("offset", (1 << 63) - 1),
-        ("offset", 0),
-        ("frames", -2),
-        ("rate", -1),
-        ("fold", -2),
-        ("labels", 3),
-        ("key", 0),
-        ("key", 81),
+        *(("codec", 200), ("codec", len(AUDIO_SUFFIXES)), ("split", 5), ("split", -2)),
+        *(("size", 1 << 46), ("size", 0), ("size", -1), ("offset", 1 << 46), ("offset", 0)),
+        *(("offset", (1 << 63) - 1), ("frames", -2), ("rate", -1), ("fold", -2), ("labels", 3)),
+        *(("key", 0), ("key", 81)),
     ],
 )
-def test_a_middle_clip_that_is_impossible(path: Path, field: str, value: int) -> None:
-    good = scan(path)
-    clips = good.clips.copy()
+def test_load__impossible_clip_is_not_believed(path: Path, field: str, value: int) -> None:
+    clips = scan(path).clips.copy()
     assert ShardTable.load(saved(path, clips=clips), path) is not None
     clips[field][1] = value
-    place = saved(path, clips=clips)
-    assert ShardTable.load(place, path) is None
+    assert ShardTable.load(saved(path, clips=clips), path) is None
     index = open_index(path)  # scanned instead
     assert [index.read(i).data for i in range(3)] == [WAV] * 3
     assert index.labels(1) == (0, 1)
@@ -80,72 +72,65 @@ def test_a_middle_clip_that_is_impossible(path: Path, field: str, value: int) ->
         {"labels": np.array([0, 0, 1, 1], np.float32)},
         {"labels": np.array([[0, 0, 1, 1]], np.int32)},
         {"keys": np.frombuffer(b"a\x1bc", np.uint8)},
-        {"keys": np.frombuffer(b"a\xffc", np.uint8)},
         {"keys": np.frombuffer(b"abcd", np.uint8)},
-        {"names": ["x", 5]},
-        {"names": ["x"]},
-        {"ids": [0]},
-        {"ids": [0, "1"]},
-        {"splits": [["train"]]},
-        {"splits": None},
-        {"left_out": ["x"]},
-        {"sha256": None},
-        {"tar_bytes": 1 << 70},
-        {"tar_bytes": "x"},
-        {"mtime_ns": None},
+        *({"names": ["x", 5]}, {"names": ["x"]}, {"ids": [0]}, {"ids": [0, "1"]}),
+        *({"splits": [["train"]]}, {"splits": None}, {"left_out": ["x"]}, {"sha256": None}),
+        *({"tar_bytes": 1 << 70}, {"tar_bytes": "x"}, {"mtime_ns": None}),
         {"names": ["x", "y", "never"], "ids": [0, 1, 2]},
     ],
 )
-def test_a_table_that_contradicts_itself(path: Path, changes: dict[str, Any]) -> None:
+def test_load__table_that_contradicts_itself(path: Path, changes: dict[str, Any]) -> None:
     assert ShardTable.load(saved(path, **changes), path) is None
 
 
-def test_two_clips_in_one_place(path: Path) -> None:
+def test_load__two_clips_in_one_place(path: Path) -> None:
     clips = scan(path).clips
     for field in ("offset", "size", "header"):  # b where a is
         clips[field][1] = clips[field][0]
     assert ShardTable.load(saved(path, clips=clips), path) is None
 
 
-def test_labels_that_the_tar_does_not_have(path: Path) -> None:
-    for names in (["x", "z"], ["y", "x"]):
-        assert ShardTable.load(saved(path, names=names), path) is None
-    index = open_index(path)
-    assert (index.vocabulary, index.labels(1)) == (["x", "y"], (0, 1))
+def test_load__files_that_are_no_tables(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = saved(path)
+    whole = place.read_bytes()
+    assert ShardTable.load(place, path) is not None
+    deep, vast, listed = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    np.savez(deep, head=np.frombuffer(b"[" * 200_000, np.uint8))
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (%d,), }" % (1 << 50)
+    with zipfile.ZipFile(vast, "w") as file:
+        text = header.ljust(117) + b"\n"
+        file.writestr("head.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    np.savez(listed, head=np.frombuffer(json.dumps(["version"]).encode(), np.uint8))
+    files = (deep, vast, listed)
+    for data in (b"", whole[:100], b"PK rubbish", *(file.getvalue() for file in files)):
+        place.write_bytes(data)
+        assert ShardTable.load(place, path) is None
+        assert len(open_index(path)) == 3
+    saved(path)
+    monkeypatch.setattr("bat.data.table.MAX_TABLE_BYTES", 100)  # of what it unpacks to
+    assert ShardTable.load(place, path) is None
 
 
-def swap(path: Path) -> None:
-    """Rewrite the tar: a's and c's audio and labels swapped, at the same size."""
-    members = confit("a", {"y": 1}) | confit("b", {"x": 0, "y": 1}) | confit("c", {"x": 0})
-    members["b.json"] |= {"split": "train", "fold": 2}
-    tar_of(path, members)
-
-
-@pytest.mark.parametrize("clip_time", [False, True])
-def test_a_tar_rewritten_at_the_same_size_is_indexed_anew(path: Path, clip_time: bool) -> None:
+def test_open_index__tar_rewritten_at_the_same_size_is_indexed_anew(path: Path) -> None:
     before, then = open_index(path), path.stat()
     assert before.labels(0) == (0,)
-    swap(path)
+    three(path, "y", "x")
     assert path.stat().st_size == then.st_size
-    if clip_time:  # as one who copies with times kept
-        os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns))
     after = open_index(path)
     assert [after.vocabulary[i] for i in after.labels(0)] == ["y"]
     assert ShardTable.load(path.with_suffix(".idx.npz"), path) is not None  # made and kept
 
 
-def test_a_tar_that_changes_while_it_is_open_gives_no_other_clip(path: Path) -> None:
+def test_read__tar_that_changes_while_it_is_open_gives_no_other_clip(path: Path) -> None:
     index = open_index(path)
-    members = confit("c", {"x": 0}) | confit("b", {"x": 0, "y": 1}) | confit("a", {"y": 1})
-    members["b.json"] |= {"split": "train", "fold": 2}
-    tar_of(path, members)
+    three(path, "x", "y", keys="cba")
     for i in (0, 2):
         with pytest.raises(OSError, match=r"s\.tar .*changed since it was indexed"):
             index.read(i)
     assert index.read(1).data == WAV
 
 
-def test_a_copy_with_other_times_keeps_the_lengths_of_its_table(path: Path) -> None:
+def test_open_index__copy_with_other_times_keeps_the_lengths_of_its_table(path: Path) -> None:
     place = path.with_suffix(".idx.npz")
     scan(path, probe=True).save(place)
     before = open_index(path)
@@ -156,58 +141,58 @@ def test_a_copy_with_other_times_keeps_the_lengths_of_its_table(path: Path) -> N
     assert ShardTable.load(place, path) is not None
 
 
-def test_a_shard_that_is_not_its_manifests_any_more_is_refused(path: Path) -> None:
+def test_open_index__shard_that_is_not_its_manifests_any_more_is_refused(path: Path) -> None:
     index_in_place(path.parent)
-    swap(path)
-    with pytest.raises(UserError, match=r"s\.tar was changed since its manifest\.json"):
-        open_index(path.parent)
-    with pytest.raises(UserError, match=r"s\.tar was changed since its manifest\.json"):
-        index_in_place(path.parent)
+    three(path, "y", "x")
+    for reading in (open_index, index_in_place):
+        with pytest.raises(UserError, match=r"s\.tar was changed since its manifest\.json"):
+            reading(path.parent)
     (path.parent / "manifest.json").unlink()
     index_in_place(path.parent)
     assert open_index(path.parent).labels(0) == (1,)
 
 
-def test_files_that_are_no_tables(path: Path) -> None:
-    place = saved(path)
-    whole = place.read_bytes()
-    assert ShardTable.load(place, path) is not None
-    deep = io.BytesIO()
-    np.savez(deep, head=np.frombuffer(b"[" * 200_000, np.uint8))
-    vast = io.BytesIO()
-    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (%d,), }" % (1 << 50)
-    with zipfile.ZipFile(vast, "w") as file:
-        text = header.ljust(117) + b"\n"
-        file.writestr("head.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
-    listed = io.BytesIO()
-    np.savez(listed, head=np.frombuffer(json.dumps(["version"]).encode(), np.uint8))
-    files = (deep, vast, listed)
-    for data in (b"", whole[:100], b"PK rubbish", *(file.getvalue() for file in files)):
-        place.write_bytes(data)
-        assert ShardTable.load(place, path) is None
-    place.write_bytes(b"")
-    assert len(open_index(path)) == 3
-
-
-def test_a_table_that_unpacks_to_too_much(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = saved(path)
-    with np.load(place) as file:
-        parts = {name: file[name] for name in file.files}
-    np.savez_compressed(place, zeros=np.zeros(100_000), **parts)
-    assert ShardTable.load(place, path) is not None
-    monkeypatch.setattr("bat.data.table.MAX_TABLE_BYTES", 100_000)
-    assert place.stat().st_size < 10_000
-    assert ShardTable.load(place, path) is None
-
-
-def test_temporary_names_differ_between_machines_that_share_a_folder(
+def test_temporary__names_differ_between_machines_that_share_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = temporary(tmp_path / "x")
-    monkeypatch.setattr(tars.socket, "gethostname", lambda: "other/../host")
-    names = {one.name, temporary(tmp_path / "x").name, temporary(tmp_path / "x").name}
+    monkeypatch.setattr("socket.gethostname", lambda: "other/../host")
+    names = {temporary(tmp_path / "x").name for _ in range(3)}
     assert len(names) == 3  # not by the pid alone
-    assert {temporary(tmp_path / "x").parent, one.parent} == {tmp_path}
-    assert sum(f".x.other____host-{os.getpid()}-" in name for name in names) == 2
+    assert all(name.startswith(f".x.other____host-{os.getpid()}-") for name in names)
     write_atomic(tmp_path / "x", b"1")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+# ---- manifests
+
+
+def test_manifest__counts(tmp_path: Path) -> None:
+    said: list[dict[str, Any]] = [
+        {"labels": ("a", "b"), "fold": 1, "split": "train"},
+        {"labels": ("b",), "fold": 2, "split": "train"},
+        {"labels": (), "split": "test"},
+        {"labels": ("b",), "fold": 1},
+    ]
+    rows = []
+    for i, (more, rate) in enumerate(zip(said, (8000, 8000, 16_000, 16_000), strict=True)):
+        wave = np.zeros(round(0.1 * (i + 1) * rate))
+        (tmp_path / f"{i}.wav").write_bytes(encode(wave, sample_rate=rate, codec="wav"))
+        rows.append(Row(tmp_path / f"{i}.wav", str(i), **more))
+    manifest = write_shards(rows, tmp_path / "s", vocabulary=["c", "b", "a"], shard_bytes=8_000)
+    assert (manifest.vocabulary, manifest.label_counts) == (["c", "b", "a"], [0, 3, 1])
+    assert (manifest.splits, manifest.folds) == ({"test": 1, "train": 2}, {"1": 2, "2": 1})
+    assert manifest.rates == {"8000": 2, "16000": 2}
+    assert len(manifest.shards) > 1
+    assert [s.seconds for s in manifest.shards][-1] == pytest.approx(0.4)
+    assert manifest.seconds == pytest.approx(1.0)
+    assert Manifest.load(tmp_path / "s") == manifest
+
+
+def test_manifest__older_one_says_what_to_do(tmp_path: Path) -> None:
+    old = {"shards": [], "source": "x", "version": 1, "clips": 0}
+    (tmp_path / "manifest.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match="version 1, this bat reads 2: remove it and run bat-shard"):
+        Manifest.load(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(old | {"version": 2}))
+    with pytest.raises(UserError, match="damaged"):
+        Manifest.load(tmp_path)

@@ -11,14 +11,13 @@ from bat.audio.decode import decode, probe
 from bat.data.index import Index
 from bat.data.toy import KINDS, make_toy, toy_wave
 from bat.errors import UserError
-from bat.tasks.base import load_task
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_ten_clips_five_kinds_two_folds_two_shards(toy_index: Index) -> None:
+def test_toy__ten_clips_five_kinds_two_folds_two_shards(toy_index: Index) -> None:
     assert len(toy_index) == 10
     assert toy_index.vocabulary == sorted(KINDS)
     assert len(toy_index.paths) >= 2
@@ -33,7 +32,7 @@ def test_ten_clips_five_kinds_two_folds_two_shards(toy_index: Index) -> None:
         assert np.abs(decode(clip.data, sample_rate=16_000)).max() == pytest.approx(0.8, abs=1e-4)
 
 
-def test_same_seed_same_bytes(tmp_path: Path) -> None:
+def test_toy__same_seed_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert make_toy(tmp_path / name, seconds=0.2) == tmp_path / name
     assert files(tmp_path / "a") == files(tmp_path / "b")
@@ -44,14 +43,7 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
     assert not set(files(other).values()) & set(files(tmp_path / "a/audio").values())
 
 
-def test_it_is_a_task_too(tmp_path: Path) -> None:
-    make_toy(tmp_path, clips=20, seconds=0.1)
-    rows, names = load_task("toy").read(tmp_path)
-    assert (len(rows), names) == (20, sorted(KINDS))
-    assert sorted({row.fold for row in rows if row.fold}) == [1, 2]
-
-
-def test_kinds_differ_and_clips_of_a_kind_too() -> None:
+def test_toy__kinds_differ_and_clips_of_a_kind_too() -> None:
     def spectrum(kind: str, number: int) -> np.ndarray:
         wave = toy_wave(kind, seed=0, number=number, seconds=1.0)
         assert wave.dtype == np.float32
@@ -66,6 +58,6 @@ def test_kinds_differ_and_clips_of_a_kind_too() -> None:
 
 
 @pytest.mark.parametrize("change", [{"clips": 7}, {"clips": 5}, {"seconds": 0.01}])
-def test_impossible_toys(tmp_path: Path, change: dict[str, float]) -> None:
+def test_toy__impossible_toys(tmp_path: Path, change: dict[str, float]) -> None:
     with pytest.raises(UserError, match="clips of 0"):
         make_toy(tmp_path, **change)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from bat.config import schema
 from bat.config.probing import FeatureStore
 from bat.data.bad_clips import BadClips
 from bat.data.module import AudioData
-from bat.data.sequential_data import SequentialData
+from bat.data.sequential import SequentialData
 from bat.eval import feature_cache, features
 from bat.train import folds, online
 from bat.train.pretrain_data import open_stream

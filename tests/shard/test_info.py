@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bat.data.manifest import joint_vocabulary
 from bat.data.table import scan
-from bat.data.table_sets import joint_vocabulary
 from bat.errors import UserError
 from bat.shard.info import Summary, balance, duration, summarise
 from bat.shard.write import write_shards

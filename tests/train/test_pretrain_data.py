@@ -221,15 +221,13 @@ def test_packed_shards_obey_data_split(small, tmp_path: Path, packed: Path, capl
     words = (f"data.shards={parts}", "data.batch=2")
     with caplog.at_level(logging.INFO, logger="bat"):
         stream = open_stream(small(*words, out=tmp_path / "run"))
-    assert f"the {count - 1} shards of split train; data.split=all takes those of test" in (
-        caplog.text
-    )
+    assert "split train; data.split=all takes test too" in caplog.text
     assert stream.data.facts()["shards"] == count - 1
     held = set(keys_of(open_stream(small(*words, "data.split=test", out=tmp_path / "run")), 6))
     assert 2 <= len(held) <= 4
     assert set(keys_of(stream, 12)) == {f"z{i}" for i in range(12)} - held
-    with pytest.raises(UserError, match=r"no clip has split 'valid': splits are \['test', 'train'"):
-        open_stream(small(*words, "data.split=valid", out=tmp_path / "run"))
+    with pytest.raises(UserError, match="none has split 'valid'; splits are test, train"):
+        keys_of(open_stream(small(*words, "data.split=valid", out=tmp_path / "run")), 1)
 
 
 def test_lost_packed_shards_stop_a_run(small, tmp_path: Path, packed: Path) -> None:
@@ -237,7 +235,8 @@ def test_lost_packed_shards_stop_a_run(small, tmp_path: Path, packed: Path) -> N
     bad.write_bytes(b"\x1f\x8b rubbish")
     words = (f"data.shards={packed}", "data.batch=4", "train.steps=100", "data.max_bad=0.14")
     out = tmp_path / "run"
-    with pytest.raises(UserError, match=rf"max_bad=0.14 .*Most are in {bad.name}"):
+    says = rf"15 of the latest \d+ shards broke off \(the last: {bad.name}, .*max_bad=0.14"
+    with pytest.raises(UserError, match=says):
         pretrain(small(*words, out=out))
     (line,) = read_jsonl(out / "bad_clips.jsonl")
     assert (line["shard"], line["key"], line["kind"]) == (bad.name, "", "unreadable")
