@@ -26,7 +26,7 @@ GRID = Grid(6, 4)
 def tiny(seed: int = 0, **settings) -> MAE:
     torch.manual_seed(0)
     config = MAE.Config(decoder_depth=1, decoder_heads=2, **settings)
-    assert not config.problems() + config.problems_with(width=32, tokens=GRID.tokens)
+    assert not [*config.problems_with(width=32, tokens=GRID.tokens)]
     return MAE.build(config, BAT(width=32, depth=2, heads=4, grid=GRID), seed=seed)
 
 
