@@ -59,6 +59,12 @@ class Hardware:
     """Recompute each block in the backward pass instead of storing its activations."""
 
     def problems(self) -> Iterator[str]:
+        sharded = ("auto", "cpu", "gpu", "cuda")
+        if self.strategy == "fsdp" and self.accelerator not in sharded:
+            yield (
+                f"hardware.strategy=fsdp splits a model among GPUs or CPU processes, not on "
+                f"accelerator={self.accelerator}: say hardware.strategy=auto"
+            )
         if self.strategy == "fsdp" and self.compile in ("whole", "cudagraphs"):
             yield (
                 f"hardware.compile={self.compile} with strategy=fsdp: weights are gathered block "

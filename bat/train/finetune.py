@@ -12,15 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bat import __version__
 from bat.config import schema
 from bat.errors import UserError
 from bat.eval.hardware import with_precision
-from bat.eval.loading import autocast_for
 from bat.eval.next_steps import after_finetuning
-from bat.eval.prepare import prepare
+from bat.eval.prepare import Prepared, prepare
 from bat.eval.results import HOW, Outcome, summary, table
 from bat.eval.run_folder import default_out, run_folder
 from bat.io import write_json
@@ -30,6 +27,7 @@ from bat.probes.base import check_level, find_probe, takes_encoder
 from bat.report.plots import chance_of, plot_folds
 from bat.report.sections import TITLES
 from bat.train.batching import with_batch
+from bat.train.fitting import dry_step
 from bat.train.folds import Folds
 
 log = logging.getLogger("bat")
@@ -48,44 +46,50 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False, force: bool = Fa
         )
     asked, out = config, default_out(config)
     start_logging()
-    batch = config.data.batch, config.train.accumulate
     ready = prepare(with_batch(with_precision(config, out)))
     config = ready.config
-    check_level(find_probe(config.method), config.level)
-    own = config.augment
-    if ready.targets_of is not None and own.time_roll:
-        raise UserError("augment.time_roll=true moves clips, not their events or texts: say false")
-    if ready.task.target == "tokens" and own.mixup_p:
-        raise UserError(
-            f"augment.mixup_p={own.mixup_p}: texts cannot be mixed; say augment.mixup_p=0"
-        )
-    if ready.frames is None and config.hardware.strategy == "fsdp":
-        raise UserError(
-            "hardware.strategy=fsdp wants the same shapes on all devices, and clips of their own "
-            "length have others: say frames=NUMBER, or hardware.strategy=ddp"
-        )
+    _check(ready)
     run = Folds(ready, out, force=force)
     if dry_run:
         _dry_run(run)
         return out
-
-    settled = replace(
+    settled = replace(  # the batch that was asked for: the devices may differ when it resumes
         config,
-        data=replace(config.data, batch=batch[0]),
-        train=replace(config.train, accumulate=batch[1]),
+        data=replace(config.data, batch=asked.data.batch),
+        train=replace(config.train, accumulate=asked.train.accumulate),
     )
     with run_folder(settled, out, force=force) as begin:
         _run(run, out, asked, begin)
     return out
 
 
+def _check(ready: Prepared[schema.Finetune]) -> None:
+    """Raises ``UserError`` for settings that do not fit the task or the data."""
+    config = ready.config
+    check_level(find_probe(config.method), config.level)
+    if ready.targets_of is not None and config.augment.time_roll:
+        raise UserError("augment.time_roll=true moves clips, not their events or texts: say false")
+    if ready.task.target == "tokens" and config.augment.mixup_p:
+        raise UserError(
+            f"augment.mixup_p={config.augment.mixup_p}: texts cannot be mixed; say "
+            "augment.mixup_p=0"
+        )
+    if ready.frames is None and config.hardware.strategy == "fsdp":
+        raise UserError(
+            "hardware.strategy=fsdp needs the same shapes on all devices, and clips of their own "
+            "length have others: say frames=NUMBER, or hardware.strategy=ddp"
+        )
+
+
 def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None]) -> None:
     config, ready = run.config, run.ready
-    done = [held.name for held in ready.rounds if run.read(held) is not None]
-    if len(done) == len(ready.rounds):
+    if all(run.read(held) is not None for held in ready.rounds):
         log.info("nothing to do: %s is finished", out)
         begin()
-    log.info("%s", _headline(run))
+    start = f"bat {__version__}: fine-tuning {config.checkpoint} ({config.weights}) in {run.out}"
+    steps = f"{config.train.steps} steps of {config.data.batch} x {config.train.accumulate} clips"
+    head = f"head {config.method}: {len(ready.rounds)} round(s), {steps} a device"
+    log.info("%s", ready.headline(start, head))
     results = [run.fold(held, begin) for held in ready.rounds]
     if not is_main():  # other ranks only take part in training
         return
@@ -123,28 +127,14 @@ def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None
 
 
 def _dry_run(run: Folds) -> None:
-    """Builds everything and runs one batch forward and backward (on the CPU one clip, forward)."""
+    """Builds everything and computes the loss of one batch without training."""
     rounds = run.ready.rounds
     module, data = run.module(rounds[0]), run.data(rounds[0])
-    on_gpu = run.config.hardware.accelerator != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    module = module.to(device)
-    autocast = autocast_for(run.config.hardware)
-    batch = data.first_batch()
-    if not on_gpu:
-        batch = batch.first(1)
-    batch = batch.to(device)
-    generator = torch.Generator(device).manual_seed(0)
-    with (
-        torch.autocast(device.type, autocast, enabled=autocast is not None),
-        torch.set_grad_enabled(on_gpu),
-    ):
-        spectrogram, targets, patches = module.augmented(batch, generator)
-        total = module.backbone.time_patches(batch.waves.shape[1])
-        features = module.encoded(spectrogram, patches, total=total)
+    with dry_step(run.config, module, data) as batch:
+        spectrogram, targets, features = module.encoded(batch, seed=0)
         logits = module.head(features)
         loss = against(module.loss, logits, targets, inside=features.inside())
-    if on_gpu:
+    if loss.is_cuda:
         loss.backward()
     size = sum(p.numel() for p in module.parameters())
     if run.ready.note:
@@ -153,17 +143,8 @@ def _dry_run(run: Folds) -> None:
     print(f"input     {tuple(spectrogram.shape)} -> logits {tuple(logits.shape)}")
     groups = len(module.configure_optimizers().param_groups)
     print(f"model     {size / 1e6:.1f} M parameters in {groups} groups")
-    print(f"loss      {loss.item():.4f} on {len(batch.waves)} clip(s), {device}")
+    print(f"loss      {loss.item():.4f} on {len(batch.waves)} clip(s), {loss.device}")
     print("dry run: nothing was trained, nothing was written but shards and their index")
-
-
-def _headline(run: Folds) -> str:
-    config = run.config
-    return run.ready.headline(
-        f"bat {__version__}: fine-tuning {config.checkpoint} ({config.weights}) in {run.out}",
-        f"head {config.method}: {len(run.ready.rounds)} round(s), {config.train.steps} steps of "
-        f"{config.data.batch} x {config.train.accumulate} clips a device",
-    )
 
 
 def _report(asked: schema.Finetune, run: Folds, results: dict[str, dict[str, Any]]) -> str:

@@ -14,25 +14,21 @@ Checkpoints are one plain file with DDP's keys, written and read by the ``Checkp
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bat.config.schema import Hardware
 from bat.encoders.base import Encoder
-from bat.errors import UserError
 from bat.nn.ema import local
-
-T = TypeVar("T")
 
 
 def _launched(slurm: str, torchrun: str) -> int | None:
@@ -74,15 +70,6 @@ def world_size(hardware: Hardware) -> int:
         else:  # "0,1"
             wanted = len([word for word in wanted.strip("[]").split(",") if word.strip()])
     return wanted * nodes(hardware)
-
-
-def check_strategy(hardware: Hardware) -> None:
-    """Raises ``UserError`` for a strategy that the accelerator does not support."""
-    if hardware.strategy == "fsdp" and hardware.accelerator not in ("auto", "cpu", "gpu", "cuda"):
-        raise UserError(
-            f"hardware.strategy=fsdp splits a model among GPUs or CPU processes, not on "
-            f"accelerator={hardware.accelerator}: say hardware.strategy=auto"
-        )
 
 
 def strategy(hardware: Hardware) -> str | Strategy:
@@ -216,31 +203,3 @@ def total_norm(parameters: Iterable[Tensor]) -> Tensor:
     squares = total.double().square().sum()
     dist.all_reduce(squares, group=gradients[0].device_mesh.get_group())
     return squares.sqrt().float()
-
-
-class Shardable(pl.LightningModule):
-    """A module that ``hardware=fsdp`` splits."""
-
-    def units(self) -> list[nn.Module]:
-        """Returns the modules gathered one at a time, in order of use; called by their forward."""
-        raise NotImplementedError
-
-    def configure_model(self) -> None:
-        """Shards the module; Lightning calls it in each process once all are connected."""
-        mesh = self.device_mesh
-        if mesh is None or isinstance(self, FSDPModule):
-            return
-        # always freed after the forward: a forward without backward (teacher, probes)
-        # would leave the weights gathered, and the EMA would not update the shards
-        how: dict[str, Any] = {"mesh": mesh["data_parallel"], "reshard_after_forward": True}
-        for unit in self.units():
-            fully_shard(unit, **how)
-        fully_shard(self, **how)
-        for method in ("training_step", "within"):
-            register_fsdp_forward_method(self, method)
-        whole = [name for name, p in self.named_parameters() if not isinstance(p, DTensor)]
-        assert not whole, f"not sharded: {whole}"
-
-    def within(self, what: Callable[[], T]) -> T:
-        """Calls ``what`` with gathered weights, as in a step. **Every rank must call it.**"""
-        return what()

@@ -6,7 +6,7 @@ training waiting. ``safe_ms``: until ours is safe. *verify*: reading a checkpoin
 after each write and at each resume.
 
 *checks*: the parts of a step that only watch (norm of all gradients and the decision to skip, one
-micro-batch's figures, the look for collapse over the steps between two), as a share of the step
+micro-batch's scalars, the look for collapse over the steps between two), as a share of the step
 they belong to. Parts are timed alone: a difference of two steps would drown in noise.
 """
 
@@ -95,29 +95,29 @@ def checks(case: str, words: list[str], *, repeats: int) -> Iterator[dict[str, A
             p.grad = gradient
         module.guard.inspect(optimizer, module.parameters())
 
-    def figures() -> None:
-        values = torch.stack([value.float() for value in module.figures.values()])
+    def scalars() -> None:
+        values = torch.stack([value.float() for value in module.scalars.values()])
         finite = torch.isfinite(values)
         torch.stack([values.where(finite, 0), finite.float()]).tolist()
 
-    module.figures = {str(i): torch.ones((), device=ours.device) for i in range(6)}
+    module.scalars = {str(i): torch.ones((), device=ours.device) for i in range(6)}
     taken = medians(
         {
             "step": ours,
             "guard": guard,
-            "figures": figures,
+            "scalars": scalars,
             "look": look,
         },
         repeats=repeats,
         title=case,
         device=ours.device,
     )
-    own = taken["guard"] + taken["figures"] + taken["look"] / LOOK_EVERY
+    own = taken["guard"] + taken["scalars"] + taken["look"] / LOOK_EVERY
     yield {
         "case": f"checks, {case}",
         "step_ms": 1e3 * taken["step"],
         "guard_ms": 1e3 * taken["guard"],
-        "figures_ms": 1e3 * taken["figures"],
+        "scalars_ms": 1e3 * taken["scalars"],
         "look_ms": 1e3 * taken["look"],
         "share_percent": 100 * own / taken["step"],
     }
