@@ -34,7 +34,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-KINDS = ("kill", "term", "worker", "truncate", "group", "disk", "flip")
+KINDS = ("flip", "group", "worker", "disk", "truncate", "kill", "term")
+"""The first ones are the most telling."""
 PATIENCE = 120.0
 """Seconds that anything may take."""
 ROOM_MB = 40

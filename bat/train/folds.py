@@ -23,7 +23,6 @@ from bat.config import schema
 from bat.config.compose import to_dict
 from bat.data.bad_clips import BadClips
 from bat.data.module import AudioData
-from bat.data.order import make_plan
 from bat.errors import UserError
 from bat.eval.features import FeatureStream
 from bat.eval.fit import own_randomness, predictions
@@ -40,6 +39,7 @@ from bat.redact import redact_tree
 from bat.report.plots import plot_curves
 from bat.seeding import derive_seed
 from bat.train.fitting import Fitting
+from bat.train.pretrain_data import audio_stream
 from bat.train.sharding import full_state, is_sharded
 from bat.train.supervised import Supervised
 
@@ -87,33 +87,14 @@ class Folds:
         return module
 
     def data(self, held: Round) -> AudioData:
-        config, data = self.config, self.config.data
-        seed = derive_seed(config.seed, held.name, "order")
-        made = AudioData(
-            index=self.index,
-            batch=data.batch,
-            batches=config.train.steps * config.train.accumulate,
+        made = audio_stream(
+            self.config,
+            self.index,
+            held.train,
             sample_rate=self.backbone.sample_rate,
-            clip_seconds=data.clip_seconds,
-            plan=make_plan(
-                self.index,
-                held.train,
-                seed=seed,
-                shuffle=data.shuffle,
-                window=data.window,
-                balance=data.balance,
-                epoch_clips=data.epoch_clips,
-            ),
-            seed=seed,
-            roll=data.roll,
-            random_offset=config.pad_offset == "random",
-            min_seconds=data.min_seconds,
-            max_seconds=data.max_seconds,
-            workers=data.workers,
-            cache_bytes=int(data.cache_waves_gb * 1e9),
-            look_ahead=data.window,
-            max_bad=data.max_bad,
+            seed=derive_seed(self.config.seed, held.name, "order"),
             out=self.out / f"fold-{held.name}",
+            random_offset=self.config.pad_offset == "random",
         )
         if self.ready.targets_of is not None:  # times count from the start of the clip
             made.dataset.crop = "start"
@@ -147,7 +128,7 @@ class Folds:
             trainer.fit(module, datamodule=data, ckpt_path=fitting.resume_from)
         begin()  # a training that was finished before had no start
         module = self._whole(module, held).to(trainer.strategy.root_device)
-        metrics, held_out_bad = self._judge(module, held)
+        metrics, held_out_bad = self._evaluate(module, held)
         result = {
             "held_out": held.name,
             "metrics": metrics,
@@ -156,7 +137,7 @@ class Folds:
             **fitting.facts(),
             "bad_clips": data.bad_clips.state_dict(),
             "held_out_bad": held_out_bad.state_dict(),
-            "bad": f"training: {data.bad_clips.summary()}; judging: {held_out_bad.summary()}",
+            "bad": f"training: {data.bad_clips.summary()}; evaluation: {held_out_bad.summary()}",
             "made_from": self.made_from,
         }
         if trainer.is_global_zero:
@@ -192,7 +173,7 @@ class Folds:
         whole.load_state_dict(state)
         return whole
 
-    def _judge(self, module: Supervised, held: Round) -> tuple[dict[str, Any], BadClips]:
+    def _evaluate(self, module: Supervised, held: Round) -> tuple[dict[str, Any], BadClips]:
         """Returns the metrics on the held-out clips (each process evaluates all) and bad clips."""
         config, autocast = self.config, autocast_for(self.config.hardware)
         bad = BadClips(max_bad=config.data.max_bad)

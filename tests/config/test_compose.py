@@ -153,6 +153,7 @@ def test_problems__all_are_named_at_once_with_suggestions() -> None:
         ("pretrain", "recipe=toy data.root=[1", "cannot read the value"),
         ("pretrain", "recipe=toy train.keep_every=7", "not a multiple of train.save_every"),
         ("probe", "recipe=toy data.window=3", "is for bat-pretrain and bat-finetune"),
+        ("probe", "recipe=toy hardware.activation_checkpointing=true", "a frozen encoder has no"),
         ("probe", "recipe=toy data.mix=[1]", "is for bat-pretrain: leave it away"),
         ("finetune", "recipe=toy data.labels=drop", "is for bat-pretrain: leave it away"),
         ("finetune", "recipe=toy health.min_std=1", "health.min_std is for bat-pretrain"),

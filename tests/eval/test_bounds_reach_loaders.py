@@ -20,7 +20,7 @@ from bat.data.bad_clips import BadClips
 from bat.data.module import AudioData
 from bat.data.sequential_data import SequentialData
 from bat.eval import feature_cache, features
-from bat.train import folds, online
+from bat.train import folds, online, pretrain_data
 from bat.train.pretrain_data import open_stream
 from bat.types import Needs
 
@@ -51,8 +51,8 @@ def finetune(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A ``Folds`` without folds."""
     config = schema.Finetune(hardware=schema.Hardware(precision="32-true"))
     config.data.max_seconds = LONGEST
-    monkeypatch.setattr(folds, "make_plan", lambda *_, **__: None)
-    monkeypatch.setattr(folds, "AudioData", stand_in)
+    monkeypatch.setattr(pretrain_data, "make_plan", lambda *_, **__: None)
+    monkeypatch.setattr(pretrain_data, "AudioData", stand_in)
     monkeypatch.setattr(folds, "FeatureStream", stand_in)
     return SimpleNamespace(
         config=config,
@@ -83,7 +83,7 @@ def test_training_of_a_fold(finetune: Any) -> None:
 
 def test_judging_a_fold(finetune: Any) -> None:
     module: Any = SimpleNamespace(backbone=None)
-    given = given_by(lambda: folds.Folds._judge(finetune, module, SimpleNamespace(test=None)))
+    given = given_by(lambda: folds.Folds._evaluate(finetune, module, SimpleNamespace(test=None)))
     assert given["max_seconds"] == LONGEST
 
 

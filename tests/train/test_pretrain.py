@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from bat.nn.optim import param_groups
 from bat.seeding import derive_seed
 from bat.train import run_pretrain
 from bat.train.checkpointing import last_checkpoint
+from bat.train.online import OnlineProbe
 from bat.train.pretrain import Pretraining, build_objective
 from bat.train.pretrain_data import open_stream
 from bat.train.run_pretrain import pretrain
@@ -298,6 +300,16 @@ def test_online__several_labels_a_clip_are_scored_by_map_and_none_are_refused(
     words[1] = f"data.root={tmp_path / 'bare.csv'}"
     with pytest.raises(UserError, match="online probes need labelled clips"):
         pretrain(small(*words, out=tmp_path / "none"))
+
+
+def test_online__probes_have_every_setting_of_their_head() -> None:
+    config = compose(Pretrain, "pretrain", ["recipe=toy", "online.head.dropout=0.3"])
+    online = SimpleNamespace(
+        config=config, index=SimpleNamespace(classes=5), task=SimpleNamespace(per_class=20)
+    )
+    built = OnlineProbe.build(online, "cgp")  # type: ignore[arg-type]
+    assert built.dropout.p == 0.3
+    assert len(built.prototypes) == config.online.head.prototypes
 
 
 def test_wandb__offline_run_logs_a_step_once_over_all_starts(
