@@ -3,7 +3,7 @@
 HealthMonitor  collapse, a stalled loader, throughput, memory; its scalars join the next line
 Metrics        means, events, progress bar
 GuardReport    steps skipped by the NaN guard
-...            the caller's own (online probes)
+OnlineProbe    probes on the encoder along a pre-training
 Stopping       resumable shutdown, agreed among the ranks
 Checkpoints    last, since Lightning runs it after the others
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, LambdaCallback
+from lightning.pytorch.callbacks import LambdaCallback
 
 from bat.config.schema import Finetune, Pretrain
 from bat.data.base import StreamData
@@ -29,6 +29,7 @@ from bat.train.callbacks import Metrics
 from bat.train.checkpointing import Checkpoints, last_checkpoint
 from bat.train.guard import GuardReport
 from bat.train.health import HealthMonitor
+from bat.train.online import OnlineProbe
 from bat.train.pretrain import Pretraining
 from bat.train.ranks import Ranks, leave_quietly, ranks_of
 from bat.train.stopping import Stopping
@@ -46,7 +47,7 @@ class Fitting:
         name: name of the run for Weights & Biases.
         force: start from scratch if there are checkpoints and none loads.
         begin: called after the checkpoint is restored, before the first step.
-        more: returns further callbacks, given ``Metrics`` and ``Stopping``.
+        online: makes the online probes, given ``metrics=`` and ``stopping=``; None: there are none.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Fitting:
         name: str,
         force: bool = False,
         begin: Callable[[], None] = lambda: None,
-        more: Callable[[Metrics, Stopping], list[Callback]] = lambda metrics, stopping: [],
+        online: Callable[..., OnlineProbe] | None = None,
     ) -> None:
         self.module, self.data = module, data
         self.newest = last_checkpoint(out, force=force)
@@ -77,6 +78,7 @@ class Fitting:
             data=data,
             objective=module.objective if isinstance(module, Pretraining) else None,
         )
+        self.online = online(metrics=metrics, stopping=stopping) if online else None
         self.trainer: pl.Trainer = build_trainer(
             hardware=config.hardware,
             train=config.train,
@@ -87,7 +89,7 @@ class Fitting:
                 health,
                 metrics,
                 self.guard,
-                *more(metrics, stopping),
+                *([self.online] if self.online else []),
                 stopping,
                 self.checkpoints,
             ],

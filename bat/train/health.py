@@ -72,8 +72,7 @@ class FetchClock(PassThroughProfiler):
 class Watchdog(threading.Thread):
     """Reports again and again that the loader stalls, and finally ends the process.
 
-    A thread, since the training process may hang in a read. Time during which the whole process was
-    stopped (SIGSTOP, a suspended machine) does not count.
+    A thread, since the training process may hang in a read.
 
     Args:
         say: called with (kind, line, facts) for each problem, from this thread.
@@ -96,8 +95,8 @@ class Watchdog(threading.Thread):
         limits = [s for s in (self.warn_seconds, self.stop_seconds) if s > 0]
         self.tick = min(1.0, min(limits, default=10.0) / 10)
         self._end = threading.Event()
-        self._wait: float | None = None  # the current wait: the clock's ``since``
-        self._waited, self._warnings, self._before = 0.0, 0, 0.0
+        self._since: float | None = None  # start of the wait that ``_warnings`` are about
+        self._warnings = 0
 
     def stop(self) -> None:
         """Ends the thread."""
@@ -106,36 +105,29 @@ class Watchdog(threading.Thread):
             self.join(timeout=10)
 
     def run(self) -> None:
-        """Checks once per tick until stopped or told to leave."""
-        self._before = time.perf_counter()
+        """Checks once per tick until stopped."""
         while not self._end.wait(self.tick):
             try:
-                if self.check(time.perf_counter()):
-                    return
+                self.check(time.perf_counter())
             except Exception:  # a full disk under the metrics must not end the watchdog
                 log.exception("the watchdog of the loader continues after an error")
 
-    def check(self, now: float) -> bool:
-        """Checks the current wait at ``now``; returns True if the process was told to leave."""
-        passed, self._before = min(now - self._before, 2 * self.tick), now
+    def check(self, now: float) -> None:
+        """Checks the current wait at ``now``."""
         since = self.clock.since
-        if since != self._wait:
-            if self._warnings:
-                line = f"the loader continues after {self._waited:.0f} s"
-                self.say("recovered", line, what="loader", seconds=round(self._waited, 1))
-            self._wait, self._waited, self._warnings = since, 0.0, 0
+        if since != self._since:
+            self._since, self._warnings = since, 0
         if since is None:
-            return False
-        self._waited += passed
-        line = f"no batch for {self._waited:.0f} s"
-        if self.warn_seconds and self._waited >= (self._warnings + 1) * self.warn_seconds:
+            return
+        waited = now - since
+        line = f"no batch for {waited:.0f} s"
+        if self.warn_seconds and waited >= (self._warnings + 1) * self.warn_seconds:
             self._warnings += 1
             readers = "; ".join(self.sitting_on()) or "no reader is at a clip"
-            self.say("stall", f"{line}: {readers}", seconds=round(self._waited, 1))
-        if self.stop_seconds and self._waited >= self.stop_seconds:
+            self.say("stall", f"{line}: {readers}", seconds=round(waited, 1))
+        if self.stop_seconds and waited >= self.stop_seconds:
+            self._end.set()
             self.leave(f"{line} (health.stall_stop_seconds={self.stop_seconds:g})")
-            return True
-        return False
 
 
 def leave(why: str) -> None:

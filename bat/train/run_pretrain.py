@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,14 +26,12 @@ from bat.redact import redact_tree
 from bat.report.plots import plot_curves, plot_masks
 from bat.seeding import derive_seed
 from bat.train.batching import with_batch
-from bat.train.callbacks import Metrics
 from bat.train.checkpointing import step_of
 from bat.train.fitting import Fitting, dry_step
 from bat.train.online import OnlineProbe
 from bat.train.pretrain import Pretraining
 from bat.train.pretrain_data import PretrainData, open_stream
 from bat.train.sharding import full_state
-from bat.train.stopping import Stopping
 
 log = logging.getLogger("bat")
 
@@ -57,35 +53,29 @@ def pretrain(config: Pretrain, *, dry_run: bool = False, force: bool = False) ->
         _dry_run(config, module, source)
         return out
     with run_folder(asked, out, force=force) as begin:
-        fitting, probe = _set_up(config, out, module, source, force, begin)
+        online = partial(OnlineProbe, config, task=source.task, index=source.index, out=out)
+        fitting = Fitting(
+            config,
+            out,
+            module=module,
+            data=source.data,
+            name=f"pretrain-{config.recipe}",
+            force=force,
+            begin=begin,
+            online=online if config.online.every else None,
+        )
+        _describe(config, out, module, source, fitting)
         with fitting.running():
             fitting.trainer.fit(module, datamodule=source.data, ckpt_path=fitting.resume_from)
         begin()  # a training that was finished before had no start
-        _finish(config, out, module, source, fitting, probe)
+        _finish(config, out, module, source, fitting)
     return out
 
 
-def _set_up(
-    config: Pretrain,
-    out: Path,
-    module: Pretraining,
-    source: PretrainData,
-    force: bool,
-    begin: Callable[[], None],
-) -> tuple[Fitting, OnlineProbe | None]:
-    """Builds the training and its online probe, if any, and describes it in the log."""
-    probes: list[OnlineProbe] = []
-
-    def more(metrics: Metrics, stopping: Stopping) -> list[Callback]:
-        if config.online.every:
-            given: dict[str, Any] = {"task": source.task, "index": source.index}
-            probes.append(OnlineProbe(config, **given, out=out, metrics=metrics, stopping=stopping))
-        return [*probes]
-
-    name = f"pretrain-{config.recipe}"
-    fitting = Fitting(
-        config, out, module=module, data=source.data, name=name, force=force, begin=begin, more=more
-    )
+def _describe(
+    config: Pretrain, out: Path, module: Pretraining, source: PretrainData, fitting: Fitting
+) -> None:
+    """Describes the training in the log."""
     trainer, model, objective = fitting.trainer, config.model, module.objective
     if _is_finished(config, out, fitting):
         log.info("nothing to do: %s is finished", out)
@@ -106,7 +96,6 @@ def _set_up(
         log.info("  attention %s: %s", model.attention, kernel)
     for note in config.optim.notes(config.train.steps):
         log.warning("  %s", note)
-    return fitting, probes[0] if probes else None
 
 
 def _is_finished(config: Pretrain, out: Path, fitting: Fitting) -> bool:
@@ -117,15 +106,10 @@ def _is_finished(config: Pretrain, out: Path, fitting: Fitting) -> bool:
 
 
 def _finish(
-    config: Pretrain,
-    out: Path,
-    module: Pretraining,
-    source: PretrainData,
-    fitting: Fitting,
-    probe: OnlineProbe | None,
+    config: Pretrain, out: Path, module: Pretraining, source: PretrainData, fitting: Fitting
 ) -> None:
     """Writes export, plots and summary after the last training step."""
-    data, trainer = source.data, fitting.trainer
+    data, trainer, probe = source.data, fitting.trainer, fitting.online
     bad_clips_all_ranks = data.bad_clips_all_ranks()
     state = full_state(module)
     if not trainer.is_global_zero:
