@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
-from bat.train.ranks import Ranks, ranks_of
+from bat.train.processes import Ranks, ranks_of
 from bat.train.trainer import JsonLines
 
 log = logging.getLogger("bat")

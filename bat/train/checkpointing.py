@@ -32,7 +32,7 @@ from bat.config.running import Train
 from bat.errors import UserError
 from bat.io import replace_durably
 from bat.train.callbacks import StepCallback
-from bat.train.ranks import ranks_of
+from bat.train.processes import ranks_of
 from bat.train.stopping import Stopping
 
 log = logging.getLogger("bat")

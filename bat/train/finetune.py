@@ -26,9 +26,9 @@ from bat.nn.losses import against
 from bat.probes.base import check_level, find_probe, takes_encoder
 from bat.report.plots import chance_of, plot_folds
 from bat.report.sections import TITLES
-from bat.train.batching import with_batch
 from bat.train.fitting import dry_step
 from bat.train.folds import Folds
+from bat.train.processes import with_batch
 
 log = logging.getLogger("bat")
 

@@ -31,7 +31,7 @@ from bat.train.guard import GuardReport
 from bat.train.health import HealthMonitor
 from bat.train.online import OnlineProbe
 from bat.train.pretrain import Pretraining
-from bat.train.ranks import Ranks, leave_quietly, ranks_of
+from bat.train.processes import Ranks, leave_quietly, ranks_of
 from bat.train.stopping import Stopping
 from bat.train.supervised import Supervised
 from bat.train.trainer import build_trainer

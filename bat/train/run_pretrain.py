@@ -25,12 +25,12 @@ from bat.logs import start_logging
 from bat.redact import redact_tree
 from bat.report.plots import plot_curves, plot_masks
 from bat.seeding import derive_seed
-from bat.train.batching import with_batch
 from bat.train.checkpointing import step_of
 from bat.train.fitting import Fitting, dry_step
 from bat.train.online import OnlineProbe
 from bat.train.pretrain import Pretraining
 from bat.train.pretrain_data import PretrainData, open_stream
+from bat.train.processes import with_batch
 from bat.train.sharding import full_state
 
 log = logging.getLogger("bat")

@@ -1,7 +1,7 @@
 """Resumable shutdown of a run, on signals and on request (``Stopping.ask``).
 
 A signal (``bat/shutdown.py``) only sets a flag. At the end of each micro-batch the ranks agree on
-the host (``ranks.py``) whether any of them was asked to end; then, once the optimiser's step is
+the host (``processes.py``) whether any of them was asked to end; then, once the optimiser's step is
 complete, all save and stop, and the process exits with 75 (``RESUME_ME``): the same command
 resumes. An error on one rank ends all of them, so that none waits in a collective for one that has
 exited.
@@ -24,7 +24,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from bat.errors import Interrupted, UserError
-from bat.train.ranks import Ranks, leave_quietly, ranks_of
+from bat.train.processes import Ranks, leave_quietly, ranks_of
 
 log = logging.getLogger("bat")
 

@@ -28,8 +28,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from bat.config.schema import Hardware, Log, Train
 from bat.errors import UserError
 from bat.io import filter_jsonl, write_json
-from bat.train.ranks import LAUNCHER
-from bat.train.sharding import devices, nodes, strategy
+from bat.train.processes import LAUNCHER, devices, nodes
+from bat.train.sharding import strategy
 
 log = logging.getLogger("bat")
 

@@ -10,7 +10,7 @@ from bat.config.running import Hardware
 from bat.config.schema import Pretrain
 from bat.errors import UserError
 from bat.train import sharding
-from bat.train.batching import resolve, with_batch
+from bat.train.processes import devices, nodes, resolve, with_batch, world_size
 
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "SLURM_NTASKS")
 LAUNCHERS += ("SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_JOB_NAME")
@@ -49,19 +49,19 @@ def hardware(**given) -> Hardware:
     ],
 )
 def test_world_size__without_a_launcher(launched, given, expected):
-    assert sharding.world_size(hardware(**given)) == expected
+    assert world_size(hardware(**given)) == expected
 
 
 def test_world_size__torchrun_and_slurm_say_how_many(launched):
     launched(TORCHELASTIC_RUN_ID="x", LOCAL_WORLD_SIZE="2", WORLD_SIZE="6", SLURM_NTASKS="1")
     own = hardware(num_nodes=0)
-    assert (sharding.devices(own), sharding.nodes(own)) == (2, 3)
+    assert (devices(own), nodes(own)) == (2, 3)
     slurm = {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "2"}
     launched(**slurm)
-    assert (sharding.devices(own), sharding.nodes(own)) == (4, 2)
-    assert sharding.world_size(own) == 8
+    assert (devices(own), nodes(own)) == (4, 2)
+    assert world_size(own) == 8
     launched(**slurm, SLURM_JOB_NAME="bash")
-    assert (sharding.devices(own), sharding.nodes(own)) == ("auto", 1)
+    assert (devices(own), nodes(own)) == ("auto", 1)
 
 
 def test_strategy__by_devices_and_refused_where_fsdp_is_not(launched):

@@ -22,7 +22,7 @@ from bat.io import read_jsonl
 from bat.shutdown import listening, minding_signals
 from bat.train import checkpointing, run_pretrain
 from bat.train.checkpointing import checkpoints
-from bat.train.ranks import LAUNCHER, Ranks, leave_quietly
+from bat.train.processes import LAUNCHER, Ranks, leave_quietly
 from bat.train.run_pretrain import pretrain
 from bat.train.stopping import Stopping
 from tests.train.runs import assert_same_run, at_batch
