@@ -21,8 +21,8 @@ from bat.eval.probe import probe
 from bat.nn import block
 from bat.nn.losses import LOSSES
 from bat.probes.base import build_probe
-from bat.train import fitting, folds
-from bat.train.finetune import finetune
+from bat.train import fitting
+from bat.train.finetune import Folds, finetune
 from bat.train.supervised import Supervised
 from bat.types import Grid, WaveBatch
 from bat.weights import export
@@ -326,7 +326,7 @@ def test_finetune__held_out_clips_that_cannot_be_read_are_counted(config, tmp_pa
 def test_pad_offset__short_clips_are_placed_at_random(config, tmp_path):
     words = ("pad=waveform", "pad_offset=random", "data.clip_seconds=2.05", "data.roll=false")
     ready = prepare(config(*words))
-    run = folds.Folds(ready, tmp_path)
+    run = Folds(ready, tmp_path)
     batch = next(iter(run.data(ready.rounds[0]).train_dataloader()))
     assert batch.lengths.tolist() == [32_800] * 5  # the whole window is signal
     starts = [int(wave.nonzero()[0]) for wave in batch.waves]
