@@ -272,11 +272,11 @@ class HealthMonitor(StepCallback):
         self._low = self._low + 1 if low else 0
         if not low:
             return
-        statistics = ", ".join(
+        shown = ", ".join(
             f"{n} effective rank {own['rank']:.1f}, deviation between clips {own['std']:.3f}"
             for n, own in found.items()
         )
-        line = f"step {step}: clips look alike to the {' and the '.join(low)} ({statistics})"
+        line = f"step {step}: clips look alike to the {' and the '.join(low)} ({shown})"
         if self._low == 1:
             self._say("collapse", line, step=step)
         elif config.collapse == "stop":
