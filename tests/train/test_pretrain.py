@@ -241,21 +241,6 @@ def test_as2m__builds_on_meta_and_starts_on_any_shards(tmp_path: Path) -> None:
     assert bat.load_encoder(tmp_path / "run").grid.tokens == 512
 
 
-def test_masks__depend_on_seed_and_position_alone(small, tmp_path: Path) -> None:
-    def ids(positions: list[int], *words: str) -> torch.Tensor:
-        objective = build_objective(small(*words, out=tmp_path / "run"))
-        views = objective.draw_views(torch.tensor(positions)).keep_ids
-        return views.view(len(positions), -1)  # (B, V n)
-
-    both = ids([7, 8])
-    assert torch.equal(both.flip(0), ids([8, 7]))
-    assert torch.equal(both[:1], ids([7]))
-    assert not torch.equal(both[0], both[1])
-    assert not torch.equal(both, ids([7, 8], "seed=1"))
-    first, second = both[0].view(2, -1)  # two views of a clip
-    assert not torch.equal(first, second)
-
-
 def test_online__several_labels_a_clip_are_scored_by_map_and_none_are_refused(
     small, tmp_path: Path
 ) -> None:

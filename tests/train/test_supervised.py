@@ -14,7 +14,6 @@ from bat.config.schema import Finetune, Probe
 from bat.data.index import open_index
 from bat.encoders.bat import BAT
 from bat.errors import UserError
-from bat.eval.fit import predict
 from bat.eval.heads import load_head
 from bat.eval.prepare import prepare
 from bat.eval.probe import probe
@@ -200,18 +199,6 @@ def test_step__drop_path_and_dropout_act(config, encoder):
     without = loss("drop_path=0")
     assert loss("drop_path=0") == without
     assert loss("drop_path=0.9") != without
-
-
-def test_predict__leaves_modes_as_they_were(config, encoder):
-    module = _module(config("head.dropout=0.5"), encoder)
-    features = module.backbone.eval().features(torch.rand(2, 1, 208, 128))
-    batches = [(features, torch.eye(5)[:2])]
-    for training in (True, False):
-        module.head.train(training)
-        first, _ = predict({"head": module.head}, iter(batches))
-        second, _ = predict({"head": module.head}, iter(batches))
-        assert torch.equal(first["head"], second["head"])  # no dropout
-        assert all(m.training == training for m in module.head.modules())
 
 
 class _KilledError(Exception):
