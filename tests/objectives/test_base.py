@@ -106,9 +106,8 @@ def test_choice__a_recipe_chooses_by_name_or_fragment(tmp_path: Path) -> None:
     assert back.objective.mask.ratio == 0.8
 
 
-@pytest.mark.parametrize("words", [[], ["objective=mae"]])
-def test_choice__written_settings_read_back(words: list[str], tmp_path: Path) -> None:
-    config = settings(*words)
+def test_choice__written_settings_read_back(tmp_path: Path) -> None:
+    config = settings("objective=mae")
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     again = from_yaml(Pretrain, tmp_path / "config.yaml")
     assert to_dict(again) == to_dict(config)
