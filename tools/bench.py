@@ -5,7 +5,7 @@
 Parts (``tools/benchmarks/``): ``step``, ``changes`` (our step with one thing done the plain way),
 ``masks``, ``cgp``, ``laboratory`` (all probes at once), ``frontend``, ``stream``, ``reliability``
 (checkpoints, and what is watched).
-Each case is timed alternately, *ours* and *plain*, after a warm-up; figures are medians over the
+Each case is timed alternately, *ours* and *plain*, after a warm-up; numbers are medians over the
 repeats. *Plain* is an honest rendition of how the paper's implementation organises the work, held
 by tests to the same numbers. Absolute times hang on the machine; the ratios are the result. Memory
 is that of tensors, in MB of 1e6 bytes, above what lay there before (``stream``: resident, MiB).
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="of each case (7)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all")
     args = parser.parse_args(argv)
@@ -117,18 +117,18 @@ def main(argv: list[str] | None = None) -> int:
 
     device = device_name()
     print(f"{device}\n")
-    figures: dict[str, Any] = {"device": device, "versions": versions(), "results": []}
+    report: dict[str, Any] = {"device": device, "versions": versions(), "results": []}
     for name in args.parts:
         part = importlib.import_module(f"benchmarks.{name}")
         measure = functools.partial(part.run, repeats=args.repeats, quick=args.quick)
         rows = []
         for row in attempted(f"{name}, outside its cases", measure):
             rows.append({"part": name, **row})
-            figures["results"].append(rows[-1])
+            report["results"].append(rows[-1])
             if args.json:  # after every row: what stops this program later loses nothing
-                args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+                args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(f"{name}: {part.ABOUT}\n\n{table(rows)}\n", flush=True)
-    failed = [row["case"] for row in figures["results"] if "error" in row]
+    failed = [row["case"] for row in report["results"] if "error" in row]
     if failed:
         print(f"bench: error: failed: {'; '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

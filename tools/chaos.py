@@ -34,7 +34,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-KINDS = ("kill", "term", "worker", "truncate", "group", "disk", "flip")
+KINDS = ("flip", "group", "worker", "disk", "truncate", "kill", "term")
+"""The first ones are the most telling."""
 PATIENCE = 120.0
 """Seconds that anything may take."""
 ROOM_MB = 40
@@ -316,7 +317,7 @@ def main() -> int:
     p.add_argument("--faults", type=int, default=10)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--steps", type=int, default=80)
-    p.add_argument("--json", type=Path, help="write the figures there")
+    p.add_argument("--json", type=Path, help="write the numbers there")
     p.add_argument("words", nargs="*", help="key=value of the run")
     options = p.parse_args()
     with tempfile.TemporaryDirectory(prefix="bat-chaos-") as folder:
@@ -328,13 +329,13 @@ def main() -> int:
             words=options.words,
         )
         began = time.monotonic()
-        figures = chaos.run() | {"seconds": round(time.monotonic() - began, 1)}
-    for fault in figures["each"]:
+        results = chaos.run() | {"seconds": round(time.monotonic() - began, 1)}
+    for fault in results["each"]:
         print(f"{fault['kind']:9} at step {fault['step']:4}: exit {fault['exit_code']}, resumed "
               f"in {fault['resume_seconds']} s, {fault['steps_again']} steps again")  # fmt: skip
-    print(json.dumps({k: v for k, v in figures.items() if k != "each"}))
+    print(json.dumps({k: v for k, v in results.items() if k != "each"}))
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
     return 0
 
 

@@ -160,18 +160,18 @@ def simulate(folder: Path, *, shards: int, clips: int) -> None:
 
 
 def timed(
-    what: str, limit_seconds: float, function: Callable[[], Any], figures: dict[str, Any]
+    what: str, limit_seconds: float, function: Callable[[], Any], report: dict[str, Any]
 ) -> Any:
     start = time.perf_counter()
     result = function()
     seconds = round(time.perf_counter() - start, 3)
-    figures[what] = {"seconds": seconds, "limit": limit_seconds}
+    report[what] = {"seconds": seconds, "limit": limit_seconds}
     print(f"  {what}: {seconds} s (at most {limit_seconds:g})", flush=True)
     return result
 
 
 def check_times(folder: Path, *, shards: int, clips: int) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     total = shards * clips
     simulate(folder, shards=shards, clips=clips)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -180,16 +180,16 @@ def check_times(folder: Path, *, shards: int, clips: int) -> dict[str, Any]:
         f"start-up on {shards} shards, {total} clips",
         5,
         lambda: open_index(folder, cache=cache),
-        figures,
+        report,
     )
-    figures["index, peak MB"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"  index: at most {figures['index, peak MB']:.0f} MB at its peak")
-    index = timed("start-up again", 5, lambda: open_index(folder, cache=cache), figures)
-    timed("order of an epoch, exact", 2, lambda: Plan(total, seed=0).order(3), figures)
+    report["index, peak MB"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"  index: at most {report['index, peak MB']:.0f} MB at its peak")
+    index = timed("start-up again", 5, lambda: open_index(folder, cache=cache), report)
+    timed("order of an epoch, exact", 2, lambda: Plan(total, seed=0).order(3), report)
     window = Plan(total, seed=0, window=8192, shard=index.shard)
-    timed("order of an epoch, windows of 8192", 2, lambda: window.order(3), figures)
+    timed("order of an epoch, windows of 8192", 2, lambda: window.order(3), report)
     tenth = Plan(total, seed=0, weights=1 + np.arange(total) % 97, epoch_clips=total // 10)
-    timed("order of an epoch, a tenth by weight", 2, lambda: tenth.order(3), figures)
+    timed("order of an epoch, a tenth by weight", 2, lambda: tenth.order(3), report)
 
     def resume() -> list[Item]:
         again = open_index(folder, cache=cache)
@@ -201,8 +201,8 @@ def check_times(folder: Path, *, shards: int, clips: int) -> dict[str, Any]:
             again.read(clip)
         return items
 
-    timed(f"resume at clip {total * 95 // 100}, first batch read", 10, resume, figures)
-    return figures
+    timed(f"resume at clip {total * 95 // 100}, first batch read", 10, resume, report)
+    return report
 
 
 def repeated(audio: Path, folder: Path, *, at_least: int) -> Index:
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--audio", type=Path, metavar="DIR", help="a folder of clips to read too")
     parser.add_argument("--clips", type=int, default=20_000, metavar="N", help="of them, at least")
     parser.add_argument("--shards", type=int, default=2_000, metavar="N", help="simulated (2000)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     with tempfile.TemporaryDirectory(prefix="bat-stream-") as name:
@@ -274,8 +274,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         real = check_audio(args.audio, folder, at_least=args.clips) if args.audio else []
     if args.json:
-        figures = {"times": times, "simulated": simulated, "real": real}
-        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        report = {"times": times, "simulated": simulated, "real": real}
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     slow = [what for what, x in times.items() if isinstance(x, dict) and x["seconds"] > x["limit"]]
     if slow:
         print(f"TOO SLOW: {', '.join(slow)}")

@@ -97,8 +97,8 @@ class Command(AbstractContextManager["Command"]):
             if code is None:
                 return False
             self.code = code
-            if "bat.train.ranks" in sys.modules:
-                sys.modules["bat.train.ranks"].part()
+            if "bat.train.processes" in sys.modules:
+                sys.modules["bat.train.processes"].destroy_groups()
         return True
 
 

@@ -15,7 +15,6 @@ import difflib
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bat import ranges
 from bat.config import locate
 from bat.config.schema import OBJECTIVE, objective_settings
 from bat.errors import UserError
@@ -33,7 +33,6 @@ log = logging.getLogger("bat")
 
 LATE = ("protocol",)
 """Groups whose fragment, if picked on the command line, overrides the recipe's own values."""
-
 
 MOVED = ("mask", "ema")
 """Sections of earlier versions that are now part of an objective."""
@@ -78,41 +77,36 @@ def compose(schema: type[T], command: str, overrides: list[str], *, objective: b
     if not isinstance(uses, list):
         raise UserError(f"{path}: 'use' must be a list of fragments such as model/B")
 
-    picked = {g: w for g, w in words.items() if _is_section(schema, g) and isinstance(w, str)}
-    for group in picked:
-        del words[group]
-
-    def fragments(names: list[Any]) -> list[Source]:
-        files = {str(n): locate.find_fragment(str(n), beside=path.parent) for n in names}
+    def fragments(names: list[str]) -> list[Source]:
+        files = {n: locate.find_fragment(n, beside=path.parent) for n in names}
         return [(f"fragment {n}", dict(_leaves(_read(file)))) for n, file in files.items()]
 
-    kept = [u for u in uses if str(u).partition("/")[0] not in picked]
-    replaced = [u for u in uses if u not in kept and str(u).startswith("objective/")]
-    own = [*fragments(kept), (f"recipe {path.name}", dict(_leaves(body)))]
+    sections = [g for g in words if isinstance(words[g], str) and locate.known_fragments(g)]
+    picked = {g: words.pop(g) for g in sections if g in schema.__dataclass_fields__}  # type: ignore[attr-defined]
+    kept = [u for u in map(str, uses) if u.partition("/")[0] not in picked]
+    replaced = [u for u in map(str, uses) if u not in kept and u.startswith("objective/")]
+    base, own = fragments(kept), (f"recipe {path.name}", dict(_leaves(body)))
     new = fragments([f"{g}/{leaf}" for g, leaf in picked.items() if g not in LATE])
     late = fragments([f"{g}/{leaf}" for g, leaf in picked.items() if g in LATE])
-    line = [("command line", words)]
+    line = ("command line", words)
 
     bare: Any = schema  # a schema with a section objective
     config = OmegaConf.structured(schema if objective else bare(objective={}))
-    problems: list[str] = []
     if objective and "objective" in config:
-        first = _objective([*fragments(replaced), *own]) or OBJECTIVE
-        chosen = _objective([*new, *line]) or first
-        _put_objective(config, chosen)
+        first = _objective([*fragments(replaced), *base, own]) or OBJECTIVE
+        chosen = _objective([*new, line]) or first
+        config.objective = OmegaConf.structured(objective_settings(chosen))
         if chosen != first:
-            own = _without_objective(own, first, chosen)
-    keys = [key for key, _ in _schema_leaves(config)]
-    for source, leaves in [*own[:-1], *new, own[-1], *late, *line]:
-        for key, value in leaves.items():
-            if objective or not _is_objective(key):
-                _set(config, keys, key, value, source, problems)
-    _set(config, keys, "recipe", path.stem, "command line", problems)
+            *base, own = _without_objective([*base, own], first, chosen)
+    sources = [*base, *new, own, *late, line, ("command line", {"recipe": path.stem})]
+    if not objective:
+        sources = [(s, {k: v for k, v in d.items() if not _is_objective(k)}) for s, d in sources]
+    problems = _set_all(config, sources)
     result: Any = None
     if not problems:
         try:
             result = OmegaConf.to_object(config)
-            problems = list(_problems(result, whole=objective))
+            problems = list(ranges.problems(result, without="" if objective else "objective"))
         except OmegaConfBaseException as error:
             problems = [str(error).splitlines()[0]]
     if problems:
@@ -126,20 +120,14 @@ def _objective(sources: list[Source]) -> str | None:
     return str(names[-1]) if names else None
 
 
-def _put_objective(config: DictConfig, name: str) -> None:
-    """Sets the section ``objective`` to the defaults of objective ``name``."""
-    config.objective = OmegaConf.structured(objective_settings(name))
-
-
 def _without_objective(sources: list[Source], old: str, new: str) -> list[Source]:
     """Drops a recipe's settings of objective ``old``, since ``new`` has others."""
-    kept = [(s, {k: v for k, v in d.items() if not _is_objective(k)}) for s, d in sources]
     gone = [k for _, leaves in sources for k in leaves if _is_objective(k)]
     if gone:
         log.warning(
             "objective %s in the place of the recipe's %s: not used %s", new, old, ", ".join(gone)
         )
-    return kept
+    return [(s, {k: v for k, v in d.items() if not _is_objective(k)}) for s, d in sources]
 
 
 def _is_objective(key: str) -> bool:
@@ -198,13 +186,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_yaml(schema: type[T], path: Path) -> T:
     """Reads a configuration written by ``to_yaml`` (a run's ``config.yaml``), strictly."""
     config = OmegaConf.structured(schema)
-    problems: list[str] = []
-    leaves = dict(_leaves(_read(path)))
+    source = (str(path), dict(_leaves(_read(path))))
     if "objective" in config:
-        _put_objective(config, _objective([("", leaves)]) or OBJECTIVE)
-    known = [key for key, _ in _schema_leaves(config)]
-    for key, value in leaves.items():
-        _set(config, known, key, value, str(path), problems)
+        name = _objective([source]) or OBJECTIVE
+        config.objective = OmegaConf.structured(objective_settings(name))
+    problems = _set_all(config, [source])
     if problems:
         raise UserError("\n  ".join([f"{path} does not fit this version:", *problems]))
     result: Any = OmegaConf.to_object(config)
@@ -246,64 +232,54 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _set(
-    config: DictConfig, known: list[str], key: str, value: Any, source: str, problems: list[str]
-) -> None:
-    """Sets one leaf, or reports what is wrong with it. ``known``: all keys."""
+def _set_all(config: DictConfig, sources: list[Source]) -> list[str]:
+    """Sets the leaves of all sources in order; returns what is wrong with any of them."""
+    known = list(_schema_leaves(config))
+    found = [_set(config, known, k, v, source) for source, d in sources for k, v in d.items()]
+    return [problem for problem in found if problem]
+
+
+def _set(config: DictConfig, known: list[str], key: str, value: Any, source: str) -> str:
+    """Sets one leaf, or returns what is wrong with it. ``known``: all keys."""
     if key not in known:
-        sections = {k.rpartition(".")[0] for k in known} - {""}
-        if key in sections:
-            problems.append(
-                f"'{key}' ({source}) is a section: set {key}.NAME=..., or pick a fragment"
-            )
-            return
-        if key.partition(".")[0] in MOVED and "objective" in config:
-            problems.append(f"'{key}' ({source}) is now 'objective.{key}'")
-            return
-        if key in GONE:
-            problems.append(f"'{key}' ({source}) is gone: {GONE[key]}")
-            return
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        if not close:
-            leaf = key.rpartition(".")[2]
-            close = [k for k in known if k.rpartition(".")[2] == leaf][:1]
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        problems.append(f"unknown key '{key}' ({source}){hint}")
-        return
+        return _unknown(known, key, source)
     if re.search(r"\$\{[^}]*:", str(value)):
-        problems.append(
+        return (
             f"'{key}={value}' ({source}) asks for something outside the configuration, such as an "
             "environment variable, which would be written down with the run: write the value"
         )
-        return
-    if isinstance(value, bool) and isinstance(OmegaConf.select(config, key), str):
+    before = OmegaConf.select(config, key)
+    if isinstance(value, bool) and isinstance(before, str):
         value = "on" if value else "off"  # YAML 1.1 reads the word as a boolean
-    if isinstance(OmegaConf.select(config, key), ListConfig) and not isinstance(value, list):
+    if isinstance(before, ListConfig) and not isinstance(value, list):
         value = [] if value is None else [value]  # a list of one needs no brackets
     try:
         OmegaConf.update(config, key, value)
     except OmegaConfBaseException as error:
         first = str(error.msg if hasattr(error, "msg") else error).splitlines()[0]
-        problems.append(f"'{key}={value}' ({source}) has the wrong type: {first}")
+        return f"'{key}={value}' ({source}) has the wrong type: {first}"
+    return ""
 
 
-def _schema_leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _unknown(known: list[str], key: str, source: str) -> str:
+    """Returns a message about a key that is none, with the key that was probably meant."""
+    if any(k.startswith(f"{key}.") for k in known):
+        return f"'{key}' ({source}) is a section: set {key}.NAME=..., or pick a fragment"
+    if key.partition(".")[0] in MOVED and "objective.name" in known:
+        return f"'{key}' ({source}) is now 'objective.{key}'"
+    if key in GONE:
+        return f"'{key}' ({source}) is gone: {GONE[key]}"
+    leaf = key.rpartition(".")[2]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    close += [k for k in known if k.rpartition(".")[2] == leaf]
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return f"unknown key '{key}' ({source}){hint}"
+
+
+def _schema_leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
     for key in map(str, config):
         node = config._get_node(key)
         if isinstance(node, DictConfig) and not node._is_none():
             yield from _schema_leaves(node, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", node
-
-
-def _is_section(schema: type, name: str) -> bool:
-    return bool(locate.known_fragments(name)) and name in {f.name for f in fields(schema)}
-
-
-def _problems(section: Any, *, whole: bool = True) -> Iterator[str]:
-    """Yields problems of a section and its subsections; without ``whole`` only of the latter."""
-    yield from section.problems() if whole and hasattr(section, "problems") else []
-    for f in fields(section):
-        value = getattr(section, f.name)
-        if is_dataclass(value):
-            yield from _problems(value)
+            yield f"{prefix}{key}"

@@ -5,41 +5,36 @@ Rules and precedence are described in ``schema.py``, which combines the sections
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+from bat.ranges import CountOrZero, NonNegativeFloat, PositiveInt, Rate
 
 
 @dataclass
 class Train:
-    steps: int = 400_000
+    steps: PositiveInt = 400_000
     """Optimiser steps."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Micro-batches per optimiser step; derived from ``data.global_batch`` if that is set."""
-    log_every: int = 50
+    log_every: PositiveInt = 50
     """Steps between lines of metrics."""
-    save_every: int = 5_000
+    save_every: PositiveInt = 5_000
     """Steps between checkpoints."""
-    save_minutes: float = 30.0
+    save_minutes: NonNegativeFloat = 30.0
     """Minutes between checkpoints, in addition to those by steps; 0: by steps only."""
-    keep: int = 3
+    keep: PositiveInt = 3
     """Number of latest checkpoints kept; ``last.ckpt`` always exists."""
-    keep_every: int = 0
+    keep_every: CountOrZero = 0
     """Checkpoints at multiples of this number of steps are kept permanently; 0: none."""
 
-    def problems(self) -> list[str]:
-        found = []
-        for name in ("steps", "accumulate", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                found.append(f"train.{name}={getattr(self, name)} must be at least 1")
-        for name in ("save_minutes", "keep_every"):
-            if getattr(self, name) < 0:
-                found.append(f"train.{name}={getattr(self, name)} must not be negative (0 is off)")
-        if self.keep_every > 0 and self.save_every > 0 and self.keep_every % self.save_every:
-            found.append(
+    def problems(self) -> Iterator[str]:
+        if self.keep_every > 0 and self.keep_every % max(1, self.save_every):
+            yield (
                 f"train.keep_every={self.keep_every} is not a multiple of train.save_every="
                 f"{self.save_every}: no checkpoint would be kept at most of these steps"
             )
-        return found
 
 
 @dataclass
@@ -49,7 +44,7 @@ class Hardware:
     accelerator: str = "auto"
     devices: str = "auto"
     """A number, a list such as ``0,1`` or ``auto``."""
-    num_nodes: int = 1
+    num_nodes: CountOrZero = 1
     """Number of nodes; 0: as many as Slurm allocated (``SLURM_NNODES``)."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """``fsdp``: FSDP2, which shards weights, gradients, optimiser and teacher over the devices."""
@@ -63,60 +58,47 @@ class Hardware:
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing its activations."""
 
-    def problems(self) -> list[str]:
-        found = []
-        if self.num_nodes < 0:
-            found.append(f"hardware.num_nodes={self.num_nodes} must not be negative (0: Slurm's)")
+    def problems(self) -> Iterator[str]:
+        sharded = ("auto", "cpu", "gpu", "cuda")
+        if self.strategy == "fsdp" and self.accelerator not in sharded:
+            yield (
+                f"hardware.strategy=fsdp splits a model among GPUs or CPU processes, not on "
+                f"accelerator={self.accelerator}: say hardware.strategy=auto"
+            )
         if self.strategy == "fsdp" and self.compile in ("whole", "cudagraphs"):
-            found.append(
+            yield (
                 f"hardware.compile={self.compile} with strategy=fsdp: weights are gathered block "
                 "by block; say hardware.compile=blocks"
             )
-        return found
 
 
 @dataclass
 class Health:
     """Settings of the health checks during a run; see docs/reliability.md."""
 
-    max_skipped: int = 5
+    max_skipped: CountOrZero = 5
     """Steps of non-finite loss or gradient skipped among 100; one more stops the run."""
     collapse: Literal["off", "warn", "stop"] = "warn"
     """Pre-training: action if teacher or student gives all clips the same representation."""
-    collapse_every: int = 200
+    collapse_every: PositiveInt = 200
     """Steps between collapse checks."""
-    min_rank: float = 2.0
+    min_rank: NonNegativeFloat = 2.0
     """Minimum effective rank; below it a representation counts as collapsed."""
-    min_std: float = 0.05
+    min_std: NonNegativeFloat = 0.05
     """Minimum deviation between clips, in units of that between tokens; collapsed below it."""
-    stall_seconds: float = 120.0
+    stall_seconds: NonNegativeFloat = 120.0
     """Time without a batch after which a stall is reported with the shards being read; 0: never."""
-    stall_stop_seconds: float = 1800.0
+    stall_stop_seconds: NonNegativeFloat = 1800.0
     """Time without a batch after which the run ends, to be resumed; 0: it waits forever."""
-    slowdown: float = 0.5
+    slowdown: Rate = 0.5
     """Warn below this fraction of the run's own median of clips per second; 0: never."""
 
-    def problems(self) -> list[str]:
-        found = []
-        for name in (
-            "max_skipped",
-            "min_rank",
-            "min_std",
-            "stall_seconds",
-            "stall_stop_seconds",
-        ):
-            if getattr(self, name) < 0:
-                found.append(f"health.{name}={getattr(self, name)} must not be negative")
-        if self.collapse_every < 1:
-            found.append(f"health.collapse_every={self.collapse_every} must be at least 1")
-        if not 0 <= self.slowdown < 1:
-            found.append(f"health.slowdown={self.slowdown} is a fraction: it must lie in [0, 1)")
+    def problems(self) -> Iterator[str]:
         if 0 < self.stall_stop_seconds < self.stall_seconds:
-            found.append(
+            yield (
                 f"health.stall_stop_seconds={self.stall_stop_seconds} is less than "
                 f"health.stall_seconds={self.stall_seconds}: raise it, or 0 to wait for ever"
             )
-        return found
 
 
 @dataclass

@@ -1,20 +1,30 @@
-"""Defines every setting: its name, type, default, unit and check.
+"""Defines every setting: its name, type, default, unit and range.
 
 Precedence: these defaults < fragments (``configs/``) < recipe (``recipes/``) < command line.
-The defaults are those of the paper's Base pre-training (docs/method.md 3). ``problems()`` of a
-section returns messages about invalid values; all are reported at once (``compose.py``). These are
-plain dataclasses and importing them does not import torch; the settings of an objective are defined
-beside it (``bat/objectives``) and looked up when a ``Pretrain`` is made.
+The defaults are those of the paper's Base pre-training (docs/method.md 3). A field's type declares
+its range (``bat/ranges.py``), ``problems()`` of a section the rules of several values; all mistakes
+are reported at once. Importing these dataclasses does not import torch; the settings of an
+objective are defined beside it (``bat/objectives``) and looked up when a ``Pretrain`` is made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bat.config.probing import FeatureStore, Head, Insight, ProbeTrain, Protocol
 from bat.config.running import Hardware, Health, Log, Train
 from bat.config.sections import Augment, Data, Frontend, Model, Optim
+from bat.ranges import (
+    CountOrZero,
+    NonNegativeFloat,
+    OpenFraction,
+    PositiveFloat,
+    PositiveInt,
+    Rate,
+    changed,
+)
 
 
 @dataclass
@@ -22,7 +32,7 @@ class Online:
     """Online probes, trained during pre-training on the features of the objective's last encoder:
     the EMA teacher, if there is one."""
 
-    every: int = 0
+    every: CountOrZero = 0
     """Optimiser steps between probe runs (also at step 0, the random-init baseline); 0 is off."""
     methods: list[str] = field(default_factory=lambda: ["cgp"])
     root: str | None = None
@@ -30,32 +40,23 @@ class Online:
     shards: list[str] = field(default_factory=list)
     task: str | None = None
     """Task of ``root`` / ``shards``; null: the run's own."""
-    folds: int = 1
+    folds: PositiveInt = 1
     """Number of folds held out in turn (at most the task's)."""
-    max_clips: int = 2_000
-    steps: int = 200
-    batch: int = 48
-    lr: float = 2e-2
+    max_clips: PositiveInt = 2_000
+    steps: PositiveInt = 200
+    batch: PositiveInt = 48
+    lr: PositiveFloat = 2e-2
     """Learning rate; high, so that a short probe run converges."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegativeFloat = 0.05
     head: Head = field(default_factory=lambda: Head(prototypes=500))
 
-    def problems(self) -> list[str]:
-        found = []
-        if self.every < 0:
-            found.append(f"online.every={self.every} must not be negative (0 is off)")
-        for name in ("folds", "max_clips", "steps", "batch"):
-            if getattr(self, name) < 1:
-                found.append(f"online.{name}={getattr(self, name)} must be at least 1")
-        if self.lr <= 0:
-            found.append(f"online.lr={self.lr} must be positive")
+    def problems(self) -> Iterator[str]:
         if self.task and not (self.root or self.shards):
-            found.append("online.task is the task of online.root or online.shards: give one too")
+            yield "online.task is the task of online.root or online.shards: give one too"
         if self.root and self.shards:
-            found.append("online.root and online.shards are both given: give one of them")
+            yield "online.root and online.shards are both given: give one of them"
         if self.every and not self.methods:
-            found.append("online.methods is empty: name a probe, or set online.every=0")
-        return found
+            yield "online.methods is empty: name a probe, or set online.every=0"
 
 
 OBJECTIVE = "masked_latent"
@@ -91,36 +92,35 @@ class Pretrain:
     hardware: Hardware = field(default_factory=Hardware)
     log: Log = field(default_factory=Log)
 
-    def problems(self) -> list[str]:
-        front = self.frontend
-        if min(self.model.patch, front.hop_length, front.sample_rate) < 1:
-            return []  # reported by the sections themselves
-        found = []
-        for name, axis in (("frames", "time"), ("n_mels", "frequency")):
-            size = getattr(self.frontend, name)
-            if size % self.model.patch:
-                found.append(
-                    f"frontend.{name}={size} is not a multiple of model.patch="
-                    f"{self.model.patch} ({axis} patches must fit)"
-                )
-        tokens = front.frames // self.model.patch * (front.n_mels // self.model.patch)
-        if not found:
-            found += self.objective.problems_with(width=self.model.width, tokens=tokens)
+    def problems(self) -> Iterator[str]:
+        front, patch, train = self.frontend, self.model.patch, self.train
+        if min(patch, front.hop_length) < 1:
+            return  # reported by the sections
+        axes = {"frames": (front.frames, "time"), "n_mels": (front.n_mels, "frequency")}
+        odd = [name for name, (size, _) in axes.items() if size % patch]
+        for name in odd:
+            size, axis = axes[name]
+            yield (
+                f"frontend.{name}={size} is not a multiple of model.patch={patch} ({axis} patches "
+                "must fit)"
+            )
+        if not odd:
+            tokens = front.frames // patch * (front.n_mels // patch)
+            yield from self.objective.problems_with(width=self.model.width, tokens=tokens)
         given = 1 + int(self.data.clip_seconds * front.sample_rate) // front.hop_length
         if given > front.frames + 1:  # one more is omitted, as in probing
-            found.append(
+            yield (
                 f"data.clip_seconds={self.data.clip_seconds} makes {given} frames, more than "
-                f"frontend.frames={front.frames}: the rest would be cut off; shorten the "
+                f"frontend.frames={front.frames}, and the rest would be cut off: shorten the "
                 "clips or raise the frames"
             )
         if self.optim.layer_decay != 1:
-            found.append("optim.layer_decay is for bat-finetune; pre-training has one rate")
-        if self.hardware.compile == "cudagraphs" and self.train.accumulate > 1:
-            found.append(
-                f"train.accumulate={self.train.accumulate} with hardware.compile=cudagraphs: a "
-                "replayed graph overwrites the gradients that wait; say hardware.compile=whole"
+            yield "optim.layer_decay is for bat-finetune; pre-training has one rate"
+        if self.hardware.compile == "cudagraphs" and train.accumulate > 1:
+            yield (
+                f"train.accumulate={train.accumulate} with hardware.compile=cudagraphs: a replayed "
+                "graph overwrites the gradients that wait; say hardware.compile=whole"
             )
-        return found
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Supervised:
     """A run folder, an export folder or a weight file; ``random``: the random-init
     baseline (``random:RUN`` has the shape of a run or export, ``random:S`` of a model fragment)."""
     weights: Literal["student", "teacher"] = "student"
-    heads: int | None = None
+    heads: PositiveInt | None = None
     """Attention heads, for a file that does not state them; null: width / 64."""
     task: str = "esc50"
     seed: int = 0
@@ -145,7 +145,7 @@ class Supervised:
     """``frame``: one output per time patch, for events and tokens; averaged over time for labels of
     whole clips."""
     loss: Literal["task", "ce", "bce", "asl"] = "task"
-    frames: int | None = None
+    frames: PositiveInt | None = None
     """Frames of every clip; null: the task's number, or for custom data, which has none, each
     clip's own (padding is not attended to, and results do not depend on the batch)."""
     pad: Literal["checkpoint", "spectrogram", "waveform", "clip"] = "checkpoint"
@@ -173,14 +173,14 @@ class Probe(Supervised):
 
     methods: list[str] = field(default_factory=lambda: ["cgp"])
     """Probes trained side by side on the same features; ``--method cgp,linear``, ``all``."""
-    seeds: int = 1
+    seeds: PositiveInt = 1
     """Trainings of each probe, with ``seed`` and the numbers after it for initialisation and
     dropout. The order of clips depends on ``seed`` alone, so all share each batch of features."""
     control: Literal["none", "permuted"] = "none"
     """``permuted``: permuted labels, every clip gets another clip's; results show chance level."""
-    bootstrap: int = 1_000
+    bootstrap: CountOrZero = 1_000
     """Bootstrap resamples of the held-out clips for confidence intervals; 0: none."""
-    confidence: float = 0.95
+    confidence: OpenFraction = 0.95
     finetuned: list[str] = field(default_factory=list)
     """Fine-tuning result for each of ``checkpoint`` in order, to show the gap: a run of
     bat-finetune, a number in percent, or ``none``."""
@@ -196,67 +196,65 @@ class Probe(Supervised):
     )
     train: ProbeTrain = field(default_factory=ProbeTrain)
 
-    def problems(self) -> list[str]:
-        found = []
+    def problems(self) -> Iterator[str]:
         if not self.methods:
-            found.append("methods is empty: name a probe, e.g. --method cgp")
+            yield "methods is empty: name a probe, e.g. --method cgp"
         if len(set(self.methods)) < len(self.methods):
-            found.append(f"methods={list(self.methods)} names a probe twice")
-        if self.seeds < 1:
-            found.append(f"seeds={self.seeds} must be at least 1")
-        if self.bootstrap < 0 or 0 < self.bootstrap < 100:
-            found.append(f"bootstrap={self.bootstrap} must be at least 100, or 0 for none")
-        if not 0 < self.confidence < 1:
-            found.append(f"confidence={self.confidence} must lie strictly between 0 and 1")
-        tried = [*self.protocol.lrs, *self.protocol.prototype_lrs]
-        if self.protocol.lrs and self.optim.lr not in (PROBE_LR, *tried):
-            found.append(
-                f"optim.lr={self.optim.lr:g} with protocol.lrs={list(self.protocol.lrs)}: these "
-                "are tried; say protocol.lrs= (and protocol.prototype_lrs=)"
-            )
-        if too_low := sorted({lr for lr in tried if 0 < lr < self.optim.min_lr}):
-            found.append(
-                f"optim.min_lr={self.optim.min_lr:g} is above {too_low} of protocol.lrs and "
-                "protocol.prototype_lrs, which would never be used: lower it"
-            )
-        decays, decay = list(self.protocol.weight_decays), self.optim.weight_decay
-        if decays and decay not in (Optim().weight_decay, *decays):
-            found.append(
-                f"optim.weight_decay={decay:g} with protocol.weight_decays={decays}: these are "
-                f"tried; name it among them, or say optim.weight_decay={decays[0]:g}"
-            )
-        if self.protocol.sobol and not (self.protocol.weight_decays or self.optim.weight_decay):
-            found.append(
-                "protocol.sobol with optim.weight_decay=0, which has no logarithm: give a positive "
-                "one, or positive protocol.weight_decays"
-            )
+            yield f"methods={list(self.methods)} names a probe twice"
+        if 0 < self.bootstrap < 100:
+            yield f"bootstrap={self.bootstrap} must be at least 100, or 0 for none"
+        yield from self._overridden()
         if self.features.cache in ("memory", "disk") and self.data.roll:
-            found.append(
+            yield (
                 f"features.cache={self.features.cache} with data.roll=true: rolled clips differ "
                 "each time; say data.roll=false, or features.cache=off"
             )
         if self.optim.layer_decay != 1:
-            found.append("optim.layer_decay is for bat-finetune; a probe has one rate")
+            yield "optim.layer_decay is for bat-finetune; a probe has one rate"
         hardware = self.hardware
         alone = hardware.devices in ("auto", "1") and hardware.num_nodes == 1
         if not alone or hardware.strategy != "auto":
-            found.append(
+            yield (
                 f"bat-probe runs on one device, not hardware.devices={hardware.devices} "
                 f"strategy={hardware.strategy}: try hardware=gpu"
             )
-        if self.log.wandb != "off":
-            found.append("log.wandb is for bat-pretrain and bat-finetune")
-        if self.data.global_batch is not None:
-            found.append("data.global_batch is for bat-pretrain and bat-finetune: say data.batch")
         if hardware.activation_checkpointing:
-            found.append("hardware.activation_checkpointing: a frozen encoder has no backward pass")
-        for name in ("shuffle", "window", "balance", "epoch_clips"):
-            if getattr(self.data, name) != getattr(Data(), name):
-                found.append(
-                    f"data.{name} is for bat-pretrain and bat-finetune: a probe is trained on all "
-                    "clips of its folds, evenly"
-                )
-        return found + _labelled(self.data)
+            yield "hardware.activation_checkpointing: a frozen encoder has no backward pass"
+        if self.log.wandb != "off":
+            yield "log.wandb is for bat-pretrain and bat-finetune"
+        stream = ("shuffle", "window", "balance", "epoch_clips", "global_batch")
+        for name in changed(self.data, stream, Data()):
+            yield (
+                f"data.{name} is for bat-pretrain and bat-finetune: a probe is trained on all "
+                "clips of its folds, evenly"
+            )
+        yield from _of_pretraining(self.data)
+
+    def _overridden(self) -> Iterator[str]:
+        """Yields values of ``optim`` that ``protocol`` overrides or that do not fit it."""
+        protocol, optim = self.protocol, self.optim
+        tried = [*protocol.lrs, *protocol.prototype_lrs]
+        if protocol.lrs and optim.lr not in (PROBE_LR, *tried):
+            yield (
+                f"optim.lr={optim.lr:g} with protocol.lrs={list(protocol.lrs)}: these are tried; "
+                "say protocol.lrs= (and protocol.prototype_lrs=)"
+            )
+        if too_low := sorted({lr for lr in tried if 0 < lr < optim.min_lr}):
+            yield (
+                f"optim.min_lr={optim.min_lr:g} is above {too_low} of protocol.lrs and "
+                "protocol.prototype_lrs, which would never be used: lower it"
+            )
+        decays, decay = list(protocol.weight_decays), optim.weight_decay
+        if decays and decay not in (Optim().weight_decay, *decays):
+            yield (
+                f"optim.weight_decay={decay:g} with protocol.weight_decays={decays}: these are "
+                f"tried; name it among them, or say optim.weight_decay={decays[0]:g}"
+            )
+        if protocol.sobol and not (decays or decay):
+            yield (
+                "protocol.sobol with optim.weight_decay=0, which has no logarithm: give a positive "
+                "one, or positive protocol.weight_decays"
+            )
 
 
 @dataclass
@@ -265,7 +263,7 @@ class Finetune(Supervised):
 
     method: str = "linear"
     """Head on the encoder: any probe; ``linear`` is the paper's."""
-    drop_path: float = 0.1
+    drop_path: Rate = 0.1
     """Drop-path rate of the last block; rises linearly from 0 at the first."""
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(
@@ -274,18 +272,14 @@ class Finetune(Supervised):
     train: Train = field(default_factory=lambda: Train(steps=4_000, keep=1))
     health: Health = field(default_factory=lambda: Health(collapse="off"))
 
-    def problems(self) -> list[str]:
-        found = [] if 0 <= self.drop_path < 1 else [f"drop_path={self.drop_path}: in [0, 1)"]
-        for name in ("collapse", "collapse_every", "min_rank", "min_std"):
-            if getattr(self.health, name) != getattr(Health(collapse="off"), name):
-                found.append(f"health.{name} is for bat-pretrain: labels keep an encoder awake")
-        return found + _labelled(self.data)
+    def problems(self) -> Iterator[str]:
+        collapse = ("collapse", "collapse_every", "min_rank", "min_std")
+        for name in changed(self.health, collapse, Health(collapse="off")):
+            yield f"health.{name} is for bat-pretrain: labels keep an encoder awake"
+        yield from _of_pretraining(self.data)
 
 
-def _labelled(data: Data) -> list[str]:
-    """Returns stream settings that do not apply to data held out by fold or split."""
-    return [
-        f"data.{name} is for bat-pretrain: leave it away"
-        for name in ("labels", "mix")
-        if getattr(data, name) != getattr(Data(), name)
-    ]
+def _of_pretraining(data: Data) -> Iterator[str]:
+    """Yields stream settings that do not apply to data held out by fold or split."""
+    for name in changed(data, ("labels", "mix"), Data()):
+        yield f"data.{name} is for bat-pretrain: leave it away"

@@ -5,8 +5,19 @@ Rules and precedence are described in ``schema.py``, which combines the sections
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from bat.ranges import (
+    CountOrZero,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Rate,
+)
 
 
 @dataclass
@@ -15,34 +26,27 @@ class Model:
 
     backbone: str = "bat"
     """File in ``bat/encoders`` or a dotted import path."""
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    patch: int = 16
+    width: PositiveInt = 768
+    depth: PositiveInt = 12
+    heads: PositiveInt = 12
+    mlp_ratio: PositiveFloat = 4.0
+    patch: PositiveInt = 16
     """Patch side in frames and mel bins."""
     gate: bool = True
     norm_order: Literal["post", "pre"] = "post"
     pos_layout: Literal["reference", "grid"] = "reference"
-    drop_path: float = 0.0
+    drop_path: Rate = 0.0
     """Drop-path rate of the last block; rises linearly from 0 at the first."""
     attention: Literal["auto", "flash", "cudnn", "sdpa", "eager"] = "auto"
 
-    def problems(self) -> list[str]:
-        found = []
-        for name in ("width", "depth", "heads", "patch"):
-            if getattr(self, name) < 1:
-                found.append(f"model.{name}={getattr(self, name)} must be at least 1")
-        if self.heads > 0 and self.width % self.heads:
-            found.append(
+    def problems(self) -> Iterator[str]:
+        if self.width % max(1, self.heads):
+            yield (
                 f"model.width={self.width} is not a multiple of model.heads={self.heads}; "
                 f"try model.heads={max(1, self.width // 64)}"
             )
         if self.width % 4:
-            found.append(f"model.width={self.width} must be a multiple of 4 (sin-cos code)")
-        if not 0 <= self.drop_path < 1:
-            found.append(f"model.drop_path={self.drop_path} must lie in [0, 1)")
-        return found
+            yield f"model.width={self.width} must be a multiple of 4 (sin-cos code)"
 
 
 @dataclass
@@ -51,11 +55,11 @@ class Frontend:
 
     kind: Literal["bat", "eat", "beats"] = "bat"
     """``bat``: the reworked log-mel; ``eat`` / ``beats``: the legacy Kaldi filter banks."""
-    sample_rate: int = 16000
-    n_fft: int = 1024
-    hop_length: int = 160
-    n_mels: int = 128
-    frames: int = 1024
+    sample_rate: PositiveInt = 16000
+    n_fft: PositiveInt = 1024
+    hop_length: PositiveInt = 160
+    n_mels: PositiveInt = 128
+    frames: PositiveInt = 1024
     """Frames of one clip, a multiple of the patch: 10 s -> 1024, 5 s -> 512."""
     pad: Literal["spectrogram", "waveform", "clip"] = "spectrogram"
     """Padding of short clips; ``clip``: zero samples to ``data.clip_seconds``, then zero
@@ -63,22 +67,17 @@ class Frontend:
     statistics: str = "audioset"
     """Data set whose mean and deviation the legacy front ends use to standardise."""
 
-    def problems(self) -> list[str]:
-        found = []
-        for name in ("sample_rate", "n_fft", "hop_length", "n_mels", "frames"):
-            if getattr(self, name) < 1:
-                found.append(f"frontend.{name}={getattr(self, name)} must be at least 1")
+    def problems(self) -> Iterator[str]:
         if self.kind == "bat" and self.statistics != "audioset":
-            found.append(
+            yield (
                 f"frontend.statistics={self.statistics} is for the legacy front ends; the BAT one "
                 "has none: leave it away, or say frontend.kind=eat"
             )
         if self.kind != "bat" and (self.n_fft, self.hop_length) != (1024, 160):
-            found.append(
+            yield (
                 f"frontend.n_fft={self.n_fft} and hop_length={self.hop_length} are for "
                 f"frontend.kind=bat; {self.kind} has windows of 25 ms every 10 ms: leave them away"
             )
-        return found
 
 
 @dataclass
@@ -102,100 +101,72 @@ class Data:
     with task=folder the names of the folders in ``root`` are classes (otherwise ignored)."""
     cache: str = "runs/shards"
     """Folder of cached file lengths (of ``root`` and ``csv``) and of copies of remote shards."""
-    cache_gb: float = 100.0
+    cache_gb: NonNegativeFloat = 100.0
     """Disk space for copies of remote shards; the least recently used are deleted first."""
-    retries: int = 5
+    retries: PositiveInt = 5
     """Attempts without progress before a remote shard counts as unreachable."""
-    timeout_seconds: float = 30.0
+    timeout_seconds: PositiveFloat = 30.0
     """Time that a server of remote shards may be silent."""
     redirects: list[str] = field(default_factory=list)
     """Hosts that such a server may redirect to, besides itself: ``[cdn.org, "*.cdn.org"]``."""
     shuffle: Literal["auto", "exact", "window"] = "auto"
     """``exact``: a uniform permutation of each epoch; ``window``: shards in a random order, clips
     shuffled within a window (slow disks); ``auto``: ``exact`` unless shards are remote."""
-    window: int = 8192
+    window: PositiveInt = 8192
     """Clips per shuffle window."""
     balance: Literal["none", "class"] = "none"
     """``class``: clips drawn with inverse class frequency (docs/method.md 5)."""
-    epoch_clips: int | None = None
+    epoch_clips: PositiveInt | None = None
     """Clips per epoch, drawn without replacement; null: all."""
-    clip_seconds: float = 10.0
-    batch: int = 24
+    clip_seconds: PositiveFloat = 10.0
+    batch: PositiveInt = 24
     """Clips per device and micro-batch; the maximum if ``global_batch`` is set."""
-    global_batch: int | None = None
+    global_batch: PositiveInt | None = None
     """Clips per optimiser step, whatever the number of devices; null: batch x accumulate x
     devices."""
-    workers: int = 4
+    workers: CountOrZero = 4
     """Loader processes per device; 0 decodes in the training process."""
     roll: bool = True
     """Circular roll of each training clip by a random offset."""
-    min_seconds: float = 0.0
+    min_seconds: NonNegativeFloat = 0.0
     """Minimum clip length; shorter clips count as unreadable."""
-    max_seconds: float = 3600.0
+    max_seconds: PositiveFloat = 3600.0
     """Maximum file length; longer files count as unreadable ("long"), whatever part is used."""
-    max_bad: float = 0.05
+    max_bad: Fraction = 0.05
     """Fraction of unreadable clips above which the run stops."""
-    cache_waves_gb: float = 0.0
+    cache_waves_gb: NonNegativeFloat = 0.0
     """Memory for decoded clips, in GB per loader process (small data sets)."""
 
-    def problems(self) -> list[str]:
-        found = []
+    def problems(self) -> Iterator[str]:
         given = [n for n in ("root", "csv", "shards") if getattr(self, n)]
         if len(given) > 1:
-            found.append(f"{' and '.join(f'data.{n}' for n in given)} are given: give one of them")
-        if self.batch < 1:
-            found.append(f"data.batch={self.batch} must be at least 1")
-        if self.global_batch is not None and self.global_batch < 1:
-            found.append(f"data.global_batch={self.global_batch} must be at least 1, or null")
-        if self.max_seconds <= 0:
-            found.append(f"data.max_seconds={self.max_seconds} must be positive")
-        if self.workers < 0:
-            found.append(f"data.workers={self.workers} must not be negative")
-        if self.clip_seconds <= 0:
-            found.append(f"data.clip_seconds={self.clip_seconds} must be positive")
-        if not 0 <= self.max_bad <= 1:
-            found.append(f"data.max_bad={self.max_bad} is a fraction: it must lie in [0, 1]")
-        for name in ("cache_waves_gb", "cache_gb", "min_seconds"):
-            if getattr(self, name) < 0:
-                found.append(f"data.{name}={getattr(self, name)} must not be negative")
-        if self.retries < 1:
-            found.append(f"data.retries={self.retries} must be at least 1")
-        if self.timeout_seconds <= 0:
-            found.append(f"data.timeout_seconds={self.timeout_seconds} must be positive")
-        if self.window < 1:
-            found.append(f"data.window={self.window} must be at least 1")
-        if self.epoch_clips is not None and self.epoch_clips < 1:
-            found.append(f"data.epoch_clips={self.epoch_clips} must be at least 1, or null")
+            yield f"{' and '.join(f'data.{n}' for n in given)} are given: give one of them"
         if self.balance == "class" and self.epoch_clips is None:
-            found.append(
-                "data.balance=class needs data.epoch_clips, the clips of an epoch (AudioSet: "
-                "200000)"
-            )
+            yield "data.balance=class needs data.epoch_clips (the paper's, on AudioSet: 200000)"
         if self.mix and len(self.mix) != len(self.shards):
-            found.append(
+            yield (
                 f"data.mix={list(self.mix)} has {len(self.mix)} weights for {len(self.shards)} "
                 "data.shards: give one each"
             )
         if self.mix and self.epoch_clips is not None:
-            found.append("data.mix and data.epoch_clips exclude one another: leave one away")
-        return found
+            yield "data.mix and data.epoch_clips exclude one another: leave one away"
 
 
 @dataclass
 class Optim:
     """AdamW with linear warm-up and cosine decay (docs/method.md 3)."""
 
-    lr: float = 5e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.05
+    lr: PositiveFloat = 5e-4
+    betas: list[Rate] = field(default_factory=lambda: [0.9, 0.95])
+    eps: NonNegativeFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.05
     decay: Literal["all", "matrices"] = "all"
     """Parameters with weight decay: ``all`` (the paper's pre-training) or ``matrices`` only."""
-    layer_decay: float = 1.0
+    layer_decay: Annotated[float, Range(0, 1, open="low")] = 1.0
     """Factor from one block to the one below it (fine-tuning: 0.75); 1 is off."""
-    warmup_steps: int = 53_000
-    min_lr: float = 1e-6
-    clip_norm: float | None = None
+    warmup_steps: CountOrZero = 53_000
+    min_lr: NonNegativeFloat = 1e-6
+    clip_norm: PositiveFloat | None = None
     """Maximum global gradient norm; None: no clipping."""
 
     def notes(self, steps: int) -> list[str]:
@@ -207,27 +178,14 @@ class Optim:
             "learning rate is never reached"
         ]
 
-    def problems(self) -> list[str]:
-        found = []
-        if self.lr <= 0:
-            found.append(f"optim.lr={self.lr} must be positive")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            found.append(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
-        for name in ("weight_decay", "min_lr", "eps"):
-            if getattr(self, name) < 0:
-                found.append(f"optim.{name}={getattr(self, name)} must not be negative")
+    def problems(self) -> Iterator[str]:
+        if len(self.betas) != 2:
+            yield f"optim.betas={list(self.betas)} must be two numbers"
         if 0 < self.lr < self.min_lr:
-            found.append(
+            yield (
                 f"optim.min_lr={self.min_lr:g} is above optim.lr={self.lr:g}, which would never be "
                 "used: lower it"
             )
-        if self.warmup_steps < 0:
-            found.append(f"optim.warmup_steps={self.warmup_steps} must not be negative")
-        if not 0 < self.layer_decay <= 1:
-            found.append(f"optim.layer_decay={self.layer_decay} must lie in (0, 1]")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            found.append(f"optim.clip_norm={self.clip_norm} must be positive (or null)")
-        return found
 
 
 @dataclass
@@ -236,44 +194,32 @@ class Augment:
 
     time_roll: bool = False
     """One circular shift along time for all spectrograms of a batch."""
-    mixup_p: float = 0.0
+    mixup_p: Fraction = 0.0
     """Probability that a clip is mixed with its counterpart in the reversed batch; 0 is off."""
-    mixup_alpha: float = 0.8
-    noise_p: float = 0.0
+    mixup_alpha: PositiveFloat = 0.8
+    noise_p: Fraction = 0.0
     """Probability of colour noise, 5 to 25 dB."""
-    spec_freq: int = 0
+    spec_freq: CountOrZero = 0
     """Frequency masks of SpecAug are 0 to ``spec_freq - 1`` mel bins wide; 0 is off."""
-    spec_time: int = 0
+    spec_time: CountOrZero = 0
     """Time masks are 0 to ``spec_time - 1`` frames wide; 0 is off."""
-    spec_repeats: int = 1
+    spec_repeats: PositiveInt = 1
     """Masks of each kind."""
 
-    def problems(self) -> list[str]:
-        found = []
-        for name in ("mixup_p", "noise_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                found.append(f"augment.{name}={getattr(self, name)} is a probability")
+    def problems(self) -> Iterator[str]:
         for name in ("spec_freq", "spec_time"):
-            if getattr(self, name) < 0 or getattr(self, name) == 1:
-                found.append(
-                    f"augment.{name}={getattr(self, name)} masks nothing (widths are below it): "
-                    "say 2 or more, or 0, which is off"
+            if getattr(self, name) == 1:
+                yield (
+                    f"augment.{name}=1 masks nothing (widths are below it): say 2 or more, or 0, "
+                    "which is off"
                 )
-        if self.spec_repeats < 1:
-            found.append(
-                f"augment.spec_repeats={self.spec_repeats} must be at least 1; SpecAug is switched "
-                "off by augment.spec_freq=0 augment.spec_time=0"
-            )
-        elif self.spec_repeats > 1 and not (self.spec_freq or self.spec_time):
-            found.append(
+        if self.spec_repeats > 1 and not (self.spec_freq or self.spec_time):
+            yield (
                 f"augment.spec_repeats={self.spec_repeats} with augment.spec_freq=0 and "
                 "spec_time=0, which switch SpecAug off: say augment.spec_repeats=1, or give a width"
             )
-        if self.mixup_alpha <= 0:
-            found.append(f"augment.mixup_alpha={self.mixup_alpha} must be positive")
-        elif not self.mixup_p and self.mixup_alpha != Augment().mixup_alpha:
-            found.append(
+        if not self.mixup_p and self.mixup_alpha != Augment().mixup_alpha:
+            yield (
                 f"augment.mixup_alpha={self.mixup_alpha} with augment.mixup_p=0, which switches "
                 "mixup off: give augment.mixup_p too, or leave it away"
             )
-        return found

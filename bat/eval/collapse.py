@@ -65,7 +65,7 @@ def representation(encoder: nn.Module, spectrogram: Tensor, clips: int = 8) -> d
     Both are NaN for fewer than two clips, for clips that all sound the same, and for tokens that
     are not finite; the rank also for fewer than five clips. Modes and random state are left
     unchanged. Under FSDP2 every rank must call it, since the encoder's own weights are gathered
-    (``Shardable.within``).
+    (``TrainingModule.within``).
     """
     x = spectrogram[:clips].float()
     unknown = {"rank": math.nan, "std": math.nan}

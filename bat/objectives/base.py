@@ -13,6 +13,7 @@ and drop path may use torch's global generator, which is seeded anew for each mi
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -36,11 +37,12 @@ class Objective(nn.Module, abc.ABC):
         name: str = ""
         """File in ``bat/objectives``, or a dotted ``module.Class``."""
 
-        def problems(self) -> list[str]:
-            """Returns one message per invalid value, which names the setting."""
+        def problems(self) -> Iterable[str]:
+            """Returns a message per broken rule, which names the settings. The range of a single
+            value is declared in the field's type (``bat.ranges``)."""
             return []
 
-        def problems_with(self, *, width: int, tokens: int) -> list[str]:
+        def problems_with(self, *, width: int, tokens: int) -> Iterable[str]:
             """Returns messages about settings that do not fit this width and number of patches."""
             del width, tokens
             return []

@@ -14,6 +14,7 @@ output has no bias, and the variance is the biased one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -25,6 +26,7 @@ from bat.nn.block import blocks_of
 from bat.nn.decoder import ViTDecoder
 from bat.nn.masking import inverse_block_mask, row_seeds
 from bat.objectives.base import Objective, Student, maskable
+from bat.ranges import OpenFraction, PositiveInt
 from bat.seeding import derive_seed
 from bat.types import Views, WaveBatch
 
@@ -37,39 +39,26 @@ class MAE(Objective):
     @dataclass
     class Config(Objective.Config):
         name: str = "mae"
-        mask_ratio: float = 0.8
+        mask_ratio: OpenFraction = 0.8
         """Fraction of patches hidden."""
-        decoder_width: int | None = None
+        decoder_width: PositiveInt | None = None
         """None: as wide as the encoder."""
-        decoder_depth: int = 4
-        decoder_heads: int = 8
+        decoder_depth: PositiveInt = 4
+        decoder_heads: PositiveInt = 8
 
-        def problems(self) -> list[str]:
-            found = []
-            if not 0 < self.mask_ratio < 1:
-                found.append(
-                    f"objective.mask_ratio={self.mask_ratio} must lie strictly between 0 and 1"
-                )
-            for name in ("decoder_depth", "decoder_heads"):
-                if getattr(self, name) < 1:
-                    found.append(f"objective.{name}={getattr(self, name)} must be at least 1")
-            return found
-
-        def problems_with(self, *, width: int, tokens: int) -> list[str]:
-            found = []
+        def problems_with(self, *, width: int, tokens: int) -> Iterator[str]:
             kept = int(tokens * (1 - self.mask_ratio))
             if 0 < self.mask_ratio < 1 and not 0 < kept < tokens:
-                found.append(
+                yield (
                     f"objective.mask_ratio={self.mask_ratio} keeps {kept} of {tokens} patches: "
                     "give longer clips or another ratio"
                 )
-            own = width if self.decoder_width is None else self.decoder_width
-            if own < 1 or own % 4 or own % max(1, self.decoder_heads):
-                found.append(
+            own = self.decoder_width or width
+            if own % 4 or own % max(1, self.decoder_heads):
+                yield (
                     f"objective.decoder_width={self.decoder_width} makes a decoder {own} wide: it "
                     f"must be a multiple of 4 and of objective.decoder_heads={self.decoder_heads}"
                 )
-            return found
 
     graphs = ("reconstruction_loss",)
 

@@ -18,6 +18,7 @@ and its easiest part to predict. Under several processes that mean is each proce
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
@@ -31,6 +32,7 @@ from bat.nn.decoder import CNNDecoder, ViTDecoder
 from bat.nn.ema import ema_decay, ema_update
 from bat.nn.masking import inverse_block_mask, row_seeds
 from bat.objectives.base import Objective, Student, maskable
+from bat.ranges import Fraction, NonNegativeFloat, OpenFraction, PositiveInt
 from bat.seeding import derive_seed
 from bat.types import Views, WaveBatch
 
@@ -49,44 +51,23 @@ WIDEST = 768
 class Mask:
     """Inverse block mask (docs/method.md 3)."""
 
-    views: int = 16
+    views: PositiveInt = 16
     """Masked views of each clip."""
-    ratio: float = 0.8
+    ratio: OpenFraction = 0.8
     """Fraction of patches removed."""
-    block: int = 5
+    block: PositiveInt = 5
     """Side of a kept block, in patches."""
-    adjust: float = 0.07
+    adjust: NonNegativeFloat = 0.07
     """Extra fraction of blocks drawn, to make up for their overlap."""
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.views < 1:
-            found.append(f"objective.mask.views={self.views} must be at least 1")
-        if not 0 < self.ratio < 1:
-            found.append(f"objective.mask.ratio={self.ratio} must lie strictly between 0 and 1")
-        if self.block < 1:
-            found.append(f"objective.mask.block={self.block} must be at least 1")
-        if self.adjust < 0:
-            found.append(f"objective.mask.adjust={self.adjust} must not be negative")
-        return found
 
 
 @dataclass
 class Ema:
     """Teacher decay: linear from ``start`` to ``end`` over ``steps`` optimiser steps."""
 
-    start: float = 0.9998
-    end: float = 0.99999
-    steps: int = 100_000
-
-    def problems(self) -> list[str]:
-        found = []
-        for name in ("start", "end"):
-            if not 0 <= getattr(self, name) <= 1:
-                found.append(f"objective.ema.{name}={getattr(self, name)} must lie in [0, 1]")
-        if self.steps < 1:
-            found.append(f"objective.ema.steps={self.steps} must be at least 1")
-        return found
+    start: Fraction = 0.9998
+    end: Fraction = 0.99999
+    steps: PositiveInt = 100_000
 
 
 class Losses(NamedTuple):
@@ -134,41 +115,35 @@ class MaskedLatent(Objective):
         paper)."""
         global_target: Literal["patch_mean", "cls", "none"] = "patch_mean"
         decoder: Literal["vit12h", "vit6h", "cnn"] = "vit12h"
-        decoder_depth: int = 6
-        decoder_width: int | None = None
+        decoder_depth: PositiveInt = 6
+        decoder_width: PositiveInt | None = None
         """None: as wide as the encoder, at most 768."""
         mask: Mask = field(default_factory=Mask)
         ema: Ema = field(default_factory=Ema)
 
-        def problems(self) -> list[str]:
-            found = []
-            if self.decoder_depth < 1:
-                found.append(f"objective.decoder_depth={self.decoder_depth} must be at least 1")
-            width, parts = self.decoder_width, self._parts
-            if width is not None and (width < 1 or width % parts):
-                found.append(
-                    f"objective.decoder_width={width} must be a multiple of {parts} for the "
-                    f"{self.decoder} decoder"
+        def problems(self) -> Iterator[str]:
+            if self.decoder_width is not None and self.decoder_width % self._parts:
+                yield (
+                    f"objective.decoder_width={self.decoder_width} must be a multiple of "
+                    f"{self._parts} for the {self.decoder} decoder"
                 )
-            return found
 
-        def problems_with(self, *, width: int, tokens: int) -> list[str]:
-            found, ratio = [], self.mask.ratio
+        def problems_with(self, *, width: int, tokens: int) -> Iterator[str]:
+            ratio = self.mask.ratio
             kept = int(tokens * (1 - ratio))
             if 0 < ratio < 1 and not 0 < kept < tokens:
-                found.append(
+                yield (
                     f"objective.mask.ratio={ratio} keeps {kept} of {tokens} patches: give longer "
                     "clips or another ratio"
                 )
             cnn = self.decoder == "cnn"
             given = self.decoder_width is not None and not cnn
             if not given and (width if cnn else self.width_in(width)) % self._parts:
-                found.append(
+                yield (
                     f"model.width={width} is not a multiple of {self._parts}, as the "
                     f"{self.decoder} decoder needs: choose another width"
                     + ("" if cnn else ", or give objective.decoder_width")
                 )
-            return found
 
         @property
         def _parts(self) -> int:

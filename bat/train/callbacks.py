@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
-from bat.train.ranks import Ranks, ranks_of
+from bat.train.processes import Ranks, ranks_of
 from bat.train.trainer import JsonLines
 
 log = logging.getLogger("bat")
@@ -44,9 +44,9 @@ class StepCallback(Callback):
 class Metrics(StepCallback):
     """Averages the step's scalars over a window; reads them off the device only to log them.
 
-    The module leaves scalars on the device in ``figures`` after each micro-batch and says how many
-    clips it took in ``clips``; they are summed here without waiting for the device. Means are
-    over all ranks and over finite values only, so a skipped step does not affect them.
+    The module leaves 0-dim tensors in ``scalars`` after each micro-batch and the number of clips in
+    ``clips``; they are summed here without waiting for the device. Means are over all ranks and
+    over finite values only, so a skipped step does not affect them.
     """
 
     def __init__(self, *, every: int, progress: bool, out: Path | None = None) -> None:
@@ -55,10 +55,9 @@ class Metrics(StepCallback):
         self.every, self.progress, self.out = every, progress, out
         self.bar: tqdm | None = None
         self.clips_per_second: list[float] = []
-        self.steps = 0
         self.extra: dict[str, float] = {}
         """Scalars merged into the next line (on rank 0), then cleared."""
-        self._loggers: list[Any] = []
+        self._events: list[JsonLines] = []
         self._ranks = Ranks()
         self._resumed: dict[str, Any] = {}
         self._step = 0
@@ -68,7 +67,7 @@ class Metrics(StepCallback):
         self.names: list[str] = []
         self.sums: torch.Tensor | None = None  # (2, scalars): sum and count of finite values
         self.clips = 0
-        self._wrong = ""
+        self._mark = ""
         self.since = self.stepped = time.perf_counter()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -85,14 +84,12 @@ class Metrics(StepCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._loggers = trainer.loggers
-        if not trainer.is_global_zero and self.out is not None:
-            own = JsonLines(self.out / f"events-rank{trainer.global_rank}.jsonl")
-            self._loggers = [own]
         self._step = trainer.global_step
-        for logger in trainer.loggers:
-            if isinstance(logger, JsonLines):
-                logger.rewind(trainer.global_step)
+        self._events = [logger for logger in trainer.loggers if isinstance(logger, JsonLines)]
+        for logger in self._events:
+            logger.rewind(trainer.global_step)
+        if not trainer.is_global_zero and self.out is not None:
+            self._events = [JsonLines(self.out / f"events-rank{trainer.global_rank}.jsonl")]
         if self.progress and trainer.is_global_zero:
             self.bar = tqdm(
                 total=trainer.max_steps,
@@ -112,41 +109,38 @@ class Metrics(StepCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
-        figures: dict[str, torch.Tensor] = pl_module.figures  # type: ignore[assignment]
-        values = torch.stack([value.detach().float() for value in figures.values()])
+        scalars: dict[str, torch.Tensor] = pl_module.scalars  # type: ignore[assignment]
+        values = torch.stack([value.detach().float() for value in scalars.values()])
         finite = torch.isfinite(values)
-        gathered = torch.stack([values.where(finite, 0), finite.float()])  # (2, scalars)
-        if self.names != list(figures):
-            self.names, self.sums = list(figures), gathered
+        added = torch.stack([values.where(finite, 0), finite.float()])  # (2, scalars)
+        if self.names != list(scalars) or self.sums is None:
+            self.names, self.sums = list(scalars), added
         else:
-            assert self.sums is not None
-            self.sums += gathered
+            self.sums += added
         self.stepped = time.perf_counter()
         self.clips += int(pl_module.clips) * trainer.world_size  # type: ignore[arg-type]
         super().on_train_batch_end(trainer, pl_module, *args)
 
     def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
-        self.steps, self._step = self.steps + 1, step
+        self._step = step
         if self.bar is not None:
             self.bar.update(1)
         if step % self.every and step != trainer.max_steps and step != 1:
             return
         assert self.sums is not None
         both = self._ranks.total(self.sums.flatten().tolist())
-        n = len(self.names)
-        row = {k: both[i] / both[n + i] if both[n + i] else nan for i, k in enumerate(self.names)}
-        seconds = time.perf_counter() - self.since
-        row |= {"lr": float(trainer.optimizers[0].param_groups[0]["lr"])}
-        row |= {"clips_per_second": self.clips / seconds}
+        sums, counts = both[: len(self.names)], both[len(self.names) :]
+        row = {k: s / n if n else nan for k, s, n in zip(self.names, sums, counts, strict=True)}
+        row["lr"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+        row["clips_per_second"] = self.clips / (time.perf_counter() - self.since)
         if step > 1:  # the first step includes warm-up
             self.clips_per_second.append(row["clips_per_second"])
         row, self.extra = row | self.extra, {}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
         if self.bar is not None:
-            self.bar.set_postfix_str(
-                f"loss={row['loss']:.3f}, clips={row['clips_per_second']:.3g}/s{self._wrong}"
-            )
+            speed = f"{row['clips_per_second']:.3g}"
+            self.bar.set_postfix_str(f"loss={row['loss']:.3f}, clips={speed}/s{self._mark}")
         self._reset()
 
     def event(self, kind: str, line: str, **facts: Any) -> None:
@@ -154,15 +148,13 @@ class Metrics(StepCallback):
 
         May be called from any thread; ranks other than 0 write to ``events-rankN.jsonl``.
         """
-        self._wrong = f" ! {kind}"
+        self._mark = f" ! {kind}"
         if self.bar is not None:
-            self.bar.set_postfix_str(self._wrong.strip())
+            self.bar.set_postfix_str(self._mark.strip())
             self.bar.clear()
         log.warning("%s", line)
-        row = {"step": self._step, "event": kind, "message": line, **facts}
-        for logger in self._loggers:
-            if isinstance(logger, JsonLines):
-                logger.append(row)
+        for logger in self._events:
+            logger.append({"step": self._step, "event": kind, "message": line, **facts})
 
     def say(self, line: str) -> None:
         """Logs ``line`` without breaking the progress bar."""
@@ -171,25 +163,17 @@ class Metrics(StepCallback):
         log.info("%s", line)
 
     def pause(self) -> None:
-        """Excludes time spent between two steps (an online probe run) from throughput.
-
-        Call it afterwards. Scalars gathered since the last line are kept.
-        """
+        """Excludes the time since the last step (an online probe run) from throughput. Call it
+        afterwards; scalars gathered since the last line are kept."""
         now = time.perf_counter()
-        if self.sums is None:
-            self.since = now
-        else:  # as if the clock had stood still since the step ended
-            self.since += now - self.stepped
+        self.since = now if self.sums is None else self.since + now - self.stepped
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._close()
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.teardown(trainer, pl_module, "fit")

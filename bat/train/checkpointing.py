@@ -28,10 +28,11 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
 
+from bat.config.running import Train
 from bat.errors import UserError
 from bat.io import replace_durably
 from bat.train.callbacks import StepCallback
-from bat.train.ranks import ranks_of
+from bat.train.processes import ranks_of
 from bat.train.stopping import Stopping
 
 log = logging.getLogger("bat")
@@ -194,53 +195,40 @@ class Checkpoints(StepCallback, CheckpointBase):
     """
 
     def __init__(
-        self,
-        out: Path,
-        *,
-        every: int,
-        keep: int,
-        stopping: Stopping,
-        minutes: float = 0.0,
-        keep_every: int = 0,
-        newest: Path | None = None,
+        self, config: Train, out: Path, *, stopping: Stopping, newest: Path | None = None
     ) -> None:
         """``newest``: checkpoint that the run resumes from; None for a new run."""
         super().__init__()
-        self.newest = newest
-        self.out, self.every, self.keep = out, every, keep
-        self.minutes, self.keep_every, self.stopping = minutes, keep_every, stopping
+        self.config, self.out, self.stopping, self.newest = config, out, stopping, newest
         self.io = AtomicCheckpointIO(
             background=True,
             written=self._written,
             failed=lambda error: stopping.ask("a checkpoint", error),
         )
         """Checkpoint plugin for the Trainer."""
-        self.stalls: list[float] = []
-        """Seconds that training waited for each checkpoint since this start."""
-        self.seconds: list[float] = []
-        """Seconds until each checkpoint was written and verified."""
-        self.bytes = 0
-        """Size of the latest checkpoint."""
+        self.cost: dict[str, Any] = {"written": 0, "mb": 0.0, "stall_seconds": 0.0}
+        self.cost |= {"longest_stall_seconds": 0.0, "longest_write_seconds": 0.0}
+        """Number and size of the checkpoints and the time they took, over all starts."""
         self._since = self._began = time.monotonic()
-        self._before: dict[str, Any] = {}  # facts and training seconds of the starts before
-        stopping.clocks.append(self.overdue)
+        self._trained_before = 0.0
+        stopping.clock = self._overdue
 
-    def overdue(self) -> bool:
-        """Returns True if a checkpoint is due by this process's clock."""
-        return self.minutes > 0 and time.monotonic() - self._since > 60 * self.minutes
+    def _overdue(self) -> bool:
+        minutes = self.config.save_minutes
+        return minutes > 0 and time.monotonic() - self._since > 60 * minutes
 
     def training_seconds(self) -> float:
         """Returns the training time of this and all earlier starts known from the checkpoint."""
-        return float(self._before.get("training_seconds", 0)) + time.monotonic() - self._began
+        return self._trained_before + time.monotonic() - self._began
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the counters for the next start; includes the checkpoint being written."""
-        written = self._before.get("written", 0) + len(self.stalls) + 1
+        """Returns the cost for the next start; includes the checkpoint being written."""
         seconds = self.training_seconds()
-        return {**self.facts(), "written": written, "training_seconds": seconds}
+        return {**self.cost, "written": self.cost["written"] + 1, "training_seconds": seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._before = state_dict
+        self._trained_before = state_dict["training_seconds"]
+        self.cost = {name: state_dict[name] for name in self.cost}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         names = [path.name if path else "none" for path in ranks_of(trainer).gather(self.newest)]
@@ -254,35 +242,37 @@ class Checkpoints(StepCallback, CheckpointBase):
                 stale.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._since = time.monotonic()
-        if trainer.is_global_zero:
-            self._put_aside(trainer.global_step)
-
-    def _put_aside(self, step: int) -> None:
         """Moves aside checkpoints later than the one resumed from: they are damaged, and would
         otherwise count towards ``keep`` in place of valid ones."""
-        folder = self.out / "checkpoints"
+        super().on_train_start(trainer, pl_module)
+        self._since = time.monotonic()
+        if not trainer.is_global_zero:
+            return
         for path in checkpoints(self.out):
-            if step_of(path) > step:
+            if step_of(path) > trainer.global_step:
                 path.replace(path.with_name(f"damaged-{path.name}"))
-        newest = folder / f"step-{step:08d}.ckpt"
+        newest = self._path(trainer.global_step)
         if newest.is_file():
-            link_or_copy(newest, folder / "last.ckpt")
+            link_or_copy(newest, newest.with_name("last.ckpt"))
+
+    def _path(self, step: int) -> Path:
+        return self.out / "checkpoints" / f"step-{step:08d}.ckpt"
 
     def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
-        stopping = self.stopping
-        last = step == trainer.max_steps or stopping.ending
-        if step % self.every and not last and not stopping.due:
+        last = step == trainer.max_steps or self.stopping.ending
+        if step % self.config.save_every and not last and not self.stopping.due:
             return
         began = time.perf_counter()
         self._check(trainer, module, step)
-        trainer.save_checkpoint(self.out / "checkpoints" / f"step-{step:08d}.ckpt")
-        self.stalls.append(time.perf_counter() - began)
+        trainer.save_checkpoint(self._path(step))
+        stall = time.perf_counter() - began
+        self.cost["written"] += 1
+        self.cost["stall_seconds"] += stall
+        self.cost["longest_stall_seconds"] = max(self.cost["longest_stall_seconds"], stall)
         self._since = time.monotonic()
         if last:
             self.io.wait()
-            stopping.check_errors()
+            self.stopping.check_errors()
 
     def _check(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         """Raises ``UserError`` on every rank if the weights of any rank are not finite."""
@@ -300,25 +290,15 @@ class Checkpoints(StepCallback, CheckpointBase):
 
     def _written(self, path: Path, seconds: float) -> None:
         """Called from the writing thread once ``path`` is written and verified."""
-        self.bytes = path.stat().st_size
-        self.seconds.append(seconds)
+        self.cost["mb"] = path.stat().st_size / 1e6
+        self.cost["longest_write_seconds"] = max(self.cost["longest_write_seconds"], seconds)
         link_or_copy(path, path.with_name("last.ckpt"))
-        for old in checkpoints(self.out)[self.keep :]:
-            if not self.keep_every or step_of(old) % self.keep_every:
+        keep, always = self.config.keep, self.config.keep_every
+        for old in checkpoints(self.out)[keep:]:
+            if not always or step_of(old) % always:
                 old.unlink(missing_ok=True)
-        log.info("%s: %.1f MB, safe after %.2f s", path.name, self.bytes / 1e6, seconds)
+        log.info("%s: %.1f MB, safe after %.2f s", path.name, self.cost["mb"], seconds)
 
     def facts(self) -> dict[str, Any]:
-        """Returns number, size and cost of the checkpoints over all starts, for a summary."""
-        before = self._before
-        stall, longest, write = (
-            before.get(name, 0.0)
-            for name in ("stall_seconds", "longest_stall_seconds", "longest_write_seconds")
-        )
-        return {
-            "written": before.get("written", 0) + len(self.seconds),
-            "mb": round(self.bytes / 1e6, 1) if self.bytes else before.get("mb", 0.0),
-            "stall_seconds": round(stall + sum(self.stalls), 3),
-            "longest_stall_seconds": round(max([longest, *self.stalls]), 3),
-            "longest_write_seconds": round(max([write, *self.seconds]), 3),
-        }
+        """Returns the rounded cost for a summary."""
+        return {name: round(value, 1 if name == "mb" else 3) for name, value in self.cost.items()}

@@ -1,36 +1,52 @@
 """Fine-tunes an encoder from a resolved configuration: each fold in turn, then the result table.
 
-Folds are resumable: a killed run, started again, reads the results of finished folds and resumes
-the unfinished one (``folds.py``).
+``OUT/fold-K/`` holds a fold's checkpoints, metrics and curves, and once it is finished its encoder
+(``export/``), its head (``head/``) and, last, ``result.json``. A killed run, started again, reads
+the results of finished folds and resumes the unfinished one.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bat import __version__
+from bat import weights as checkpoint
 from bat.config import schema
+from bat.config.compose import to_dict
+from bat.data.bad_clips import BadClips
+from bat.data.module import AudioData
 from bat.errors import UserError
-from bat.eval.hardware import with_precision
-from bat.eval.loading import autocast_for
+from bat.eval.features import FeatureStream
+from bat.eval.fit import own_randomness, predictions
+from bat.eval.hardware import speed_up, with_precision
+from bat.eval.heads import save_head
+from bat.eval.loading import autocast_for, registered_name, weights_digest
 from bat.eval.next_steps import after_finetuning
-from bat.eval.prepare import prepare
+from bat.eval.prepare import Prepared, prepare
 from bat.eval.results import HOW, Outcome, summary, table
 from bat.eval.run_folder import default_out, run_folder
-from bat.io import write_json
+from bat.eval.splits import Round
+from bat.io import read_jsonl, write_json
 from bat.logs import is_main, start_logging
 from bat.nn.losses import against
-from bat.probes.base import check_level, find_probe, takes_encoder
-from bat.report.plots import chance_of, plot_folds
+from bat.probes.base import build_probe, check_level, find_probe, takes_encoder
+from bat.redact import redact_tree
+from bat.report.plots import chance_of, plot_curves, plot_folds
 from bat.report.sections import TITLES
-from bat.train.batching import with_batch
-from bat.train.folds import Folds
+from bat.seeding import derive_seed
+from bat.train.fitting import Fitting, dry_step
+from bat.train.pretrain_data import audio_stream
+from bat.train.processes import with_batch
+from bat.train.sharding import full_state, is_sharded
+from bat.train.supervised import Supervised
 
 log = logging.getLogger("bat")
 
@@ -48,44 +64,50 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False, force: bool = Fa
         )
     asked, out = config, default_out(config)
     start_logging()
-    batch = config.data.batch, config.train.accumulate
     ready = prepare(with_batch(with_precision(config, out)))
     config = ready.config
-    check_level(find_probe(config.method), config.level)
-    own = config.augment
-    if ready.targets_of is not None and own.time_roll:
-        raise UserError("augment.time_roll=true moves clips, not their events or texts: say false")
-    if ready.task.target == "tokens" and own.mixup_p:
-        raise UserError(
-            f"augment.mixup_p={own.mixup_p}: texts cannot be mixed; say augment.mixup_p=0"
-        )
-    if ready.frames is None and config.hardware.strategy == "fsdp":
-        raise UserError(
-            "hardware.strategy=fsdp wants the same shapes on all devices, and clips of their own "
-            "length have others: say frames=NUMBER, or hardware.strategy=ddp"
-        )
+    _check(ready)
     run = Folds(ready, out, force=force)
     if dry_run:
         _dry_run(run)
         return out
-
-    settled = replace(
+    settled = replace(  # the batch that was asked for: the devices may differ when it resumes
         config,
-        data=replace(config.data, batch=batch[0]),
-        train=replace(config.train, accumulate=batch[1]),
+        data=replace(config.data, batch=asked.data.batch),
+        train=replace(config.train, accumulate=asked.train.accumulate),
     )
     with run_folder(settled, out, force=force) as begin:
         _run(run, out, asked, begin)
     return out
 
 
+def _check(ready: Prepared[schema.Finetune]) -> None:
+    """Raises ``UserError`` for settings that do not fit the task or the data."""
+    config = ready.config
+    check_level(find_probe(config.method), config.level)
+    if ready.targets_of is not None and config.augment.time_roll:
+        raise UserError("augment.time_roll=true moves clips, not their events or texts: say false")
+    if ready.task.target == "tokens" and config.augment.mixup_p:
+        raise UserError(
+            f"augment.mixup_p={config.augment.mixup_p}: texts cannot be mixed; say "
+            "augment.mixup_p=0"
+        )
+    if ready.frames is None and config.hardware.strategy == "fsdp":
+        raise UserError(
+            "hardware.strategy=fsdp needs the same shapes on all devices, and clips of their own "
+            "length have others: say frames=NUMBER, or hardware.strategy=ddp"
+        )
+
+
 def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None]) -> None:
     config, ready = run.config, run.ready
-    done = [held.name for held in ready.rounds if run.read(held) is not None]
-    if len(done) == len(ready.rounds):
+    if all(run.read(held) is not None for held in ready.rounds):
         log.info("nothing to do: %s is finished", out)
         begin()
-    log.info("%s", _headline(run))
+    start = f"bat {__version__}: fine-tuning {config.checkpoint} ({config.weights}) in {run.out}"
+    steps = f"{config.train.steps} steps of {config.data.batch} x {config.train.accumulate} clips"
+    head = f"head {config.method}: {len(ready.rounds)} round(s), {steps} a device"
+    log.info("%s", ready.headline(start, head))
     results = [run.fold(held, begin) for held in ready.rounds]
     if not is_main():  # other ranks only take part in training
         return
@@ -122,29 +144,193 @@ def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None
     print(_report(asked, run, found))
 
 
+class Folds:
+    """Trains and evaluates each fold and writes its result; skips finished folds.
+
+    A fold's result records hashes of the data and of the initial weights besides the settings, so
+    one made from others is never reused.
+    """
+
+    def __init__(self, ready: Prepared[schema.Finetune], out: Path, *, force: bool = False) -> None:
+        """``force``: start a fold from scratch if it has checkpoints and none loads."""
+        self.ready, self.out, self.force = ready, out, force
+        self.config, self.task, self.index = ready.config, ready.task, ready.index
+        self.backbone, self.frames = ready.backbone, ready.frames
+        self.made_from = {"data": ready.index.hash, "encoder": weights_digest(ready.backbone)}
+        """Hashes that a finished fold's result depends on besides the settings."""
+        if ready.targets_of is not None:
+            self.made_from[ready.task.target] = ready.targets_of.digest
+
+    def module(self, held: Round) -> Supervised:
+        """Returns a fresh copy of the encoder with a fresh head."""
+        backbone = copy.deepcopy(self.backbone)
+        with own_randomness(torch.device("cpu")):
+            torch.manual_seed(derive_seed(self.config.seed, held.name, "init"))
+            head = build_probe(
+                self.config.method,
+                classes=len(self.ready.labels),
+                level=self.config.level,
+                width=backbone.width,
+                depth=backbone.depth,
+                has_cls=backbone.has_cls,
+                **asdict(self.config.head),
+            )
+        module = Supervised(
+            self.config,
+            backbone=backbone,
+            head=head,
+            loss=self.ready.loss,
+            frames=self.frames,
+            fold=held.name,
+            start=self.made_from["encoder"],
+            targets_of=self.ready.targets_of,
+        )
+        speed_up(backbone, self.config.hardware)
+        return module
+
+    def data(self, held: Round) -> AudioData:
+        made = audio_stream(
+            self.config,
+            self.index,
+            held.train,
+            sample_rate=self.backbone.sample_rate,
+            seed=derive_seed(self.config.seed, held.name, "order"),
+            out=self.out / f"fold-{held.name}",
+            random_offset=self.config.pad_offset == "random",
+        )
+        if self.ready.targets_of is not None:  # times count from the start of the clip
+            made.dataset.crop = "start"
+        return made
+
+    def fold(self, held: Round, begin: Callable[[], None]) -> dict[str, Any]:
+        """Trains with ``held`` held out, evaluates and writes the folder, or reads it if finished.
+
+        ``begin`` is called before anything is written."""
+        folder = self.out / f"fold-{held.name}"
+        before = self.read(held)
+        if before is not None:
+            log.info("held out %s: done before, read from %s", held.name, folder / "result.json")
+            return before
+        config = self.config
+
+        def begin_fold() -> None:
+            begin()
+            if is_main():  # another process could get here before the run folder was checked
+                folder.mkdir(parents=True, exist_ok=True)
+
+        module, data = self.module(held), self.data(held)
+        name = f"finetune-{config.recipe}-{held.name}"
+        fitting = Fitting(
+            config, folder, module=module, data=data, name=name, force=self.force, begin=begin_fold
+        )
+        trainer, newest = fitting.trainer, fitting.newest
+        start = f"continuing from {newest}" if newest else "starting"
+        log.info("held out %s: %s, %d clips to train on", held.name, start, len(held.train))
+        with fitting.running():
+            trainer.fit(module, datamodule=data, ckpt_path=fitting.resume_from)
+        begin()  # a training that was finished before had no start
+        module = self._whole(module, held).to(trainer.strategy.root_device)
+        metrics, held_out_bad = self._evaluate(module, held)
+        result = {
+            "held_out": held.name,
+            "metrics": metrics,
+            "how": HOW,
+            "steps": trainer.global_step,
+            **fitting.facts(),
+            "bad_clips": data.bad_clips.state_dict(),
+            "held_out_bad": held_out_bad.state_dict(),
+            "bad": f"training: {data.bad_clips.summary()}; evaluation: {held_out_bad.summary()}",
+            "made_from": self.made_from,
+        }
+        if trainer.is_global_zero:
+            self._write(module.cpu(), folder, result)
+        trainer.strategy.barrier()  # all ranks wait until the result is written
+        return result
+
+    def read(self, held: Round) -> dict[str, Any] | None:
+        """Returns the result of a finished fold, or None. Raises ``UserError`` if it was made from
+        other data or initial weights."""
+        done = self.out / f"fold-{held.name}" / "result.json"
+        if not done.is_file():
+            return None
+        try:
+            result: dict[str, Any] = dict(json.loads(done.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{done} is damaged ({error}): remove {done.parent}") from error
+        then = result.get("made_from") or {}
+        other = [what for what, now in self.made_from.items() if then.get(what) != now]
+        if other:
+            raise UserError(
+                f"{done} was made from other {' and '.join(other)} than this run has: remove "
+                f"{done.parent} to train it again, or give another out="
+            )
+        return result
+
+    def _whole(self, module: Supervised, held: Round) -> Supervised:
+        """Returns ``module``, or an unsharded copy if each process holds only a part of it."""
+        if not is_sharded(module):
+            return module
+        state = full_state(module, everywhere=True)
+        whole = self.module(held)
+        whole.load_state_dict(state)
+        return whole
+
+    def _evaluate(self, module: Supervised, held: Round) -> tuple[dict[str, Any], BadClips]:
+        """Returns the metrics on the held-out clips (each process evaluates all) and bad clips."""
+        config, autocast = self.config, autocast_for(self.config.hardware)
+        bad = BadClips(max_bad=config.data.max_bad)
+        stream = FeatureStream(
+            module.backbone,
+            self.index,
+            frames=self.frames,
+            clip_seconds=config.data.clip_seconds,
+            min_seconds=config.data.min_seconds,
+            max_seconds=config.data.max_seconds,
+            workers=config.data.workers,
+            autocast=autocast,
+            targets_of=self.ready.targets_of,
+            bad_clips=bad,
+        )
+        batches = stream.once(held.test, batch=config.data.batch)
+        found = predictions({"head": module.head}, batches, autocast=autocast)
+        bad.check(final=True)
+        logits = found.logits["head", ""]
+        return self.ready.scorer.values(logits, found, stream, held.test), bad
+
+    def _write(self, module: Supervised, folder: Path, result: dict[str, Any]) -> None:
+        """Writes encoder, head and curves of a finished fold; ``result.json`` last."""
+        config = self.config
+        meta = {
+            "bat_version": __version__,
+            "task": self.task.name,
+            "target": self.task.target,
+            "labels": list(self.ready.labels),
+            "held_out": result["held_out"],
+            "metrics": result["metrics"],
+        }
+        checkpoint.export(
+            folder / "export",
+            backbone=registered_name(module.backbone),
+            encoder=module.backbone.config(),
+            weights={"student": module.backbone.state_dict()},
+            meta={**meta, "training": redact_tree(to_dict(config))},
+        )
+        save_head(
+            folder / "head", module.head, name=config.method, head=asdict(config.head), meta=meta
+        )
+        plot_curves(read_jsonl(folder / "metrics.jsonl"), folder / "plots" / "curves.png")
+        write_json(folder / "result.json", result)
+
+
 def _dry_run(run: Folds) -> None:
-    """Builds everything and runs one batch forward and backward (on the CPU one clip, forward)."""
+    """Builds everything and computes the loss of one batch without training."""
     rounds = run.ready.rounds
     module, data = run.module(rounds[0]), run.data(rounds[0])
-    on_gpu = run.config.hardware.accelerator != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    module = module.to(device)
-    autocast = autocast_for(run.config.hardware)
-    batch = data.first_batch()
-    if not on_gpu:
-        batch = batch.first(1)
-    batch = batch.to(device)
-    generator = torch.Generator(device).manual_seed(0)
-    with (
-        torch.autocast(device.type, autocast, enabled=autocast is not None),
-        torch.set_grad_enabled(on_gpu),
-    ):
-        spectrogram, targets, patches = module.augmented(batch, generator)
-        total = module.backbone.time_patches(batch.waves.shape[1])
-        features = module.encoded(spectrogram, patches, total=total)
+    with dry_step(run.config, module, data) as batch:
+        spectrogram, targets, features = module.encoded(batch, seed=0)
         logits = module.head(features)
         loss = against(module.loss, logits, targets, inside=features.inside())
-    if on_gpu:
+    if loss.is_cuda:
         loss.backward()
     size = sum(p.numel() for p in module.parameters())
     if run.ready.note:
@@ -153,17 +339,8 @@ def _dry_run(run: Folds) -> None:
     print(f"input     {tuple(spectrogram.shape)} -> logits {tuple(logits.shape)}")
     groups = len(module.configure_optimizers().param_groups)
     print(f"model     {size / 1e6:.1f} M parameters in {groups} groups")
-    print(f"loss      {loss.item():.4f} on {len(batch.waves)} clip(s), {device}")
+    print(f"loss      {loss.item():.4f} on {len(batch.waves)} clip(s), {loss.device}")
     print("dry run: nothing was trained, nothing was written but shards and their index")
-
-
-def _headline(run: Folds) -> str:
-    config = run.config
-    return run.ready.headline(
-        f"bat {__version__}: fine-tuning {config.checkpoint} ({config.weights}) in {run.out}",
-        f"head {config.method}: {len(run.ready.rounds)} round(s), {config.train.steps} steps of "
-        f"{config.data.batch} x {config.train.accumulate} clips a device",
-    )
 
 
 def _report(asked: schema.Finetune, run: Folds, results: dict[str, dict[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 HealthMonitor  collapse, a stalled loader, throughput, memory; its scalars join the next line
 Metrics        means, events, progress bar
 GuardReport    steps skipped by the NaN guard
-...            the caller's own (online probes)
+OnlineProbe    probes on the encoder along a pre-training
 Stopping       resumable shutdown, agreed among the ranks
 Checkpoints    last, since Lightning runs it after the others
 """
@@ -17,21 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, LambdaCallback
+import torch
+from lightning.pytorch.callbacks import LambdaCallback
 
 from bat.config.schema import Finetune, Pretrain
 from bat.data.module import StreamData
 from bat.errors import UserError
+from bat.eval.loading import autocast_for
 from bat.shutdown import listening
 from bat.train.callbacks import Metrics
 from bat.train.checkpointing import Checkpoints, last_checkpoint
 from bat.train.guard import GuardReport
 from bat.train.health import HealthMonitor
+from bat.train.online import OnlineProbe
 from bat.train.pretrain import Pretraining
-from bat.train.ranks import Ranks, leave_quietly, ranks_of
+from bat.train.processes import Ranks, leave_quietly, ranks_of
 from bat.train.stopping import Stopping
 from bat.train.supervised import Supervised
 from bat.train.trainer import build_trainer
+from bat.types import WaveBatch
 
 log = logging.getLogger("bat")
 
@@ -43,7 +47,7 @@ class Fitting:
         name: name of the run for Weights & Biases.
         force: start from scratch if there are checkpoints and none loads.
         begin: called after the checkpoint is restored, before the first step.
-        more: returns further callbacks, given ``Metrics`` and ``Stopping``.
+        online: makes the online probes, given ``metrics=`` and ``stopping=``; None: there are none.
     """
 
     def __init__(
@@ -56,46 +60,37 @@ class Fitting:
         name: str,
         force: bool = False,
         begin: Callable[[], None] = lambda: None,
-        more: Callable[[Metrics, Stopping], list[Callback]] = lambda metrics, stopping: [],
+        online: Callable[..., OnlineProbe] | None = None,
     ) -> None:
-        train, health = config.train, config.health
         self.module, self.data = module, data
         self.newest = last_checkpoint(out, force=force)
-        self.stopping = Stopping()
-        self.metrics = Metrics(every=train.log_every, progress=config.log.progress, out=out)
-        data.on_error = lambda error: self.stopping.ask("the data", error)
+        self.stopping = stopping = Stopping()
+        metrics = Metrics(every=config.train.log_every, progress=config.log.progress, out=out)
+        data.on_error = lambda error: stopping.ask("the data", error)
         data.gather = lambda thing: self.ranks.gather(thing)
-        self.checkpoints = Checkpoints(
-            out,
-            every=train.save_every,
-            minutes=train.save_minutes,
-            keep=train.keep,
-            keep_every=train.keep_every,
-            stopping=self.stopping,
-            newest=self.newest,
-        )
-        self.guard = GuardReport(
-            module.guard, out, most=health.max_skipped, metrics=self.metrics, stopping=self.stopping
-        )
-        self.health = HealthMonitor(
-            health,
-            metrics=self.metrics,
-            stopping=self.stopping,
+        self.checkpoints = Checkpoints(config.train, out, stopping=stopping, newest=self.newest)
+        most = config.health.max_skipped
+        self.guard = GuardReport(module.guard, out, most=most, metrics=metrics, stopping=stopping)
+        health = HealthMonitor(
+            config.health,
+            metrics=metrics,
+            stopping=stopping,
             data=data,
             objective=module.objective if isinstance(module, Pretraining) else None,
         )
+        self.online = online(metrics=metrics, stopping=stopping) if online else None
         self.trainer: pl.Trainer = build_trainer(
             hardware=config.hardware,
-            train=train,
+            train=config.train,
             log=config.log,
             out=out,
             callbacks=[
                 LambdaCallback(on_train_start=lambda trainer, module: begin()),
-                self.health,
-                self.metrics,
+                health,
+                metrics,
                 self.guard,
-                *more(self.metrics, self.stopping),
-                self.stopping,
+                *([self.online] if self.online else []),
+                stopping,
                 self.checkpoints,
             ],
             checkpoint_io=self.checkpoints.io,
@@ -140,16 +135,15 @@ class Fitting:
 
     def _check_clips(self) -> None:
         """Raises on every rank if any of them met too many unreadable clips."""
+        mine: UserError | None = None
         try:
             self.data.bad_clips.check(final=True)
         except UserError as error:
-            self.ranks.gather(str(error))
+            mine = error
+        said = [text for text in self.ranks.gather(mine and str(mine)) if text]
+        if said:
             leave_quietly()
-            raise
-        others = [said for said in self.ranks.gather(None) if said]
-        if others:
-            leave_quietly()
-            raise UserError(others[0])
+            raise mine or UserError(said[0])
 
     @property
     def ranks(self) -> Ranks:
@@ -162,3 +156,24 @@ class Fitting:
             "checkpoints": self.checkpoints.facts(),
             "skipped_steps": self.guard.total,
         }
+
+
+@contextmanager
+def dry_step(
+    config: Pretrain | Finetune, module: pl.LightningModule, data: StreamData
+) -> Iterator[WaveBatch]:
+    """Moves ``module`` to its device and yields the first batch there, as in a training step.
+
+    On a GPU it is a whole micro-batch, to measure memory; on the CPU one clip without gradients,
+    since Base at full size takes minutes and tens of gigabytes there.
+    """
+    on_gpu = config.hardware.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    module.to(device)
+    batch = data.first_batch()
+    autocast = autocast_for(config.hardware)
+    with (
+        torch.autocast(device.type, autocast, enabled=autocast is not None),
+        torch.set_grad_enabled(on_gpu),
+    ):
+        yield (batch if on_gpu else batch.first(1)).to(device)

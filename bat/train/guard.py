@@ -3,7 +3,7 @@
     norm = |all gradients|, over all ranks      (logged as ``grad_norm``; ``optim.clip_norm`` clips)
     skip = norm is not finite                   -> weights, moments and teacher stay as they are
 
-A non-finite loss makes its gradient NaN (``poison``), and gradient reduction carries the NaN to
+A non-finite loss makes its gradient NaN (``spread_nan``), and gradient reduction carries the NaN to
 every rank, so all ranks skip the same step. The decision stays on the device: PyTorch's fused AdamW
 takes a flag (``found_inf``, as set by its GradScaler), so no step waits for the host, which reads
 the flag one step later. The host then logs the keys of the batch (``bad_batches.jsonl``) and ends
@@ -12,10 +12,10 @@ the run if too many of the latest steps were skipped.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import deque
 from collections.abc import Iterable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from bat.errors import UserError
-from bat.io import read_jsonl
+from bat.io import filter_jsonl
 from bat.train.callbacks import Metrics, StepCallback
 from bat.train.sharding import total_norm
 from bat.train.stopping import Stopping
+from bat.train.trainer import JsonLines
 from bat.types import WaveBatch
 
 log = logging.getLogger("bat")
@@ -35,8 +36,11 @@ log = logging.getLogger("bat")
 LATEST = 100
 """Window of steps in which skipped ones are counted."""
 
+Batches = list[tuple[list[str], Tensor]]
+"""Keys and loss of the micro-batches of a step."""
 
-def poison(loss: Tensor) -> Tensor:
+
+def spread_nan(loss: Tensor) -> Tensor:
     """Returns ``loss`` unchanged, with a NaN gradient if it is not finite."""
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
 
@@ -48,8 +52,8 @@ class Guard:
         self.clip_norm = clip_norm
         self.skip: Tensor | None = None
         """0-dim, 1.0 if the current step is skipped."""
-        self.batches: list[tuple[list[str], Tensor]] = []
-        """Keys and loss of each micro-batch of the current step."""
+        self.batches: Batches = []
+        """Micro-batches of the current step."""
 
     def note(self, batch: WaveBatch, loss: Tensor) -> None:
         """Records a micro-batch of the current step."""
@@ -62,7 +66,7 @@ class Guard:
         """Clips gradients, sets ``skip`` and returns the norm, 0-dim on the device."""
         trained = [p for p in parameters if p.grad is not None]
         norm = total_norm(trained)
-        skip = (~torch.isfinite(norm)).float()
+        self.skip = skip = (~torch.isfinite(norm)).float()
         if self.clip_norm is not None:
             factor = torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
             grads = [getattr(p.grad, "_local_tensor", p.grad) for p in trained]
@@ -72,7 +76,6 @@ class Guard:
         if not fused and skip.item():  # without that flag: drop the gradients, so there is no step
             for p in trained:
                 p.grad = None
-        self.skip = skip
         return norm
 
 
@@ -92,84 +95,66 @@ class GuardReport(StepCallback):
         self.metrics, self.stopping = metrics, stopping
         self.total = 0
         """Number of steps skipped so far."""
-        self._latest: deque[int] = deque()
-        self._waiting: deque[tuple[int, Tensor, Any, list[tuple[list[str], Tensor]]]] = deque()
+        self._latest: list[int] = []
+        self._unread: deque[tuple[int, Tensor, Any, Batches]] = deque()
         self._rank = 0
+        self._lines = JsonLines(out / "bad_batches.jsonl")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._rank = trainer.global_rank
+        name = f"bad_batches-rank{self._rank}.jsonl" if self._rank else "bad_batches.jsonl"
+        self._lines = JsonLines(self.out / name)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Drops the lines of steps that will be repeated after resuming."""
         super().on_train_start(trainer, pl_module)
-        if self._file.is_file():
-            rows = [r for r in read_jsonl(self._file) if r.get("step", 0) <= trainer.global_step]
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            self._file.write_text(text, encoding="utf-8")
-
-    @property
-    def _file(self) -> Path:
-        return self.out / f"bad_batches{f'-rank{self._rank}' if self._rank else ''}.jsonl"
+        if self._lines.path.is_file():
+            filter_jsonl(self._lines.path, lambda row: row.get("step", 0) <= trainer.global_step)
 
     def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         skip, batches, self.guard.batches = self.guard.skip, self.guard.batches, []
         assert skip is not None
-        event = None
+        copied = None
         if skip.is_cuda:
             skip = torch.empty_like(skip, device="cpu", pin_memory=True).copy_(skip, True)
-            event = torch.cuda.Event()
-            event.record()
-        self._waiting.append((step, skip, event, batches))
-        self._read(behind=1 if event else 0)
+            copied = torch.cuda.Event()
+            copied.record()
+        self._unread.append((step, skip, copied, batches))
+        self._read(behind=1 if copied else 0)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._read(behind=0)
+        self._read()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of skipped steps and the latest of them."""
-        self._read(behind=0)
-        return {"total": self.total, "latest": list(self._latest)}
+        self._read()
+        return {"total": self.total, "latest": self._latest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.total, self._latest = state_dict["total"], deque(state_dict["latest"])
+        self.total, self._latest = state_dict["total"], list(state_dict["latest"])
 
-    def _read(self, *, behind: int) -> None:
-        while len(self._waiting) > behind:
-            step, skip, event, batches = self._waiting.popleft()
-            if event is not None:
-                event.synchronize()
+    def _read(self, *, behind: int = 0) -> None:
+        while len(self._unread) > behind:
+            step, skip, copied, batches = self._unread.popleft()
+            if copied is not None:
+                copied.synchronize()
             if float(skip):
-                self._skipped(step, batches)
+                self._skipped(step, [(keys, float(loss)) for keys, loss in batches])
 
-    def _skipped(self, step: int, batches: list[tuple[list[str], Tensor]]) -> None:
-        losses = [float(loss) for _, loss in batches]
-        own = [i for i, loss in enumerate(losses) if not _finite(loss)]
-        lines = ""
-        for i in own or range(len(batches)):
-            loss = losses[i] if _finite(losses[i]) else None  # JSON knows no NaN
-            row = {"step": step, "rank": self._rank, "keys": batches[i][0], "loss": loss}
-            lines += json.dumps(row) + "\n"
-        try:
-            with open(self._file, "a", encoding="utf-8") as file:
-                file.write(lines)
-        except OSError as full:  # they are at least in the log
-            log.warning("cannot write %s (%s): %s", self._file, full, lines)
+    def _skipped(self, step: int, batches: list[tuple[list[str], float]]) -> None:
+        bad = [(keys, None) for keys, loss in batches if not isfinite(loss)]  # JSON knows no NaN
+        for keys, loss in bad or batches:
+            self._lines.append({"step": step, "rank": self._rank, "keys": keys, "loss": loss})
         self.total += 1
-        self._latest.append(step)
-        while self._latest and self._latest[0] <= step - LATEST:
-            self._latest.popleft()
-        what = "loss" if own else "gradient"
-        line = f"step {step} skipped: its {what} is not finite; the keys are in {self._file}"
+        self._latest = [s for s in self._latest if s > step - LATEST] + [step]
+        what = "loss" if bad else "gradient"
+        line = f"step {step} skipped: its {what} is not finite; the keys are in {self._lines.path}"
         self.metrics.event("skipped", line, skipped=self.total)
         if len(self._latest) > self.most:
             error = UserError(
                 f"{len(self._latest)} of the latest {LATEST} steps were not finite (health."
-                f"max_skipped={self.most}); the keys of their clips are in {self._file}, "
+                f"max_skipped={self.most}); the keys of their clips are in {self._lines.path}, "
                 "earlier checkpoints are untouched. Lower optim.lr, set optim.clip_norm, or try "
                 "hardware.precision=32-true; a clip that is always there: remove it"
             )
             self.stopping.ask("skipped steps", error)
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0

@@ -2,7 +2,9 @@
 
 - Collapse: every few steps, statistics of the encoders' output on a few clips
   (``bat/eval/collapse.py``).
-- A stalled loader (``watchdog.py``).
+- A stalled loader: reported with the shards being read, and finally the end of the run, to be
+  resumed. Waiting time is measured around Lightning's call of the loader through its profiler, so
+  online probes, saving and other work between two steps do not count.
 - Throughput: clips per second of each line of metrics against the run's own median.
 - The share of time spent waiting for batches (on a GPU the host runs ahead of the device, so part
   of it may have cost nothing), and the peak GPU memory, per line of metrics.
@@ -13,28 +15,134 @@ Problems are reported to the log, ``metrics.jsonl`` and the progress bar (``Metr
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
+import os
 import statistics
+import sys
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.profilers import PassThroughProfiler
 
 from bat.config.running import Health
 from bat.data.module import StreamData
-from bat.errors import UserError
+from bat.errors import RESUME_ME, UserError
 from bat.eval.collapse import representation
 from bat.objectives.base import Objective
 from bat.train.callbacks import Metrics, StepCallback
 from bat.train.stopping import Stopping
-from bat.train.watchdog import FetchClock, Watchdog, leave
 from bat.types import WaveBatch
+
+log = logging.getLogger("bat")
 
 CLIPS = 8
 """Clips that one collapse check uses."""
 
 LINES = 5
 """Lines of metrics before a slow one is reported."""
+
+
+class FetchClock(PassThroughProfiler):
+    """Records since when the training process waits for a batch, and its total waiting time.
+
+    Lightning 2.6.6 calls the action ``[_TrainingEpochLoop].train_dataloader_next``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.since: float | None = None
+        """``time.perf_counter()`` when the wait began; None while a batch is processed."""
+        self.total = 0.0
+
+    def start(self, action_name: str) -> None:
+        if action_name.endswith("train_dataloader_next"):
+            self.since = time.perf_counter()
+
+    def stop(self, action_name: str) -> None:
+        if action_name.endswith("train_dataloader_next") and self.since is not None:
+            self.total += time.perf_counter() - self.since
+            self.since = None
+
+
+class Watchdog(threading.Thread):
+    """Reports again and again that the loader stalls, and finally ends the process.
+
+    A thread, since the training process may hang in a read.
+
+    Args:
+        say: called with (kind, line, facts) for each problem, from this thread.
+        sitting_on: returns what each reader is reading, see ``StreamData.sitting_on``.
+        leave: called with the final message.
+    """
+
+    def __init__(
+        self,
+        clock: FetchClock,
+        config: Health,
+        *,
+        say: Callable[..., None],
+        sitting_on: Callable[[], list[str]],
+        leave: Callable[[str], None],
+    ) -> None:
+        super().__init__(name="loader watchdog", daemon=True)
+        self.clock, self.say, self.sitting_on, self.leave = clock, say, sitting_on, leave
+        self.warn_seconds, self.stop_seconds = config.stall_seconds, config.stall_stop_seconds
+        limits = [s for s in (self.warn_seconds, self.stop_seconds) if s > 0]
+        self.tick = min(1.0, min(limits, default=10.0) / 10)
+        self._end = threading.Event()
+        self._since: float | None = None  # start of the wait that ``_warnings`` are about
+        self._warnings = 0
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        self._end.set()
+        if self is not threading.current_thread() and self.is_alive():
+            self.join(timeout=10)
+
+    def run(self) -> None:
+        """Checks once per tick until stopped."""
+        while not self._end.wait(self.tick):
+            try:
+                self.check(time.perf_counter())
+            except Exception:  # a full disk under the metrics must not end the watchdog
+                log.exception("the watchdog of the loader continues after an error")
+
+    def check(self, now: float) -> None:
+        """Checks the current wait at ``now``."""
+        since = self.clock.since
+        if since != self._since:
+            self._since, self._warnings = since, 0
+        if since is None:
+            return
+        waited = now - since
+        line = f"no batch for {waited:.0f} s"
+        if self.warn_seconds and waited >= (self._warnings + 1) * self.warn_seconds:
+            self._warnings += 1
+            readers = "; ".join(self.sitting_on()) or "no reader is at a clip"
+            self.say("stall", f"{line}: {readers}", seconds=round(waited, 1))
+        if self.stop_seconds and waited >= self.stop_seconds:
+            self._end.set()
+            self.leave(f"{line} (health.stall_stop_seconds={self.stop_seconds:g})")
+
+
+def leave(why: str) -> None:
+    """Ends this process and its loader workers at once with the exit code for resuming.
+
+    Nothing is saved, since the training process may hang in a read forever.
+    """
+    try:
+        log.error("%s: ending; the same command continues from the last checkpoint", why)
+        for worker in multiprocessing.active_children():  # they ignore SIGTERM
+            worker.kill()
+        for stream in (*log.handlers, sys.stdout, sys.stderr):
+            stream.flush()
+    finally:  # on any error of a disk or a pipe
+        os._exit(RESUME_ME)
 
 
 class HealthMonitor(StepCallback):
@@ -62,7 +170,6 @@ class HealthMonitor(StepCallback):
         self.data, self.objective = data, objective
         self.clock = FetchClock()
         self.watchdog: Watchdog | None = None
-        self.leave = leave
         self._batch: WaveBatch | None = None
         self._waited = 0.0  # total waiting time when the current line began
         self._lines = 0  # lines of metrics checked so far
@@ -82,6 +189,9 @@ class HealthMonitor(StepCallback):
         self._say("worker", line)
         self.stopping.ask(line)
 
+    def _say(self, kind: str, line: str, **facts: Any) -> None:
+        self.metrics.event(kind, self._rank + line, **facts)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._waited = self.clock.total
@@ -89,22 +199,20 @@ class HealthMonitor(StepCallback):
         if self.config.stall_seconds or self.config.stall_stop_seconds:
             self.watchdog = Watchdog(
                 self.clock,
-                warn_seconds=self.config.stall_seconds,
-                stop_seconds=self.config.stall_stop_seconds,
+                self.config,
                 say=self._say,
                 sitting_on=self.data.sitting_on,
-                wanted=lambda: self.stopping.wanted,
-                leave=self.leave,
+                leave=leave,
             )
             self.watchdog.start()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
-        lines = self.metrics.clips_per_second
-        for i in range(self._lines, len(lines)):
-            self._judge(lines[i], trainer)
-        self._lines = len(lines)
+        speeds = self.metrics.clips_per_second
+        for speed in speeds[self._lines :] if trainer.is_global_zero else ():
+            self._check_speed(speed)
+        self._lines = len(speeds)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
@@ -114,83 +222,72 @@ class HealthMonitor(StepCallback):
         self._batch = None
 
     def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
-        every = self.config.collapse_every
-        last = step == trainer.max_steps
-        looks = self.objective is not None and self.config.collapse != "off"
-        if looks and (step % every == 0 or step == 1 or last):
-            self._look(trainer, module, step)
-        if step % self.metrics.every == 0 or step == 1 or last:  # Metrics is about to write a line
-            self._measure(trainer)
+        ends = step == 1 or step == trainer.max_steps
+        checked = self.objective is not None and self.config.collapse != "off"
+        if checked and (ends or step % self.config.collapse_every == 0):
+            self._check_collapse(trainer, module, step)
+        if ends or step % self.metrics.every == 0:  # Metrics is about to write a line
+            self._measure(trainer.strategy.root_device)
 
-    def _measure(self, trainer: pl.Trainer) -> None:
+    def _measure(self, device: torch.device) -> None:
         seconds = time.perf_counter() - self.metrics.since
         waited, self._waited = self.clock.total - self._waited, self.clock.total
         self.metrics.extra["loader_wait"] = min(1.0, waited / seconds)
-        device = trainer.strategy.root_device
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
             self.metrics.extra["gpu_memory_gb"] = peak / 2**30
             torch.cuda.reset_peak_memory_stats(device)
 
-    def _judge(self, speed: float, trainer: pl.Trainer) -> None:
+    def _check_speed(self, speed: float) -> None:
         """Compares one line's clips per second with the median of those that were not slow."""
-        usual = statistics.median(self._usual) if len(self._usual) >= LINES else None
-        slow = usual is not None and speed < self.config.slowdown * usual
+        usual = statistics.median(self._usual) if len(self._usual) >= LINES else 0.0
+        slow = speed < self.config.slowdown * usual
         if not slow:
             self._usual.append(speed)
-        if slow != self._slow and trainer.is_global_zero:
-            assert usual is not None
+        if slow != self._slow:
             kind, again = ("slow", "only") if slow else ("recovered", "again")
             line = f"{again} {speed:.3g} clips a second; the run's median is {usual:.3g}"
             self._say(kind, line, what="speed", clips_per_second=speed, usual=usual)
         self._slow = slow
 
-    def _look(self, trainer: pl.Trainer, module: Any, step: int) -> None:
+    def _check_collapse(self, trainer: pl.Trainer, module: Any, step: int) -> None:
         """Logs rank and deviation of each encoder; on collapse warns, then ends the run."""
         assert self.objective is not None
         assert self._batch is not None
         encoders = self.objective.encoders()
         with torch.compiler.set_stance("force_eager"):
-            spectrogram = self.objective.spectrogram(
-                self._batch.first(CLIPS)
-            )  # (B, 1, frames, mels)
-        found = module.within(
-            lambda: {name: representation(e, spectrogram) for name, e in encoders.items()}
-        )
+            x = self.objective.spectrogram(self._batch.first(CLIPS))  # (B, 1, frames, mels)
+        found = module.within(lambda: {name: representation(e, x) for name, e in encoders.items()})
         if not trainer.is_global_zero:  # other ranks only took part in gathering sharded weights
             return
         row = {f"health/{n}_{what}": v for n, own in found.items() for what, v in own.items()}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
-        low = [n for n, own in found.items() if self._collapsed(own)]
+        config = self.config
+        low = [  # NaN (undefined) is no collapse
+            name
+            for name, own in found.items()
+            if own["rank"] < config.min_rank or own["std"] < config.min_std
+        ]
         self._low = self._low + 1 if low else 0
         if not low:
             return
-        figures = ", ".join(
+        shown = ", ".join(
             f"{n} effective rank {own['rank']:.1f}, deviation between clips {own['std']:.3f}"
             for n, own in found.items()
         )
-        line = f"step {step}: clips look alike to the {' and the '.join(low)} ({figures})"
+        line = f"step {step}: clips look alike to the {' and the '.join(low)} ({shown})"
         if self._low == 1:
             self._say("collapse", line, step=step)
-        elif self.config.collapse == "stop":
+        elif config.collapse == "stop":
             advice = self.objective.collapse_advice and f"{self.objective.collapse_advice}, "
             error = UserError(
-                f"{line}, as {self.config.collapse_every} steps before: the run collapsed. Begin "
-                "anew, or from an older checkpoint, with a lower optim.lr, more "
-                f"optim.warmup_steps, {advice}or optim.clip_norm=1; health.collapse=warn goes on "
-                "all the same "
-                f"(limits: health.min_rank={self.config.min_rank}, "
-                f"health.min_std={self.config.min_std})"
+                f"{line}, as {config.collapse_every} steps before: the run collapsed (limits: "
+                f"health.min_rank={config.min_rank}, health.min_std={config.min_std}). Begin anew, "
+                f"or from an older checkpoint, with a lower optim.lr, more optim.warmup_steps, "
+                f"{advice}or optim.clip_norm=1; health.collapse=warn only warns"
             )
             self.stopping.ask("collapse", error)
-
-    def _collapsed(self, found: dict[str, float]) -> bool:
-        """Returns True for a collapse; NaN (undefined) is none."""
-        return found["rank"] < self.config.min_rank or found["std"] < self.config.min_std
-
-    def _say(self, kind: str, line: str, **facts: Any) -> None:
-        self.metrics.event(kind, self._rank + line, **facts)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the collapse count, so that a resumed run acts as an uninterrupted one."""
@@ -199,18 +296,15 @@ class HealthMonitor(StepCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._low = state_dict["low"]
 
-    def _end(self) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.watchdog is not None:
             self.watchdog.stop()
             self.watchdog = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end()
+        self.teardown(trainer, pl_module, "fit")
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        self._end()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._end()
+        self.teardown(trainer, pl_module, "fit")

@@ -58,7 +58,7 @@ HELD_OUT = 0.2
 
 
 class _CutOff(Exception):  # noqa: N818
-    """Raised if the run was asked to end; the probe run is repeated after resuming."""
+    """Raised if the run was asked to end; the online probes are repeated after resuming."""
 
 
 class OnlineProbe(StepCallback):
@@ -78,7 +78,6 @@ class OnlineProbe(StepCallback):
         super().__init__()
         self.config, self.out, self.metrics = config, out, metrics
         self.stopping = stopping
-        self._last = False
         online = config.online
         split = config.data.split
         if online.root or online.shards:
@@ -125,46 +124,45 @@ class OnlineProbe(StepCallback):
     def _due(self, trainer: pl.Trainer, step: int) -> bool:
         return step % self.config.online.every == 0 or step == trainer.max_steps
 
-    def _cut_off(self) -> None:
-        """Called after each step of the probes; stops them if the run was asked to end, except
-        after the last step of the run, when they could not be repeated."""
-        if not self._last and self.stopping is not None and self.stopping.wanted:
-            raise _CutOff
-
     def _probe(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
-        self._last = step == trainer.max_steps
+        last = step == trainer.max_steps
+
+        def on_step() -> None:
+            """Stops the probes if the run was asked to end, unless they could not be repeated."""
+            if not last and self.stopping is not None and self.stopping.wanted:
+                raise _CutOff
+
         *_, evaluated = module.objective.encoders().values()  # type: ignore[union-attr, operator]
         encoder = whole_encoder(evaluated)  # the same on all ranks
         if trainer.is_global_zero:
             assert encoder is not None
             try:
-                self._tell(trainer, self.probe(encoder, module.device, self._cut_off), step)
+                self._record(trainer, self.probe(encoder, module.device, on_step), step)
             except _CutOff:
-                self.metrics.say(f"step {step}: probing cut off, to be made up for")
+                self.metrics.say(f"step {step}: the online probes are cut off, to be repeated")
         trainer.strategy.barrier("online probe")
         self.metrics.pause()
 
-    def _tell(self, trainer: pl.Trainer, results: dict[str, dict[str, Any]], step: int) -> None:
+    def _record(self, trainer: pl.Trainer, results: dict[str, dict[str, Any]], step: int) -> None:
         """Writes the results to the metrics, the plots and the log."""
         row: dict[str, Any] = {}
         for method, entry in results.items():
-            own: dict[str, Any] = {}
-            for name in entry["mean"]:
-                own[name] = entry["mean"][name]
+            scores: dict[str, Any] = {}
+            for name, mean in entry["mean"].items():
+                scores[name] = mean
                 if entry["std_over"] != "none":
-                    own[f"{name}_std"] = entry["std"][name]
-            row |= {f"online/{method}/{key}": value for key, value in own.items()}
-            self.rows.append({"step": step, "method": method, **own})
+                    scores[f"{name}_std"] = entry["std"][name]
+            row |= {f"online/{method}/{key}": value for key, value in scores.items()}
+            self.rows.append({"step": step, "method": method, **scores})
             if entry["gate"]:
                 self.gates[method] = np.array(list(entry["gate"].values()))  # (folds, L)
-        for logger in trainer.loggers:
-            gates = {f"online/{m}/gate": g.mean(0).tolist() for m, g in self.gates.items()}
-            only_ours = gates if isinstance(logger, JsonLines) else {}
-            logger.log_metrics(row | only_ours, step=step)
+        gates = {f"online/{m}/gate": g.mean(0).tolist() for m, g in self.gates.items()}
+        for logger in trainer.loggers:  # lists are for our file alone
+            logger.log_metrics(row | gates if isinstance(logger, JsonLines) else row, step=step)
         self.draw()
         name = self.task.metric
-        scores = ", ".join(f"{m} {100 * e['mean'][name]:.1f} %" for m, e in results.items())
-        self.metrics.say(f"step {step}: held-out {TITLES[name]} {scores}")
+        shown = ", ".join(f"{m} {100 * e['mean'][name]:.1f} %" for m, e in results.items())
+        self.metrics.say(f"step {step}: held-out {TITLES[name]} {shown}")
 
     def probe(
         self, encoder: Encoder, device: torch.device, on_step: Callable[[], None] = lambda: None
@@ -248,20 +246,21 @@ class OnlineProbe(StepCallback):
     def table(self) -> str:
         """Returns the curve as text: a line per probe run, mean and deviation over folds."""
         methods = list(dict.fromkeys(r["method"] for r in self.rows))
-        steps = sorted({r["step"] for r in self.rows})
-        cell = {(r["step"], r["method"]): r for r in self.rows}
+        cells = {(r["step"], r["method"]): r for r in self.rows}
         names = [n for n in SHOWN if any(n in r for r in self.rows)]
         titles = " / ".join(TITLES[n] for n in names)
         lines = [f"held-out {titles}, % | " + " | ".join(methods)]
-        for step in steps:
-            shown = []
-            for method in methods:
-                r = cell.get((step, method))
-                pairs = [_percent(r[n], r.get(f"{n}_std")) for n in names] if r else []
-                shown.append(" / ".join(pairs) or "-")
+        for step in sorted({r["step"] for r in self.rows}):
+            rows = [cells.get((step, method), {}) for method in methods]
+            shown = [" / ".join(_percent(r, n) for n in names) if r else "-" for r in rows]
             name = "random weights (step 0)" if step == 0 else f"step {step}"
             lines.append(f"  {name} | " + " | ".join(shown))
         return "\n".join(lines)
+
+
+def _percent(row: dict[str, Any], name: str) -> str:
+    std = row.get(f"{name}_std")
+    return f"{100 * row[name]:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
 
 
 def _training_split(index: Index, split: str) -> str:
@@ -297,19 +296,13 @@ def choose_rounds(
     return chosen
 
 
-def _percent(mean: float, std: float | None) -> str:
-    return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
-
-
 def curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the probe results in rows of a ``metrics.jsonl``, one row per step and method."""
-    found: list[dict[str, Any]] = []
+    found: dict[tuple[int, str], dict[str, Any]] = {}
     for row in rows:
-        own: dict[str, dict[str, Any]] = {}
         for key, value in row.items():
-            room, _, rest = key.partition("/")
-            method, _, name = rest.partition("/")
-            if room == "online" and name != "gate":
-                own.setdefault(method, {"step": row["step"], "method": method})[name] = value
-        found += own.values()
-    return found
+            if key.startswith("online/") and not key.endswith("/gate"):
+                _, method, name = key.split("/", 2)
+                first = {"step": row["step"], "method": method}
+                found.setdefault((row["step"], method), first)[name] = value
+    return list(found.values())

@@ -10,21 +10,15 @@ micro-batches.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from bat import __version__
-from bat.config.compose import to_dict
 from bat.config.schema import Pretrain
 from bat.encoders.base import Encoder, find_encoder
-from bat.nn.optim import adamw, param_groups, set_lr
+from bat.nn.optim import adamw, param_groups
 from bat.objectives.base import Objective, find_objective
-from bat.redact import redact_tree
 from bat.seeding import derive_seed
-from bat.train.guard import Guard, poison
-from bat.train.sharding import Shardable
+from bat.train.module import TrainingModule
 from bat.types import Grid, WaveBatch
 
 
@@ -54,16 +48,12 @@ def build_objective(config: Pretrain) -> Objective:
     return objective.build(config.objective, build_encoder(config), seed=config.seed)
 
 
-class Pretraining(Shardable):
+class Pretraining(TrainingModule):
     """LightningModule with the training step of the objective and its optimiser."""
 
     def __init__(self, config: Pretrain) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.objective = build_objective(config)
-        self.figures: dict[str, Tensor] = {}
-        self.clips = 0
-        self.guard = Guard(config.optim.clip_norm)
         hardware = config.hardware
         self.objective.speed_up(
             compile=hardware.compile, recompute=hardware.activation_checkpointing
@@ -77,40 +67,12 @@ class Pretraining(Shardable):
         torch.manual_seed(seed)  # drop path
         if self.config.hardware.compile == "cudagraphs":
             torch.compiler.cudagraph_mark_step_begin()
-        scalars = self.objective(batch)
-        loss = scalars["loss"]
-        self.clips = batch.waves.shape[0]
-        self.figures = {name: scalar.detach() for name, scalar in scalars.items()}
-        self.figures["grad_norm"] = torch.full_like(loss, torch.nan)  # known before the step
-        self.guard.note(batch, loss)
-        return poison(loss)
+        return self.finished(batch, self.objective(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optim = self.config.optim
         groups = param_groups(self.objective, weight_decay=optim.weight_decay, decay=optim.decay)
         return adamw(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
-    ) -> None:
-        """Steps the optimiser at the scheduled rate, then calls ``objective.after_step``."""
-        done, optim = self.global_step, self.config.optim
-        set_lr(
-            optimizer,
-            done,
-            lr=optim.lr,
-            warmup_steps=optim.warmup_steps,
-            total_steps=self.config.train.steps,
-            min_lr=optim.min_lr,
-        )
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        assert self.guard.skip is not None
-        self.objective.after_step(done, skip=self.guard.skip)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Computes the gradients' norm, clips them and decides whether to skip the step."""
-        self.figures["grad_norm"] = self.guard.inspect(optimizer, self.parameters())
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds provenance to every checkpoint."""
-        checkpoint["bat"] = {"version": __version__, "config": redact_tree(to_dict(self.config))}
+    def after_step(self, step: int, *, skip: Tensor) -> None:
+        self.objective.after_step(step, skip=skip)

@@ -1,7 +1,7 @@
-"""Opens the training stream of pre-training from the configuration.
+"""Opens training streams from the configuration.
 
-Clips are read by index where possible (``AudioData``, exactly resumable), else sequentially
-(``SequentialData``, which warns that it is not).
+Clips are read by index where possible (``AudioData``, exactly resumable); pre-training can also
+read shards sequentially (``SequentialData``, which warns that it is not).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from bat.config.schema import Pretrain
+from bat.config.schema import Finetune, Pretrain
 from bat.config.sections import Data
 from bat.data.index import Index
 from bat.data.module import AudioData, StreamData
@@ -22,6 +22,7 @@ from bat.data.sequential import SequentialData
 from bat.data.sources import TRAIN, NotIndexable, check_no_train
 from bat.errors import UserError
 from bat.eval.run_folder import open_data
+from bat.ranges import changed
 from bat.tasks.base import Task, load_task
 from bat.tasks.folder import TASK as FOLDER
 from bat.tasks.labels import classes_in_words
@@ -59,36 +60,60 @@ def open_stream(config: Pretrain, out: Path | None = None) -> PretrainData:
         task, index = open_data(config.task, replace(data, labels=_labels(config)), labelled=False)
     except NotIndexable as error:
         return PretrainData(_sequential(config, out, error), load_task(config.task), None)
-    stream = AudioData(
+    stream = audio_stream(
+        config,
+        index,
+        training_clips(index, data.split),
+        sample_rate=config.frontend.sample_rate,
+        seed=config.seed,
+        out=out,
+    )
+    return PretrainData(stream, task, index)
+
+
+def audio_stream(
+    config: Pretrain | Finetune,
+    index: Index,
+    ids: np.ndarray | None,
+    *,
+    sample_rate: int,
+    seed: int,
+    out: Path | None,
+    random_offset: bool = False,
+) -> AudioData:
+    """Returns the stream of the clips ``ids`` (None: all) as ``config.data`` orders them."""
+    data = config.data
+    return AudioData(
         index=index,
         batch=data.batch,
         batches=config.train.steps * config.train.accumulate,
-        sample_rate=config.frontend.sample_rate,
+        sample_rate=sample_rate,
         clip_seconds=data.clip_seconds,
         plan=make_plan(
             index,
-            training_clips(index, data.split),
-            seed=config.seed,
+            ids,
+            seed=seed,
             shuffle=data.shuffle,
             window=data.window,
             balance=data.balance,
             epoch_clips=data.epoch_clips,
             mix=data.mix,
         ),
-        seed=config.seed,
+        seed=seed,
         roll=data.roll,
+        random_offset=random_offset,
         min_seconds=data.min_seconds,
         max_seconds=data.max_seconds,
         workers=data.workers,
         cache_bytes=int(data.cache_waves_gb * 1e9),
+        look_ahead=data.window,
         max_bad=data.max_bad,
         out=out,
     )
-    return PretrainData(stream, task, index)
 
 
 def _labels(config: Pretrain) -> Literal["same", "drop"]:
-    """Returns True if labels are read; folder names count as labels only if the settings say so."""
+    """Returns how labels are read; folder names count as labels only if the settings say so."""
     data = config.data
     folders = config.task == FOLDER.name and data.root is not None and Path(data.root).is_dir()
     if data.labels != "folders":
@@ -103,8 +128,7 @@ def _labels(config: Pretrain) -> Literal["same", "drop"]:
 
 def _sequential(config: Pretrain, out: Path | None, why: NotIndexable) -> SequentialData:
     data = config.data
-    asked = [name for name in NEEDS_AN_INDEX if getattr(data, name) != getattr(Data(), name)]
-    if asked:
+    if asked := changed(data, NEEDS_AN_INDEX, Data()):
         raise UserError(f"data.{asked[0]}={getattr(data, asked[0])} needs an index, but {why}")
     if config.online.every and not (config.online.root or config.online.shards):
         raise UserError(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,7 +18,6 @@ from bat.config.schema import Pretrain
 from bat.data.module import StreamData
 from bat.encoders.base import Encoder, SpectrogramEncoder
 from bat.eval.hardware import attention_in_words, with_precision
-from bat.eval.loading import autocast_for
 from bat.eval.next_steps import after_pretraining
 from bat.eval.run_folder import default_out, run_folder
 from bat.io import read_jsonl, write_json
@@ -27,15 +25,13 @@ from bat.logs import start_logging
 from bat.redact import redact_tree
 from bat.report.plots import plot_curves, plot_masks
 from bat.seeding import derive_seed
-from bat.train.batching import with_batch
-from bat.train.callbacks import Metrics
 from bat.train.checkpointing import step_of
-from bat.train.fitting import Fitting
+from bat.train.fitting import Fitting, dry_step
 from bat.train.online import OnlineProbe
 from bat.train.pretrain import Pretraining
 from bat.train.pretrain_data import PretrainData, open_stream
+from bat.train.processes import with_batch
 from bat.train.sharding import full_state
-from bat.train.stopping import Stopping
 
 log = logging.getLogger("bat")
 
@@ -55,63 +51,51 @@ def pretrain(config: Pretrain, *, dry_run: bool = False, force: bool = False) ->
     module = Pretraining(config)
     if dry_run:
         _dry_run(config, module, source)
-    else:
-        with run_folder(asked, out, force=force) as begin:
-            fitting, probes = _set_up(config, out, module, source, force, begin)
-            with fitting.running():
-                fitting.trainer.fit(module, datamodule=source.data, ckpt_path=fitting.resume_from)
-            begin()  # a training that was finished before had no start
-            _finish(config, out, module, source, fitting, probes)
+        return out
+    with run_folder(asked, out, force=force) as begin:
+        online = partial(OnlineProbe, config, task=source.task, index=source.index, out=out)
+        fitting = Fitting(
+            config,
+            out,
+            module=module,
+            data=source.data,
+            name=f"pretrain-{config.recipe}",
+            force=force,
+            begin=begin,
+            online=online if config.online.every else None,
+        )
+        _describe(config, out, module, source, fitting)
+        with fitting.running():
+            fitting.trainer.fit(module, datamodule=source.data, ckpt_path=fitting.resume_from)
+        begin()  # a training that was finished before had no start
+        _finish(config, out, module, source, fitting)
     return out
 
 
-def _set_up(
-    config: Pretrain,
-    out: Path,
-    module: Pretraining,
-    source: PretrainData,
-    force: bool,
-    begin: Callable[[], None],
-) -> tuple[Fitting, list[OnlineProbe]]:
-    """Builds the training and its online probes, if any, and describes it in the log."""
-    probes: list[OnlineProbe] = []
-
-    def more(metrics: Metrics, stopping: Stopping) -> list[Callback]:
-        if config.online.every:
-            probes.append(
-                OnlineProbe(
-                    config,
-                    task=source.task,
-                    index=source.index,
-                    out=out,
-                    metrics=metrics,
-                    stopping=stopping,
-                )
-            )
-        return [*probes]
-
-    name = f"pretrain-{config.recipe}"
-    fitting = Fitting(
-        config, out, module=module, data=source.data, name=name, force=force, begin=begin, more=more
-    )
-    trainer, newest = fitting.trainer, fitting.newest
+def _describe(
+    config: Pretrain, out: Path, module: Pretraining, source: PretrainData, fitting: Fitting
+) -> None:
+    """Describes the training in the log."""
+    trainer, model, objective = fitting.trainer, config.model, module.objective
     if _is_finished(config, out, fitting):
         log.info("nothing to do: %s is finished", out)
-    log.info("%s", _headline(module, source, out, newest))
-    clips = config.data.batch * config.train.accumulate
+    start = f"continuing from {fitting.newest}" if fitting.newest else "starting"
+    log.info("bat %s: pre-training recipe %s in %s, %s", __version__, config.recipe, out, start)
+    log.info("  data %s, encoder %d wide, %d blocks", source.describe(), model.width, model.depth)
+    log.info("  objective %s", objective.describe())
+    batch, accumulate, world = config.data.batch, config.train.accumulate, trainer.world_size
     log.info(
         "  %d clips a step: %d a micro-batch x %d accumulated x %d device(s)",
-        clips * trainer.world_size,
-        config.data.batch,
-        config.train.accumulate,
-        trainer.world_size,
+        batch * accumulate * world,
+        batch,
+        accumulate,
+        world,
     )
-    kernel = attention_in_words(module.objective, config.hardware, trainer.strategy.root_device)
+    kernel = attention_in_words(objective, config.hardware, trainer.strategy.root_device)
     if kernel:
-        log.info("  attention %s: %s", config.model.attention, kernel)
+        log.info("  attention %s: %s", model.attention, kernel)
     for note in config.optim.notes(config.train.steps):
         log.warning("  %s", note)
-    return fitting, probes
 
 
 def _is_finished(config: Pretrain, out: Path, fitting: Fitting) -> bool:
@@ -122,43 +106,35 @@ def _is_finished(config: Pretrain, out: Path, fitting: Fitting) -> bool:
 
 
 def _finish(
-    config: Pretrain,
-    out: Path,
-    module: Pretraining,
-    source: PretrainData,
-    fitting: Fitting,
-    probes: list[OnlineProbe],
+    config: Pretrain, out: Path, module: Pretraining, source: PretrainData, fitting: Fitting
 ) -> None:
     """Writes export, plots and summary after the last training step."""
-    data, trainer = source.data, fitting.trainer
-    everybodys = data.bad_clips_all_ranks()
+    data, trainer, probe = source.data, fitting.trainer, fitting.online
+    bad_clips_all_ranks = data.bad_clips_all_ranks()
     state = full_state(module)
     if not trainer.is_global_zero:
         return
-    if _is_finished(config, out, fitting):
-        _say_where(module, out, source, probes[0] if probes else None)
-        return
-    export(module, out, step=trainer.global_step, data=data, state=state)
-    draw(module, data, out)
-    rows = read_jsonl(out / "metrics.jsonl")
-    summary = {
-        "steps": trainer.global_step,
-        "data": redact_tree(data.facts()),
-        "clips_per_second": _median(
-            [r["clips_per_second"] for r in rows if r.get("clips_per_second") and r["step"] > 1]
-        ),
-        "bad_clips": data.bad_clips.state_dict(),
-        "bad_clips_all_ranks": everybodys,
-        **fitting.facts(),
-        "last": next((r for r in reversed(rows) if "loss" in r), {}),
-        "online": probes[0].rows if probes else [],
-        "version": __version__,
-        "device": device_name(trainer.strategy.root_device),
-        "precision": config.hardware.precision,
-    }
-    write_json(out / "summary.json", summary)
-    log.info("%s", data.bad_clips.summary())
-    _say_where(module, out, source, probes[0] if probes else None)
+    if not _is_finished(config, out, fitting):
+        export(module, out, step=trainer.global_step, data=data, state=state)
+        draw(module, data, out)
+        rows = [r for r in read_jsonl(out / "metrics.jsonl") if "loss" in r]
+        speeds = [r["clips_per_second"] for r in rows if r["clips_per_second"] and r["step"] > 1]
+        summary = {
+            "steps": trainer.global_step,
+            "data": redact_tree(data.facts()),
+            "clips_per_second": round(statistics.median(speeds), 2) if speeds else None,
+            "bad_clips": data.bad_clips.state_dict(),
+            "bad_clips_all_ranks": bad_clips_all_ranks,
+            **fitting.facts(),
+            "last": rows[-1] if rows else {},
+            "online": probe.rows if probe else [],
+            "version": __version__,
+            "device": device_name(trainer.strategy.root_device),
+            "precision": config.hardware.precision,
+        }
+        write_json(out / "summary.json", summary)
+        log.info("%s", data.bad_clips.summary())
+    _print_outputs(module, out, source, probe)
 
 
 def device_name(device: torch.device) -> str:
@@ -216,24 +192,11 @@ def draw(module: Pretraining, data: StreamData, out: Path) -> None:
 
 
 def _dry_run(config: Pretrain, module: Pretraining, source: PretrainData) -> None:
-    """Builds everything and computes the loss of one batch without training.
-
-    On a GPU the whole micro-batch runs forward and backward, to measure its memory; on the CPU only
-    one clip runs forward, since Base at full size takes minutes and tens of gigabytes there.
-    """
-    device = torch.device("cuda" if _wants_cuda(config) else "cpu")
-    module, batch = module.to(device), source.data.first_batch()
-    if device.type == "cpu":
-        batch = batch.first(1)
-    clips = batch.waves.shape[0]
-    autocast = autocast_for(config.hardware)
-    with (
-        torch.autocast(device.type, autocast, enabled=autocast is not None),
-        torch.set_grad_enabled(device.type == "cuda"),
-    ):
-        spectrogram = module.objective.spectrogram(batch.to(device))
+    """Builds everything and computes the loss of one batch without training."""
+    with dry_step(config, module, source.data) as batch:
+        spectrogram = module.objective.spectrogram(batch)
         loss = module.objective(batch)["loss"]
-    if device.type == "cuda":
+    if loss.is_cuda:
         loss.backward()
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     print(f"data      {source.describe()}, {source.data.clip_samples} samples each")
@@ -243,44 +206,27 @@ def _dry_run(config: Pretrain, module: Pretraining, source: PretrainData) -> Non
         f"step      {config.data.batch} clips x {config.train.accumulate} micro-batches a device, "
         f"devices={config.hardware.devices}, {config.train.steps} steps"
     )
-    print(f"loss      {loss.item():.4f} on {clips} clip(s), {device}")
-    if device.type == "cuda":
+    print(f"loss      {loss.item():.4f} on {len(batch.keys)} clip(s), {loss.device}")
+    if loss.is_cuda:
         print(f"memory    {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at its peak")
     print("dry run: nothing was trained, nothing was written but shards and their index")
 
 
-def _wants_cuda(config: Pretrain) -> bool:
-    return config.hardware.accelerator != "cpu" and torch.cuda.is_available()
-
-
-def _headline(module: Pretraining, source: PretrainData, out: Path, newest: Path | None) -> str:
-    config, model = module.config, module.config.model
-    start = f"continuing from {newest}" if newest else "starting"
-    return (
-        f"bat {__version__}: pre-training recipe {config.recipe} in {out}, {start}\n"
-        f"  data {source.describe()}, encoder {model.width} wide, {model.depth} "
-        f"blocks\n  objective {module.objective.describe()}"
-    )
-
-
-def _median(values: list[float]) -> float | None:
-    return round(statistics.median(values), 2) if values else None
-
-
-def _say_where(
-    module: Pretraining, out: Path, source: PretrainData, online: OnlineProbe | None
+def _print_outputs(
+    module: Pretraining, out: Path, source: PretrainData, probe: OnlineProbe | None
 ) -> None:
-    config, of = module.config, " and ".join(module.objective.encoders())
+    config, names = module.config, " and ".join(module.objective.encoders())
     lines = [
         "",
         "done. Where everything is:",
-        f"  encoder   {out}/export      ({of}; bat.load_encoder('{out}'))",
+        f"  encoder   {out}/export      ({names}; bat.load_encoder('{out}'))",
         f"  metrics   {out}/metrics.jsonl, {out}/summary.json",
         f"  pictures  {out}/plots/",
         f"  resume    {out}/checkpoints/last.ckpt (had it been interrupted: the same command)",
     ]
-    if online:
-        lines += ["", online.table(), f"(computed in {config.hardware.precision})"]
-    task, index = (online.task, online.index) if online else (source.task, source.index)
+    task, index = source.task, source.index
+    if probe is not None:
+        lines += ["", probe.table(), f"(computed in {config.hardware.precision})"]
+        task, index = probe.task, probe.index
     lines += ["", "Next:", *(f"  {c}" for c in after_pretraining(config, out, task, index))]
     tqdm.write("\n".join(lines))

@@ -1,4 +1,4 @@
-"""Sets up data-parallel training: the number of processes, DDP and FSDP2.
+"""Sets up data-parallel training with DDP or FSDP2.
 
 DDP keeps a full copy on every device. FSDP2 (``fully_shard``, through Lightning's
 ``ModelParallelStrategy``) splits weights, gradients, the optimiser's moments and the EMA teacher
@@ -13,76 +13,22 @@ Checkpoints are one plain file with DDP's keys, written and read by the ``Checkp
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bat.config.schema import Hardware
 from bat.encoders.base import Encoder
-from bat.errors import UserError
 from bat.nn.ema import local
-
-T = TypeVar("T")
-
-
-def _launched(slurm: str, torchrun: str) -> int | None:
-    """Returns a number set by the launcher of this process; None without a launcher."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # first: torchrun may run within a Slurm job
-        return int(os.environ[torchrun])
-    if "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in (
-        "bash",  # Lightning's rule for an interactive shell within a job
-        "interactive",
-    ):
-        return int(os.environ.get(slurm, "1"))
-    return None
-
-
-def devices(hardware: Hardware) -> int | str:
-    """Returns ``devices`` for the Trainer; ``auto``: as many as torchrun or Slurm started here."""
-    if hardware.devices == "auto":
-        return _launched("SLURM_NTASKS_PER_NODE", "LOCAL_WORLD_SIZE") or "auto"
-    return int(hardware.devices) if hardware.devices.isdigit() else hardware.devices
-
-
-def nodes(hardware: Hardware) -> int:
-    """Returns the number of nodes; ``num_nodes=0``: as set by torchrun or Slurm, else 1."""
-    if hardware.num_nodes:
-        return hardware.num_nodes
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-    return _launched("SLURM_NNODES", "WORLD_SIZE") or 1
-
-
-def world_size(hardware: Hardware) -> int:
-    """Returns the number of processes of the run, as the Trainer will count them."""
-    wanted, gpus = devices(hardware), 0
-    if hardware.accelerator in ("auto", "gpu", "cuda"):
-        gpus = torch.cuda.device_count()
-    if isinstance(wanted, str):
-        if wanted in ("auto", "-1"):
-            wanted = max(1, gpus)
-        else:  # "0,1"
-            wanted = len([word for word in wanted.strip("[]").split(",") if word.strip()])
-    return wanted * nodes(hardware)
-
-
-def check_strategy(hardware: Hardware) -> None:
-    """Raises ``UserError`` for a strategy that the accelerator does not support."""
-    if hardware.strategy == "fsdp" and hardware.accelerator not in ("auto", "cpu", "gpu", "cuda"):
-        raise UserError(
-            f"hardware.strategy=fsdp splits a model among GPUs or CPU processes, not on "
-            f"accelerator={hardware.accelerator}: say hardware.strategy=auto"
-        )
+from bat.train.processes import world_size
 
 
 def strategy(hardware: Hardware) -> str | Strategy:
@@ -216,31 +162,3 @@ def total_norm(parameters: Iterable[Tensor]) -> Tensor:
     squares = total.double().square().sum()
     dist.all_reduce(squares, group=gradients[0].device_mesh.get_group())
     return squares.sqrt().float()
-
-
-class Shardable(pl.LightningModule):
-    """A module that ``hardware=fsdp`` splits."""
-
-    def units(self) -> list[nn.Module]:
-        """Returns the modules gathered one at a time, in order of use; called by their forward."""
-        raise NotImplementedError
-
-    def configure_model(self) -> None:
-        """Shards the module; Lightning calls it in each process once all are connected."""
-        mesh = self.device_mesh
-        if mesh is None or isinstance(self, FSDPModule):
-            return
-        # always freed after the forward: a forward without backward (teacher, probes)
-        # would leave the weights gathered, and the EMA would not update the shards
-        how: dict[str, Any] = {"mesh": mesh["data_parallel"], "reshard_after_forward": True}
-        for unit in self.units():
-            fully_shard(unit, **how)
-        fully_shard(self, **how)
-        for method in ("training_step", "within"):
-            register_fsdp_forward_method(self, method)
-        whole = [name for name, p in self.named_parameters() if not isinstance(p, DTensor)]
-        assert not whole, f"not sharded: {whole}"
-
-    def within(self, what: Callable[[], T]) -> T:
-        """Calls ``what`` with gathered weights, as in a step. **Every rank must call it.**"""
-        return what()

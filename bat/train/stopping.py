@@ -1,7 +1,7 @@
 """Resumable shutdown of a run, on signals and on request (``Stopping.ask``).
 
 A signal (``bat/shutdown.py``) only sets a flag. At the end of each micro-batch the ranks agree on
-the host (``ranks.py``) whether any of them was asked to end; then, once the optimiser's step is
+the host (``processes.py``) whether any of them was asked to end; then, once the optimiser's step is
 complete, all save and stop, and the process exits with 75 (``RESUME_ME``): the same command
 resumes. An error on one rank ends all of them, so that none waits in a collective for one that has
 exited.
@@ -24,7 +24,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from bat.errors import Interrupted, UserError
-from bat.train.ranks import Ranks, leave_quietly, ranks_of
+from bat.train.processes import Ranks, leave_quietly, ranks_of
 
 log = logging.getLogger("bat")
 
@@ -43,7 +43,7 @@ class Stopping(Callback):
         self._error: Exception | None = None
         self._ended: str | None = None
         self._ranks = Ranks()
-        self.clocks: list[Callable[[], bool]] = []
+        self.clock: Callable[[], bool] = lambda: False
         """Called on every rank at each batch end; if any returns True, ``due`` is True on all."""
         self.due = False
         """True if a checkpoint is due by the clock of any rank."""
@@ -68,6 +68,11 @@ class Stopping(Callback):
             if (_FAIL if error else _SAVE) > self._asked:
                 self._asked, self._why, self._error = (_FAIL if error else _SAVE), why, error
 
+    def note(self, name: str) -> None:
+        """Records a signal; called within its handler, hence without the lock."""
+        if not self._asked:
+            self._asked, self._why = _SAVE, name
+
     def finish(self) -> None:
         """Raises ``Interrupted`` if the run ended before its last step; call after ``fit``."""
         if self._ended is not None:
@@ -76,12 +81,13 @@ class Stopping(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._ranks = ranks_of(trainer)
-        loop: Any = trainer.fit_loop.epoch_loop
-        assert hasattr(loop, "_broadcast_sigterm_tensor"), "Lightning has changed"
-        loop._broadcast_sigterm_tensor = lambda: None
-        signals: Any = trainer._signal_connector
-        assert hasattr(signals, "register_signal_handlers"), "Lightning has changed"
-        signals.register_signal_handlers = lambda: None
+        private: list[tuple[Any, str]] = [
+            (trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
+            (trainer._signal_connector, "register_signal_handlers"),
+        ]
+        for owner, name in private:
+            assert hasattr(owner, name), "Lightning has changed"
+            setattr(owner, name, lambda: None)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ends before the first step if asked to while starting (during a long probe run)."""
@@ -91,21 +97,15 @@ class Stopping(Callback):
         if asked == _SAVE:
             self._end(trainer, "before the first step of this start")
 
-    def note(self, name: str) -> None:
-        """Records a signal; called within its handler, hence without the lock."""
-        if not self._asked:
-            self._asked, self._why = _SAVE, name
-
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
-        overdue = any(clock() for clock in self.clocks)
-        asked, due = self._ranks.maximum([self._asked, overdue])
+        asked, due = self._ranks.maximum([self._asked, self.clock()])
         self.due = bool(due)
         if asked == _FAIL:
             self._raise()
-        loop = trainer.fit_loop.epoch_loop
-        complete = loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
+        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        complete = ready % trainer.accumulate_grad_batches == 0
         if asked == _SAVE and complete and trainer.global_step < trainer.max_steps:
             self._end(trainer, f"after step {trainer.global_step}")
 

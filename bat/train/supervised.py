@@ -18,25 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bat import __version__
 from bat.audio.augment import colour_noise, mixup, spec_augment, time_roll
-from bat.config.compose import to_dict
 from bat.config.schema import Finetune
 from bat.encoders.base import Encoder, SpectrogramEncoder
 from bat.errors import UserError
 from bat.eval.encoding import TargetsOf
 from bat.nn.block import blocks_of
 from bat.nn.losses import Loss, against
-from bat.nn.optim import adamw, param_groups, set_lr
+from bat.nn.optim import adamw, param_groups
 from bat.probes.base import Probe
-from bat.redact import redact_tree
 from bat.seeding import derive_seed
-from bat.train.guard import Guard, poison
-from bat.train.sharding import Shardable
+from bat.train.module import TrainingModule
 from bat.types import Features, WaveBatch
 
 
-class Supervised(Shardable):
+class Supervised(TrainingModule):
     """LightningModule of encoder and head with the training step and the optimiser."""
 
     def __init__(
@@ -54,9 +50,9 @@ class Supervised(Shardable):
         """``frames`` of each clip; None: its own number. ``start``: digest of the encoder's initial
         weights; checkpoints with another digest are refused. ``targets_of``: returns labels of time
         patches or tokens of a batch; None: the batch's own labels are used."""
-        super().__init__()
+        super().__init__(config)
         self.targets_of = targets_of
-        self.config, self.loss, self.frames, self.fold = config, loss, frames, fold
+        self.loss, self.frames, self.fold = loss, frames, fold
         self.start = start
         self.backbone, self.head = backbone, head
         set_drop_path = getattr(backbone, "set_drop_path", None)
@@ -72,9 +68,6 @@ class Supervised(Shardable):
                 f"{type(backbone).__name__} has no spectrogram to augment: "
                 + " ".join(f"augment.{n}=0" for n in spectral)
             )
-        self.figures: dict[str, Tensor] = {}
-        self.clips = 0
-        self.guard = Guard(config.optim.clip_norm)
         self.train()  # a loaded encoder is in eval mode, and Lightning does not change modes
 
     def units(self) -> list[torch.nn.Module]:
@@ -84,27 +77,19 @@ class Supervised(Shardable):
     def training_step(self, batch: WaveBatch, batch_idx: int) -> Tensor:
         seed = derive_seed(self.config.seed, self.fold, "step", batch_idx, self.global_rank)
         torch.manual_seed(seed)  # dropout, drop path
-        generator = torch.Generator(self.device).manual_seed(seed)
-        spectrogram, targets, patches = self.augmented(batch, generator)
-        total = self.backbone.time_patches(batch.waves.shape[1])
-        features = self.encoded(spectrogram, patches, total=total)
+        _, targets, features = self.encoded(batch, seed=seed)
         loss_of = partial(against, self.loss, inside=features.inside())
         loss = self.head.training_loss(loss_of, self.head(features), targets)
-        self.clips = spectrogram.shape[0]
-        self.figures = {
-            "loss": loss.detach(),
-            "grad_norm": torch.full_like(loss, torch.nan),  # known before the step
-        }
-        self.guard.note(batch, loss)
-        return poison(loss)
+        return self.finished(batch, {"loss": loss})
 
-    def encoded(
-        self, spectrogram: Tensor, patches: Tensor | None, *, total: int | None = None
-    ) -> Features:
-        """Returns the features of ``augmented``'s clips that the head reads."""
+    def encoded(self, batch: WaveBatch, *, seed: int) -> tuple[Tensor, Tensor, Features]:
+        """Returns the augmented spectrograms, their targets and the features the head reads."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        x, targets, patches = self.augmented(batch, generator)
         if patches is None:
-            return self.backbone.features(spectrogram)
-        return self.backbone.features_alone(spectrogram, patches, total=total)
+            return x, targets, self.backbone.features(x)
+        total = self.backbone.time_patches(batch.waves.shape[1])
+        return x, targets, self.backbone.features_alone(x, patches, total=total)
 
     @torch.no_grad()
     def augmented(
@@ -176,32 +161,10 @@ class Supervised(Shardable):
         groups.sort(key=lambda g: -g["scale"])  # the rate of the first group is logged
         return adamw(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
-    ) -> None:
-        """Steps the optimiser at the scheduled rate."""
-        optim = self.config.optim
-        set_lr(
-            optimizer,
-            self.global_step,
-            lr=optim.lr,
-            warmup_steps=optim.warmup_steps,
-            total_steps=self.config.train.steps,
-            min_lr=optim.min_lr,
-        )
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Computes the gradients' norm, clips them and decides whether to skip the step."""
-        self.figures["grad_norm"] = self.guard.inspect(optimizer, self.parameters())
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds provenance to every checkpoint."""
-        checkpoint["bat"] = {
-            "version": __version__,
-            "config": redact_tree(to_dict(self.config)),
-            "start": self.start,
-        }
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["bat"]["start"] = self.start
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of a run that began with other encoder weights."""

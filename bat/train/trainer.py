@@ -7,7 +7,6 @@ shutdown (``stopping.py``), the NaN guard (``guard.py``) and metrics as JSON lin
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
@@ -29,8 +28,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from bat.config.schema import Hardware, Log, Train
 from bat.errors import UserError
 from bat.io import filter_jsonl, write_json
-from bat.train.ranks import LAUNCHER
-from bat.train.sharding import check_strategy, devices, nodes, strategy
+from bat.train.processes import LAUNCHER, devices, nodes
+from bat.train.sharding import strategy
 
 log = logging.getLogger("bat")
 
@@ -46,7 +45,7 @@ class JsonLines(Logger):
         super().__init__()
         self.path = path
         self._lock = threading.Lock()  # events come from other threads
-        self._unwritten, self._told = b"", False
+        self._unwritten = b""
 
     @property
     def name(self) -> str:
@@ -70,28 +69,18 @@ class JsonLines(Logger):
         self.append(row)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Adds a line, from any thread and any rank."""
+        """Adds a line, from any thread and any rank; on a full disk it waits in memory."""
         with self._lock:
             self._unwritten += (json.dumps(row) + "\n").encode()
-            self._write()
-
-    def _write(self) -> None:
-        """Appends the pending lines, all or none; on a full disk they stay pending."""
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            size = os.fstat(file).st_size
-            try:
-                written = os.write(file, self._unwritten)
-                if written < len(self._unwritten):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self._unwritten = b""
-            except OSError as error:
-                os.ftruncate(file, size)
-                if not self._told:
-                    log.warning("cannot write %s (%s): its lines wait in memory", self.path, error)
-                    self._told = True
-        finally:
-            os.close(file)
+            with open(self.path, "ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    if file.write(self._unwritten) < len(self._unwritten):
+                        raise OSError("no space left")
+                    self._unwritten = b""
+                except OSError as error:
+                    file.truncate(size)
+                    log.warning("cannot write %s (%s): lines wait in memory", self.path, error)
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
@@ -119,7 +108,6 @@ def build_trainer(
     same run there if ``resumed``.
     Raises ``UserError`` if the requested hardware is not available.
     """
-    check_strategy(hardware)
     assert hardware.precision != "auto", "settled by with_precision, before a run begins"
     loggers: list[Logger] = [JsonLines(out / "metrics.jsonl")]
     plugins: list[Any] = [checkpoint_io]
@@ -171,8 +159,8 @@ def build_trainer(
 class OneWandbRun(WandbLogger):
     """Logs all starts of a training to one Weights & Biases run, whose steps only increase.
 
-    Steps that are repeated after a kill are not logged again. ``out/wandb/bat.json`` keeps
-    the run's id, the latest step and the names logged at it.
+    ``out/wandb/bat.json`` keeps the run's id and the latest step. A resumed start logs what comes
+    after that step: steps that are repeated after a kill are not logged again.
     """
 
     def __init__(self, log: Log, out: Path, name: str, *, resumed: bool) -> None:
@@ -180,16 +168,16 @@ class OneWandbRun(WandbLogger):
         import wandb
 
         self._file = out / "wandb" / "bat.json"
-        then: dict[str, Any] = {}
+        before: dict[str, Any] = {}
         if resumed and self._file.is_file():
-            then = json.loads(self._file.read_text(encoding="utf-8"))
-        self._latest, self._names = int(then.get("step", -1)), set(then.get("names", []))
+            before = json.loads(self._file.read_text(encoding="utf-8"))
+        self._logged = int(before.get("step", -1))
         super().__init__(
             name=name,
             project=log.project,
             save_dir=out,
             offline=log.wandb == "offline",
-            id=then.get("id") or secrets.token_hex(4),
+            id=before.get("id") or secrets.token_hex(4),
             resume="allow" if log.wandb == "online" else None,  # offline it only warns
             # it would store the command line, which may hold a signed URL
             settings=wandb.Settings(x_disable_meta=True, console="off"),
@@ -198,16 +186,11 @@ class OneWandbRun(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Logs ``metrics`` unless they were logged before."""
-        step = self._latest if step is None else step
-        new = set(metrics) - (self._names if step == self._latest else set())
-        if step < self._latest or not new:
+        """Logs ``metrics`` unless an earlier start has logged this step."""
+        if step is not None and step <= self._logged:
             return
         super().log_metrics(metrics, step)
-        self._names = new | (self._names if step == self._latest else set())
-        self._latest = step
-        note = {"id": self.version, "step": step, "names": sorted(self._names)}
-        write_json(self._file, note)
+        write_json(self._file, {"id": self.version, "step": step})
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -75,7 +75,7 @@ def sounds(folder: Path, *, count: int = 10, below: str = "{kind}") -> Path:
     return folder
 
 
-def test_after_pretraining_probe_and_finetune_run(here, capsys):
+def test_after_pretraining__probe_and_finetune_run(here, capsys):
     small = ["model.width=48", "model.depth=1", "model.heads=2", "objective.decoder_depth=1"]
     words = ["recipe=toy", *small, "objective.mask.views=1", "online.every=0", "out=a run", *QUICK]
     assert pretrain.main([*words, "data.cache=my shards"]) == 0
@@ -89,7 +89,7 @@ def test_after_pretraining_probe_and_finetune_run(here, capsys):
 @pytest.mark.parametrize(
     ("below", "labelled"), [("{kind}", False), ("{split}/{kind}", True), ("", False)]
 )
-def test_after_pretraining_on_ones_own_folder_nothing_that_fails_is_advised(here, below, labelled):
+def test_after_pretraining__on_a_folder_nothing_that_fails_is_advised(here, below, labelled):
     words = ["recipe=esc10", "task=folder", f"data.root={sounds(here / 'own', below=below)}"]
     config = compose(Pretrain, "pretrain", words)
     run = encoder_in(here / "run", frames=512)
@@ -104,7 +104,7 @@ def test_after_pretraining_on_ones_own_folder_nothing_that_fails_is_advised(here
     assert labelled or "data.csv" in lines[0]
 
 
-def test_after_a_frame_level_probing_the_control_is_of_frames_too(here, capsys):
+def test_after_probing__the_baseline_is_of_the_same_level(here, capsys):
     clips = [f.as_posix() for f in sorted(sounds(here / "in").rglob("*.flac"))]
     lines = [f"{f},{'ab'[i % 2]},0.1,0.3,{i // 2 % 2 + 1}\n" for i, f in enumerate(clips)]
     (here / "my events.csv").write_text("path,label,onset,offset,fold\n" + "".join(lines))
@@ -131,7 +131,7 @@ def test_after_a_frame_level_probing_the_control_is_of_frames_too(here, capsys):
     assert all(Path(place).exists() for place in places), places
 
 
-def test_after_probing_fine_tuning_is_told_the_same_data(here, capsys):
+def test_after_probing__fine_tuning_is_told_the_same_data(here, capsys):
     run = encoder_in(here / "run")
     shards = make_toy_shards(here / "toy")
     words = ["recipe=toy", f"data.shards={shards}", "data.cache=elsewhere", *QUICK]
@@ -148,9 +148,9 @@ def test_after_probing_fine_tuning_is_told_the_same_data(here, capsys):
 
 @pytest.mark.parametrize(
     ("below", "flags"),
-    [("{kind}", ["--folds=2"]), ("{kind}", []), ("", []), ("{split}/{kind}", []), (None, [])],
+    [("{kind}", ["--folds=2"]), ("", []), ("{split}/{kind}", []), (None, [])],
 )
-def test_after_sharding_a_small_set_gets_a_small_pretraining(here, capsys, below, flags):
+def test_after_sharding__a_small_set_gets_a_small_pretraining(here, capsys, below, flags):
     source = sounds(here / "in", below="{kind}" if below is None else below)
     assert shard.main([str(source), "my shards", "--jobs=1", *flags]) == 0
     if below is None:
@@ -170,7 +170,7 @@ def test_after_sharding_a_small_set_gets_a_small_pretraining(here, capsys, below
     assert bool(config.online.every) == (below != "")
 
 
-def test_a_large_set_is_advised_the_papers_pretraining():
+def test_after_sharding__a_large_set_gets_the_papers_pretraining():
     from collections import Counter
 
     import numpy as np
@@ -194,20 +194,17 @@ def test_a_large_set_is_advised_the_papers_pretraining():
         (Finetune, "finetune", ["recipe=toy"]),
     ],
 )
-def test_words_of_a_configuration_make_it_again(schema, command, words):
+def test_words_of__make_the_configuration_again(schema, command, words):
     config = compose(schema, command, words)
     again = words_of(config, command)
     assert again is not None
     assert len(again) <= len(words)
     assert compose(schema, command, again) == config
+    config.recipe = "given-by-a-path"
+    assert words_of(config, command) is None
 
 
-def test_words_of_a_recipe_given_by_its_path_are_not_known(here):
-    (here / "mine.yaml").write_text("optim: {lr: 0.1}\n")
-    assert words_of(compose(Pretrain, "pretrain", ["recipe=mine.yaml"]), "pretrain") is None
-
-
-def test_a_misspelt_flag_is_named(capsys):
+def test_flags__a_misspelt_one_is_named(capsys):
     with pytest.raises(SystemExit, match="2"):
         probe.main(["recipe=toy", "--metod", "cgp"])
     assert "Did you mean --method?" in capsys.readouterr().err
@@ -216,7 +213,7 @@ def test_a_misspelt_flag_is_named(capsys):
     assert "Did you mean --shard-mb?" in capsys.readouterr().err
 
 
-def test_a_finished_fine_tuning_is_a_checkpoint(here):
+def test_checkpoint__a_finished_fine_tuning_is_one(here):
     import bat
 
     (here / "tuned").mkdir()

@@ -1,19 +1,11 @@
 """bat-pretrain at the command line: mistakes end in one clear line, exit code 2, no traceback."""
 
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from bat.cli.pretrain import main
-from bat.data.toy import make_toy
 from bat.errors import UserError
 from tests.toy import make_toy_shards
 
@@ -27,17 +19,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def make_bad_tar(folder: Path) -> str:
-    (folder / "shard-00000.tar").write_bytes(b"this is no archive" * 100)
-    return str(folder / "shard-00000.tar")
-
-
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["recipe=nope"], "unknown recipe 'nope' for bat-pretrain"),
-        (["recipe=toy", "optim.lrr=1"], "did you mean 'optim.lr'?"),
-        (["recipe=toy", "train.steps=soon"], "has the wrong type"),
         (["recipe=as2m"], "no data given for task 'audioset'"),
         (["recipe=esc10", "data.root=nowhere"], "nowhere does not exist"),
         (["recipe=as2m", "data.shards=nowhere.tar"], "nowhere.tar"),
@@ -52,13 +37,11 @@ def make_bad_tar(folder: Path) -> str:
         (["recipe=toy", "frontend.frames=100"], "frontend.frames=100 is not a multiple"),
         (["recipe=toy", "objective.decoder=cnn", "model.width=100"], "is not a multiple of 16"),
         (["recipe=toy", "objective.decoder_width=30"], "objective.decoder_width=30"),
-        (["recipe=toy", "objective.mask.adjust=-1"], "objective.mask.adjust=-1"),
         (["recipe=toy", "frontend.kind=eat", "frontend.hop_length=320"], "hop_length=320"),
         (["recipe=toy", "frontend.statistics=esc50"], "is for the legacy front ends"),
         (["recipe=toy", "online.task=esc50"], "online.task is the task of"),
         (["recipe=toy", "data.root=${nowhere}"], "nowhere"),
         (["recipe=toy", "objective.mask.ratio=0.999"], "keeps 0 of 104 patches"),
-        (["recipe=toy", "data.clip_seconds=3"], "data.clip_seconds=3.0 makes 301 frames"),
         (["recipe=toy", "frontend.kind=eat", "frontend.statistics=mars"], "mars"),
         (["recipe=toy", "out=file"], "file"),
         (["recipe=toy", "data.cache=/dev/null"], "set data.cache to another folder"),
@@ -66,14 +49,16 @@ def make_bad_tar(folder: Path) -> str:
         (["recipe=toy", "data.cache=/proc/x"], "set data.cache to another folder"),
         (["recipe=esc10", f"data.root={'x' * 300}"], "File name too long: give another file"),
         (["recipe=as2m", f"data.shards={'x' * 300}"], "File name too long: give another file"),
+        (["recipe=as2m", "data.shards=shard-00000.tar"], "shard-00000.tar"),
         (["recipe=latin.yaml"], "latin.yaml is not readable YAML in UTF-8"),
     ],
 )
-def test_mistakes_end_in_one_line_and_code_2(
+def test_mistakes__end_in_one_line_and_code_2(
     folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
 ) -> None:
     (folder / "empty").mkdir()
     (folder / "file").write_text("")
+    (folder / "shard-00000.tar").write_bytes(b"this is no archive" * 100)
     (folder / "latin.yaml").write_bytes(b"out: caf\xe9\n")
     assert main(words) == 2
     shown = capsys.readouterr().err
@@ -83,19 +68,12 @@ def test_mistakes_end_in_one_line_and_code_2(
     assert not (folder / "runs" / "pretrain-toy" / "checkpoints").exists()
 
 
-def test_a_shard_that_is_no_tar_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipe=as2m", f"data.shards={make_bad_tar(folder)}"]) == 2
-    shown = capsys.readouterr().err
-    assert "shard-00000.tar" in shown
-    assert "tar" in shown
-
-
-def test_debug_shows_the_traceback(folder: Path) -> None:
+def test_debug__shows_the_traceback(folder: Path) -> None:
     with pytest.raises(UserError):
         main(["recipe=nope", "--debug"])
 
 
-def test_print_config_shows_the_resolved_values(
+def test_print_config__shows_the_resolved_values(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["recipe=toy", "train.steps=7", "--print-config"]) == 0
@@ -105,7 +83,7 @@ def test_print_config_shows_the_resolved_values(
     assert not list(folder.iterdir())
 
 
-def test_corrupt_clips_are_counted_and_printed(
+def test_bad_clips__are_counted_and_printed(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tars = sorted(make_toy_shards(folder / "toy").glob("*.tar"))
@@ -123,25 +101,3 @@ def test_corrupt_clips_are_counted_and_printed(
     assert seen == 20 + bad
     assert main([*words, "data.max_bad=0.0", "out=strict"]) == 2
     assert "more than max_bad=0" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_killed_and_run_again_ends_with_the_same_weights(folder: Path) -> None:
-    """kill -9 at some moment after the first checkpoint, then the same command again."""
-    make_toy(folder / "runs" / "shards" / "toy")
-    words = ["recipe=toy", *TINY, "train.steps=40", "train.save_every=2"]
-    command = [sys.executable, "-m", "bat.cli.pretrain", *words]
-    assert main([*words, "out=whole"]) == 0
-    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as this process
-    child = subprocess.Popen([*command, "out=cut"], stderr=subprocess.DEVNULL, env=threads)
-    saved = folder / "cut" / "checkpoints"  # any will do: the first is soon pruned
-    deadline = time.monotonic() + 120
-    while not any(saved.glob("step-*.ckpt")) and child.poll() is None:
-        assert time.monotonic() < deadline, "no checkpoint in two minutes"
-        time.sleep(0.005)
-    os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert not (folder / "cut" / "export").exists()
-    assert main([*words, "out=cut"]) == 0
-    whole, cut = (load_file(folder / n / "export" / "model.safetensors") for n in ("whole", "cut"))
-    assert all(torch.equal(whole[n], cut[n]) for n in whole)

@@ -20,7 +20,8 @@ from bat.data.bad_clips import BadClips
 from bat.data.module import AudioData
 from bat.data.sequential import SequentialData
 from bat.eval import feature_cache, features
-from bat.train import folds, online
+from bat.train import online, pretrain_data
+from bat.train.finetune import Folds
 from bat.train.pretrain_data import open_stream
 from bat.types import Needs
 
@@ -51,9 +52,9 @@ def finetune(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A ``Folds`` without folds."""
     config = schema.Finetune(hardware=schema.Hardware(precision="32-true"))
     config.data.max_seconds = LONGEST
-    monkeypatch.setattr(folds, "make_plan", lambda *_, **__: None)
-    monkeypatch.setattr(folds, "AudioData", stand_in)
-    monkeypatch.setattr(folds, "FeatureStream", stand_in)
+    monkeypatch.setattr(pretrain_data, "make_plan", lambda *_, **__: None)
+    monkeypatch.setattr(pretrain_data, "AudioData", stand_in)
+    monkeypatch.setattr("bat.train.finetune.FeatureStream", stand_in)
     return SimpleNamespace(
         config=config,
         index=None,
@@ -77,13 +78,13 @@ def test_pretraining(small: Any, tmp_path: Path, packed: bool) -> None:
 
 
 def test_training_of_a_fold(finetune: Any) -> None:
-    given = given_by(lambda: folds.Folds.data(finetune, SimpleNamespace(name="1", train=None)))
+    given = given_by(lambda: Folds.data(finetune, SimpleNamespace(name="1", train=None)))
     assert given["max_seconds"] == LONGEST
 
 
 def test_judging_a_fold(finetune: Any) -> None:
     module: Any = SimpleNamespace(backbone=None)
-    given = given_by(lambda: folds.Folds._judge(finetune, module, SimpleNamespace(test=None)))
+    given = given_by(lambda: Folds._evaluate(finetune, module, SimpleNamespace(test=None)))
     assert given["max_seconds"] == LONGEST
 
 

@@ -174,7 +174,7 @@ def test_step_never_waits_for_the_device() -> None:
         model.training_step(batch, 0).backward()
         optimizer.step()
         model.objective.after_step(0, skip=torch.zeros(()))
-    assert model.figures["loss"].isfinite()
+    assert model.scalars["loss"].isfinite()
 
 
 def test_pictures_compile_nothing(monkeypatch, tmp_path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -21,7 +20,7 @@ def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("gpu_check")
 
 
-def test_items_run_and_a_failed_one_costs_only_itself(
+def test_items__run_and_a_failed_one_costs_only_itself(
     gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # the child process does not know this item: it fails there, and another child goes on
@@ -40,10 +39,16 @@ def test_items_run_and_a_failed_one_costs_only_itself(
     assert set(report["seconds"]) == {"nonsense", "masks", "memory"}
 
 
-def test_what_does_not_fit_the_time_is_skipped_and_listed(
+def test_items__what_does_not_fit_the_time_is_skipped_and_listed(
     gpu_check: ModuleType, tmp_path: Path
 ) -> None:
     out = tmp_path / "gpu.json"
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--items", "steps"])
+    items = importlib.import_module("gpu_items")
+    # 2,000 MB and 500 MB a clip; 24 GB less 1 GB kept free
+    assert items.largest_batch((10, 7_000.0), (20, 12_000.0), 24) == 42
+    assert items.largest_batch((10, 7_000.0), (20, 12_000.0), 2) == 0
     check = gpu_check.Check(out, minutes=1, settings={"repeats": 1, "quick": False})
     check.item("step")  # expects more than a minute
     report = json.loads(out.read_text())
@@ -53,7 +58,7 @@ def test_what_does_not_fit_the_time_is_skipped_and_listed(
     assert check.worker is None
 
 
-def test_a_silent_or_dead_child_is_noticed(gpu_check: ModuleType) -> None:
+def test_worker__silent_or_dead_child_is_noticed(gpu_check: ModuleType) -> None:
     from multiprocessing import Pipe
 
     worker = object.__new__(gpu_check.Worker)
@@ -76,7 +81,9 @@ def test_a_silent_or_dead_child_is_noticed(gpu_check: ModuleType) -> None:
     assert worker.answer(1) == died  # EOFError
 
 
-def test_a_child_that_died_between_items_costs_one(gpu_check: ModuleType, tmp_path: Path) -> None:
+def test_worker__one_that_died_between_items_costs_one(
+    gpu_check: ModuleType, tmp_path: Path
+) -> None:
     check = gpu_check.Check(
         tmp_path / "gpu.json", minutes=5, settings={"repeats": 1, "quick": True}
     )
@@ -93,34 +100,7 @@ def test_a_child_that_died_between_items_costs_one(gpu_check: ModuleType, tmp_pa
     assert [row["part"] for row in report["results"]] == ["masks"] * 4
 
 
-def test_a_failed_case_is_listed_and_the_item_goes_on(
-    gpu_check: ModuleType, tmp_path: Path
-) -> None:
-    class Told:
-        def __init__(self) -> None:
-            self.messages = [
-                ("row", {"case": "a", "error": "ValueError: no"}),
-                ("row", {"case": "b", "ours_ms": 1.0}),
-                ("done", None),
-            ]
-
-        def ask(self, name: str) -> None: ...
-
-        def answer(self, seconds: float) -> tuple:
-            return self.messages.pop(0)
-
-    check = gpu_check.Check(
-        tmp_path / "gpu.json", minutes=5, settings={"repeats": 1, "quick": True}
-    )
-    check.worker = Told()
-    check.item("cgp")
-    report = json.loads((tmp_path / "gpu.json").read_text())
-    assert report["failed"] == {"cgp: a": "ValueError: no"}
-    assert [row["case"] for row in report["results"]] == ["a", "b"]
-    assert isinstance(check.worker, Told)  # not replaced
-
-
-def test_what_matters_most_fits_one_run(gpu_check: ModuleType) -> None:
+def test_items__what_matters_most_fits_one_run(gpu_check: ModuleType) -> None:
     wanted = ["masks", "frontend", "step", "memory", "cgp", "sdpa", "flash", "cudnn"]
     items = gpu_check.ITEMS
     assert list(items)[: len(wanted)] == wanted
@@ -131,19 +111,3 @@ def test_what_matters_most_fits_one_run(gpu_check: ModuleType) -> None:
     gpu_items = importlib.import_module("gpu_items")
     assert all(f"--items {later}``" in m.__doc__ for m in (gpu_check, gpu_items))
     assert all(item.limit_seconds > item.expected_seconds for item in items.values())
-
-
-def test_the_largest_batch_is_on_the_line(gpu_check: ModuleType) -> None:
-    del gpu_check
-    items = importlib.import_module("gpu_items")
-    # 2,000 MB and 500 MB a clip; 24 GB less 1 GB kept free
-    assert items.largest_batch((10, 7_000.0), (20, 12_000.0), 24) == 42
-    assert items.largest_batch((10, 7_000.0), (20, 12_000.0), 2) == 0
-
-
-def test_every_item_is_asked_for_by_name(gpu_check: ModuleType, capsys) -> None:
-    with pytest.raises(SystemExit):
-        gpu_check.main(["--items", "steps"])
-    assert "unknown item 'steps'" in capsys.readouterr().err
-    if not torch.cuda.is_available():
-        assert gpu_check.main(["--json", "/nonexistent/out.json"]) == 2

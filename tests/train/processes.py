@@ -89,8 +89,7 @@ def _do(job: Job, rank: int, folder: Path) -> None:
 
     from bat.config.compose import compose
     from bat.config.schema import Finetune, Pretrain
-    from bat.train import folds, run_pretrain
-    from bat.train.finetune import finetune
+    from bat.train import finetune, run_pretrain
     from bat.train.pretrain import Pretraining
     from bat.train.supervised import Supervised
 
@@ -120,13 +119,13 @@ def _do(job: Job, rank: int, folder: Path) -> None:
     run_pretrain.draw = lambda *args: None  # pictures take longer than these trainings
     dist.reduce_scatter_tensor = counting
     run_pretrain.Pretraining = type("Watching", (Watched, Pretraining), {})  # type: ignore[misc]
-    folds.Supervised = type("WatchingToo", (Watched, Supervised), {})  # type: ignore[misc]
+    finetune.Supervised = type("WatchingToo", (Watched, Supervised), {})  # type: ignore[misc]
     try:
         if job.command == "pretrain":
             run_pretrain.pretrain(compose(Pretrain, "pretrain", job.words))
         else:
-            finetune(compose(Finetune, "finetune", job.words))
+            finetune.finetune(compose(Finetune, "finetune", job.words))
     finally:
         dist.reduce_scatter_tensor = scatter
-        run_pretrain.Pretraining, folds.Supervised = Pretraining, Supervised  # type: ignore[misc]
+        run_pretrain.Pretraining, finetune.Supervised = Pretraining, Supervised  # type: ignore[misc]
     (folder / f"seen-{job.name}-{rank}.json").write_text(json.dumps(rows))

@@ -12,9 +12,12 @@ from bat.io import read_jsonl
 from bat.nn.ema import ema_update
 from bat.nn.optim import adamw, param_groups
 from bat.objectives.masked_latent import MaskedLatent
-from bat.train.guard import Guard, poison
+from bat.train.callbacks import Metrics
+from bat.train.guard import Guard, GuardReport, spread_nan
 from bat.train.pretrain import Pretraining
 from bat.train.run_pretrain import pretrain
+from bat.train.stopping import Stopping
+from tests.train.runs import run_and_cut
 
 
 def model() -> torch.nn.Module:
@@ -28,14 +31,14 @@ def optimiser(module: torch.nn.Module, *, fused: bool = True) -> torch.optim.Opt
     return adamw(param_groups(module, weight_decay=0.05), lr=0.1)
 
 
-def backward(module: torch.nn.Module, scale: float = 1.0) -> None:
+def backward(module: torch.nn.Module) -> None:
     module.zero_grad()
     x = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
-    (module(x).square().mean() * scale).backward()
+    module(x).square().mean().backward()
 
 
 @pytest.mark.parametrize("clip", [None, 0.01, 100.0])
-def test_norm_and_clipping_are_pytorchs(clip: float | None) -> None:
+def test_guard__norm_and_clipping_are_pytorchs(clip: float | None) -> None:
     ours, theirs = model(), model()
     backward(ours)
     backward(theirs)
@@ -48,7 +51,9 @@ def test_norm_and_clipping_are_pytorchs(clip: float | None) -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_step_of_a_gradient_that_is_not_finite_moves_nothing(value: float, fused: bool) -> None:
+def test_guard__step_of_a_gradient_that_is_not_finite_moves_nothing(
+    value: float, fused: bool
+) -> None:
     module, guard = model(), Guard(1.0)
     optimizer = optimiser(module, fused=fused)
 
@@ -74,7 +79,7 @@ def test_a_step_of_a_gradient_that_is_not_finite_moves_nothing(value: float, fus
     assert not torch.equal(weights[0], next(module.parameters()))
 
 
-def test_the_teacher_stays_where_a_step_is_skipped_and_else_moves_as_ever() -> None:
+def test_ema_update__skipped_step_leaves_the_teacher() -> None:
     student, skipped, moved, plain = model(), model(), model(), model()
     with torch.no_grad():
         for p in student.parameters():
@@ -88,14 +93,14 @@ def test_the_teacher_stays_where_a_step_is_skipped_and_else_moves_as_ever() -> N
         assert not torch.equal(b, d)
 
 
-def test_poison_is_exact_for_finite_losses_and_spoils_the_gradient_of_others() -> None:
+def test_spread_nan__is_exact_for_finite_losses_and_spoils_the_gradient_of_others() -> None:
     x = torch.tensor([2.0, 3.0], requires_grad=True)
     loss = x.square().sum()
-    assert torch.equal(poison(loss), loss)
-    poison(loss).backward()
+    assert torch.equal(spread_nan(loss), loss)
+    spread_nan(loss).backward()
     assert torch.equal(x.grad, 2 * x.detach())
     y = torch.tensor([3e38, 3e38], requires_grad=True)  # the sum is infinite, its gradient is 1
-    poison(y.sum()).backward()
+    spread_nan(y.sum()).backward()
     assert y.grad.isnan().all()
 
 
@@ -118,13 +123,11 @@ def spoil(monkeypatch: pytest.MonkeyPatch, at) -> None:
     monkeypatch.setattr(Pretraining, "training_step", training_step)
 
 
-def test_a_run_goes_on_without_the_spoiled_step_and_writes_its_keys_down(
+def test_pretrain__spoiled_step_is_skipped_and_its_keys_are_listed(
     small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
     spoil(monkeypatch, lambda k: k == 5)  # the second micro-batch of the third step
-    words = ["train.accumulate=2", "data.batch=2", "train.log_every=1"]
-    monkeypatch.setattr(Pretraining, "on_train_batch_end", lambda *a: None, raising=False)
     states = []
     original = Pretraining.optimizer_step
 
@@ -133,7 +136,7 @@ def test_a_run_goes_on_without_the_spoiled_step_and_writes_its_keys_down(
         states.append({k: v.clone() for k, v in self.objective.state_dict().items()})
 
     monkeypatch.setattr(Pretraining, "optimizer_step", optimizer_step)
-    pretrain(small(*words, out=out))
+    pretrain(small("train.accumulate=2", "data.batch=2", "train.log_every=1", out=out))
     assert len(states) == 6
     same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in pairwise(states)]
     assert same == [False, True, False, False, False]  # neither student nor teacher moved
@@ -141,8 +144,7 @@ def test_a_run_goes_on_without_the_spoiled_step_and_writes_its_keys_down(
     assert [(r["step"], r["rank"], len(r["keys"]), r["loss"]) for r in rows] == [(3, 0, 2, None)]
     lines = read_jsonl(out / "metrics.jsonl")
     (event,) = [r for r in lines if r.get("event")]
-    assert event["event"] == "skipped"
-    assert event["step"] == 3
+    assert (event["event"], event["step"]) == ("skipped", 3)
     assert "step 3 skipped: its loss is not finite" in event["message"]
     losses = [r["loss"] for r in lines if "loss" in r]
     assert len(losses) == 6
@@ -150,69 +152,37 @@ def test_a_run_goes_on_without_the_spoiled_step_and_writes_its_keys_down(
     assert json.loads((out / "summary.json").read_text())["skipped_steps"] == 1
 
 
-def test_too_many_skipped_steps_end_the_run_and_name_the_keys(
+def test_pretrain__too_many_skipped_steps_end_the_run_and_are_listed_once(
     small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    spoil(monkeypatch, lambda k: k >= 2)
-    with pytest.raises(UserError, match=r"2 of the latest 100 steps were not finite .*bad_batches"):
-        pretrain(small("health.max_skipped=1", "train.steps=20", out=out))
-    assert len(read_jsonl(out / "bad_batches.jsonl")) == 2
+    spoil(monkeypatch, lambda k: k in (0, 2, 4))
+    config = small("health.max_skipped=2", "train.steps=20", out=out)
+    run_and_cut(monkeypatch, config, at=3)
+    assert [r["step"] for r in read_jsonl(out / "bad_batches.jsonl")] == [1, 3]
+    with pytest.raises(UserError, match=r"3 of the latest 100 steps were not finite .*bad_batches"):
+        pretrain(config)  # from step 2
+    assert [r["step"] for r in read_jsonl(out / "bad_batches.jsonl")] == [1, 3, 5]
     assert not (out / "export").exists()
 
 
-def test_skips_far_apart_do_not_end_a_run(tmp_path: Path) -> None:
-    from bat.train.callbacks import Metrics
-    from bat.train.guard import GuardReport
-    from bat.train.stopping import Stopping
+def test_guard_report__skips_far_apart_do_not_end_a_run(tmp_path: Path) -> None:
+    """Flags are read one step late, as on a GPU; a checkpoint holds them all the same."""
 
-    stopping = Stopping()
-    metrics = Metrics(every=1, progress=False)
-    report = GuardReport(Guard(None), tmp_path, most=1, metrics=metrics, stopping=stopping)
+    def report() -> GuardReport:
+        metrics = Metrics(every=1, progress=False)
+        return GuardReport(Guard(None), tmp_path, most=1, metrics=metrics, stopping=Stopping())
+
+    def skip(at: GuardReport, step: int) -> None:
+        at._unread.append((step, torch.tensor(1.0), None, [(["a"], torch.tensor(1.0))]))
+
+    first = report()
     for step in (10, 110, 210):
-        report._skipped(step, [(["a"], torch.tensor(1.0))])
-    assert not stopping.wanted
-    again = GuardReport(Guard(None), tmp_path, most=1, metrics=metrics, stopping=stopping)
-    again.load_state_dict(report.state_dict())
-    assert again.total == 3
-    again._skipped(309, [(["a"], torch.tensor(1.0))])
-    assert stopping.wanted
-
-
-def test_a_checkpoint_knows_of_the_step_just_skipped_though_it_was_not_read_yet(
-    tmp_path: Path,
-) -> None:
-    """As on a GPU, where the flag is read one step later."""
-    from bat.train.callbacks import Metrics
-    from bat.train.guard import GuardReport
-    from bat.train.stopping import Stopping
-
-    metrics = Metrics(every=1, progress=False)
-    report = GuardReport(Guard(None), tmp_path, most=1, metrics=metrics, stopping=Stopping())
-    report._waiting.append((4, torch.tensor(1.0), None, [(["a"], torch.tensor(float("nan")))]))
-    assert report.state_dict() == {"total": 1, "latest": [4]}
-
-
-def test_skipped_steps_that_are_done_again_are_listed_once(
-    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "run"
-    spoil(monkeypatch, lambda k: k in (0, 2))
-
-    class Cut(Exception):  # noqa: N818
-        pass
-
-    original = Pretraining.optimizer_step
-
-    def optimizer_step(self, epoch, batch_idx, *args):
-        if batch_idx == 3:
-            raise Cut
-        original(self, epoch, batch_idx, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Pretraining, "optimizer_step", optimizer_step)
-        with pytest.raises(Cut):
-            pretrain(small(out=out))
-    assert [r["step"] for r in read_jsonl(out / "bad_batches.jsonl")] == [1, 3]
-    pretrain(small(out=out))
-    assert [r["step"] for r in read_jsonl(out / "bad_batches.jsonl")] == [1, 3]
+        skip(first, step)
+    assert first.state_dict() == {"total": 3, "latest": [210]}
+    assert not first.stopping.wanted
+    again = report()
+    again.load_state_dict(first.state_dict())
+    skip(again, 309)
+    assert again.state_dict()["total"] == 4
+    assert again.stopping.wanted

@@ -14,23 +14,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from safetensors.torch import load_file
 
 from bat.config.running import Health
 from bat.errors import RESUME_ME, UserError
 from bat.io import read_jsonl
-from bat.train import health, watchdog
-from bat.train.health import LINES, HealthMonitor
+from bat.train import health
+from bat.train.health import LINES, FetchClock, HealthMonitor, Watchdog
 from bat.train.run_pretrain import pretrain
-from bat.train.watchdog import GRACE_SECONDS, FetchClock, Watchdog
-
-
-class Time:
-    """A clock that only tests move."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 1000.0
-        monkeypatch.setattr(watchdog, "time", SimpleNamespace(perf_counter=lambda: self.now))
+from tests.train.runs import weights
 
 
 class Events(list):
@@ -53,20 +44,6 @@ class Events(list):
 # --- waiting for batches
 
 
-class Slow(torch.utils.data.Dataset):
-    """Takes ten seconds a batch."""
-
-    def __init__(self, time: Time) -> None:
-        self.time = time
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        self.time.now += 10
-        return torch.zeros(1)
-
-
 class Fits(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -79,10 +56,19 @@ class Fits(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_only_waiting_for_the_loader_is_waiting(
+def test_fetch_clock__only_waiting_for_the_loader_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    time, clock = Time(monkeypatch), FetchClock()
+    now, clock = [1000.0], FetchClock()
+    monkeypatch.setattr(health, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Slow(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, i: int) -> torch.Tensor:
+            now[0] += 10
+            return torch.zeros(1)
 
     class Busy(Callback):
         """Probing, saving: hundreds of seconds, none of them the loader's."""
@@ -92,11 +78,11 @@ def test_only_waiting_for_the_loader_is_waiting(
 
         def on_train_batch_start(self, *args):
             assert clock.since is None
-            time.now += 300
+            now[0] += 300
 
         def on_train_batch_end(self, *args):
             assert clock.since is None
-            time.now += 700
+            now[0] += 700
 
     trainer = pl.Trainer(
         max_epochs=2,
@@ -108,145 +94,69 @@ def test_only_waiting_for_the_loader_is_waiting(
         enable_model_summary=False,
         default_root_dir=tmp_path,
     )
-    trainer.fit(Fits(), torch.utils.data.DataLoader(Slow(time)))
+    trainer.fit(Fits(), torch.utils.data.DataLoader(Slow()))
     assert clock.total == 2 * 4 * 10
     assert clock.since is None
 
 
-def guard(clock: FetchClock, **changes) -> tuple[Watchdog, Events, list[str], SimpleNamespace]:
-    said, left, run = Events(), [], SimpleNamespace(wanted=False)
-    dog = Watchdog(
-        clock,
-        **{"warn_seconds": 10, "stop_seconds": 25, **changes},
-        say=said.event,
-        sitting_on=lambda: ["worker 1: shard-000003.tar, clip dog-17, for 9 s"],
-        wanted=lambda: run.wanted,
-        leave=left.append,
-    )
-    dog._before = 0.0
-    return dog, said, left, run
+class Watched:
+    """A watchdog that is asked every second from ``start`` to ``end``."""
+
+    def __init__(self, warn: float = 10, stop: float = 25) -> None:
+        self.clock, self.said, self.left = FetchClock(), Events(), []
+        self.dog = Watchdog(
+            self.clock,
+            Health(stall_seconds=warn, stall_stop_seconds=stop),
+            say=self.said.event,
+            sitting_on=lambda: ["worker 1: shard-000003.tar, clip dog-17, for 9 s"],
+            leave=self.left.append,
+        )
+
+    def watch(self, start: float, end: float) -> float:
+        at = start
+        while at < end and not self.left:
+            at += 1.0
+            self.dog.check(at)
+        return at
 
 
-def watch(dog: Watchdog, start: float, end: float) -> float:
-    """Look every second from ``start`` to ``end``, as long as there is something to watch."""
-    at = start
-    while at < end:
-        at += 1.0
-        if dog.look(at):
-            break
-    return at
+def test_watchdog__stall_is_named_again_and_again_then_the_process_leaves() -> None:
+    run = Watched()
+    assert run.dog.tick == 1.0
+    run.clock.since = 0.0
+    assert run.watch(0, 9) == 9
+    assert not run.said
+    assert run.watch(9, 100) == 25
+    assert run.said.kinds == ["stall", "stall"]
+    assert run.said[0][1] == "no batch for 10 s: worker 1: shard-000003.tar, clip dog-17, for 9 s"
+    assert [facts["seconds"] for _, _, facts in run.said] == [10, 20]
+    assert run.left == ["no batch for 25 s (health.stall_stop_seconds=25)"]
 
 
-def test_a_stall_is_named_again_and_again_then_the_process_leaves() -> None:
-    clock = FetchClock()
-    dog, said, left, _ = guard(clock)
-    assert dog.tick == 1.0
-    clock.since = 0.5
-    assert watch(dog, 0, 9) == 9
-    assert not said
-    assert watch(dog, 9, 100) == 25
-    assert said.kinds == ["stall", "stall"]
-    assert said[0][1] == "no batch for 10 s: worker 1: shard-000003.tar, clip dog-17, for 9 s"
-    assert [facts["seconds"] for _, _, facts in said] == [10, 20]
-    assert left == ["no batch for 25 s (health.stall_stop_seconds=25)"]
+def test_watchdog__work_between_batches_is_no_stall_and_waits_do_not_add_up() -> None:
+    run = Watched()
+    run.watch(0, 1000)  # nobody waits: a long probing
+    for i in range(30):  # nine seconds for each batch
+        run.clock.since = 1000.0 + 10 * i
+        run.watch(run.clock.since, run.clock.since + 9)
+        run.clock.since = None
+        run.watch(1009.0 + 10 * i, 1010.0 + 10 * i)
+    assert not run.said
+    assert not run.left
 
 
-def test_work_between_batches_is_no_stall_and_waits_do_not_add_up() -> None:
-    clock = FetchClock()
-    dog, said, left, _ = guard(clock)
-    watch(dog, 0, 1000)  # nobody waits: a long probing
-    for i in range(100):  # nine seconds for each batch
-        clock.since = 1000.0 + 10 * i
-        watch(dog, clock.since, clock.since + 9)
-        clock.since = None
-        watch(dog, 1009.0 + 10 * i, 1010.0 + 10 * i)
-    assert not said
-    assert not left
-
-
-def test_a_batch_that_comes_after_all_is_told_once() -> None:
-    clock = FetchClock()
-    dog, said, left, _ = guard(clock)
-    clock.since = 0.0
-    watch(dog, 0, 15)
-    clock.since = 15.5  # the next wait has begun between two looks
-    watch(dog, 15, 20)
-    clock.since = None
-    watch(dog, 20, 40)
-    assert said.kinds == ["stall", "recovered"]
-    assert said[1][1] == "the loader goes on after 15 s"
-    assert not left
-
-
-def test_time_in_which_the_whole_process_was_stopped_does_not_count() -> None:
-    clock = FetchClock()
-    dog, said, left, _ = guard(clock)
-    clock.since = 0.0
-    watch(dog, 0, 3)
-    dog.look(3600.0)  # SIGSTOP, an hour, SIGCONT
-    watch(dog, 3600, 3604)
-    assert not said
-    assert not left
-
-
-@pytest.mark.parametrize(
-    ("changes", "kinds", "stops"),
-    [
-        ({"stop_seconds": 0}, ["stall"] * 10, False),
-        ({"warn_seconds": 0}, [], True),
-    ],
-)
-def test_zero_is_never(changes, kinds, stops) -> None:
-    clock = FetchClock()
-    dog, said, left, _ = guard(clock, **changes)
-    clock.since = 0.0
-    watch(dog, 0, 100)
-    assert said.kinds == kinds
-    assert bool(left) == stops
-
-
-def test_a_run_that_was_asked_to_end_does_not_wait_for_ever() -> None:
-    clock = FetchClock()
-    dog, _, left, run = guard(clock, stop_seconds=0)
-    clock.since = 0.0
-    watch(dog, 0, 500)
-    assert not left
-    run.wanted = True  # SIGTERM, and no batch end at which to save
-    assert watch(dog, 500, 1000) == 500 + GRACE_SECONDS
-    assert left == [f"asked to end, and no batch for {500 + GRACE_SECONDS:.0f} s"]
-
-
-def test_the_watch_goes_on_when_the_disk_is_full_and_ends_when_told(caplog) -> None:
-    tried = []
-
-    def say(*args, **facts):
-        tried.append(args)
-        raise OSError("no space left on device")
-
-    clock = FetchClock()
-    clock.since = 0.0
-    dog = Watchdog(
-        clock,
-        warn_seconds=0.02,
-        stop_seconds=0,
-        say=say,
-        sitting_on=list,
-        wanted=lambda: False,
-        leave=lambda why: None,
-    )
-    dog.start()
-    for _ in range(500):
-        if len(tried) > 1:
-            break
-        dog._end.wait(0.02)
-    assert len(tried) > 1
-    assert dog.is_alive()
-    dog.stop()
-    assert not dog.is_alive()
+@pytest.mark.parametrize(("warn", "stop", "stalls"), [(10, 0, 10), (0, 25, 0)])
+def test_watchdog__zero_is_never(warn: float, stop: float, stalls: int) -> None:
+    run = Watched(warn, stop)
+    run.clock.since = 0.0
+    run.watch(0, 100)
+    assert run.said.kinds == ["stall"] * stalls
+    assert bool(run.left) == bool(stop)
 
 
 HANG = """
-    import logging, sys, time
+    import logging, os, signal, sys
+    from pathlib import Path
     from types import SimpleNamespace
     import torch, lightning.pytorch as pl
     from bat.config.running import Health
@@ -254,7 +164,6 @@ HANG = """
     from bat.train.health import HealthMonitor
     from bat.train.stopping import Stopping
     from bat.train.trainer import JsonLines
-    from pathlib import Path
     out = Path(sys.argv[1])
 
     class Reads(torch.utils.data.Dataset):
@@ -262,7 +171,6 @@ HANG = """
             return 2
 
         def __getitem__(self, i):
-            import os, signal
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             (out / "worker").write_text(str(os.getpid()))
             if i == 1:
@@ -277,7 +185,7 @@ HANG = """
 
         def training_step(self, batch, batch_idx):
             loss = (batch + self.weight).sum()
-            self.figures = {"loss": loss.detach()}
+            self.scalars = {"loss": loss.detach()}
             return loss
 
         def configure_optimizers(self):
@@ -286,8 +194,17 @@ HANG = """
     logging.getLogger("bat").addHandler(logging.FileHandler(out / "train.log"))
     data = SimpleNamespace(sitting_on=lambda: ["worker 0: shard-000003.tar, clip dog-17"])
     metrics = Metrics(every=1, progress=False)
+    say, tried = metrics.event, []
+
+    def event(*args, **facts):
+        tried.append(args)
+        if len(tried) == 1:
+            raise OSError("no space left on device")
+        say(*args, **facts)
+
+    metrics.event = event
     monitor = HealthMonitor(
-        Health(stall_seconds=0.5, stall_stop_seconds=1.2),
+        Health(stall_seconds=0.5, stall_stop_seconds=1.7),
         metrics=metrics, stopping=Stopping(), data=data, objective=None,
     )
     pl.Trainer(
@@ -310,9 +227,10 @@ def gone(process: int) -> bool:
     return False
 
 
-def test_a_process_that_hangs_in_a_read_ends_with_resume_me_and_takes_its_workers(
+def test_watchdog__hanging_process_ends_with_resume_me_and_takes_its_workers(
     tmp_path: Path,
 ) -> None:
+    """The first warning meets a full disk: the watch continues."""
     os.mkfifo(tmp_path / "fifo")
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(HANG), str(tmp_path)],
@@ -344,20 +262,13 @@ def monitor(events: Events, **settings) -> HealthMonitor:
     )
 
 
-def trainer(device: str = "cpu", rank: int = 0) -> pl.Trainer:
-    strategy = SimpleNamespace(root_device=torch.device(device))
-    return SimpleNamespace(  # type: ignore[return-value]
-        is_global_zero=rank == 0, global_rank=rank, strategy=strategy, loggers=[]
-    )
-
-
 def lines(own: HealthMonitor, events: Events, *speeds: float, rank: int = 0) -> None:
     for speed in speeds:
         events.clips_per_second.append(speed)
-        own.on_train_batch_start(trainer(rank=rank), None)  # type: ignore[arg-type]
+        own.on_train_batch_start(SimpleNamespace(is_global_zero=rank == 0), None)  # type: ignore[arg-type]
 
 
-def test_a_drop_in_throughput_is_told_once_and_its_end_too() -> None:
+def test_throughput__drop_is_told_once_and_its_end_too() -> None:
     events = Events()
     own = monitor(events, slowdown=0.5)
     lines(own, events, 100, 90, 110, 100, 100, 51)
@@ -372,7 +283,7 @@ def test_a_drop_in_throughput_is_told_once_and_its_end_too() -> None:
     assert events[1][1] == "again 70 clips a second; the run's median is 100"
 
 
-def test_few_lines_no_share_or_another_rank_say_nothing() -> None:
+def test_throughput__few_lines_no_limit_or_another_rank_say_nothing() -> None:
     events = Events()
     lines(monitor(events), events, *[100] * (LINES - 1), 1)
     lines(monitor(events, slowdown=0), events, *[100] * LINES, 1)
@@ -380,28 +291,21 @@ def test_few_lines_no_share_or_another_rank_say_nothing() -> None:
     assert not events
 
 
-def test_gpu_memory_is_the_peak_since_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics__waiting_and_gpu_memory_are_those_of_the_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     events, reset = Events(), []
     own = monitor(events)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
-    own._measure(trainer())
-    assert set(events.extra) == {"loader_wait"}
-    own._measure(trainer("cuda:1"))
-    assert events.extra["gpu_memory_gb"] == 3
-    assert reset == [torch.device("cuda:1")]
-
-
-def test_the_share_of_waiting_is_that_of_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    events = Events()
-    own, now = monitor(events), SimpleNamespace(perf_counter=lambda: 50.0)
-    monkeypatch.setattr(health, "time", now)
+    monkeypatch.setattr(health, "time", SimpleNamespace(perf_counter=lambda: 50.0))
     own.clock.total, events.since = 10.0, 0.0
-    own._measure(trainer())
-    assert events.extra["loader_wait"] == pytest.approx(0.2)
+    own._measure(torch.device("cpu"))
+    assert events.extra == {"loader_wait": pytest.approx(0.2)}
     own.clock.total, events.since = 40.0, 10.0  # 30 more of 40 seconds
-    own._measure(trainer())
-    assert events.extra["loader_wait"] == pytest.approx(0.75)
+    own._measure(torch.device("cuda:1"))
+    assert events.extra == {"loader_wait": pytest.approx(0.75), "gpu_memory_gb": 3}
+    assert reset == [torch.device("cuda:1")]
 
 
 # --- whole runs
@@ -411,15 +315,13 @@ def health_rows(out: Path) -> list[dict]:
     return [r for r in read_jsonl(out / "metrics.jsonl") if "health/teacher_rank" in r]
 
 
-def test_a_run_tells_its_ranks_and_ends_with_the_weights_it_would_have_had(
-    small, tmp_path: Path
-) -> None:
+def test_health__watched_run_ends_with_the_weights_it_would_have_had(small, tmp_path: Path) -> None:
     watched, alone = tmp_path / "watched", tmp_path / "alone"
     words = ["model.drop_path=0.3", "train.accumulate=2"]
     pretrain(small("health.collapse_every=2", *words, out=watched))
     off = ["health.collapse=off", "health.stall_seconds=0", "health.stall_stop_seconds=0"]
     pretrain(small(*off, *words, out=alone))
-    left, right = (load_file(p / "export" / "model.safetensors") for p in (watched, alone))
+    left, right = weights(watched), weights(alone)
     assert all(torch.equal(left[n], right[n]) for n in left)
 
     rows = health_rows(watched)
@@ -427,32 +329,30 @@ def test_a_run_tells_its_ranks_and_ends_with_the_weights_it_would_have_had(
     names = {f"health/{who}_{what}" for who in ("teacher", "student") for what in ("rank", "std")}
     assert all(set(r) == {"step"} | names and all(r[n] > 0.2 for n in names) for r in rows)
     assert not health_rows(alone)
-    waits = [r["loader_wait"] for r in read_jsonl(watched / "metrics.jsonl") if "loss" in r]
+    every = read_jsonl(watched / "metrics.jsonl")
+    waits = [r["loader_wait"] for r in every if "loss" in r]
     assert len(waits) == 4
     assert all(0 < w < 1 for w in waits)
-    collapsed = [r for r in read_jsonl(watched / "metrics.jsonl") if r.get("event") == "collapse"]
-    assert not collapsed  # random weights have not collapsed, nor have they after six steps
-
-
-def teacher_of(values: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the looks find ``values`` in the teacher, one after the other; the student is well."""
-    left = iter(values)
-    first = {"rank": 20.0, "std": 1.0}
-    calls = [0]
-
-    def found(encoder, spectrogram):
-        calls[0] += 1
-        assert spectrogram.shape == (5, 1, 208, 128)
-        return first if calls[0] % 2 else next(left)  # the student's turn comes first
-
-    monkeypatch.setattr(health, "representation", found)
+    assert not [r for r in every if "event" in r]
 
 
 WELL, LOW = {"rank": 30.0, "std": 0.9}, {"rank": 30.0, "std": 0.01}
 FLAT, UNKNOWN = {"rank": 1.2, "std": 0.9}, {"rank": math.nan, "std": math.nan}
 
 
-def test_a_collapse_is_warned_of_once_until_it_is_over(
+def teacher_of(values: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the checks find ``values`` in the teacher, one after the other; the student is well."""
+    left, calls = iter(values), [0]
+
+    def found(encoder, spectrogram):
+        calls[0] += 1
+        assert spectrogram.shape == (5, 1, 208, 128)
+        return {"rank": 20.0, "std": 1.0} if calls[0] % 2 else next(left)  # the student is first
+
+    monkeypatch.setattr(health, "representation", found)
+
+
+def test_collapse__is_warned_of_once_until_it_is_over(
     small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher_of([WELL, LOW, FLAT, UNKNOWN, LOW, WELL], monkeypatch)
@@ -467,22 +367,15 @@ def test_a_collapse_is_warned_of_once_until_it_is_over(
     assert health_rows(tmp_path / "run")[3]["health/teacher_rank"] is None
 
 
-def test_a_collapse_that_stays_ends_the_run_where_asked(
+def test_collapse__that_stays_ends_the_run_where_asked(
     small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher_of([WELL, FLAT, WELL, LOW, LOW, WELL], monkeypatch)
     out = tmp_path / "run"
     with pytest.raises(UserError, match=r"step 5: clips look alike.*lower optim\.lr"):
         pretrain(small("health.collapse_every=1", "health.collapse=stop", out=out))
-    assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == [
-        "step-00000002.ckpt",
-        "step-00000004.ckpt",
-    ]
+    saved = sorted(p.name for p in (out / "checkpoints").glob("step-*"))
+    assert saved == ["step-00000002.ckpt", "step-00000004.ckpt"]
     assert not (out / "export").exists()
-
-
-def test_what_the_last_look_found_is_in_the_checkpoint() -> None:
-    before, after = monitor(Events()), monitor(Events())
-    before._low = 1
-    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
-    assert after._low == 1
+    states = torch.load(out / "checkpoints" / saved[-1], weights_only=True)["callbacks"]
+    assert json.dumps(states["HealthMonitor"]) == '{"low": 1}'  # a resumed run counts on

@@ -2,63 +2,30 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import bat
+from bat.audio.encode import encode
 from bat.config.compose import compose
 from bat.config.schema import Log, Pretrain
 from bat.errors import UserError
 from bat.io import read_jsonl
 from bat.seeding import derive_seed
 from bat.train import run_pretrain
-from bat.train.checkpointing import AtomicCheckpointIO, last_checkpoint
+from bat.train.checkpointing import last_checkpoint
+from bat.train.online import OnlineProbe
 from bat.train.pretrain import Pretraining, build_objective
+from bat.train.pretrain_data import open_stream
 from bat.train.run_pretrain import pretrain
 from bat.train.trainer import OneWandbRun
 from tests.toy import make_toy_shards
+from tests.train.runs import CutError, assert_same_run, metrics, run_and_cut, weights
 
 
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "export" / "model.safetensors")
-
-
-def metrics(out: Path) -> list[dict]:
-    """Rows without what the clock decides."""
-    rows = read_jsonl(out / "metrics.jsonl")
-    clock = ("clips_per_second", "loader_wait")
-    return [{k: v for k, v in r.items() if k not in clock} for r in rows]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    left, right = weights(a), weights(b)
-    assert set(left) == set(right)
-    different = [n for n in left if not torch.equal(left[n], right[n])]
-    assert not different, different
-    assert metrics(a) == metrics(b)
-
-
-class CutError(Exception):
-    """Stands for whatever ends a process."""
-
-
-def run_and_cut(monkeypatch: pytest.MonkeyPatch, config: Pretrain, at: int) -> None:
-    original = Pretraining.training_step
-
-    def step(self, batch, batch_idx):
-        if batch_idx == at:
-            raise CutError
-        return original(self, batch, batch_idx)
-
-    with monkeypatch.context() as m:
-        m.setattr(Pretraining, "training_step", step)
-        with pytest.raises(CutError):
-            pretrain(config)
-
-
-def test_a_run_leaves_exactly_these_files(small, tmp_path: Path) -> None:
+def test_pretrain__leaves_exactly_these_files(small, tmp_path: Path) -> None:
     out = tmp_path / "run"
     pretrain(small("online.every=3", "online.steps=2", out=out))
     found = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
@@ -81,6 +48,10 @@ def test_a_run_leaves_exactly_these_files(small, tmp_path: Path) -> None:
     assert summary["steps"] == 6
     assert summary["bad_clips"]["seen"] == 30
     assert [r["step"] for r in summary["online"]] == [0, 3, 6]
+    cost = summary["checkpoints"]
+    assert cost["written"] == 3
+    assert cost["mb"] > 1
+    assert 0 < cost["longest_stall_seconds"] <= cost["stall_seconds"] < 60
     rows = metrics(out)
     assert [r["step"] for r in rows if "loss" in r] == [1, 2, 4, 6]
     encoder = bat.load_encoder(out)
@@ -94,9 +65,10 @@ def test_a_run_leaves_exactly_these_files(small, tmp_path: Path) -> None:
         (3, ["model.drop_path=0.3"]),  # before the second checkpoint, dropout at work
         (9, ["train.accumulate=2", "data.batch=2"]),  # within an accumulation
         (5, ["data.workers=1", "online.every=2", "online.steps=2", "online.batch=4"]),
+        (1, ["online.every=3", "online.steps=2"]),  # before the first checkpoint: it begins anew
     ],
 )
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
+def test_pretrain__interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int, words: list[str]
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -107,10 +79,25 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     assert_same_run(whole, parts)
 
 
+def test_pretrain__damaged_newest_checkpoint_is_passed_over(
+    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    pretrain(small(out=whole))
+    run_and_cut(monkeypatch, small(out=out), at=5)
+    newest = out / "checkpoints" / "step-00000004.ckpt"
+    data = newest.read_bytes()
+    newest.unlink()
+    newest.write_bytes(data[: len(data) // 2])
+    assert last_checkpoint(out) == out / "checkpoints" / "step-00000002.ckpt"
+    pretrain(small(out=out))
+    assert_same_run(whole, out)
+
+
 def test_pretrain__modes_are_right_at_every_step_whatever_was_evaluated_before(
     small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Online probes and the look for collapse after each step. Drop path acts in the student."""
+    """Online probes and the check for collapse run after each step."""
     original, seen = Pretraining.training_step, []
 
     def step(self, batch, batch_idx):
@@ -120,26 +107,11 @@ def test_pretrain__modes_are_right_at_every_step_whatever_was_evaluated_before(
 
     monkeypatch.setattr(Pretraining, "training_step", step)
     words = ["online.every=1", "online.steps=1", "health.collapse_every=1", "train.steps=2"]
-    out = tmp_path / "run"
-    pretrain(small(*words, "model.drop_path=0.5", out=out))
+    pretrain(small(*words, "model.drop_path=0.5", out=tmp_path / "run"))
     assert seen == [[{True}, {False}]] * 2
-    pretrain(small(*words, "model.drop_path=0", out=tmp_path / "other"))
-    first, other = (metrics(o) for o in (out, tmp_path / "other"))
-    assert [r["loss"] for r in first if "loss" in r] != [r["loss"] for r in other if "loss" in r]
 
 
-def test_a_run_cut_before_its_first_checkpoint_begins_anew(
-    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = ["online.every=3", "online.steps=2"]
-    pretrain(small(*words, out=tmp_path / "whole"))
-    run_and_cut(monkeypatch, small(*words, out=tmp_path / "parts"), at=1)
-    assert read_jsonl(tmp_path / "parts" / "metrics.jsonl")
-    pretrain(small(*words, out=tmp_path / "parts"))
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_weights_that_are_not_finite_are_never_saved(
+def test_pretrain__weights_that_are_not_finite_are_never_saved(
     small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Pretraining.optimizer_step
@@ -159,37 +131,8 @@ def test_weights_that_are_not_finite_are_never_saved(
     assert not (tmp_path / "run" / "export").exists()
 
 
-def test_a_full_disk_is_named_and_leaves_no_half_file(tmp_path: Path) -> None:
-    target = tmp_path / "checkpoints" / "step-00000002.ckpt"
-    target.parent.mkdir()
-    (target.parent / ".step-00000002.ckpt.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"cannot write checkpoint.*free some space"):
-        AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(100_000)}, target)
-    assert not list(target.parent.iterdir())
-
-
-def test_online_probes_judge_several_labels_a_clip_by_map(small, tmp_path: Path) -> None:
-    from bat.audio.decode import encode
-
-    names = ["a;b", "b", "a", "c;a", "b;c", "c"] * 2
-    lines = ["path,labels,fold"]
-    for i, label in enumerate(names):
-        wave = torch.randn(16000, generator=torch.Generator().manual_seed(i)).numpy() * 0.1
-        (tmp_path / f"{i}.flac").write_bytes(encode(wave, sample_rate=16000, codec="flac"))
-        lines.append(f"{i}.flac,{label},{i // 6 + 1}")
-    (tmp_path / "mine.csv").write_text("\n".join(lines))
-    words = ["task=folder", f"data.root={tmp_path / 'mine.csv'}", "train.steps=2"]
-    pretrain(small(*words, "online.every=2", "online.steps=2", out=tmp_path / "run"))
-    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["online"]
-    assert [r["step"] for r in rows] == [0, 2]
-    assert set(rows[0]) >= {"map", "map_std"}
-    assert "accuracy" not in rows[0]
-
-
-@pytest.mark.parametrize(
-    "words", [[], ["train.accumulate=2", "data.batch=2"]], ids=["", "accumulate"]
-)
-def test_the_teacher_follows_once_after_each_real_step(small, tmp_path: Path, words) -> None:
+@pytest.mark.parametrize("words", [[], ["train.accumulate=2", "data.batch=2"]], ids=["1", "2"])
+def test_teacher__follows_once_after_each_step(small, tmp_path: Path, words: list[str]) -> None:
     config = small("train.steps=1", "objective.ema.start=0.75", *words, out=tmp_path / "run")
     torch.manual_seed(derive_seed(config.seed, "init"))
     start = build_objective(config).student.encoder.state_dict()
@@ -203,86 +146,11 @@ def test_the_teacher_follows_once_after_each_real_step(small, tmp_path: Path, wo
     assert moved > 20  # all but the position table
 
 
-def test_switches_build_what_they_say(small, tmp_path: Path) -> None:
-    def build(*words: str):
-        return build_objective(small(*words, out=tmp_path / "run")).student
-
-    assert not [n for n in build("model.gate=false").state_dict() if ".gate." in n]
-    assert [n for n in build().decoder.state_dict() if ".gate." in n]
-    assert type(build("objective.decoder=cnn").decoder).__name__ == "CNNDecoder"
-    narrow = build("objective.decoder=vit6h").decoder.blocks[0]
-    assert (narrow.attn.heads, narrow.mlp.fc1.out_features) == (6, 96)
-    wide = build().decoder.blocks[0]
-    assert (wide.attn.heads, wide.mlp.fc1.out_features) == (12, 192)
-    padded = build("frontend.pad=clip", "data.clip_seconds=0.5").encoder.frontend
-    assert (padded.pad, padded.clip_samples) == ("clip", 8000)
-    for part in ("encoder", "decoder"):
-        reference = getattr(build(), part).pos_embed
-        grid = getattr(build("model.pos_layout=grid"), part).pos_embed
-        assert not torch.equal(reference, grid)
-        torch.testing.assert_close(reference.sum(1), grid.sum(1))  # the same rows, elsewhere
-
-
-def test_another_seed_gives_another_run(small, tmp_path: Path) -> None:
-    pretrain(small(out=tmp_path / "a"))
-    pretrain(small("seed=1", out=tmp_path / "b"))
-    assert metrics(tmp_path / "a")[-1]["loss"] != metrics(tmp_path / "b")[-1]["loss"]
-
-
-def test_resuming_a_finished_run_changes_nothing(small, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    pretrain(small(out=out))
-    before, rows = weights(out), metrics(out)
-    summary = (out / "summary.json").read_text()
-    pretrain(small(out=out))
-    assert (out / "summary.json").read_text() == summary
-    assert all(torch.equal(before[n], t) for n, t in weights(out).items())
-    assert metrics(out) == rows
-
-
-def test_a_damaged_newest_checkpoint_is_passed_over(
-    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    pretrain(small(out=whole))
-    run_and_cut(monkeypatch, small(out=out), at=5)
-    newest = out / "checkpoints" / "step-00000004.ckpt"
-    data = newest.read_bytes()
-    newest.unlink()
-    newest.write_bytes(data[: len(data) // 2])
-    assert last_checkpoint(out) == out / "checkpoints" / "step-00000002.ckpt"
-    pretrain(small(out=out))
-    assert_same_run(whole, out)
-
-
-def test_continuing_with_other_settings_is_refused_with_the_difference(
-    small, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    pretrain(small("train.steps=2", out=out))
-    with pytest.raises(UserError) as caught:
-        pretrain(small("train.steps=2", "optim.lr=0.1", out=out))
-    assert "- optim.lr: 0.001" in str(caught.value)
-    assert "+ optim.lr: 0.1" in str(caught.value)
-    with pytest.raises(UserError, match=r"hardware\.precision"):
-        pretrain(small("train.steps=2", "hardware.precision=bf16-mixed", out=out))
-    pretrain(small("train.steps=2", "train.log_every=1", out=out))  # a safe one
-
-
-def test_a_folder_of_something_else_is_not_written_to(small, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("do not touch")
-    with pytest.raises(UserError, match="holds other things than a run"):
-        pretrain(small(out=tmp_path))
-
-
-def test_dry_run_writes_and_trains_nothing(
-    small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pretrain(small(out=tmp_path / "run"), dry_run=True)
-    assert not (tmp_path / "run").exists()
-    shown = capsys.readouterr().out
-    assert "10 clips (task toy; 5 classes: " in shown
-    assert "dry run: nothing was trained" in shown
+def test_switches__decoders_have_the_heads_of_the_paper(small, tmp_path: Path) -> None:
+    for kind, heads, hidden in (("vit12h", 12, 192), ("vit6h", 6, 96)):
+        config = small(f"objective.decoder={kind}", out=tmp_path / "run")
+        block = build_objective(config).student.decoder.blocks[0]
+        assert (block.attn.heads, block.mlp.fc1.out_features) == (heads, hidden)
 
 
 @pytest.mark.parametrize(
@@ -299,43 +167,65 @@ def test_dry_run_writes_and_trains_nothing(
         ["model.norm_order=pre"],
         ["objective.decoder_width=24"],
         ["objective.mask.ratio=0.6"],
-        ["optim.decay=matrices"],
+        ["model.drop_path=0.9"],
+        ["seed=1"],
         ["frontend.pad=waveform", "data.clip_seconds=1.5"],
     ],
     ids="+".join,
 )
-def test_every_ablation_switch_is_one_setting_and_acts(small, tmp_path: Path, words) -> None:
-    common = ["train.steps=2", "train.log_every=1"]
-    if len(words) > 1:
-        common.append(words.pop())  # both runs need it
-    pretrain(small(*common, out=tmp_path / "base"))
-    pretrain(small(*common, *words, out=tmp_path / "other"))
-    base, other = (
-        [r for r in metrics(tmp_path / name) if "loss" in r] for name in ("base", "other")
-    )
-    assert all(torch.isfinite(torch.tensor(r["loss"])) for r in other)
-    if words == ["optim.decay=matrices"]:  # the loss feels it a step later
-        assert any(not torch.equal(t, weights(tmp_path / "base")[n])
-                   for n, t in weights(tmp_path / "other").items())  # fmt: skip
-    else:
-        assert base[0]["loss"] != other[0]["loss"]
+def test_switches__each_is_one_setting_and_changes_the_loss(small, tmp_path, words) -> None:
+    common = words[1:]  # both need it
+
+    def loss(*words: str) -> float:
+        config = small(*words, out=tmp_path / "run")
+        torch.manual_seed(derive_seed(config.seed, "init"))
+        module = Pretraining(config)
+        return module.training_step(open_stream(config).data.first_batch(), 0).item()
+
+    found = loss(*words)
+    assert found == found
+    assert found != loss(*common)
 
 
-def test_gradient_clipping_acts(small, tmp_path: Path) -> None:
-    pretrain(small("train.steps=3", out=tmp_path / "a"))
-    pretrain(small("train.steps=3", "optim.clip_norm=0.001", out=tmp_path / "b"))
+def test_settings__clipping_and_bfloat16_act(small, tmp_path: Path) -> None:
+    pretrain(small("train.steps=2", out=tmp_path / "a"))
+    pretrain(small("train.steps=2", "optim.clip_norm=0.001", out=tmp_path / "b"))
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert any(not torch.equal(a[n], b[n]) for n in a)
+    words = ["hardware.precision=bf16-mixed", "train.steps=1", "data.batch=1"]
+    pretrain(small(*words, out=tmp_path / "half"))
+    assert {t.dtype for t in weights(tmp_path / "half").values()} == {torch.float32}
+    assert metrics(tmp_path / "half")[-1]["loss"] < 5
 
 
-def test_bf16_keeps_weights_and_losses_in_float32(small, tmp_path: Path) -> None:
+def test_pretrain__other_settings_or_a_strange_folder_are_refused(small, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    pretrain(small("hardware.precision=bf16-mixed", "train.steps=2", out=out))
-    assert {t.dtype for t in weights(out).values()} == {torch.float32}
-    assert metrics(out)[-1]["loss"] < 5
+    pretrain(small("train.steps=2", out=out))
+    with pytest.raises(UserError) as caught:
+        pretrain(small("train.steps=2", "optim.lr=0.1", out=out))
+    assert "- optim.lr: 0.001" in str(caught.value)
+    assert "+ optim.lr: 0.1" in str(caught.value)
+    with pytest.raises(UserError, match=r"hardware\.precision"):
+        pretrain(small("train.steps=2", "hardware.precision=bf16-mixed", out=out))
+    pretrain(small("train.steps=2", "train.log_every=1", out=out))  # a safe one
+    (tmp_path / "thesis.tex").write_text("do not touch")
+    with pytest.raises(UserError, match="holds other things than a run"):
+        pretrain(small(out=tmp_path))
+    with pytest.raises(UserError, match=r"no data given.*data\.shards=DIR"):
+        pretrain(compose(Pretrain, "pretrain", ["recipe=as2m"]))
 
 
-def test_as2m_builds_on_meta_without_touching_memory() -> None:
+def test_dry_run__writes_and_trains_nothing(
+    small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(small(out=tmp_path / "run"), dry_run=True)
+    assert not (tmp_path / "run").exists()
+    shown = capsys.readouterr().out
+    assert "10 clips (task toy; 5 classes: " in shown
+    assert "dry run: nothing was trained" in shown
+
+
+def test_as2m__builds_on_meta_and_starts_on_any_shards(tmp_path: Path) -> None:
     config = compose(Pretrain, "pretrain", ["recipe=as2m"])
     with torch.device("meta"):
         objective = build_objective(config)
@@ -343,60 +233,53 @@ def test_as2m_builds_on_meta_without_touching_memory() -> None:
     trainable = sum(p.numel() for p in objective.student.parameters())
     assert trainable == 139_395_840  # golden paper_config_param_counts
     assert objective.student.encoder.grid.tokens == 512
-
-
-def test_as2m_starts_on_any_shard_set(tmp_path: Path) -> None:
     shards = make_toy_shards(tmp_path / "toy")
     words = ["recipe=as2m", f"data.shards={shards}", f"out={tmp_path / 'run'}", "hardware=cpu"]
     words += ["model.width=48", "model.depth=1", "model.heads=2", "objective.decoder_depth=1"]
     words += ["data.batch=2", "data.global_batch=4", "data.workers=0", "objective.mask.views=2"]
-    words += ["train.steps=2"]
-    pretrain(compose(Pretrain, "pretrain", words))
+    pretrain(compose(Pretrain, "pretrain", [*words, "train.steps=2"]))
     assert bat.load_encoder(tmp_path / "run").grid.tokens == 512
 
 
-def test_masks_hang_on_seed_and_position_alone(small, tmp_path: Path) -> None:
-    def ids(positions: list[int], *words: str) -> torch.Tensor:
-        module = Pretraining(small(*words, out=tmp_path / "run"))
-        views = module.objective.draw_views(torch.tensor(positions)).keep_ids
-        return views.view(len(positions), -1)  # (B, V n)
-
-    both = ids([7, 8])
-    assert torch.equal(both, ids([7, 8]))
-    assert torch.equal(both.flip(0), ids([8, 7]))
-    assert torch.equal(both[:1], ids([7]))
-    assert not torch.equal(both[0], both[1])
-    assert not torch.equal(both, ids([7, 8], "seed=1"))
-    first, second = both[0].view(2, -1)  # two views of a clip
-    assert not torch.equal(first, second)
-
-
-def test_no_data_given_says_what_to_give() -> None:
-    with pytest.raises(UserError, match=r"no data given.*data\.shards=DIR"):
-        pretrain(compose(Pretrain, "pretrain", ["recipe=as2m"]))
-
-
-def test_online_probes_need_labels_and_say_so(small, tmp_path: Path) -> None:
-    from bat.audio.decode import encode
-
-    audio = tmp_path / "audio"
-    audio.mkdir()
-    for i in range(4):
+def test_online__several_labels_a_clip_are_scored_by_map_and_none_are_refused(
+    small, tmp_path: Path
+) -> None:
+    names = ["a;b", "b", "a", "c;a", "b;c", "c"] * 2
+    lines, bare = ["path,labels,fold"], ["path"]
+    for i, label in enumerate(names):
         wave = torch.randn(16000, generator=torch.Generator().manual_seed(i)).numpy() * 0.1
-        (audio / f"{i}.flac").write_bytes(encode(wave, sample_rate=16000, codec="flac"))
-    words = ["task=folder", f"data.root={audio}", "data.batch=2", "online.every=1"]
+        (tmp_path / f"{i}.flac").write_bytes(encode(wave, sample_rate=16000, codec="flac"))
+        lines.append(f"{i}.flac,{label},{i // 6 + 1}")
+        bare.append(f"{i}.flac")
+    (tmp_path / "mine.csv").write_text("\n".join(lines))
+    words = ["task=folder", f"data.root={tmp_path / 'mine.csv'}", "train.steps=2"]
+    words += ["online.every=2", "online.steps=2"]
+    pretrain(small(*words, out=tmp_path / "run"))
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["online"]
+    assert [r["step"] for r in rows] == [0, 2]
+    assert set(rows[0]) >= {"map", "map_std"}
+    assert "accuracy" not in rows[0]
+    (tmp_path / "bare.csv").write_text("\n".join(bare))
+    words[1] = f"data.root={tmp_path / 'bare.csv'}"
     with pytest.raises(UserError, match="online probes need labelled clips"):
-        pretrain(small(*words, out=tmp_path / "run"))
-    pretrain(small(*words[:-1], "train.steps=1", out=tmp_path / "unlabelled"))
+        pretrain(small(*words, out=tmp_path / "none"))
 
 
-def test_wandb_offline_writes_locally_and_nothing_by_default(
+def test_online__probes_have_every_setting_of_their_head() -> None:
+    config = compose(Pretrain, "pretrain", ["recipe=toy", "online.head.dropout=0.3"])
+    online = SimpleNamespace(
+        config=config, index=SimpleNamespace(classes=5), task=SimpleNamespace(per_class=20)
+    )
+    built = OnlineProbe.build(online, "cgp")  # type: ignore[arg-type]
+    assert built.dropout.p == 0.3
+    assert len(built.prototypes) == config.online.head.prototypes
+
+
+def test_wandb__offline_run_logs_a_step_once_over_all_starts(
     small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     pytest.importorskip("wandb", reason="wandb is an extra: bat-audio[wandb]")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    pretrain(small("train.steps=1", out=tmp_path / "without"))
-    assert not (tmp_path / "without" / "wandb").exists()
     config = small("log.wandb=offline", "train.save_every=3", out=tmp_path / "with")
     run_and_cut(monkeypatch, config, 4)  # steps 1, 2 and 4 are logged, 3 is saved
     logged = spied_steps(monkeypatch)
@@ -422,7 +305,7 @@ def spied_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
-def test_one_run_of_wandb_over_all_starts_whose_steps_only_grow(tmp_path, monkeypatch) -> None:
+def test_wandb__a_fold_and_a_new_start_have_runs_of_their_own(tmp_path, monkeypatch) -> None:
     wandb = pytest.importorskip("wandb", reason="wandb is an extra: bat-audio[wandb]")
     began: list[dict] = []
     done: list[str] = []
@@ -439,34 +322,28 @@ def test_one_run_of_wandb_over_all_starts_whose_steps_only_grow(tmp_path, monkey
             done.append(self.id)
 
     monkeypatch.setattr(wandb, "init", Run)
+    logged = spied_steps(monkeypatch)
 
-    def start(name: str, *, resumed: bool) -> OneWandbRun:
+    def start(name: str, *steps: int, resumed: bool = False) -> OneWandbRun:
         out = tmp_path / name
         (out / "wandb").mkdir(parents=True, exist_ok=True)
-        return OneWandbRun(Log(wandb="online"), out, name, resumed=resumed)
+        run = OneWandbRun(Log(wandb="online"), out, name, resumed=resumed)
+        for step in steps:
+            run.log_metrics({"loss": 1.0}, step)
+            run.log_metrics({"online/cgp/map": 0.5}, step)
+        return run
 
-    first = start("fold-1", resumed=False)
-    logged = spied_steps(monkeypatch)
-    first.log_metrics({"loss": 1.0}, 10)
-    first.log_metrics({"loss": 1.0}, 20)
-    again = start("fold-1", resumed=True)  # from a checkpoint of step 10
-    again.log_metrics({"online/cgp/map": 0.5}, 10)
-    again.log_metrics({"loss": 1.0}, 20)
-    again.log_metrics({"online/cgp/map": 0.5}, 20)  # this one was not logged before
-    again.log_metrics({"loss": 1.0}, 30)
-    assert logged == [10, 20, 20, 30]
-    again.finalize("success")
-    other = start("fold-2", resumed=False)
-    other.log_metrics({"loss": 1.0}, 1)
-    anew = start("fold-1", resumed=False)  # no checkpoint: nothing of the first run counts
-    anew.log_metrics({"loss": 1.0}, 1)
+    start("fold-1", 10, 20)
+    start("fold-1", 10, 20, 30, resumed=True).finalize("success")
+    assert logged == [10, 10, 20, 20, 30, 30]
+    start("fold-2", 1)
+    start("fold-1", 1)  # no checkpoint: nothing of the first run counts
     ids = [words["id"] for words in began]
     assert ids[0] == ids[1] == done[0]
     assert len(set(ids)) == 3
-    assert all("anonymous" not in words for words in began)
 
 
-def test_a_summary_counts_all_starts_and_a_finished_run_has_nothing_to_do(
+def test_pretrain__finished_run_has_nothing_to_do_and_refuses_other_data(
     small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     config = small("train.save_every=2", out=(out := tmp_path / "run"))
@@ -482,8 +359,7 @@ def test_a_summary_counts_all_starts_and_a_finished_run_has_nothing_to_do(
     trained = saved["callbacks"]["Checkpoints"]["training_seconds"]
     pretrain(config)
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["checkpoints"]["written"] == 3
-    assert summary["checkpoints"]["mb"] > 0
+    assert summary["checkpoints"]["written"] == 3  # over both starts
     assert summary["seconds"] >= round(trained, 1) > 0
     assert summary["clips_per_second"] > 0
     assert summary["precision"] == "32-true"
@@ -499,3 +375,4 @@ def test_a_summary_counts_all_starts_and_a_finished_run_has_nothing_to_do(
         pretrain(small("train.save_every=2", f"data.shards={other}", out=out))
     assert before == {p: p.read_bytes() for p in before}
     assert (out / "train.log").read_text() == log
+    assert read_jsonl(out / "metrics.jsonl")

@@ -10,17 +10,18 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from bat import load_encoder
 from bat.config.compose import compose
-from bat.config.schema import Finetune
+from bat.config.schema import Finetune, Probe
 from bat.data.index import open_index
 from bat.encoders.bat import BAT
 from bat.errors import UserError
-from bat.eval.fit import predict
 from bat.eval.heads import load_head
 from bat.eval.prepare import prepare
+from bat.eval.probe import probe
+from bat.nn import block
 from bat.nn.losses import LOSSES
 from bat.probes.base import build_probe
-from bat.train import fitting, folds
-from bat.train.finetune import finetune
+from bat.train import fitting
+from bat.train.finetune import Folds, finetune
 from bat.train.supervised import Supervised
 from bat.types import Grid, WaveBatch
 from bat.weights import export
@@ -71,7 +72,7 @@ def _batch(clips: int = 4) -> WaveBatch:
     )
 
 
-def test_groups_hold_every_parameter_once_scaled_by_layer(config, encoder):
+def test_optimizer__groups_hold_every_parameter_once_scaled_by_layer(config, encoder):
     module = _module(config("optim.layer_decay=0.5"), encoder)
     groups = module.configure_optimizers().param_groups
     named = {n: g for g in groups for n in g["param_names"]}
@@ -96,7 +97,7 @@ def test_groups_hold_every_parameter_once_scaled_by_layer(config, encoder):
          "augment.time_roll=true"],
     ],
 )  # fmt: skip
-def test_each_augmentation_acts_and_repeats(config, encoder, words):
+def test_augmentation__each_acts_and_repeats(config, encoder, words):
     def augmented(*own: str, seed: int = 0):
         module = _module(config(*own), encoder)
         x, targets, patches = module.augmented(_batch(), torch.Generator().manual_seed(seed))
@@ -139,7 +140,7 @@ QUIET = ["augment.noise_p=0", "augment.spec_freq=0", "augment.spec_time=0"]
 
 
 @pytest.mark.parametrize("mixed", [0, 1])
-def test_clips_of_their_own_length_train_as_each_alone(config, encoder, mixed):
+def test_lengths__clips_train_as_each_alone(config, encoder, mixed):
     """Without ``frames`` no clip sees its padding; a mixed clip is as long as the longer."""
     module = _module(config(*QUIET, f"augment.mixup_p={mixed}", "drop_path=0"), encoder)
     module.frames = None
@@ -149,7 +150,8 @@ def test_clips_of_their_own_length_train_as_each_alone(config, encoder, mixed):
     x, targets, patches = module.augmented(batch, torch.Generator().manual_seed(0))
     assert patches.tolist() == ([13, 4, 4, 13] if mixed else [13, 2, 4, 7])
     assert targets.shape == (4, 5)
-    logits = module.head(module.encoded(x, patches))
+    features = module.backbone.features_alone(x, patches, total=13)
+    logits = module.head(features)
     for row, own in enumerate(patches.tolist()):
         alone = module.head(module.backbone.features(x[row : row + 1, :, : 16 * own]))
         torch.testing.assert_close(logits[row], alone[0], atol=1e-5, rtol=1e-5)
@@ -157,31 +159,6 @@ def test_clips_of_their_own_length_train_as_each_alone(config, encoder, mixed):
             wave = batch.waves[row, : batch.lengths[row]]
             alone = module.head(module.backbone(wave))
             torch.testing.assert_close(logits[row], alone[0], atol=1e-5, rtol=1e-5)
-
-
-def test_drop_path_is_set_linearly(config, encoder):
-    module = _module(config("drop_path=0.3"), encoder)
-    rates = [float(b.drop_path.rate) for b in module.backbone.blocks]
-    assert rates == pytest.approx([0, 0.3])
-
-
-def _losses(out) -> list[float]:
-    lines = (out / "fold-1" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
-
-
-def test_finetune__drop_path_and_dropout_act_in_a_fit(config, tmp_path):
-    """From the same start, with the same clips and no augmentation: only they can differ."""
-    plain = ["folds=[1]", "train.log_every=1", "augment.noise_p=0", "augment.spec_freq=0",
-             "augment.spec_time=0", "drop_path=0", "head.dropout=0"]  # fmt: skip
-
-    def losses(name: str, *words: str) -> list[float]:
-        return _losses(finetune(config(*plain, *words, f"out={tmp_path}/{name}")))
-
-    without = losses("without")
-    assert losses("again") == without
-    assert losses("drop-path", "drop_path=0.9")[0] != without[0]
-    assert losses("dropout", "head.dropout=0.9")[0] != without[0]
 
 
 class _Modes(Callback):
@@ -208,16 +185,20 @@ def test_finetune__everything_trains_until_the_last_step(config, tmp_path, monke
     assert all(all(seen.values()) for seen in modes.seen)
 
 
-def test_predict__leaves_modes_as_they_were(config, encoder):
-    module = _module(config("head.dropout=0.5"), encoder)
-    features = module.backbone.eval().features(torch.rand(2, 1, 208, 128))
-    batches = [(features, torch.eye(5)[:2])]
-    for training in (True, False):
-        module.head.train(training)
-        first, _ = predict({"head": module.head}, iter(batches))
-        second, _ = predict({"head": module.head}, iter(batches))
-        assert torch.equal(first["head"], second["head"])  # no dropout
-        assert all(m.training == training for m in module.head.modules())
+def test_step__drop_path_and_dropout_act(config, encoder):
+    """From the same start with the same clips and no augmentation: only they can differ."""
+
+    def loss(*words: str) -> float:
+        words = (*QUIET, "augment.mixup_p=0", *words)
+        module = _module(config(*words), encoder)
+        module.head.train()
+        return module.training_step(_batch(), 0).item()
+
+    module = _module(config("drop_path=0.3"), encoder)
+    assert [float(b.drop_path.rate) for b in module.backbone.blocks] == pytest.approx([0, 0.3])
+    without = loss("drop_path=0")
+    assert loss("drop_path=0") == without
+    assert loss("drop_path=0.9") != without
 
 
 class _KilledError(Exception):
@@ -239,7 +220,7 @@ def _weights(out, fold: int) -> dict[str, torch.Tensor]:
     return {**head.state_dict(), **encoder.state_dict()}
 
 
-def test_killed_and_continued_equals_uninterrupted(config, tmp_path, monkeypatch):
+def test_finetune__killed_and_resumed_equals_uninterrupted(config, tmp_path, monkeypatch):
     whole = finetune(config(f"out={tmp_path}/whole"))
     build, kills = fitting.build_trainer, []
 
@@ -267,24 +248,10 @@ def test_killed_and_continued_equals_uninterrupted(config, tmp_path, monkeypatch
     assert [r["step"] for r in rows] == [1, 2, 4]
 
 
-def test_training_learns_the_clips(config, tmp_path):
-    words = ["train.steps=20", "optim.lr=0.01", "optim.warmup_steps=3", "augment.noise_p=0",
-             "augment.spec_freq=0", "folds=[1]", "drop_path=0", "head.dropout=0"]  # fmt: skip
-    out = finetune(config(*words))
-    rows = [json.loads(line) for line in (out / "fold-1/metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
-
-
-def test_other_settings_in_the_same_folder_are_refused(config):
-    finetune(config("train.steps=1", "folds=[1]"))
-    with pytest.raises(UserError, match="run with other settings"):
-        finetune(config("train.steps=2", "folds=[1]"))
-
-
 QUICK = ("train.steps=1", "folds=[1]")
 
 
-def test_only_the_first_process_writes_the_summary(config, tmp_path, monkeypatch, capsys):
+def test_finetune__only_the_first_process_writes_the_summary(config, tmp_path, monkeypatch, capsys):
     out = finetune(config(*QUICK))
     (out / "summary.json").unlink()
     shutil.rmtree(out / "plots")
@@ -296,7 +263,7 @@ def test_only_the_first_process_writes_the_summary(config, tmp_path, monkeypatch
     assert not (out / "plots").exists()
 
 
-def test_a_finished_fold_of_something_else_is_not_taken(config, tmp_path):
+def test_finetune__finished_fold_of_something_else_is_refused(config, tmp_path):
     def encoder(seed: int) -> None:
         torch.manual_seed(seed)
         model = BAT(width=16, depth=2, heads=2, grid=Grid(13, 8))
@@ -325,7 +292,7 @@ def test_a_finished_fold_of_something_else_is_not_taken(config, tmp_path):
         finetune(config(*words))
 
 
-def test_held_out_clips_that_cannot_be_read_are_counted(config, tmp_path, capfd):
+def test_finetune__held_out_clips_that_cannot_be_read_are_counted(config, tmp_path, capfd):
     root = make_toy_shards(tmp_path / "toy", seconds=2.0)
     index = open_index(root)
     bad = int(index.clips_in_fold(1)[0])
@@ -340,13 +307,13 @@ def test_held_out_clips_that_cannot_be_read_are_counted(config, tmp_path, capfd)
     assert result["held_out_bad"]["seen"] == 5
     assert list(result["held_out_bad"]["keys"]) == [index.key(bad)]
     assert json.loads((out / "summary.json").read_text())["held_out_bad"]["1"]["seen"] == 5
-    assert "judging: 1 of 5 clips unreadable (1 corrupt)" in capfd.readouterr().err
+    assert "evaluation: 1 of 5 clips unreadable (1 corrupt)" in capfd.readouterr().err
 
 
-def test_short_clips_are_placed_at_random_in_training(config, tmp_path):
+def test_pad_offset__short_clips_are_placed_at_random(config, tmp_path):
     words = ("pad=waveform", "pad_offset=random", "data.clip_seconds=2.05", "data.roll=false")
     ready = prepare(config(*words))
-    run = folds.Folds(ready, tmp_path)
+    run = Folds(ready, tmp_path)
     batch = next(iter(run.data(ready.rounds[0]).train_dataloader()))
     assert batch.lengths.tolist() == [32_800] * 5  # the whole window is signal
     starts = [int(wave.nonzero()[0]) for wave in batch.waves]
@@ -354,7 +321,36 @@ def test_short_clips_are_placed_at_random_in_training(config, tmp_path):
     assert max(starts) <= 800
 
 
-def test_what_a_head_adds_to_the_loss_is_in_the_step(config, encoder):
+def test_hardware__blocks_are_compiled_and_recomputed(config, tmp_path, monkeypatch):
+    compiled, recomputed, real = [], [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **_: compiled.append(f) or real(f, backend="eager")
+    )
+    checkpoint = block.checkpoint
+    monkeypatch.setattr(
+        block, "checkpoint", lambda *a, **k: recomputed.append(1) or checkpoint(*a, **k)
+    )
+    found = {}
+    for word in ("seed=0", "hardware.compile=blocks", "hardware.activation_checkpointing=true"):
+        compiled.clear()
+        recomputed.clear()
+        words = ("folds=[1]", "train.steps=2", "train.log_every=1", f"out={tmp_path}/{word}")
+        out = finetune(config(*words, word))
+        rows = (out / "fold-1/metrics.jsonl").read_text().splitlines()
+        found[word] = [json.loads(row)["loss"] for row in rows]
+        assert len(compiled) == (2 if "compile" in word else 0)  # two blocks
+        assert len(recomputed) == (4 if "checkpointing" in word else 0)  # in two steps
+    compiled.clear()
+    words = [f"checkpoint={tmp_path}/seed=0/fold-1/export", "recipe=toy", "folds=[1]"]
+    words += ["methods=[linear]", "train.steps=2", f"data.cache={tmp_path}/shards"]
+    probe(compose(Probe, "probe", [*words, "hardware.compile=blocks", f"out={tmp_path}/probe"]))
+    assert len(compiled) == 2
+    plain, *others = found.values()
+    assert len(plain) == 2
+    assert all(losses == pytest.approx(plain, rel=1e-5) for losses in others)
+
+
+def test_head__what_it_adds_to_the_loss_is_in_the_step(config, encoder):
     """The group lasso of h2t: heavier by its weight times its penalty, nothing else."""
     losses, penalty = [], 0.0
     for lasso in (0.0, 0.5):

@@ -6,7 +6,7 @@ training waiting. ``safe_ms``: until ours is safe. *verify*: reading a checkpoin
 after each write and at each resume.
 
 *checks*: the parts of a step that only watch (norm of all gradients and the decision to skip, one
-micro-batch's figures, the look for collapse over the steps between two), as a share of the step
+micro-batch's scalars, the check for collapse over the steps between two), as a share of the step
 they belong to. Parts are timed alone: a difference of two steps would drown in noise.
 """
 
@@ -27,7 +27,7 @@ from benchmarks.step import QUICK, OursStep, settings
 from benchmarks.timing import attempted, here, medians, seconds_of
 
 ABOUT = "checkpoints: ratio = time that training waits, plain / ours; checks: share of a step"
-LOOK_EVERY, LOOK_CLIPS = Health().collapse_every, 8
+CHECK_EVERY, CHECK_CLIPS = Health().collapse_every, 8
 
 
 def state_of(ours: OursStep) -> dict[str, Any]:
@@ -80,13 +80,13 @@ def checkpoint(case: str, words: list[str], *, repeats: int) -> Iterator[dict[st
 def checks(case: str, words: list[str], *, repeats: int) -> Iterator[dict[str, Any]]:
     ours = OursStep(settings(words), here())
     module, optimizer = ours.module, ours.optimizer
-    few = ours.spectrogram()[:LOOK_CLIPS]
+    few = ours.spectrogram()[:CHECK_CLIPS]
     ours()
     ours.loss().backward()
     gradients = [(p, p.grad) for p in module.parameters() if p.grad is not None]
     encoders = module.objective.encoders().values()
 
-    def look() -> None:
+    def check() -> None:
         for encoder in encoders:
             representation(encoder, few)
 
@@ -95,30 +95,30 @@ def checks(case: str, words: list[str], *, repeats: int) -> Iterator[dict[str, A
             p.grad = gradient
         module.guard.inspect(optimizer, module.parameters())
 
-    def figures() -> None:
-        values = torch.stack([value.float() for value in module.figures.values()])
+    def scalars() -> None:
+        values = torch.stack([value.float() for value in module.scalars.values()])
         finite = torch.isfinite(values)
         torch.stack([values.where(finite, 0), finite.float()]).tolist()
 
-    module.figures = {str(i): torch.ones((), device=ours.device) for i in range(6)}
+    module.scalars = {str(i): torch.ones((), device=ours.device) for i in range(6)}
     taken = medians(
         {
             "step": ours,
             "guard": guard,
-            "figures": figures,
-            "look": look,
+            "scalars": scalars,
+            "check": check,
         },
         repeats=repeats,
         title=case,
         device=ours.device,
     )
-    own = taken["guard"] + taken["figures"] + taken["look"] / LOOK_EVERY
+    own = taken["guard"] + taken["scalars"] + taken["check"] / CHECK_EVERY
     yield {
         "case": f"checks, {case}",
         "step_ms": 1e3 * taken["step"],
         "guard_ms": 1e3 * taken["guard"],
-        "figures_ms": 1e3 * taken["figures"],
-        "look_ms": 1e3 * taken["look"],
+        "scalars_ms": 1e3 * taken["scalars"],
+        "check_ms": 1e3 * taken["check"],
         "share_percent": 100 * own / taken["step"],
     }
 

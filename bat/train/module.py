@@ -1,0 +1,96 @@
+"""Base of the LightningModules: a step that can be skipped, the scheduled rate, FSDP2 units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from bat import __version__
+from bat.config.compose import to_dict
+from bat.config.schema import Finetune, Pretrain
+from bat.nn.optim import set_lr
+from bat.redact import redact_tree
+from bat.train.guard import Guard, spread_nan
+from bat.types import WaveBatch
+
+T = TypeVar("T")
+
+
+class TrainingModule(pl.LightningModule):
+    """A module whose ``training_step`` returns ``finished``, and that ``hardware=fsdp`` splits."""
+
+    def __init__(self, config: Pretrain | Finetune) -> None:
+        super().__init__()
+        self.config: Any = config
+        self.scalars: dict[str, Tensor] = {}
+        """Scalars of the latest micro-batch, on the device, for ``Metrics``."""
+        self.clips = 0
+        """Clips of the latest micro-batch."""
+        self.guard = Guard(config.optim.clip_norm)
+
+    def finished(self, batch: WaveBatch, scalars: dict[str, Tensor]) -> Tensor:
+        """Records the scalars of a micro-batch; returns its loss for the backward pass."""
+        loss = scalars["loss"]
+        self.clips = batch.waves.shape[0]
+        self.scalars = {name: scalar.detach() for name, scalar in scalars.items()}
+        self.scalars["grad_norm"] = torch.full_like(loss, torch.nan)  # known before the step
+        self.guard.note(batch, loss)
+        return spread_nan(loss)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """Steps the optimiser at the scheduled rate."""
+        done, optim = self.global_step, self.config.optim
+        set_lr(
+            optimizer,
+            done,
+            lr=optim.lr,
+            warmup_steps=optim.warmup_steps,
+            total_steps=self.config.train.steps,
+            min_lr=optim.min_lr,
+        )
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        assert self.guard.skip is not None
+        self.after_step(done, skip=self.guard.skip)
+
+    def after_step(self, step: int, *, skip: Tensor) -> None:
+        """Called after each optimiser step, see ``Objective.after_step``."""
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Computes the gradients' norm, clips them and decides whether to skip the step."""
+        self.scalars["grad_norm"] = self.guard.inspect(optimizer, self.parameters())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds provenance to every checkpoint."""
+        checkpoint["bat"] = {"version": __version__, "config": redact_tree(to_dict(self.config))}
+
+    def units(self) -> list[nn.Module]:
+        """Returns the modules gathered one at a time, in order of use; called by their forward."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Shards the module; Lightning calls it in each process once all are connected."""
+        mesh = self.device_mesh
+        if mesh is None or isinstance(self, FSDPModule):
+            return
+        # always freed after the forward: a forward without backward (teacher, probes)
+        # would leave the weights gathered, and the EMA would not update the shards
+        how: dict[str, Any] = {"mesh": mesh["data_parallel"], "reshard_after_forward": True}
+        for unit in self.units():
+            fully_shard(unit, **how)
+        fully_shard(self, **how)
+        for method in ("training_step", "within"):
+            register_fsdp_forward_method(self, method)
+        whole = [name for name, p in self.named_parameters() if not isinstance(p, DTensor)]
+        assert not whole, f"not sharded: {whole}"
+
+    def within(self, what: Callable[[], T]) -> T:
+        """Calls ``what`` with gathered weights, as in a step. **Every rank must call it.**"""
+        return what()
