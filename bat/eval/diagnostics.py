@@ -101,7 +101,7 @@ def encoder_statistics(
     }
 
 
-def choose_clips(logits: Tensor, targets: Tensor, *, count: int) -> list[tuple[int, int]]:
+def best_clips(logits: Tensor, targets: Tensor, *, count: int) -> list[tuple[int, int]]:
     """Returns pairs (class, row): for each of ``count`` classes its clip with the highest score.
 
     ``logits`` and ``targets`` (n, C), or (n, T, C) at frame level. The classes are those with most

@@ -176,7 +176,7 @@ def _of_run(folder: Path, *, task: str, metric: str, data: str) -> float:
         raise UserError(f"finetuned={folder} is of task '{of}', this probing of '{task}'")
     if run.get("data", data) != data:
         raise UserError(
-            f"finetuned={folder} was judged on other clips, labels or folds than this probing: "
+            f"finetuned={folder} was evaluated on other clips, labels or folds than this run: "
             "give a run on the same data, or its number in percent if you know that they agree"
         )
     return value

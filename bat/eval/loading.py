@@ -136,15 +136,16 @@ def weights_digest(backbone: Encoder) -> str:
 
 
 def data_of_run(config: Supervised) -> tuple[Data, str]:
-    """Returns ``config.data``, filled in with the data of the checkpoint's run if it names none.
+    """Returns ``config.data``, filled in with the data of a checkpoint's run if it names none.
 
-    These are root, CSV or shards. The second value is a line to print if they were taken from the
-    run, else empty. A ``config.yaml`` of another program is ignored.
+    These are root, CSV or shards of the first checkpoint whose run has some. The second value is a
+    line to print if they were taken from the run, else empty. A ``config.yaml`` of another program
+    is ignored.
     """
     data = config.data
     if data.root or data.shards or data.csv:
         return data, ""
-    for file in _config_files(given(config)):
+    for file in (file for name in several(config) for file in _config_files(name)):
         for task, root, csv, shards in _sources(file):
             if task == config.task and any(HIDDEN in s for s in (root or csv or "", *shards)):
                 raise UserError(

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from bat.eval.encoder_list import RANDOM
-from bat.eval.run_diagnostics import maps_of
-from bat.eval.suite import Evaluation
+from bat.eval.evaluation import Evaluation
 from bat.metrics.base import describe
 from bat.report import insight_plots, probe_plots
 from bat.report.page import COMPARISONS
@@ -47,7 +46,7 @@ def draw_encoder(folder: Path, evaluation: Evaluation, entry: dict[str, Any]) ->
         chance = chance_of(metric, len(evaluation.ready.labels))
         path = folder / "folds.png"
         drawn.append(plot_folds(folds, path, metric=TITLES[metric], chance=chance))
-    name, maps = maps_of(evaluation)
+    name, maps = evaluation.maps()
     if maps:
         path = folder / f"{MAPS}{name}.png"
         drawn.append(insight_plots.plot_prototype_maps(maps, path))

@@ -23,7 +23,7 @@ from bat.metrics.bootstrap import interval
 from bat.metrics.ranking import summarise
 from bat.report.sections import TITLES
 
-HOW = "weights after the last step, judged on the held-out clips; nothing was selected on them"
+HOW = "weights after the last step, evaluated on the held-out clips; nothing was selected on them"
 SHOWN = ("accuracy", "map", "f1", "event_f1", "segment_f1", "token_error_rate", "wer")
 """Columns of the table of one encoder."""
 

@@ -14,7 +14,7 @@ from bat.encoders.eat import EAT
 from bat.errors import UserError
 from bat.eval import diagnostics as insight
 from bat.eval.collapse import effective_rank
-from bat.eval.diagnostics import choose_clips, encoder_statistics, prototype_maps
+from bat.eval.diagnostics import best_clips, encoder_statistics, prototype_maps
 from bat.eval.features import encode
 from bat.eval.token_statistics import TokenStatistics
 from bat.nn.attention import Attention
@@ -270,11 +270,11 @@ def test_sampled_rows_are_drawn_evenly_from_all_batches() -> None:
 def test_the_clip_of_a_class_that_scores_highest() -> None:
     targets = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 1.0]])
     logits = torch.tensor([[1, 9, 9, 9], [2, 0, 9, 9], [9, -1, 9, 9], [9, -2, 9, 3.0]])
-    assert choose_clips(logits, targets, count=9) == [(0, 1), (1, 1), (3, 3)]
-    assert choose_clips(logits, targets, count=1) == [(1, 1)]  # class 1 has most clips
+    assert best_clips(logits, targets, count=9) == [(0, 1), (1, 1), (3, 3)]
+    assert best_clips(logits, targets, count=1) == [(1, 1)]  # class 1 has most clips
     frames = targets[:, None].repeat(1, 3, 1)
     frames[:, 2] = math.nan  # behind the end
-    assert choose_clips(logits[:, None].repeat(1, 3, 1), frames, count=2) == [(0, 1), (1, 1)]
+    assert best_clips(logits[:, None].repeat(1, 3, 1), frames, count=2) == [(0, 1), (1, 1)]
 
 
 def test_maps_are_of_the_clips_asked_for_even_where_one_cannot_be_read() -> None:

@@ -79,7 +79,7 @@ def test_finetuned_numbers_and_runs(runs, tmp_path):
             finetuned_of(config, names, task="toy", metric="accuracy", data="x")
     (tmp_path / "summary.json").write_text(json.dumps({**run, "data": "y"}))
     config.finetuned = [str(tmp_path)]
-    with pytest.raises(UserError, match="judged on other clips"):
+    with pytest.raises(UserError, match="evaluated on other clips"):
         finetuned_of(config, names, task="toy", metric="accuracy", data="x")
     assert finetuned_of(config, names, task="toy", metric="accuracy", data="y") == {"a": 0.75}
     with pytest.raises(UserError, match="is of task 'toy', this probing of 'esc10'"):

@@ -19,14 +19,13 @@ from bat.errors import UserError
 from bat.eval.candidates import Plan
 from bat.eval.features import FeatureBank
 from bat.eval.heads import load_head
-from bat.eval.permuted import permuted
-from bat.eval.prepare import open_probing, prepare
+from bat.eval.prepare import open_probing, permuted, prepare
 from bat.eval.probe import probe
 from bat.eval.report import report
-from bat.eval.scoring import Scorer, detected
+from bat.eval.scoring import Scorer, detected, greedy
 from bat.eval.search import cross_validate
 from bat.eval.splits import Round
-from bat.eval.token_targets import TokenTargets, greedy, outputs, steps_needed
+from bat.eval.targets import TokenTargets, outputs, steps_needed
 from bat.nn.losses import against, ctc
 from bat.probes.base import build_probe
 from bat.report.sections import sections

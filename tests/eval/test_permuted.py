@@ -3,7 +3,7 @@
 import numpy as np
 
 from bat.data.index import open_index
-from bat.eval.permuted import permute_labels
+from bat.eval.prepare import permute_labels
 from tests.toy import make_toy_shards
 
 

@@ -256,22 +256,22 @@ def test_how_says_what_was_chosen_where():
         none
         == said(three, None)
         == (
-            "weights after the last step, judged on each held-out fold in turn (1, 2, 3; folds the "
-            "data's own); nothing was selected on them"
+            "weights after the last step, evaluated on each held-out fold in turn (1, 2, 3; folds "
+            "the data's own); nothing was selected on them"
         )
     )
     assert said(three, Protocol(lrs=[1e-3, 1e-2], weight_decays=[0, 1], look_every=5)) == (
-        "learning rate and weight decay and step chosen on the fold after the held-out one, which "
-        "took no part in training; judged on each held-out fold in turn (1, 2, 3; folds the "
-        "data's own), once"
+        "learning rate and weight decay and step selected on the fold after the held-out one, "
+        "which took no part in training; evaluated on each held-out fold in turn (1, 2, 3; folds "
+        "the data's own), once"
     )
     part = said(two, Protocol(prototype_lrs=[1e-3, 1e-2], fraction=0.25))
-    assert part.startswith("learning rate chosen on 25 % of the training clips, which took")
+    assert part.startswith("learning rate selected on 25 % of the training clips, which took")
     assert "nothing was selected" in said(two, Protocol())
     split = single(4, 4, split=["train", "train", "dev", "test"] * 2)
     assert said(split, Protocol(look_every=1)) == (
-        "step chosen on the clips of the split valid, which took no part in training; judged on "
-        "the clips of the test split, once"
+        "step selected on the clips of the split valid, which took no part in training; evaluated "
+        "on the clips of the test split, once"
     )
     many = single(12, 12, fold=[*range(1, 13)] * 2)
     assert "in turn (12 folds; folds the data's own)" in said(many, None)
@@ -297,7 +297,7 @@ def test_a_class_that_validation_takes_from_training_is_told():
     index = single(6, 4, 6, fold=[1, 2, 3, 1, 2, 3, 1, 1, 2, 2, 1, 2, 3, 1, 2, 3])
     assert len(check_rounds(make_rounds(index), index, multi_label=False)) == 1  # none in fold 3
     rounds = make_rounds(index, protocol=Protocol())
-    with pytest.raises(UserError, match=r"'class1' .* in the round of fold 1: its other clips are"):
+    with pytest.raises(UserError, match=r"'class1' .* in fold 1: its other clips are"):
         check_rounds(rounds, index, multi_label=False)
 
 
@@ -314,15 +314,13 @@ def test_classes_that_cannot_be_learned_or_judged_are_named():
     index = Fake(labels, fold=[1, 1, 1, 1, 2, 2, 2, 2])
     said = check_rounds(make_rounds(index), index, multi_label=True)
     assert said == [
-        "no training clip where they are held out, so chance at best: 'class2' (the round of "
-        "fold 1), 'class3' (the round of fold 2)",
-        "no held-out clip, so left out of that mean: 'class3' (the round of fold 1), 'class2' "
-        "(the round of fold 2)",
+        "no training clip where they are held out, so chance at best: 'class2' ("
+        "fold 1), 'class3' (fold 2)",
+        "no held-out clip, so left out of that mean: 'class3' (fold 1), 'class2' (fold 2)",
     ]
     many = Fake([(0, *range(2, 10)), (1,), (0,), (1,)], fold=[1, 1, 2, 2])
     assert (
-        "'class6' (the round of fold 1) and 3 more"
-        in check_rounds(make_rounds(many), many, multi_label=True)[0]
+        "'class6' (fold 1) and 3 more" in check_rounds(make_rounds(many), many, multi_label=True)[0]
     )
 
 

@@ -22,16 +22,16 @@ from bat.encoders.bat import BAT
 from bat.encoders.eat import EAT
 from bat.errors import UserError
 from bat.eval.candidates import Plan
+from bat.eval.evaluation import Evaluation
 from bat.eval.feature_cache import open_features
 from bat.eval.features import FeatureBank
 from bat.eval.fit import predictions
-from bat.eval.frame_targets import FrameTargets
 from bat.eval.heads import load_head, save_head
 from bat.eval.prepare import open_probing, prepare, with_encoder
 from bat.eval.probe import probe
 from bat.eval.run_folder import open_data
 from bat.eval.search import cross_validate
-from bat.eval.suite import Evaluation
+from bat.eval.targets import FrameTargets
 from bat.probes.base import build_probe, expand
 from bat.tasks.base import load_task
 from bat.tasks.events import Event
@@ -102,7 +102,7 @@ def test_one_label_a_clip_is_one_label_a_clip(own):
     assert len(ready.rounds) == 4  # the rarer class has four clips
     assert [len(r.test) for r in ready.rounds] == [3, 2, 2, 2]
     assert all(r.drawn and r.valid_is == "fold" for r in ready.rounds)
-    assert "learning rate chosen on the fold after the held-out one" in ready.how
+    assert "learning rate selected on the fold after the held-out one" in ready.how
     assert any(line.startswith("folds drawn: ") for line in ready.notices)
     assert ready.targets_of is None
 
@@ -114,7 +114,9 @@ def test_protocol_unmute__one_search_and_the_task_s_prototypes(own, tmp_path):
               "bootstrap=0", f"out={out}"))  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert summary["head"]["per_class"] == 20
-    said = "learning rate and weight decay chosen by the first seed on the fold after the held-out"
+    said = (
+        "learning rate and weight decay selected by the first seed on the fold after the held-out"
+    )
     assert summary["how"].startswith(said)
     (encoder,) = summary["encoders"].values()
     for entry in encoder["results"].values():
@@ -310,7 +312,7 @@ def test_several_labels_are_judged_by_mean_average_precision(own):
     assert (data.task.multi_label, data.task.metric, data.task.loss) == (True, "map", "bce")
     said = [line for line in data.notices if line.startswith("no training clip where")]
     assert said == [
-        "no training clip where they are held out, so chance at best: 'c' (the round of fold "
+        "no training clip where they are held out, so chance at best: 'c' (fold "
         f"{next(r.name for r in data.rounds if 4 in r.test)})"
     ]
 
@@ -395,8 +397,11 @@ def test_the_digest_follows_an_edited_onset_though_the_data_do_not(own):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["data.roll=true"], "data.roll=true moves clips, not their events: say data.roll=false"),
-        (["pad_offset=random"], "pad_offset=random moves clips, not .* say pad_offset=start"),
+        (
+            ["data.roll=true"],
+            "data.roll=true moves clips against their events: say data.roll=false",
+        ),
+        (["pad_offset=random"], "pad_offset=random moves clips .* say pad_offset=start"),
     ],
 )
 def test_what_would_move_events_is_refused(own, words, says):
@@ -409,7 +414,7 @@ def test_recordings_longer_than_the_window_are_judged_at_their_start(own):
     data = open_probing(own(EVENTS, "level=frame", "data.clip_seconds=0.5"))
     said = next(line for line in data.notices if "the window of 0.5 s" in line)
     assert said.startswith("4 of 6 clips are longer")
-    assert "only their start is judged (the longest: 1 s;" in said
+    assert "only their start is evaluated (the longest: 1 s;" in said
     assert said.endswith("; 1 event(s) begin after it")
 
 
