@@ -101,7 +101,7 @@ def open_features(
     on_gpu = device.type == "cuda"
     found = None
     if not moving and (store.cache == "disk" or (store.cache == "auto" and not on_gpu)):
-        found = disk.read(folder, facts)
+        found = disk.read(folder)
     if found is not None:
         bank = _bank(found, stream, ids)
         _tell(bad_clips, found.bad_clips)
@@ -130,17 +130,16 @@ def open_features(
         )
         return Opened(memory, where, why, need / 1e9)
     with disk.alone(folder):
-        found = disk.read(folder, facts, again=True)  # may exist meanwhile
+        found = disk.read(folder)  # may exist meanwhile
         if found is None:
             disk.sweep(folder.parent)
             bad = BadClips(max_bad=bad_clips.max_bad, file=bad_clips.file)
             waves = counted(stream.loader(ids, batch=batch), bad, clips=len(ids), progress=progress)
             made = encoded(backbone, waves, frames=frames, autocast=autocast, needs=needs)
-            disk.write(folder, facts, made, bad=bad)
-            log.info(
-                "all features in %s: %.1f GB", folder.parent, disk.bytes_in(folder.parent) / 1e9
-            )
-            found = disk.read(folder, facts)
+            disk.write(folder, made, bad=bad)
+            size = sum(file.stat().st_size for file in folder.parent.glob("*/*.bin"))
+            log.info("all features in %s: %.1f GB", folder.parent, size / 1e9)
+            found = disk.read(folder)
     if found is None:
         raise UserError(
             f"{folder} does not give back what was written there: point features.folder to "
