@@ -185,8 +185,8 @@ def _dry_run(evaluation: Evaluation) -> None:
     index, backbone, frames, rounds = ready.index, ready.backbone, ready.frames, ready.rounds
     stream = evaluation.stream()
     clips = ready.config.data.batch if evaluation.device.type == "cuda" else 1
-    features, _ = next(iter(stream.once(rounds[0].train[:clips], batch=clips)))
     size = measured(stream, rounds[0].train, batch=clips) * len(index)
+    features, _ = next(iter(stream.once(rounds[0].train[:clips], batch=clips)))
     if ready.note:
         print(ready.note)
     print(f"data      {len(index)} clips, {index.classes} labels, {len(rounds)} round(s)")

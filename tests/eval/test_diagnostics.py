@@ -16,7 +16,6 @@ from bat.eval import diagnostics as insight
 from bat.eval.collapse import effective_rank
 from bat.eval.diagnostics import best_clips, encoder_statistics, prototype_maps
 from bat.eval.features import encode
-from bat.eval.token_statistics import TokenStatistics
 from bat.nn.attention import Attention
 from bat.nn.sinks import sink_share
 from bat.probes.base import build_probe
@@ -204,14 +203,6 @@ def test_nothing_is_disturbed_even_by_an_error(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_an_encoder_that_hears_nothing_has_rank_zero() -> None:
-    deaf = encoder()
-    nn.init.zeros_(deaf.patch_embed.proj.weight)
-    found = encoder_statistics(deaf, batches(waves()), frames=FRAMES)
-    assert found["rank"] == {"patches": [0.0] * L, "cls": [0.0] * L}
-    assert max(found["spread"]["patches"]) < 1e-5
-
-
 def test_clips_that_say_nothing_give_no_rank() -> None:
     backbone = encoder()
     nothing = {"patches": [None] * L, "cls": [None] * L}
@@ -225,14 +216,6 @@ def test_clips_that_say_nothing_give_no_rank() -> None:
     assert one["norms"]["patches"][0][0] > 0
     with pytest.raises(UserError, match="none of the clips"):
         encoder_statistics(backbone, [], frames=FRAMES)
-
-
-def test_features_that_are_not_finite_are_named() -> None:
-    backbone, sound = encoder(), waves()
-    with torch.no_grad():
-        backbone.blocks[1].norm2.weight[3] = math.nan
-    with pytest.raises(UserError, match=r"clip clip0, block 2"):
-        encoder_statistics(backbone, batches(sound), frames=FRAMES)
 
 
 class Other(BAT):
@@ -252,19 +235,6 @@ def test_an_encoder_of_another_making_gives_what_features_tell() -> None:
     assert found["sinks"] is None
     assert [found[name]["cls"] for name in ("norms", "rank", "spread")] == [None] * 3
     assert len(found["rank"]["patches"]) == L
-
-
-def test_sampled_rows_are_drawn_evenly_from_all_batches() -> None:
-    y = torch.arange(4000.0).view(40, 100, 1)
-    draw = torch.rand(40, 100, generator=torch.Generator().manual_seed(0))
-    inside = torch.ones(40, 100, dtype=torch.bool)
-    statistics = TokenStatistics()
-    for rows in range(0, 40, 7):
-        at = slice(rows, rows + 7)
-        statistics.add(y[at], inside[at], draw[at])
-    wanted = draw.flatten().argsort()[:512]
-    got = statistics.rows[:, 0] + statistics.reference[statistics.places, 0]
-    assert got.tolist() == pytest.approx(wanted.tolist())
 
 
 def test_the_clip_of_a_class_that_scores_highest() -> None:

@@ -9,7 +9,7 @@ from bat.data.index import Index, open_index
 from bat.data.module import eval_loader
 from bat.encoders.bat import BAT
 from bat.errors import UserError
-from bat.eval.features import FeatureBank, FeatureStream, encode, evaluating, to_device
+from bat.eval.features import FeatureBank, FeatureStream, encode, to_device
 from bat.types import Features, Grid, Needs
 from tests.toy import make_toy_shards
 
@@ -35,14 +35,6 @@ def _bank(backbone, index, ids=None, **settings) -> FeatureBank:
 
 def _stream(backbone, index, **settings) -> FeatureStream:
     return FeatureStream(backbone, index, frames=FRAMES, clip_seconds=SECONDS, **settings)
-
-
-def test_bank_holds_every_block_of_every_clip(backbone, index):
-    bank = _bank(backbone, index)
-    assert bank.patches.shape == (10, 3, 2, 8, 16)
-    assert bank.cls.shape == (10, 3, 16)
-    assert bank.keys == [index.key(i) for i in range(10)]
-    assert bank.targets.argmax(1).tolist() == [index.labels(i)[0] for i in range(10)]
 
 
 def _same_batches(bank, stream, *, tolerance=1e-5) -> int:
@@ -116,44 +108,6 @@ def test_long_clips__start_in_bank_and_stream(backbone, index):
     assert short.waves.abs().sum(1).min() > 0
 
 
-def test_windows_of_remote_shards_are_the_banks_order_too(backbone, index, monkeypatch):
-    bank, stream = _bank(backbone, index), _stream(backbone, index)
-    ids, words = np.arange(10), {"batch": 3, "steps": 4, "seed": 1}
-    monkeypatch.setattr(type(index), "remote", True)
-    with pytest.raises(AssertionError):
-        _same_batches(bank.training(ids, **words), stream.training(ids, **words))
-    bank.index = index
-    assert _same_batches(bank.training(ids, **words), stream.training(ids, **words)) == 4
-
-
-def test_labels_in_time_replace_those_of_clips(backbone, index):
-    def targets_of(batch, time):  # (B, T, C), beyond the clip NaN
-        inside = torch.arange(time)[None] * 2560 < batch.lengths[:, None]
-        every = batch.targets[:, None].expand(-1, time, -1)
-        return every.where(inside[..., None], torch.nan)
-
-    settings = {"frames": 64, "targets_of": targets_of}
-    bank = _bank(backbone, index, [3, 5], **settings)
-    assert bank.targets.shape == (2, 4, 5)
-    assert bank.targets.isnan().any(-1).sum(1).tolist() == [2, 2]  # 0.3 s are two patches
-    stream = FeatureStream(backbone, index, clip_seconds=SECONDS, **settings)
-    (_, a), (_, b) = (next(s.once(np.array([5, 3]), batch=2)) for s in (bank, stream))
-    assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
-
-
-def test_bank_is_stored_in_the_autocast_type(backbone, index):
-    bank = _bank(backbone, index, autocast=torch.bfloat16)
-    assert bank.patches.dtype == bank.cls.dtype == torch.bfloat16
-    exact = _bank(backbone, index)
-    torch.testing.assert_close(bank.patches.float(), exact.patches, atol=0.1, rtol=0.1)
-
-
-def test_once_leaves_out_clips_the_bank_lacks(backbone, index):
-    bank = _bank(backbone, index, [3, 5, 8])
-    found = [y for _, y in bank.once(np.array([5, 6, 8]), batch=8)]
-    assert torch.equal(found[0], bank.targets[1:])
-
-
 @pytest.fixture
 def damaged(index, monkeypatch) -> int:
     """A clip that cannot be read."""
@@ -212,19 +166,6 @@ def test_extraction_leaves_modes_and_generators_alone(backbone, index):
         bank.patches, _bank(backbone, index).patches
     )  # no drop path while extracting
     assert not bank.patches.requires_grad
-
-
-def test_evaluating_restores_after_an_error():
-    module = torch.nn.Dropout()
-
-    def fails() -> None:
-        with evaluating(module):
-            assert not module.training
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fails()
-    assert module.training
 
 
 def _poisoned(where: str) -> BAT:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from bat.config.compose import to_yaml
 from bat.config.schema import Finetune, Hardware, Pretrain, Probe
@@ -117,15 +116,6 @@ def test_statistics_of_a_foreign_file_are_the_tasks(eat_file, run):
         front("esc10", statistics="birds")
     with pytest.raises(UserError, match=r"statistics=esc50: .*\(LogMel\) uses none"):
         front("esc10", run, statistics="esc50")
-
-
-def test_statistics_of_a_hub_folder_are_the_tasks(eat_file):
-    folder = eat_file.parent / "hub"
-    folder.mkdir()
-    save_file(torch.load(eat_file)["model"], folder / "model.safetensors")
-    (folder / "config.json").write_text('{"model_type": "eat", "num_heads": 1}')
-    found, _ = load_for(Probe(checkpoint=str(folder), task="esc10"), load_task("esc10"))
-    assert found.frontend.statistics == "esc50"
 
 
 def test_an_exports_statistics_are_its_own(eat_file):

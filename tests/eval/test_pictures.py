@@ -18,15 +18,15 @@ CLIP = {"label": "dog", "key": "1", "spectrogram": np.ones((32, 16)), "evidence"
 
 
 @pytest.fixture
-def draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def draw(tmp_path: Path) -> Any:
     """``draw(maps=..., **summary)``: the names of what lies in ``plots`` afterwards."""
 
     def run(*, maps: str = "", asked: int = 8, compare: bool = True, **given: Any) -> set[str]:
         whole = {"multi_label": False, **summary(depth=2, **given)}
         found = (maps, [CLIP]) if maps else ("", [])
-        monkeypatch.setattr(probe_pictures, "maps_of", lambda lab: found)
         for name, entry in whole["encoders"].items():
-            lab: Any = SimpleNamespace(
+            evaluation: Any = SimpleNamespace(
+                maps=lambda: found,
                 ready=SimpleNamespace(
                     labels=whole["labels"],
                     task=SimpleNamespace(metric="accuracy"),
@@ -36,7 +36,7 @@ def draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                     seeds=len(whole["seeds"]), insight=SimpleNamespace(maps=asked)
                 ),
             )
-            draw_encoder(tmp_path / "plots" / name, lab, entry)
+            draw_encoder(tmp_path / "plots" / name, evaluation, entry)
         if compare:
             draw_comparison(tmp_path / "plots", whole)
         plots = tmp_path / "plots"

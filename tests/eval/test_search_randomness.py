@@ -120,21 +120,6 @@ def test_seeds_share_the_order_of_the_clips(memory_bytes):
     assert not torch.equal(found["0"][0], other["0"][0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_seeds_end_elsewhere_by_init_as_by_dropout(kind):
-    found = []
-    _run(_bank(), **KINDS[kind], optim=MOVING, methods=["a"], rounds=ROUNDS[:1],
-         on_probe=lambda probe, own: found.append((own[0].seed, probe.fc.weight.detach())),
-    )  # fmt: skip
-    (one, a), (two, b) = found
-    assert (one, two) == (0, 1)
-    assert not torch.allclose(a, b, atol=1e-3)
-
-
-def test_seeds_follow_the_first():
-    assert [o.seed for o in _run(_bank(), rounds=ROUNDS[:1], methods=["a"], seed=5)] == [5, 6]
-
-
 def test_resamples_are_paired_within_a_round_and_new_in_the_next():
     """Methods and seeds that say the same of the same clips have the same replicates, so those of
     others can be taken draw by draw."""

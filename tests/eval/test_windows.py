@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -132,14 +131,6 @@ def test_protocol_unmute__one_search_and_the_task_s_prototypes(own, tmp_path):
     assert [load_task(name).per_class for name in ("audioset", "esc50", "own")] == [10, 20, 20]
 
 
-def test_the_draw_follows_the_seed(own):
-    first, again, other = (
-        [r.test.tolist() for r in open_probing(own(PLAIN, f"seed={seed}")).rounds]
-        for seed in (1, 1, 2)
-    )
-    assert first == again != other
-
-
 def test_the_window_is_the_longest_clip_and_each_clip_has_its_own_frames(own):
     ready = prepare(own(PLAIN))
     assert ready.config.data.clip_seconds == 1.0
@@ -154,12 +145,6 @@ def test_the_window_is_the_longest_clip_and_each_clip_has_its_own_frames(own):
         prepare(own(PLAIN, "frames=64"))
     padded = prepare(own(PLAIN, "pad=clip")).backbone.frontend
     assert (padded.pad, padded.clip_samples) == ("clip", 16000)  # the window's
-
-
-def test_untrained_encoders_get_the_grid_of_the_window(own):
-    data = open_probing(own(PLAIN))
-    ready = with_encoder(data, data.config, "random")
-    assert (ready.frames, ready.backbone.grid) == (None, Grid(7, 8))
 
 
 class NoClassToken(BAT):
@@ -264,17 +249,6 @@ def test_an_edited_csv_is_other_data_and_its_files_are_not_read_again(own, tmp_p
     assert edited.labels_per_clip.sum() == 9
     assert list((tmp_path / "cache").iterdir()) == [kept]
     assert os.stat(kept).st_mtime_ns == stamp
-
-
-def test_files_that_cannot_be_read_are_counted(own, sounds, caplog):
-    (sounds / "bad.flac").write_bytes(b"fLaC, but not really")
-    text = PLAIN + "bad.flac,a\n"
-    with pytest.raises(UserError, match=r"1 of the 10 files .*bad\.flac, corrupt.*data\.max_bad"):
-        open_probing(own(text))
-    with caplog.at_level(logging.WARNING, logger="bat"):
-        data = open_probing(own(text, "data.max_bad=0.1"))
-    assert len(data.index) == 9
-    assert "1 of the 10 files" in caplog.text
 
 
 def test_files_that_cannot_be_read_are_told_to_who_reads_the_results(own, sounds):
