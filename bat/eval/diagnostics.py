@@ -3,7 +3,7 @@
 ``sinks``: share of the attention that the most attended token receives (``nn/sinks.py``), mean over
 clips and heads; also with every gate of the encoder opened (factor 1 instead of the sigmoid), which
 shows how much of it the trained gates account for. ``norms``, ``rank`` and ``spread`` of patches
-and class tokens: see ``token_statistics.py``; the latter two are None if there are too few clips,
+and class tokens: see ``collapse.py``; the latter two are None if there are too few clips,
 or if all of them sound the same.
 
 For clips in chunks only the first chunk is used. With a fixed number of ``frames``, patches that
@@ -26,9 +26,8 @@ from torch import Tensor
 from bat.audio.frontend import LogMel
 from bat.encoders.base import Encoder, SpectrogramEncoder
 from bat.errors import UserError
-from bat.eval.collapse import SAME, plain_float32
+from bat.eval.collapse import SAME, TokenStatistics, plain_float32
 from bat.eval.features import device_of, encode, evaluating, to_device
-from bat.eval.token_statistics import TokenStatistics
 from bat.nn.attention import Attention
 from bat.nn.losses import to_clip
 from bat.nn.sinks import sink_share

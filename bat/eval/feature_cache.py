@@ -30,7 +30,7 @@ from bat.data.stream import clip_samples
 from bat.encoders.base import Encoder
 from bat.errors import UserError
 from bat.eval import feature_disk as disk
-from bat.eval.encoding import CLIP_AXIS, TargetsOf, clips_first, counted, encoded
+from bat.eval.encoding import CLIP_AXIS, TargetsOf, clips_first, counted
 from bat.eval.features import FeatureBank, FeatureStream, Source
 from bat.types import Needs, WaveBatch
 
@@ -69,7 +69,7 @@ def open_features(
     """Returns the features of the clips ``ids`` of ``index``, stored as ``store`` says.
 
     ``device`` is the device of ``backbone``; ``digest`` is that of its weights and keywords
-    (``encoders.weights_digest``). ``bad_clips`` receives the unreadable clips, also those recorded
+    (``loading.weights_digest``). ``bad_clips`` receives the unreadable clips, also those recorded
     in a cache of an earlier run. Clips longer than ``data.clip_seconds`` are read from their start,
     from which frame labels (``targets_of``) are counted.
 
@@ -78,8 +78,8 @@ def open_features(
     """
     moving = "data.roll=true" if data.roll else "pad_offset=random" if random_offset else ""
     if moving and targets_of is not None:
-        raise UserError(f"{moving} moves the clips, and labels in time do not move with them: "
-                        "leave it away, or say level=clip")  # fmt: skip
+        raise UserError(f"{moving} moves the clips against their labels in time: omit it, or say "
+                        "level=clip")  # fmt: skip
     stream = FeatureStream(
         backbone,
         index,
@@ -99,13 +99,10 @@ def open_features(
     facts = _facts(stream, ids, digest=digest, device=device)
     folder = disk.folder_for(Path(store.folder), facts)
     on_gpu = device.type == "cuda"
-    found = None
     if not moving and (store.cache == "disk" or (store.cache == "auto" and not on_gpu)):
         found = disk.read(folder)
-    if found is not None:
-        bank = _bank(found, stream, ids)
-        _tell(bad_clips, found.bad_clips)
-        return Opened(bank, "disk", f"found in {folder}", _size(bank) / 1e9)
+        if found is not None:
+            return _from_disk(found, stream, ids, f"found in {folder}")
 
     each = measured(stream, ids, batch=batch if on_gpu else 1)
     need = each * len(ids)
@@ -135,8 +132,7 @@ def open_features(
             disk.sweep(folder.parent)
             bad = BadClips(max_bad=bad_clips.max_bad, file=bad_clips.file)
             waves = counted(stream.loader(ids, batch=batch), bad, clips=len(ids), progress=progress)
-            made = encoded(backbone, waves, frames=frames, autocast=autocast, needs=needs)
-            disk.write(folder, made, bad=bad)
+            disk.write(folder, stream.encoded(waves), bad=bad)
             size = sum(file.stat().st_size for file in folder.parent.glob("*/*.bin"))
             log.info("all features in %s: %.1f GB", folder.parent, size / 1e9)
             found = disk.read(folder)
@@ -145,9 +141,7 @@ def open_features(
             f"{folder} does not give back what was written there: point features.folder to "
             "another disk, or say features.cache=off"
         )
-    bank = _bank(found, stream, ids)
-    _tell(bad_clips, found.bad_clips)
-    return Opened(bank, where, why, _size(bank) / 1e9)
+    return _from_disk(found, stream, ids, why)
 
 
 def choose(
@@ -158,26 +152,26 @@ def choose(
     ``moving``: the setting by which clips differ from epoch to epoch; ``free``: bytes free in the
     folder. Raises ``UserError`` if what ``store`` asks for is impossible.
     """
-    gb, one = clips * each / 1e9, f"{each / 1e6:.3g} MB a clip"
-    size = f"the features of {clips} clips need {gb:.3g} GB ({one})"
+    gb = clips * each / 1e9
+    size = f"the features of {clips} clips need {gb:.3g} GB ({each / 1e6:.3g} MB a clip)"
     asked = f"features.cache={store.cache}"
+    if moving and store.cache in ("memory", "disk"):
+        raise UserError(f"{asked} with {moving}: the clips differ each time, so nothing can be "
+                        "kept; omit one of them")  # fmt: skip
     if moving:
-        if store.cache in ("memory", "disk"):
-            raise UserError(f"{asked} with {moving}: the clips differ each time, so nothing can be "
-                            "kept; leave one of them away")  # fmt: skip
         return "off", f"{moving}: the clips differ each time"
     if store.cache == "off":
         return "off", asked
-    much = f"more than features.memory_gb={store.memory_gb:g}"
-    if store.cache == "memory" or (store.cache == "auto" and gb <= store.memory_gb):
-        if gb > store.memory_gb:
-            raise UserError(f"{asked}: {size}, {much}. Raise features.memory_gb where the machine "
-                            "has so much, or say features.cache=auto")  # fmt: skip
+    much = f"{size}, more than features.memory_gb={store.memory_gb:g}"
+    if store.cache != "disk" and gb <= store.memory_gb:
         return "memory", f"{gb:.3g} GB fit features.memory_gb={store.memory_gb:g}"
+    if store.cache == "memory":
+        raise UserError(f"{asked}: {much}. Raise features.memory_gb where the machine has so much, "
+                        "or say features.cache=auto")  # fmt: skip
     if store.cache == "auto" and on_gpu:
         return "off", (
-            f"{size}, {much}, and a GPU makes them faster than a disk gives them: raise "
-            "features.memory_gb to keep them"
+            f"{much}, and a GPU makes them faster than a disk gives them: raise features.memory_gb "
+            "to keep them"
         )
     wrong = ""
     if gb > store.disk_gb:
@@ -188,8 +182,8 @@ def choose(
         raise UserError(f"{asked}: {size}, {wrong}. Raise features.disk_gb, make room, or point "
                         "features.folder to another disk")  # fmt: skip
     if wrong:
-        return "off", f"{size}, {much}, {wrong}"
-    return "disk", asked if store.cache == "disk" else f"{size}, {much}"
+        return "off", f"{much}, {wrong}"
+    return "disk", asked if store.cache == "disk" else much
 
 
 def measured(stream: FeatureStream, ids: np.ndarray, *, batch: int) -> int:
@@ -197,16 +191,7 @@ def measured(stream: FeatureStream, ids: np.ndarray, *, batch: int) -> int:
 
     ``batch``: clips encoded for the measurement (a compiled encoder needs the shape of the run).
     """
-    waves = stream.loader(ids, batch=batch, workers=0)
-    made = encoded(
-        stream.backbone,
-        waves,
-        frames=stream.frames,
-        autocast=stream.autocast,
-        needs=stream.needs,
-        targets_of=stream.targets_of,
-    )
-    for features, targets, found in made:
+    for features, targets, found in stream.encoded(stream.loader(ids, batch=batch, workers=0)):
         total = sum(t.nbytes for t in (*clips_first(features).values(), targets))
         return total // len(found.keys)
     raise UserError(f"none of the {len(ids)} clips can be read: check them (bat-shard verify)")
@@ -237,7 +222,7 @@ def _facts(
     }
 
 
-def _bank(found: disk.Stored, stream: FeatureStream, ids: np.ndarray) -> FeatureBank:
+def _from_disk(found: disk.Stored, stream: FeatureStream, ids: np.ndarray, why: str) -> Opened:
     """Returns the mapped features with the current labels of the index."""
     index, clips = stream.index, np.asarray(ids)[found.places]
     keys = [index.key(i) for i in clips]
@@ -254,7 +239,7 @@ def _bank(found: disk.Stored, stream: FeatureStream, ids: np.ndarray) -> Feature
         if own is not None and targets.ndim == 3:
             steps = torch.arange(patches.shape[2])
             targets = targets.masked_fill((steps >= own[:, None])[..., None], torch.nan)
-    return FeatureBank(
+    bank = FeatureBank(
         **tensors,  # type: ignore[arg-type]
         valid=own,
         targets=targets,
@@ -263,18 +248,12 @@ def _bank(found: disk.Stored, stream: FeatureStream, ids: np.ndarray) -> Feature
         skipped=found.bad_clips["keys"],
         index=index,
     )
-
-
-def _tell(bad: BadClips, state: dict[str, Any]) -> None:
-    """Adds the unreadable clips of a cache to ``bad``."""
-    bad.load_state_dict(merged_states([bad.state_dict(), state]))
-    bad.check(final=True)
-
-
-def _size(bank: FeatureBank) -> int:
-    """Returns the bytes of features and labels."""
-    tensors = [getattr(bank, name) for name in CLIP_AXIS]
-    return sum(t.nbytes for t in [*tensors, bank.targets] if t is not None)
+    stream.bad_clips.load_state_dict(
+        merged_states([stream.bad_clips.state_dict(), found.bad_clips])
+    )
+    stream.bad_clips.check(final=True)
+    size = sum(t.nbytes for t in (*tensors.values(), targets) if t is not None)
+    return Opened(bank, "disk", why, size / 1e9)
 
 
 def _free(folder: Path) -> int:

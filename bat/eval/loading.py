@@ -85,12 +85,13 @@ def _with_frontend(backbone: Encoder, config: Supervised, task: Task) -> Encoder
 
     It is built again if they differ, so that its exports record what it was used with.
     """
+    fixed = (
+        f"pad={config.pad}, statistics={config.statistics}: the front end of "
+        f"{type(backbone).__name__} is fixed; omit both"
+    )
     if not isinstance(backbone, SpectrogramEncoder):
         if config.pad != "checkpoint" or config.statistics is not None:
-            raise UserError(
-                f"pad={config.pad}, statistics={config.statistics}: the front end of "
-                f"{type(backbone).__name__} is fixed; leave both out"
-            )
+            raise UserError(fixed)
         return backbone
     front: Any = backbone.frontend
     changes = dict[str, Any]()
@@ -101,20 +102,20 @@ def _with_frontend(backbone: Encoder, config: Supervised, task: Task) -> Encoder
         changes |= {"pad": pad, "clip_seconds": seconds}
     if isinstance(front, KaldiFbank):
         # checkpoint formats of other projects do not record what they were trained or tuned with
-        own = is_export(resolve(path_of(given(config))))
-        usual = front.statistics if own else STATISTICS_OF.get(task.name, "audioset")
+        exported = is_export(resolve(path_of(given(config))))
+        usual = front.statistics if exported else STATISTICS_OF.get(task.name, "audioset")
         if (config.statistics or usual) != front.statistics:
             changes["statistics"] = config.statistics or usual
     elif config.statistics is not None:
         raise UserError(
-            f"statistics={config.statistics}: this encoder's front end "
-            f"({type(front).__name__}) uses none; leave statistics away"
+            f"statistics={config.statistics}: this encoder's front end ({type(front).__name__}) "
+            "uses none; omit statistics"
         )
     if not changes:
         return backbone
     keywords = backbone.config()
     if "frontend" not in keywords:
-        raise UserError(f"the front end of {type(backbone).__name__} is fixed: pad=checkpoint")
+        raise UserError(fixed)
     keywords["frontend"] = {**(keywords["frontend"] or {}), **changes}
     return backbone.from_weights(backbone.state_dict(), config=keywords, heads=None)
 

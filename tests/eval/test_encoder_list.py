@@ -82,5 +82,5 @@ def test_finetuned_numbers_and_runs(runs, tmp_path):
     with pytest.raises(UserError, match="evaluated on other clips"):
         finetuned_of(config, names, task="toy", metric="accuracy", data="x")
     assert finetuned_of(config, names, task="toy", metric="accuracy", data="y") == {"a": 0.75}
-    with pytest.raises(UserError, match="is of task 'toy', this probing of 'esc10'"):
+    with pytest.raises(UserError, match="is of task 'toy', this probe run of 'esc10'"):
         finetuned_of(config, names, task="esc10", metric="accuracy", data="x")
