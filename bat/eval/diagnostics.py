@@ -59,31 +59,31 @@ def encoder_statistics(
     device, L = device_of(backbone), backbone.depth
     patches = [TokenStatistics() for _ in range(L)]
     classes = [TokenStatistics() for _ in range(L)] if backbone.has_cls else []
-    sound, sinks = TokenStatistics(), _Sinks(backbone)
+    input_statistics, sinks = TokenStatistics(), _Sinks(backbone)
     draws = torch.Generator().manual_seed(0)
     with plain_float32(backbone, device.type):
         for keys, lengths, waves, inputs, T in _first_chunks(backbone, batches, frames):
-            own = torch.full_like(lengths, T)
+            valid = torch.full_like(lengths, T)
             if frames is None:
-                own = torch.minimum(own, backbone.time_patches(lengths))
-            with sinks.heard("gate on"):
-                features = backbone.features_alone(inputs, own, total=T)
+                valid = torch.minimum(valid, backbone.time_patches(lengths))
+            with sinks.recorded("gate on"):
+                features = backbone.features_alone(inputs, valid, total=T)
             if sinks.gated:
-                with sinks.heard("gate off"), opened(sinks.gated):
-                    backbone.features_alone(inputs, own, total=T)
+                with sinks.recorded("gate off"), opened(sinks.gated):
+                    backbone.features_alone(inputs, valid, total=T)
             _check(features.patches, keys)
             B, bands = len(keys), features.patches.shape[3]
-            heard, inside, shown = _sound(backbone, waves, lengths, inputs, T)
-            sound.add(heard, shown, shown.float())
+            steps, inside, steps_inside = _time_steps(backbone, waves, lengths, inputs, T)
+            input_statistics.add(steps, steps_inside, steps_inside.float())
             draw = torch.rand(B, T * bands, generator=draws).to(device)
             for statistics, block in zip(patches, features.patches, strict=True):
                 statistics.add(block.flatten(1, 2), inside.repeat_interleave(bands, dim=1), draw)
             if classes and features.cls is not None:
                 for statistics, block in zip(classes, features.cls, strict=True):
                     statistics.add(block[:, None], inside[:, :1], draw[:, :1])
-    if not sound.clips:
+    if not input_statistics.clips:
         raise UserError("none of the clips for insight.encoder can be read")
-    same = (sound.spread() or 0.0) < SAME
+    same = (input_statistics.spread() or 0.0) < SAME
 
     def by_kind(what: str, *, known: bool = True) -> dict[str, Any]:
         return {
@@ -92,8 +92,8 @@ def encoder_statistics(
         }
 
     return {
-        "clips": sound.clips,
-        "sinks": sinks.shares(sound.clips),
+        "clips": input_statistics.clips,
+        "sinks": sinks.shares(input_statistics.clips),
         "norms": by_kind("norms"),
         "rank": by_kind("rank", known=not same),
         "spread": by_kind("spread", known=not same),
@@ -185,11 +185,11 @@ def _first_chunks(
             yield batch.keys[rows], lengths, waves, backbone.first(inputs, T), T
 
 
-def _sound(
+def _time_steps(
     backbone: Encoder, waves: Tensor, lengths: Tensor, inputs: Tensor, T: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the sound of the clips (B, n, numbers), a mask (B, T) of the time patches that begin
-    within the clip, and a mask (B, n) of the n steps of the sound that do."""
+    """Returns frames or samples of clips (B, n, numbers), a mask (B, T) of the time patches that
+    begin within the clip, and a mask (B, n) of the n steps that do."""
     steps = torch.arange(T, device=inputs.device)
     if isinstance(backbone, SpectrogramEncoder):
         front: Any = backbone.frontend
@@ -238,17 +238,17 @@ class _Sinks:
         self.uniform = 0.0
 
     @contextmanager
-    def heard(self, name: str) -> Iterator[None]:
+    def recorded(self, name: str) -> Iterator[None]:
         """Records the attention of forward passes of the encoder under ``name``."""
         total = self.total.setdefault(name, torch.zeros(len(self.attentions), dtype=torch.float64))
 
-        def hear(attention: Attention, inputs: tuple[Tensor, ...]) -> None:
+        def record(attention: Attention, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]  # (B, n, D)
             if name == "gate on" and attention is self.attentions[0]:
                 self.uniform += x.shape[0] / x.shape[1]
             total[self.attentions.index(attention)] += float(sink_share(attention, x).mean(1).sum())
 
-        hooks = [part.register_forward_pre_hook(hear) for part in self.attentions]
+        hooks = [part.register_forward_pre_hook(record) for part in self.attentions]
         try:
             yield
         finally:

@@ -83,14 +83,14 @@ def _not_finite(
         for name, tensor in clips_first(features).items()
         if tensor.numel()
     }  # (B,) of entry, else (blocks, B)
-    sound = torch.ones(depth, len(batch.keys), dtype=torch.bool, device=inputs.device)
+    finite = torch.ones(depth, len(batch.keys), dtype=torch.bool, device=inputs.device)
     for name, bad in wrong.items():
         if name != "entry":
-            sound[depth - len(bad) :] &= ~bad
+            finite[depth - len(bad) :] &= ~bad
     if "entry" in wrong and wrong["entry"].any():
         row, where = int(wrong["entry"].int().argmax()), "the tokens before the first block"
     else:
-        block, row = (~sound).nonzero()[0].tolist()
+        block, row = (~finite).nonzero()[0].tolist()
         where = f"block {block + 1} of {depth}"
     if not inputs[row].isfinite().all():
         remedy = "its samples are not finite to begin with: check the data (bat-shard verify)"

@@ -1,4 +1,4 @@
-"""Chooses where frozen features are stored between steps: in memory, on disk, or not at all.
+"""Decides where frozen features are stored between steps: in memory, on disk, or not at all.
 
 ``features.cache=auto`` decides by size, measured on a real clip (all blocks of 10 s at the width of
 Base: 9.4 MB in bfloat16), counting only what the probes need. Memory is used if the features fit
@@ -6,7 +6,7 @@ Base: 9.4 MB in bfloat16), counting only what the probes need. Memory is used if
 fit ``features.disk_gb``; a GPU computes the features of a batch faster than a disk reads them.
 Clips that differ from epoch to epoch (``data.roll``, ``pad_offset=random``) are never stored.
 
-The batches are the same whatever is chosen (``features.py``).
+The batches are the same wherever they are (``features.py``).
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def open_features(
     each = measured(stream, ids, batch=batch if on_gpu else 1)
     need = each * len(ids)
     free = _free(Path(store.folder))
-    where, why = choose(store, clips=len(ids), each=each, moving=moving, on_gpu=on_gpu, free=free)
+    where, why = storage_for(
+        store, clips=len(ids), each=each, moving=moving, on_gpu=on_gpu, free=free
+    )
     if where == "off":
         return Opened(stream, where, why, need / 1e9)
     if where == "memory":
@@ -144,7 +146,7 @@ def open_features(
     return _from_disk(found, stream, ids, why)
 
 
-def choose(
+def storage_for(
     store: FeatureStore, *, clips: int, each: int, moving: str, on_gpu: bool, free: int
 ) -> tuple[Where, str]:
     """Returns where features of ``each`` bytes per clip are stored, and why.

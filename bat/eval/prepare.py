@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -193,12 +193,8 @@ def _joined(data: PreparedData[C], config: C, backbone: Encoder, frames: int | N
                 f"{targets_of.missed} event(s) begin and end between the starts of two patches "
                 f"({hop_ms:g} ms): no patch is labelled with them"
             )
-    settings = {"task": data.config.task, "data": data.config.data, "head": data.config.head}
-    changed = {
-        "config": replace(config, **settings),
-        "rounds": rounds,
-        "notices": tuple(notices),
-    }
+    config = replace(config, task=data.config.task, data=data.config.data, head=data.config.head)
+    changed = {"config": config, "rounds": rounds, "notices": tuple(notices)}
     return Prepared(
         **{**vars(data), **changed}, backbone=backbone, frames=frames, targets_of=targets_of
     )
@@ -435,10 +431,10 @@ def _permuted_values(given: dict[str, T], seed: int) -> dict[str, T]:
 def permute_labels(index: Index, *, seed: int) -> Index:
     """Returns ``index`` with labels permuted among the clips, by ``seed``."""
     order = np.random.default_rng(seed).permutation(len(index))
-    other: Any = copy.copy(index)
+    other = copy.copy(index)
     other.__dict__.pop("hash", None)  # the hash covers the labels, too
     counts = index.labels_per_clip[order]
     other.label_ptr = np.concatenate([[0], np.cumsum(counts)]).astype(index.label_ptr.dtype)
     parts = [index.label_ids[index.label_ptr[i] : index.label_ptr[i + 1]] for i in order]
     other.label_ids = np.concatenate(parts).astype(index.label_ids.dtype)
-    return other  # type: ignore[no-any-return]
+    return other

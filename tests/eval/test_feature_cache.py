@@ -21,7 +21,7 @@ from bat.data.index import Index, open_index
 from bat.encoders.bat import BAT
 from bat.errors import UserError
 from bat.eval import feature_cache, feature_disk
-from bat.eval.feature_cache import Opened, choose, open_features
+from bat.eval.feature_cache import Opened, open_features
 from bat.eval.features import FeatureBank, FeatureStream
 from bat.eval.loading import weights_digest
 from bat.probes.base import build_probe
@@ -406,10 +406,10 @@ def test_readers_keep_what_they_mapped_when_it_is_made_anew(get, tmp_path):
     assert torch.equal(reader.patches, wanted)
 
 
-def _choose(cache: str, gb: float, *, on_gpu=False, free=1000, moving="", **budgets):
+def _where(cache: str, gb: float, *, on_gpu=False, free=1000, moving="", **budgets):
     store = FeatureStore(cache=cache, **budgets)
     each = int(gb * GB / 100)
-    return choose(store, clips=100, each=each, moving=moving, on_gpu=on_gpu, free=free * GB)
+    return storage_for(store, clips=100, each=each, moving=moving, on_gpu=on_gpu, free=free * GB)
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def _choose(cache: str, gb: float, *, on_gpu=False, free=1000, moving="", **budg
     ],
 )
 def test_where_features_are_kept(cache, gb, words, where, why):
-    found, said = _choose(cache, gb, **words)
+    found, said = _where(cache, gb, **words)
     assert found == where
     assert re.search(why, said), said
 
@@ -451,7 +451,7 @@ def test_where_features_are_kept(cache, gb, words, where, why):
 )
 def test_a_cache_that_cannot_be_is_an_error(cache, gb, words, said):
     with pytest.raises(UserError, match=said):
-        _choose(cache, gb, **words)
+        _where(cache, gb, **words)
 
 
 def test_clips_that_move_are_streamed(get, tmp_path):
