@@ -21,7 +21,7 @@ from bat.data.index import Index, open_index
 from bat.encoders.bat import BAT
 from bat.errors import UserError
 from bat.eval import feature_cache, feature_disk
-from bat.eval.feature_cache import Opened, open_features
+from bat.eval.feature_cache import Opened, open_features, storage_for
 from bat.eval.features import FeatureBank, FeatureStream
 from bat.eval.loading import weights_digest
 from bat.probes.base import build_probe

@@ -218,7 +218,7 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
     return caplog
 
 
-def test_slow_bfloat16_that_was_asked_for_is_warned_of_with_the_factor(cpu, said, tmp_path) -> None:
+def test_slow_bfloat16_that_was_asked_for_is_warned_of(cpu, said, tmp_path) -> None:
     words = ["recipe=esc10", "hardware.precision=bf16-mixed"]
     config = compose(Pretrain, "pretrain", words)
     cpu(True)
@@ -226,8 +226,7 @@ def test_slow_bfloat16_that_was_asked_for_is_warned_of_with_the_factor(cpu, said
     assert not said.records
     cpu(False)
     assert with_precision(config, tmp_path) == config
-    assert f"{speed.bfloat16_slowdown():.0f}".isdigit()
-    assert "times as long as in float32" in said.text
+    assert "as long as in float32" in said.text
 
 
 @pytest.mark.parametrize("first", [True, False])
