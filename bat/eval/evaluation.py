@@ -4,7 +4,7 @@ A run's folder holds, besides what every run has:
 
     results.jsonl               a result per line, as soon as it is available (``results.py``)
     metrics.jsonl               training losses
-    heads/ENCODER/METHOD-ROUND-SEED/    trained heads
+    heads/ENCODER/METHOD-FOLD-SEED/    trained heads
     insight/ENCODER.json        sinks, norms and ranks of every block (``diagnostics.py``)
     plots/ENCODER/              its gates, folds and maps
     summary.json                all of it together; plots/: the comparison

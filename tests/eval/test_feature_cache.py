@@ -91,7 +91,7 @@ def _folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_batches_are_the_same_from_memory_disk_and_stream(get, autocast):
+def test_open_features__same_batches_from_memory_disk_and_stream(get, autocast):
     opened = [get(cache, autocast=autocast) for cache in ("memory", "disk", "off")]
     assert [o.cache for o in opened] == ["memory", "disk", "off"]
     kinds = [type(o.source) for o in opened]
@@ -110,7 +110,7 @@ def test_batches_are_the_same_from_memory_disk_and_stream(get, autocast):
             torch.testing.assert_close(stream.patches, memory.patches, atol=near, rtol=near)
 
 
-def test_the_order_over_remote_shards_is_one(get, index, monkeypatch):
+def test_open_features__same_order_over_remote_shards(get, index, monkeypatch):
     sources = [get(cache).source for cache in ("memory", "disk", "off")]
     words = {"batch": 3, "steps": 4, "seed": 1}
 
@@ -127,7 +127,7 @@ def test_the_order_over_remote_shards_is_one(get, index, monkeypatch):
     assert not torch.allclose(even[0], windowed[0], atol=1e-2)
 
 
-def test_measured_size_is_that_of_the_files(get, index, tmp_path):
+def test_open_features__size_is_that_of_the_files(get, index, tmp_path):
     opened = get("disk", needs=Needs("last", entry=True))
     files = {f.name: f.stat().st_size for f in _folder(tmp_path).glob("*.bin")}
     tokens, labels = 2 * 8 * 16 * 4, 10 * index.classes * 4
@@ -138,7 +138,7 @@ def test_measured_size_is_that_of_the_files(get, index, tmp_path):
     assert get("off", needs=Needs("none")).gb == (files["cls.bin"] + labels) / GB
 
 
-def test_a_second_run_reads_the_disk_and_not_the_encoder(get, asleep, caplog, tmp_path):
+def test_disk__second_run_does_not_encode(get, asleep, caplog, tmp_path):
     first = get("disk")
     before = [f.stat().st_mtime_ns for f in sorted(_folder(tmp_path).iterdir())]
     asleep()
@@ -157,7 +157,7 @@ def test_a_second_run_reads_the_disk_and_not_the_encoder(get, asleep, caplog, tm
     }  # fmt: skip
 
 
-def test_features_of_nothing_but_class_tokens_can_be_mapped(get, asleep):
+def test_disk__class_tokens_alone(get, asleep):
     get("disk", needs=Needs("none"))
     asleep()
     features, _ = next(get("disk", needs=Needs("none")).source.once(np.array([4, 2]), batch=2))
@@ -184,7 +184,7 @@ class Asked(Exception):  # noqa: N818
     """For which folder."""
 
 
-def test_whatever_features_depend_on_makes_another_cache(get, index, monkeypatch):
+def test_disk__every_dependency_has_its_own_cache(get, index, monkeypatch):
     def ask(folder):
         raise Asked(folder.name)
 
@@ -230,7 +230,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("said", DAMAGE)
-def test_a_damaged_cache_is_named_and_made_anew(get, asleep, tmp_path, caplog, said):
+def test_disk__damaged_cache_is_named_and_made_anew(get, asleep, tmp_path, caplog, said):
     wanted = get("disk").source
     wanted = (wanted.patches.clone(), wanted.cls.clone())
     DAMAGE[said](_folder(tmp_path))
@@ -245,7 +245,7 @@ def test_a_damaged_cache_is_named_and_made_anew(get, asleep, tmp_path, caplog, s
     assert get("disk").why.startswith("found")
 
 
-def test_of_a_large_cache_a_sample_is_checked(get, tmp_path, caplog, monkeypatch):
+def test_disk__sample_of_a_large_cache_is_checked(get, tmp_path, caplog, monkeypatch):
     get("disk")
     caplog.set_level(logging.INFO, "bat")
     monkeypatch.setattr(feature_disk, "CHECK_BYTES", 1)
@@ -257,7 +257,7 @@ def test_of_a_large_cache_a_sample_is_checked(get, tmp_path, caplog, monkeypatch
     assert not get("disk").why.startswith("found")
 
 
-def test_a_cached_run_reports_the_same_bad_clips(get, index, monkeypatch):
+def test_disk__reports_the_same_unreadable_clips(get, index, monkeypatch):
     read = index.read
 
     def broken(i):
@@ -282,7 +282,7 @@ def test_a_cached_run_reports_the_same_bad_clips(get, index, monkeypatch):
     assert (bad.seen, bad.bad) == (100, 4)
 
 
-def test_labels_in_time_are_those_of_now_whatever_the_cache(get):
+def test_disk__frame_labels_are_not_cached(get):
     def labels(value):
         def targets_of(batch, time):
             assert batch.targets.shape == (len(batch.keys), 5)
@@ -308,7 +308,7 @@ def test_labels_in_time_are_those_of_now_whatever_the_cache(get):
         get("auto", targets_of=labels(1.0), roll=True)
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(get, tmp_path, monkeypatch):
+def test_disk__full_disk_is_an_error_and_leaves_nothing(get, tmp_path, monkeypatch):
     opens = Path.open
 
     def full(path, *how, **words):
@@ -322,7 +322,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(get, tmp_path, monkeypatch):
     assert get("disk").cache == "disk"
 
 
-def test_an_interrupted_making_leaves_nothing(get, tmp_path, backbone, monkeypatch):
+def test_disk__interruption_leaves_nothing(get, tmp_path, backbone, monkeypatch):
     features, calls = backbone.features, []
 
     def interrupted(spectrogram):
@@ -338,13 +338,13 @@ def test_an_interrupted_making_leaves_nothing(get, tmp_path, backbone, monkeypat
     assert not [p for p in (tmp_path / "features").iterdir() if p.is_dir()]
 
 
-def test_a_place_that_cannot_be_written_is_an_error(get, tmp_path):
+def test_disk__unwritable_folder_is_an_error(get, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="nothing can be written there"):
         get("disk", folder=str(tmp_path / "file" / "features"))
 
 
-def test_leftovers_are_swept_unless_their_maker_lives(get, tmp_path):
+def test_disk__leftovers_of_dead_processes_are_removed(get, tmp_path):
     root = tmp_path / "features"
     dead, living, other = root / "dead.part", root / "living.part", root / "mine"
     for folder in (dead, living, other):
@@ -357,7 +357,7 @@ def test_leftovers_are_swept_unless_their_maker_lives(get, tmp_path):
     assert (other / "patches.bin").exists()
 
 
-def test_what_another_process_makes_is_waited_for(get, tmp_path, caplog):
+def test_disk__waits_for_another_process(get, tmp_path, caplog):
     get("disk")
     folder = _folder(tmp_path)
     made = folder.rename(tmp_path / "made")
@@ -379,7 +379,7 @@ def test_what_another_process_makes_is_waited_for(get, tmp_path, caplog):
     assert not any(line.startswith("all features in") for line in said)  # made by the other
 
 
-def test_readers_keep_what_they_mapped_when_it_is_made_anew(get, tmp_path):
+def test_disk__readers_keep_their_mapping(get, tmp_path):
     reader = get("disk").source
     wanted = reader.patches.clone()
     file = _folder(tmp_path) / "patches.bin"
@@ -412,7 +412,7 @@ def _where(cache: str, gb: float, *, on_gpu=False, free=1000, moving="", **budge
         ("disk", 1, {"on_gpu": True}, "disk", "features.cache=disk"),
     ],
 )
-def test_where_features_are_kept(cache, gb, words, where, why):
+def test_storage_for__decides_by_size(cache, gb, words, where, why):
     found, said = _where(cache, gb, **words)
     assert found == where
     assert re.search(why, said), said
@@ -433,12 +433,12 @@ def test_where_features_are_kept(cache, gb, words, where, why):
         ("memory", 1, {"moving": "data.roll=true"}, "features.cache=memory with data.roll=true"),
     ],
 )
-def test_a_cache_that_cannot_be_is_an_error(cache, gb, words, said):
+def test_storage_for__impossible_cache_is_an_error(cache, gb, words, said):
     with pytest.raises(UserError, match=said):
         _where(cache, gb, **words)
 
 
-def test_clips_that_move_are_streamed(get, tmp_path):
+def test_open_features__moving_clips_are_streamed(get, tmp_path):
     for words in ({"roll": True}, {"random_offset": True}):
         opened = get("auto", **words)
         assert opened.cache == "off"
@@ -448,7 +448,7 @@ def test_clips_that_move_are_streamed(get, tmp_path):
         get("disk", roll=True)
 
 
-def test_budgets_reach_the_choice(get):
+def test_open_features__respects_budgets(get):
     assert get("auto").cache == "memory"
     assert get("auto", memory_gb=0.0, disk_gb=0.0).cache == "off"
     with pytest.raises(UserError, match="memory_gb=1e-06"):

@@ -63,7 +63,7 @@ def _same(a, b) -> bool:
     return [vars(o) for o in a] == [vars(o) for o in b]
 
 
-def test_the_rate_that_learns_is_chosen_and_said(bank):
+def test_cross_validate__selects_the_rate_that_learns(bank):
     outcomes = cross_validate(bank, _rounds(), ["linear"], _plan(steps=40))
     for outcome in outcomes:
         assert outcome.chosen["lr"] == 0.05
@@ -73,7 +73,7 @@ def test_the_rate_that_learns_is_chosen_and_said(bank):
         assert outcome.metrics["accuracy"] > 0.7
 
 
-def test_a_candidate_alone_gives_what_it_gives_beside_others(bank):
+def test_cross_validate__candidates_are_independent(bank):
     both = cross_validate(bank, _rounds(), ["linear", "cgp"], _plan(steps=4, seeds=2))
     for method in ("linear", "cgp"):
         alone = cross_validate(bank, _rounds(), [method], _plan(steps=4, seeds=2))
@@ -103,7 +103,7 @@ def test_progress_bar__counts_all_folds_candidates_and_passes(bank, protocol, wo
     assert 0 < plan.steps_left(_rounds(), methods) < expected
 
 
-def test_passes_change_nothing(bank):
+def test_cross_validate__passes_change_nothing(bank):
     seen = []
 
     class Spy(FeatureBank):
@@ -126,7 +126,7 @@ def test_passes_change_nothing(bank):
     assert _same(together, apart)
 
 
-def test_test_clips_decide_nothing(bank):
+def test_cross_validate__test_clips_select_nothing(bank):
     """With other labels on the test clips the same rates are chosen."""
     rounds = _rounds()[:1]
     wrong = bank.targets.clone()
@@ -139,7 +139,7 @@ def test_test_clips_decide_nothing(bank):
     assert b.metrics["accuracy"] < 0.3
 
 
-def test_validation_clips_are_not_trained_on(bank):
+def test_cross_validate__validation_clips_are_not_trained_on(bank):
     """Garbage features of the validation clips move the choice, not the trained weights."""
     rounds, heads = _rounds()[:1], []
     for spoilt in (False, True):
@@ -156,7 +156,7 @@ def test_validation_clips_are_not_trained_on(bank):
     assert torch.equal(*heads)
 
 
-def test_a_diverged_rate_is_passed_over(bank):
+def test_cross_validate__diverged_rate_is_not_selected(bank):
     plan = _plan(protocol=Protocol(lrs=[1e30, 0.05]), optim=Optim(**{**vars(OPTIM),
                  "warmup_steps": 0}), steps=30)  # fmt: skip
     (outcome,) = cross_validate(bank, _rounds()[:1], ["linear"], plan)
@@ -167,7 +167,7 @@ def test_a_diverged_rate_is_passed_over(bank):
 
 
 @pytest.mark.parametrize("protocol", [None, Protocol(lrs=[0.05])])
-def test_what_diverges_costs_only_itself(bank, protocol):
+def test_cross_validate__divergence_of_one_probe_spares_others(bank, protocol):
     """A probe, or one block of a curve, whose outputs are not finite: others are handed over."""
 
     class Broken(Linear):
@@ -194,7 +194,7 @@ def test_what_diverges_costs_only_itself(bank, protocol):
     assert plan.diverged == [("broken", "0", 0), ("curve", "0", 0)]
 
 
-def test_grids():
+def test_grid__rates_and_decays():
     optim = Optim(lr=0.1, weight_decay=0.2)
     assert grid(None, optim, prototypes=False) == [(0.1, 0.2)]
     assert grid(Protocol(selection="none"), optim, prototypes=True) == [(0.1, 0.2)]
@@ -210,7 +210,7 @@ def test_grids():
     assert 20 <= (rates < np.sqrt(1e-4 * 7e-3)).sum() <= 30  # even on a log scale
 
 
-def test_results_are_read_back_and_strange_ones_refused(bank, tmp_path):
+def test_results_file__read_back_or_refused(bank, tmp_path):
     outcomes = cross_validate(bank, _rounds(), ["linear"], _plan(bootstrap=100))
     path, made = tmp_path / "results.jsonl", {"encoder": "x", "data": "y"}
     ResultsFile(path, encoder="A", made_from=made).add(outcomes)
@@ -232,7 +232,7 @@ def test_results_are_read_back_and_strange_ones_refused(bank, tmp_path):
     assert cross_validate(bank, _rounds(), ["linear"], plan) == []
 
 
-def test_summary_says_what_its_deviation_is_over(bank):
+def test_summary__says_what_the_deviation_is_over(bank):
     outcomes = cross_validate(bank, _rounds(), ["linear"], _plan(seeds=3, bootstrap=100))
     entry = summary(outcomes)["linear"]
     values = np.array([[row[str(s)]["accuracy"] for s in range(3)]

@@ -91,7 +91,7 @@ EVENTS = """path,label,onset,offset,fold
 """
 
 
-def test_one_label_a_clip_is_one_label_a_clip(own):
+def test_prepare__csv_with_one_label_a_clip(own):
     ready = prepare(own(PLAIN, "task=esc10"))
     assert (ready.task.name, ready.config.task, ready.task.loss) == ("own", "own", "ce")
     assert ready.index.vocabulary == ["a", "b"]
@@ -128,7 +128,7 @@ def test_protocol_unmute__one_search_and_the_task_s_prototypes(own, tmp_path):
     assert [load_task(name).per_class for name in ("audioset", "esc50", "own")] == [10, 20, 20]
 
 
-def test_the_window_is_the_longest_clip_and_each_clip_has_its_own_frames(own):
+def test_window__is_the_longest_clip(own):
     ready = prepare(own(PLAIN))
     assert ready.config.data.clip_seconds == 1.0
     assert ready.frames is None
@@ -153,7 +153,7 @@ class NoClassToken(BAT):
     [(["protocol=bat"], "mean"), ([], "patches"), (["protocol=bat", "head.cls=patches"], "patches"),
      (["head.cls=mean"], "mean")],
 )  # fmt: skip
-def test_what_stands_in_for_a_class_token_is_said_by_the_protocol(own, tmp_path, words, cls):
+def test_evaluation__substitute_of_the_class_token(own, tmp_path, words, cls):
     ready = prepare(own(PLAIN, "head.prototypes=4", *words))
     backbone = NoClassToken(width=16, depth=2, heads=2, grid=Grid(8, 8))
     lab = Evaluation(
@@ -172,7 +172,7 @@ def test_what_stands_in_for_a_class_token_is_said_by_the_protocol(own, tmp_path,
 
 @pytest.mark.parametrize("level", ["clip", "frame"])
 @pytest.mark.parametrize("kind", [BAT, EAT])
-def test_probing_gives_each_clip_what_it_gives_alone(own, tmp_path, level, kind):
+def test_probes__do_not_depend_on_the_batch_or_the_cache(own, tmp_path, level, kind):
     """Whatever the batch, wherever features are kept, for every probe."""
     ready = prepare(own(EVENTS if level == "frame" else PLAIN, f"level={level}"))
     torch.manual_seed(0)
@@ -207,7 +207,7 @@ def test_probing_gives_each_clip_what_it_gives_alone(own, tmp_path, level, kind)
         torch.testing.assert_close(first.logits["cgp", ""][row], logits, atol=1e-5, rtol=1e-5)
 
 
-def test_data_are_opened_once_for_several_encoders(own, encoder):
+def test_with_encoder__data_are_opened_once(own, encoder):
     config = own(PLAIN)
     data = open_probing(dataclasses.replace(config, checkpoint=f"{encoder},random"))
     a, b = (with_encoder(data, config, name) for name in (str(encoder), "random:tiny"))
@@ -218,7 +218,7 @@ def test_data_are_opened_once_for_several_encoders(own, encoder):
     assert (a.backbone.width, b.backbone.width) == (16, 192)
 
 
-def test_the_data_of_the_first_checkpoint_that_has_some(own, encoder, sounds):
+def test_open_probing__data_of_the_first_checkpoint_that_has_some(own, encoder, sounds):
     run = encoder.parent
     words = ["recipe=toy", "task=folder", f"data.root={sounds}", "online.every=0"]
     (run / "config.yaml").write_text(to_yaml(compose(Pretrain, "pretrain", words)))
@@ -234,7 +234,7 @@ def test_the_data_of_the_first_checkpoint_that_has_some(own, encoder, sounds):
         (run / "config.yaml").unlink()
 
 
-def test_an_edited_csv_is_other_data_and_its_files_are_not_read_again(own, tmp_path):
+def test_open_probing__edited_csv_is_other_data(own, tmp_path):
     where = f"data.cache={tmp_path}/cache"
     first = open_probing(own(PLAIN, where)).index.hash
     [kept] = (tmp_path / "cache").iterdir()
@@ -247,7 +247,7 @@ def test_an_edited_csv_is_other_data_and_its_files_are_not_read_again(own, tmp_p
     assert os.stat(kept).st_mtime_ns == stamp
 
 
-def test_files_that_cannot_be_read_are_told_to_who_reads_the_results(own, sounds):
+def test_open_probing__unreadable_files_are_noted(own, sounds):
     text = PLAIN
     for i in range(6):
         (sounds / f"bad{i}.flac").write_bytes(b"fLaC, but not really")
@@ -264,7 +264,7 @@ def test_files_that_cannot_be_read_are_told_to_who_reads_the_results(own, sounds
     assert not any("cannot be read" in line for line in open_probing(own(PLAIN)).notices)
 
 
-def test_data_mistakes_name_the_remedy(own, sounds):
+def test_open_probing__mistakes_name_the_remedy(own, sounds):
     with pytest.raises(UserError, match=r"does not exist: name a CSV"):
         open_data("own", dataclasses.replace(own(PLAIN).data, csv=f"{sounds}/none.csv"))
     with pytest.raises(UserError, match=r"with task=own: name its CSV, data\.csv=FILE"):
@@ -276,7 +276,7 @@ def test_data_mistakes_name_the_remedy(own, sounds):
         open_probing(own(f"path,label,fold\n{folds}"))
 
 
-def test_several_labels_are_judged_by_mean_average_precision(own):
+def test_open_probing__several_labels_a_clip(own):
     text = PLAIN.replace("label", "labels").replace("4.flac,a", "4.flac,a;c")
     data = open_probing(own(text))
     assert (data.task.multi_label, data.task.metric, data.task.loss) == (True, "map", "bce")
@@ -287,7 +287,7 @@ def test_several_labels_are_judged_by_mean_average_precision(own):
     ]
 
 
-def test_events_at_clip_level_are_the_clip_s_labels(own):
+def test_open_probing__events_at_clip_level(own):
     data = open_probing(own(EVENTS))
     targets = np.stack([data.index.targets(i) for i in range(6)])
     assert targets.tolist() == [[1, 1], [1, 0], [0, 0], [0, 1], [1, 0], [0, 1]]
@@ -301,7 +301,7 @@ def test_events_at_clip_level_are_the_clip_s_labels(own):
     assert (quiet.task.multi_label, quiet.task.loss, quiet.task.metric) == (True, "bce", "map")
 
 
-def test_events_at_frame_level(own):
+def test_prepare__events_at_frame_level(own):
     """Patches of 160 ms; clip 1 of 0.7 s has five, the last from 0.64 s on; clip 0 has four."""
     ready = prepare(own(EVENTS, "level=frame"))
     assert ready.task.multi_label
@@ -330,7 +330,7 @@ def test_events_at_frame_level(own):
     assert ready.notices[-1].startswith("1 event(s) begin and end between the starts of two")
 
 
-def test_the_digest_follows_an_edited_onset_though_the_data_do_not(own):
+def test_frame_targets__digest_follows_an_edited_onset(own):
     before = prepare(own(EVENTS, "level=frame"))
     after = prepare(own(EVENTS.replace("0.3,0.9", "0.2,0.9"), "level=frame"))
     assert before.index.hash == after.index.hash
@@ -348,13 +348,13 @@ def test_the_digest_follows_an_edited_onset_though_the_data_do_not(own):
         (["pad_offset=random"], "pad_offset=random moves clips .* say pad_offset=start"),
     ],
 )
-def test_what_would_move_events_is_refused(own, words, says):
+def test_open_probing__what_moves_events_is_refused(own, words, says):
     with pytest.raises(UserError, match=says):
         open_probing(own(EVENTS, "level=frame", *words))
     open_probing(own(EVENTS, *words))
 
 
-def test_recordings_longer_than_the_window_are_judged_at_their_start(own):
+def test_window__longer_clips_are_noted(own):
     data = open_probing(own(EVENTS, "level=frame", "data.clip_seconds=0.5"))
     said = next(line for line in data.notices if "the window of 0.5 s" in line)
     assert said.startswith("4 of 6 clips are longer")
@@ -362,12 +362,12 @@ def test_recordings_longer_than_the_window_are_judged_at_their_start(own):
     assert said.endswith("; 1 event(s) begin after it")
 
 
-def test_events_after_the_end_are_an_error(own):
+def test_check_events__after_the_end_is_an_error(own):
     with pytest.raises(UserError, match=r"1 event.s. begin after .* line 6: onset 300, 3 has 0.5"):
         open_probing(own(EVENTS.replace("b,0,0.5", "b,300,500")))
 
 
-def test_patch_times_are_their_starts_and_bounds_belong_to_the_event():
+def test_frame_targets__bounds_belong_to_the_event():
     """As docs/method.md 5: index x 160 ms inside [start, end]; 3 x 160 ms is 0.48 s exactly."""
     events = {"x.y": (Event(0.16, 0.48, ("b",), 2), Event(0.481, 0.639, ("a",), 3))}
     made = FrameTargets(events, labels=["a", "b"], patch_hop_ms=160.0, sample_rate=1000)
@@ -384,14 +384,14 @@ def test_patch_times_are_their_starts_and_bounds_belong_to_the_event():
     assert made(batch, 6)[0, 5].tolist() == [0, 0]
 
 
-def test_fine_tuning_of_clips_of_their_own_length_is_not_split_among_devices(own, tmp_path):
+def test_finetune__fsdp_needs_frames(own, tmp_path):
     words = ["hardware.strategy=fsdp", f"out={tmp_path}/run"]
     with pytest.raises(UserError, match=r"strategy=fsdp .* say frames=NUMBER"):
         finetune(own(PLAIN, *words, schema=Finetune, command="finetune"))
     assert not (tmp_path / "run").exists()
 
 
-def test_fine_tuning_takes_a_csv_too(own):
+def test_prepare__csv_for_finetuning(own):
     ready = prepare(own(PLAIN, schema=Finetune, command="finetune"))
     assert (ready.task.name, ready.frames) == ("own", None)
     assert [len(r.train) for r in ready.rounds] == [6, 7, 7, 7]
@@ -399,7 +399,7 @@ def test_fine_tuning_takes_a_csv_too(own):
     assert "nothing was selected" in ready.how
 
 
-def test_clips_without_labels_are_negatives_and_counted(own):
+def test_open_probing__clips_without_labels(own):
     text = (
         PLAIN.replace("label", "labels")
         .replace("4.flac,a", "4.flac,")
@@ -411,7 +411,7 @@ def test_clips_without_labels_are_negatives_and_counted(own):
     assert data.index.targets(4).tolist() == [0, 0]
 
 
-def test_spellings_of_a_class_are_told_to_who_reads_the_results(own):
+def test_open_probing__similar_spellings_are_noted(own):
     notices = open_probing(
         own(PLAIN.replace("4.flac,a", "4.flac,A").replace("8.flac,a", "8.flac,A"))
     ).notices

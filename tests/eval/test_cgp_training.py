@@ -74,7 +74,7 @@ class PlainCGP(CGP):
         return self.fc(self.dropout(x.flatten(1)))
 
 
-def test_fast_and_plain_cgp_give_the_same_training_run():
+def test_cgp__trains_as_the_plain_formula():
     """40 steps, two rates, two folds, with dropout, looks and a choice: losses, gates, choices."""
     rows: dict[str, list] = {}
     outcomes = {}
