@@ -114,17 +114,21 @@ class Evaluation:
 
     def stream(self) -> FeatureStream:
         """Returns the features of clips, computed anew for each batch."""
-        data = self.config.data
+        config, data = self.config, self.config.data
         return FeatureStream(
             self.ready.backbone,
             self.ready.index,
             frames=self.ready.frames,
             clip_seconds=data.clip_seconds,
+            roll=data.roll,
+            random_offset=config.pad_offset == "random",
             min_seconds=data.min_seconds,
             max_seconds=data.max_seconds,
             workers=data.workers,
+            cache_bytes=int(data.cache_waves_gb * 1e9),
             autocast=self.autocast,
             needs=self.needs(),
+            targets_of=self.ready.targets_of,
             bad_clips=self.bad,
         )
 
@@ -209,21 +213,12 @@ class Evaluation:
         ready, config = self.ready, self.config
         parts = [ids for r in ready.rounds for ids in (r.train, r.test, r.valid) if ids is not None]
         self.opened = open_features(
-            ready.backbone,
-            ready.index,
-            ids=np.unique(np.concatenate(parts)),
-            frames=ready.frames,
-            needs=self.needs(),
+            self.stream(),
+            np.unique(np.concatenate(parts)),
             batch=config.data.batch,
             store=config.features,
-            data=config.data,
-            random_offset=config.pad_offset == "random",
-            autocast=self.autocast,
-            device=self.device,
-            bad_clips=self.bad,
-            progress=config.log.progress,
             digest=self.made_from["encoder"],
-            targets_of=ready.targets_of,
+            progress=config.log.progress,
         )
         self.seconds["features"] = round(time.perf_counter() - began, 1)
         where = {"memory": "in memory", "disk": "on disk", "off": "made for each batch"}

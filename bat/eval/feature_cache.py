@@ -23,16 +23,13 @@ from torch import Tensor
 
 from bat import __version__
 from bat.config.probing import FeatureStore
-from bat.config.sections import Data
 from bat.data.bad_clips import BadClips, merged_states
-from bat.data.index import Index
 from bat.data.stream import clip_samples
-from bat.encoders.base import Encoder
 from bat.errors import UserError
 from bat.eval import feature_disk as disk
-from bat.eval.encoding import CLIP_AXIS, TargetsOf, clips_first, counted
+from bat.eval.encoding import CLIP_AXIS, clips_first, counted, device_of
 from bat.eval.features import FeatureBank, FeatureStream, Source
-from bat.types import Needs, WaveBatch
+from bat.types import WaveBatch
 
 log = logging.getLogger("bat")
 
@@ -49,53 +46,29 @@ class Opened(NamedTuple):
 
 
 def open_features(
-    backbone: Encoder,
-    index: Index,
-    *,
+    stream: FeatureStream,
     ids: np.ndarray,
-    frames: int | None,
-    needs: Needs,
+    *,
     batch: int,
     store: FeatureStore,
-    data: Data,
-    random_offset: bool,
-    autocast: torch.dtype | None,
-    device: torch.device,
-    bad_clips: BadClips,
-    progress: bool,
     digest: str,
-    targets_of: TargetsOf | None = None,
+    progress: bool,
 ) -> Opened:
-    """Returns the features of the clips ``ids`` of ``index``, stored as ``store`` says.
+    """Returns the features that ``stream`` computes of the clips ``ids``, stored as ``store`` says.
 
-    ``device`` is the device of ``backbone``; ``digest`` is that of its weights and keywords
-    (``loading.weights_digest``). ``bad_clips`` receives the unreadable clips, also those recorded
-    in a cache of an earlier run. Clips longer than ``data.clip_seconds`` are read from their start,
-    from which frame labels (``targets_of``) are counted.
+    ``digest`` is that of the encoder's weights and keywords (``loading.weights_digest``). The
+    stream's ``bad_clips`` receive the unreadable clips, also those recorded in a cache of an
+    earlier run. Long clips are read from their start, from which frame labels are counted.
 
     Raises ``UserError`` if a requested cache is above its budget or impossible, the disk is full,
     no clip is readable or too many are not, or features are not finite.
     """
-    moving = "data.roll=true" if data.roll else "pad_offset=random" if random_offset else ""
-    if moving and targets_of is not None:
+    moving = "data.roll=true" if stream.roll else ""
+    moving = moving or ("pad_offset=random" if stream.random_offset else "")
+    if moving and stream.targets_of is not None:
         raise UserError(f"{moving} moves the clips against their labels in time: omit it, or say "
                         "level=clip")  # fmt: skip
-    stream = FeatureStream(
-        backbone,
-        index,
-        frames=frames,
-        clip_seconds=data.clip_seconds,
-        roll=data.roll,
-        random_offset=random_offset,
-        min_seconds=data.min_seconds,
-        max_seconds=data.max_seconds,
-        workers=data.workers,
-        cache_bytes=int(data.cache_waves_gb * 1e9),
-        autocast=autocast,
-        needs=needs,
-        targets_of=targets_of,
-        bad_clips=bad_clips,
-    )
+    device, bad_clips = device_of(stream.backbone), stream.bad_clips
     facts = _facts(stream, ids, digest=digest, device=device)
     folder = disk.folder_for(Path(store.folder), facts)
     on_gpu = device.type == "cuda"
@@ -115,17 +88,17 @@ def open_features(
     if where == "memory":
         room = on_gpu and torch.cuda.mem_get_info(device)[0] >= 2 * need
         memory = FeatureBank.extract(
-            backbone,
+            stream.backbone,
             stream.loader(ids, batch=batch),
             ids=ids,
-            frames=frames,
-            autocast=autocast,
+            frames=stream.frames,
+            autocast=stream.autocast,
             device=device if room else "cpu",
             bad_clips=bad_clips,
             progress=progress,
-            needs=needs,
-            targets_of=targets_of,
-            index=index,
+            needs=stream.needs,
+            targets_of=stream.targets_of,
+            index=stream.index,
         )
         return Opened(memory, where, why, need / 1e9)
     with disk.alone(folder):

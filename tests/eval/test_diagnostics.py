@@ -176,7 +176,7 @@ def test_encoder_statistics__first_chunk_of_a_long_clip() -> None:
     assert found["sinks"]["uniform"] == pytest.approx(1 / 17)
 
 
-def test_encoder_statistics__change_no_state_even_after_an_error(
+def test_encoder_statistics__change_no_state(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     backbone, sound = encoder(drop_path=0.3).train(), waves()

@@ -15,7 +15,6 @@ import torch
 from filelock import FileLock
 
 from bat.config.probing import FeatureStore
-from bat.config.sections import Data
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index, open_index
 from bat.encoders.bat import BAT
@@ -47,25 +46,18 @@ def get(backbone, index, tmp_path):
     """``get(cache, ...)`` opens the features of all ten clips."""
 
     def open_them(cache: str = "disk", **settings) -> Opened:
-        data = {"batch": 4, "workers": 0, "roll": False, "clip_seconds": SECONDS}
-        data |= {k: settings.pop(k) for k in list(settings) if k in vars(Data())}
         store = {"cache": cache, "folder": str(tmp_path / "features")}
         store |= {k: settings.pop(k) for k in list(settings) if k in vars(FeatureStore())}
-        words = {
-            "ids": np.arange(len(index)),
-            "frames": 32,
-            "needs": Needs(),
-            "batch": 4,
-            "random_offset": False,
-            "autocast": None,
-            "device": torch.device("cpu"),
-            "bad_clips": BadClips(max_bad=0.5),
-            "progress": False,
-            "digest": weights_digest(backbone),
-        }
-        encoder = settings.pop("encoder", backbone)
+        ids, batch = settings.pop("ids", np.arange(len(index))), settings.pop("batch", 4)
+        encoder, digest = settings.pop("encoder", backbone), settings.pop("digest", None)
+        words = {"frames": 32, "clip_seconds": SECONDS, "bad_clips": BadClips(max_bad=0.5)}
         return open_features(
-            encoder, index, store=FeatureStore(**store), data=Data(**data), **words | settings
+            FeatureStream(encoder, index, **words | settings),
+            ids,
+            batch=batch,
+            store=FeatureStore(**store),
+            digest=digest or weights_digest(backbone),
+            progress=False,
         )
 
     return open_them
@@ -203,7 +195,7 @@ def test_disk__every_dependency_has_its_own_cache(get, index, monkeypatch):
         patch.setattr(feature_cache, "__version__", "another")
         names["version"] = name()
     assert len(set(names.values())) == len(names) == len(OTHER) + 3
-    alike = {"batch": 2, "memory_gb": 1.0, "max_bad": 0.3, "workers": 1, "progress": False}
+    alike = {"batch": 2, "memory_gb": 1.0, "workers": 1, "bad_clips": BadClips(max_bad=0.3)}
     assert name(**alike) == names["nothing"]
 
 

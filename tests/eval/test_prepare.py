@@ -22,6 +22,7 @@ from bat.encoders.eat import EAT
 from bat.errors import UserError
 from bat.eval.evaluation import Evaluation
 from bat.eval.feature_cache import open_features
+from bat.eval.features import FeatureStream
 from bat.eval.fit import predictions
 from bat.eval.heads import load_head, save_head
 from bat.eval.prepare import open_probing, prepare, with_encoder
@@ -184,13 +185,15 @@ def test_probes__do_not_depend_on_the_batch_or_the_cache(own, tmp_path, level, k
     }
     found = {}
     for cache, batch in [("off", 1), ("off", 7), ("memory", 48), ("disk", 7)]:
+        stream = FeatureStream(
+            encoder, ready.index, frames=ready.frames, needs=Needs("all", entry=True),
+            clip_seconds=ready.config.data.clip_seconds, targets_of=ready.targets_of,
+            bad_clips=BadClips(max_bad=0.0),
+        )  # fmt: skip
+        store = FeatureStore(cache=cache, folder=str(tmp_path / "features"))
         source = open_features(
-            encoder, ready.index, ids=ids, frames=ready.frames, needs=Needs("all", entry=True),
-            batch=batch, store=FeatureStore(cache=cache, folder=str(tmp_path / "features")),
-            data=ready.config.data, random_offset=False, autocast=None,
-            device=torch.device("cpu"), bad_clips=BadClips(max_bad=0.0), progress=False,
-            digest="", targets_of=ready.targets_of,
-        ).source  # fmt: skip
+            stream, ids, batch=batch, store=store, digest="", progress=False
+        ).source
         found[cache, batch] = predictions(probes, source.once(ids, batch=batch))
     first = found["off", 1]
     if level == "frame":  # complete windows of 25 ms alone: two clips lose a patch of 20 ms
