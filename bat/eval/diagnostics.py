@@ -35,7 +35,6 @@ from bat.probes.base import Probe
 from bat.probes.maps import evidence
 from bat.types import WaveBatch
 
-CLIPS_AT_A_TIME = 8
 MAX_HOP = 512
 """Largest hop in samples between frames of pictures of encoders without a spectrogram."""
 
@@ -62,7 +61,14 @@ def encoder_statistics(
     input_statistics, sinks = TokenStatistics(), _Sinks(backbone)
     draws = torch.Generator().manual_seed(0)
     with plain_float32(backbone, device.type):
-        for keys, lengths, waves, inputs, T in _first_chunks(backbone, batches, frames):
+        for batch in (batch for batch in batches if batch.keys):
+            waves, lengths = batch.waves.to(device), batch.lengths.to(device)
+            inputs = backbone.inputs(waves, lengths, frames=frames)
+            T = backbone.time_patches(waves.shape[1])
+            if frames is not None and isinstance(backbone, SpectrogramEncoder):
+                T = frames // backbone.patch
+            T = min(T, backbone.max_patches or T)
+            inputs = backbone.first(inputs, T)
             valid = torch.full_like(lengths, T)
             if frames is None:
                 valid = torch.minimum(valid, backbone.time_patches(lengths))
@@ -71,8 +77,8 @@ def encoder_statistics(
             if sinks.gated:
                 with sinks.recorded("gate off"), opened(sinks.gated):
                     backbone.features_alone(inputs, valid, total=T)
-            _check(features.patches, keys)
-            B, bands = len(keys), features.patches.shape[3]
+            _check(features.patches, batch.keys)
+            B, bands = len(batch.keys), features.patches.shape[3]
             steps, inside, steps_inside = _time_steps(backbone, waves, lengths, inputs, T)
             input_statistics.add(steps, steps_inside, steps_inside.float())
             draw = torch.rand(B, T * bands, generator=draws).to(device)
@@ -103,16 +109,14 @@ def encoder_statistics(
 def best_clips(logits: Tensor, targets: Tensor, *, count: int) -> list[tuple[int, int]]:
     """Returns pairs (class, row): for each of ``count`` classes its clip with the highest score.
 
-    ``logits`` and ``targets`` (n, C), or (n, T, C) at frame level. The classes are those with most
-    clips, ties in order of the labels; there are fewer pairs if fewer classes have any clip.
+    ``logits`` and ``targets`` (n, C). The classes are those with most clips, ties in order of the
+    labels; there are fewer pairs if fewer classes have any clip.
     """
-    logits = to_clip(logits).float()  # (n, C)
-    has = targets > 0  # False where targets are NaN
-    has = has.any(1) if has.ndim == 3 else has  # (n, C)
+    has = targets > 0
     clips = has.sum(0)
     order = clips.argsort(descending=True, stable=True)[:count]
     classes = sorted(int(c) for c in order if clips[c])
-    best = logits.masked_fill(~has, -math.inf).argmax(0)  # (C,)
+    best = logits.float().masked_fill(~has, -math.inf).argmax(0)  # (C,)
     return [(c, int(best[c])) for c in classes]
 
 
@@ -164,25 +168,6 @@ def prototype_maps(
                     }
                 )
     return found
-
-
-def _first_chunks(
-    backbone: Encoder, batches: Iterable[WaveBatch], frames: int | None
-) -> Iterator[tuple[list[str], Tensor, Tensor, Tensor, int]]:
-    """Yields keys, lengths (B,), waves (B, S), the first chunk's inputs and its number of time
-    patches, a few clips at a time."""
-    device = device_of(backbone)
-    for batch in batches:
-        for start in range(0, len(batch.keys), CLIPS_AT_A_TIME):
-            rows = slice(start, start + CLIPS_AT_A_TIME)
-            waves, lengths = batch.waves[rows].to(device), batch.lengths[rows].to(device)
-            inputs = backbone.inputs(waves, lengths, frames=frames)
-            if frames is not None and isinstance(backbone, SpectrogramEncoder):
-                T = frames // backbone.patch
-            else:
-                T = backbone.time_patches(waves.shape[1])
-            T = min(T, backbone.max_patches or T)
-            yield batch.keys[rows], lengths, waves, backbone.first(inputs, T), T
 
 
 def _time_steps(

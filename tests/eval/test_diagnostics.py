@@ -1,7 +1,6 @@
 """Statistics of an encoder against plain formulas, nothing disturbed; the clips that are drawn."""
 
 import json
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -244,9 +243,6 @@ def test_best_clips__highest_score_of_each_class() -> None:
     logits = torch.tensor([[1, 9, 9, 9], [2, 0, 9, 9], [9, -1, 9, 9], [9, -2, 9, 3.0]])
     assert best_clips(logits, targets, count=9) == [(0, 1), (1, 1), (3, 3)]
     assert best_clips(logits, targets, count=1) == [(1, 1)]  # class 1 has most clips
-    frames = targets[:, None].repeat(1, 3, 1)
-    frames[:, 2] = math.nan  # behind the end
-    assert best_clips(logits[:, None].repeat(1, 3, 1), frames, count=2) == [(0, 1), (1, 1)]
 
 
 def test_prototype_maps__skip_unreadable_clips() -> None:
