@@ -179,15 +179,14 @@ class Evaluation:
         diverged = {method for method, _, _ in plan.diverged}
         if diverged:
             log.warning("%s: %s", self.name, plan.diverged_line())
-        results = summary(
-            (
-                o
-                for o in file.outcomes
-                if (o.probe, o.fold, o.seed) in wanted and o.probe not in diverged
-            ),
-            metric=self.ready.task.metric,
-            confidence=self.config.confidence,
-        )
+        outcomes = [
+            outcome
+            for outcome in file.outcomes
+            if (outcome.probe, outcome.fold, outcome.seed) in wanted
+            and outcome.probe not in diverged
+        ]
+        metric, confidence = self.ready.task.metric, self.config.confidence
+        results = summary(outcomes, metric=metric, confidence=confidence)
         self.bad.check(final=True)
         if self.bad.keys:
             first = ": ".join(next(iter(self.bad.keys.items())))

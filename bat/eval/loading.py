@@ -214,20 +214,14 @@ def _untrained(shape: str, config: Supervised, frames: int) -> Encoder:
             return find_encoder(shape)()
         trained = bat.load_encoder(shape, weights="student", heads=config.heads)
         keywords = trained.config()
-        grid = {"grid": Grid(*keywords["grid"])} if "grid" in keywords else {}
-        return type(trained)(**{**keywords, **grid})
+        if "grid" in keywords:
+            keywords["grid"] = Grid(*keywords["grid"])
+        return type(trained)(**keywords)
     model = _model(find_fragment(f"model/{shape}"))
-    return find_encoder(model.backbone)(
-        width=model.width,
-        depth=model.depth,
-        heads=model.heads,
-        grid=Grid(frames // model.patch, 128 // model.patch),
-        patch=model.patch,
-        mlp_ratio=model.mlp_ratio,
-        gate=model.gate,
-        norm_order=model.norm_order,
-        pos_layout=model.pos_layout,
-    )
+    names = ("width", "depth", "heads", "patch", "mlp_ratio", "gate", "norm_order", "pos_layout")
+    keywords = {name: getattr(model, name) for name in names}
+    grid = Grid(frames // model.patch, 128 // model.patch)
+    return find_encoder(model.backbone)(grid=grid, **keywords)
 
 
 def _model(fragment: Path) -> Model:
