@@ -1,5 +1,4 @@
-"""What must hold of any probing: planted features are found, permuted labels give chance, and the
-fast CGP operator gives the run that the plain formula gives."""
+"""The fast CGP operator gives the training run that the plain formula gives."""
 
 import numpy as np
 import pytest
@@ -75,7 +74,7 @@ class PlainCGP(CGP):
 
 
 def test_cgp__trains_as_the_plain_formula():
-    """40 steps, two rates, two folds, with dropout, looks and a choice: losses, gates, choices."""
+    """40 steps, two rates, with dropout, validation and selection."""
     rows: dict[str, list] = {}
     outcomes = {}
     for name, cls in (("fast", CGP), ("plain", PlainCGP)):
@@ -85,12 +84,12 @@ def test_cgp__trains_as_the_plain_formula():
             build=lambda _, cls=cls: cls(
                 classes=C, width=D, depth=L, has_cls=True, prototypes=24, dropout=0.2
             ),
-            folds=2,
+            folds=1,
             log_every=5,
             on_log=rows[name].append,
         )
     losses = {name: [r["loss"] for r in own] for name, own in rows.items()}
-    assert len(losses["fast"]) == 2 * 2 * 9
+    assert len(losses["fast"]) == 2 * 9
     assert losses["fast"] == pytest.approx(losses["plain"], rel=1e-3, abs=1e-5)
     assert losses["fast"][0] > 2 * losses["fast"][-1]
     for fast, plain in zip(outcomes["fast"], outcomes["plain"], strict=True):
