@@ -1,4 +1,4 @@
-"""Which encoders are compared: names, the untrained control, what fine-tuning reaches."""
+"""Encoder lists: names, random-init baselines, results of fine-tuning."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Which encoder a command starts from, and whose data it takes."""
+"""Loads the encoder of a command, and finds the data of its run."""
 
 from pathlib import Path
 

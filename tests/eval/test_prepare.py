@@ -1,4 +1,4 @@
-"""A CSV of one's own, from its lines to what a probe is trained on."""
+"""Custom data in a CSV, from its lines to what a probe is trained on."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The run folder: whose it is, other settings, leftovers."""
+"""The run folder: its lock, other settings, leftovers."""
 
 import json
 import logging

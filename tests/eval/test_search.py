@@ -1,4 +1,4 @@
-"""Choosing among candidates: on validation clips, side by side or in passes, never on the test."""
+"""Selection among candidates on validation clips, side by side or in passes."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Which look is chosen: ties, blocks of a curve, patience. Every score is written down beforehand.
+"""Selection of validation steps: ties, blocks of a curve, patience. Every score is known beforehand.
 
 A scripted probe answers what its script says of the steps it has trained for and of whether its
 rate is the fast one; so the right choice is known without training anything.

@@ -1,4 +1,4 @@
-"""What random numbers of a probing hang on: seeds, rounds and methods, resamples, their pairing."""
+"""Random numbers of probe runs: seeds, folds and methods, and paired resamples."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Rounds, what is chosen on, what is drawn, and the checks of both and of labels."""
+"""Folds and splits: validation clips, drawn folds, checks of both and of labels."""
 
 from dataclasses import replace
 from types import SimpleNamespace
