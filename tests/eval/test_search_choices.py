@@ -1,4 +1,4 @@
-"""Selection of validation steps: ties, blocks of a curve, patience. Every score is known beforehand.
+"""Selection of validation steps: ties, blocks of a curve, patience. Every score is known before.
 
 A scripted probe answers what its script says of the steps it has trained for and of whether its
 rate is the fast one; so the right choice is known without training anything.
