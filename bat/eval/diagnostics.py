@@ -3,7 +3,7 @@
 ``sinks``: share of the attention that the most attended token receives (``nn/sinks.py``), mean over
 clips and heads; also with every gate of the encoder opened (factor 1 instead of the sigmoid), which
 shows how much of it the trained gates account for. ``norms``, ``rank`` and ``spread`` of patches
-and class tokens: see ``token_statistics.py``; the latter two are None if there are too few clips,
+and class tokens: see ``collapse.py``; the latter two are None if there are too few clips,
 or if all of them sound the same.
 
 For clips in chunks only the first chunk is used. With a fixed number of ``frames``, patches that
@@ -26,9 +26,8 @@ from torch import Tensor
 from bat.audio.frontend import LogMel
 from bat.encoders.base import Encoder, SpectrogramEncoder
 from bat.errors import UserError
-from bat.eval.collapse import SAME, plain_float32
+from bat.eval.collapse import SAME, TokenStatistics, plain_float32
 from bat.eval.features import device_of, encode, evaluating, to_device
-from bat.eval.token_statistics import TokenStatistics
 from bat.nn.attention import Attention
 from bat.nn.losses import to_clip
 from bat.nn.sinks import sink_share
@@ -36,7 +35,6 @@ from bat.probes.base import Probe
 from bat.probes.maps import evidence
 from bat.types import WaveBatch
 
-CLIPS_AT_A_TIME = 8
 MAX_HOP = 512
 """Largest hop in samples between frames of pictures of encoders without a spectrogram."""
 
@@ -60,31 +58,38 @@ def encoder_statistics(
     device, L = device_of(backbone), backbone.depth
     patches = [TokenStatistics() for _ in range(L)]
     classes = [TokenStatistics() for _ in range(L)] if backbone.has_cls else []
-    sound, sinks = TokenStatistics(), _Sinks(backbone)
+    input_statistics, sinks = TokenStatistics(), _Sinks(backbone)
     draws = torch.Generator().manual_seed(0)
     with plain_float32(backbone, device.type):
-        for keys, lengths, waves, inputs, T in _first_chunks(backbone, batches, frames):
-            own = torch.full_like(lengths, T)
+        for batch in (batch for batch in batches if batch.keys):
+            waves, lengths = batch.waves.to(device), batch.lengths.to(device)
+            inputs = backbone.inputs(waves, lengths, frames=frames)
+            T = backbone.time_patches(waves.shape[1])
+            if frames is not None and isinstance(backbone, SpectrogramEncoder):
+                T = frames // backbone.patch
+            T = min(T, backbone.max_patches or T)
+            inputs = backbone.first(inputs, T)
+            valid = torch.full_like(lengths, T)
             if frames is None:
-                own = torch.minimum(own, backbone.time_patches(lengths))
-            with sinks.heard("gate on"):
-                features = backbone.features_alone(inputs, own, total=T)
+                valid = torch.minimum(valid, backbone.time_patches(lengths))
+            with sinks.recorded("gate on"):
+                features = backbone.features_alone(inputs, valid, total=T)
             if sinks.gated:
-                with sinks.heard("gate off"), opened(sinks.gated):
-                    backbone.features_alone(inputs, own, total=T)
-            _check(features.patches, keys)
-            B, bands = len(keys), features.patches.shape[3]
-            heard, inside, shown = _sound(backbone, waves, lengths, inputs, T)
-            sound.add(heard, shown, shown.float())
+                with sinks.recorded("gate off"), opened(sinks.gated):
+                    backbone.features_alone(inputs, valid, total=T)
+            _check(features.patches, batch.keys)
+            B, bands = len(batch.keys), features.patches.shape[3]
+            steps, inside, steps_inside = _time_steps(backbone, waves, lengths, inputs, T)
+            input_statistics.add(steps, steps_inside, steps_inside.float())
             draw = torch.rand(B, T * bands, generator=draws).to(device)
             for statistics, block in zip(patches, features.patches, strict=True):
                 statistics.add(block.flatten(1, 2), inside.repeat_interleave(bands, dim=1), draw)
             if classes and features.cls is not None:
                 for statistics, block in zip(classes, features.cls, strict=True):
                     statistics.add(block[:, None], inside[:, :1], draw[:, :1])
-    if not sound.clips:
+    if not input_statistics.clips:
         raise UserError("none of the clips for insight.encoder can be read")
-    same = (sound.spread() or 0.0) < SAME
+    same = (input_statistics.spread() or 0.0) < SAME
 
     def by_kind(what: str, *, known: bool = True) -> dict[str, Any]:
         return {
@@ -93,27 +98,25 @@ def encoder_statistics(
         }
 
     return {
-        "clips": sound.clips,
-        "sinks": sinks.shares(sound.clips),
+        "clips": input_statistics.clips,
+        "sinks": sinks.shares(input_statistics.clips),
         "norms": by_kind("norms"),
         "rank": by_kind("rank", known=not same),
         "spread": by_kind("spread", known=not same),
     }
 
 
-def choose_clips(logits: Tensor, targets: Tensor, *, count: int) -> list[tuple[int, int]]:
+def best_clips(logits: Tensor, targets: Tensor, *, count: int) -> list[tuple[int, int]]:
     """Returns pairs (class, row): for each of ``count`` classes its clip with the highest score.
 
-    ``logits`` and ``targets`` (n, C), or (n, T, C) at frame level. The classes are those with most
-    clips, ties in order of the labels; there are fewer pairs if fewer classes have any clip.
+    ``logits`` and ``targets`` (n, C). The classes are those with most clips, ties in order of the
+    labels; there are fewer pairs if fewer classes have any clip.
     """
-    logits = to_clip(logits).float()  # (n, C)
-    has = targets > 0  # False where targets are NaN
-    has = has.any(1) if has.ndim == 3 else has  # (n, C)
+    has = targets > 0
     clips = has.sum(0)
     order = clips.argsort(descending=True, stable=True)[:count]
     classes = sorted(int(c) for c in order if clips[c])
-    best = logits.masked_fill(~has, -math.inf).argmax(0)  # (C,)
+    best = logits.float().masked_fill(~has, -math.inf).argmax(0)  # (C,)
     return [(c, int(best[c])) for c in classes]
 
 
@@ -167,30 +170,11 @@ def prototype_maps(
     return found
 
 
-def _first_chunks(
-    backbone: Encoder, batches: Iterable[WaveBatch], frames: int | None
-) -> Iterator[tuple[list[str], Tensor, Tensor, Tensor, int]]:
-    """Yields keys, lengths (B,), waves (B, S), the first chunk's inputs and its number of time
-    patches, a few clips at a time."""
-    device = device_of(backbone)
-    for batch in batches:
-        for start in range(0, len(batch.keys), CLIPS_AT_A_TIME):
-            rows = slice(start, start + CLIPS_AT_A_TIME)
-            waves, lengths = batch.waves[rows].to(device), batch.lengths[rows].to(device)
-            inputs = backbone.inputs(waves, lengths, frames=frames)
-            if frames is not None and isinstance(backbone, SpectrogramEncoder):
-                T = frames // backbone.patch
-            else:
-                T = backbone.time_patches(waves.shape[1])
-            T = min(T, backbone.max_patches or T)
-            yield batch.keys[rows], lengths, waves, backbone.first(inputs, T), T
-
-
-def _sound(
+def _time_steps(
     backbone: Encoder, waves: Tensor, lengths: Tensor, inputs: Tensor, T: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the sound of the clips (B, n, numbers), a mask (B, T) of the time patches that begin
-    within the clip, and a mask (B, n) of the n steps of the sound that do."""
+    """Returns frames or samples of clips (B, n, numbers), a mask (B, T) of the time patches that
+    begin within the clip, and a mask (B, n) of the n steps that do."""
     steps = torch.arange(T, device=inputs.device)
     if isinstance(backbone, SpectrogramEncoder):
         front: Any = backbone.frontend
@@ -239,17 +223,17 @@ class _Sinks:
         self.uniform = 0.0
 
     @contextmanager
-    def heard(self, name: str) -> Iterator[None]:
+    def recorded(self, name: str) -> Iterator[None]:
         """Records the attention of forward passes of the encoder under ``name``."""
         total = self.total.setdefault(name, torch.zeros(len(self.attentions), dtype=torch.float64))
 
-        def hear(attention: Attention, inputs: tuple[Tensor, ...]) -> None:
+        def record(attention: Attention, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]  # (B, n, D)
             if name == "gate on" and attention is self.attentions[0]:
                 self.uniform += x.shape[0] / x.shape[1]
             total[self.attentions.index(attention)] += float(sink_share(attention, x).mean(1).sum())
 
-        hooks = [part.register_forward_pre_hook(hear) for part in self.attentions]
+        hooks = [part.register_forward_pre_hook(record) for part in self.attentions]
         try:
             yield
         finally:

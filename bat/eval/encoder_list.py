@@ -10,7 +10,6 @@ numbered if two are equal.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,24 +30,30 @@ def encoders_of(config: Probe) -> dict[str, str]:
     """
     names = several(config)
     trained = [c for c in names if c != RANDOM and not c.startswith(f"{RANDOM}:")]
-    found: dict[str, str] = {}
+    checkpoints: list[str] = []
     for checkpoint in names:
         if checkpoint == RANDOM and trained:
-            for source in _architectures(config, trained):
-                _put(found, config, f"{RANDOM}:{source}")
+            checkpoints += [f"{RANDOM}:{source}" for source in _architectures(config, trained)]
         else:
-            _put(found, config, checkpoint)
+            checkpoints.append(checkpoint)
+    found: dict[str, str] = {}
+    for checkpoint in dict.fromkeys(checkpoints):
+        stem = checkpoint_name(replace(config, checkpoint=checkpoint))
+        name, number = stem, 2
+        while name in found:
+            name, number = f"{stem}-{number}", number + 1
+        found[name] = checkpoint
     return found
 
 
 def given(config: Supervised) -> str:
     """Returns the checkpoint as the user wrote it; raises ``UserError`` if there is none."""
-    if not config.checkpoint:
+    if not (config.checkpoint or "").strip():
         raise UserError(
             "no checkpoint given: say checkpoint=RUN (a run, an export or a weight file), or "
-            "checkpoint=random for the untrained control"
+            "checkpoint=random for the untrained baseline; several with commas"
         )
-    return config.checkpoint
+    return str(config.checkpoint)
 
 
 def path_of(checkpoint: str) -> str:
@@ -90,29 +95,13 @@ def check_there(config: Supervised) -> None:
 
 def several(config: Supervised) -> list[str]:
     """Returns the checkpoints as the user wrote them."""
-    text = (config.checkpoint or "").strip()
-    if not text:
-        raise UserError(
-            "no checkpoint given: say checkpoint=RUN (a run, an export or a weight file), or "
-            "checkpoint=random for the untrained control; several with commas"
-        )
+    text = given(config).strip()
     parts = [text] if Path(text).expanduser().exists() else [p.strip() for p in text.split(",")]
     if not all(parts):
         raise UserError(f"checkpoint={text} has an empty name between its commas")
-    twice = next((p for i, p in enumerate(parts) if p in parts[:i]), None)
-    if twice:
-        raise UserError(f"checkpoint={text} names {twice} twice")
+    if twice := [part for part in parts if parts.count(part) > 1]:
+        raise UserError(f"checkpoint={text} names {twice[0]} twice")
     return parts
-
-
-def _put(found: dict[str, str], config: Probe, checkpoint: str) -> None:
-    if checkpoint in found.values():
-        return
-    stem = checkpoint_name(replace(config, checkpoint=checkpoint))
-    name, number = stem, 2
-    while name in found:
-        name, number = f"{stem}-{number}", number + 1
-    found[name] = checkpoint
 
 
 def _architectures(config: Probe, checkpoints: list[str]) -> list[str]:
@@ -151,11 +140,12 @@ def finetuned_of(
 
 
 def _finetuned(entry: str, *, task: str, metric: str, data: str) -> float:
+    """Returns the result that ``entry`` gives: a number in percent, or a run of bat-finetune."""
     try:
         percent = float(entry)
     except ValueError:
         return _of_run(Path(entry).expanduser(), task=task, metric=metric, data=data)
-    if not 0 <= percent <= 100 or math.isnan(percent):
+    if not 0 <= percent <= 100:
         raise UserError(f"finetuned={entry} is no percentage (0 to 100)")
     return percent / 100
 
@@ -164,19 +154,18 @@ def _of_run(folder: Path, *, task: str, metric: str, data: str) -> float:
     file = folder / "summary.json"
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
-        results, of = run["results"], run["task"]
-        (entry,) = results.values()
-        value = float(entry["mean"][metric])
+        (entry,) = run["results"].values()
+        value, run_task = float(entry["mean"][metric]), run["task"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"finetuned={folder}: no finished run of bat-finetune with its {metric} there "
             f"({file}: {error}); give such a run, a number in percent, or none"
         ) from error
-    if of != task:
-        raise UserError(f"finetuned={folder} is of task '{of}', this probing of '{task}'")
+    if run_task != task:
+        raise UserError(f"finetuned={folder} is of task '{run_task}', this probe run of '{task}'")
     if run.get("data", data) != data:
         raise UserError(
-            f"finetuned={folder} was judged on other clips, labels or folds than this probing: "
+            f"finetuned={folder} was evaluated on other clips, labels or folds than this run: "
             "give a run on the same data, or its number in percent if you know that they agree"
         )
     return value

@@ -78,20 +78,14 @@ def _not_finite(
 ) -> str:
     """Returns a message that names the earliest block and the clip with values that are not finite,
     and the remedy."""
-    wrong = {
-        name: ~getattr(features, name).isfinite().flatten(1 + CLIP_AXIS[name]).all(-1)
-        for name, tensor in clips_first(features).items()
-        if tensor.numel()
-    }  # (B,) of entry, else (blocks, B)
-    sound = torch.ones(depth, len(batch.keys), dtype=torch.bool, device=inputs.device)
-    for name, bad in wrong.items():
-        if name != "entry":
-            sound[depth - len(bad) :] &= ~bad
-    if "entry" in wrong and wrong["entry"].any():
-        row, where = int(wrong["entry"].int().argmax()), "the tokens before the first block"
-    else:
-        block, row = (~sound).nonzero()[0].tolist()
-        where = f"block {block + 1} of {depth}"
+    wrong: list[tuple[int, int]] = []  # block, 0 for the tokens before the first, and row
+    for name, tensor in clips_first(features).items():  # (B, blocks, ...), entry (B, ...)
+        blocks = tensor.flatten(1)[:, None] if name == "entry" else tensor.flatten(2)
+        first = 0 if name == "entry" else depth - blocks.shape[1] + 1
+        found = (~blocks.isfinite().all(-1)).nonzero().tolist()
+        wrong += [(first + block, row) for row, block in found]
+    block, row = min(wrong)
+    where = f"block {block} of {depth}" if block else "the tokens before the first block"
     if not inputs[row].isfinite().all():
         remedy = "its samples are not finite to begin with: check the data (bat-shard verify)"
     elif autocast is not None:

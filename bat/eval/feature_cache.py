@@ -1,4 +1,4 @@
-"""Chooses where frozen features are stored between steps: in memory, on disk, or not at all.
+"""Decides where frozen features are stored between steps: in memory, on disk, or not at all.
 
 ``features.cache=auto`` decides by size, measured on a real clip (all blocks of 10 s at the width of
 Base: 9.4 MB in bfloat16), counting only what the probes need. Memory is used if the features fit
@@ -6,7 +6,7 @@ Base: 9.4 MB in bfloat16), counting only what the probes need. Memory is used if
 fit ``features.disk_gb``; a GPU computes the features of a batch faster than a disk reads them.
 Clips that differ from epoch to epoch (``data.roll``, ``pad_offset=random``) are never stored.
 
-The batches are the same whatever is chosen (``features.py``).
+The batches are the same wherever they are (``features.py``).
 """
 
 from __future__ import annotations
@@ -23,16 +23,13 @@ from torch import Tensor
 
 from bat import __version__
 from bat.config.probing import FeatureStore
-from bat.config.sections import Data
 from bat.data.bad_clips import BadClips, merged_states
-from bat.data.index import Index
 from bat.data.stream import clip_samples
-from bat.encoders.base import Encoder
 from bat.errors import UserError
 from bat.eval import feature_disk as disk
-from bat.eval.encoding import CLIP_AXIS, TargetsOf, clips_first, counted, encoded
+from bat.eval.encoding import CLIP_AXIS, clips_first, counted, device_of
 from bat.eval.features import FeatureBank, FeatureStream, Source
-from bat.types import Needs, WaveBatch
+from bat.types import WaveBatch
 
 log = logging.getLogger("bat")
 
@@ -49,109 +46,80 @@ class Opened(NamedTuple):
 
 
 def open_features(
-    backbone: Encoder,
-    index: Index,
-    *,
+    stream: FeatureStream,
     ids: np.ndarray,
-    frames: int | None,
-    needs: Needs,
+    *,
     batch: int,
     store: FeatureStore,
-    data: Data,
-    random_offset: bool,
-    autocast: torch.dtype | None,
-    device: torch.device,
-    bad_clips: BadClips,
-    progress: bool,
     digest: str,
-    targets_of: TargetsOf | None = None,
+    progress: bool,
 ) -> Opened:
-    """Returns the features of the clips ``ids`` of ``index``, stored as ``store`` says.
+    """Returns the features that ``stream`` computes of the clips ``ids``, stored as ``store`` says.
 
-    ``device`` is the device of ``backbone``; ``digest`` is that of its weights and keywords
-    (``encoders.weights_digest``). ``bad_clips`` receives the unreadable clips, also those recorded
-    in a cache of an earlier run. Clips longer than ``data.clip_seconds`` are read from their start,
-    from which frame labels (``targets_of``) are counted.
+    ``digest`` is that of the encoder's weights and keywords (``loading.weights_digest``). The
+    stream's ``bad_clips`` receive the unreadable clips, also those recorded in a cache of an
+    earlier run. Long clips are read from their start, from which frame labels are counted.
 
     Raises ``UserError`` if a requested cache is above its budget or impossible, the disk is full,
     no clip is readable or too many are not, or features are not finite.
     """
-    moving = "data.roll=true" if data.roll else "pad_offset=random" if random_offset else ""
-    if moving and targets_of is not None:
-        raise UserError(f"{moving} moves the clips, and labels in time do not move with them: "
-                        "leave it away, or say level=clip")  # fmt: skip
-    stream = FeatureStream(
-        backbone,
-        index,
-        frames=frames,
-        clip_seconds=data.clip_seconds,
-        roll=data.roll,
-        random_offset=random_offset,
-        min_seconds=data.min_seconds,
-        max_seconds=data.max_seconds,
-        workers=data.workers,
-        cache_bytes=int(data.cache_waves_gb * 1e9),
-        autocast=autocast,
-        needs=needs,
-        targets_of=targets_of,
-        bad_clips=bad_clips,
-    )
+    moving = "data.roll=true" if stream.roll else ""
+    moving = moving or ("pad_offset=random" if stream.random_offset else "")
+    if moving and stream.targets_of is not None:
+        raise UserError(f"{moving} moves the clips against their labels in time: omit it, or say "
+                        "level=clip")  # fmt: skip
+    device, bad_clips = device_of(stream.backbone), stream.bad_clips
     facts = _facts(stream, ids, digest=digest, device=device)
     folder = disk.folder_for(Path(store.folder), facts)
     on_gpu = device.type == "cuda"
-    found = None
     if not moving and (store.cache == "disk" or (store.cache == "auto" and not on_gpu)):
-        found = disk.read(folder, facts)
-    if found is not None:
-        bank = _bank(found, stream, ids)
-        _tell(bad_clips, found.bad_clips)
-        return Opened(bank, "disk", f"found in {folder}", _size(bank) / 1e9)
+        found = disk.read(folder)
+        if found is not None:
+            return _from_disk(found, stream, ids, f"found in {folder}")
 
     each = measured(stream, ids, batch=batch if on_gpu else 1)
     need = each * len(ids)
     free = _free(Path(store.folder))
-    where, why = choose(store, clips=len(ids), each=each, moving=moving, on_gpu=on_gpu, free=free)
+    where, why = storage_for(
+        store, clips=len(ids), each=each, moving=moving, on_gpu=on_gpu, free=free
+    )
     if where == "off":
         return Opened(stream, where, why, need / 1e9)
     if where == "memory":
         room = on_gpu and torch.cuda.mem_get_info(device)[0] >= 2 * need
         memory = FeatureBank.extract(
-            backbone,
+            stream.backbone,
             stream.loader(ids, batch=batch),
             ids=ids,
-            frames=frames,
-            autocast=autocast,
+            frames=stream.frames,
+            autocast=stream.autocast,
             device=device if room else "cpu",
             bad_clips=bad_clips,
             progress=progress,
-            needs=needs,
-            targets_of=targets_of,
-            index=index,
+            needs=stream.needs,
+            targets_of=stream.targets_of,
+            index=stream.index,
         )
         return Opened(memory, where, why, need / 1e9)
     with disk.alone(folder):
-        found = disk.read(folder, facts, again=True)  # may exist meanwhile
+        found = disk.read(folder)  # may exist meanwhile
         if found is None:
             disk.sweep(folder.parent)
             bad = BadClips(max_bad=bad_clips.max_bad, file=bad_clips.file)
             waves = counted(stream.loader(ids, batch=batch), bad, clips=len(ids), progress=progress)
-            made = encoded(backbone, waves, frames=frames, autocast=autocast, needs=needs)
-            disk.write(folder, facts, made, bad=bad)
-            log.info(
-                "all features in %s: %.1f GB", folder.parent, disk.bytes_in(folder.parent) / 1e9
-            )
-            found = disk.read(folder, facts)
+            disk.write(folder, stream.encoded(waves), bad=bad)
+            size = sum(file.stat().st_size for file in folder.parent.glob("*/*.bin"))
+            log.info("all features in %s: %.1f GB", folder.parent, size / 1e9)
+            found = disk.read(folder)
     if found is None:
         raise UserError(
             f"{folder} does not give back what was written there: point features.folder to "
             "another disk, or say features.cache=off"
         )
-    bank = _bank(found, stream, ids)
-    _tell(bad_clips, found.bad_clips)
-    return Opened(bank, where, why, _size(bank) / 1e9)
+    return _from_disk(found, stream, ids, why)
 
 
-def choose(
+def storage_for(
     store: FeatureStore, *, clips: int, each: int, moving: str, on_gpu: bool, free: int
 ) -> tuple[Where, str]:
     """Returns where features of ``each`` bytes per clip are stored, and why.
@@ -159,26 +127,26 @@ def choose(
     ``moving``: the setting by which clips differ from epoch to epoch; ``free``: bytes free in the
     folder. Raises ``UserError`` if what ``store`` asks for is impossible.
     """
-    gb, one = clips * each / 1e9, f"{each / 1e6:.3g} MB a clip"
-    size = f"the features of {clips} clips need {gb:.3g} GB ({one})"
+    gb = clips * each / 1e9
+    size = f"the features of {clips} clips need {gb:.3g} GB ({each / 1e6:.3g} MB a clip)"
     asked = f"features.cache={store.cache}"
+    if moving and store.cache in ("memory", "disk"):
+        raise UserError(f"{asked} with {moving}: the clips differ each time, so nothing can be "
+                        "kept; omit one of them")  # fmt: skip
     if moving:
-        if store.cache in ("memory", "disk"):
-            raise UserError(f"{asked} with {moving}: the clips differ each time, so nothing can be "
-                            "kept; leave one of them away")  # fmt: skip
         return "off", f"{moving}: the clips differ each time"
     if store.cache == "off":
         return "off", asked
-    much = f"more than features.memory_gb={store.memory_gb:g}"
-    if store.cache == "memory" or (store.cache == "auto" and gb <= store.memory_gb):
-        if gb > store.memory_gb:
-            raise UserError(f"{asked}: {size}, {much}. Raise features.memory_gb where the machine "
-                            "has so much, or say features.cache=auto")  # fmt: skip
+    much = f"{size}, more than features.memory_gb={store.memory_gb:g}"
+    if store.cache != "disk" and gb <= store.memory_gb:
         return "memory", f"{gb:.3g} GB fit features.memory_gb={store.memory_gb:g}"
+    if store.cache == "memory":
+        raise UserError(f"{asked}: {much}. Raise features.memory_gb where the machine has so much, "
+                        "or say features.cache=auto")  # fmt: skip
     if store.cache == "auto" and on_gpu:
         return "off", (
-            f"{size}, {much}, and a GPU makes them faster than a disk gives them: raise "
-            "features.memory_gb to keep them"
+            f"{much}, and a GPU makes them faster than a disk gives them: raise features.memory_gb "
+            "to keep them"
         )
     wrong = ""
     if gb > store.disk_gb:
@@ -189,8 +157,8 @@ def choose(
         raise UserError(f"{asked}: {size}, {wrong}. Raise features.disk_gb, make room, or point "
                         "features.folder to another disk")  # fmt: skip
     if wrong:
-        return "off", f"{size}, {much}, {wrong}"
-    return "disk", asked if store.cache == "disk" else f"{size}, {much}"
+        return "off", f"{much}, {wrong}"
+    return "disk", asked if store.cache == "disk" else much
 
 
 def measured(stream: FeatureStream, ids: np.ndarray, *, batch: int) -> int:
@@ -198,16 +166,7 @@ def measured(stream: FeatureStream, ids: np.ndarray, *, batch: int) -> int:
 
     ``batch``: clips encoded for the measurement (a compiled encoder needs the shape of the run).
     """
-    waves = stream.loader(ids, batch=batch, workers=0)
-    made = encoded(
-        stream.backbone,
-        waves,
-        frames=stream.frames,
-        autocast=stream.autocast,
-        needs=stream.needs,
-        targets_of=stream.targets_of,
-    )
-    for features, targets, found in made:
+    for features, targets, found in stream.encoded(stream.loader(ids, batch=batch, workers=0)):
         total = sum(t.nbytes for t in (*clips_first(features).values(), targets))
         return total // len(found.keys)
     raise UserError(f"none of the {len(ids)} clips can be read: check them (bat-shard verify)")
@@ -238,7 +197,7 @@ def _facts(
     }
 
 
-def _bank(found: disk.Stored, stream: FeatureStream, ids: np.ndarray) -> FeatureBank:
+def _from_disk(found: disk.Stored, stream: FeatureStream, ids: np.ndarray, why: str) -> Opened:
     """Returns the mapped features with the current labels of the index."""
     index, clips = stream.index, np.asarray(ids)[found.places]
     keys = [index.key(i) for i in clips]
@@ -255,7 +214,7 @@ def _bank(found: disk.Stored, stream: FeatureStream, ids: np.ndarray) -> Feature
         if own is not None and targets.ndim == 3:
             steps = torch.arange(patches.shape[2])
             targets = targets.masked_fill((steps >= own[:, None])[..., None], torch.nan)
-    return FeatureBank(
+    bank = FeatureBank(
         **tensors,  # type: ignore[arg-type]
         valid=own,
         targets=targets,
@@ -264,18 +223,12 @@ def _bank(found: disk.Stored, stream: FeatureStream, ids: np.ndarray) -> Feature
         skipped=found.bad_clips["keys"],
         index=index,
     )
-
-
-def _tell(bad: BadClips, state: dict[str, Any]) -> None:
-    """Adds the unreadable clips of a cache to ``bad``."""
-    bad.load_state_dict(merged_states([bad.state_dict(), state]))
-    bad.check(final=True)
-
-
-def _size(bank: FeatureBank) -> int:
-    """Returns the bytes of features and labels."""
-    tensors = [getattr(bank, name) for name in CLIP_AXIS]
-    return sum(t.nbytes for t in [*tensors, bank.targets] if t is not None)
+    stream.bad_clips.load_state_dict(
+        merged_states([stream.bad_clips.state_dict(), found.bad_clips])
+    )
+    stream.bad_clips.check(final=True)
+    size = sum(t.nbytes for t in (*tensors.values(), targets) if t is not None)
+    return Opened(bank, "disk", why, size / 1e9)
 
 
 def _free(folder: Path) -> int:

@@ -1,60 +1,48 @@
 """Stores frozen features on disk: raw files that are memory-mapped, and a JSON file with checksums.
 
     FOLDER/KEY/patches.bin  (n, L', T, F, D)   cls.bin  entry.bin  pieces.bin   likewise
-               clips.bin    (n, 2) int64: place of the clip among those asked for, its samples
-               crc.bin      (n, files) uint32: CRC-32 of each clip's record in each file above
-               meta.json    what they were made from, shapes, unreadable clips; written last
+               meta.json    shapes, type, unreadable clips; of each clip its place among those asked
+                            for, its samples, and the CRC-32 of these and its records
+    FOLDER/KEY.part         the same while it is written; renamed when it is whole
+    FOLDER/KEY.lock         held by the process that writes it; others wait for it
 
-KEY is a hash of everything the features depend on (``facts``). A folder without ``meta.json`` is
-incomplete. The process that writes it holds a lock (``lock.py``); another process that needs the
-same features waits for it. Records are written by plain writes, since a full disk kills a process
-that writes to a mapping, and they are flushed to disk before ``meta.json`` is written. Reading maps
-the files, so that only the clips of a batch are copied.
+KEY is a hash of everything the features depend on. Reading maps the files, so that only the clips
+of a batch are copied.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
 import logging
 import math
 import os
-import re
-import time
+import shutil
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from bat.data.bad_clips import BadClips
-from bat.data.tar import write_atomic
 from bat.errors import UserError
 from bat.eval.encoding import clips_first
-from bat.lock import LOCK, hold
 from bat.types import Features, WaveBatch
 
 log = logging.getLogger("bat")
 
-FORMAT = 1
-META, CLIPS, CRC = "meta.json", "clips.bin", "crc.bin"
+FORMAT = 2
+META = "meta.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-KEY = re.compile("[0-9a-f]{20}")
 CHECK_BYTES = 256_000_000
 """Bytes verified against their checksums when a cache is opened; all of a smaller cache."""
-WAIT_SECONDS = 1.0
-"""Seconds between checks if another process is done."""
-
-
-class Damaged(Exception):  # noqa: N818
-    """Raised for a damaged cache; its text names the damage."""
 
 
 class Stored(NamedTuple):
@@ -76,171 +64,123 @@ def folder_for(root: Path, facts: dict[str, Any]) -> Path:
     return root / hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def read(folder: Path, facts: dict[str, Any], *, again: bool = False) -> Stored | None:
+def read(folder: Path) -> Stored | None:
     """Returns the features in ``folder``; None if there are none.
 
-    None also if they are damaged, which is warned of once (not with ``again``).
+    Damaged features are removed, with a warning.
     """
-    try:
-        return _opened(folder, facts)
-    except (Damaged, OSError) as error:
-        if not again:
-            log.warning("the features in %s are made anew: %s", folder, error)
+    if not folder.is_dir():
         return None
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Holds the lock of ``folder``, created if missing; waits while another process holds it.
-
-    Raises ``UserError`` if it cannot be written to.
-    """
-    said = False
-    with ExitStack() as stack:
-        while True:
-            try:
-                with _told(folder):
-                    folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(hold(folder))
-                break
-            except UserError as error:
-                cause = error.__cause__
-                gone = isinstance(cause, FileNotFoundError)  # swept between mkdir and lock
-                held = isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EAGAIN)
-                if not gone and not (held and os.access(folder, os.W_OK)):
-                    with _told(folder):
-                        raise cause or error from None
-                if held and not said:
-                    holder = str(error).partition(": ")[0].removeprefix("out=")
-                    log.info("%s, which makes the features wanted here: waiting", holder)
-                    said = True
-            time.sleep(WAIT_SECONDS)
-        yield
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        dtype, clips = DTYPES[meta["dtype"]], np.array(meta["clips"], np.int64).reshape(-1, 3)
+        raw = {}
+        for name, shape in meta["shapes"].items():
+            size = math.prod(shape) * dtype.itemsize
+            raw[name] = _mapped(folder / f"{name}.bin", (len(clips), size))
+        checked = _check(raw, clips)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("the features in %s are damaged and made anew: %s", folder, error)
+        shutil.rmtree(folder, ignore_errors=True)  # readers keep what they have mapped
+        return None
+    log.info("features of %d clips in %s, checksums of %d right", len(clips), folder, checked)
+    tensors = {
+        name: (raw[name].view(dtype) if math.prod(shape) else torch.empty(0, dtype=dtype)).view(
+            len(clips), *shape
+        )
+        for name, shape in meta["shapes"].items()
+    }
+    return Stored(tensors, clips[:, 0], torch.from_numpy(clips[:, 1]), meta["bad_clips"])
 
 
 def write(
-    folder: Path,
-    facts: dict[str, Any],
-    batches: Iterable[tuple[Features, Tensor, WaveBatch]],
-    *,
-    bad: BadClips,
+    folder: Path, batches: Iterable[tuple[Features, Tensor, WaveBatch]], *, bad: BadClips
 ) -> None:
     """Writes the features of ``batches`` to ``folder``, whose lock this process holds.
 
     ``bad`` is complete when ``batches`` end. After any error nothing is left behind. Raises
     ``UserError`` if the disk is full.
     """
-    _clear(folder)
-    shapes: dict[str, list[int]] = {}
-    dtype = ""
-    places: list[tuple[int, int]] = []
-    sums: list[list[int]] = []
+    part = _part(folder)
+    shutil.rmtree(part, ignore_errors=True)
+    meta: dict[str, Any] = {"shapes": {}, "dtype": "", "clips": []}
+    files: dict[str, BinaryIO] = {}
     try:
-        with ExitStack() as stack:
-            files: dict[str, BinaryIO] = {}
-
-            def put(name: str, data: np.ndarray) -> None:
-                with _told(folder):
-                    if name not in files:
-                        raw = (folder / name).open("wb", buffering=0)
-                        files[name] = stack.enter_context(raw)
-                    rest = data.reshape(-1).view(np.uint8).data
-                    while rest:
-                        rest = rest[files[name].write(rest) :]
-
-            for features, _, batch in batches:
-                rows: list[list[int]] = [[] for _ in batch.keys]
+        for features, _, batch in batches:
+            with _disk_errors(folder):
+                part.mkdir(exist_ok=True)
+                clips = [*zip(batch.positions.tolist(), batch.lengths.tolist(), strict=True)]
+                sums = [_checksum(place, length) for place, length in clips]
                 for name, tensor in clips_first(features).items():
-                    shapes[name], dtype = list(tensor.shape[1:]), str(tensor.dtype)[6:]
-                    raw = tensor.cpu().contiguous().view(torch.uint8).numpy()
-                    put(f"{name}.bin", raw)
-                    for row, record in zip(rows, raw, strict=True):
-                        row.append(zlib.crc32(record.data))
-                sums += rows
-                places += zip(batch.positions.tolist(), batch.lengths.tolist(), strict=True)
-            small = {CLIPS: np.array(places, "<i8"), CRC: np.array(sums, "<u4")}
-            for name, array in small.items():
-                put(name, array)
-            meta = {
-                "format": FORMAT,
-                "facts": facts,
-                "clips": len(places),
-                "dtype": dtype,
-                "shapes": shapes,
-                "crc32": {name: zlib.crc32(array.data) for name, array in small.items()},
-                "bad_clips": bad.state_dict(),
-                "made": time.strftime("%Y-%m-%d %H:%M:%S"),
-            }
-            with _told(folder):
-                for file in files.values():
-                    os.fsync(file.fileno())
-                write_atomic(folder / META, (json.dumps(meta, indent=1) + "\n").encode())
-    except BaseException:
-        _clear(folder)
-        raise
+                    if name not in files:
+                        files[name] = (part / f"{name}.bin").open("wb")
+                        meta["shapes"][name] = list(tensor.shape[1:])
+                        meta["dtype"] = str(tensor.dtype).removeprefix("torch.")
+                    # by plain writes: a full disk kills a process that writes to a mapping
+                    for row, record in enumerate(tensor.cpu().contiguous()):
+                        data = record.view(torch.uint8).numpy().tobytes()
+                        files[name].write(data)
+                        sums[row] = zlib.crc32(data, sums[row])
+                meta["clips"] += [[*clip, crc] for clip, crc in zip(clips, sums, strict=True)]
+        with _disk_errors(folder):
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            meta["bad_clips"] = bad.state_dict()
+            (part / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+    finally:
+        for file in files.values():
+            with suppress(OSError):  # of a full disk, said before
+                file.close()
+        shutil.rmtree(part, ignore_errors=True)  # renamed if whole
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds the lock of ``folder``; waits while another process holds it.
+
+    Raises ``UserError`` if it cannot be written to.
+    """
+    lock = _lock(folder)
+    with _disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another process makes the features in %s: waiting for it", folder)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sweep(root: Path) -> None:
-    """Removes incomplete folders below ``root`` that no process holds (their writers died)."""
-    for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        if not KEY.fullmatch(folder.name) or (folder / META).exists():
-            continue
-        with contextlib.suppress(UserError, OSError):  # held by another, or not ours
-            with hold(folder):
-                if not (folder / META).exists():
-                    _clear(folder)
-            folder.rmdir()  # kept if complete or just entered by another process
+    """Removes what processes that died have left below ``root``."""
+    for part in root.glob("*.part"):
+        with suppress(Timeout), _lock(part.with_suffix("")).acquire(timeout=0):
+            shutil.rmtree(part, ignore_errors=True)
 
 
-def bytes_in(root: Path) -> int:
-    """Returns the bytes of all features below ``root``."""
-    return sum(file.stat().st_size for file in root.glob("*/*.bin"))
+def _part(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.part")
 
 
-def _opened(folder: Path, facts: dict[str, Any]) -> Stored | None:
-    """Reads as ``read`` does, but raises ``Damaged`` or ``OSError``."""
-    try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        made, found, clips = meta["format"], meta["facts"], int(meta["clips"])
-        crc32, bad_clips, dtype = meta["crc32"], meta["bad_clips"], DTYPES[meta["dtype"]]
-        shapes = {name: [int(n) for n in shape] for name, shape in meta["shapes"].items()}
-        other = [name for name, value in facts.items() if found.get(name) != value]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{META} is damaged ({type(error).__name__}: {error})") from error
-    if made != FORMAT:
-        raise Damaged(f"they are of format {made}, this version of bat has format {FORMAT}")
-    if other:
-        raise Damaged(f"they were made from something else ({', '.join(other)})")
-    record = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}  # bytes
-    sizes = {f"{name}.bin": clips * size for name, size in record.items()}
-    sizes |= {CLIPS: 16 * clips, CRC: 4 * clips * len(shapes)}
-    for name, size in sizes.items():
-        there = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if there != size:
-            has = "is missing" if there is None else f"has {there} bytes instead of {size}"
-            raise Damaged(f"{name} {has}")
-    small = {name: (folder / name).read_bytes() for name in (CLIPS, CRC)}
-    for name, data in small.items():
-        if zlib.crc32(data) != crc32[name]:
-            raise Damaged(f"{name} is damaged (its checksum is another)")
-    raw = {name: _mapped(folder / f"{name}.bin", (clips, size)) for name, size in record.items()}
-    sums = np.frombuffer(small[CRC], "<u4").reshape(clips, len(shapes))
-    checked = _check(raw, sums)
-    log.info("features of %d clips in %s, checksums of %d right", clips, folder, checked)
-    pairs = np.frombuffer(small[CLIPS], "<i8").reshape(clips, 2).copy()
-    tensors = {
-        name: (raw[name].view(dtype) if record[name] else torch.empty(0, dtype=dtype)).view(
-            clips, *shape
-        )
-        for name, shape in shapes.items()
-    }
-    return Stored(tensors, pairs[:, 0], torch.from_numpy(pairs[:, 1]), bad_clips)
+def _lock(folder: Path) -> FileLock:
+    return FileLock(folder.with_name(f"{folder.name}.lock"))
+
+
+def _checksum(place: int, length: int) -> int:
+    """Returns the CRC-32 of a clip's place and samples, from which that of its records goes on."""
+    return zlib.crc32(f"{place} {length}".encode())
 
 
 def _mapped(path: Path, shape: tuple[int, int]) -> Tensor:
     """Maps a file as (clips, bytes) uint8, read-only, so that it may be larger than memory."""
+    if path.stat().st_size != math.prod(shape):
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {math.prod(shape)}")
     if not math.prod(shape):
         return torch.empty(shape, dtype=torch.uint8)
     with warnings.catch_warnings():  # torch 2.11: "not writable"; features are never written to
@@ -248,33 +188,26 @@ def _mapped(path: Path, shape: tuple[int, int]) -> Tensor:
         return torch.from_numpy(np.memmap(path, np.uint8, "r", shape=shape))
 
 
-def _check(raw: dict[str, Tensor], sums: np.ndarray) -> int:
-    """Compares clips with their checksums (clips, files): all, or ``CHECK_BYTES`` of them, the
-    first and the last with others drawn anew each time. Returns their number; raises
-    ``Damaged``."""
-    clips = len(sums)
+def _check(raw: dict[str, Tensor], clips: np.ndarray) -> int:
+    """Compares clips (n, 3) with their checksums: all, or ``CHECK_BYTES`` of them, the first and
+    the last with others drawn anew each time. Returns their number; raises ``ValueError``."""
     size = sum(tensor.shape[1] for tensor in raw.values())
-    rows = np.arange(clips)
-    if clips * size > CHECK_BYTES:
-        drawn = np.random.default_rng().permutation(clips)[: max(1, CHECK_BYTES // size)]
-        rows = np.unique([0, clips - 1, *drawn])
+    rows = np.arange(len(clips))
+    if len(clips) * size > CHECK_BYTES:
+        drawn = np.random.default_rng().permutation(rows)[: max(1, CHECK_BYTES // size)]
+        rows = np.unique([0, len(clips) - 1, *drawn])
     for row in rows.tolist():
-        for wanted, (name, tensor) in zip(sums[row], raw.items(), strict=True):
-            if zlib.crc32(tensor[row].numpy().data) != wanted:
-                raise Damaged(f"{name}.bin is damaged at clip {row} (its checksum is another)")
+        place, length, wanted = clips[row].tolist()
+        crc = _checksum(place, length)
+        for tensor in raw.values():
+            crc = zlib.crc32(tensor[row].numpy().data, crc)
+        if crc != wanted:
+            raise ValueError(f"clip {row} has another checksum")
     return len(rows)
 
 
-def _clear(folder: Path) -> None:
-    """Removes the files of ``folder``, ``meta.json`` first; readers keep what they have mapped."""
-    (folder / META).unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if path.name != LOCK and path.is_file():
-            path.unlink(missing_ok=True)
-
-
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _disk_errors(folder: Path) -> Iterator[None]:
     """Turns errors of the file system into a ``UserError`` with a remedy."""
     try:
         yield
@@ -282,7 +215,6 @@ def _told(folder: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what = "the disk is full" if full else "nothing can be written there"
         raise UserError(
-            f"features.folder={folder.parent}: {what} ({error.strerror or error}). "
-            + ("Make room, point" if full else "Point")
-            + " features.folder to another disk, or say features.cache=off"
+            f"features.folder={folder.parent}: {what} ({error.strerror or error}). Make room, "
+            "point features.folder to another disk, or say features.cache=off"
         ) from error

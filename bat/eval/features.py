@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -204,40 +205,31 @@ class FeatureBank:
         return Features(**picked, valid=valid), self.targets[at]  # type: ignore[arg-type]
 
 
+@dataclass
 class FeatureStream:
     """Features computed anew for each batch, for data sets too large to store and augmented clips.
 
     Training clips differ from epoch to epoch with ``roll`` or ``random_offset``; long clips are
     then also cropped at random. Without these two it yields what the bank does: long clips from
     their start.
-
-    ``frames``: of each clip; None: each clip is encoded at its own length (``encoding.encode``).
     """
 
-    def __init__(
-        self,
-        backbone: Encoder,
-        index: Index,
-        *,
-        frames: int | None,
-        clip_seconds: float,
-        roll: bool = False,
-        random_offset: bool = False,
-        min_seconds: float = 0.0,
-        max_seconds: float = MAX_FILE_SECONDS,
-        workers: int = 0,
-        cache_bytes: int = 0,
-        autocast: torch.dtype | None = None,
-        needs: Needs = Needs(),  # noqa: B008  (immutable)
-        targets_of: TargetsOf | None = None,
-        bad_clips: BadClips | None = None,
-    ) -> None:
-        self.backbone, self.index, self.frames, self.autocast = backbone, index, frames, autocast
-        self.clip_seconds, self.roll, self.random_offset = clip_seconds, roll, random_offset
-        self.min_seconds, self.max_seconds = min_seconds, max_seconds
-        self.workers, self.cache_bytes = workers, cache_bytes
-        self.needs, self.targets_of = needs, targets_of
-        self.bad_clips = bad_clips or BadClips(max_bad=1.0)
+    backbone: Encoder
+    index: Index
+    _: KW_ONLY
+    frames: int | None
+    """Frames of each clip; None: each clip is encoded at its own length (``encoding.encode``)."""
+    clip_seconds: float
+    roll: bool = False
+    random_offset: bool = False
+    min_seconds: float = 0.0
+    max_seconds: float = MAX_FILE_SECONDS
+    workers: int = 0
+    cache_bytes: int = 0
+    autocast: torch.dtype | None = None
+    needs: Needs = field(default_factory=Needs)
+    targets_of: TargetsOf | None = None
+    bad_clips: BadClips = field(default_factory=lambda: BadClips(max_bad=1.0))
 
     def training(self, ids: np.ndarray, *, batch: int, steps: int, seed: int) -> Batches:
         data = AudioData(
@@ -257,10 +249,10 @@ class FeatureStream:
         )
         if not (self.roll or self.random_offset):
             data.dataset.crop = "start"  # the default of AudioData is random
-        return self._encoded(data.train_dataloader())
+        return self._counted(data.train_dataloader())
 
     def once(self, ids: np.ndarray, *, batch: int) -> Batches:
-        return self._encoded(self.loader(ids, batch=batch))
+        return self._counted(self.loader(ids, batch=batch))
 
     def readable(self, ids: np.ndarray) -> list[str]:
         keys = map(self.index.key, ids)
@@ -280,22 +272,28 @@ class FeatureStream:
             max_seconds=self.max_seconds,
         )
 
-    def _encoded(self, batches: Iterable[WaveBatch]) -> Batches:
-        for features, targets, _ in encoded(
+    def encoded(self, batches: Iterable[WaveBatch]) -> Iterator[tuple[Features, Tensor, WaveBatch]]:
+        """Yields features and targets of each non-empty batch of waves."""
+        return encoded(
             self.backbone,
-            self._judged(batches),
+            batches,
             frames=self.frames,
             autocast=self.autocast,
             needs=self.needs,
             targets_of=self.targets_of,
-        ):
-            yield features, targets
+        )
 
-    def _judged(self, batches: Iterable[WaveBatch]) -> Iterator[WaveBatch]:
-        for batch in batches:
-            self.bad_clips.add(batch)
-            self.bad_clips.check()
-            yield batch
+    def _counted(self, batches: Iterable[WaveBatch]) -> Batches:
+        """Yields features and targets; adds unreadable clips to ``bad_clips``."""
+
+        def checked() -> Iterator[WaveBatch]:
+            for batch in batches:
+                self.bad_clips.add(batch)
+                self.bad_clips.check()
+                yield batch
+
+        for features, targets, _ in self.encoded(checked()):
+            yield features, targets
 
 
 def to_device(features: Features, device: torch.device) -> Features:

@@ -9,7 +9,6 @@ unchanged. Objectives have further modes (``bat/objectives/base.py``).
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -48,9 +47,8 @@ def with_precision(config: C, out: Path) -> C:
     if on_cpu and not fast and config.hardware.precision == "bf16-mixed":
         log.warning(
             "hardware.precision=bf16-mixed on a CPU without instructions for it: a product of "
-            "matrices takes %.0f times as long as in float32; a new run with "
-            "hardware.precision=32-true is faster",
-            bfloat16_slowdown(),
+            "matrices takes many times as long as in float32; a new run with "
+            "hardware.precision=32-true is faster"
         )
     return config
 
@@ -62,23 +60,6 @@ def has_fast_bfloat16(device: str) -> bool:
     return torch.backends.mkldnn.is_available() and bool(
         torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-
-
-def bfloat16_slowdown(size: int = 256) -> float:
-    """Measures the time of a bfloat16 linear layer on one core over that of a float32 one."""
-    best = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # reduces the influence of other processes on the machine
-    for dtype in (torch.bfloat16, torch.float32):
-        matrix = torch.ones(size, size, dtype=dtype)
-        times = []
-        for _ in range(3):
-            began = time.perf_counter()
-            torch.nn.functional.linear(matrix, matrix)
-            times.append(time.perf_counter() - began)
-        best.append(min(times))
-    torch.set_num_threads(threads)
-    return best[0] / best[1]
 
 
 def speed_up(module: nn.Module, hardware: Hardware) -> None:

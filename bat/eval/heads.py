@@ -6,7 +6,6 @@ says how the probe is built, for which encoder and labels, and its results.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from bat.encoders.base import Encoder, Range, check_settings, load_strictly
 from bat.errors import UserError
 from bat.eval.loading import weights_digest
-from bat.io import replace_durably
+from bat.io import replace_durably, write_json
 from bat.probes.base import Probe, build_probe, known_probes
 from bat.weights import CONFIG, WEIGHTS, check_numbers, read_json, read_tensors
 
@@ -52,15 +51,10 @@ def save_head(
         "format": FORMAT,
         "version": VERSION,
         "probe": name,
-        "settings": {
-            **{k: getattr(probe, k) for k in SHAPE},
-            **head,
-        },
+        "settings": {**{k: getattr(probe, k) for k in SHAPE}, **head},
         **meta,
     }
-    temporary = folder / f".{CONFIG}.tmp"
-    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    replace_durably(temporary, folder / CONFIG)
+    write_json(folder / CONFIG, config)
     return folder
 
 

@@ -85,12 +85,13 @@ def _with_frontend(backbone: Encoder, config: Supervised, task: Task) -> Encoder
 
     It is built again if they differ, so that its exports record what it was used with.
     """
+    fixed = (
+        f"pad={config.pad}, statistics={config.statistics}: the front end of "
+        f"{type(backbone).__name__} is fixed; omit both"
+    )
     if not isinstance(backbone, SpectrogramEncoder):
         if config.pad != "checkpoint" or config.statistics is not None:
-            raise UserError(
-                f"pad={config.pad}, statistics={config.statistics}: the front end of "
-                f"{type(backbone).__name__} is fixed; leave both out"
-            )
+            raise UserError(fixed)
         return backbone
     front: Any = backbone.frontend
     changes = dict[str, Any]()
@@ -101,20 +102,20 @@ def _with_frontend(backbone: Encoder, config: Supervised, task: Task) -> Encoder
         changes |= {"pad": pad, "clip_seconds": seconds}
     if isinstance(front, KaldiFbank):
         # checkpoint formats of other projects do not record what they were trained or tuned with
-        own = is_export(resolve(path_of(given(config))))
-        usual = front.statistics if own else STATISTICS_OF.get(task.name, "audioset")
+        exported = is_export(resolve(path_of(given(config))))
+        usual = front.statistics if exported else STATISTICS_OF.get(task.name, "audioset")
         if (config.statistics or usual) != front.statistics:
             changes["statistics"] = config.statistics or usual
     elif config.statistics is not None:
         raise UserError(
-            f"statistics={config.statistics}: this encoder's front end "
-            f"({type(front).__name__}) uses none; leave statistics away"
+            f"statistics={config.statistics}: this encoder's front end ({type(front).__name__}) "
+            "uses none; omit statistics"
         )
     if not changes:
         return backbone
     keywords = backbone.config()
     if "frontend" not in keywords:
-        raise UserError(f"the front end of {type(backbone).__name__} is fixed: pad=checkpoint")
+        raise UserError(fixed)
     keywords["frontend"] = {**(keywords["frontend"] or {}), **changes}
     return backbone.from_weights(backbone.state_dict(), config=keywords, heads=None)
 
@@ -136,15 +137,16 @@ def weights_digest(backbone: Encoder) -> str:
 
 
 def data_of_run(config: Supervised) -> tuple[Data, str]:
-    """Returns ``config.data``, filled in with the data of the checkpoint's run if it names none.
+    """Returns ``config.data``, filled in with the data of a checkpoint's run if it names none.
 
-    These are root, CSV or shards. The second value is a line to print if they were taken from the
-    run, else empty. A ``config.yaml`` of another program is ignored.
+    These are root, CSV or shards of the first checkpoint whose run has some. The second value is a
+    line to print if they were taken from the run, else empty. A ``config.yaml`` of another program
+    is ignored.
     """
     data = config.data
     if data.root or data.shards or data.csv:
         return data, ""
-    for file in _config_files(given(config)):
+    for file in (file for name in several(config) for file in _config_files(name)):
         for task, root, csv, shards in _sources(file):
             if task == config.task and any(HIDDEN in s for s in (root or csv or "", *shards)):
                 raise UserError(
@@ -212,20 +214,14 @@ def _untrained(shape: str, config: Supervised, frames: int) -> Encoder:
             return find_encoder(shape)()
         trained = bat.load_encoder(shape, weights="student", heads=config.heads)
         keywords = trained.config()
-        grid = {"grid": Grid(*keywords["grid"])} if "grid" in keywords else {}
-        return type(trained)(**{**keywords, **grid})
+        if "grid" in keywords:
+            keywords["grid"] = Grid(*keywords["grid"])
+        return type(trained)(**keywords)
     model = _model(find_fragment(f"model/{shape}"))
-    return find_encoder(model.backbone)(
-        width=model.width,
-        depth=model.depth,
-        heads=model.heads,
-        grid=Grid(frames // model.patch, 128 // model.patch),
-        patch=model.patch,
-        mlp_ratio=model.mlp_ratio,
-        gate=model.gate,
-        norm_order=model.norm_order,
-        pos_layout=model.pos_layout,
-    )
+    names = ("width", "depth", "heads", "patch", "mlp_ratio", "gate", "norm_order", "pos_layout")
+    keywords = {name: getattr(model, name) for name in names}
+    grid = Grid(frames // model.patch, 128 // model.patch)
+    return find_encoder(model.backbone)(grid=grid, **keywords)
 
 
 def _model(fragment: Path) -> Model:

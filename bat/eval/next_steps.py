@@ -61,10 +61,10 @@ def after_probing(config: Probe, out: Path, data: PreparedData[Probe]) -> list[s
     names = several(config)
     found = []
     alone = len(names) == 1 and RANDOM not in names[0]
-    if alone and (own := words_of(config, "probe")):
-        own = [w for w in own if not w.startswith("checkpoint=")]
-        control = _command("probe", [*own, word("checkpoint", f"{names[0]},{RANDOM}")])
-        found.append(f"{control}   # and the same encoder untrained: the control")
+    if alone and (words := words_of(config, "probe")):
+        words = [w for w in words if not w.startswith("checkpoint=")]
+        baseline = _command("probe", [*words, word("checkpoint", f"{names[0]},{RANDOM}")])
+        found.append(f"{baseline}   # and the same encoder untrained")
     found.append(f"bat-probe report {shlex.quote(str(out))}   # one page with all of it")
     trained = next((name for name in names if not name.startswith(RANDOM)), names[0])
     if words := _carried(config, "probe", to="finetune"):
@@ -81,10 +81,10 @@ def after_probing(config: Probe, out: Path, data: PreparedData[Probe]) -> list[s
 def _in_place(words: list[str], *, texts: bool) -> list[str]:
     """Returns the settings a fine-tuning with ``words`` must omit to keep clips aligned with their
     times; with ``texts`` also those that mix clips."""
-    own = compose(Finetune, "finetune", words)
-    found = ["data.roll=false"] if own.data.roll else []
-    found += ["augment.time_roll=false"] if own.augment.time_roll else []
-    return found + (["augment.mixup_p=0"] if texts and own.augment.mixup_p else [])
+    config = compose(Finetune, "finetune", words)
+    found = ["data.roll=false"] if config.data.roll else []
+    found += ["augment.time_roll=false"] if config.augment.time_roll else []
+    return found + (["augment.mixup_p=0"] if texts and config.augment.mixup_p else [])
 
 
 def after_finetuning(config: Finetune, out: Path) -> list[str]:

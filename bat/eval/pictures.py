@@ -1,7 +1,7 @@
 """Draws the plots of a probe run: those of each encoder, and comparisons of all.
 
-A run may be started again with other methods or encoders: plots that are not drawn this time are
-removed, so that none are mistaken for results of this run. Files of other names are left alone.
+A run may be started again with other methods or encoders: its plots are removed first, so that none
+are mistaken for results of this run. Files of other names are left alone.
 """
 
 from __future__ import annotations
@@ -13,12 +13,18 @@ from typing import Any
 import numpy as np
 
 from bat.eval.encoder_list import RANDOM
-from bat.eval.run_diagnostics import maps_of
-from bat.eval.suite import Evaluation
+from bat.eval.evaluation import Evaluation
 from bat.metrics.base import describe
-from bat.report import probe_plots
 from bat.report.page import COMPARISONS
 from bat.report.plots import COLOURS, chance_of, plot_folds, plot_layer_gates
+from bat.report.probe_plots import (
+    plot_comparison,
+    plot_gates_heat,
+    plot_layer_curve,
+    plot_norms_ranks,
+    plot_prototype_maps,
+    plot_sinks,
+)
 from bat.report.sections import TITLES
 
 MAPS = "prototype-maps-"
@@ -31,11 +37,16 @@ def draw_encoder(folder: Path, evaluation: Evaluation, entry: dict[str, Any]) ->
     Results by fold are drawn for as many methods as there are colours; the comparison has the rest.
     """
     results, metric = entry["results"], evaluation.ready.task.metric
-    gates = {m: list(e["gate"].values()) for m, e in results.items() if e["gate"]}
-    drawn = []
-    if gates:
+    name, maps = evaluation.maps()
+    valid = []  # of heads that were not kept
+    if evaluation.config.insight.maps and not maps:
+        valid = [f"{MAPS}{method}" for method in results]
+    _remove(folder, OF_ENCODER, but=valid)
+    if maps:
+        plot_prototype_maps(maps, folder / f"{MAPS}{name}.png")
+    if gates := {m: list(e["gate"].values()) for m, e in results.items() if e["gate"]}:
         over = "trainings" if evaluation.config.seeds > 1 else "folds"
-        drawn.append(plot_layer_gates(gates, folder / "layer-gates.png", over=over))
+        plot_layer_gates(gates, folder / "layer-gates.png", over=over)
     if len(evaluation.ready.rounds) > 1 and len(results) <= len(COLOURS):
         folds = {
             method: {
@@ -45,17 +56,7 @@ def draw_encoder(folder: Path, evaluation: Evaluation, entry: dict[str, Any]) ->
             for method, e in results.items()
         }
         chance = chance_of(metric, len(evaluation.ready.labels))
-        path = folder / "folds.png"
-        drawn.append(plot_folds(folds, path, metric=TITLES[metric], chance=chance))
-    name, maps = maps_of(evaluation)
-    if maps:
-        path = folder / f"{MAPS}{name}.png"
-        drawn.append(probe_plots.plot_prototype_maps(maps, path))
-    elif (
-        evaluation.config.insight.maps
-    ):  # its head was not kept, but the existing plot is still valid
-        drawn += [folder / f"{MAPS}{method}.png" for method in results]
-    _remove_others(folder, OF_ENCODER, drawn)
+        plot_folds(folds, folder / "folds.png", metric=TITLES[metric], chance=chance)
 
 
 def draw_comparison(folder: Path, summary: dict[str, Any]) -> None:
@@ -64,9 +65,13 @@ def draw_comparison(folder: Path, summary: dict[str, Any]) -> None:
     Plots of encoders that are not in ``summary`` are removed.
     """
     encoders, metric = summary["encoders"], summary["metric"]
-    controls = [n for n, e in encoders.items() if str(e["checkpoint"]).startswith(RANDOM)]
-    chance = chance_of(metric, len(summary["labels"]))
-    lower = describe(metric).better == "lower"
+    _remove(folder, COMPARISONS)
+    for other in folder.iterdir() if folder.is_dir() else ():
+        if other.is_dir() and not other.is_symlink() and other.name not in encoders:
+            _remove(other, OF_ENCODER)
+            if not any(other.iterdir()):
+                other.rmdir()
+    baselines = [n for n, e in encoders.items() if str(e["checkpoint"]).startswith(RANDOM)]
     shown = {
         name: {
             method: {"mean": e["mean"][metric], "std": e["std"][metric], "interval": e["interval"]}
@@ -75,17 +80,19 @@ def draw_comparison(folder: Path, summary: dict[str, Any]) -> None:
         for name, entry in encoders.items()
     }
     first = next(iter(next(iter(encoders.values()))["results"].values()))
-    drawn = [folder / "comparison.png"]
-    probe_plots.plot_comparison(
+    words: dict[str, Any] = {
+        "metric": TITLES[metric],
+        "chance": chance_of(metric, len(summary["labels"])),
+        "controls": baselines,
+        "lower": describe(metric).better == "lower",
+    }
+    plot_comparison(
         shown,
-        drawn[0],
-        metric=TITLES[metric],
+        folder / "comparison.png",
         std_over=first["std_over"],
         confidence=summary["confidence"],
-        chance=chance,
-        controls=controls,
-        lower=lower,
         finetuned={n: e["finetuned"] for n, e in encoders.items() if e["finetuned"] is not None},
+        **words,
     )
     gates = {
         (method if len(encoders) == 1 else f"{name}, {method}"): list(e["gate"].values())
@@ -94,32 +101,23 @@ def draw_comparison(folder: Path, summary: dict[str, Any]) -> None:
         if e["gate"]
     }
     if gates:
-        drawn.append(probe_plots.plot_gates_heat(gates, folder / "gates.png"))
-    inside = {name: entry["insight"] for name, entry in encoders.items()}
-    curves = {n: {"mean": i["curve"][metric], "std": i["curve"]["std"]}
-              for n, i in inside.items() if "curve" in i}  # fmt: skip
+        plot_gates_heat(gates, folder / "gates.png")
+    found = {name: entry["insight"] for name, entry in encoders.items()}
+    curves = {
+        name: {"mean": insight["curve"][metric], "std": insight["curve"]["std"]}
+        for name, insight in found.items()
+        if "curve" in insight
+    }
     if curves:
-        path = folder / "layer-curve.png"
-        drawn.append(probe_plots.plot_layer_curve(
-            curves, path, metric=TITLES[metric], chance=chance, controls=controls, lower=lower
-        ))  # fmt: skip
-    if sinks := {n: i["sinks"] for n, i in inside.items() if i.get("sinks")}:
-        path = folder / "attention-sinks.png"
-        drawn.append(probe_plots.plot_sinks(sinks, path, controls=controls))
-    if norms := {n: i for n, i in inside.items() if i.get("norms")}:
-        path = folder / "norms-ranks.png"
-        drawn.append(probe_plots.plot_norms_ranks(norms, path, controls=controls))
-    _remove_others(folder, COMPARISONS, drawn)
-    for other in folder.iterdir():
-        if other.is_dir() and not other.is_symlink() and other.name not in encoders:
-            _remove_others(other, OF_ENCODER, [])
-            if not any(other.iterdir()):
-                other.rmdir()
+        plot_layer_curve(curves, folder / "layer-curve.png", **words)
+    if sinks := {n: insight["sinks"] for n, insight in found.items() if insight.get("sinks")}:
+        plot_sinks(sinks, folder / "attention-sinks.png", controls=baselines)
+    if norms := {n: insight for n, insight in found.items() if insight.get("norms")}:
+        plot_norms_ranks(norms, folder / "norms-ranks.png", controls=baselines)
 
 
-def _remove_others(folder: Path, stems: Sequence[str], drawn: Sequence[Path]) -> None:
-    """Removes plots of ours in ``folder`` that are not among ``drawn``."""
-    for stem in stems:
-        for path in folder.glob(f"{stem}.png"):
-            if path not in drawn:
-                path.unlink()
+def _remove(folder: Path, stems: Sequence[str], *, but: Sequence[str] = ()) -> None:
+    """Removes plots of these names from ``folder``."""
+    for path in (path for stem in stems for path in folder.glob(f"{stem}.png")):
+        if path.stem not in but:
+            path.unlink()

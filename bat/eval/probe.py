@@ -1,7 +1,7 @@
 """Runs ``bat-probe`` from a resolved configuration to tables, pictures and heads on disk.
 
-Encoders are evaluated one after the other (``suite.py``), each with all methods and seeds, and then
-compared. Data and folds are the same for all.
+Encoders are evaluated one after the other (``evaluation.py``), each with all methods and seeds, and
+then compared. Data and folds are the same for all.
 """
 
 from __future__ import annotations
@@ -22,30 +22,27 @@ from bat.config import schema
 from bat.config.compose import to_dict
 from bat.errors import Interrupted
 from bat.eval.encoder_list import encoders_of, finetuned_of
+from bat.eval.evaluation import CURVE, Evaluation
 from bat.eval.feature_cache import measured
-from bat.eval.features import FeatureStream
 from bat.eval.fit import predict
 from bat.eval.hardware import with_precision
-from bat.eval.loading import autocast_for, device_for
+from bat.eval.loading import device_for
 from bat.eval.next_steps import after_probing
-from bat.eval.permuted import permuted
 from bat.eval.pictures import draw_comparison, draw_encoder
-from bat.eval.prepare import Prepared, PreparedData, open_probing, with_encoder
+from bat.eval.prepare import PreparedData, open_probing, permuted, with_encoder
 from bat.eval.report import differences
 from bat.eval.results import gate_bars, ranking, table
-from bat.eval.run_diagnostics import statistics_of
 from bat.eval.run_folder import default_out, run_folder
-from bat.eval.suite import CURVE, Evaluation
 from bat.io import write_json
 from bat.logs import start_logging
 from bat.metrics.base import describe
-from bat.probes.base import check_level, expand, find_probe, takes_encoder
+from bat.probes.base import check_level, expand, find_probe
 from bat.report.tables import as_text
 
 log = logging.getLogger("bat")
 
 FEW = 3
-"""Most methods per encoder for which results are printed fold by fold."""
+"""Most methods of one encoder for which results are printed fold by fold."""
 
 
 def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -> Path:
@@ -62,54 +59,59 @@ def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -
     encoders = encoders_of(config)
     out = default_out(config)
     config = with_precision(config, out)
-    opened = open_probing(config)
+    data = open_probing(config)
     if config.control == "permuted":
-        opened = permuted(opened, seed=config.seed)
+        data = permuted(data, seed=config.seed)
     finetuned = finetuned_of(
         config,
         list(encoders),
-        task=opened.task.name,
-        metric=opened.task.metric,
-        data=opened.hash,
+        task=data.task.name,
+        metric=data.task.metric,
+        data=data.hash,
     )
+
+    def evaluation_of(name: str) -> Evaluation:
+        ready = with_encoder(data, config, encoders[name])
+        return Evaluation(ready, out, name=name, methods=methods)
+
     if dry_run:
-        for name, checkpoint in encoders.items():
-            _dry_run(with_encoder(opened, config, checkpoint), out, name, methods)
+        for name in encoders:
+            _dry_run(evaluation_of(name))
         print("dry run: nothing was trained, nothing was written but shards and their index")
         return out
     with run_folder(config, out, force=force) as begin:
-        evaluations = {}
-        for name, checkpoint in encoders.items():  # all of them, before the first is evaluated
-            evaluations[name] = _evaluation(config, opened, out, name, checkpoint, methods)
-            evaluations[name].check()
+        evaluations = {name: evaluation_of(name) for name in encoders}
         steps = {name: evaluation.steps_left() for name, evaluation in evaluations.items()}
         if not any(steps.values()):
             log.info("nothing to do: %s is finished", out)
         begin()
+        began = time.perf_counter() - _seconds_before(out)
+        summary = _summary(config, data, methods)
         try:
-            summary = _run(config, opened, out, encoders, methods, finetuned, evaluations, steps)
+            for number, name in enumerate(encoders, start=1):
+                evaluation = evaluations.pop(name)  # released once done
+                of = f", encoder {number} of {len(encoders)}" if len(encoders) > 1 else ""
+                log.info("%s", _headline(evaluation, methods, of))
+                if evaluation.left_out:
+                    log.warning(
+                        "%s: not defined for this encoder, left out", ", ".join(evaluation.left_out)
+                    )
+                before = sum(steps[other] for other in summary["encoders"])
+                entry = evaluation.run(before=before, total=sum(steps.values()))
+                summary["encoders"][name] = {**entry, "finetuned": finetuned.get(name)}
+                draw_encoder(out / "plots" / name, evaluation, entry)
+                _update(summary, out, unfinished=list(evaluations))
+                summary["seconds"] = round(time.perf_counter() - began, 1)
+                write_json(out / "summary.json", summary)
         except (KeyboardInterrupt, Interrupted):
             log.warning(
                 "interrupted: %s/results.jsonl holds what is done, and the same command continues",
                 out,
             )
             raise
-        print(_report(after_probing(asked, out, opened), summary, out))
+        draw_comparison(out / "plots", summary)
+        print(_report(after_probing(asked, out, data), summary, out))
     return out
-
-
-def _evaluation(
-    config: schema.Probe,
-    opened: PreparedData[schema.Probe],
-    out: Path,
-    name: str,
-    checkpoint: str,
-    methods: Sequence[str],
-) -> Evaluation:
-    """Builds the evaluation of one encoder, without methods of ``all`` that do not suit it."""
-    ready = with_encoder(opened, config, checkpoint)
-    unfit = _unfit(methods, config, ready)
-    return Evaluation(ready, out, name=name, methods=[m for m in methods if m not in unfit])
 
 
 def _seconds_before(out: Path) -> float:
@@ -120,64 +122,11 @@ def _seconds_before(out: Path) -> float:
         return 0.0
 
 
-def _unfit(methods: Sequence[str], config: schema.Probe, ready: Prepared[schema.Probe]) -> set[str]:
-    """Returns those of ``methods`` that ``all`` stands for and that do not suit the encoder."""
-    if ready.backbone.has_queries:
-        return set()
-    unfit = {m for m in methods if m != CURVE and takes_encoder(find_probe(m))}
-    return unfit - set(config.methods)  # methods named by the user raise an error that says why
-
-
-def _run(
-    config: schema.Probe,
-    opened: PreparedData[schema.Probe],
-    out: Path,
-    encoders: dict[str, str],
-    methods: Sequence[str],
-    finetuned: dict[str, float],
-    evaluations: dict[str, Evaluation],
-    steps: dict[str, int],
-) -> dict[str, Any]:
-    """Probes all ``encoders`` and returns the summary, as written to ``summary.json``.
-
-    ``steps`` of each encoder, for the progress bar. Each of ``evaluations`` is released once done.
-    """
-    began = time.perf_counter() - _seconds_before(out)
-    found: dict[str, Any] = {}
-    for number, name in enumerate(encoders, start=1):
-        evaluation = evaluations.pop(name)
-        of = f", encoder {number} of {len(encoders)}" if len(encoders) > 1 else ""
-        log.info("%s", _headline(evaluation.ready, name, methods, out, of))
-        if unfit := _unfit(methods, config, evaluation.ready):
-            log.warning("%s: not defined for this encoder, left out", ", ".join(sorted(unfit)))
-        before = sum(steps[other] for other in found)
-        found[name] = {
-            **evaluation.run(before=before, total=sum(steps.values())),
-            "finetuned": finetuned.get(name),
-        }
-        then = time.perf_counter()
-        found[name]["insight"] |= statistics_of(evaluation)
-        evaluation.seconds["insight"] = round(time.perf_counter() - then, 1)
-        draw_encoder(out / "plots" / name, evaluation, found[name])
-        summary = _summary(config, opened, methods, found, time.perf_counter() - began)
-        summary["unfinished"] = [other for other in encoders if other not in found]
-        if not summary["unfinished"]:
-            summary["differences"] = differences(out, summary)
-        write_json(out / "summary.json", summary)
-        del evaluation
-    draw_comparison(out / "plots", summary)
-    return summary
-
-
 def _summary(
-    config: schema.Probe,
-    opened: PreparedData[schema.Probe],
-    methods: Sequence[str],
-    encoders: dict[str, Any],
-    seconds: float,
+    config: schema.Probe, data: PreparedData[schema.Probe], methods: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns the content of ``summary.json`` for the encoders that are done so far."""
-    task, device = opened.task, device_for(config.hardware)
+    """Returns the content of ``summary.json`` before the first encoder is done."""
+    task, device = data.task, device_for(config.hardware)
     return {
         "task": task.name,
         "recipe": config.recipe,
@@ -188,85 +137,78 @@ def _summary(
         "level": config.level,
         "protocol": to_dict(config.protocol),
         "control": config.control,
-        "how": opened.how,
-        "notices": list(opened.notices),
+        "how": data.how,
+        "notices": list(data.notices),
         "methods": list(methods),
-        "clips": len(opened.index),
-        "labels": list(opened.labels),
+        "clips": len(data.index),
+        "labels": list(data.labels),
         "rounds": [
             {
-                "name": r.name,
-                "train": len(r.train),
-                "valid": 0 if r.valid is None else len(r.valid),
-                "test": len(r.test),
+                "name": held.name,
+                "train": len(held.train),
+                "valid": 0 if held.valid is None else len(held.valid),
+                "test": len(held.test),
             }
-            for r in opened.rounds
+            for held in data.rounds
         ],
         "seeds": list(range(config.seed, config.seed + config.seeds)),
         "steps": config.train.steps if not config.train.epochs else None,
         "epochs": config.train.epochs or None,
         "min_steps": config.train.min_steps or None,
-        "head": to_dict(opened.config.head),
+        "head": to_dict(data.config.head),
         "optim": to_dict(config.optim),
-        "data": opened.hash,
-        "clip_seconds": opened.config.data.clip_seconds,
+        "data": data.hash,
+        "clip_seconds": data.config.data.clip_seconds,
         "batch": config.data.batch,
         "confidence": config.confidence,
         "bootstrap": config.bootstrap,
-        "encoders": encoders,
-        "ranking": ranking({name: e["results"] for name, e in encoders.items()}, task.metric),
-        "seconds": round(seconds, 1),
+        "encoders": {},
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(),
         "precision": config.hardware.precision,
         "version": __version__,
     }
 
 
-def _dry_run(ready: Prepared[schema.Probe], out: Path, name: str, methods: Sequence[str]) -> None:
+def _update(summary: dict[str, Any], out: Path, *, unfinished: list[str]) -> None:
+    """Brings the comparisons in ``summary`` up to date with its encoders."""
+    results = {name: entry["results"] for name, entry in summary["encoders"].items()}
+    summary["ranking"] = ranking(results, summary["metric"])
+    summary["unfinished"] = unfinished
+    if not unfinished:
+        summary["differences"] = differences(out, summary)
+
+
+def _dry_run(evaluation: Evaluation) -> None:
     """Builds everything and runs one batch through encoder and probes (one clip on the CPU)."""
-    evaluation = Evaluation(ready, out, name=name, methods=methods)
     evaluation.to_device()
-    config, index, backbone, frames = ready.config, ready.index, ready.backbone, ready.frames
-    autocast = autocast_for(config.hardware)
-    stream = FeatureStream(
-        backbone,
-        index,
-        frames=frames,
-        clip_seconds=config.data.clip_seconds,
-        min_seconds=config.data.min_seconds,
-        max_seconds=config.data.max_seconds,
-        autocast=autocast,
-        needs=evaluation.needs(),
-    )
-    clips = config.data.batch if evaluation.device.type == "cuda" else 1
-    features, _ = next(iter(stream.once(ready.rounds[0].train[:clips], batch=clips)))
-    size = measured(stream, ready.rounds[0].train, batch=clips) * len(index)
+    ready = evaluation.ready
+    index, backbone, frames, rounds = ready.index, ready.backbone, ready.frames, ready.rounds
+    stream = evaluation.stream()
+    clips = ready.config.data.batch if evaluation.device.type == "cuda" else 1
+    size = measured(stream, rounds[0].train, batch=clips) * len(index)
+    features, _ = next(iter(stream.once(rounds[0].train[:clips], batch=clips)))
     if ready.note:
         print(ready.note)
-    print(f"data      {len(index)} clips, {index.classes} labels, {len(ready.rounds)} round(s)")
+    print(f"data      {len(index)} clips, {index.classes} labels, {len(rounds)} round(s)")
     print(
-        f"encoder   {name}: width {backbone.width}, {backbone.depth} blocks, "
+        f"encoder   {evaluation.name}: width {backbone.width}, {backbone.depth} blocks, "
         f"{'each clip its own' if frames is None else frames} frames"
     )
     print(f"features  {tuple(features.patches.shape)} a batch, {size / 1e9:.3f} GB for all clips")
-    for method in methods:
-        trained = evaluation.build(method).to(evaluation.device)
-        size = sum(p.numel() for p in trained.parameters())
-        targets = torch.zeros(features.patches.shape[1], 1)
-        logits, _ = predict({method: trained}, iter([(features, targets)]), autocast=autocast)
+    for method in evaluation.methods:
+        built = evaluation.build(method).to(evaluation.device)
+        size = sum(p.numel() for p in built.parameters())
+        batch = (features, torch.zeros(features.patches.shape[1], 1))
+        logits, _ = predict({method: built}, iter([batch]), autocast=evaluation.autocast)
         shape = tuple(next(iter(logits.values())).shape)
         print(f"{method:<10} {size / 1e6:.3f} M parameters, logits {shape}")
 
 
-def _headline(
-    ready: Prepared[schema.Probe], name: str, methods: Sequence[str], out: Path, of: str
-) -> str:
-    config = ready.config
-    level = ""
-    if config.level == "frame":
-        level = " at frame level" + (
-            "" if ready.targets_of is not None else ", averaged over time for clip labels"
-        )
+def _headline(evaluation: Evaluation, methods: Sequence[str], of: str) -> str:
+    ready, config = evaluation.ready, evaluation.config
+    level = " at frame level" if config.level == "frame" else ""
+    if level and ready.targets_of is None:
+        level += ", averaged over time for clip labels"
     seeds = f", {config.seeds} seeds" if config.seeds > 1 else ""
     length = f"{config.train.steps} steps"
     if config.train.epochs:
@@ -280,26 +222,23 @@ def _headline(
     if not ready.backbone.has_cls:
         more.append("no class token in this encoder: the mean patch stands in for it")
     if config.control == "permuted":
-        more.append("control: every clip has another clip's labels")
-    first = (
-        f"bat {__version__}: probing {name}{of} ({config.checkpoint}, {config.weights}) in {out}"
-    )
+        more.append("permuted labels: every clip has another clip's labels")
+    source = f"{config.checkpoint}, {config.weights}"
+    first = f"bat {__version__}: probing {evaluation.name}{of} ({source}) in {evaluation.out}"
     return ready.headline(first, *more)
 
 
 def _report(advice: list[str], summary: dict[str, Any], out: Path) -> str:
-    encoders = summary["encoders"]
     parts = [as_text([summary])]
-    if len(encoders) == 1:
-        (entry,) = encoders.values()
+    if len(summary["encoders"]) == 1:
+        (entry,) = summary["encoders"].values()
         if 1 < len(entry["results"]) <= FEW:
             parts.insert(0, table(entry["results"]))
-        for method, own in entry["results"].items():
-            if own["gate"]:
-                mean = np.mean(list(own["gate"].values()), axis=0)
+        for method, result in entry["results"].items():
+            if gates := list(result["gate"].values()):
                 parts.append(
-                    f"{method}: layer gate, mean over {len(own['gate'])} training(s)\n"
-                    + gate_bars(mean.tolist())
+                    f"{method}: layer gate, mean over {len(gates)} training(s)\n"
+                    + gate_bars(np.mean(gates, axis=0).tolist())
                 )
     places = [f"results   {out}/summary.json, {out}/results.jsonl", f"pictures  {out}/plots/"]
     if heads := sorted(out.glob("heads/*/*")):

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bat.errors import UserError
-from bat.metrics.base import families
 from bat.redact import redact_tree
 from bat.report.page import COMPARISONS, Picture, write_page
-from bat.report.sections import TITLES, sections
+from bat.report.sections import sections
 from bat.report.tables import as_markdown, as_text
 
 log = logging.getLogger("bat")
@@ -45,10 +45,11 @@ def report(runs: Sequence[str | Path], *, out: str | Path | None = None) -> Repo
     twice = [f for i, f in enumerate(folders) if f.resolve() in [g.resolve() for g in folders[:i]]]
     if twice:
         raise UserError(f"{twice[0]} is given twice: name each run once")
-    names = _names(folders)
-    summaries = [
-        {**read_summary(folder), "run": name} for folder, name in zip(folders, names, strict=True)
-    ]
+    names = [folder.resolve().name for folder in folders]
+    summaries = []
+    for folder, name in zip(folders, names, strict=True):
+        unique = name if names.count(name) == 1 else str(folder)
+        summaries.append({**read_summary(folder), "run": unique})
     found = sections(summaries)
     alone = [section.summaries[0]["run"] for section in found if len(section.summaries) == 1]
     for folder, summary in zip(folders, summaries, strict=True):
@@ -56,14 +57,11 @@ def report(runs: Sequence[str | Path], *, out: str | Path | None = None) -> Repo
             summary["differences"] = differences(folder, summary)
     pictures = {s["run"]: _pictures(f, s) for f, s in zip(folders, summaries, strict=True)}
     target = Path(out) if out is not None else folders[0] if len(folders) == 1 else Path(OUT)
-    tasks = dict.fromkeys(section.title for section in found)
-    title = f"Probes of {', '.join(tasks)}"
+    title = f"Probes of {', '.join(dict.fromkeys(section.title for section in found))}"
+    page, markdown = target / "report.html", target / "report.md"
     try:
         target.mkdir(parents=True, exist_ok=True)
-        page = write_page(
-            target / "report.html", title=title, summaries=summaries, pictures=pictures
-        )
-        markdown = target / "report.md"
+        write_page(page, title=title, summaries=summaries, pictures=pictures)
         markdown.write_text(f"# {title}\n\n{as_markdown(summaries)}", encoding="utf-8")
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(
@@ -73,26 +71,14 @@ def report(runs: Sequence[str | Path], *, out: str | Path | None = None) -> Repo
 
 
 def _folder(run: Path) -> Path:
-    if run.name == "summary.json" and run.is_file():
-        return run.parent
-    if not run.exists():
-        raise UserError(f"{run} does not exist: name the folder of a bat-probe run (its out=)")
+    run = run.parent if run.name == "summary.json" and run.is_file() else run
     if not run.is_dir():
-        raise UserError(f"{run} is no folder: name the folder of a bat-probe run (its out=)")
-    if (run / "summary.json").is_file():
-        return run
-    if (run / "results.jsonl").is_file():
-        raise UserError(f"{run} is not finished: the same bat-probe command continues it")
-    raise UserError(f"{run} has no summary.json: it is no run of bat-probe")
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """Returns the folders' own names, or whole paths if two are equal."""
-    names = [folder.resolve().name for folder in folders]
-    return [
-        name if names.count(name) == 1 else str(folder)
-        for name, folder in zip(names, folders, strict=True)
-    ]
+        raise UserError(f"{run} is no folder of a bat-probe run: name the one given as its out=")
+    if not (run / "summary.json").is_file():
+        if (run / "results.jsonl").is_file():
+            raise UserError(f"{run} is not finished: the same bat-probe command continues it")
+        raise UserError(f"{run} has no summary.json: it is no run of bat-probe")
+    return run
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -103,84 +89,21 @@ def read_summary(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json"
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({error}): remove it and run the same bat-probe command again"
         ) from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(summary, dict) or not {"task", "level"} <= set(summary):
-        raise UserError(f"{path} is not of bat-probe: name the folder of a probing run")
-    if wrong := _wrong(summary):
-        made = summary.get("version", "an unknown version")
+        raise UserError(f"{path} is not of bat-probe: name the folder of a probe run")
+    summary = dict(redact_tree(summary))
+    try:  # a page written nowhere reads all that a report shows
+        write_page(Path(os.devnull), title="", summaries=[{**summary, "run": ""}])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
-            f"{path} (of bat {made}) {wrong}: it is of another version or was edited; run "
-            "bat-probe again with this version"
-        )
-    return dict(redact_tree(summary))
-
-
-FORM: dict[str, Any] = {
-    "task": str, "metric": str, "level": str, "protocol": dict, "how": str, "clips": int,
-    "labels": list, "rounds": list, "seeds": list, "control": str, "confidence": (int, float),
-    "encoders": dict, "device": str, "version": str, "seconds": object,
-}  # fmt: skip
-ENCODER: dict[str, Any] = {
-    "checkpoint": object, "weights": object, "digest": str, "backbone": str, "width": int,
-    "depth": int, "heads": object, "has_cls": bool, "patch_hop_ms": (int, float), "cls_rule": str,
-    "features": (dict, type(None)), "bad_clips": dict, "seconds": dict, "results": dict,
-}  # fmt: skip
-RESULT: dict[str, Any] = {
-    "parameters": int, "mean": dict, "std": dict, "std_over": str, "folds": dict,
-    "interval": (list, type(None)),
-}  # fmt: skip
-FEATURES: dict[str, Any] = {"cache": str, "why": str, "gb": (int, float)}
-CLASSES: dict[str, Any] = {"ap": list, "auroc": list, "positives": list}
-OF_LABELS = tuple(name for name, metric in families().items() if metric.takes == "labels")
-"""Metrics that come with values per class."""
-ROUND: dict[str, Any] = {"name": str, "train": int, "valid": int, "test": int}
-
-
-def _wrong(summary: dict[str, Any]) -> str:
-    """Returns what a summary lacks or has in another form, in words; empty if it is valid."""
-    if found := _misfit(summary, FORM | {k: dict for k in ("head", "optim") if k in summary}):
-        return found
-    if summary["metric"] not in TITLES and "better" not in summary:  # a metric from outside
-        return f"has the metric {summary['metric']!r}, not one of {', '.join(TITLES)}"
-    for row in summary["rounds"]:
-        if found := _misfit(row, ROUND):
-            return f"{found} of a round"
-    for name, encoder in summary["encoders"].items():
-        if found := _misfit(encoder, ENCODER):
-            return f"{found} of encoder {name!r}"
-        features = encoder["features"]
-        if features is not None and (found := _misfit(features, FEATURES)):
-            return f"{found} of the features of encoder {name!r}"
-        for method, entry in encoder["results"].items():
-            found = _misfit(entry, RESULT) or _misfit(entry["mean"], {summary["metric"]: object})
-            for seeds in entry["folds"].values() if not found else ():
-                for metrics in seeds.values() if isinstance(seeds, dict) else [seeds]:
-                    found = found or _misfit(metrics, {})
-                    if found or not ("per_class" in metrics or summary["metric"] in OF_LABELS):
-                        continue
-                    found = _misfit(metrics, {"absent": list, "per_class": dict})
-                    found = found or _misfit(metrics["per_class"], CLASSES)
-                    if not found and len(metrics["per_class"]["ap"]) != len(summary["labels"]):
-                        found = f"has {len(metrics['per_class']['ap'])} classes"
-            if found:
-                return f"{found} of probe {method!r} on encoder {name!r}"
-    return ""
-
-
-def _misfit(values: Any, form: dict[str, Any]) -> str:
-    if not isinstance(values, dict):
-        return f"has {type(values).__name__} where keys with values belong"
-    for key, kind in form.items():
-        if key not in values:
-            return f"lacks {key!r}"
-        if not isinstance(values[key], kind):
-            return f"holds {type(values[key]).__name__} as {key!r}"
-    return ""
+            f"{path} (of bat {summary.get('version')}) is of another version or was edited "
+            f"({type(error).__name__}: {error}): run bat-probe again with this version"
+        ) from error
+    return summary
 
 
 def _pictures(folder: Path, summary: dict[str, Any]) -> list[Picture]:
@@ -213,14 +136,13 @@ def differences(folder: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     draws: dict[tuple[str, str], dict[tuple[str, str], tuple[float, list[float]]]] = {}
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            place = (str(row["fold"]), str(row["seed"]))
-            of = summary["encoders"].get(row["encoder"], {}).get("results", {})
-            judged = of.get(row["method"], {}).get("folds", {})  # those requested this time
-            if row.get("replicates") and place[1] in judged.get(place[0], {}):
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            fold, seed = str(row["fold"]), str(row["seed"])
+            results = summary["encoders"].get(row["encoder"], {}).get("results", {})
+            evaluated = results.get(row["method"], {}).get("folds", {})  # those requested this time
+            if row.get("replicates") and seed in evaluated.get(fold, {}):
                 values = (row["metrics"][summary["metric"]], row["replicates"])
-                draws.setdefault((row["encoder"], row["method"]), {})[place] = values
+                draws.setdefault((row["encoder"], row["method"]), {})[fold, seed] = values
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s): no paired differences in the report", path, error)
         return []

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from bat.errors import UserError
+from bat.io import filter_jsonl, read_jsonl
 from bat.metrics.base import describe, rank_key
 from bat.metrics.bootstrap import interval
 from bat.metrics.ranking import summarise
 from bat.report.sections import TITLES
 
-HOW = "weights after the last step, judged on the held-out clips; nothing was selected on them"
+HOW = "weights after the last step, evaluated on the held-out clips; nothing was selected on them"
 SHOWN = ("accuracy", "map", "f1", "event_f1", "segment_f1", "token_error_rate", "wer")
 """Columns of the table of one encoder."""
 
@@ -60,7 +61,9 @@ class ResultsFile:
         self.path, self.encoder, self.made_from = path, encoder, made_from
         self.outcomes: list[Outcome] = []
         self.written: set[tuple[str, str, int]] = set()
-        for row in _rows(path):
+        if path.is_file() and not path.read_bytes().endswith(b"\n"):
+            filter_jsonl(path, lambda row: True)  # drops the last line, cut off by a kill
+        for row in read_jsonl(path):
             if row["encoder"] != encoder:
                 continue
             other = [k for k, v in made_from.items() if row["made_from"].get(k) != v]
@@ -87,20 +90,6 @@ class ResultsFile:
         self.written |= {(o.probe, o.fold, o.seed) for o in outcomes}
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a results file; removes an incomplete last line left by a killed run."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): remove it to probe again") from error
-
-
 def summary(
     outcomes: Iterable[Outcome], *, metric: str = "accuracy", confidence: float = 0.95
 ) -> dict[str, dict[str, Any]]:
@@ -109,42 +98,42 @@ def summary(
 
     ``interval``: of the mean of ``metric``, None if the results hold no resamples.
     """
-    found: dict[str, list[Outcome]] = {}
+    by_method: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        found.setdefault(outcome.method, []).append(outcome)
-    return {method: _entry(own, metric, confidence) for method, own in found.items()}
+        by_method.setdefault(outcome.method, []).append(outcome)
+    return {method: _entry(found, metric, confidence) for method, found in by_method.items()}
 
 
-def _entry(own: list[Outcome], metric: str, confidence: float) -> dict[str, Any]:
+def _entry(outcomes: list[Outcome], metric: str, confidence: float) -> dict[str, Any]:
     """Returns the summary of one method."""
     folds: dict[str, dict[str, Any]] = {}
-    for o in own:
+    for o in outcomes:
         folds.setdefault(o.fold, {})[str(o.seed)] = o.metrics
-    seeds = list(dict.fromkeys(str(o.seed) for o in own))
+    seeds = list(dict.fromkeys(str(o.seed) for o in outcomes))
     over = "seeds" if len(seeds) > 1 else "folds" if len(folds) > 1 else "none"
     mean, std = {}, {}
-    for name in (m for m, value in own[0].metrics.items() if isinstance(value, float)):
+    for name in (m for m, value in outcomes[0].metrics.items() if isinstance(value, float)):
         if over == "seeds":
             rows = [[f[s][name] for f in folds.values() if s in f] for s in seeds]
             values = [summarise(row)[0] for row in rows]
         else:
-            values = [o.metrics[name] for o in own]
+            values = [o.metrics[name] for o in outcomes]
         mean[name], std[name] = summarise(values)
-    tables = [o.replicates for o in own]
+    tables = [o.replicates for o in outcomes]
     middle = None
     if all(tables):
         draws = np.mean(np.array(tables), axis=0)
         most = describe(metric).most
         middle = list(interval(draws, confidence, at=mean[metric], most=most))
     return {
-        "parameters": own[0].parameters,
+        "parameters": outcomes[0].parameters,
         "mean": mean,
         "std": std,
         "std_over": over,
         "interval": middle,
         "folds": folds,
-        "gate": {f"{o.fold}-{o.seed}": o.gate for o in own if o.gate is not None},
-        "chosen": {f"{o.fold}-{o.seed}": o.chosen for o in own if o.chosen},
+        "gate": {f"{o.fold}-{o.seed}": o.gate for o in outcomes if o.gate is not None},
+        "chosen": {f"{o.fold}-{o.seed}": o.chosen for o in outcomes if o.chosen},
     }
 
 
@@ -162,16 +151,17 @@ def ranking(encoders: dict[str, dict[str, Any]], metric: str) -> list[dict[str, 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Formats results per fold (mean over seeds), their mean and deviation, in percent, as text."""
     lines = []
+    scale = {m: 100 if describe(m).percent else 1 for e in results.values() for m in e["mean"]}
     for method, entry in results.items():
         names = [m for i, m in enumerate(entry["mean"]) if not i or m in SHOWN]  # main metric
         lines.append("".join([f"{method:<12}", *(f"{TITLES[m]:>16}" for m in names)]))
         for fold, rows in entry["folds"].items():
             label = f"fold {fold}" if fold.isdigit() else fold
-            means = (_scale(m) * summarise([row[m] for row in rows.values()])[0] for m in names)
+            means = (scale[m] * summarise([row[m] for row in rows.values()])[0] for m in names)
             lines.append("".join([f"  {label:<10}", *(f"{value:>16.2f}" for value in means)]))
         if entry["std_over"] != "none":
             pairs = (
-                f"{_scale(m) * entry['mean'][m]:.2f} ± {_scale(m) * entry['std'][m]:.2f}"
+                f"{scale[m] * entry['mean'][m]:.2f} ± {scale[m] * entry['std'][m]:.2f}"
                 for m in names
             )
             lines.append("".join([f"  {'mean ± std':<10}", *(f"{p:>16}" for p in pairs)]))
@@ -182,10 +172,6 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 f"  {len(absent)} class(es) without a held-out clip are left out of the means"
             )
     return "\n".join(lines)
-
-
-def _scale(metric: str) -> int:
-    return 100 if describe(metric).percent else 1
 
 
 def gate_bars(gate: Sequence[float], *, width: int = 40) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import errno
+import functools
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -103,10 +103,10 @@ def default_out(config: Pretrain | Supervised) -> Path:
         of = f"{Path(csv).stem}-{hashlib.sha256(csv.encode()).hexdigest()[:6]}"
     if not isinstance(config, Probe):
         return Path(f"runs/finetune-{of}-{checkpoint_name(config)}")
-    who = "+".join(encoders_of(config))
-    if len(who) > LONG:
-        who = f"{who[:LONG]}-{hashlib.sha256(who.encode()).hexdigest()[:8]}"
-    return Path(f"runs/probe-{of}-{who}-{'+'.join(config.methods)}")
+    encoders = "+".join(encoders_of(config))
+    if len(encoders) > LONG:
+        encoders = f"{encoders[:LONG]}-{hashlib.sha256(encoders.encode()).hexdigest()[:8]}"
+    return Path(f"runs/probe-{of}-{encoders}-{'+'.join(config.methods)}")
 
 
 def check_first(config: Pretrain | Supervised) -> None:
@@ -145,18 +145,13 @@ def run_folder(
     if not is_main():
         yield lambda: None
         return
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out={out} is a file: name a folder")
     file = out / "config.yaml"
-    left = ("train.log", LOCK, "wandb", ".config.yaml.")  # of an interrupted start
-    held = [p.name for p in out.iterdir()] if out.is_dir() and not file.is_file() else []
-    if any(not name.startswith(left) for name in held):
-        raise UserError(f"out={out} holds other things than a run: choose another folder")
+    _check_folder(out, file)
     text = to_yaml(redact_tree(config))
     with hold(out):
-        changes = changed_settings(file.read_text("utf-8"), text) if file.is_file() else []
+        changes = _changes(file.read_text("utf-8"), text) if file.is_file() else []
         safe = PROBING if isinstance(config, Probe) else SAFE
-        risky = [c for c in changes if not c[2:].startswith(safe)]
+        risky = [line for line in changes if not line[2:].startswith(safe)]
         if risky and not force:
             raise UserError(
                 f"out={out} holds a run with other settings (- then, + now):\n  "
@@ -165,32 +160,30 @@ def run_folder(
                 "it with these all the same"
             )
         if changes:
-            log.warning(
-                "continuing with changed settings%s:\n  %s",
-                ", by --force" if risky else "",
-                "\n  ".join(changes),
-            )
+            by_force, lines = ", by --force" if risky else "", "\n  ".join(changes)
+            log.warning("continuing with changed settings%s:\n  %s", by_force, lines)
 
-        begun = False
-
+        @functools.cache  # once
         def begin() -> None:
-            nonlocal begun
-            if not begun:
-                _write(file, text)
-                start_logging(out)
-            begun = True
+            try:
+                write_atomic(file, text.encode())
+            except OSError as error:
+                raise UserError(
+                    f"cannot write to out={out}: {error}; free some space, or choose another out="
+                ) from error
+            start_logging(out)
 
         yield begin
 
 
-def _write(file: Path, text: str) -> None:
-    try:
-        write_atomic(file, text.encode())
-    except OSError as error:
-        remedy = "choose another out="
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "free some space, then run the same command again"
-        raise UserError(f"cannot write to out={file.parent}: {error}; {remedy}") from error
+def _check_folder(out: Path, file: Path) -> None:
+    """Raises ``UserError`` if ``out`` is a file, or a folder of other things than a run."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out} is a file: name a folder")
+    left = ("train.log", LOCK, "wandb", ".config.yaml.")  # of an interrupted start
+    held = [path.name for path in out.iterdir()] if out.is_dir() and not file.is_file() else []
+    if any(not name.startswith(left) for name in held):
+        raise UserError(f"out={out} holds other things than a run: choose another folder")
 
 
 def settings_of(out: Path) -> dict[str, Any]:
@@ -203,7 +196,7 @@ def settings_of(out: Path) -> dict[str, Any]:
         return {}
 
 
-def changed_settings(before: str, after: str) -> list[str]:
+def _changes(before: str, after: str) -> list[str]:
     """Returns lines ``- key: value`` / ``+ key: value`` for full keys that differ."""
     diff = difflib.ndiff(_flat(before), _flat(after))
     return [line for line in diff if line.startswith(("- ", "+ "))]
@@ -212,16 +205,14 @@ def changed_settings(before: str, after: str) -> list[str]:
 def _flat(text: str) -> list[str]:
     import yaml
 
-    def walk(tree: Any, prefix: str) -> list[str]:
-        lines = []
+    def walk(tree: dict[str, Any], prefix: str) -> Iterator[str]:
         for key, value in tree.items():
             if isinstance(value, dict):
-                lines += walk(value, f"{prefix}{key}.")
+                yield from walk(value, f"{prefix}{key}.")
             else:
-                lines.append(f"{prefix}{key}: {value}")
-        return lines
+                yield f"{prefix}{key}: {value}"
 
-    return walk(yaml.safe_load(text) or {}, "")
+    return list(walk(yaml.safe_load(text) or {}, ""))
 
 
 def open_data(
@@ -239,63 +230,41 @@ def open_data(
         return open_own(data, progress=progress)[:2]
     task = UNLABELLED if data.csv else load_task(task_name)
     _check_given(task, data)
+    index: Index
     if data.shards:
-        return _open_shards(task, data)
-    given = data.root or data.csv
-    root = Path(given) if given else _made(task, Path(data.cache) / task.name)
-    found = task.open(root)
-    index, left_out, listed = _index_files(
-        task, root, found.rows, found.vocabulary, data, found.left_out, progress
-    )
+        index = open_index(
+            data.shards,
+            cache=Path(data.cache),
+            cache_bytes=int(data.cache_gb * 1e9),
+            labels="drop" if data.labels == "drop" else "same",
+            retries=data.retries,
+            timeout_seconds=data.timeout_seconds,
+            redirects=data.redirects,
+        )
+        left_out = [LeftOut(name, name, why) for name, why in index.left_out.items()]
+        where = ", ".join(data.shards)
+    else:
+        root = Path(data.root or data.csv or Path(data.cache) / task.name)
+        if not (data.root or data.csv):
+            (task.make or make_toy)(root)
+        found = task.open(root)
+        index, left_out = index_files(
+            found.rows,
+            None if data.labels == "drop" else found.vocabulary,
+            cache=_listed(task, root, data),
+            absent=found.left_out,
+            progress=progress,
+        )
+        where = f"{root} (all: {_listed(task, root, data)})"
     if left_out:
         log.warning(
-            "%d files of %s are left out (the first: %s, %s; all: %s)",
+            "%d files of %s are left out, the first: %s, %s",
             len(left_out),
-            root,
+            where,
             left_out[0].file,
             left_out[0].reason,
-            listed,
         )
     return task.settle(index.labels_per_clip.tolist()), index
-
-
-def _made(task: Task, root: Path) -> Path:
-    """Returns ``root`` after writing the clips of a task that makes its own."""
-    if task.make is None:
-        return make_toy(root)
-    task.make(root)
-    return root
-
-
-def _index_files(
-    task: Task,
-    source: Path,
-    rows: Sequence[Row],
-    vocabulary: Sequence[str],
-    data: Data,
-    absent: Sequence[LeftOut],
-    progress: bool,
-) -> tuple[Index, list[LeftOut], Path]:
-    """Returns the index of ``rows``, what is left out, and its list, a file in ``data.cache``."""
-    place = hashlib.sha256(os.fsencode(f"{task.name} {source.absolute()}")).hexdigest()[:12]
-    listed = Path(data.cache) / f"{task.name}-{place}.json"
-    names = None if data.labels == "drop" else vocabulary
-    index, left_out = index_files(rows, names, cache=listed, absent=absent, progress=progress)
-    return index, left_out, listed
-
-
-def _check_given(task: Task, data: Data) -> None:
-    """Raise ``UserError`` if ``data`` names nothing that ``task`` reads."""
-    if data.root and task.name == csv.TASK.name:
-        raise UserError(f"data.root={data.root} with task=csv: name its CSV, data.csv=FILE")
-    if data.root and not Path(data.root).exists():
-        raise UserError(f"data.root={data.root} does not exist: name the data of task {task.name}")
-    made = task.make is not None or task.name == "toy"
-    if not (data.root or data.csv or data.shards or made):
-        raise UserError(
-            f"no data given for task '{task.name}': say data.shards=DIR (shards, see bat-shard), "
-            "data.root=DIR (a folder of audio) or data.csv=FILE (your own audio and labels)"
-        )
 
 
 def open_own(data: Data, *, progress: bool = True) -> tuple[Task, Index, Reading]:
@@ -306,18 +275,18 @@ def open_own(data: Data, *, progress: bool = True) -> tuple[Task, Index, Reading
     """
     assert data.csv is not None
     path = Path(data.csv)
-    found = csv.read(path)
-    index, left_out, listed = _index_files(
-        csv.TASK, path, found.rows, found.vocabulary, data, [], progress
-    )
+    found, listed = csv.read(path), _listed(csv.TASK, path, data)
+    vocabulary = None if data.labels == "drop" else found.vocabulary
+    index, left_out = index_files(found.rows, vocabulary, cache=listed, progress=progress)
     if left_out:
         shown = "; ".join(
             f"line {found.lines[entry.key]}: {entry.file}, {entry.reason.rstrip('.')}"
             for entry in left_out[: csv.SHOWN]
         )
+        more = "; ..." if len(left_out) > csv.SHOWN else ""
         said = (
             f"{len(left_out)} of the {len(found.rows)} files of {data.csv} cannot be read "
-            f"({shown}{'; ...' if len(left_out) > csv.SHOWN else ''}; all: {listed})"
+            f"({shown}{more}; all: {listed})"
         )
         if len(left_out) > data.max_bad * len(found.rows):
             raise UserError(
@@ -329,22 +298,21 @@ def open_own(data: Data, *, progress: bool = True) -> tuple[Task, Index, Reading
     return csv.TASK.settle(index.labels_per_clip.tolist()), index, found
 
 
-def _open_shards(task: Task, data: Data) -> tuple[Task, Index]:
-    index = open_index(
-        data.shards,
-        cache=Path(data.cache),
-        cache_bytes=int(data.cache_gb * 1e9),
-        labels="drop" if data.labels == "drop" else "same",
-        retries=data.retries,
-        timeout_seconds=data.timeout_seconds,
-        redirects=data.redirects,
-    )
-    if index.left_out:
-        name, why = next(iter(index.left_out.items()))
-        log.warning(
-            "%d members of the shards are left out (the first: %s, %s)",
-            len(index.left_out),
-            name,
-            why,
+def _listed(task: Task, source: Path, data: Data) -> Path:
+    """Returns the file in ``data.cache`` that keeps the headers of the files of ``source``."""
+    place = hashlib.sha256(os.fsencode(f"{task.name} {source.absolute()}")).hexdigest()[:12]
+    return Path(data.cache) / f"{task.name}-{place}.json"
+
+
+def _check_given(task: Task, data: Data) -> None:
+    """Raise ``UserError`` if ``data`` names nothing that ``task`` reads."""
+    if data.root and task.name == csv.TASK.name:
+        raise UserError(f"data.root={data.root} with task=csv: name its CSV, data.csv=FILE")
+    if data.root and not Path(data.root).exists():
+        raise UserError(f"data.root={data.root} does not exist: name the data of task {task.name}")
+    makes_its_own = task.make is not None or task.name == "toy"
+    if not (data.root or data.csv or data.shards or makes_its_own):
+        raise UserError(
+            f"no data given for task '{task.name}': say data.shards=DIR (shards, see bat-shard), "
+            "data.root=DIR (a folder of audio) or data.csv=FILE (your own audio and labels)"
         )
-    return task.settle(index.labels_per_clip.tolist()), index

@@ -17,8 +17,7 @@ from torch import Tensor
 from bat.errors import UserError
 from bat.eval.features import Source
 from bat.eval.fit import Predictions
-from bat.eval.frame_targets import FrameTargets
-from bat.eval.token_targets import TokenTargets, greedy
+from bat.eval.targets import FrameTargets, TokenTargets
 from bat.metrics.base import Metric, find_metric
 from bat.metrics.events import Event
 from bat.nn.losses import NOTHING
@@ -136,6 +135,12 @@ def values_of(computed: dict[str, Metric]) -> dict[str, Any]:
         found |= metric.compute()
     asked = {name: found[name] for name in computed}
     return asked | {name: value for name, value in found.items() if name not in asked}
+
+
+def greedy(best: Sequence[int]) -> list[int]:
+    """Decodes the best output of each time patch: repeats merged, blanks removed."""
+    changed = [n for i, n in enumerate(best) if not i or n != best[i - 1]]
+    return [n for n in changed if n]
 
 
 def _by_clip(rows: Tensor, found: Predictions) -> list[NDArray[np.float64]]:

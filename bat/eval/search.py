@@ -9,8 +9,8 @@ The higher main metric is better; ties go to the later step, then to the lower l
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ from bat.probes.base import Probe
 from bat.redact import one_line
 from bat.seeding import derive_seed
 
+Job = tuple[str, int]
+"""Method and seed."""
+Selected = dict[str, dict[str, tuple[float, float]]]
+"""Learning rate and weight decay by method and answer (``Probe.answers``)."""
+
 
 def cross_validate(
     source: Source, rounds: Sequence[Round], methods: Sequence[str], plan: Plan
@@ -35,276 +40,250 @@ def cross_validate(
 
     A training that diverges at every rate has no result and is listed in ``plan.diverged``.
     """
-    outcomes = []
+    outcomes: list[Outcome] = []
     plan.measure(methods)
     for held in rounds:
         jobs = plan.jobs(held, methods)
-        first = [job for job in jobs if plan.searches(job[1])]
-        outcomes += _round(source, held, first, plan)
-        if others := [job for job in jobs if job not in first]:
-            found = _choices([*plan.before, *outcomes], held, plan.seed)
-            outcomes += _round(source, held, others, plan, found)
+        searching = [job for job in jobs if plan.searches(job[1])]
+        outcomes += _Fold(source, held, plan).run(searching)
+        if others := [job for job in jobs if job not in searching]:
+            selected: Selected = {}
+            for o in (*plan.before, *outcomes):
+                if (o.fold, o.seed) == (held.name, plan.seed):
+                    pair = o.chosen["lr"], o.chosen["weight_decay"]
+                    selected.setdefault(o.probe, {})[o.method.removeprefix(o.probe)] = pair
+            outcomes += _Fold(source, held, plan, selected).run(others)
     return outcomes
 
 
-Choices = dict[str, dict[str, tuple[float, float]]]
-"""Learning rate and weight decay by method and answer."""
+class _Fold:
+    """Trainings of one fold and their evaluation.
 
-
-def _choices(outcomes: Sequence[Outcome], held: Round, seed: int) -> Choices:
-    """Returns the values that the search with ``seed`` selected in ``held``."""
-    found: Choices = {}
-    for o in outcomes:
-        if (o.fold, o.seed) == (held.name, seed):
-            pair = o.chosen["lr"], o.chosen["weight_decay"]
-            found.setdefault(o.probe, {})[o.method.removeprefix(o.probe)] = pair
-    return found
-
-
-def _round(
-    source: Source,
-    held: Round,
-    jobs: Sequence[tuple[str, int]],
-    plan: Plan,
-    given: Choices | None = None,
-) -> list[Outcome]:
-    """Trains, selects and evaluates ``jobs`` in one fold.
-
-    Each answer uses the values ``given`` for it, or a search over the grid of its method.
+    ``given``: the values that the first seed has selected; None: the grid of each method is
+    searched.
     """
-    candidates = []
-    for method, seed in jobs:
-        pairs = plan.grid(method)
-        if given is not None:  # missing if the search diverged
-            pairs = list(dict.fromkeys(given.get(method, {}).values()))
-        candidates += [Candidate(method, seed, *pair, order) for order, pair in enumerate(pairs)]
-    left = {job: sum(c.job == job for c in candidates) for job in jobs}
-    tried = dict(left)
-    plan.diverged += [(method, held.name, seed) for method, seed in jobs if not left[method, seed]]
-    best: dict[tuple[str, int], dict[str, Look]] = {job: {} for job in jobs if left[job]}
-    groups = list(passes(candidates, parameters=plan.parameters, memory_bytes=plan.memory_bytes))
-    outcomes = []
-    if plan.bar is not None and plan.bar.total:  # a search may have selected several pairs
-        more = len(candidates) - sum(plan.tries(*job) for job in jobs)
-        plan.bar.total += more * plan.run_steps(held)[0]
-    for number, group in enumerate(groups, start=1):
-        if plan.bar is not None:
-            part = f", pass {number} of {len(groups)}" if len(groups) > 1 else ""
-            plan.bar.set_description(f"probes, {one_line(held.name)} held out{part}")
-        _train(source, held, group, best, plan, given or {})
+
+    def __init__(
+        self, source: Source, held: Round, plan: Plan, given: Selected | None = None
+    ) -> None:
+        self.source, self.held, self.plan, self.given = source, held, plan, given
+        self.protocol = plan.protocol or Protocol(selection="none")
+        self.best: dict[Job, dict[str, Look]] = {}
+        """The best validation step so far, by answer."""
+        self.tried: Counter[Job] = Counter()
+        """Number of candidates."""
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+        plan, bar = self.plan, self.plan.bar
+        candidates = []
+        for method, seed in jobs:
+            pairs = plan.grid(method)
+            if self.given is not None:
+                pairs = list(dict.fromkeys(self.given.get(method, {}).values()))
+            if pairs:
+                self.best[method, seed] = {}
+            else:  # the search of the first seed diverged
+                plan.diverged.append((method, self.held.name, seed))
+            candidates += [Candidate(method, seed, *pair, i) for i, pair in enumerate(pairs)]
+        self.tried.update(candidate.job for candidate in candidates)
+        if bar is not None and bar.total:  # a search may have selected several pairs
+            more = len(candidates) - sum(plan.tries(*job) for job in jobs)
+            bar.total += more * plan.run_steps(self.held)[0]
+        groups = list(
+            passes(candidates, parameters=plan.parameters, memory_bytes=plan.memory_bytes)
+        )
+        left = self.tried.copy()
+        outcomes = []
+        for number, group in enumerate(groups, start=1):
+            if bar is not None:
+                part = f", pass {number} of {len(groups)}" if len(groups) > 1 else ""
+                bar.set_description(f"probes, {one_line(self.held.name)} held out{part}")
+            self._train(group)
+            left.subtract(candidate.job for candidate in group)
+            outcomes += self._evaluate([job for job in self.best if not left[job]])
+        return outcomes
+
+    def _train(self, group: Sequence[Candidate]) -> None:
+        """Trains ``group`` side by side; keeps the best validation steps in ``self.best``."""
+        plan, held, protocol = self.plan, self.held, self.protocol
+        steps, warmup = plan.run_steps(held)
+        trainings = {}
         for candidate in group:
-            left[candidate.job] -= 1
-        ready = [job for job in best if not left[job]]
-        looks = {job: best.pop(job) for job in ready}
-        outcomes += _evaluate(source, held, looks, tried, plan)
-    return outcomes
+            optim = candidate.optim(plan.optim)
+            optim.warmup_steps = warmup
+            seed = derive_seed(candidate.seed, held.name, "dropout")
+            probe = fresh(plan, held, *candidate.job).to(plan.device)
+            trainings[candidate] = Training(probe, optim, candidate.method, seed)
+        without_gain: Counter[tuple[Candidate, str]] = Counter()  # validation steps in a row
+        tops: dict[tuple[Candidate, str], Score] = {}
 
+        def validate(step: int, active: Collection[Candidate]) -> set[Candidate]:
+            """Runs a validation step of ``active``; returns those that no longer improve."""
+            scores = self._scores({c: trainings[c].probe for c in active})
+            states: dict[Candidate, State] = {}
+            stopped = set(active)
+            for (candidate, answer), score in scores.items():
+                at, best = (candidate, answer), self.best[candidate.job]
+                pair = candidate.lr, candidate.weight_decay
+                if self.given and self.given[candidate.method][answer] != pair:
+                    continue
+                if protocol.patience and without_gain[at] >= protocol.patience:
+                    continue  # this answer has stopped, others of its probe have not
+                better = Look(candidate, step, score, {}).better(best.get(answer))
+                if score is not None and better:
+                    if candidate not in states:
+                        states[candidate] = _state(trainings[candidate].probe)
+                    best[answer] = Look(candidate, step, score, states[candidate])
+                if score is not None and (at not in tops or score > tops[at]):
+                    tops[at], without_gain[at] = score, 0
+                else:
+                    without_gain[at] += 1
+                if not protocol.patience or without_gain[at] < protocol.patience:
+                    stopped.discard(candidate)
+            return stopped
 
-def _train(
-    source: Source,
-    held: Round,
-    group: Sequence[Candidate],
-    best: dict[tuple[str, int], dict[str, Look]],
-    plan: Plan,
-    given: Choices,
-) -> None:
-    """Trains ``group`` side by side; keeps in ``best`` the best validation step of each job and
-    answer, only among those with the rate and weight decay ``given`` for it."""
-    steps, warmup = plan.run_steps(held)
-    trainings = {}
-    for candidate in group:
-        optim = candidate.optim(plan.optim)
-        optim.warmup_steps = warmup
-        seed = derive_seed(candidate.seed, held.name, "dropout")
-        probe = fresh(plan, held, *candidate.job).to(plan.device)
-        trainings[candidate] = Training(probe, optim, candidate.method, seed)
-    protocol = plan.protocol or Protocol(selection="none")
-    waited: dict[tuple[Candidate, str], int] = {}
-    tops: dict[tuple[Candidate, str], Score] = {}
+        def after_step(step: int, losses: dict[Candidate, Tensor]) -> set[Candidate]:
+            plan.on_step()
+            if (
+                plan.on_log
+                and plan.log_every
+                and (step % plan.log_every == 0 or step in (1, steps))
+            ):
+                for c, value in losses.items():
+                    row = {"fold": held.name, "step": step, "method": c.method, "seed": c.seed}
+                    rate = {"lr": c.lr, "weight_decay": c.weight_decay}
+                    plan.on_log({**row, **rate, "loss": float(value)})
+            due = step == steps or (protocol.look_every and step % protocol.look_every == 0)
+            stopped = validate(step, losses) if held.valid is not None and due else set()
+            if plan.bar is not None:
+                plan.bar.update(len(losses) + len(stopped) * (steps - step))
+            return stopped
 
-    def look(step: int, active: Sequence[Candidate]) -> set[Candidate]:
-        """Runs a validation step of ``active``; returns those that no longer improve."""
-        scores = _scores(source, held, {c: trainings[c].probe for c in active}, plan)
-        states: dict[Candidate, State] = {}
-        waiting = set(active)
-        for (candidate, answer), score in scores.items():
-            at = candidate, answer
-            pair = candidate.lr, candidate.weight_decay
-            if given and given[candidate.method][answer] != pair:
+        order = derive_seed(plan.seed, held.name, "order")
+        fit(
+            trainings,
+            self.source.training(held.train, batch=plan.batch, steps=steps, seed=order),
+            loss=plan.loss,
+            steps=steps,
+            autocast=plan.autocast,
+            after_step=after_step,
+        )
+        if held.valid is None:
+            for candidate, training in trainings.items():
+                assert not self.best[candidate.job], "nothing selects among candidates"
+                last = Look(candidate, steps, None, _state(training.probe))
+                self.best[candidate.job][EVERY] = last
+
+    def _scores(self, probes: dict[Candidate, Probe]) -> dict[tuple[Candidate, str], Score | None]:
+        """Returns main metric and negated loss on the validation clips; None if one diverged."""
+        plan, valid = self.plan, self.held.valid
+        assert valid is not None
+        assert plan.scorer is not None
+        with own_randomness(torch.device(plan.device)):
+            found = predictions(
+                probes, self.source.once(valid, batch=plan.batch), autocast=plan.autocast
+            )
+        scores: dict[tuple[Candidate, str], Score | None] = {}
+        for (candidate, answer), logits in found.logits.items():
+            assert isinstance(candidate, Candidate)
+            if not logits.isfinite().all():
+                scores[candidate, answer] = None
                 continue
-            if protocol.patience and waited.get(at, 0) >= protocol.patience:
-                continue  # this answer has stopped, others of its probe have not
-            kept = best[candidate.job].get(answer)
-            if score is not None and Look(candidate, step, score, {}).better(kept):
-                if candidate not in states:
-                    states[candidate] = _state(trainings[candidate].probe)
-                best[candidate.job][answer] = Look(candidate, step, score, states[candidate])
-            if score is not None and (at not in tops or score > tops[at]):
-                tops[at], waited[at] = score, 0
-            else:
-                waited[at] = waited.get(at, 0) + 1
-            if not protocol.patience or waited[at] < protocol.patience:
-                waiting.discard(candidate)
-        return waiting
+            value = plan.scorer.values(logits, found, self.source, valid)[plan.chooses]
+            if math.isnan(value):  # no class of the validation clips has a positive
+                value = describe(plan.chooses).worst
+            tokens = not found.targets.is_floating_point()  # CTC needs whole clips
+            loss = 0.0 if tokens else float(plan.loss(logits, found.targets.float()))
+            scores[candidate, answer] = self._signed(value), -loss
+        return scores
 
-    def after_step(step: int, losses: dict[Candidate, Tensor]) -> set[Candidate]:
-        plan.on_step()
-        if plan.on_log and plan.log_every and (step % plan.log_every == 0 or step in (1, steps)):
-            for c, value in losses.items():
-                row = {"fold": held.name, "step": step, "method": c.method, "seed": c.seed}
-                rate = {"lr": c.lr, "weight_decay": c.weight_decay}
-                plan.on_log({**row, **rate, "loss": float(value)})
-        looks = step == steps or (protocol.look_every and step % protocol.look_every == 0)
-        stopped = look(step, list(losses)) if held.valid is not None and looks else set()
-        if plan.bar is not None:
-            plan.bar.update(len(losses) + len(stopped) * (steps - step))
-        return stopped
+    def _signed(self, value: float) -> float:
+        """Returns ``value`` of the selection metric, negated if lower is better (its own
+        inverse)."""
+        return value if describe(self.plan.chooses).better == "higher" else -value
 
-    order = derive_seed(plan.seed, held.name, "order")
-    fit(
-        trainings,
-        source.training(held.train, batch=plan.batch, steps=steps, seed=order),
-        loss=plan.loss,
-        steps=steps,
-        autocast=plan.autocast,
-        after_step=after_step,
-    )
-    if held.valid is None:
-        for candidate, training in trainings.items():
-            assert not best[candidate.job], "nothing chooses among candidates"
-            best[candidate.job][EVERY] = Look(candidate, steps, None, _state(training.probe))
+    def _evaluate(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """Evaluates the selected step of each job on the held-out clips, once each.
+
+        A job that diverged, or has an answer that did, has no results and is in ``plan.diverged``.
+        """
+        plan, held = self.plan, self.held
+        looks = {job: self.best.pop(job) for job in jobs}
+        probes: dict[tuple[Job, int], Probe] = {}  # one for each job and state
+        for job, answers in looks.items():
+            for look in answers.values():
+                if (job, id(look.state)) not in probes:
+                    probe = fresh(plan, held, *job)
+                    probe.load_state_dict(look.state)
+                    probes[job, id(look.state)] = probe.to(plan.device).eval()
+
+        def selected(job: Job, answer: str) -> Look | None:
+            return looks[job].get(answer) or looks[job].get(EVERY)
+
+        def wanted(key: tuple[Job, int], answer: str) -> bool:
+            """Return True for answers selected at this state, or never selected."""
+            look = selected(key[0], answer)
+            return look is None or id(look.state) == key[1]
+
+        outcomes: dict[Job, list[Outcome]] = {job: [] for job in jobs}
+        diverged = {job for job in jobs if not looks[job]}
+        if probes:
+            batches = self.source.once(held.test, batch=plan.batch)
+            found = predictions(probes, batches, autocast=plan.autocast, wanted=wanted)
+            for (key, answer), logits in found.logits.items():
+                assert isinstance(key, tuple)
+                job = key[0]
+                best = selected(job, answer)
+                if best is None or not logits.isfinite().all():
+                    diverged.add(job)
+                elif job not in diverged:
+                    outcome = self._outcome(job, answer, best, probes[key], logits, found)
+                    outcomes[job].append(outcome)
+        for job in jobs:
+            if job in diverged:
+                plan.diverged.append((job[0], held.name, job[1]))
+            elif plan.on_probe is not None:
+                first = next(iter(looks[job].values()))
+                plan.on_probe(probes[job, id(first.state)], outcomes[job])
+        return [outcome for job in jobs if job not in diverged for outcome in outcomes[job]]
+
+    def _outcome(
+        self,
+        job: Job,
+        answer: str,
+        look: Look,
+        probe: Probe,
+        logits: Tensor,
+        found: Predictions,
+    ) -> Outcome:
+        plan, held, gate = self.plan, self.held, probe.layer_gate()
+        assert plan.scorer is not None
+        computed = plan.scorer.computed(logits, found, self.source, held.test)
+        resampled = None
+        if plan.bootstrap and "@" not in answer and describe(plan.metric).bootstrap:
+            seed = derive_seed(plan.seed, held.name, "resamples")
+            values = computed[plan.metric].replicates(
+                plan.metric, resamples=plan.bootstrap, seed=seed
+            )
+            resampled = [round(float(v), 6) for v in values]
+        return Outcome(
+            method=f"{job[0]}{answer}",
+            fold=held.name,
+            metrics=values_of(computed),
+            gate=None if gate is None else gate.cpu().tolist(),
+            seed=job[1],
+            probe=job[0],
+            chosen={
+                "lr": look.candidate.lr,
+                "weight_decay": look.candidate.weight_decay,
+                "step": look.step,
+                "validation": None if look.score is None else self._signed(look.score[0]),
+                "candidates": self.tried[job],
+            },
+            parameters=plan.parameters[job[0]],
+            replicates=resampled,
+        )
 
 
 def _state(probe: Probe) -> State:
     return {k: v.detach().to("cpu", copy=True) for k, v in probe.state_dict().items()}
-
-
-def _scores(
-    source: Source, held: Round, probes: dict[Candidate, Probe], plan: Plan
-) -> dict[tuple[Any, str], Score | None]:
-    """Returns main metric and negated loss on the validation clips; None if one diverged."""
-    assert held.valid is not None
-    with own_randomness(torch.device(plan.device)):
-        found = predictions(
-            probes, source.once(held.valid, batch=plan.batch), autocast=plan.autocast
-        )
-    scores: dict[tuple[Any, str], Score | None] = {}
-    for key, logits in found.logits.items():
-        if not logits.isfinite().all():
-            scores[key] = None
-            continue
-        assert plan.scorer is not None
-        value = plan.scorer.values(logits, found, source, held.valid)[plan.chooses]
-        if math.isnan(value):  # no class of the validation clips has a positive
-            value = describe(plan.chooses).worst
-        tokens = not found.targets.is_floating_point()  # CTC needs whole clips
-        loss = 0.0 if tokens else float(plan.loss(logits, found.targets.float()))
-        scores[key] = _signed(value, plan), -loss
-    return scores
-
-
-def _signed(value: float, plan: Plan) -> float:
-    """Returns ``value`` of the selection metric, negated if lower is better (its own inverse)."""
-    return value if describe(plan.chooses).better == "higher" else -value
-
-
-def _evaluate(
-    source: Source,
-    held: Round,
-    looks: dict[tuple[str, int], dict[str, Look]],
-    tried: dict[tuple[str, int], int],
-    plan: Plan,
-) -> list[Outcome]:
-    """Evaluates the selected step of each job on the held-out clips, once each.
-
-    A job that diverged, or has an answer that did, has no results and is in ``plan.diverged``.
-    """
-    probes: dict[tuple[tuple[str, int], int], Probe] = {}  # one for each job and state
-    for job, answers in looks.items():
-        for look in answers.values():
-            if (job, id(look.state)) not in probes:
-                probe = fresh(plan, held, *job)
-                probe.load_state_dict(look.state)
-                probes[job, id(look.state)] = probe.to(plan.device).eval()
-    outcomes: dict[tuple[str, int], list[Outcome]] = {job: [] for job in looks}
-    sound = {job for job in looks if looks[job]}
-    if probes:
-        held_out = source.once(held.test, batch=plan.batch)
-
-        def wanted(key: tuple[tuple[str, int], int], answer: str) -> bool:
-            """Return True for answers selected at this state, or never selected."""
-            look = looks[key[0]].get(answer) or looks[key[0]].get(EVERY)
-            return look is None or id(look.state) == key[1]
-
-        found = predictions(probes, held_out, autocast=plan.autocast, wanted=wanted)
-        for (key, answer), logits in found.logits.items():
-            assert isinstance(key, tuple)
-            job, _ = key
-            chosen = looks[job].get(answer) or looks[job].get(EVERY)
-            if chosen is None or not logits.isfinite().all():
-                sound.discard(job)
-            elif job in sound:
-                outcomes[job].append(
-                    _outcome(
-                        source,
-                        held,
-                        job,
-                        answer,
-                        chosen,
-                        probes[key],
-                        tried[job],
-                        logits,
-                        found,
-                        plan,
-                    )
-                )
-    for job, own in outcomes.items():
-        if job not in sound:
-            plan.diverged.append((job[0], held.name, job[1]))
-        elif plan.on_probe is not None:
-            first = next(iter(looks[job].values()))
-            plan.on_probe(probes[job, id(first.state)], own)
-    return [outcome for job, own in outcomes.items() if job in sound for outcome in own]
-
-
-def _outcome(
-    source: Source,
-    held: Round,
-    job: tuple[str, int],
-    answer: str,
-    look: Look,
-    probe: Probe,
-    tried: int,
-    logits: Tensor,
-    found: Predictions,
-    plan: Plan,
-) -> Outcome:
-    gate = probe.layer_gate()
-    method, seed = job
-    resampled = None
-    assert plan.scorer is not None
-    computed = plan.scorer.computed(logits, found, source, held.test)
-    if plan.bootstrap and "@" not in answer and describe(plan.metric).bootstrap:
-        values = computed[plan.metric].replicates(
-            plan.metric,
-            resamples=plan.bootstrap,
-            seed=derive_seed(plan.seed, held.name, "resamples"),
-        )
-        resampled = [round(float(v), 6) for v in values]
-    return Outcome(
-        method=f"{method}{answer}",
-        fold=held.name,
-        metrics=values_of(computed),
-        gate=None if gate is None else gate.cpu().tolist(),
-        seed=seed,
-        probe=method,
-        chosen={
-            "lr": look.candidate.lr,
-            "weight_decay": look.candidate.weight_decay,
-            "step": look.step,
-            "validation": None if look.score is None else _signed(look.score[0], plan),
-            "candidates": tried,
-        },
-        parameters=plan.parameters[method],
-        replicates=resampled,
-    )

@@ -1,8 +1,8 @@
 """Events of recordings: sounds with onset, offset and label.
 
 Times are seconds from the start of the clip (docs/method.md 5, ``dcase16``). The labels of a whole
-clip are the union of its events' labels; ``bat.eval.frame_targets`` computes the labels that are
-active at a time patch, and ``bat.eval.detection`` makes events of a probe's outputs.
+clip are the union of its events' labels; ``bat.eval.targets`` computes the labels that are
+active at a time patch, and ``bat.eval.scoring`` makes events of a probe's outputs.
 """
 
 from __future__ import annotations

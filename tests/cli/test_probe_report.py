@@ -78,9 +78,6 @@ def _edited(*keys: str, value: Any = None) -> Any:
     return edit
 
 
-JUDGED = ("encoders", "A", "results", "cgp", "folds", "1", "0")
-
-
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
@@ -89,16 +86,11 @@ JUDGED = ("encoders", "A", "results", "cgp", "folds", "1", "0")
         (lambda run: (run / "summary.json").write_text('{"task": '), "is damaged"),
         (lambda run: (run / "summary.json").write_text("[" * 100_000), "is damaged"),
         (lambda run: (run / "summary.json").write_text('{"step": 7}'), "is not of bat-probe"),
-        (_edited("encoders"), "(of bat 0.6.0) lacks 'encoders': it is of another version"),
-        (_edited("metric", value="purity"), "has the metric 'purity', not one of"),
-        (_edited("labels", value="dog"), "holds str as 'labels'"),
-        (_edited("rounds", value=[3]), "has int where keys with values belong of a round"),
-        (_edited("encoders", "A", "digest"), "lacks 'digest' of encoder 'A'"),
-        (_edited("encoders", "A", "features", "gb"), "lacks 'gb' of the features of encoder 'A'"),
-        (_edited("encoders", "A", "results", "cgp", "mean", "accuracy"), "lacks 'accuracy'"),
-        (_edited("encoders", "A", "results", "cgp", "folds", "1", value=3), "has int where"),
-        (_edited(*JUDGED, "absent"), "lacks 'absent' of probe 'cgp' on encoder 'A'"),
-        (_edited(*JUDGED, "per_class", "ap", value=[1.0]), "has 1 classes of probe 'cgp'"),
+        (_edited("encoders"), "(of bat 0.6.0) is of another version or was edited"),
+        (_edited("metric", value="purity"), "purity"),
+        (_edited("rounds", value=[3]), "was edited"),
+        (_edited("encoders", "A", "digest"), "'digest'"),
+        (_edited("encoders", "A", "results", "cgp", "folds", "1", value=3), "was edited"),
     ],
 )
 def test_report__what_is_no_whole_run_is_named(
@@ -120,7 +112,7 @@ def test_report__folders_that_cannot_be_are_named(
 ) -> None:
     run = write_run(tmp_path / "run", summary())
     assert main([str(tmp_path / "nowhere")]) == 2
-    assert "nowhere does not exist: name the folder" in capsys.readouterr().err
+    assert "nowhere is no folder" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main([str(tmp_path / "file")]) == 2
     assert "file is no folder" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Which encoders are compared: names, the untrained control, what fine-tuning reaches."""
+"""Encoder lists: names, random-init baselines, results of fine-tuning."""
 
 import json
 
@@ -29,7 +29,7 @@ def _config(*checkpoints, **words) -> Probe:
     return Probe(checkpoint=",".join(map(str, checkpoints)), **words)
 
 
-def test_random_is_a_control_of_each_architecture(runs):
+def test_encoders_of__one_random_baseline_for_each_architecture(runs):
     a, b, wide = runs / "a", runs / "b", runs / "wide"
     assert encoders_of(_config(a, b, "random")) == {
         "a": str(a), "b": str(b), "random-a": f"random:{a}"}  # fmt: skip
@@ -40,12 +40,12 @@ def test_random_is_a_control_of_each_architecture(runs):
     assert list(encoders_of(_config(f"random:{a}", a, "random"))) == ["random-a", "a"]
 
 
-def test_equal_names_are_numbered(runs):
+def test_encoders_of__equal_names_are_numbered(runs):
     found = encoders_of(_config(runs / "a", runs / "a/export"))
     assert list(found) == ["a", "a-2"]
 
 
-def test_a_path_with_a_comma_is_one_checkpoint(tmp_path):
+def test_encoders_of__path_with_a_comma(tmp_path):
     (tmp_path / "x,y").mkdir()
     assert list(encoders_of(_config(tmp_path / "x,y"))) == ["x,y"]
 
@@ -54,12 +54,12 @@ def test_a_path_with_a_comma_is_one_checkpoint(tmp_path):
     ("text", "said"),
     [("", "no checkpoint given"), ("a,,b", "empty name"), ("random,random", "names random twice")],
 )
-def test_mistakes_are_named(text, said):
+def test_encoders_of__mistakes_are_named(text, said):
     with pytest.raises(UserError, match=said):
         encoders_of(Probe(checkpoint=text))
 
 
-def test_finetuned_numbers_and_runs(runs, tmp_path):
+def test_finetuned_of__numbers_and_runs(runs, tmp_path):
     run = {"task": "toy", "results": {"linear": {"mean": {"accuracy": 0.75}}}}
     (tmp_path / "summary.json").write_text(json.dumps(run))
     config = _config(runs / "a", "random", runs / "b", finetuned=["97.5", "none", str(tmp_path)])
@@ -79,8 +79,8 @@ def test_finetuned_numbers_and_runs(runs, tmp_path):
             finetuned_of(config, names, task="toy", metric="accuracy", data="x")
     (tmp_path / "summary.json").write_text(json.dumps({**run, "data": "y"}))
     config.finetuned = [str(tmp_path)]
-    with pytest.raises(UserError, match="judged on other clips"):
+    with pytest.raises(UserError, match="evaluated on other clips"):
         finetuned_of(config, names, task="toy", metric="accuracy", data="x")
     assert finetuned_of(config, names, task="toy", metric="accuracy", data="y") == {"a": 0.75}
-    with pytest.raises(UserError, match="is of task 'toy', this probing of 'esc10'"):
+    with pytest.raises(UserError, match="is of task 'toy', this probe run of 'esc10'"):
         finetuned_of(config, names, task="esc10", metric="accuracy", data="x")

@@ -19,14 +19,13 @@ from bat.errors import UserError
 from bat.eval.candidates import Plan
 from bat.eval.features import FeatureBank
 from bat.eval.heads import load_head
-from bat.eval.permuted import permuted
-from bat.eval.prepare import open_probing, prepare
+from bat.eval.prepare import open_probing, permuted, prepare
 from bat.eval.probe import probe
 from bat.eval.report import report
-from bat.eval.scoring import Scorer, detected
+from bat.eval.scoring import Scorer, detected, greedy
 from bat.eval.search import cross_validate
 from bat.eval.splits import Round
-from bat.eval.token_targets import TokenTargets, greedy, outputs, steps_needed
+from bat.eval.targets import TokenTargets, outputs, steps_needed
 from bat.nn.losses import against, ctc
 from bat.probes.base import build_probe
 from bat.report.sections import sections
@@ -250,20 +249,6 @@ def test_csv__is_packed_with_its_events_and_texts(rows: list[Row], tmp_path: Pat
     assert [row.text for row in open_rows(tmp_path / "t.csv").rows] == ["hello", "there you"]
 
 
-def test_csv__events_are_for_fine_tuning_too(settings, tmp_path) -> None:
-    toy_events.make(tmp_path / "toy")
-    lines = ["path,split,label,onset,offset"]
-    for row in toy_events.rows(tmp_path / "toy"):
-        lines += [f"{row.path},{row.split},{e.labels[0]},{e[0]},{e[1]}" for e in row.events]
-    (tmp_path / "events.csv").write_text("\n".join(lines))
-    words = ["recipe=own", f"data.csv={tmp_path / 'events.csv'}", "level=frame", "data.roll=false"]
-    ready = prepare(settings(*words, "optim.warmup_steps=1", schema=Finetune))
-    assert (ready.task.target, ready.task.metric) == ("events", "map")
-    toy = prepare(settings("recipe=toy_events", schema=Finetune))
-    keys = {ready.index.key(i).removeprefix("audio__") for i in range(len(ready.index))}
-    assert keys == {toy.index.key(i) for i in range(len(toy.index))}
-
-
 def test_prepare__clips_with_too_long_texts_are_left_out_and_counted(settings, tmp_path) -> None:
     toy_tokens.make(tmp_path)
     table = tmp_path / "texts.csv"
@@ -297,11 +282,6 @@ def test_finetune__texts_are_not_mixed(settings, tmp_path) -> None:
     words = ["recipe=toy_tokens", "augment.mixup_p=0.5", f"out={tmp_path / 'run'}"]
     with pytest.raises(UserError, match="mixup_p"):
         finetune(settings(*words, schema=Finetune))
-
-
-def test_events_at_clip_level__are_tags(settings) -> None:
-    data = open_probing(settings("recipe=toy_events", "level=clip"))
-    assert (data.task.target, data.task.metric, data.events) == ("tags", "map", None)
 
 
 def test_permuted__events_and_texts_are_dealt_anew(settings) -> None:

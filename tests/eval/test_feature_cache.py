@@ -4,27 +4,25 @@ import json
 import logging
 import os
 import re
-import shutil
-import subprocess
-import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from bat.config.probing import FeatureStore
-from bat.config.sections import Data
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index, open_index
 from bat.encoders.bat import BAT
 from bat.errors import UserError
 from bat.eval import feature_cache, feature_disk
-from bat.eval.feature_cache import Opened, choose, open_features
+from bat.eval.feature_cache import Opened, open_features, storage_for
 from bat.eval.features import FeatureBank, FeatureStream
 from bat.eval.loading import weights_digest
-from bat.probes.base import build_probe
 from bat.types import Grid, Needs
 from tests.toy import make_toy_shards
 
@@ -48,25 +46,18 @@ def get(backbone, index, tmp_path):
     """``get(cache, ...)`` opens the features of all ten clips."""
 
     def open_them(cache: str = "disk", **settings) -> Opened:
-        data = {"batch": 4, "workers": 0, "roll": False, "clip_seconds": SECONDS}
-        data |= {k: settings.pop(k) for k in list(settings) if k in vars(Data())}
         store = {"cache": cache, "folder": str(tmp_path / "features")}
         store |= {k: settings.pop(k) for k in list(settings) if k in vars(FeatureStore())}
-        words = {
-            "ids": np.arange(len(index)),
-            "frames": 32,
-            "needs": Needs(),
-            "batch": 4,
-            "random_offset": False,
-            "autocast": None,
-            "device": torch.device("cpu"),
-            "bad_clips": BadClips(max_bad=0.5),
-            "progress": False,
-            "digest": weights_digest(backbone),
-        }
-        encoder = settings.pop("encoder", backbone)
+        ids, batch = settings.pop("ids", np.arange(len(index))), settings.pop("batch", 4)
+        encoder, digest = settings.pop("encoder", backbone), settings.pop("digest", None)
+        words = {"frames": 32, "clip_seconds": SECONDS, "bad_clips": BadClips(max_bad=0.5)}
         return open_features(
-            encoder, index, store=FeatureStore(**store), data=Data(**data), **words | settings
+            FeatureStream(encoder, index, **words | settings),
+            ids,
+            batch=batch,
+            store=FeatureStore(**store),
+            digest=digest or weights_digest(backbone),
+            progress=False,
         )
 
     return open_them
@@ -87,46 +78,31 @@ def asleep(backbone, monkeypatch):
 
 def _folder(tmp_path: Path) -> Path:
     """The one cache that there is."""
-    (found,) = (tmp_path / "features").iterdir()
+    (found,) = (p for p in (tmp_path / "features").iterdir() if p.is_dir())
     return found
 
 
-def _train(source, *, autocast: torch.dtype | None) -> torch.Tensor:
-    """Logits of a CGP probe after twelve steps of AdamW."""
-    torch.manual_seed(1)
-    probe = build_probe(
-        "cgp", classes=5, width=16, depth=3, has_cls=True, prototypes=8, dropout=0.0
-    )
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=0.01)
-    for features, targets in source.training(
-        np.array([0, 3, 4, 6, 7, 8]), batch=4, steps=12, seed=5
-    ):
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            logits = probe(features)
-        loss = torch.nn.functional.cross_entropy(logits.float(), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad(), torch.autocast("cpu", autocast, enabled=autocast is not None):
-        return torch.cat([probe(f).float() for f, _ in source.once(np.arange(10), batch=3)])
-
-
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_training_is_the_same_from_memory_disk_and_stream(get, autocast):
-    opened = {cache: get(cache, autocast=autocast) for cache in ("memory", "disk", "off")}
-    assert [o.cache for o in opened.values()] == list(opened)
-    kinds = [type(o.source) for o in opened.values()]
+def test_open_features__same_batches_from_memory_disk_and_stream(get, autocast):
+    opened = [get(cache, autocast=autocast) for cache in ("memory", "disk", "off")]
+    assert [o.cache for o in opened] == ["memory", "disk", "off"]
+    kinds = [type(o.source) for o in opened]
     assert kinds == [FeatureBank, FeatureBank, FeatureStream]
-    assert len({o.gb for o in opened.values()}) == 1
-    logits = {cache: _train(o.source, autocast=autocast) for cache, o in opened.items()}
-    assert logits["off"].std() > 0.05
-    assert torch.equal(logits["memory"], logits["disk"])
-    # the encoder meets clips in other batches: float32 rounds otherwise, bfloat16 by a last place
-    near = 1e-4 if autocast is None else 0.03
-    torch.testing.assert_close(logits["off"], logits["memory"], atol=near, rtol=near)
+    assert len({o.gb for o in opened}) == 1
+    ids = np.array([0, 3, 4, 6, 7, 8])
+    for kind, words in (("training", {"steps": 3, "seed": 5}), ("once", {})):
+        three = [getattr(o.source, kind)(ids, batch=4, **words) for o in opened]
+        for (memory, a), (disk, b), (stream, c) in zip(*three, strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+            assert torch.equal(memory.patches, disk.patches)
+            assert torch.equal(memory.cls, disk.cls)
+            # the encoder gets clips in other batches: bfloat16 rounds by a last place
+            near = 1e-4 if autocast is None else 0.03
+            torch.testing.assert_close(stream.patches, memory.patches, atol=near, rtol=near)
 
 
-def test_the_order_over_remote_shards_is_one(get, index, monkeypatch):
+def test_open_features__same_order_over_remote_shards(get, index, monkeypatch):
     sources = [get(cache).source for cache in ("memory", "disk", "off")]
     words = {"batch": 3, "steps": 4, "seed": 1}
 
@@ -143,7 +119,7 @@ def test_the_order_over_remote_shards_is_one(get, index, monkeypatch):
     assert not torch.allclose(even[0], windowed[0], atol=1e-2)
 
 
-def test_measured_size_is_that_of_the_files(get, index, tmp_path):
+def test_open_features__size_is_that_of_the_files(get, index, tmp_path):
     opened = get("disk", needs=Needs("last", entry=True))
     files = {f.name: f.stat().st_size for f in _folder(tmp_path).glob("*.bin")}
     tokens, labels = 2 * 8 * 16 * 4, 10 * index.classes * 4
@@ -154,7 +130,7 @@ def test_measured_size_is_that_of_the_files(get, index, tmp_path):
     assert get("off", needs=Needs("none")).gb == (files["cls.bin"] + labels) / GB
 
 
-def test_a_second_run_reads_the_disk_and_not_the_encoder(get, asleep, caplog, tmp_path):
+def test_disk__second_run_does_not_encode(get, asleep, caplog, tmp_path):
     first = get("disk")
     before = [f.stat().st_mtime_ns for f in sorted(_folder(tmp_path).iterdir())]
     asleep()
@@ -169,11 +145,11 @@ def test_a_second_run_reads_the_disk_and_not_the_encoder(get, asleep, caplog, tm
     assert "checksums of 10 right" in caplog.text
     assert before == [f.stat().st_mtime_ns for f in sorted(_folder(tmp_path).iterdir())]
     assert {f.name for f in _folder(tmp_path).iterdir()} == {
-        "patches.bin", "cls.bin", "clips.bin", "crc.bin", "meta.json"
+        "patches.bin", "cls.bin", "meta.json"
     }  # fmt: skip
 
 
-def test_features_of_nothing_but_class_tokens_can_be_mapped(get, asleep):
+def test_disk__class_tokens_alone(get, asleep):
     get("disk", needs=Needs("none"))
     asleep()
     features, _ = next(get("disk", needs=Needs("none")).source.once(np.array([4, 2]), batch=2))
@@ -200,8 +176,8 @@ class Asked(Exception):  # noqa: N818
     """For which folder."""
 
 
-def test_whatever_features_depend_on_makes_another_cache(get, index, monkeypatch):
-    def ask(folder, facts):
+def test_disk__every_dependency_has_its_own_cache(get, index, monkeypatch):
+    def ask(folder):
         raise Asked(folder.name)
 
     monkeypatch.setattr(feature_disk, "read", ask)
@@ -209,19 +185,17 @@ def test_whatever_features_depend_on_makes_another_cache(get, index, monkeypatch
     def name(**words) -> str:
         with pytest.raises(Asked) as caught:
             get("disk", **words)
-        assert feature_disk.KEY.fullmatch(str(caught.value))
         return str(caught.value)
 
     names = {what: name(**words) for what, words in OTHER.items()}
     names["nothing"] = name()
-    monkeypatch.setitem(vars(index), "hash", "another")
-    names["data"] = name()
-    monkeypatch.setattr(feature_cache, "__version__", "another")
-    names["version"] = name()
+    with monkeypatch.context() as patch:
+        patch.setitem(vars(index), "hash", "another")
+        names["data"] = name()
+        patch.setattr(feature_cache, "__version__", "another")
+        names["version"] = name()
     assert len(set(names.values())) == len(names) == len(OTHER) + 3
-    monkeypatch.undo()
-    monkeypatch.setattr(feature_disk, "read", ask)
-    alike = {"batch": 2, "memory_gb": 1.0, "max_bad": 0.3, "workers": 1, "progress": False}
+    alike = {"batch": 2, "memory_gb": 1.0, "workers": 1, "bad_clips": BadClips(max_bad=0.3)}
     assert name(**alike) == names["nothing"]
 
 
@@ -237,22 +211,18 @@ def _meta(folder: Path, **changes) -> None:
 
 
 DAMAGE = {
-    "patches.bin has": lambda f: os.truncate(f / "patches.bin", 5000),
-    "cls.bin is missing": lambda f: (f / "cls.bin").unlink(),
-    r"patches.bin is damaged at clip 9": lambda f: _flip(f / "patches.bin", -1),
-    "cls.bin is damaged at clip 0": lambda f: _flip(f / "cls.bin"),
-    "clips.bin is damaged": lambda f: _flip(f / "clips.bin", 16),
-    "crc.bin is damaged": lambda f: _flip(f / "crc.bin", 3),
-    "meta.json is damaged": lambda f: os.truncate(f / "meta.json", 50),
-    "meta.json is damaged .KeyError": lambda f: (f / "meta.json").write_text("{}"),
-    "meta.json is damaged .*float99": lambda f: _meta(f, dtype="float99"),
-    "of format 0": lambda f: _meta(f, format=0),
-    r"something else \(.*weights": lambda f: _meta(f, facts={}),
+    "patches.bin has 5000 bytes": lambda f: os.truncate(f / "patches.bin", 5000),
+    "cls.bin": lambda f: (f / "cls.bin").unlink(),
+    "clip 9 has another checksum": lambda f: _flip(f / "patches.bin", -1),
+    "clip 0 has another checksum": lambda f: _flip(f / "cls.bin"),
+    "Unterminated": lambda f: os.truncate(f / "meta.json", 5),
+    "'dtype'": lambda f: (f / "meta.json").write_text("{}"),
+    "float99": lambda f: _meta(f, dtype="float99"),
 }
 
 
 @pytest.mark.parametrize("said", DAMAGE)
-def test_a_damaged_cache_is_named_and_made_anew(get, asleep, tmp_path, caplog, said):
+def test_disk__damaged_cache_is_named_and_made_anew(get, asleep, tmp_path, caplog, said):
     wanted = get("disk").source
     wanted = (wanted.patches.clone(), wanted.cls.clone())
     DAMAGE[said](_folder(tmp_path))
@@ -267,7 +237,7 @@ def test_a_damaged_cache_is_named_and_made_anew(get, asleep, tmp_path, caplog, s
     assert get("disk").why.startswith("found")
 
 
-def test_of_a_large_cache_a_sample_is_checked(get, tmp_path, caplog, monkeypatch):
+def test_disk__sample_of_a_large_cache_is_checked(get, tmp_path, caplog, monkeypatch):
     get("disk")
     caplog.set_level(logging.INFO, "bat")
     monkeypatch.setattr(feature_disk, "CHECK_BYTES", 1)
@@ -279,7 +249,7 @@ def test_of_a_large_cache_a_sample_is_checked(get, tmp_path, caplog, monkeypatch
     assert not get("disk").why.startswith("found")
 
 
-def test_a_cached_run_reports_the_same_bad_clips(get, index, monkeypatch):
+def test_disk__reports_the_same_unreadable_clips(get, index, monkeypatch):
     read = index.read
 
     def broken(i):
@@ -304,7 +274,7 @@ def test_a_cached_run_reports_the_same_bad_clips(get, index, monkeypatch):
     assert (bad.seen, bad.bad) == (100, 4)
 
 
-def test_labels_in_time_are_those_of_now_whatever_the_cache(get):
+def test_disk__frame_labels_are_not_cached(get):
     def labels(value):
         def targets_of(batch, time):
             assert batch.targets.shape == (len(batch.keys), 5)
@@ -330,49 +300,21 @@ def test_labels_in_time_are_those_of_now_whatever_the_cache(get):
         get("auto", targets_of=labels(1.0), roll=True)
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(get, tmp_path, monkeypatch):
+def test_disk__full_disk_is_an_error_and_leaves_nothing(get, tmp_path, monkeypatch):
     opens = Path.open
 
     def full(path, *how, **words):
         return opens(Path("/dev/full") if path.name == "cls.bin" else path, *how, **words)
 
-    monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(UserError, match=r"the disk is full .*features\.cache=off"):
-        get("disk")
-    assert list(_folder(tmp_path).iterdir()) == []
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(UserError, match=r"the disk is full .*features\.cache=off"):
+            get("disk")
+    assert not [p for p in (tmp_path / "features").iterdir() if p.is_dir()]
     assert get("disk").cache == "disk"
 
 
-def test_a_write_that_takes_a_part_only_is_gone_on_with(get, monkeypatch):
-    wanted, opens = get("memory").source, Path.open
-
-    class Slow:
-        """As a file of more than 2 GB: a write takes what it likes."""
-
-        def __init__(self, file) -> None:
-            self.write_all, self.fileno, self.close = file.write, file.fileno, file.close
-
-        def write(self, data) -> int:
-            return self.write_all(data[:1000])
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_) -> None:
-            self.close()
-
-    def slow(path, *how, buffering=-1, **words):
-        file = opens(path, *how, buffering=buffering, **words)
-        return file if buffering else Slow(file)
-
-    monkeypatch.setattr(Path, "open", slow)
-    found = get("disk").source
-    assert torch.equal(found.patches, wanted.patches)
-    assert torch.equal(found.cls, wanted.cls)
-
-
-def test_an_interrupted_making_leaves_nothing(get, tmp_path, backbone, monkeypatch):
+def test_disk__interruption_leaves_nothing(get, tmp_path, backbone, monkeypatch):
     features, calls = backbone.features, []
 
     def interrupted(spectrogram):
@@ -385,105 +327,65 @@ def test_an_interrupted_making_leaves_nothing(get, tmp_path, backbone, monkeypat
     with pytest.raises(KeyboardInterrupt):
         get("disk")
     assert calls == [1, 4, 4]
-    assert list(_folder(tmp_path).iterdir()) == []
+    assert not [p for p in (tmp_path / "features").iterdir() if p.is_dir()]
 
 
-def test_a_place_that_cannot_be_written_is_an_error(get, tmp_path):
+def test_disk__unwritable_folder_is_an_error(get, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="nothing can be written there"):
         get("disk", folder=str(tmp_path / "file" / "features"))
 
 
-HOLD = """
-import fcntl, os, sys, time
-file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
-fcntl.lockf(file, fcntl.LOCK_EX)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def holder():
-    """``holder(folder)``: another process that makes features there until its stdin is closed."""
-    started = []
-
-    def hold(folder: Path) -> subprocess.Popen:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "patches.bin").write_bytes(b"half made")
-        child = subprocess.Popen(
-            [sys.executable, "-S", "-c", HOLD, str(folder / ".lock")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        started.append(child)
-        assert child.stdout.readline() == b"held\n"
-        return child
-
-    yield hold
-    for child in started:
-        child.kill()
-        child.communicate()
-
-
-def test_leftovers_are_swept_unless_their_maker_lives(get, tmp_path, holder):
+def test_disk__leftovers_of_dead_processes_are_removed(get, tmp_path):
     root = tmp_path / "features"
-    dead, living, other = root / ("d" * 20), root / ("a" * 20), root / "mine"
-    for folder in (dead, other):
+    dead, living, other = root / "dead.part", root / "living.part", root / "mine"
+    for folder in (dead, living, other):
         folder.mkdir(parents=True)
         (folder / "patches.bin").write_bytes(b"half made")
-    holder(living)
-    get("disk")
+    with FileLock(root / "living.lock"):
+        get("disk")
     assert not dead.exists()
     assert (living / "patches.bin").exists()
     assert (other / "patches.bin").exists()
 
 
-def test_what_another_process_makes_is_waited_for(
-    get, asleep, tmp_path, holder, caplog, monkeypatch
-):
+def test_disk__waits_for_another_process(get, tmp_path, caplog):
     get("disk")
-    whole = tmp_path / "whole"
-    shutil.copytree(folder := _folder(tmp_path), whole)
-    (folder / "meta.json").unlink()
-    child = holder(folder)
+    folder = _folder(tmp_path)
+    made = folder.rename(tmp_path / "made")
+    held = threading.Event()
+
+    def make() -> None:
+        with FileLock(folder.with_suffix(".lock")):
+            held.set()
+            while "waiting" not in caplog.text:
+                time.sleep(0.05)
+            made.rename(folder)
+
     caplog.set_level(logging.INFO, "bat")
-
-    def slept(seconds: float) -> None:
-        assert seconds == feature_disk.WAIT_SECONDS
-        for file in whole.iterdir():
-            shutil.copy(file, folder)
-        child.communicate()  # done: the lock is free
-
-    monkeypatch.setattr(feature_disk.time, "sleep", slept)
-    measured, ran = feature_cache.measured, []
-
-    def measure(*given, **words):
-        ran.append(measured(*given, **words))
-        asleep()
-        return ran[-1]
-
-    monkeypatch.setattr(feature_cache, "measured", measure)
+    threading.Thread(target=make).start()
+    held.wait()
     assert get("disk").cache == "disk"
-    assert len(ran) == 1
-    assert sum("waiting" in r.getMessage() for r in caplog.records) == 1
+    said = [r.getMessage() for r in caplog.records]
+    assert sum("waiting" in line for line in said) == 1
+    assert not any(line.startswith("all features in") for line in said)  # made by the other
 
 
-def test_readers_keep_what_they_mapped_when_it_is_made_anew(get, tmp_path):
+def test_disk__readers_keep_their_mapping(get, tmp_path):
     reader = get("disk").source
     wanted = reader.patches.clone()
     file = _folder(tmp_path) / "patches.bin"
     mapped = file.stat().st_ino  # still in use: no new file can have it
-    _flip(_folder(tmp_path) / "crc.bin", 3)
+    _flip(_folder(tmp_path) / "cls.bin", 3)
     get("disk")
     assert file.stat().st_ino != mapped  # never written over: a shortened mapping kills its reader
     assert torch.equal(reader.patches, wanted)
 
 
-def _choose(cache: str, gb: float, *, on_gpu=False, free=1000, moving="", **budgets):
+def _where(cache: str, gb: float, *, on_gpu=False, free=1000, moving="", **budgets):
     store = FeatureStore(cache=cache, **budgets)
     each = int(gb * GB / 100)
-    return choose(store, clips=100, each=each, moving=moving, on_gpu=on_gpu, free=free * GB)
+    return storage_for(store, clips=100, each=each, moving=moving, on_gpu=on_gpu, free=free * GB)
 
 
 @pytest.mark.parametrize(
@@ -502,8 +404,8 @@ def _choose(cache: str, gb: float, *, on_gpu=False, free=1000, moving="", **budg
         ("disk", 1, {"on_gpu": True}, "disk", "features.cache=disk"),
     ],
 )
-def test_where_features_are_kept(cache, gb, words, where, why):
-    found, said = _choose(cache, gb, **words)
+def test_storage_for__decides_by_size(cache, gb, words, where, why):
+    found, said = _where(cache, gb, **words)
     assert found == where
     assert re.search(why, said), said
 
@@ -523,12 +425,12 @@ def test_where_features_are_kept(cache, gb, words, where, why):
         ("memory", 1, {"moving": "data.roll=true"}, "features.cache=memory with data.roll=true"),
     ],
 )
-def test_a_cache_that_cannot_be_is_an_error(cache, gb, words, said):
+def test_storage_for__impossible_cache_is_an_error(cache, gb, words, said):
     with pytest.raises(UserError, match=said):
-        _choose(cache, gb, **words)
+        _where(cache, gb, **words)
 
 
-def test_clips_that_move_are_streamed(get, tmp_path):
+def test_open_features__moving_clips_are_streamed(get, tmp_path):
     for words in ({"roll": True}, {"random_offset": True}):
         opened = get("auto", **words)
         assert opened.cache == "off"
@@ -538,20 +440,7 @@ def test_clips_that_move_are_streamed(get, tmp_path):
         get("disk", roll=True)
 
 
-def test_free_space_is_that_of_the_folder_to_be(get, tmp_path, monkeypatch):
-    asked = []
-
-    def usage(path):
-        asked.append(path)
-        return shutil._ntuple_diskusage(1, 1, 100)
-
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", usage)
-    with pytest.raises(UserError, match="are free"):
-        get("disk")
-    assert asked == [tmp_path]
-
-
-def test_budgets_reach_the_choice(get):
+def test_open_features__respects_budgets(get):
     assert get("auto").cache == "memory"
     assert get("auto", memory_gb=0.0, disk_gb=0.0).cache == "off"
     with pytest.raises(UserError, match="memory_gb=1e-06"):

@@ -9,7 +9,7 @@ from bat.data.index import Index, open_index
 from bat.data.module import eval_loader
 from bat.encoders.bat import BAT
 from bat.errors import UserError
-from bat.eval.features import FeatureBank, FeatureStream, encode, evaluating, to_device
+from bat.eval.features import FeatureBank, FeatureStream, encode, to_device
 from bat.types import Features, Grid, Needs
 from tests.toy import make_toy_shards
 
@@ -37,14 +37,6 @@ def _stream(backbone, index, **settings) -> FeatureStream:
     return FeatureStream(backbone, index, frames=FRAMES, clip_seconds=SECONDS, **settings)
 
 
-def test_bank_holds_every_block_of_every_clip(backbone, index):
-    bank = _bank(backbone, index)
-    assert bank.patches.shape == (10, 3, 2, 8, 16)
-    assert bank.cls.shape == (10, 3, 16)
-    assert bank.keys == [index.key(i) for i in range(10)]
-    assert bank.targets.argmax(1).tolist() == [index.labels(i)[0] for i in range(10)]
-
-
 def _same_batches(bank, stream, *, tolerance=1e-5) -> int:
     """Compare two sources' batches; how many there were."""
     count = 0
@@ -64,7 +56,7 @@ def _same_batches(bank, stream, *, tolerance=1e-5) -> int:
     ("needs", "blocks"),
     [(Needs(), 3), (Needs("last"), 1), (Needs("none"), 0), (Needs("all", entry=True), 3)],
 )
-def test_bank_and_stream_give_the_same_batches(backbone, index, needs, blocks):
+def test_bank__same_batches_as_stream(backbone, index, needs, blocks):
     ids = np.array([7, 1, 4, 2, 9])
     bank = _bank(backbone, index, ids, needs=needs)
     stream = _stream(backbone, index, needs=needs)
@@ -78,7 +70,7 @@ def test_bank_and_stream_give_the_same_batches(backbone, index, needs, blocks):
         assert _same_batches(*pair) == (4 if kind == "training" else 3)
 
 
-def test_needs_cut_what_the_encoder_gives(backbone, index):
+def test_encode__keeps_what_is_needed(backbone, index):
     loader = eval_loader(index, np.arange(2), batch=2, sample_rate=16000, clip_seconds=SECONDS)
     batch = next(iter(loader))
     whole = backbone(batch.waves, batch.lengths, frames=FRAMES)
@@ -90,7 +82,7 @@ def test_needs_cut_what_the_encoder_gives(backbone, index):
     assert half.patches.dtype == half.cls.dtype == torch.bfloat16
 
 
-def test_chunks_of_long_clips_keep_their_class_tokens(backbone, index):
+def test_bank__class_tokens_of_chunks(backbone, index):
     bank = _bank(backbone, index, [0, 1], needs=Needs("all", entry=True), frames=64)
     assert bank.pieces.shape == (2, 3, 2, 16)
     assert bank.entry.shape == (2, 4, 8, 16)
@@ -116,44 +108,6 @@ def test_long_clips__start_in_bank_and_stream(backbone, index):
     assert short.waves.abs().sum(1).min() > 0
 
 
-def test_windows_of_remote_shards_are_the_banks_order_too(backbone, index, monkeypatch):
-    bank, stream = _bank(backbone, index), _stream(backbone, index)
-    ids, words = np.arange(10), {"batch": 3, "steps": 4, "seed": 1}
-    monkeypatch.setattr(type(index), "remote", True)
-    with pytest.raises(AssertionError):
-        _same_batches(bank.training(ids, **words), stream.training(ids, **words))
-    bank.index = index
-    assert _same_batches(bank.training(ids, **words), stream.training(ids, **words)) == 4
-
-
-def test_labels_in_time_replace_those_of_clips(backbone, index):
-    def targets_of(batch, time):  # (B, T, C), beyond the clip NaN
-        inside = torch.arange(time)[None] * 2560 < batch.lengths[:, None]
-        every = batch.targets[:, None].expand(-1, time, -1)
-        return every.where(inside[..., None], torch.nan)
-
-    settings = {"frames": 64, "targets_of": targets_of}
-    bank = _bank(backbone, index, [3, 5], **settings)
-    assert bank.targets.shape == (2, 4, 5)
-    assert bank.targets.isnan().any(-1).sum(1).tolist() == [2, 2]  # 0.3 s are two patches
-    stream = FeatureStream(backbone, index, clip_seconds=SECONDS, **settings)
-    (_, a), (_, b) = (next(s.once(np.array([5, 3]), batch=2)) for s in (bank, stream))
-    assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
-
-
-def test_bank_is_stored_in_the_autocast_type(backbone, index):
-    bank = _bank(backbone, index, autocast=torch.bfloat16)
-    assert bank.patches.dtype == bank.cls.dtype == torch.bfloat16
-    exact = _bank(backbone, index)
-    torch.testing.assert_close(bank.patches.float(), exact.patches, atol=0.1, rtol=0.1)
-
-
-def test_once_leaves_out_clips_the_bank_lacks(backbone, index):
-    bank = _bank(backbone, index, [3, 5, 8])
-    found = [y for _, y in bank.once(np.array([5, 6, 8]), batch=8)]
-    assert torch.equal(found[0], bank.targets[1:])
-
-
 @pytest.fixture
 def damaged(index, monkeypatch) -> int:
     """A clip that cannot be read."""
@@ -167,7 +121,7 @@ def damaged(index, monkeypatch) -> int:
     return 2
 
 
-def test_unreadable_clips_are_skipped_counted_and_limited(backbone, index, damaged):
+def test_bank__unreadable_clips_are_counted_and_limited(backbone, index, damaged):
     bad = BadClips(max_bad=0.2)
     bank = _bank(backbone, index, bad_clips=bad)
     assert bank.ids.tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9]
@@ -181,14 +135,14 @@ def test_unreadable_clips_are_skipped_counted_and_limited(backbone, index, damag
         next(bank.training(np.array([damaged]), batch=1, steps=1, seed=0))
 
 
-def test_the_same_clips_stand_in_for_unreadable_ones(backbone, index, damaged):
+def test_bank__same_substitutes_as_stream(backbone, index, damaged):
     ids, words = np.array([1, damaged, 6]), {"batch": 2, "steps": 6, "seed": 2}
     bank, stream = _bank(backbone, index, ids), _stream(backbone, index)
     assert _same_batches(bank.training(ids, **words), stream.training(ids, **words)) == 6
     assert all(len(y) == 2 for _, y in bank.training(ids, **words))
 
 
-def test_roll_changes_training_batches_only(backbone, index):
+def test_stream__roll_changes_training_batches_only(backbone, index):
     ids = np.arange(4)
     plain, rolled = _stream(backbone, index), _stream(backbone, index, roll=True)
     a, b = (next(s.training(ids, batch=2, steps=1, seed=0))[0] for s in (plain, rolled))
@@ -197,7 +151,7 @@ def test_roll_changes_training_batches_only(backbone, index):
     assert torch.equal(a.patches, b.patches)
 
 
-def test_extraction_leaves_modes_and_generators_alone(backbone, index):
+def test_bank__extraction_changes_no_state(backbone, index):
     backbone.train()
     backbone.blocks[1].eval()
     torch.manual_seed(5)
@@ -212,19 +166,6 @@ def test_extraction_leaves_modes_and_generators_alone(backbone, index):
         bank.patches, _bank(backbone, index).patches
     )  # no drop path while extracting
     assert not bank.patches.requires_grad
-
-
-def test_evaluating_restores_after_an_error():
-    module = torch.nn.Dropout()
-
-    def fails() -> None:
-        with evaluating(module):
-            assert not module.training
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fails()
-    assert module.training
 
 
 def _poisoned(where: str) -> BAT:
@@ -250,14 +191,14 @@ def _poisoned(where: str) -> BAT:
         ("2", Needs("last"), "block 3 of 3"),
     ],
 )
-def test_features_that_are_not_finite_name_clip_and_block(index, where, needs, said):
+def test_encode__not_finite_names_clip_and_block(index, where, needs, said):
     loader = eval_loader(index, np.arange(2), batch=2, sample_rate=16000, clip_seconds=SECONDS)
     batch = next(iter(loader))
     with pytest.raises(UserError, match=f"not finite: clip {index.key(1)}, {said}; .*damaged"):
         encode(_poisoned(where), batch, frames=FRAMES, needs=needs)
 
 
-def test_features_that_are_not_finite_name_a_remedy(index):
+def test_encode__not_finite_names_a_remedy(index):
     loader = eval_loader(index, np.arange(2), batch=2, sample_rate=16000, clip_seconds=SECONDS)
     batch = next(iter(loader))
     with pytest.raises(UserError, match="precision=32-true"):
@@ -267,7 +208,7 @@ def test_features_that_are_not_finite_name_a_remedy(index):
         encode(BAT(width=16, depth=1, heads=2, grid=Grid(2, 8)), batch, frames=FRAMES)
 
 
-def test_random_offset_moves_short_training_clips_only(backbone, index):
+def test_stream__random_offset_moves_training_clips_only(backbone, index):
     def batches(kind, **settings):
         stream = FeatureStream(backbone, index, frames=64, clip_seconds=0.6, **settings)
         words = {"steps": 1, "seed": 0} if kind == "training" else {}

@@ -31,7 +31,7 @@ def _save(folder, name="cgp", level="frame", encoder=None):
 
 
 @pytest.mark.parametrize("name", list(known_probes()))
-def test_round_trip(tmp_path, name):
+def test_load_head__equals_what_was_saved(tmp_path, name):
     level = "frame" if "frame" in known_probes()[name].levels else "clip"
     probe = _save(tmp_path, name, level, _encoder())
     again, config = load_head(tmp_path, encoder=_encoder())
@@ -46,7 +46,7 @@ def test_round_trip(tmp_path, name):
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_a_head_is_of_its_encoder(tmp_path):
+def test_load_head__other_encoder_is_an_error(tmp_path):
     _save(tmp_path, "vqt", "clip", _encoder())
     with pytest.raises(UserError, match="there is none here"):
         load_head(tmp_path)
@@ -54,7 +54,7 @@ def test_a_head_is_of_its_encoder(tmp_path):
         load_head(tmp_path, encoder=_encoder(seed=1))
 
 
-def test_a_head_that_does_not_fit_is_an_error(tmp_path):
+def test_load_head__damaged_or_foreign_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"config\.json is missing"):
         load_head(tmp_path)
     _save(tmp_path)
@@ -83,7 +83,7 @@ def test_a_head_that_does_not_fit_is_an_error(tmp_path):
         load_head(tmp_path)
 
 
-def test_code_from_outside_is_imported_on_trust_only(tmp_path, monkeypatch):
+def test_load_head__imports_outside_code_on_trust_only(tmp_path, monkeypatch):
     _save(tmp_path / "head")
     (tmp_path / "outside_probe.py").write_text("from bat.probes.cgp import CGP\n")
     config = json.loads((tmp_path / "head/config.json").read_text())

@@ -1,10 +1,9 @@
-"""Which encoder a command starts from, and whose data it takes."""
+"""Loads the encoder of a command, and finds the data of its run."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from bat.config.compose import to_yaml
 from bat.config.schema import Finetune, Hardware, Pretrain, Probe
@@ -36,7 +35,7 @@ def _load(checkpoint, **words):
     return load_for(Probe(checkpoint=str(checkpoint), task="toy", **words), load_task("toy"))
 
 
-def test_run_export_and_teacher(run):
+def test_load_for__run_export_and_teacher(run):
     a, frames = _load(run)
     assert frames == 208
     assert not a.training
@@ -46,7 +45,7 @@ def test_run_export_and_teacher(run):
     assert torch.equal(teacher.cls_token, a.cls_token + 1)
 
 
-def test_random_control_has_the_shape_and_other_weights(run):
+def test_load_for__random_baseline_of_a_run(run):
     trained, _ = _load(run)
     control, _ = _load(f"random:{run}")
     assert {n: p.shape for n, p in control.state_dict().items()} == {
@@ -57,7 +56,7 @@ def test_random_control_has_the_shape_and_other_weights(run):
     assert not torch.equal(control.cls_token, _load(f"random:{run}", seed=1)[0].cls_token)
 
 
-def test_random_fragments_and_unknown_shapes():
+def test_load_for__random_baseline_of_a_fragment():
     tiny, _ = _load("random")
     assert (tiny.width, tiny.depth, tiny.heads) == (192, 6, 3)
     assert tiny.grid == Grid(13, 8)
@@ -66,7 +65,7 @@ def test_random_fragments_and_unknown_shapes():
         _load("random:XL")
 
 
-def test_missing_checkpoint_and_bad_frames(run):
+def test_load_for__missing_checkpoint_and_bad_frames(run):
     with pytest.raises(UserError, match="no checkpoint given"):
         load_for(Probe(), load_task("toy"))
     with pytest.raises(UserError, match="does not exist"):
@@ -75,7 +74,7 @@ def test_missing_checkpoint_and_bad_frames(run):
         check_frames(_load(run)[0], frames=100, clip_seconds=0.5)
 
 
-def test_padding_is_the_checkpoints_unless_said(run):
+def test_load_for__padding(run):
     assert _load(run)[0].frontend.pad == "spectrogram"
     trained, padded = _load(run)[0], _load(run, pad="waveform")[0]
     assert padded.frontend.pad == "waveform"
@@ -103,7 +102,7 @@ def eat_file(tmp_path) -> Path:
     return tmp_path / "EAT.pt"
 
 
-def test_statistics_of_a_foreign_file_are_the_tasks(eat_file, run):
+def test_load_for__statistics_of_a_foreign_file_are_the_tasks(eat_file, run):
     def front(task, checkpoint=eat_file, **words):
         config = Probe(checkpoint=str(checkpoint), task=task, **words)
         return load_for(config, load_task(task))[0].frontend
@@ -119,16 +118,7 @@ def test_statistics_of_a_foreign_file_are_the_tasks(eat_file, run):
         front("esc10", run, statistics="esc50")
 
 
-def test_statistics_of_a_hub_folder_are_the_tasks(eat_file):
-    folder = eat_file.parent / "hub"
-    folder.mkdir()
-    save_file(torch.load(eat_file)["model"], folder / "model.safetensors")
-    (folder / "config.json").write_text('{"model_type": "eat", "num_heads": 1}')
-    found, _ = load_for(Probe(checkpoint=str(folder), task="esc10"), load_task("esc10"))
-    assert found.frontend.statistics == "esc50"
-
-
-def test_an_exports_statistics_are_its_own(eat_file):
+def test_load_for__statistics_of_an_export_are_its_own(eat_file):
     tuned, _ = load_for(Probe(checkpoint=str(eat_file), task="esc10"), load_task("esc10"))
     folder = eat_file.parent / "export"
     export(
@@ -145,7 +135,7 @@ def test_an_exports_statistics_are_its_own(eat_file):
     )
 
 
-def test_clips_longer_than_the_frames_are_refused(run):
+def test_check_frames__longer_clips_are_refused(run):
     backbone, frames = _load(run)
     check_frames(backbone, frames=frames, clip_seconds=2.0)
     with pytest.raises(UserError, match=r"clip_seconds=2\.5 makes 251 frames.*say frames=256"):
@@ -156,7 +146,7 @@ def test_clips_longer_than_the_frames_are_refused(run):
         check_frames(backbone, frames=12_000, clip_seconds=120.01)
 
 
-def test_a_digest_tells_weights_and_settings_apart(run):
+def test_weights_digest__differs_by_weights_and_settings(run):
     first, digest = _load(run)[0], weights_digest(_load(run)[0])
     assert weights_digest(first) == digest
     assert weights_digest(_load(run, pad="waveform")[0]) != digest
@@ -165,7 +155,7 @@ def test_a_digest_tells_weights_and_settings_apart(run):
     assert weights_digest(first) != digest
 
 
-def test_names_for_run_folders(run):
+def test_checkpoint_name__runs_exports_and_files(run):
     def name(checkpoint):
         return checkpoint_name(Probe(checkpoint=str(checkpoint)))
 
@@ -176,7 +166,7 @@ def test_names_for_run_folders(run):
     assert name("weights/BAT_base.pt") == "BAT_base"
 
 
-def test_data_comes_from_the_checkpoints_run_of_the_same_task(run):
+def test_data_of_run__pretraining_of_the_same_task(run):
     def found(checkpoint, **words):
         return data_of_run(Probe(checkpoint=str(checkpoint), **words))
 
@@ -190,7 +180,7 @@ def test_data_comes_from_the_checkpoints_run_of_the_same_task(run):
     assert (data.shards, data.root, note) == (["mine"], None, "")
 
 
-def test_data_comes_from_a_fine_tuning_too(tmp_path):
+def test_data_of_run__finetuning(tmp_path):
     fold = tmp_path / "finetune-x" / "fold-1" / "export"
     fold.mkdir(parents=True)
     (fold / "model.safetensors").touch()
@@ -203,14 +193,14 @@ def test_data_comes_from_a_fine_tuning_too(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["learning_rate: 3\n", "- a list\n", "a: [\n", "seed: x\n", ""])
-def test_somebody_elses_config_is_passed_over(run, text):
+def test_data_of_run__ignores_other_programs_files(run, text):
     (run / "export/config.yaml").write_text(text)
     assert data_of_run(Probe(checkpoint=f"{run}/export", task="toy"))[0].root == "some/where"
     (run / "config.yaml").write_text(text)
     assert data_of_run(Probe(checkpoint=f"{run}/export", task="toy"))[0].root is None
 
 
-def test_devices_and_precision():
+def test_device_for__unavailable_device_is_an_error():
     assert device_for(Hardware(accelerator="cpu")).type == "cpu"
     with pytest.raises(UserError, match=r"accelerator=tpu: auto, cpu or gpu"):
         device_for(Hardware(accelerator="tpu"))

@@ -18,15 +18,15 @@ CLIP = {"label": "dog", "key": "1", "spectrogram": np.ones((32, 16)), "evidence"
 
 
 @pytest.fixture
-def draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def draw(tmp_path: Path) -> Any:
     """``draw(maps=..., **summary)``: the names of what lies in ``plots`` afterwards."""
 
     def run(*, maps: str = "", asked: int = 8, compare: bool = True, **given: Any) -> set[str]:
         whole = {"multi_label": False, **summary(depth=2, **given)}
         found = (maps, [CLIP]) if maps else ("", [])
-        monkeypatch.setattr(probe_pictures, "maps_of", lambda lab: found)
         for name, entry in whole["encoders"].items():
-            lab: Any = SimpleNamespace(
+            evaluation: Any = SimpleNamespace(
+                maps=lambda: found,
                 ready=SimpleNamespace(
                     labels=whole["labels"],
                     task=SimpleNamespace(metric="accuracy"),
@@ -36,7 +36,7 @@ def draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                     seeds=len(whole["seeds"]), insight=SimpleNamespace(maps=asked)
                 ),
             )
-            draw_encoder(tmp_path / "plots" / name, lab, entry)
+            draw_encoder(tmp_path / "plots" / name, evaluation, entry)
         if compare:
             draw_comparison(tmp_path / "plots", whole)
         plots = tmp_path / "plots"
@@ -45,7 +45,7 @@ def draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-def test_what_is_no_longer_asked_for_is_removed(draw: Any, tmp_path: Path) -> None:
+def test_draw__removes_plots_of_the_run_before(draw: Any, tmp_path: Path) -> None:
     top = {"attention-sinks.png", "comparison.png", "layer-curve.png", "norms-ranks.png"}
     small = {"folds": ("1", "2"), "seeds": (0, 1)}
     before = draw(encoders=["A", "random"], maps="cgp", **small)
@@ -63,7 +63,7 @@ def test_what_is_no_longer_asked_for_is_removed(draw: Any, tmp_path: Path) -> No
     assert split == top | mine
 
 
-def test_maps_of_a_head_that_was_not_kept_stay_while_it_is_asked_for(draw: Any) -> None:
+def test_draw_encoder__keeps_valid_maps(draw: Any) -> None:
     small = {"encoders": ["A"], "folds": ("1",), "seeds": (0,), "compare": False}
     assert "A/prototype-maps-cgp.png" in draw(maps="cgp", **small)
     assert "A/prototype-maps-cgp.png" in draw(**small)
@@ -73,9 +73,7 @@ def test_maps_of_a_head_that_was_not_kept_stay_while_it_is_asked_for(draw: Any) 
     assert {name for name in other if "maps" in name} == {"A/prototype-maps-proto.png"}
 
 
-def test_folds_are_drawn_while_there_are_colours(
-    draw: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_draw_encoder__folds_of_few_methods(draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
     def gates(_: Any, path: Path, *, over: str) -> Path:

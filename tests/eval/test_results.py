@@ -6,7 +6,7 @@ from bat.eval.results import Outcome, gate_bars, summary, table
 from bat.train.online import OnlineProbe
 
 
-def test_summary_and_table():
+def test_summary__means_deviations_and_table():
     outcomes = [
         Outcome("cgp", "1", {"accuracy": 0.5, "map": 0.25, "absent": []}, [0.25, 0.75]),
         Outcome("cgp", "2", {"accuracy": 0.75, "map": 0.5, "absent": [3]}, [0.5, 0.5]),
@@ -22,13 +22,13 @@ def test_summary_and_table():
     assert "1 class(es) without a held-out clip" in text
 
 
-def test_gate_bars_are_scaled_to_the_largest():
+def test_gate_bars__scaled_to_the_largest():
     lines = gate_bars([0.25, 0.75], width=6).splitlines()
     assert [line.count("█") for line in lines] == [2, 6]
     assert "0.750" in lines[1]
 
 
-def test_the_online_table_is_in_percent_and_d_prime_is_none():
+def test_online_table__percent_but_dprime():
     probe = OnlineProbe.__new__(OnlineProbe)
     probe.rows = [{"step": 0, "method": "cgp", "accuracy": 0.5, "accuracy_std": 0.1,
                    "dprime": 2.77, "dprime_std": 0.0}]  # fmt: skip

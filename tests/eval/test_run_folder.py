@@ -1,4 +1,4 @@
-"""The run folder: whose it is, other settings, leftovers."""
+"""The run folder: its lock, other settings, leftovers."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from bat.logs import start_logging
 from bat.types import Skipped, WaveBatch
 
 
-def test_other_settings_are_refused_unless_forced_and_safe_ones_are_told(
+def test_run_folder__other_settings_are_refused_unless_forced(
     small, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "run"
@@ -41,16 +41,14 @@ def test_other_settings_are_refused_unless_forced_and_safe_ones_are_told(
     assert not (out / LOCK).exists()
 
 
-def test_a_folder_in_use_is_refused(small, tmp_path: Path) -> None:
+def test_run_folder__in_use_is_refused(small, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with hold(out), pytest.raises(UserError, match="in use"), run_folder(small(out=out), out):
         pass
     assert not (out / "config.yaml").exists()
 
 
-def test_leftovers_of_a_first_start_that_was_cut_off_do_not_bar_the_folder(
-    small, tmp_path: Path
-) -> None:
+def test_run_folder__leftovers_of_an_interrupted_start(small, tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
     for name in (".config.yaml.host-1-ab.tmp", LOCK, "train.log"):
@@ -60,9 +58,7 @@ def test_leftovers_of_a_first_start_that_was_cut_off_do_not_bar_the_folder(
     assert (out / "config.yaml").is_file()
 
 
-def test_credentials_are_not_written_down_and_a_renewed_signature_is_no_difference(
-    small, tmp_path: Path
-) -> None:
+def test_run_folder__credentials_are_not_written(small, tmp_path: Path) -> None:
     out = tmp_path / "run"
     for signature in ("aaaa1111", "bbbb2222"):
         url = f"https://me:pw123@host/a.tar?X-Amz-Signature={signature}"
@@ -74,7 +70,7 @@ def test_credentials_are_not_written_down_and_a_renewed_signature_is_no_differen
         assert "host/a.tar" in text
 
 
-def test_counts_of_several_processes_add_up() -> None:
+def test_merged_states__counts_add_up() -> None:
     states = []
     for rank in range(2):
         clips = BadClips()
@@ -89,14 +85,14 @@ def test_counts_of_several_processes_add_up() -> None:
     assert merged_states(states[:1]) == states[0]
 
 
-def test_settings_that_would_be_ignored_are_refused() -> None:
+def test_compose__settings_without_effect_are_refused() -> None:
     with pytest.raises(UserError, match=r"data\.global_batch is for bat-pretrain"):
         compose(Probe, "probe", ["recipe=toy", "data.global_batch=8"])
     with pytest.raises(UserError, match=r"health\.collapse is for bat-pretrain"):
         compose(Finetune, "finetune", ["recipe=toy", "health.collapse=stop"])
 
 
-def test_nothing_is_written_before_all_is_checked(small, tmp_path: Path) -> None:
+def test_run_folder__nothing_is_written_before_begin(small, tmp_path: Path) -> None:
     out = tmp_path / "runs" / "run"
     with pytest.raises(UserError, match="late"), run_folder(small(out=out), out):
         raise UserError("late")
@@ -115,7 +111,7 @@ def test_nothing_is_written_before_all_is_checked(small, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("schema", "command"), [(Probe, "probe"), (Finetune, "finetune")])
-def test_two_tables_of_one_name_have_two_run_folders(schema, command) -> None:
+def test_default_out__tables_of_one_name_differ(schema, command) -> None:
     def out(csv: str) -> Path:
         return default_out(compose(schema, command, ["recipe=own", f"data.csv={csv}", RUN]))
 
@@ -127,7 +123,7 @@ def test_two_tables_of_one_name_have_two_run_folders(schema, command) -> None:
 RUN = "checkpoint=runs/my-run/export"
 
 
-def test_what_can_be_checked_is_checked_before_torch_is_imported(tmp_path: Path) -> None:
+def test_check_first__imports_no_torch(tmp_path: Path) -> None:
     """A faulty CSV, a checkpoint that is not there, no data and a folder in use."""
     (tmp_path / "a.csv").write_text("path,label\nnone.wav,x\n")
     code = """

@@ -1,6 +1,4 @@
-"""Choosing among candidates: on validation clips, side by side or in passes, never on the test."""
-
-import math
+"""Selection among candidates on validation clips, side by side or in passes."""
 
 import numpy as np
 import pytest
@@ -9,7 +7,7 @@ import torch
 from bat.config.probing import Protocol
 from bat.config.sections import Optim
 from bat.errors import UserError
-from bat.eval.candidates import Candidate, Plan, grid, passes
+from bat.eval.candidates import Plan, grid
 from bat.eval.features import FeatureBank, progress_bar
 from bat.eval.results import ResultsFile, ranking, summary
 from bat.eval.search import cross_validate
@@ -65,7 +63,7 @@ def _same(a, b) -> bool:
     return [vars(o) for o in a] == [vars(o) for o in b]
 
 
-def test_the_rate_that_learns_is_chosen_and_said(bank):
+def test_cross_validate__selects_the_rate_that_learns(bank):
     outcomes = cross_validate(bank, _rounds(), ["linear"], _plan(steps=40))
     for outcome in outcomes:
         assert outcome.chosen["lr"] == 0.05
@@ -75,7 +73,7 @@ def test_the_rate_that_learns_is_chosen_and_said(bank):
         assert outcome.metrics["accuracy"] > 0.7
 
 
-def test_a_candidate_alone_gives_what_it_gives_beside_others(bank):
+def test_cross_validate__candidates_are_independent(bank):
     both = cross_validate(bank, _rounds(), ["linear", "cgp"], _plan(steps=4, seeds=2))
     for method in ("linear", "cgp"):
         alone = cross_validate(bank, _rounds(), [method], _plan(steps=4, seeds=2))
@@ -105,7 +103,7 @@ def test_progress_bar__counts_all_folds_candidates_and_passes(bank, protocol, wo
     assert 0 < plan.steps_left(_rounds(), methods) < expected
 
 
-def test_passes_change_nothing(bank):
+def test_cross_validate__passes_change_nothing(bank):
     seen = []
 
     class Spy(FeatureBank):
@@ -128,7 +126,7 @@ def test_passes_change_nothing(bank):
     assert _same(together, apart)
 
 
-def test_test_clips_decide_nothing(bank):
+def test_cross_validate__test_clips_select_nothing(bank):
     """With other labels on the test clips the same rates are chosen."""
     rounds = _rounds()[:1]
     wrong = bank.targets.clone()
@@ -141,7 +139,7 @@ def test_test_clips_decide_nothing(bank):
     assert b.metrics["accuracy"] < 0.3
 
 
-def test_validation_clips_are_not_trained_on(bank):
+def test_cross_validate__validation_clips_are_not_trained_on(bank):
     """Garbage features of the validation clips move the choice, not the trained weights."""
     rounds, heads = _rounds()[:1], []
     for spoilt in (False, True):
@@ -158,71 +156,7 @@ def test_validation_clips_are_not_trained_on(bank):
     assert torch.equal(*heads)
 
 
-class Spiky(Linear):
-    """Good until its step 9, useless from then on."""
-
-    def __init__(self, **words):
-        super().__init__(**words)
-        self.register_buffer("steps", torch.zeros(()))
-
-    def forward(self, features):
-        if self.training:
-            self.steps += 1
-        out = super().forward(features)
-        return out if self.steps < 9 else -out
-
-
-def _spiky(method: str) -> Probe:
-    torch.manual_seed(0)
-    return Spiky(classes=C, width=D, depth=L, has_cls=True, dropout=0.0)
-
-
-def test_the_best_look_is_kept_and_patience_ends_early(bank):
-    steps = []
-    plan = _plan(
-        build=_spiky,
-        steps=40,
-        protocol=Protocol(lrs=[0.05], look_every=4, patience=2),
-        on_step=lambda: steps.append(1),
-    )
-    (outcome,) = cross_validate(bank, _rounds()[:1], ["spiky"], plan)
-    assert outcome.chosen["step"] in (4, 8)
-    assert outcome.metrics["accuracy"] > 0.6
-    assert len(steps) < 40
-    last = _plan(build=_spiky, steps=16, protocol=Protocol(lrs=[0.05]))
-    (worse,) = cross_validate(bank, _rounds()[:1], ["spiky"], last)
-    assert worse.chosen["step"] == 16
-
-
-def test_a_block_of_the_curve_stops_as_it_would_alone(bank):
-    """Looks and patience of one block do not hang on the others'."""
-
-    def run(blocks):
-        plan = _plan(
-            build=lambda _: First(classes=C, width=D, depth=L, has_cls=True, blocks=blocks),
-            steps=24,
-            protocol=Protocol(lrs=[0.05], look_every=2, patience=1),
-        )
-        found = cross_validate(bank, _rounds()[:1], ["curve"], plan)
-        return {o.method: (o.chosen["step"], o.metrics["map"]) for o in found}
-
-    class First(LinearCurve):
-        """A curve that answers for some of its blocks."""
-
-        def __init__(self, *, blocks, **words):
-            super().__init__(dropout=0.0, **words)
-            self.blocks = blocks
-
-        def answers(self, logits):
-            return {f"@{b}": logits[b - 1] for b in self.blocks}
-
-    every = run([1, 2, 3])
-    assert len({step for step, _ in every.values()}) > 1  # they do stop at different looks
-    for block in (1, 2, 3):
-        assert run([block]) == {f"curve@{block}": every[f"curve@{block}"]}
-
-
-def test_a_diverged_rate_is_passed_over(bank):
+def test_cross_validate__diverged_rate_is_not_selected(bank):
     plan = _plan(protocol=Protocol(lrs=[1e30, 0.05]), optim=Optim(**{**vars(OPTIM),
                  "warmup_steps": 0}), steps=30)  # fmt: skip
     (outcome,) = cross_validate(bank, _rounds()[:1], ["linear"], plan)
@@ -233,7 +167,7 @@ def test_a_diverged_rate_is_passed_over(bank):
 
 
 @pytest.mark.parametrize("protocol", [None, Protocol(lrs=[0.05])])
-def test_what_diverges_costs_only_itself(bank, protocol):
+def test_cross_validate__divergence_of_one_probe_spares_others(bank, protocol):
     """A probe, or one block of a curve, whose outputs are not finite: others are handed over."""
 
     class Broken(Linear):
@@ -260,15 +194,7 @@ def test_what_diverges_costs_only_itself(bank, protocol):
     assert plan.diverged == [("broken", "0", 0), ("curve", "0", 0)]
 
 
-def test_epochs_count_passes_over_the_training_clips():
-    held = _rounds()[0]
-    assert _plan(epochs=2.0).run_steps(held) == (math.ceil(2 * len(held.train) / 16), 0)
-    long = _plan(epochs=100.0)
-    assert long.run_steps(held)[1] == 2
-    assert _plan().run_steps(held) == (12, 2)
-
-
-def test_grids():
+def test_grid__rates_and_decays():
     optim = Optim(lr=0.1, weight_decay=0.2)
     assert grid(None, optim, prototypes=False) == [(0.1, 0.2)]
     assert grid(Protocol(selection="none"), optim, prototypes=True) == [(0.1, 0.2)]
@@ -284,14 +210,7 @@ def test_grids():
     assert 20 <= (rates < np.sqrt(1e-4 * 7e-3)).sum() <= 30  # even on a log scale
 
 
-def test_passes_fit_the_memory():
-    candidates = [Candidate("a", 0, lr, 0) for lr in (1, 2, 3)] + [Candidate("b", 0, 1, 0)]
-    groups = list(passes(candidates, parameters={"a": 10, "b": 1000}, memory_bytes=350))
-    assert [[c.lr for c in g] for g in groups] == [[1, 2], [3], [1]]
-    assert [c for g in groups for c in g] == candidates
-
-
-def test_results_are_read_back_and_strange_ones_refused(bank, tmp_path):
+def test_results_file__read_back_or_refused(bank, tmp_path):
     outcomes = cross_validate(bank, _rounds(), ["linear"], _plan(bootstrap=100))
     path, made = tmp_path / "results.jsonl", {"encoder": "x", "data": "y"}
     ResultsFile(path, encoder="A", made_from=made).add(outcomes)
@@ -313,7 +232,7 @@ def test_results_are_read_back_and_strange_ones_refused(bank, tmp_path):
     assert cross_validate(bank, _rounds(), ["linear"], plan) == []
 
 
-def test_summary_says_what_its_deviation_is_over(bank):
+def test_summary__says_what_the_deviation_is_over(bank):
     outcomes = cross_validate(bank, _rounds(), ["linear"], _plan(seeds=3, bootstrap=100))
     entry = summary(outcomes)["linear"]
     values = np.array([[row[str(s)]["accuracy"] for s in range(3)]
@@ -332,3 +251,49 @@ def test_summary_says_what_its_deviation_is_over(bank):
     rows = ranking({"A": {"linear": entry}, "B": {"linear": alone, "curve@1": entry}}, "accuracy")
     assert [r["encoder"] for r in rows] in (["A", "B"], ["B", "A"])
     assert rows[0]["mean"] >= rows[1]["mean"]
+
+
+def _one(bank, method, *, head=None, **words):
+    """The trained probe and its outcome, in one fold."""
+    found = []
+    words = {"steps": 4, "protocol": None, **words}
+    plan = _plan(
+        build=lambda m: build_probe(
+            m, classes=C, width=D, depth=L, has_cls=True, prototypes=6, dropout=0.0, **(head or {})
+        ),
+        on_probe=lambda probe, own: found.append(probe),
+        **words,
+    )
+    (outcome,) = cross_validate(bank, _rounds(valid=plan.protocol is not None)[:1], [method], plan)
+    return found[0], outcome
+
+
+def test_candidate__is_trained_with_its_weight_decay(bank):
+    weak, first = _one(bank, "linear", protocol=Protocol(lrs=[0.05], weight_decays=[1e-6]))
+    strong, second = _one(bank, "linear", protocol=Protocol(lrs=[0.05], weight_decays=[9.0]))
+    assert (first.chosen["weight_decay"], second.chosen["weight_decay"]) == (1e-6, 9.0)
+    assert strong.fc.weight.norm() < 0.5 * weak.fc.weight.norm()
+
+
+def test_grid__probes_with_prototypes_have_rates_of_their_own(bank):
+    protocol = Protocol(lrs=[0.25], prototype_lrs=[0.125])
+    for method, rate in (("linear", 0.25), ("lcgp", 0.25), ("cgp", 0.125), ("proto", 0.125),
+                         ("protobin", 0.125), ("protofloat", 0.125)):  # fmt: skip
+        assert _one(bank, method, protocol=protocol)[1].chosen["lr"] == rate, method
+
+
+@pytest.mark.parametrize(("method", "setting"), [("h2t", "lasso"), ("proto", "orthogonality")])
+def test_training__includes_what_a_probe_adds_to_the_loss(bank, method, setting):
+    plain, _ = _one(bank, method, head={setting: 0.0}, steps=20)
+    held, _ = _one(bank, method, head={setting: 50.0}, steps=20)
+    with torch.no_grad():
+        assert float(held.penalty()) < 0.8 * float(plain.penalty())
+
+
+def test_run_steps__epochs_count_passes_and_warm_up_is_a_tenth():
+    optim = Optim(lr=1e-3, decay="matrices", warmup_steps=400)
+    held = Round("1", np.arange(40), np.arange(40, 45))
+    assert _plan(steps=50, optim=optim).run_steps(held) == (50, 400)
+    assert _plan(epochs=4.0, optim=optim).run_steps(held) == (10, 1)
+    assert _plan(epochs=4.0, min_steps=300, optim=optim).run_steps(held) == (300, 30)
+    assert _plan(epochs=400.0, min_steps=300, optim=optim).run_steps(held) == (1000, 100)

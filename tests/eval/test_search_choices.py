@@ -1,4 +1,4 @@
-"""Which look is chosen: ties, blocks of a curve, patience. Every score is written down beforehand.
+"""Selection of validation steps: ties, blocks of a curve, patience. Every score is known before.
 
 A scripted probe answers what its script says of the steps it has trained for and of whether its
 rate is the fast one; so the right choice is known without training anything.
@@ -114,7 +114,7 @@ def test_look__best_metric_then_latest_step(bank, looks, chosen):
         ((0.5, 1.0), (0.75, 9.0), SLOW),
     ],
 )
-def test_of_rates_too(bank, fast, slow, chosen, rates, memory_bytes):
+def test_rates__best_metric_then_loss_then_first(bank, fast, slow, chosen, rates, memory_bytes):
     """None: all alike, so the rate that is named first; side by side or one after the other."""
     found, _ = _run(bank, lambda step, is_fast: fast if is_fast else slow, steps=2, lrs=rates,
                     memory_bytes=memory_bytes)  # fmt: skip
@@ -138,7 +138,7 @@ def test_look__of_equal_ones_at_several_rates_the_later_step(bank, fast, slow, r
 @pytest.mark.parametrize(
     ("metric", "step", "validation", "accuracy"), [("task", 2, 0.75, 0.75), ("map", 4, 1.0, 0.25)]
 )
-def test_the_protocol_says_what_is_best(bank, metric, step, validation, accuracy):
+def test_protocol__metric_selects(bank, metric, step, validation, accuracy):
     """Leaning to class 0 spoils accuracy and no class's order."""
     looks = {2: (0.75, 1.0), 4: (1, 1.0, 9.0)}
     (outcome,), _ = _run(bank, lambda at, fast: looks[at], steps=4, look_every=2, metric=metric)
@@ -156,7 +156,7 @@ CURVE = {  # (fast, step): shares of the blocks
 
 @pytest.mark.parametrize("memory_bytes", [8e9, 1])
 @pytest.mark.parametrize("rates", [[FAST, SLOW], [SLOW, FAST]])
-def test_each_block_of_a_curve_has_its_own_rate_and_step(bank, rates, memory_bytes):
+def test_curve__each_block_has_its_own_rate_and_step(bank, rates, memory_bytes):
     """And is judged once, as it was at that step with that rate."""
     found, _ = _run(
         bank,
@@ -196,13 +196,13 @@ def _shares(*values):
         (0, [0.5, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25], 2, 14),  # 0: never
     ],
 )
-def test_patience_counts_looks_without_gain(bank, patience, shares, chosen, taken):
+def test_patience__counts_validations_without_gain(bank, patience, shares, chosen, taken):
     (outcome,), steps = _run(bank, _shares(*shares), steps=14, look_every=2, patience=patience)
     assert (outcome.chosen["step"], steps) == (chosen, taken)
 
 
 @pytest.mark.parametrize("rates", [[FAST, SLOW], [SLOW, FAST]])
-def test_patience_is_with_each_rate_alone(bank, rates):
+def test_patience__of_each_rate_alone(bank, rates):
     """A slow rate that still gains is trained on, however far ahead a faster one was."""
     fast, slow = _shares(0.875, 0.75, 1, 1, 1), _shares(0.25, 0.5, 0.625, 0.75, 0.95)
     (outcome,), steps = _run(
@@ -217,7 +217,7 @@ def test_patience_is_with_each_rate_alone(bank, rates):
     assert outcome.chosen["candidates"] == 2
 
 
-def test_a_block_that_has_stopped_is_looked_at_no_more(bank):
+def test_patience__of_each_block_alone(bank):
     """Though the others of its probe go on, and it would have been better later."""
     one, two = _shares(0.5, 0.25, 1, 1), _shares(0.25, 0.5, 0.625, 0.75)
     found, steps = _run(bank, lambda *at: [one(*at), two(*at)], names=("@1", "@2"), look_every=2,
@@ -227,7 +227,7 @@ def test_a_block_that_has_stopped_is_looked_at_no_more(bank):
 
 
 @pytest.mark.parametrize("best", [3, 6, 7])
-def test_looks_are_every_so_many_steps_and_at_the_end(bank, best):
+def test_look_every__and_at_the_end(bank, best):
     seen = []
 
     def script(step, fast):

@@ -1,4 +1,4 @@
-"""What random numbers of a probing hang on: seeds, rounds and methods, resamples, their pairing."""
+"""Random numbers of probe runs: seeds, folds and methods, and paired resamples."""
 
 import itertools
 
@@ -73,7 +73,7 @@ KINDS = {"init": {"random": True}, "dropout": {"dropout": 0.5}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_init_and_dropout_hang_on_method_round_and_seed(kind):
+def test_randomness__depends_on_method_fold_and_seed(kind):
     """All clips are one, and the rate is 0: a loss tells initialisation and dropout apart."""
     rows: list[dict] = []
     _run(_bank(alike=True), **KINDS[kind], log_every=1, on_log=rows.append)
@@ -87,7 +87,7 @@ def test_init_and_dropout_hang_on_method_round_and_seed(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rates_of_a_seed_differ_in_nothing_else(kind):
+def test_randomness__same_for_all_rates(kind):
     rows: list[dict] = []
     _run(_bank(), **KINDS[kind], methods=["a"], rounds=ROUNDS[:1], steps=2, log_every=1,
          on_log=rows.append, protocol=Protocol(lrs=[0.01, 0.1], weight_decays=[0.0, 9.0]),
@@ -101,7 +101,7 @@ def test_rates_of_a_seed_differ_in_nothing_else(kind):
 
 
 @pytest.mark.parametrize("memory_bytes", [8e9, 1])
-def test_seeds_share_the_order_of_the_clips(memory_bytes):
+def test_order__same_for_all_seeds(memory_bytes):
     """Nothing random but the order: all seeds and methods of a round end with the same weights."""
 
     def ends(**words):
@@ -120,22 +120,7 @@ def test_seeds_share_the_order_of_the_clips(memory_bytes):
     assert not torch.equal(found["0"][0], other["0"][0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_seeds_end_elsewhere_by_init_as_by_dropout(kind):
-    found = []
-    _run(_bank(), **KINDS[kind], optim=MOVING, methods=["a"], rounds=ROUNDS[:1],
-         on_probe=lambda probe, own: found.append((own[0].seed, probe.fc.weight.detach())),
-    )  # fmt: skip
-    (one, a), (two, b) = found
-    assert (one, two) == (0, 1)
-    assert not torch.allclose(a, b, atol=1e-3)
-
-
-def test_seeds_follow_the_first():
-    assert [o.seed for o in _run(_bank(), rounds=ROUNDS[:1], methods=["a"], seed=5)] == [5, 6]
-
-
-def test_resamples_are_paired_within_a_round_and_new_in_the_next():
+def test_replicates__paired_within_a_fold():
     """Methods and seeds that say the same of the same clips have the same replicates, so those of
     others can be taken draw by draw."""
     found = _run(_bank(), bootstrap=40)
@@ -151,7 +136,7 @@ def test_resamples_are_paired_within_a_round_and_new_in_the_next():
 
 
 @pytest.mark.parametrize(("metric", "loss"), [("accuracy", "ce"), ("map", "bce")])
-def test_the_frames_of_a_clip_are_drawn_together(metric, loss):
+def test_replicates__draw_clips_not_frames(metric, loss):
     """Two patches that say what the clip says, and one beyond its end: as the clip alone, in its
     metrics, its choice and its resamples; batches of four of the ten clips."""
     words = {"metric": metric, "loss": loss, "multi_label": loss == "bce", "bootstrap": 40,

@@ -1,4 +1,4 @@
-"""Rounds, what is chosen on, what is drawn, and the checks of both and of labels."""
+"""Folds and splits: validation clips, drawn folds, checks of both and of labels."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from bat.config.schema import Finetune, Probe
 from bat.data.index import Index, open_index
 from bat.data.toy import toy_wave
 from bat.errors import UserError
-from bat.eval.prepare import open_probing
+from bat.eval.prepare import open_probing, permute_labels
 from bat.eval.splits import DRAWN_FOLDS, Round, check_labels, check_rounds, how, make_rounds
 from bat.shard.write import write_shards
 from bat.tasks.base import Row, load_task
@@ -25,16 +25,7 @@ def index(tmp_path_factory):
     return open_index(make_toy_shards(tmp_path_factory.mktemp("toy"), seconds=0.2))
 
 
-def test_every_fold_is_held_out_once(index):
-    rounds = make_rounds(index)
-    assert [r.name for r in rounds] == ["1", "2"]
-    for held in rounds:
-        assert sorted([*held.train, *held.test]) == list(range(10))
-    assert np.array_equal(rounds[0].test, rounds[1].train)
-    assert [r.name for r in make_rounds(index, [2])] == ["2"]
-
-
-def test_impossible_folds_are_errors(index):
+def test_make_rounds__impossible_folds_are_errors(index):
     with pytest.raises(UserError, match="no clip has fold 3"):
         make_rounds(index, [3])
     with pytest.raises(UserError, match="holds nothing out"):
@@ -46,7 +37,7 @@ def test_impossible_folds_are_errors(index):
         make_rounds(Fake([(0,), (1,)], split=["train", "train"]))
 
 
-def test_splits_make_one_round():
+def test_make_rounds__splits():
     ids = {"train": np.array([0, 1]), "test": np.array([2])}
     index = SimpleNamespace(folds=[], splits=["test", "train"], clips_in_split=ids.__getitem__)
     (held,) = make_rounds(index)
@@ -65,7 +56,7 @@ def test_make_rounds__a_fraction_that_nothing_is_drawn_by_is_refused():
     assert make_rounds(index, protocol=Protocol())[0].valid.tolist() == [3]
 
 
-def test_label_sets_that_do_not_match(index):
+def test_check_labels__number_of_classes(index):
     check_labels(load_task("toy"), index)
     with pytest.raises(UserError, match="'esc10' has 10 classes, the data has 5"):
         check_labels(load_task("esc10"), index)
@@ -73,7 +64,7 @@ def test_label_sets_that_do_not_match(index):
         check_labels(load_task("toy"), _Unlabelled())
 
 
-def test_other_labels_of_the_same_number_are_listed():
+def test_check_labels__lists_unknown_labels():
     own, in_esc50 = load_task("esc10").label_sets
 
     def index(names):
@@ -128,7 +119,7 @@ def labels_of(index, ids):
     return np.bincount(index.label_ids[ids], minlength=index.classes).tolist()
 
 
-def test_the_fold_after_the_held_out_one_is_chosen_on():
+def test_make_rounds__next_fold_is_for_validation():
     index = Fake([(i % 2,) for i in range(12)], fold=[3, 3, 5, 5, 9, 9] * 2)
     rounds = make_rounds(index, protocol=Protocol())
     assert [(r.name, r.valid_is) for r in rounds] == [("3", "fold"), ("5", "fold"), ("9", "fold")]
@@ -140,22 +131,14 @@ def test_the_fold_after_the_held_out_one_is_chosen_on():
     assert np.array_equal(alone.valid, rounds[2].valid)
 
 
-def test_without_a_choice_nothing_is_kept_out():
-    index = Fake([(i % 2,) for i in range(12)], fold=[1, 1, 2, 2, 3, 3] * 2)
-    for protocol in (None, Protocol(selection="none")):
-        for held in make_rounds(index, protocol=protocol):
-            assert held.valid is None
-            assert len(held.train) == 8
-
-
-def test_a_clip_without_a_fold_is_in_none():
+def test_make_rounds__clips_without_a_fold():
     index = Fake([(i % 2,) for i in range(8)], fold=[1, 1, 2, 2, 3, 3, -1, -1])
     for held in make_rounds(index, protocol=Protocol()):
         assert not {6, 7} & {*held.train, *held.test, *held.valid}
 
 
 @pytest.mark.parametrize("name", ["valid", "validation", "dev", "val"])
-def test_a_split_to_choose_on_is_taken(name):
+def test_make_rounds__split_for_validation(name):
     index = Fake([(i % 2,) for i in range(9)], split=["train"] * 4 + [name] * 2 + ["test"] * 3)
     (held,) = make_rounds(index, protocol=Protocol())
     assert (held.train.tolist(), held.valid.tolist()) == ([0, 1, 2, 3], [4, 5])
@@ -165,7 +148,7 @@ def test_a_split_to_choose_on_is_taken(name):
     assert plain.train.tolist() == [0, 1, 2, 3]  # the split's clips are nobody's then
 
 
-def test_with_two_folds_a_part_of_the_training_clips_is_kept_out():
+def test_make_rounds__part_for_validation():
     index = single(20, 10, 5, 2, 1, fold=([1, 2] * 19))
     for held in make_rounds(index, protocol=Protocol(fraction=0.3), seed=4):
         assert held.valid_is == "part"
@@ -179,7 +162,7 @@ def test_with_two_folds_a_part_of_the_training_clips_is_kept_out():
         assert np.all(np.abs(share - 0.3) <= 0.11)  # within one clip of ten
 
 
-def test_the_part_is_the_same_for_a_seed_and_differs_between_seeds_and_rounds():
+def test_make_rounds__part_depends_on_seed_and_fold():
     index = single(60, 60, split=(["train"] * 40 + ["test"] * 20) * 2)
 
     def part(seed):
@@ -193,7 +176,7 @@ def test_the_part_is_the_same_for_a_seed_and_differs_between_seeds_and_rounds():
     assert (first.valid // 2).tolist() != (second.valid // 2).tolist()
 
 
-def test_a_part_is_never_empty_and_leaves_a_clip_of_each_class():
+def test_make_rounds__part_leaves_a_clip_of_each_class():
     tiny = single(2, 1, 3, split=["train", "train", "train", "train", "test", "test"])
     (held,) = make_rounds(tiny, protocol=Protocol(fraction=0.01))
     assert len(held.valid) == 1
@@ -206,7 +189,7 @@ def test_a_part_is_never_empty_and_leaves_a_clip_of_each_class():
         make_rounds(bare, protocol=Protocol())
 
 
-def test_with_several_labels_every_class_of_the_training_clips_stays_in_training():
+def test_make_rounds__part_with_several_labels():
     rng = np.random.default_rng(0)
     labels = [tuple(np.flatnonzero(row)) for row in rng.random((60, 8)) < 0.2]
     labels += [(7, 8), (8, 9), (9,), ()]
@@ -217,7 +200,7 @@ def test_with_several_labels_every_class_of_the_training_clips_stays_in_training
     assert len(held.valid) == 31
 
 
-def test_folds_are_drawn_evenly_over_the_classes():
+def test_make_rounds__drawn_folds_are_even():
     index = single(11, 7, 5, 23)
     rounds = make_rounds(index, draw=DRAWN_FOLDS, protocol=Protocol(), seed=3)
     assert [(r.name, r.drawn, r.valid_is) for r in rounds] == [
@@ -233,7 +216,7 @@ def test_folds_are_drawn_evenly_over_the_classes():
     assert not np.array_equal(again[0].test, other[0].test)
 
 
-def test_no_more_folds_are_drawn_than_the_rarest_class_has_clips():
+def test_make_rounds__drawn_folds_of_rare_classes():
     assert len(make_rounds(single(9, 3), draw=5)) == 3
     with pytest.raises(UserError, match="class 'class1' has a single clip, so no folds"):
         make_rounds(single(9, 1), draw=5)
@@ -245,7 +228,7 @@ def test_no_more_folds_are_drawn_than_the_rarest_class_has_clips():
     assert [r.name for r in make_rounds(split, draw=5)] == ["test"]
 
 
-def test_how_says_what_was_chosen_where():
+def test_how__says_what_was_selected_where():
     two, three = (single(6, 6, fold=[*range(1, k + 1)] * (12 // k)) for k in (2, 3))
 
     def said(index, protocol, **words):
@@ -256,29 +239,29 @@ def test_how_says_what_was_chosen_where():
         none
         == said(three, None)
         == (
-            "weights after the last step, judged on each held-out fold in turn (1, 2, 3; folds the "
-            "data's own); nothing was selected on them"
+            "weights after the last step, evaluated on each held-out fold in turn (1, 2, 3; folds "
+            "the data's own); nothing was selected on them"
         )
     )
     assert said(three, Protocol(lrs=[1e-3, 1e-2], weight_decays=[0, 1], look_every=5)) == (
-        "learning rate and weight decay and step chosen on the fold after the held-out one, which "
-        "took no part in training; judged on each held-out fold in turn (1, 2, 3; folds the "
-        "data's own), once"
+        "learning rate and weight decay and step selected on the fold after the held-out one, "
+        "which took no part in training; evaluated on each held-out fold in turn (1, 2, 3; folds "
+        "the data's own), once"
     )
     part = said(two, Protocol(prototype_lrs=[1e-3, 1e-2], fraction=0.25))
-    assert part.startswith("learning rate chosen on 25 % of the training clips, which took")
+    assert part.startswith("learning rate selected on 25 % of the training clips, which took")
     assert "nothing was selected" in said(two, Protocol())
     split = single(4, 4, split=["train", "train", "dev", "test"] * 2)
     assert said(split, Protocol(look_every=1)) == (
-        "step chosen on the clips of the split valid, which took no part in training; judged on "
-        "the clips of the test split, once"
+        "step selected on the clips of the split valid, which took no part in training; evaluated "
+        "on the clips of the test split, once"
     )
     many = single(12, 12, fold=[*range(1, 13)] * 2)
     assert "in turn (12 folds; folds the data's own)" in said(many, None)
     assert "folds drawn here" in said(single(4, 4), None, draw=4)
 
 
-def test_rounds_that_mean_nothing_are_errors():
+def test_check_rounds__meaningless_folds_are_errors():
     def check(index, *, multi_label=False):
         return check_rounds(make_rounds(index), index, multi_label=multi_label)
 
@@ -293,15 +276,15 @@ def test_rounds_that_mean_nothing_are_errors():
         check(single(4, 2, 2, 4, fold=[1, 1, 2, 2, 1, 1, 1, 1, 1, 1, 2, 2]))
 
 
-def test_a_class_that_validation_takes_from_training_is_told():
+def test_check_rounds__class_left_to_validation():
     index = single(6, 4, 6, fold=[1, 2, 3, 1, 2, 3, 1, 1, 2, 2, 1, 2, 3, 1, 2, 3])
     assert len(check_rounds(make_rounds(index), index, multi_label=False)) == 1  # none in fold 3
     rounds = make_rounds(index, protocol=Protocol())
-    with pytest.raises(UserError, match=r"'class1' .* in the round of fold 1: its other clips are"):
+    with pytest.raises(UserError, match=r"'class1' .* in fold 1: its other clips are"):
         check_rounds(rounds, index, multi_label=False)
 
 
-def test_a_round_without_clips_is_an_error():
+def test_check_rounds__empty_fold_is_an_error():
     index, none = single(4, 4), np.empty(0, np.int64)
     held = Round("1", np.arange(4), np.arange(4, 8))
     for what, words in {"training": "train", "held-out": "test", "validation": "valid"}.items():
@@ -309,24 +292,22 @@ def test_a_round_without_clips_is_an_error():
             check_rounds([replace(held, **{words: none})], index, multi_label=False)
 
 
-def test_classes_that_cannot_be_learned_or_judged_are_named():
+def test_check_rounds__names_classes_without_clips():
     labels = [(0, 1), (1, 2), (0,), (1,), (0, 3), (1, 3), (0,), (1,)]
     index = Fake(labels, fold=[1, 1, 1, 1, 2, 2, 2, 2])
     said = check_rounds(make_rounds(index), index, multi_label=True)
     assert said == [
-        "no training clip where they are held out, so chance at best: 'class2' (the round of "
-        "fold 1), 'class3' (the round of fold 2)",
-        "no held-out clip, so left out of that mean: 'class3' (the round of fold 1), 'class2' "
-        "(the round of fold 2)",
+        "no training clip where they are held out, so chance at best: 'class2' ("
+        "fold 1), 'class3' (fold 2)",
+        "no held-out clip, so left out of that mean: 'class3' (fold 1), 'class2' (fold 2)",
     ]
     many = Fake([(0, *range(2, 10)), (1,), (0,), (1,)], fold=[1, 1, 2, 2])
     assert (
-        "'class6' (the round of fold 1) and 3 more"
-        in check_rounds(make_rounds(many), many, multi_label=True)[0]
+        "'class6' (fold 1) and 3 more" in check_rounds(make_rounds(many), many, multi_label=True)[0]
     )
 
 
-def test_the_split_to_train_on_is_the_one_that_is_named():
+def test_make_rounds__named_split():
     splits = ["train-balanced"] * 2 + ["train-unbalanced"] * 3 + ["test"] * 2 + [""]
     index = Fake([(i % 2,) for i in range(8)], split=splits)
     (held,) = make_rounds(index, split="train-balanced")
@@ -375,7 +356,7 @@ def audioset(tmp_path_factory):
         ),
     ],
 )
-def test_audioset_recipes_train_on_their_own_split(audioset, tmp_path, command, recipe, wanted):
+def test_audioset__recipes_train_on_their_split(audioset, tmp_path, command, recipe, wanted):
     name = "probe" if command is Probe else "finetune"
     words = [*f"recipe={recipe}".split(), "checkpoint=random", "log.progress=false"]
     words += [f"data.root={audioset}", f"data.cache={tmp_path}"]
@@ -388,7 +369,7 @@ def test_audioset_recipes_train_on_their_own_split(audioset, tmp_path, command, 
     assert any(f"trained on split {config.data.split}; " in line for line in data.notices)
 
 
-def test_plain_splits_of_others_are_taken_where_told(tmp_path):
+def test_audioset__plain_splits_if_named(tmp_path):
     """``20k/train/*.tar`` and ``20k/test/*.tar``, as confit publishes them."""
     files = []
     for i in range(4):
@@ -404,3 +385,14 @@ def test_plain_splits_of_others_are_taken_where_told(tmp_path):
         open_probing(compose(Probe, "probe", words))
     (held,) = open_probing(compose(Probe, "probe", [*words, "data.split=train"])).rounds
     assert (len(held.train), len(held.test)) == (2, 2)
+
+
+def test_permute_labels__gives_clips_the_labels_of_others(index):
+    before = [index.labels(i) for i in range(len(index))]
+    other = permute_labels(index, seed=3)
+    after = [other.labels(i) for i in range(len(index))]
+    assert sorted(after) == sorted(before) == sorted(index.labels(i) for i in range(len(index)))
+    assert after != before
+    assert other.hash != index.hash
+    assert [other.key(i) for i in range(10)] == [index.key(i) for i in range(10)]
+    assert not np.array_equal(permute_labels(index, seed=4).label_ids, other.label_ids)

@@ -242,8 +242,9 @@ def test_finetune__killed_and_resumed_equals_uninterrupted(config, tmp_path, mon
         assert all(torch.equal(wanted[k], found[k]) for k in wanted)
     a, b = (json.loads((o / "summary.json").read_text()) for o in (whole, parts))
     assert a["results"] == b["results"]
-    assert a["how"] == "weights after the last step, judged on the held-out clips; nothing was " \
-                       "selected on them"  # fmt: skip
+    assert a["how"] == (
+        "weights after the last step, evaluated on the held-out clips; nothing was selected on them"
+    )
     rows = [json.loads(line) for line in (parts / "fold-2/metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 4]
 

@@ -1,7 +1,4 @@
-"""What must hold of any probing: planted features are found, permuted labels give chance, and the
-fast CGP operator gives the run that the plain formula gives."""
-
-import math
+"""The fast CGP operator gives the training run that the plain formula gives."""
 
 import numpy as np
 import pytest
@@ -12,7 +9,6 @@ from bat.config.probing import Protocol
 from bat.config.sections import Optim
 from bat.eval.candidates import Plan
 from bat.eval.features import FeatureBank
-from bat.eval.results import summary
 from bat.eval.search import cross_validate
 from bat.eval.splits import Round
 from bat.nn.losses import LOSSES
@@ -61,28 +57,6 @@ def _run(bank, *, build=_build, methods=("cgp",), steps=40, folds=4, **words):
     return cross_validate(bank, _rounds()[:folds], list(methods), plan)
 
 
-@pytest.mark.parametrize("block", [0, 2])
-def test_the_gate_finds_the_block_whose_class_token_holds_the_label(block):
-    entry = summary(_run(_bank(planted=block), folds=1))["cgp"]
-    assert entry["mean"]["accuracy"] > 0.9
-    gates = np.array(list(entry["gate"].values()))
-    assert (gates.argmax(1) == block).all()
-    others = np.delete(gates.mean(0), block)
-    assert gates.mean(0)[block] > 1.5 * others.max()
-
-
-def test_permuted_labels_give_chance_whatever_is_chosen():
-    """Of 240 clips, each held out once: 1/C within four deviations of a fair guess."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(5))
-    bank = _bank(planted=2, targets=torch.eye(C)[LABELS[order]])
-    results = summary(_run(bank, methods=["linear", "cgp"]))
-    deviation = math.sqrt(1 / C * (1 - 1 / C) / n)
-    for method, entry in results.items():
-        assert abs(entry["mean"]["accuracy"] - 1 / C) < 4 * deviation, method
-    honest = summary(_run(_bank(planted=2), folds=1))["cgp"]["mean"]["accuracy"]
-    assert honest > 1 / C + 8 * deviation  # the same features with their own labels
-
-
 class PlainCGP(CGP):
     """The equation written down: all blocks normalised, all similarities stored."""
 
@@ -99,8 +73,8 @@ class PlainCGP(CGP):
         return self.fc(self.dropout(x.flatten(1)))
 
 
-def test_fast_and_plain_cgp_give_the_same_training_run():
-    """40 steps, two rates, two folds, with dropout, looks and a choice: losses, gates, choices."""
+def test_cgp__trains_as_the_plain_formula():
+    """40 steps, two rates, with dropout, validation and selection."""
     rows: dict[str, list] = {}
     outcomes = {}
     for name, cls in (("fast", CGP), ("plain", PlainCGP)):
@@ -110,12 +84,12 @@ def test_fast_and_plain_cgp_give_the_same_training_run():
             build=lambda _, cls=cls: cls(
                 classes=C, width=D, depth=L, has_cls=True, prototypes=24, dropout=0.2
             ),
-            folds=2,
+            folds=1,
             log_every=5,
             on_log=rows[name].append,
         )
     losses = {name: [r["loss"] for r in own] for name, own in rows.items()}
-    assert len(losses["fast"]) == 2 * 2 * 9
+    assert len(losses["fast"]) == 2 * 9
     assert losses["fast"] == pytest.approx(losses["plain"], rel=1e-3, abs=1e-5)
     assert losses["fast"][0] > 2 * losses["fast"][-1]
     for fast, plain in zip(outcomes["fast"], outcomes["plain"], strict=True):

@@ -1,8 +1,7 @@
-"""A CSV of one's own, from its lines to what a probe is trained on."""
+"""Custom data in a CSV, from its lines to what a probe is trained on."""
 
 import dataclasses
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -21,17 +20,15 @@ from bat.data.toy import SAMPLE_RATE, toy_wave
 from bat.encoders.bat import BAT
 from bat.encoders.eat import EAT
 from bat.errors import UserError
-from bat.eval.candidates import Plan
+from bat.eval.evaluation import Evaluation
 from bat.eval.feature_cache import open_features
-from bat.eval.features import FeatureBank
+from bat.eval.features import FeatureStream
 from bat.eval.fit import predictions
-from bat.eval.frame_targets import FrameTargets
 from bat.eval.heads import load_head, save_head
 from bat.eval.prepare import open_probing, prepare, with_encoder
 from bat.eval.probe import probe
 from bat.eval.run_folder import open_data
-from bat.eval.search import cross_validate
-from bat.eval.suite import Evaluation
+from bat.eval.targets import FrameTargets
 from bat.probes.base import build_probe, expand
 from bat.tasks.base import load_task
 from bat.tasks.events import Event
@@ -95,14 +92,14 @@ EVENTS = """path,label,onset,offset,fold
 """
 
 
-def test_one_label_a_clip_is_one_label_a_clip(own):
+def test_prepare__csv_with_one_label_a_clip(own):
     ready = prepare(own(PLAIN, "task=esc10"))
     assert (ready.task.name, ready.config.task, ready.task.loss) == ("csv", "csv", "ce")
     assert ready.index.vocabulary == ["a", "b"]
     assert len(ready.rounds) == 4  # the rarer class has four clips
     assert [len(r.test) for r in ready.rounds] == [3, 2, 2, 2]
     assert all(r.drawn and r.valid_is == "fold" for r in ready.rounds)
-    assert "learning rate chosen on the fold after the held-out one" in ready.how
+    assert "learning rate selected on the fold after the held-out one" in ready.how
     assert any(line.startswith("folds drawn: ") for line in ready.notices)
     assert ready.targets_of is None
 
@@ -114,7 +111,9 @@ def test_protocol_unmute__one_search_and_the_task_s_prototypes(own, tmp_path):
               "bootstrap=0", f"out={out}"))  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert summary["head"]["per_class"] == 20
-    said = "learning rate and weight decay chosen by the first seed on the fold after the held-out"
+    said = (
+        "learning rate and weight decay selected by the first seed on the fold after the held-out"
+    )
     assert summary["how"].startswith(said)
     (encoder,) = summary["encoders"].values()
     for entry in encoder["results"].values():
@@ -130,15 +129,7 @@ def test_protocol_unmute__one_search_and_the_task_s_prototypes(own, tmp_path):
     assert [load_task(name).per_class for name in ("audioset", "esc50", "csv")] == [10, 20, 20]
 
 
-def test_the_draw_follows_the_seed(own):
-    first, again, other = (
-        [r.test.tolist() for r in open_probing(own(PLAIN, f"seed={seed}")).rounds]
-        for seed in (1, 1, 2)
-    )
-    assert first == again != other
-
-
-def test_the_window_is_the_longest_clip_and_each_clip_has_its_own_frames(own):
+def test_window__is_the_longest_clip(own):
     ready = prepare(own(PLAIN))
     assert ready.config.data.clip_seconds == 1.0
     assert ready.frames is None
@@ -154,12 +145,6 @@ def test_the_window_is_the_longest_clip_and_each_clip_has_its_own_frames(own):
     assert (padded.pad, padded.clip_samples) == ("clip", 16000)  # the window's
 
 
-def test_untrained_encoders_get_the_grid_of_the_window(own):
-    data = open_probing(own(PLAIN))
-    ready = with_encoder(data, data.config, "random")
-    assert (ready.frames, ready.backbone.grid) == (None, Grid(7, 8))
-
-
 class NoClassToken(BAT):
     has_cls = False
 
@@ -169,7 +154,7 @@ class NoClassToken(BAT):
     [(["protocol=bat"], "mean"), ([], "patches"), (["protocol=bat", "head.cls=patches"], "patches"),
      (["head.cls=mean"], "mean")],
 )  # fmt: skip
-def test_what_stands_in_for_a_class_token_is_said_by_the_protocol(own, tmp_path, words, cls):
+def test_evaluation__substitute_of_the_class_token(own, tmp_path, words, cls):
     ready = prepare(own(PLAIN, "head.prototypes=4", *words))
     backbone = NoClassToken(width=16, depth=2, heads=2, grid=Grid(8, 8))
     lab = Evaluation(
@@ -188,7 +173,7 @@ def test_what_stands_in_for_a_class_token_is_said_by_the_protocol(own, tmp_path,
 
 @pytest.mark.parametrize("level", ["clip", "frame"])
 @pytest.mark.parametrize("kind", [BAT, EAT])
-def test_probing_gives_each_clip_what_it_gives_alone(own, tmp_path, level, kind):
+def test_probes__do_not_depend_on_the_batch_or_the_cache(own, tmp_path, level, kind):
     """Whatever the batch, wherever features are kept, for every probe."""
     ready = prepare(own(EVENTS if level == "frame" else PLAIN, f"level={level}"))
     torch.manual_seed(0)
@@ -199,15 +184,16 @@ def test_probing_gives_each_clip_what_it_gives_alone(own, tmp_path, level, kind)
         m: build_probe(m, **shape, encoder=encoder, prototypes=5, pool_queries=2) for m in methods
     }
     found = {}
-    for cache, batch in [("off", 1), ("off", 7), ("memory", 1), ("memory", 7), ("memory", 48),
-                         ("disk", 7), ("disk", 1)]:  # fmt: skip
+    for cache, batch in [("off", 1), ("off", 7), ("memory", 48), ("disk", 7)]:
+        stream = FeatureStream(
+            encoder, ready.index, frames=ready.frames, needs=Needs("all", entry=True),
+            clip_seconds=ready.config.data.clip_seconds, targets_of=ready.targets_of,
+            bad_clips=BadClips(max_bad=0.0),
+        )  # fmt: skip
+        store = FeatureStore(cache=cache, folder=str(tmp_path / "features"))
         source = open_features(
-            encoder, ready.index, ids=ids, frames=ready.frames, needs=Needs("all", entry=True),
-            batch=batch, store=FeatureStore(cache=cache, folder=str(tmp_path / "features")),
-            data=ready.config.data, random_offset=False, autocast=None,
-            device=torch.device("cpu"), bad_clips=BadClips(max_bad=0.0), progress=False,
-            digest="", targets_of=ready.targets_of,
-        ).source  # fmt: skip
+            stream, ids, batch=batch, store=store, digest="", progress=False
+        ).source
         found[cache, batch] = predictions(probes, source.once(ids, batch=batch))
     first = found["off", 1]
     if level == "frame":  # complete windows of 25 ms alone: two clips lose a patch of 20 ms
@@ -224,7 +210,7 @@ def test_probing_gives_each_clip_what_it_gives_alone(own, tmp_path, level, kind)
         torch.testing.assert_close(first.logits["cgp", ""][row], logits, atol=1e-5, rtol=1e-5)
 
 
-def test_data_are_opened_once_for_several_encoders(own, encoder):
+def test_with_encoder__data_are_opened_once(own, encoder):
     config = own(PLAIN)
     data = open_probing(dataclasses.replace(config, checkpoint=f"{encoder},random"))
     a, b = (with_encoder(data, config, name) for name in (str(encoder), "random:tiny"))
@@ -235,7 +221,7 @@ def test_data_are_opened_once_for_several_encoders(own, encoder):
     assert (a.backbone.width, b.backbone.width) == (16, 192)
 
 
-def test_the_data_of_the_first_checkpoint_that_has_some(own, encoder, sounds):
+def test_open_probing__data_of_the_first_checkpoint_that_has_some(own, encoder, sounds):
     run = encoder.parent
     words = ["recipe=toy", "task=folder", f"data.root={sounds}", "online.every=0"]
     (run / "config.yaml").write_text(to_yaml(compose(Pretrain, "pretrain", words)))
@@ -251,7 +237,7 @@ def test_the_data_of_the_first_checkpoint_that_has_some(own, encoder, sounds):
         (run / "config.yaml").unlink()
 
 
-def test_an_edited_csv_is_other_data_and_its_files_are_not_read_again(own, tmp_path):
+def test_open_probing__edited_csv_is_other_data(own, tmp_path):
     where = f"data.cache={tmp_path}/cache"
     first = open_probing(own(PLAIN, where)).index.hash
     [kept] = (tmp_path / "cache").iterdir()
@@ -264,18 +250,7 @@ def test_an_edited_csv_is_other_data_and_its_files_are_not_read_again(own, tmp_p
     assert os.stat(kept).st_mtime_ns == stamp
 
 
-def test_files_that_cannot_be_read_are_counted(own, sounds, caplog):
-    (sounds / "bad.flac").write_bytes(b"fLaC, but not really")
-    text = PLAIN + "bad.flac,a\n"
-    with pytest.raises(UserError, match=r"1 of the 10 files .*bad\.flac, corrupt.*data\.max_bad"):
-        open_probing(own(text))
-    with caplog.at_level(logging.WARNING, logger="bat"):
-        data = open_probing(own(text, "data.max_bad=0.1"))
-    assert len(data.index) == 9
-    assert "1 of the 10 files" in caplog.text
-
-
-def test_files_that_cannot_be_read_are_told_to_who_reads_the_results(own, sounds):
+def test_open_probing__unreadable_files_are_noted(own, sounds):
     text = PLAIN
     for i in range(6):
         (sounds / f"bad{i}.flac").write_bytes(b"fLaC, but not really")
@@ -292,7 +267,7 @@ def test_files_that_cannot_be_read_are_told_to_who_reads_the_results(own, sounds
     assert not any("cannot be read" in line for line in open_probing(own(PLAIN)).notices)
 
 
-def test_data_mistakes_name_the_remedy(own, sounds):
+def test_open_probing__mistakes_name_the_remedy(own, sounds):
     with pytest.raises(UserError, match=r"does not exist: name a CSV"):
         open_data("csv", dataclasses.replace(own(PLAIN).data, csv=f"{sounds}/none.csv"))
     with pytest.raises(UserError, match=r"with task=csv: name its CSV, data\.csv=FILE"):
@@ -304,18 +279,18 @@ def test_data_mistakes_name_the_remedy(own, sounds):
         open_probing(own(f"path,label,fold\n{folds}"))
 
 
-def test_several_labels_are_judged_by_mean_average_precision(own):
+def test_open_probing__several_labels_a_clip(own):
     text = PLAIN.replace("label", "labels").replace("4.flac,a", "4.flac,a;c")
     data = open_probing(own(text))
     assert (data.task.multi_label, data.task.metric, data.task.loss) == (True, "map", "bce")
     said = [line for line in data.notices if line.startswith("no training clip where")]
     assert said == [
-        "no training clip where they are held out, so chance at best: 'c' (the round of fold "
+        "no training clip where they are held out, so chance at best: 'c' (fold "
         f"{next(r.name for r in data.rounds if 4 in r.test)})"
     ]
 
 
-def test_events_at_clip_level_are_the_clip_s_labels(own):
+def test_open_probing__events_at_clip_level(own):
     data = open_probing(own(EVENTS))
     targets = np.stack([data.index.targets(i) for i in range(6)])
     assert targets.tolist() == [[1, 1], [1, 0], [0, 0], [0, 1], [1, 0], [0, 1]]
@@ -329,7 +304,7 @@ def test_events_at_clip_level_are_the_clip_s_labels(own):
     assert (quiet.task.multi_label, quiet.task.loss, quiet.task.metric) == (True, "bce", "map")
 
 
-def test_events_at_frame_level(own):
+def test_prepare__events_at_frame_level(own):
     """Patches of 160 ms; clip 1 of 0.7 s has five, the last from 0.64 s on; clip 0 has four."""
     ready = prepare(own(EVENTS, "level=frame"))
     assert ready.task.multi_label
@@ -358,33 +333,7 @@ def test_events_at_frame_level(own):
     assert ready.notices[-1].startswith("1 event(s) begin and end between the starts of two")
 
 
-def test_events_are_probed_by_the_patches_that_lie_in_a_clip(own):
-    """Each fold has clips of 4, 5 and 7 patches; batches are of two clips."""
-    ready = prepare(own(EVENTS, "level=frame"))
-    ids = np.arange(6)
-    loader = eval_loader(ready.index, ids, batch=4, sample_rate=SAMPLE_RATE,
-                         clip_seconds=ready.config.data.clip_seconds)  # fmt: skip
-    bank = FeatureBank.extract(ready.backbone, loader, ids=ids, frames=ready.frames,
-                               targets_of=ready.targets_of)  # fmt: skip
-    plan = Plan(
-        build=lambda m: build_probe(m, classes=2, width=16, depth=2, has_cls=True, level="frame"),
-        loss=ready.loss, optim=ready.config.optim, steps=2, batch=2, multi_label=True, metric="map",
-        bootstrap=200,
-    )  # fmt: skip
-    rounds = [dataclasses.replace(r, valid=None) for r in ready.rounds]
-    found = cross_validate(bank, rounds, ["linear"], plan)
-    assert [o.metrics["per_class"]["positives"] for o in found] == [[4, 1], [0, 7]]
-    assert plan.diverged == []
-    probe = {"linear": plan.build("linear")}
-    rows = predictions(probe, bank.once(ids, batch=2))  # across batches, in order
-    assert rows.clips.bincount().tolist() == [4, 5, 7, 4, 5, 7]
-    assert not rows.targets.isnan().any()
-    for outcome in found:
-        drawn = [v for v in outcome.replicates if not np.isnan(v)]
-        assert 0 < len(set(drawn)) <= 10  # of three clips there are ten draws
-
-
-def test_the_digest_follows_an_edited_onset_though_the_data_do_not(own):
+def test_frame_targets__digest_follows_an_edited_onset(own):
     before = prepare(own(EVENTS, "level=frame"))
     after = prepare(own(EVENTS.replace("0.3,0.9", "0.2,0.9"), "level=frame"))
     assert before.index.hash == after.index.hash
@@ -395,30 +344,33 @@ def test_the_digest_follows_an_edited_onset_though_the_data_do_not(own):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["data.roll=true"], "data.roll=true moves clips, not their events: say data.roll=false"),
-        (["pad_offset=random"], "pad_offset=random moves clips, not .* say pad_offset=start"),
+        (
+            ["data.roll=true"],
+            "data.roll=true moves clips against their events: say data.roll=false",
+        ),
+        (["pad_offset=random"], "pad_offset=random moves clips .* say pad_offset=start"),
     ],
 )
-def test_what_would_move_events_is_refused(own, words, says):
+def test_open_probing__what_moves_events_is_refused(own, words, says):
     with pytest.raises(UserError, match=says):
         open_probing(own(EVENTS, "level=frame", *words))
     open_probing(own(EVENTS, *words))
 
 
-def test_recordings_longer_than_the_window_are_judged_at_their_start(own):
+def test_window__longer_clips_are_noted(own):
     data = open_probing(own(EVENTS, "level=frame", "data.clip_seconds=0.5"))
     said = next(line for line in data.notices if "the window of 0.5 s" in line)
     assert said.startswith("4 of 6 clips are longer")
-    assert "only their start is judged (the longest: 1 s;" in said
+    assert "only their start is evaluated (the longest: 1 s;" in said
     assert said.endswith("; 1 event(s) begin after it")
 
 
-def test_events_after_the_end_are_an_error(own):
+def test_check_events__after_the_end_is_an_error(own):
     with pytest.raises(UserError, match=r"1 event.s. begin after .* line 6: onset 300, 3 has 0.5"):
         open_probing(own(EVENTS.replace("b,0,0.5", "b,300,500")))
 
 
-def test_patch_times_are_their_starts_and_bounds_belong_to_the_event():
+def test_frame_targets__bounds_belong_to_the_event():
     """As docs/method.md 5: index x 160 ms inside [start, end]; 3 x 160 ms is 0.48 s exactly."""
     events = {"x.y": (Event(0.16, 0.48, ("b",), 2), Event(0.481, 0.639, ("a",), 3))}
     made = FrameTargets(events, labels=["a", "b"], patch_hop_ms=160.0, sample_rate=1000)
@@ -435,14 +387,14 @@ def test_patch_times_are_their_starts_and_bounds_belong_to_the_event():
     assert made(batch, 6)[0, 5].tolist() == [0, 0]
 
 
-def test_fine_tuning_of_clips_of_their_own_length_is_not_split_among_devices(own, tmp_path):
+def test_finetune__fsdp_needs_frames(own, tmp_path):
     words = ["hardware.strategy=fsdp", f"out={tmp_path}/run"]
     with pytest.raises(UserError, match=r"strategy=fsdp .* say frames=NUMBER"):
         finetune(own(PLAIN, *words, schema=Finetune, command="finetune"))
     assert not (tmp_path / "run").exists()
 
 
-def test_fine_tuning_takes_a_csv_too(own):
+def test_prepare__csv_for_finetuning(own):
     ready = prepare(own(PLAIN, schema=Finetune, command="finetune"))
     assert (ready.task.name, ready.frames) == ("csv", None)
     assert [len(r.train) for r in ready.rounds] == [6, 7, 7, 7]
@@ -450,7 +402,7 @@ def test_fine_tuning_takes_a_csv_too(own):
     assert "nothing was selected" in ready.how
 
 
-def test_clips_without_labels_are_negatives_and_counted(own):
+def test_open_probing__clips_without_labels(own):
     text = (
         PLAIN.replace("label", "labels")
         .replace("4.flac,a", "4.flac,")
@@ -462,7 +414,7 @@ def test_clips_without_labels_are_negatives_and_counted(own):
     assert data.index.targets(4).tolist() == [0, 0]
 
 
-def test_spellings_of_a_class_are_told_to_who_reads_the_results(own):
+def test_open_probing__similar_spellings_are_noted(own):
     notices = open_probing(
         own(PLAIN.replace("4.flac,a", "4.flac,A").replace("8.flac,a", "8.flac,A"))
     ).notices
