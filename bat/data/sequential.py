@@ -353,17 +353,21 @@ class SequentialData(StreamData):
     def first_batch(self) -> WaveBatch:
         return next(iter(self._batches(epoch=0)))
 
-    def facts(self) -> dict[str, Any]:
-        """As ``AudioData``; the hash is of the names of the shards, sizes of the local ones, and
-        splits."""
+    @functools.cached_property
+    def hash(self) -> str:
+        """Hash of the names of the shards, the sizes of the local ones, and the splits, at first
+        use."""
         digest = hashlib.sha256(repr(self.splits and sorted(self.splits)).encode())
         for shard in self.shards:
             size = -1
             if isinstance(shard.place, Path) and shard.place.exists():
                 size = shard.place.stat().st_size
             digest.update(os.fsencode(f"\0{shard.split}/{shard.name}\0{size}"))
+        return digest.hexdigest()
+
+    def facts(self) -> dict[str, Any]:
         order = "front to end, not exactly resumable"
-        return {"hash": digest.hexdigest(), "shards": len(self.shards), "order": order}
+        return {"hash": self.hash, "shards": len(self.shards), "order": order}
 
     def train_dataloader(self) -> Loader:
         self._recount()
@@ -373,7 +377,7 @@ class SequentialData(StreamData):
     def _identity(self) -> dict[str, Any]:
         return {
             "reading": "front to end",
-            "data set": self.facts()["hash"][:16],
+            "data set": self.hash[:16],
             "seed": self.seed,
         }
 
