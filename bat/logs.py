@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from bat.redact import RedactingFormatter
 
@@ -23,7 +24,11 @@ NOISE = (
 
 def is_main() -> bool:
     """Returns True in the first process; works before a Trainer exists."""
-    return not getattr(rank_zero_only, "rank", 0)
+    rank = getattr(rank_zero_only, "rank", None)
+    if rank is None:  # Lightning is not imported (it takes seconds), or not yet
+        names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+        rank = next((int(os.environ[name]) for name in names if os.environ.get(name)), 0)
+    return rank == 0
 
 
 class _LogFile(logging.FileHandler):

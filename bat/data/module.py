@@ -27,7 +27,7 @@ from bat.data.bad_clips import BadClips, merged_states
 from bat.data.index import Index
 from bat.data.loader import Heartbeat, Loader
 from bat.data.plan import MixedPlan, Plan, make_plan
-from bat.data.stream import ClipDataset, ClipSettings, EvalSampler, Item, PlanSampler
+from bat.data.stream import ClipDataset, ClipSettings, Item, PlanSampler
 from bat.errors import UserError
 from bat.types import WaveBatch
 
@@ -295,24 +295,3 @@ class AudioData(StreamData):
             "order": f"{self.plan.identity()} of {len(self.index)}",
             "seed": self.seed,
         }
-
-
-def eval_loader(
-    index: Index,
-    ids: np.ndarray | None = None,
-    *,
-    batch: int,
-    workers: int = 0,
-    **settings: Unpack[ClipSettings],
-) -> Loader:
-    """Returns a loader over the clips ``ids`` (None: all) once, in order; unreadable ones are left
-    out, and long clips are cut off at their end."""
-    heartbeat = Heartbeat(workers)
-    dataset = ClipDataset(index, crop="start", heartbeat=heartbeat, **settings)
-
-    def where(worker: int) -> str | None:
-        clip = heartbeat.worker(worker)
-        return None if clip is None else f"{index.shard_name(clip)}, clip {index.key(clip)}"
-
-    ids = np.arange(len(index)) if ids is None else ids
-    return Loader(dataset, EvalSampler(ids, batch=batch), workers=workers, where=where)

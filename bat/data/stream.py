@@ -30,7 +30,7 @@ from bat.audio.decode import (
     write_rolled,
 )
 from bat.data.index import Index
-from bat.data.loader import IDLE, Heartbeat
+from bat.data.loader import IDLE, Heartbeat, Loader
 from bat.data.plan import CROP, OFFSET, ROLL, MixedPlan, Plan, below, philox
 from bat.errors import UserError
 from bat.types import Skipped, WaveBatch
@@ -308,6 +308,27 @@ class ClipDataset(ClipReader, Dataset[WaveBatch]):
         offset, roll = self.place(position, len(wave))
         write_rolled(row[offset:], wave, roll)
         return offset, len(wave)
+
+
+def eval_loader(
+    index: Index,
+    ids: np.ndarray | None = None,
+    *,
+    batch: int,
+    workers: int = 0,
+    **settings: Unpack[ClipSettings],
+) -> Loader:
+    """Returns a loader over the clips ``ids`` (None: all) once, in order; unreadable ones are left
+    out, and long clips are cut off at their end."""
+    heartbeat = Heartbeat(workers)
+    dataset = ClipDataset(index, crop="start", heartbeat=heartbeat, **settings)
+
+    def where(worker: int) -> str | None:
+        clip = heartbeat.worker(worker)
+        return None if clip is None else f"{index.shard_name(clip)}, clip {index.key(clip)}"
+
+    ids = np.arange(len(index)) if ids is None else ids
+    return Loader(dataset, EvalSampler(ids, batch=batch), workers=workers, where=where)
 
 
 def frames_left_out(frames: int, rate: int, clip_seconds: float) -> int:

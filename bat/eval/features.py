@@ -22,9 +22,8 @@ from bat.audio.decode import MAX_FILE_SECONDS
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index
 from bat.data.loader import Loader
-from bat.data.module import AudioData, eval_loader
 from bat.data.plan import MixedPlan, Plan, make_plan
-from bat.data.stream import STAND_INS
+from bat.data.stream import STAND_INS, eval_loader
 from bat.encoders.base import Encoder
 from bat.errors import UserError
 from bat.eval.encoding import (
@@ -232,6 +231,10 @@ class FeatureStream:
     bad_clips: BadClips = field(default_factory=lambda: BadClips(max_bad=1.0))
 
     def training(self, ids: np.ndarray, *, batch: int, steps: int, seed: int) -> Batches:
+        from bat.data.module import (
+            AudioData,  # imports Lightning: seconds, for augmented clips alone
+        )
+
         data = AudioData(
             index=self.index,
             batch=batch,

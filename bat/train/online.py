@@ -25,8 +25,8 @@ from bat.config.schema import Pretrain
 from bat.config.sections import Optim
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index
-from bat.data.module import eval_loader
 from bat.data.sources import TRAIN
+from bat.data.stream import eval_loader
 from bat.encoders.base import Encoder, find_encoder
 from bat.errors import UserError
 from bat.eval.candidates import Plan

@@ -21,8 +21,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from bat.data.index import Index
 from bat.data.loader import IDLE, OUTLIVED, Heartbeat, Loader
-from bat.data.module import eval_loader
 from bat.data.sequential import SequentialData
+from bat.data.stream import eval_loader
 from bat.errors import Interrupted, UserError
 from bat.types import Clip
 from tests.data.test_module import data

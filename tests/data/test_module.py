@@ -14,8 +14,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bat.data.index import Index, open_index
-from bat.data.module import AudioData, eval_loader
+from bat.data.module import AudioData
 from bat.data.plan import Plan, make_plan
+from bat.data.stream import eval_loader
 from bat.errors import UserError
 from bat.types import WaveBatch
 

@@ -6,7 +6,7 @@ import torch
 
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index, open_index
-from bat.data.module import eval_loader
+from bat.data.stream import eval_loader
 from bat.encoders.bat import BAT
 from bat.errors import UserError
 from bat.eval.features import FeatureBank, FeatureStream, encode, to_device

@@ -14,7 +14,7 @@ from bat.config.compose import compose, to_yaml
 from bat.config.probing import FeatureStore
 from bat.config.schema import Finetune, Pretrain, Probe
 from bat.data.bad_clips import BadClips
-from bat.data.module import eval_loader
+from bat.data.stream import eval_loader
 from bat.data.tar import escape_key
 from bat.data.toy import SAMPLE_RATE, toy_wave
 from bat.encoders.bat import BAT
