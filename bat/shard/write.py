@@ -16,17 +16,15 @@ the finished shards of a killed run are kept.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import tarfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from bat.data.manifest import Counts, Manifest, source_hash
 from bat.data.table import ShardTable, scan
@@ -151,7 +149,8 @@ class _Writer:
         self.counts = Counts(list(label_ids))
         self.keys: set[str] = set()
         self.left_out: list[dict[str, str]] = []
-        self.tar: tarfile.TarFile | None = None
+        self.tar: Any = None
+        """webdataset's ``TarWriter`` of the shard that is being written."""
         self.tar_bytes = 0
         self.start = _Place()
         self._resume()
@@ -218,7 +217,9 @@ class _Writer:
         except BaseException:
             if self.tar is not None:
                 with suppress(OSError):
-                    self.tar.fileobj.close()
+                    self.tar.close()
+                with suppress(OSError):
+                    self.tar.stream.close()
             self._sweep()
             if not self.counts.shards:
                 (self.out / MARKER).unlink(missing_ok=True)
@@ -266,18 +267,15 @@ class _Writer:
         self.keys.add(key)
         if self.tar is None:
             temporary = self._path().with_name(f".{self._path().name}.tmp")
-            self.tar = tarfile.TarFile(temporary, "w", format=tarfile.USTAR_FORMAT)
-            self.tar_bytes = 0
-        for suffix, data in sorted({clip.suffix: clip.data, "json": meta}.items()):
-            member = tarfile.TarInfo(f"{key}.{suffix}")
-            member.size, member.uname, member.gname = len(data), "bat", "bat"
-            self.tar.addfile(member, io.BytesIO(data))
+            self.tar, self.tar_bytes = _tar_writer(temporary.open("wb")), 0
+        self.tar.write({"__key__": key, clip.suffix: clip.data, "json": meta})
         self.tar_bytes += size
 
     def _finish(self, place: _Place) -> None:
         """Closes and indexes the shard, then records it; ``place``: of the first clip after it."""
         assert self.tar is not None
         self.tar.close()
+        self.tar.stream.close()
         self.tar = None
         path = self._path()
         temporary = path.with_name(f".{path.name}.tmp")
@@ -294,6 +292,14 @@ class _Writer:
             os.fsync(journal.fileno())
         self.journalled = len(self.left_out)
         self.counts.add(path.name, table)
+
+
+def _tar_writer(file: BinaryIO) -> Any:
+    """Returns webdataset's writer of a tar whose bytes depend on the samples alone."""
+    os.environ.setdefault("WDS_SECURE", "1")  # no shell from URLs, no pickle
+    from webdataset import TarWriter  # imports torch: not before the first clip
+
+    return TarWriter(file, user="bat", group="bat", mode=0o644, mtime=0, encoder=False)
 
 
 def _listed(entry: LeftOut) -> dict[str, str]:

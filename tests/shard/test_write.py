@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from bat.errors import UserError
 from bat.shard.rows import open_rows
 from bat.shard.write import write_shards
 from bat.tasks.base import LeftOut, Row, load_task
-from tests.shard.files import audio, clips, contents, noise, read_tar, recording, write_tar
+from tests.shard.files import audio, clips, contents, noise, recording, write_tar
 
 
 def packed(root: Path, out: Path) -> Manifest:
@@ -116,27 +115,6 @@ def test_write_shards__tars_are_plain_and_match_the_manifest(
     rebuilt = open_index(tmp_path / "s")
     assert rebuilt.hash == written.hash
     assert np.array_equal(rebuilt.offset, written.offset)
-
-
-def test_write_shards__tar_is_what_webdataset_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WDS_SECURE", "1")
-    import webdataset
-
-    names = ("a.wav", "bb.flac", "k" * 78 + ".ogg")
-    rows = [recording(tmp_path / f"in/{name}", noise(i)) for i, name in enumerate(names)]
-    write_shards(rows, tmp_path / "s")
-    theirs = io.BytesIO()
-    writer = webdataset.TarWriter(
-        theirs, encoder=False, compress=False, mtime=0, user="bat", group="bat", mode=0o644
-    )
-    members = read_tar(tmp_path / "s/shard-00000.tar")
-    for row in rows:
-        parts = {suffix: members[f"{row.key}.{suffix}"] for suffix in (row.suffix, "json")}
-        writer.write({"__key__": row.key, **parts})
-    writer.close()
-    assert theirs.getvalue() == (tmp_path / "s/shard-00000.tar").read_bytes()
 
 
 def test_write_shards__keys_are_escaped_and_stay_apart(rows: list[Row], tmp_path: Path) -> None:
