@@ -97,6 +97,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not of bat-probe: name the folder of a probe run")
     summary = dict(redact_tree(summary))
     try:  # a page written nowhere reads all that a report shows
+        metric, encoders = summary["metric"], summary["encoders"].values()
+        if any(metric not in r["mean"] for e in encoders for r in e["results"].values()):
+            raise KeyError(metric)
         write_page(Path(os.devnull), title="", summaries=[{**summary, "run": ""}])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(

@@ -331,7 +331,7 @@ def test_main__folders_named_like_the_sub_commands(
     [
         ("nowhere out", "nowhere does not exist"),
         (". out", "has no audio"),
-        ("in out --task esc51", "no task 'esc51': known are"),
+        ("in out --task esc51", "unknown task=esc51 (did you mean 'esc50'?)"),
         ("in out --task esc50", "neither meta/esc50.csv nor meta.csv"),
         ("in out --shard-mb 0", "--shard-mb 0 and --jobs"),
         ("in out --jobs 0", "--jobs 0 must be positive"),

@@ -283,7 +283,7 @@ def test_online__probes_say_which_classes_cannot_be_learned(small, tmp_path: Pat
     pretrain(small(*words, "data.batch=2", out=tmp_path / "run"))
     log = log_of(tmp_path / "run")
     assert "online probe: no training clip where they are held out" in log
-    assert "'c' (the only round)" in log
+    assert "'c' (the split)" in log
     assert "'A' and 'a'" in log
 
 
