@@ -39,6 +39,11 @@ MOVED = ("mask", "ema")
 GONE = {
     "health.worker_restarts": "a loader worker that dies ends the run with exit code 75, and the "
     "same command continues it",
+    "control": "say permute_labels=true",
+    "insight.curve": "it is diagnostics.curve",
+    "insight.encoder": "it is diagnostics.encoder",
+    "insight.clips": "it is diagnostics.clips",
+    "insight.maps": "it is diagnostics.maps",
     "head.kernel": "prototypes pool by the portable kernel alone",
     "online.head.kernel": "prototypes pool by the portable kernel alone",
 }

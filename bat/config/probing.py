@@ -153,7 +153,7 @@ class FeatureStore:
 
 
 @dataclass
-class Insight:
+class Diagnostics:
     """Diagnostics of encoders, measured in addition to the probes."""
 
     curve: bool = False

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bat.config.probing import FeatureStore, Head, Insight, ProbeTrain, Protocol
+from bat.config.probing import Diagnostics, FeatureStore, Head, ProbeTrain, Protocol
 from bat.config.running import Hardware, Health, Log, Train
 from bat.config.sections import Augment, Data, Frontend, Model, Optim
 from bat.ranges import (
@@ -176,8 +176,8 @@ class Probe(Supervised):
     seeds: PositiveInt = 1
     """Trainings of each probe, with ``seed`` and the numbers after it for initialisation and
     dropout. The order of clips depends on ``seed`` alone, so all share each batch of features."""
-    control: Literal["none", "permuted"] = "none"
-    """``permuted``: permuted labels, every clip gets another clip's; results show chance level."""
+    permute_labels: bool = False
+    """Give every clip another clip's labels; results then show chance level."""
     bootstrap: CountOrZero = 1_000
     """Bootstrap resamples of the held-out clips for confidence intervals; 0: none."""
     confidence: OpenFraction = 0.95
@@ -188,7 +188,7 @@ class Probe(Supervised):
     """Trained heads that are saved: those of the first seed, of all, or of none."""
     protocol: Protocol = field(default_factory=Protocol)
     features: FeatureStore = field(default_factory=FeatureStore)
-    insight: Insight = field(default_factory=Insight)
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
     optim: Optim = field(
         default_factory=lambda: Optim(
             lr=PROBE_LR, betas=[0.9, 0.999], decay="matrices", warmup_steps=400

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from bat.config.probing import Protocol
 from bat.config.sections import Optim
-from bat.eval.fit import own_randomness
-from bat.eval.results import Outcome
+from bat.eval.fit import preserve_rng_state
+from bat.eval.results import FoldResult
 from bat.eval.scoring import Scorer
-from bat.eval.splits import Round
+from bat.eval.splits import Split
 from bat.nn.losses import Loss
 from bat.probes.base import Probe
 from bat.seeding import derive_seed
@@ -105,7 +105,7 @@ EVERY = "*"
 
 
 @dataclass
-class Look:
+class Validation:
     """Result of one validation step of a candidate."""
 
     candidate: Candidate
@@ -114,7 +114,7 @@ class Look:
     """Validation score; None where nothing is selected."""
     state: State
 
-    def better(self, other: Look | None) -> bool:
+    def better(self, other: Validation | None) -> bool:
         """Return True if this validation step is preferred to ``other``.
 
         The metric decides; ties go to the later step (as in the reference), then to the lower loss,
@@ -159,11 +159,11 @@ class Plan:
     on_log: Callable[[dict[str, Any]], None] | None = None
     """Callback that receives ``{"fold", "step", "method", "seed", "lr", "weight_decay", "loss"}``
     every ``log_every`` steps."""
-    on_probe: Callable[[Probe, list[Outcome]], None] | None = None
+    on_probe: Callable[[Probe, list[FoldResult]], None] | None = None
     """Callback that receives each evaluated probe with its results."""
     on_step: Callable[[], None] = lambda: None
     """Callback after each step; it may stop the run by raising."""
-    before: Sequence[Outcome] = ()
+    before: Sequence[FoldResult] = ()
     """Results of an earlier run; other seeds use its selected values (``protocol.search``)."""
     done: Callable[[str, str, int], bool] = lambda method, fold, seed: False
     """Predicate (method, fold, seed); True if no training is needed."""
@@ -179,7 +179,7 @@ class Plan:
             self.scorer = Scorer((self.metric,), multi_label=self.multi_label)
 
     @property
-    def chooses(self) -> str:
+    def selection_metric(self) -> str:
         """The metric by which candidates are selected."""
         return "map" if self.protocol and self.protocol.metric == "map" else self.metric
 
@@ -190,12 +190,12 @@ class Plan:
     def measure(self, methods: Sequence[str]) -> None:
         """Fills in ``parameters`` and ``prototypes`` of ``methods``."""
         for method in (m for m in methods if m not in self.parameters):
-            with own_randomness(torch.device(self.device)):
+            with preserve_rng_state(torch.device(self.device)):
                 probe = self.build(method)
             self.parameters[method] = sum(p.numel() for p in probe.parameters())
             self.prototypes[method] = probe.has_prototypes
 
-    def jobs(self, held: Round, methods: Sequence[str]) -> list[tuple[str, int]]:
+    def jobs(self, held: Split, methods: Sequence[str]) -> list[tuple[str, int]]:
         """Returns method and seed of each training that is still to be done in a fold."""
         seeds = range(self.seed, self.seed + self.seeds)
         return [(m, s) for m in methods for s in seeds if not self.done(m, held.name, s)]
@@ -208,12 +208,12 @@ class Plan:
         """Returns the number of candidates of a job; 1 before the first seed's search is done."""
         return len(self.grid(method)) if self.searches(seed) else 1
 
-    def steps_left(self, rounds: Sequence[Round], methods: Sequence[str]) -> int:
-        """Returns the optimiser steps of all candidates still to be trained in ``rounds``."""
+    def steps_left(self, splits: Sequence[Split], methods: Sequence[str]) -> int:
+        """Returns the optimiser steps of all candidates still to be trained in ``splits``."""
         self.measure(methods)
         tries = (
             self.run_steps(held)[0] * self.tries(*job)
-            for held in rounds
+            for held in splits
             for job in self.jobs(held, methods)
         )
         return sum(tries)
@@ -228,7 +228,7 @@ class Plan:
             "optim.lr or protocol.lrs"
         )
 
-    def run_steps(self, held: Round) -> tuple[int, int]:
+    def run_steps(self, held: Split) -> tuple[int, int]:
         """Returns the optimiser steps and warm-up steps of a fold."""
         if not self.epochs:
             return self.steps, self.optim.warmup_steps
@@ -236,8 +236,8 @@ class Plan:
         return steps, min(self.optim.warmup_steps, steps // 10)
 
 
-def fresh(plan: Plan, held: Round, method: str, seed: int) -> Probe:
+def fresh(plan: Plan, held: Split, method: str, seed: int) -> Probe:
     """Builds an untrained probe; its weights depend only on method, seed and fold."""
-    with own_randomness(torch.device(plan.device)):
+    with preserve_rng_state(torch.device(plan.device)):
         torch.manual_seed(derive_seed(seed, held.name, method, "init"))
         return plan.build(method)

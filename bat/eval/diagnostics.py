@@ -88,7 +88,7 @@ def encoder_statistics(
                 for statistics, block in zip(classes, features.cls, strict=True):
                     statistics.add(block[:, None], inside[:, :1], draw[:, :1])
     if not input_statistics.clips:
-        raise UserError("none of the clips for insight.encoder can be read")
+        raise UserError("none of the clips for diagnostics.encoder can be read")
     same = (input_statistics.spread() or 0.0) < SAME
 
     def by_kind(what: str, *, known: bool = True) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def _check(patches: Tensor, keys: Sequence[str]) -> None:
             key = keys[int((~finite).nonzero()[0])]
             raise UserError(
                 f"the encoder's features are not finite (clip {key}, block {number}): its weights "
-                "are damaged; insight.encoder=false leaves its statistics out"
+                "are damaged; diagnostics.encoder=false leaves its statistics out"
             )
 
 

@@ -5,7 +5,7 @@ A run's folder holds, besides what every run has:
     results.jsonl               a result per line, as soon as it is available (``results.py``)
     metrics.jsonl               training losses
     heads/ENCODER/METHOD-FOLD-SEED/    trained heads
-    insight/ENCODER.json        sinks, norms and ranks of every block (``diagnostics.py``)
+    diagnostics/ENCODER.json        sinks, norms and ranks of every block (``diagnostics.py``)
     plots/ENCODER/              its gates, folds and maps
     summary.json                all of it together; plots/: the comparison
 
@@ -40,7 +40,7 @@ from bat.eval.hardware import speed_up
 from bat.eval.heads import load_head, save_head
 from bat.eval.loading import autocast_for, device_for, registered_name, weights_digest
 from bat.eval.prepare import Prepared
-from bat.eval.results import Outcome, ResultsFile, summary
+from bat.eval.results import FoldResult, ResultsFile, summary
 from bat.eval.search import cross_validate
 from bat.io import filter_jsonl, write_json
 from bat.probes.base import Probe, build_probe, find_probe, takes_encoder
@@ -143,7 +143,7 @@ class Evaluation:
 
         Raises ``UserError`` if existing results are of something else or a probe cannot be built.
         """
-        return self.plan.steps_left(self.ready.rounds, self.methods)
+        return self.plan.steps_left(self.ready.splits, self.methods)
 
     def to_device(self) -> None:
         """Moves the encoder to its device, and compiles it if requested."""
@@ -157,9 +157,9 @@ class Evaluation:
         ``before`` are done.
         """
         self.to_device()
-        plan, file, rounds = self.plan, self.file, self.ready.rounds
+        plan, file, splits = self.plan, self.file, self.ready.splits
         seeds = range(self.config.seed, self.config.seed + self.config.seeds)
-        wanted = {(m, held.name, s) for m in self.methods for held in rounds for s in seeds}
+        wanted = {(m, held.name, s) for m in self.methods for held in splits for s in seeds}
         left = sum(not file.done(*job) for job in wanted)
         if left < len(wanted):
             log.info("%s: %d of %d results are there from before",
@@ -172,35 +172,35 @@ class Evaluation:
             with progress_bar(total, "probes", unit="step", show=show) as plan.bar:
                 plan.bar.initial = plan.bar.n = before
                 plan.bar.smoothing = 0  # time left by the mean speed: folds are alike
-                found = cross_validate(source, rounds, self.methods, plan)
-            if plan.diverged and not found and not file.outcomes:
+                found = cross_validate(source, splits, self.methods, plan)
+            if plan.diverged and not found and not file.fold_results:
                 raise UserError(f"{self.name}: {plan.diverged_line()}")
             self.seconds["probes"] = round(time.perf_counter() - began, 1)
         diverged = {method for method, _, _ in plan.diverged}
         if diverged:
             log.warning("%s: %s", self.name, plan.diverged_line())
-        outcomes = [
-            outcome
-            for outcome in file.outcomes
-            if (outcome.probe, outcome.fold, outcome.seed) in wanted
-            and outcome.probe not in diverged
+        fold_results = [
+            fold_result
+            for fold_result in file.fold_results
+            if (fold_result.probe, fold_result.fold, fold_result.seed) in wanted
+            and fold_result.probe not in diverged
         ]
         metric, confidence = self.ready.task.metric, self.config.confidence
-        results = summary(outcomes, metric=metric, confidence=confidence)
+        results = summary(fold_results, metric=metric, confidence=confidence)
         self.bad.check(final=True)
         if self.bad.keys:
             first = ": ".join(next(iter(self.bad.keys.items())))
             log.warning("%s: %d unreadable, the first %s", self.name, len(self.bad.keys), first)
-        insight: dict[str, Any] = {}
+        diagnostics: dict[str, Any] = {}
         if CURVE in self.methods and CURVE not in diverged:
-            insight["curve"] = self._curve(results)
+            diagnostics["curve"] = self._curve(results)
         began = time.perf_counter()
-        insight |= self._statistics()
-        self.seconds["insight"] = round(time.perf_counter() - began, 1)
+        diagnostics |= self._statistics()
+        self.seconds["diagnostics"] = round(time.perf_counter() - began, 1)
         return {
             **self._description(),
             "results": {method: entry for method, entry in results.items() if "@" not in method},
-            "insight": insight,
+            "diagnostics": diagnostics,
             "diverged": plan.diverged_line() if diverged else "",
             "seconds": self.seconds,
             **self._stored(),
@@ -210,7 +210,7 @@ class Evaluation:
         """Opens the features of all clips."""
         began = time.perf_counter()
         ready, config = self.ready, self.config
-        parts = [ids for r in ready.rounds for ids in (r.train, r.test, r.valid) if ids is not None]
+        parts = [ids for r in ready.splits for ids in (r.train, r.test, r.valid) if ids is not None]
         self.opened = open_features(
             self.stream(),
             np.unique(np.concatenate(parts)),
@@ -241,14 +241,14 @@ class Evaluation:
             with metrics.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"encoder": self.name, **row}) + "\n")
 
-        def on_probe(probe: Probe, outcomes: list[Outcome]) -> None:
-            first = outcomes[0]
+        def on_probe(probe: Probe, fold_results: list[FoldResult]) -> None:
+            first = fold_results[0]
             first_seed = first.seed == config.seed
             if config.heads_of == "all" or (config.heads_of == "first" and first_seed):
                 self._save(probe, first)
-            if first_seed and config.insight.maps and first.probe in MAPPED:
+            if first_seed and config.diagnostics.maps and first.probe in MAPPED:
                 self._keep(probe, first)
-            self.file.add(outcomes)
+            self.file.add(fold_results)
 
         return Plan(
             build=self.build,
@@ -271,7 +271,7 @@ class Evaluation:
             log_every=config.train.log_every,
             on_log=on_log,
             on_probe=on_probe,
-            before=self.file.outcomes,
+            before=self.file.fold_results,
             done=self.file.done,
         )
 
@@ -288,33 +288,33 @@ class Evaluation:
                 ),
             )
 
-    def _keep(self, probe: Probe, outcome: Outcome) -> None:
+    def _keep(self, probe: Probe, fold_result: FoldResult) -> None:
         """Keeps the last fold's preferred probe with prototypes, to be drawn."""
         rank = MAPPED.index
-        if outcome.fold == self.ready.rounds[-1].name and (
-            self.mapped is None or rank(outcome.probe) < rank(self.mapped[0])
+        if fold_result.fold == self.ready.splits[-1].name and (
+            self.mapped is None or rank(fold_result.probe) < rank(self.mapped[0])
         ):
-            self.mapped = outcome.probe, probe
+            self.mapped = fold_result.probe, probe
 
     def _head_folder(self, method: str, fold: str, seed: int) -> Path:
         return self.out / "heads" / self.name / f"{method}-{fold}-{seed}"
 
-    def _save(self, probe: Probe, outcome: Outcome) -> None:
-        if outcome.probe == CURVE:
+    def _save(self, probe: Probe, fold_result: FoldResult) -> None:
+        if fold_result.probe == CURVE:
             return  # one reader per block, each with its own values: the result is the curve
         save_head(
-            self._head_folder(outcome.probe, outcome.fold, outcome.seed),
+            self._head_folder(fold_result.probe, fold_result.fold, fold_result.seed),
             probe,
-            name=outcome.probe,
+            name=fold_result.probe,
             head=self.head,
             meta={
                 "bat_version": __version__,
                 "task": self.ready.task.name,
                 "labels": list(self.ready.labels),
                 "target": self.ready.task.target,
-                "held_out": outcome.fold,
-                "metrics": {k: v for k, v in outcome.metrics.items() if k != "per_class"},
-                "chosen": outcome.chosen,
+                "held_out": fold_result.fold,
+                "metrics": {k: v for k, v in fold_result.metrics.items() if k != "per_class"},
+                "selected": fold_result.selected,
                 "encoder": {
                     "checkpoint": self.config.checkpoint,
                     "weights": self.config.weights,
@@ -345,7 +345,7 @@ class Evaluation:
     def _stored(self) -> dict[str, Any]:
         """Returns where the features were stored and which clips could not be read; for a resumed
         run with nothing left to do, as recorded before."""
-        file = self.out / "insight" / f"{self.name}-features.json"
+        file = self.out / "diagnostics" / f"{self.name}-features.json"
         if self.opened is None:
             found = _read_recorded(file, self.made_from)
             return found or {"features": None, "bad_clips": self.bad.state_dict()}
@@ -364,15 +364,15 @@ class Evaluation:
 
     def _statistics(self) -> dict[str, Any]:
         """Returns ``diagnostics.encoder_statistics`` on held-out clips, kept in
-        ``insight/ENCODER.json``."""
-        if not self.config.insight.encoder:
+        ``diagnostics/ENCODER.json``."""
+        if not self.config.diagnostics.encoder:
             return {}
-        clips = self.config.insight.clips
-        file = self.out / "insight" / f"{self.name}.json"
+        clips = self.config.diagnostics.clips
+        file = self.out / "diagnostics" / f"{self.name}.json"
         made_from = {**self.made_from, "clips": clips}
         if (kept := _read_recorded(file, made_from)) is not None:
             return kept
-        held = np.unique(np.concatenate([r.test for r in self.ready.rounds]))
+        held = np.unique(np.concatenate([r.test for r in self.ready.splits]))
         drawn = np.random.default_rng(self.config.seed).permutation(held)[:clips]
         waves = self.stream().loader(np.sort(drawn), batch=8, workers=0)
         found = encoder_statistics(self.ready.backbone, waves, frames=self.ready.frames)
@@ -384,7 +384,7 @@ class Evaluation:
         In the form of ``report.insight_plots.plot_prototype_maps``; ("", []) if nothing can be
         drawn: no trained probe with prototypes, frame labels, or too many unreadable clips.
         """
-        ready, held, count = self.ready, self.ready.rounds[-1], self.config.insight.maps
+        ready, held, count = self.ready, self.ready.splits[-1], self.config.diagnostics.maps
         trained = self._mapped_probe() if count and ready.targets_of is None else None
         if trained is None:
             return "", []
@@ -413,7 +413,7 @@ class Evaluation:
         for name in (m for m in MAPPED if m in self.methods):
             if self.mapped is not None and self.mapped[0] == name:
                 return self.mapped
-            folder = self._head_folder(name, self.ready.rounds[-1].name, self.config.seed)
+            folder = self._head_folder(name, self.ready.splits[-1].name, self.config.seed)
             if folder.is_dir():
                 return name, load_head(folder)[0].to(self.device)
         return None

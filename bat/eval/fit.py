@@ -66,7 +66,7 @@ def fit(
     sizes = {k: sum(p.numel() for p in t.probe.parameters()) for k, t in trainings.items()}
     alone = set(trainings)  # trained one by one; from the second step on only where it must be so
 
-    with own_randomness(device), _threads(list(sizes.values()), device) as pool:
+    with preserve_rng_state(device), _threads(list(sizes.values()), device) as pool:
         for step, (features, targets) in zip(range(steps), batches, strict=False):
             features, targets = to_device(features, device), targets.to(device)
             inside = features.inside() if targets.ndim < 3 else None
@@ -238,7 +238,7 @@ def predict(
 
 
 @contextmanager
-def own_randomness(device: torch.device) -> Iterator[None]:
+def preserve_rng_state(device: torch.device) -> Iterator[None]:
     """Restores the state of the global generators on exit."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -39,7 +39,7 @@ def draw_encoder(folder: Path, evaluation: Evaluation, entry: dict[str, Any]) ->
     results, metric = entry["results"], evaluation.ready.task.metric
     name, maps = evaluation.maps()
     valid = []  # of heads that were not kept
-    if evaluation.config.insight.maps and not maps:
+    if evaluation.config.diagnostics.maps and not maps:
         valid = [f"{MAPS}{method}" for method in results]
     _remove(folder, OF_ENCODER, but=valid)
     if maps:
@@ -47,7 +47,7 @@ def draw_encoder(folder: Path, evaluation: Evaluation, entry: dict[str, Any]) ->
     if gates := {m: list(e["gate"].values()) for m, e in results.items() if e["gate"]}:
         over = "trainings" if evaluation.config.seeds > 1 else "folds"
         plot_layer_gates(gates, folder / "layer-gates.png", over=over)
-    if len(evaluation.ready.rounds) > 1 and len(results) <= len(COLOURS):
+    if len(evaluation.ready.splits) > 1 and len(results) <= len(COLOURS):
         folds = {
             method: {
                 fold: float(np.mean([row[metric] for row in rows.values()]))
@@ -83,7 +83,7 @@ def draw_comparison(folder: Path, summary: dict[str, Any]) -> None:
     words: dict[str, Any] = {
         "metric": TITLES[metric],
         "chance": chance_of(metric, len(summary["labels"])),
-        "controls": baselines,
+        "baselines": baselines,
         "lower": describe(metric).better == "lower",
     }
     plot_comparison(
@@ -102,18 +102,20 @@ def draw_comparison(folder: Path, summary: dict[str, Any]) -> None:
     }
     if gates:
         plot_gates_heat(gates, folder / "gates.png")
-    found = {name: entry["insight"] for name, entry in encoders.items()}
+    found = {name: entry["diagnostics"] for name, entry in encoders.items()}
     curves = {
-        name: {"mean": insight["curve"][metric], "std": insight["curve"]["std"]}
-        for name, insight in found.items()
-        if "curve" in insight
+        name: {"mean": diagnostics["curve"][metric], "std": diagnostics["curve"]["std"]}
+        for name, diagnostics in found.items()
+        if "curve" in diagnostics
     }
     if curves:
         plot_layer_curve(curves, folder / "layer-curve.png", **words)
-    if sinks := {n: insight["sinks"] for n, insight in found.items() if insight.get("sinks")}:
-        plot_sinks(sinks, folder / "attention-sinks.png", controls=baselines)
-    if norms := {n: insight for n, insight in found.items() if insight.get("norms")}:
-        plot_norms_ranks(norms, folder / "norms-ranks.png", controls=baselines)
+    if sinks := {
+        n: diagnostics["sinks"] for n, diagnostics in found.items() if diagnostics.get("sinks")
+    }:
+        plot_sinks(sinks, folder / "attention-sinks.png", baselines=baselines)
+    if norms := {n: diagnostics for n, diagnostics in found.items() if diagnostics.get("norms")}:
+        plot_norms_ranks(norms, folder / "norms-ranks.png", baselines=baselines)
 
 
 def _remove(folder: Path, stems: Sequence[str], *, but: Sequence[str] = ()) -> None:

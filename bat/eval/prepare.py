@@ -17,9 +17,9 @@ from bat.encoders.base import Encoder, SpectrogramEncoder
 from bat.errors import UserError
 from bat.eval.hardware import attention_in_words
 from bat.eval.loading import check_weights, data_of_run, device_for, load_for
-from bat.eval.run_folder import open_data, open_own
+from bat.eval.run_folder import open_csv, open_data
 from bat.eval.scoring import Scorer
-from bat.eval.splits import DRAWN_FOLDS, Round, check_labels, check_rounds, how, make_rounds
+from bat.eval.splits import DRAWN_FOLDS, Split, check_labels, check_splits, how, make_splits
 from bat.eval.targets import FrameTargets, TokenTargets, digest_texts, outputs
 from bat.nn.losses import Loss, loss_for
 from bat.seeding import derive_seed
@@ -40,7 +40,7 @@ class PreparedData(Generic[C]):
     run, and the length of the window, its ``task`` that of the data."""
     task: Task
     index: Index
-    rounds: list[Round]
+    splits: list[Split]
     loss: Loss
     note: str = ""
     """Line to print if the data were taken from the checkpoint's run, else empty."""
@@ -128,7 +128,7 @@ def open_probing(config: C) -> PreparedData[C]:
     data, note = data_of_run(config)
     config = replace(config, data=data)
     if data.csv:
-        task, index, own = open_own(data, progress=config.log.progress)
+        task, index, own = open_csv(data, progress=config.log.progress)
         return check_data(replace(config, task=task.name), task, index, note=note, own=own)
     task, index = open_data(config.task, data, progress=config.log.progress)
     return check_data(config, task, index, note=note)
@@ -174,11 +174,11 @@ def check_frames(backbone: Encoder, *, frames: int, clip_seconds: float) -> None
 def _joined(data: PreparedData[C], config: C, backbone: Encoder, frames: int | None) -> Prepared[C]:
     """Returns ``data`` with the encoder and the targets of its time patches."""
     targets_of: FrameTargets | TokenTargets | None = None
-    notices, rounds = list(data.notices), data.rounds
+    notices, splits = list(data.notices), data.splits
     hop_ms = 1000 * backbone.hop_seconds
     if data.texts is not None:
         targets_of = TokenTargets(data.texts, labels=data.labels, kind=data.task.tokens)
-        rounds, said = _without_long_texts(data, targets_of, backbone, frames)
+        splits, said = _without_long_texts(data, targets_of, backbone, frames)
         notices += said
     if data.events is not None:
         targets_of = FrameTargets(
@@ -193,7 +193,7 @@ def _joined(data: PreparedData[C], config: C, backbone: Encoder, frames: int | N
                 f"({hop_ms:g} ms): no patch is labelled with them"
             )
     config = replace(config, task=data.config.task, data=data.config.data, head=data.config.head)
-    changed = {"config": config, "rounds": rounds, "notices": tuple(notices)}
+    changed = {"config": config, "splits": splits, "notices": tuple(notices)}
     return Prepared(
         **{**vars(data), **changed}, backbone=backbone, frames=frames, targets_of=targets_of
     )
@@ -201,7 +201,7 @@ def _joined(data: PreparedData[C], config: C, backbone: Encoder, frames: int | N
 
 def _without_long_texts(
     data: PreparedData[C], targets_of: TokenTargets, backbone: Encoder, frames: int | None
-) -> tuple[list[Round], list[str]]:
+) -> tuple[list[Split], list[str]]:
     """Returns the folds without the training clips whose text is longer than their time patches,
     and lines that count these."""
     index = data.index
@@ -216,18 +216,18 @@ def _without_long_texts(
         own = backbone.time_patches(clip_samples(seconds, backbone.sample_rate))
         long[i] = targets_of.too_long(index.key(i), own if fixed is None else fixed)
     if not long.any():
-        return data.rounds, []
-    rounds = [replace(held, train=held.train[~long[held.train]]) for held in data.rounds]
+        return data.splits, []
+    splits = [replace(held, train=held.train[~long[held.train]]) for held in data.splits]
     first = index.key(int(long.argmax()))
     why = f"longer than its clip has time patches of {1000 * backbone.hop_seconds:g} ms"
-    if not all(len(held.train) for held in rounds):
+    if not all(len(held.train) for held in splits):
         raise UserError(
             f"the text of every training clip is {why} (the first: {first}): cut the clips at "
             "words, or use an encoder with shorter patches"
         )
-    out = int(long[np.unique(np.concatenate([held.train for held in data.rounds]))].sum())
+    out = int(long[np.unique(np.concatenate([held.train for held in data.splits]))].sum())
     said = f"{int(long.sum())} of {len(index)} clips have a text that is {why} (the first: {first})"
-    return rounds, [f"{said}: {out} left out of training, none of the evaluation"]
+    return splits, [f"{said}: {out} left out of training, none of the evaluation"]
 
 
 def check_data(
@@ -267,7 +267,7 @@ def check_data(
     protocol = config.protocol if isinstance(config, Probe) else None
     if protocol is not None and protocol.metric == "map" and texts is not None:
         raise UserError("protocol.metric=map: a task of tokens has no mAP; say =task")
-    rounds = make_rounds(
+    splits = make_splits(
         index,
         config.folds,
         protocol=protocol,
@@ -278,10 +278,10 @@ def check_data(
     )
     if config.data.split != "auto":
         notices.append(f"trained on split {config.data.split}; {index.counted_splits()}")
-    notices += check_rounds(rounds, index, multi_label=task.multi_label, labelled=texts is None)
+    notices += check_splits(splits, index, multi_label=task.multi_label, labelled=texts is None)
     labels = tuple(index.vocabulary)
     if texts is not None:
-        trained = np.unique(np.concatenate([held.train for held in rounds]))
+        trained = np.unique(np.concatenate([held.train for held in splits]))
         known = {escape_key(key): text for key, text in texts.items()}
         labels = tuple(outputs((known[index.key(int(i))] for i in trained), task.tokens))
     notices += doubts(index.vocabulary)
@@ -290,7 +290,7 @@ def check_data(
         notices.append(f"{without} of {len(index)} clips have no label: negatives of every class")
     if isinstance(config, Finetune) or (isinstance(config, Probe) and not config.train.epochs):
         notices += config.optim.notes(config.train.steps)
-    if rounds[0].drawn:
+    if splits[0].drawn:
         notices.append(
             "folds drawn: clips cut from one recording may be on both sides; a column fold keeps "
             "them together"
@@ -299,11 +299,11 @@ def check_data(
         config=config,
         task=task,
         index=index,
-        rounds=rounds,
+        splits=splits,
         loss=loss_for(task, config.loss),
         note=note,
         notices=tuple(notices),
-        how=how(rounds, protocol),
+        how=how(splits, protocol),
         events=events,
         texts=texts,
         labels=labels,

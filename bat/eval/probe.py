@@ -55,12 +55,12 @@ def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -
     methods = expand(config.methods, level=config.level)
     for method in methods:
         check_level(find_probe(method), config.level)
-    methods += [CURVE] if config.insight.curve else []
+    methods += [CURVE] if config.diagnostics.curve else []
     encoders = encoders_of(config)
     out = default_out(config)
     config = with_precision(config, out)
     data = open_probing(config)
-    if config.control == "permuted":
+    if config.permute_labels:
         data = permuted(data, seed=config.seed)
     finetuned = finetuned_of(
         config,
@@ -136,20 +136,20 @@ def _summary(
         "multi_label": task.multi_label,
         "level": config.level,
         "protocol": to_dict(config.protocol),
-        "control": config.control,
+        "permute_labels": config.permute_labels,
         "how": data.how,
         "notices": list(data.notices),
         "methods": list(methods),
         "clips": len(data.index),
         "labels": list(data.labels),
-        "rounds": [
+        "splits": [
             {
                 "name": held.name,
                 "train": len(held.train),
                 "valid": 0 if held.valid is None else len(held.valid),
                 "test": len(held.test),
             }
-            for held in data.rounds
+            for held in data.splits
         ],
         "seeds": list(range(config.seed, config.seed + config.seeds)),
         "steps": config.train.steps if not config.train.epochs else None,
@@ -182,14 +182,14 @@ def _dry_run(evaluation: Evaluation) -> None:
     """Builds everything and runs one batch through encoder and probes (one clip on the CPU)."""
     evaluation.to_device()
     ready = evaluation.ready
-    index, backbone, frames, rounds = ready.index, ready.backbone, ready.frames, ready.rounds
+    index, backbone, frames, splits = ready.index, ready.backbone, ready.frames, ready.splits
     stream = evaluation.stream()
     clips = ready.config.data.batch if evaluation.device.type == "cuda" else 1
-    size = measured(stream, rounds[0].train, batch=clips) * len(index)
-    features, _ = next(iter(stream.once(rounds[0].train[:clips], batch=clips)))
+    size = measured(stream, splits[0].train, batch=clips) * len(index)
+    features, _ = next(iter(stream.once(splits[0].train[:clips], batch=clips)))
     if ready.note:
         print(ready.note)
-    print(f"data      {len(index)} clips, {index.classes} labels, {len(rounds)} round(s)")
+    print(f"data      {len(index)} clips, {index.classes} labels, {len(splits)} round(s)")
     print(
         f"encoder   {evaluation.name}: width {backbone.width}, {backbone.depth} blocks, "
         f"{'each clip its own' if frames is None else frames} frames"
@@ -212,16 +212,16 @@ def _headline(evaluation: Evaluation, methods: Sequence[str], of: str) -> str:
     seeds = f", {config.seeds} seeds" if config.seeds > 1 else ""
     length = f"{config.train.steps} steps"
     if config.train.epochs:
-        clips = min(len(held.train) for held in ready.rounds)
+        clips = min(len(held.train) for held in ready.splits)
         steps = math.ceil(config.train.epochs * clips / config.data.batch)
         length = f"{config.train.epochs:g} epochs, {max(1, steps, config.train.min_steps)} steps"
     more = [
-        f"{', '.join(methods)}{level}: {len(ready.rounds)} round(s){seeds}, {length}; the encoder "
+        f"{', '.join(methods)}{level}: {len(ready.splits)} round(s){seeds}, {length}; the encoder "
         "is frozen"
     ]
     if not ready.backbone.has_cls:
         more.append("no class token in this encoder: the mean patch stands in for it")
-    if config.control == "permuted":
+    if config.permute_labels:
         more.append("permuted labels: every clip has another clip's labels")
     source = f"{config.checkpoint}, {config.weights}"
     first = f"bat {__version__}: probing {evaluation.name}{of} ({source}) in {evaluation.out}"

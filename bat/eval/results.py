@@ -30,7 +30,7 @@ SHOWN = ("accuracy", "map", "f1", "event_f1", "segment_f1", "token_error_rate", 
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FoldResult:
     """Result of one method in one fold."""
 
     method: str
@@ -41,7 +41,7 @@ class Outcome:
     seed: int = 0
     probe: str = ""
     """Method that was trained, if it has several readers (``curve`` of ``curve@3``)."""
-    chosen: dict[str, Any] = field(default_factory=dict)
+    selected: dict[str, Any] = field(default_factory=dict)
     """Selected values: ``lr``, ``weight_decay``, ``step``, ``validation`` (its score or None),
     ``candidates``."""
     parameters: int = 0
@@ -59,7 +59,7 @@ class ResultsFile:
     def __init__(self, path: Path, *, encoder: str, made_from: dict[str, str]) -> None:
         """Raises ``UserError`` if the file holds this encoder's results of something else."""
         self.path, self.encoder, self.made_from = path, encoder, made_from
-        self.outcomes: list[Outcome] = []
+        self.fold_results: list[FoldResult] = []
         self.written: set[tuple[str, str, int]] = set()
         if path.is_file() and not path.read_bytes().endswith(b"\n"):
             filter_jsonl(path, lambda row: True)  # drops the last line, cut off by a kill
@@ -73,67 +73,67 @@ class ResultsFile:
                     "now: give another out=, or remove that folder"
                 )
             kept = {k: v for k, v in row.items() if k not in ("encoder", "made_from")}
-            self.outcomes.append(Outcome(**kept))
+            self.fold_results.append(FoldResult(**kept))
             self.written.add((row["probe"], row["fold"], row["seed"]))
 
     def done(self, probe: str, fold: str, seed: int) -> bool:
         """Return True if this training was done and evaluated before."""
         return (probe, fold, seed) in self.written
 
-    def add(self, outcomes: Sequence[Outcome]) -> None:
+    def add(self, fold_results: Sequence[FoldResult]) -> None:
         """Appends the results of one training, all of them or none."""
         head = {"encoder": self.encoder, "made_from": self.made_from}
-        lines = [json.dumps({**head, **asdict(outcome)}) + "\n" for outcome in outcomes]
+        lines = [json.dumps({**head, **asdict(fold_result)}) + "\n" for fold_result in fold_results]
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
-        self.outcomes += outcomes
-        self.written |= {(o.probe, o.fold, o.seed) for o in outcomes}
+        self.fold_results += fold_results
+        self.written |= {(o.probe, o.fold, o.seed) for o in fold_results}
 
 
 def summary(
-    outcomes: Iterable[Outcome], *, metric: str = "accuracy", confidence: float = 0.95
+    fold_results: Iterable[FoldResult], *, metric: str = "accuracy", confidence: float = 0.95
 ) -> dict[str, dict[str, Any]]:
     """Returns ``{method: {"folds": {fold: {seed: metrics}}, "mean", "std", "std_over", "interval",
-    "gate": {"fold-seed": [L]}, "chosen": {"fold-seed": {}}, "parameters"}}``.
+    "gate": {"fold-seed": [L]}, "selected": {"fold-seed": {}}, "parameters"}}``.
 
     ``interval``: of the mean of ``metric``, None if the results hold no resamples.
     """
-    by_method: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        by_method.setdefault(outcome.method, []).append(outcome)
+    by_method: dict[str, list[FoldResult]] = {}
+    for fold_result in fold_results:
+        by_method.setdefault(fold_result.method, []).append(fold_result)
     return {method: _entry(found, metric, confidence) for method, found in by_method.items()}
 
 
-def _entry(outcomes: list[Outcome], metric: str, confidence: float) -> dict[str, Any]:
+def _entry(fold_results: list[FoldResult], metric: str, confidence: float) -> dict[str, Any]:
     """Returns the summary of one method."""
     folds: dict[str, dict[str, Any]] = {}
-    for o in outcomes:
+    for o in fold_results:
         folds.setdefault(o.fold, {})[str(o.seed)] = o.metrics
-    seeds = list(dict.fromkeys(str(o.seed) for o in outcomes))
+    seeds = list(dict.fromkeys(str(o.seed) for o in fold_results))
     over = "seeds" if len(seeds) > 1 else "folds" if len(folds) > 1 else "none"
     mean, std = {}, {}
-    for name in (m for m, value in outcomes[0].metrics.items() if isinstance(value, float)):
+    for name in (m for m, value in fold_results[0].metrics.items() if isinstance(value, float)):
         if over == "seeds":
             rows = [[f[s][name] for f in folds.values() if s in f] for s in seeds]
             values = [summarise(row)[0] for row in rows]
         else:
-            values = [o.metrics[name] for o in outcomes]
+            values = [o.metrics[name] for o in fold_results]
         mean[name], std[name] = summarise(values)
-    tables = [o.replicates for o in outcomes]
+    tables = [o.replicates for o in fold_results]
     middle = None
     if all(tables):
         draws = np.mean(np.array(tables), axis=0)
         most = describe(metric).most
         middle = list(interval(draws, confidence, at=mean[metric], most=most))
     return {
-        "parameters": outcomes[0].parameters,
+        "parameters": fold_results[0].parameters,
         "mean": mean,
         "std": std,
         "std_over": over,
         "interval": middle,
         "folds": folds,
-        "gate": {f"{o.fold}-{o.seed}": o.gate for o in outcomes if o.gate is not None},
-        "chosen": {f"{o.fold}-{o.seed}": o.chosen for o in outcomes if o.chosen},
+        "gate": {f"{o.fold}-{o.seed}": o.gate for o in fold_results if o.gate is not None},
+        "selected": {f"{o.fold}-{o.seed}": o.selected for o in fold_results if o.selected},
     }
 
 

@@ -75,7 +75,7 @@ PROBING = (
     "confidence:",
     "heads_of:",
     "features.",
-    "insight.",
+    "diagnostics.",
     "train.memory_gb:",
 )
 """Settings that may change when a probe run is resumed: existing results stay, new ones are added.
@@ -227,7 +227,7 @@ def open_data(
     shards that can only be read sequentially).
     """
     if data.csv and labelled:
-        return open_own(data, progress=progress)[:2]
+        return open_csv(data, progress=progress)[:2]
     task = UNLABELLED if data.csv else load_task(task_name)
     _check_given(task, data)
     index: Index
@@ -267,7 +267,7 @@ def open_data(
     return task.settle(index.labels_per_clip.tolist()), index
 
 
-def open_own(data: Data, *, progress: bool = True) -> tuple[Task, Index, Reading]:
+def open_csv(data: Data, *, progress: bool = True) -> tuple[Task, Index, Reading]:
     """Returns task ``csv``, the index of what ``data.csv`` lists, and the list with its events.
 
     Raises ``UserError`` as ``csv.read``, and if more than ``data.max_bad`` of the files cannot be

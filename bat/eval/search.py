@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from bat.config.probing import Protocol
-from bat.eval.candidates import EVERY, Candidate, Look, Plan, Score, State, fresh, passes
+from bat.eval.candidates import EVERY, Candidate, Plan, Score, State, Validation, fresh, passes
 from bat.eval.features import Source
-from bat.eval.fit import Predictions, Training, fit, own_randomness, predictions
-from bat.eval.results import Outcome
+from bat.eval.fit import Predictions, Training, fit, predictions, preserve_rng_state
+from bat.eval.results import FoldResult
 from bat.eval.scoring import values_of
-from bat.eval.splits import Round
+from bat.eval.splits import Split
 from bat.metrics.base import describe
 from bat.probes.base import Probe
 from bat.redact import one_line
@@ -34,26 +34,26 @@ Selected = dict[str, dict[str, tuple[float, float]]]
 
 
 def cross_validate(
-    source: Source, rounds: Sequence[Round], methods: Sequence[str], plan: Plan
-) -> list[Outcome]:
-    """Trains, selects and evaluates each of ``methods`` with each seed in each of ``rounds``.
+    source: Source, splits: Sequence[Split], methods: Sequence[str], plan: Plan
+) -> list[FoldResult]:
+    """Trains, selects and evaluates each of ``methods`` with each seed in each of ``splits``.
 
     A training that diverges at every rate has no result and is listed in ``plan.diverged``.
     """
-    outcomes: list[Outcome] = []
+    fold_results: list[FoldResult] = []
     plan.measure(methods)
-    for held in rounds:
+    for held in splits:
         jobs = plan.jobs(held, methods)
         searching = [job for job in jobs if plan.searches(job[1])]
-        outcomes += _Fold(source, held, plan).run(searching)
+        fold_results += _Fold(source, held, plan).run(searching)
         if others := [job for job in jobs if job not in searching]:
             selected: Selected = {}
-            for o in (*plan.before, *outcomes):
+            for o in (*plan.before, *fold_results):
                 if (o.fold, o.seed) == (held.name, plan.seed):
-                    pair = o.chosen["lr"], o.chosen["weight_decay"]
+                    pair = o.selected["lr"], o.selected["weight_decay"]
                     selected.setdefault(o.probe, {})[o.method.removeprefix(o.probe)] = pair
-            outcomes += _Fold(source, held, plan, selected).run(others)
-    return outcomes
+            fold_results += _Fold(source, held, plan, selected).run(others)
+    return fold_results
 
 
 class _Fold:
@@ -64,16 +64,16 @@ class _Fold:
     """
 
     def __init__(
-        self, source: Source, held: Round, plan: Plan, given: Selected | None = None
+        self, source: Source, held: Split, plan: Plan, given: Selected | None = None
     ) -> None:
         self.source, self.held, self.plan, self.given = source, held, plan, given
         self.protocol = plan.protocol or Protocol(selection="none")
-        self.best: dict[Job, dict[str, Look]] = {}
+        self.best: dict[Job, dict[str, Validation]] = {}
         """The best validation step so far, by answer."""
         self.tried: Counter[Job] = Counter()
         """Number of candidates."""
 
-    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+    def run(self, jobs: Sequence[Job]) -> list[FoldResult]:
         plan, bar = self.plan, self.plan.bar
         candidates = []
         for method, seed in jobs:
@@ -93,15 +93,15 @@ class _Fold:
             passes(candidates, parameters=plan.parameters, memory_bytes=plan.memory_bytes)
         )
         left = self.tried.copy()
-        outcomes = []
+        fold_results = []
         for number, group in enumerate(groups, start=1):
             if bar is not None:
                 part = f", pass {number} of {len(groups)}" if len(groups) > 1 else ""
                 bar.set_description(f"probes, {one_line(self.held.name)} held out{part}")
             self._train(group)
             left.subtract(candidate.job for candidate in group)
-            outcomes += self._evaluate([job for job in self.best if not left[job]])
-        return outcomes
+            fold_results += self._evaluate([job for job in self.best if not left[job]])
+        return fold_results
 
     def _train(self, group: Sequence[Candidate]) -> None:
         """Trains ``group`` side by side; keeps the best validation steps in ``self.best``."""
@@ -129,11 +129,11 @@ class _Fold:
                     continue
                 if protocol.patience and without_gain[at] >= protocol.patience:
                     continue  # this answer has stopped, others of its probe have not
-                better = Look(candidate, step, score, {}).better(best.get(answer))
+                better = Validation(candidate, step, score, {}).better(best.get(answer))
                 if score is not None and better:
                     if candidate not in states:
                         states[candidate] = _state(trainings[candidate].probe)
-                    best[answer] = Look(candidate, step, score, states[candidate])
+                    best[answer] = Validation(candidate, step, score, states[candidate])
                 if score is not None and (at not in tops or score > tops[at]):
                     tops[at], without_gain[at] = score, 0
                 else:
@@ -171,7 +171,7 @@ class _Fold:
         if held.valid is None:
             for candidate, training in trainings.items():
                 assert not self.best[candidate.job], "nothing selects among candidates"
-                last = Look(candidate, steps, None, _state(training.probe))
+                last = Validation(candidate, steps, None, _state(training.probe))
                 self.best[candidate.job][EVERY] = last
 
     def _scores(self, probes: dict[Candidate, Probe]) -> dict[tuple[Candidate, str], Score | None]:
@@ -179,7 +179,7 @@ class _Fold:
         plan, valid = self.plan, self.held.valid
         assert valid is not None
         assert plan.scorer is not None
-        with own_randomness(torch.device(plan.device)):
+        with preserve_rng_state(torch.device(plan.device)):
             found = predictions(
                 probes, self.source.once(valid, batch=plan.batch), autocast=plan.autocast
             )
@@ -189,9 +189,9 @@ class _Fold:
             if not logits.isfinite().all():
                 scores[candidate, answer] = None
                 continue
-            value = plan.scorer.values(logits, found, self.source, valid)[plan.chooses]
+            value = plan.scorer.values(logits, found, self.source, valid)[plan.selection_metric]
             if math.isnan(value):  # no class of the validation clips has a positive
-                value = describe(plan.chooses).worst
+                value = describe(plan.selection_metric).worst
             tokens = not found.targets.is_floating_point()  # CTC needs whole clips
             loss = 0.0 if tokens else float(plan.loss(logits, found.targets.float()))
             scores[candidate, answer] = self._signed(value), -loss
@@ -200,9 +200,9 @@ class _Fold:
     def _signed(self, value: float) -> float:
         """Returns ``value`` of the selection metric, negated if lower is better (its own
         inverse)."""
-        return value if describe(self.plan.chooses).better == "higher" else -value
+        return value if describe(self.plan.selection_metric).better == "higher" else -value
 
-    def _evaluate(self, jobs: Sequence[Job]) -> list[Outcome]:
+    def _evaluate(self, jobs: Sequence[Job]) -> list[FoldResult]:
         """Evaluates the selected step of each job on the held-out clips, once each.
 
         A job that diverged, or has an answer that did, has no results and is in ``plan.diverged``.
@@ -211,21 +211,21 @@ class _Fold:
         looks = {job: self.best.pop(job) for job in jobs}
         probes: dict[tuple[Job, int], Probe] = {}  # one for each job and state
         for job, answers in looks.items():
-            for look in answers.values():
-                if (job, id(look.state)) not in probes:
+            for best_step in answers.values():
+                if (job, id(best_step.state)) not in probes:
                     probe = fresh(plan, held, *job)
-                    probe.load_state_dict(look.state)
-                    probes[job, id(look.state)] = probe.to(plan.device).eval()
+                    probe.load_state_dict(best_step.state)
+                    probes[job, id(best_step.state)] = probe.to(plan.device).eval()
 
-        def selected(job: Job, answer: str) -> Look | None:
+        def selected(job: Job, answer: str) -> Validation | None:
             return looks[job].get(answer) or looks[job].get(EVERY)
 
         def wanted(key: tuple[Job, int], answer: str) -> bool:
             """Return True for answers selected at this state, or never selected."""
-            look = selected(key[0], answer)
-            return look is None or id(look.state) == key[1]
+            best_step = selected(key[0], answer)
+            return best_step is None or id(best_step.state) == key[1]
 
-        outcomes: dict[Job, list[Outcome]] = {job: [] for job in jobs}
+        fold_results: dict[Job, list[FoldResult]] = {job: [] for job in jobs}
         diverged = {job for job in jobs if not looks[job]}
         if probes:
             batches = self.source.once(held.test, batch=plan.batch)
@@ -237,25 +237,27 @@ class _Fold:
                 if best is None or not logits.isfinite().all():
                     diverged.add(job)
                 elif job not in diverged:
-                    outcome = self._outcome(job, answer, best, probes[key], logits, found)
-                    outcomes[job].append(outcome)
+                    fold_result = self._fold_result(job, answer, best, probes[key], logits, found)
+                    fold_results[job].append(fold_result)
         for job in jobs:
             if job in diverged:
                 plan.diverged.append((job[0], held.name, job[1]))
             elif plan.on_probe is not None:
                 first = next(iter(looks[job].values()))
-                plan.on_probe(probes[job, id(first.state)], outcomes[job])
-        return [outcome for job in jobs if job not in diverged for outcome in outcomes[job]]
+                plan.on_probe(probes[job, id(first.state)], fold_results[job])
+        return [
+            fold_result for job in jobs if job not in diverged for fold_result in fold_results[job]
+        ]
 
-    def _outcome(
+    def _fold_result(
         self,
         job: Job,
         answer: str,
-        look: Look,
+        best_step: Validation,
         probe: Probe,
         logits: Tensor,
         found: Predictions,
-    ) -> Outcome:
+    ) -> FoldResult:
         plan, held, gate = self.plan, self.held, probe.layer_gate()
         assert plan.scorer is not None
         computed = plan.scorer.computed(logits, found, self.source, held.test)
@@ -266,18 +268,18 @@ class _Fold:
                 plan.metric, resamples=plan.bootstrap, seed=seed
             )
             resampled = [round(float(v), 6) for v in values]
-        return Outcome(
+        return FoldResult(
             method=f"{job[0]}{answer}",
             fold=held.name,
             metrics=values_of(computed),
             gate=None if gate is None else gate.cpu().tolist(),
             seed=job[1],
             probe=job[0],
-            chosen={
-                "lr": look.candidate.lr,
-                "weight_decay": look.candidate.weight_decay,
-                "step": look.step,
-                "validation": None if look.score is None else self._signed(look.score[0]),
+            selected={
+                "lr": best_step.candidate.lr,
+                "weight_decay": best_step.candidate.weight_decay,
+                "step": best_step.step,
+                "validation": None if best_step.score is None else self._signed(best_step.score[0]),
                 "candidates": self.tried[job],
             },
             parameters=plan.parameters[job[0]],

@@ -33,7 +33,7 @@ SHOWN, MANY = 5, 10
 
 
 @dataclass(frozen=True)
-class Round:
+class Split:
     """A fold or split: the clip ids for one training and its evaluation."""
 
     name: str
@@ -52,7 +52,7 @@ class Round:
         return "the split" if self.name == "test" else f"fold {self.name}"
 
 
-def make_rounds(
+def make_splits(
     index: Index,
     folds: Sequence[int] | None = None,
     *,
@@ -61,7 +61,7 @@ def make_rounds(
     multi_label: bool = False,
     draw: int = 0,
     split: str = "auto",
-) -> list[Round]:
+) -> list[Split]:
     """Returns the folds or splits of ``index``, in order.
 
     Args:
@@ -86,38 +86,38 @@ def make_rounds(
     if index.folds and split == "auto":
         if len(index.folds) < 2:
             raise UserError(f"all clips are in fold {index.folds[0]}: two folds are needed")
-        rounds = _by_fold(index.fold, folds, selects=selects)
+        splits = _by_fold(index.fold, folds, selects=selects)
     elif draw and not index.splits:
         fold = _draw_folds(index, draw, seed=seed, multi_label=multi_label)
-        rounds = [replace(held, drawn=True) for held in _by_fold(fold, folds, selects=selects)]
+        splits = [replace(held, drawn=True) for held in _by_fold(fold, folds, selects=selects)]
     elif folds is not None:
         raise UserError(f"folds={list(folds)}: the data has no folds; omit folds")
     else:
-        rounds = [_by_split(index, split, selects=selects)]
+        splits = [_by_split(index, split, selects=selects)]
     if protocol is None or not selects:
-        return rounds
-    if protocol.fraction != Protocol().fraction and all(r.valid is not None for r in rounds):
+        return splits
+    if protocol.fraction != Protocol().fraction and all(r.valid is not None for r in splits):
         raise UserError(
             f"protocol.fraction={protocol.fraction}: nothing is kept out of the training clips, "
-            f"for values are selected on a {rounds[0].valid_is} of the data; omit it"
+            f"for values are selected on a {splits[0].valid_is} of the data; omit it"
         )
     return [
         held if held.valid is not None else _with_part(index, held, protocol.fraction, seed)
-        for held in rounds
+        for held in splits
     ]
 
 
-def _by_fold(fold: np.ndarray, wanted: Sequence[int] | None, *, selects: bool) -> list[Round]:
+def _by_fold(fold: np.ndarray, wanted: Sequence[int] | None, *, selects: bool) -> list[Split]:
     """Returns a fold for each of ``wanted`` (None: all); ``fold``: (n,), -1 for clips in none."""
     known = np.unique(fold[fold >= 0]).tolist()
     wanted = known if wanted is None else list(dict.fromkeys(wanted))
     if not wanted:
         raise UserError(f"folds=[] holds nothing out: folds are {known}")
-    rounds = []
+    splits = []
     for name in wanted:
         if name not in known:
             raise UserError(f"no clip has fold {name}: folds are {known}")
-        held = Round(
+        held = Split(
             str(name),
             train=np.flatnonzero((fold != name) & (fold >= 0)),
             test=np.flatnonzero(fold == name),
@@ -126,11 +126,11 @@ def _by_fold(fold: np.ndarray, wanted: Sequence[int] | None, *, selects: bool) -
             valid = np.flatnonzero(fold == known[(known.index(name) + 1) % len(known)])
             train = np.setdiff1d(held.train, valid)
             held = replace(held, train=train, valid=valid, valid_is="fold")
-        rounds.append(held)
-    return rounds
+        splits.append(held)
+    return splits
 
 
-def _by_split(index: Index, split: str, *, selects: bool) -> Round:
+def _by_split(index: Index, split: str, *, selects: bool) -> Split:
     named: dict[str, str] = {}  # the split that means train, test, valid
     for name in index.splits:
         meaning = split_of(name)
@@ -151,13 +151,13 @@ def _by_split(index: Index, split: str, *, selects: bool) -> Round:
                 f"training split ({index.counted_splits()})"
             )
     of = index.clips_in_split
-    held = Round("test", train=of(train), test=of(named["test"]))
+    held = Split("test", train=of(train), test=of(named["test"]))
     if selects and "valid" in named:
         return replace(held, valid=of(named["valid"]), valid_is="split")
     return held
 
 
-def _with_part(index: Index, held: Round, fraction: float, seed: int) -> Round:
+def _with_part(index: Index, held: Split, fraction: float, seed: int) -> Split:
     """Returns ``held`` with ``fraction`` of its training clips kept out for validation, balanced
     over classes, at least one clip; one clip of each class always stays in training."""
     order = _even_order(index, held.train, seed=derive_seed(seed, held.name, "valid"))
@@ -215,14 +215,14 @@ def _strata(index: Index) -> np.ndarray:
     return strata
 
 
-def how(rounds: Sequence[Round], protocol: Protocol | None = None) -> str:
+def how(splits: Sequence[Split], protocol: Protocol | None = None) -> str:
     """Describes how the results were obtained, in one sentence without a full stop."""
-    first = rounds[0]
+    first = splits[0]
     if first.name == "test":
         evaluated = "evaluated on the clips of the test split"
     else:
-        names = ", ".join(held.name for held in rounds)
-        names = names if len(rounds) <= MANY else f"{len(rounds)} folds"
+        names = ", ".join(held.name for held in splits)
+        names = names if len(splits) <= MANY else f"{len(splits)} folds"
         whose = "drawn here, evenly over the classes" if first.drawn else "the data's own"
         evaluated = f"evaluated on each held-out fold in turn ({names}; folds {whose})"
     if protocol is None or protocol.selection == "none":
@@ -248,8 +248,8 @@ def how(rounds: Sequence[Round], protocol: Protocol | None = None) -> str:
     )
 
 
-def check_rounds(
-    rounds: Sequence[Round], index: Index, *, multi_label: bool, labelled: bool = True
+def check_splits(
+    splits: Sequence[Split], index: Index, *, multi_label: bool, labelled: bool = True
 ) -> list[str]:
     """Returns lines about classes that some fold cannot evaluate or learn.
 
@@ -261,7 +261,7 @@ def check_rounds(
     unlearned: dict[str, str] = {}
     absent: dict[str, str] = {}
     in_validation = False
-    for held in rounds:
+    for held in splits:
         kinds = {"training": held.train, "held-out": held.test, "validation": held.valid}
         for kind, ids in kinds.items():
             if ids is not None and not len(ids):

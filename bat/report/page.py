@@ -41,7 +41,7 @@ SHOWN_KEYS = 200
 """Maximum number of unreadable clips listed."""
 RUN = (
     "recipe", "steps", "epochs", "min_steps", "batch", "clip_seconds", "data", "bootstrap",
-    "control", "precision", "device", "seconds",
+    "permute_labels", "precision", "device", "seconds",
 )  # fmt: skip
 """Keys of a summary that are listed with the protocol, if present."""
 CAPTIONS = {
@@ -129,7 +129,7 @@ def _content(section: Section, pictures: Mapping[str, Sequence[Picture]]) -> dic
     return {
         "title": section.title,
         "finding": _finding(section),
-        "facts": f"{first['clips']} clips, {len(section.labels)} classes, {len(first['rounds'])} "
+        "facts": f"{first['clips']} clips, {len(section.labels)} classes, {len(first['splits'])} "
         f"fold(s), {len(first['seeds'])} seed(s); {TITLES[section.metric]} in %",
         "permuted": section.permuted,
         "main": main,
@@ -199,7 +199,7 @@ def _details(section: Section) -> list[Details]:
         found.append(Details("Every fold and seed", folds(section, section.metrics)))
     found += [*_classes(section), *_gates(section)]
     for name, encoder in section.encoders.items():
-        if blocks := _blocks(encoder.get("insight") or {}):
+        if blocks := _blocks(encoder.get("diagnostics") or {}):
             found.append(Details(f"Blocks of {name}", blocks, BLOCKS))
     cells = [[n, *(shown(e.get(key)) for key in ENCODER)] for n, e in section.encoders.items()]
     found.append(Details("Encoders", Table(["encoder", *ENCODER], cells, words=6, long=(1, 4, 5))))
@@ -207,7 +207,7 @@ def _details(section: Section) -> list[Details]:
         run = f" of {summary['run']}" if len(section.summaries) > 1 else ""
         found.append(Details(f"Protocol{run}", _protocol(summary), str(summary["how"])))
         header = ["fold", "to train", "to select on", "held out"]
-        sizes = [[str(f[k]) for k in ("name", "train", "valid", "test")] for f in summary["rounds"]]
+        sizes = [[str(f[k]) for k in ("name", "train", "valid", "test")] for f in summary["splits"]]
         found.append(Details(f"Clips by fold{run}", Table(header, sizes)))
     return [*found, *_unreadable(section)]
 
@@ -264,10 +264,10 @@ def _gates(section: Section) -> list[Details]:
     return [Details("Layer gates", Table(header, cells, words=2, tints=tints), text)]
 
 
-def _blocks(insight: Mapping[str, Any]) -> Table | None:
+def _blocks(diagnostics: Mapping[str, Any]) -> Table | None:
     """Returns one line per block with all measurements; None if there are none."""
     columns: dict[str, list[str]] = {}
-    for what, measured in insight.items():
+    for what, measured in diagnostics.items():
         for kind, values in measured.items() if isinstance(measured, dict) else ():
             if isinstance(values, list) and any(v is not None for v in values):
                 columns[f"{what}, {kind}"] = [shown(v) for v in values]
@@ -277,8 +277,8 @@ def _blocks(insight: Mapping[str, Any]) -> Table | None:
         [str(block), *(NOTHING if v is None else v for v in line)]
         for block, line in enumerate(itertools.zip_longest(*columns.values()), 1)
     ]
-    caption = f"Over {insight['clips']} clips." if "clips" in insight else ""
-    if uniform := (insight.get("sinks") or {}).get("uniform"):
+    caption = f"Over {diagnostics['clips']} clips." if "clips" in diagnostics else ""
+    if uniform := (diagnostics.get("sinks") or {}).get("uniform"):
         caption += f" Attention spread evenly has a sink of {uniform:.4f}."
     return Table(["block", *columns], cells, caption=caption.strip())
 

@@ -1,6 +1,6 @@
 """Plots of probed encoders: comparison of probes, results and gates by block, diagnostics.
 
-Style and conventions are those of ``plots.py``; blocks count from 1. ``controls`` names the
+Style and conventions are those of ``plots.py``; blocks count from 1. ``baselines`` names the
 random-init baselines, which are drawn in grey.
 """
 
@@ -30,12 +30,12 @@ FOR, AGAINST = "#E66100", "#3B6FD4"
 """Colours of evidence for a class and against it."""
 
 
-def encoder_styles(names: Iterable[str], controls: Collection[str]) -> dict[str, dict[str, Any]]:
+def encoder_styles(names: Iterable[str], baselines: Collection[str]) -> dict[str, dict[str, Any]]:
     """Returns colour and marker of each encoder, the same in all plots; baselines are hollow."""
     found: dict[str, dict[str, Any]] = {}
     i = hollow = 0
     for name in names:
-        if name in controls:
+        if name in baselines:
             marker = MARKERS[(hollow + hollow // 21) % 7]
             found[name] = {"color": GREYS[hollow % 3], "marker": marker, "markerfacecolor": "white"}
             hollow += 1
@@ -63,7 +63,7 @@ def plot_layer_curve(
     *,
     metric: str,
     chance: float | None = None,
-    controls: Collection[str],
+    baselines: Collection[str],
     lower: bool = False,
 ) -> Path:
     """Plots a metric by block, one line per encoder, with a band of one standard deviation.
@@ -73,7 +73,7 @@ def plot_layer_curve(
     """
     L = 1
     with figure(path, figsize=(8.6, 4.4)) as (_, axis):
-        for name, style in encoder_styles(curves, controls).items():
+        for name, style in encoder_styles(curves, baselines).items():
             y = 100 * np.asarray(curves[name]["mean"], dtype=float)
             std = curves[name].get("std")
             band = 100 * np.nan_to_num(np.asarray(0.0 if std is None else std, dtype=float))
@@ -129,7 +129,7 @@ def plot_comparison(
     std_over: str = "seeds",
     confidence: float = 0.95,
     chance: float | None = None,
-    controls: Collection[str],
+    baselines: Collection[str],
     finetuned: Mapping[str, float] | None = None,
     lower: bool = False,
 ) -> Path:
@@ -137,11 +137,11 @@ def plot_comparison(
 
     ``results``: encoder -> method -> ``{"mean", "std", "interval": (lo, hi) | None}``. A thick line
     is one standard deviation over ``std_over`` (``none``: not drawn), a thin one the confidence
-    interval at ``confidence``. ``controls`` do not count for the order; ``finetuned``: an encoder's
-    fine-tuned result, as a line; ``lower``: True if lower is better.
+    interval at ``confidence``. ``baselines`` do not count for the order; ``finetuned``: an
+    encoder's fine-tuned result, as a line; ``lower``: True if lower is better.
     """
     sign, top = (-1, None) if lower else (1, 100)  # an error rate may be above 100 %
-    ranked = [name for name in results if name not in controls] or list(results)
+    ranked = [name for name in results if name not in baselines] or list(results)
     best = dict.fromkeys((m for methods in results.values() for m in methods), -np.inf)
     for name in ranked:
         for method, found in results[name].items():
@@ -152,7 +152,7 @@ def plot_comparison(
     lines: dict[str, dict[str, Any]] = {}  # kinds that are drawn, by label
     with figure(path, figsize=inches) as (_, axis):
         axis.grid(False, axis="y")
-        for i, (name, style) in enumerate(encoder_styles(results, controls).items()):
+        for i, (name, style) in enumerate(encoder_styles(results, baselines).items()):
             x, y = [], []
             for method, found in results[name].items():
                 at, middle = order.index(method) + (i - (n - 1) / 2) * 0.7 / n, found["mean"]
@@ -168,7 +168,7 @@ def plot_comparison(
                     lines[label] = line
                     ends = np.clip(100 * np.array(ends), 0, top)
                     axis.plot(ends, [at, at], color=style["color"], **line)
-            label = short(name) + (" (random init)" if name in controls else "")
+            label = short(name) + (" (random init)" if name in baselines else "")
             axis.plot(x, y, ls="", ms=6, label=label, **style)
             if name in (finetuned or {}):
                 axis.axvline(100 * (finetuned or {})[name], color=style["color"], lw=1.2, ls="--",
@@ -190,7 +190,7 @@ def plot_sinks(
     sinks: Mapping[str, Mapping[str, Any]],
     path: str | Path,
     *,
-    controls: Collection[str],
+    baselines: Collection[str],
 ) -> Path:
     """Plots the attention share of the most attended token by block, gates on and off.
 
@@ -198,7 +198,7 @@ def plot_sinks(
     Encoders without gates have one line.
     """
     with figure(path, figsize=(8.6, 4.4)) as (_, axis):
-        for name, style in encoder_styles(sinks, controls).items():
+        for name, style in encoder_styles(sinks, baselines).items():
             on, off = sinks[name]["gate on"], sinks[name].get("gate off")
             x = range(1, len(on) + 1)
             label = f"{short(name)}, {'no gates' if off is None else 'gates as trained'}"
@@ -218,26 +218,26 @@ def plot_sinks(
 
 
 def plot_norms_ranks(
-    insights: Mapping[str, Mapping[str, Any]],
+    statistics: Mapping[str, Mapping[str, Any]],
     path: str | Path,
     *,
-    controls: Collection[str],
+    baselines: Collection[str],
 ) -> Path:
     """Plots token norms (mean, one deviation), effective rank and spread over clips by block.
 
-    ``insights``: encoder -> the result of ``eval.diagnostics.encoder_statistics``. Patches are in
+    ``statistics``: encoder -> the result of ``eval.diagnostics.encoder_statistics``. Patches are in
     the top row, class tokens, if any, in the bottom row; missing values are not drawn.
     """
     kinds = {"patches": "patches", "cls": "class token"}
-    if not any(s["norms"].get("cls") for s in insights.values()):
+    if not any(s["norms"].get("cls") for s in statistics.values()):
         del kinds["cls"]
-    L = max((len(s["norms"]["patches"]) for s in insights.values()), default=1)
+    L = max((len(s["norms"]["patches"]) for s in statistics.values()), default=1)
     size = (13, 0.9 + 2.9 * len(kinds))
     with figure(path, len(kinds), 3, figsize=size, sharex=True) as (fig, axes):
         for row, (kind, kind_name) in zip(axes, kinds.items(), strict=True):
-            for name, style in encoder_styles(insights, controls).items():
+            for name, style in encoder_styles(statistics, baselines).items():
                 style |= {"label": short(name, 40), "lw": 1.7, "ms": 4.5}
-                found = insights[name]
+                found = statistics[name]
                 norms = np.array(found["norms"].get(kind) or np.empty((0, 3)), dtype=float)
                 x = np.arange(1, len(norms) + 1)
                 line_with_band(row[0], x, norms[:, 0], norms[:, 1], top=None, **style)

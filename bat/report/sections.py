@@ -1,7 +1,7 @@
 """Merges summaries of probe runs into one section per task with all its encoders.
 
 A summary is the content of ``summary.json`` as written by ``bat-probe``: plain numbers, metrics as
-fractions. Runs of the same task, level, metric, labels and control are merged, so that encoders
+fractions. Runs of the same task, level, metric, labels and permutation are merged, so that encoders
 probed in separate runs are compared. Differences between such runs (data, folds, protocol, heads,
 rates, seeds) are listed, since their numbers are then not of one protocol. The methods of an
 encoder that occurs twice (same weights) are merged; other weights with its name are renamed.
@@ -74,7 +74,7 @@ class Section:
 
     @property
     def permuted(self) -> bool:
-        return str(self.summaries[0]["control"]) == "permuted"
+        return bool(self.summaries[0]["permute_labels"])
 
     @property
     def title(self) -> str:
@@ -182,7 +182,7 @@ def sections(summaries: Sequence[dict[str, Any]]) -> list[Section]:
     """Merges runs of one task without changing the summaries; ``run`` is the optional name."""
     found: dict[Any, Section] = {}
     for summary in summaries:
-        same = tuple(str(summary[key]) for key in ("task", "level", "metric", "control"))
+        same = tuple(str(summary[key]) for key in ("task", "level", "metric", "permute_labels"))
         section = found.setdefault((same, tuple(summary["labels"])), Section([]))
         section.summaries.append(summary)
         for name, encoder in summary["encoders"].items():
@@ -208,7 +208,7 @@ def _add(section: Section, name: str, encoder: dict[str, Any], *, run: str) -> N
 def _differences(summaries: Sequence[dict[str, Any]]) -> list[str]:
     """Returns what the runs do not have in common; settings with their values."""
     views = {
-        "the clips held out": lambda s: [s["clips"], s["rounds"]],
+        "the clips held out": lambda s: [s["clips"], s["splits"]],
         "the data (other clips, labels or folds)": lambda s: s.get("data"),
         "seeds": lambda s: s["seeds"],
         "how the number comes about": lambda s: s["how"],

@@ -120,7 +120,7 @@ def notes(section: Section) -> list[str]:
             "held out, the same trained probes."
         )
     if len(rows) > 1:
-        clips = sum(fold["test"] for fold in summaries[0]["rounds"])
+        clips = sum(fold["test"] for fold in summaries[0]["splits"])
         found.append(
             f"All probes are ranked on the same {clips} held-out clips: the best of {len(rows)} is "
             "flattered by this selection, and no interval accounts for that."
@@ -192,7 +192,7 @@ def folds(section: Section, metrics: Sequence[str]) -> Table:
     for row in section.rows:
         for fold, seeds in row.entry["folds"].items():
             for seed, found in seeds.items():
-                chosen = (row.entry.get("chosen") or {}).get(f"{fold}-{seed}", {})
+                chosen = (row.entry.get("selected") or {}).get(f"{fold}-{seed}", {})
                 numbers = [number(found.get(m), m) for m in metrics]
                 numbers += [shown(chosen.get(key)) for key in selected]
                 cells.append([row.encoder, row.method, fold, seed, *numbers])
@@ -308,7 +308,7 @@ def _protocols(section: Section) -> list[str]:
     for summary in section.summaries:
         settings = dict(summary["protocol"])
         settings |= {k: summary[k] for k in ("steps", "epochs", "batch") if summary.get(k)}
-        sizes = [f"{fold['train']}/{fold['valid']}/{fold['test']}" for fold in summary["rounds"]]
+        sizes = [f"{fold['train']}/{fold['valid']}/{fold['test']}" for fold in summary["splits"]]
         found.append(
             f"Protocol: {', '.join(f'{k}={v}' for k, v in settings.items())}. {len(sizes)} fold(s) "
             f"of {', '.join(dict.fromkeys(sizes))} clips to train, to select on and held out; "

@@ -25,15 +25,15 @@ from bat.data.bad_clips import BadClips
 from bat.data.module import AudioData
 from bat.errors import UserError
 from bat.eval.features import FeatureStream
-from bat.eval.fit import own_randomness, predictions
+from bat.eval.fit import predictions, preserve_rng_state
 from bat.eval.hardware import speed_up, with_precision
 from bat.eval.heads import save_head
 from bat.eval.loading import autocast_for, registered_name, weights_digest
 from bat.eval.next_steps import after_finetuning
 from bat.eval.prepare import Prepared, prepare
-from bat.eval.results import HOW, Outcome, summary, table
+from bat.eval.results import HOW, FoldResult, summary, table
 from bat.eval.run_folder import default_out, run_folder
-from bat.eval.splits import Round
+from bat.eval.splits import Split
 from bat.io import read_jsonl, write_json
 from bat.logs import is_main, start_logging
 from bat.nn.losses import against
@@ -101,21 +101,21 @@ def _check(ready: Prepared[schema.Finetune]) -> None:
 
 def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None]) -> None:
     config, ready = run.config, run.ready
-    if all(run.read(held) is not None for held in ready.rounds):
+    if all(run.read(held) is not None for held in ready.splits):
         log.info("nothing to do: %s is finished", out)
         begin()
     start = f"bat {__version__}: fine-tuning {config.checkpoint} ({config.weights}) in {run.out}"
     steps = f"{config.train.steps} steps of {config.data.batch} x {config.train.accumulate} clips"
-    head = f"head {config.method}: {len(ready.rounds)} round(s), {steps} a device"
+    head = f"head {config.method}: {len(ready.splits)} round(s), {steps} a device"
     log.info("%s", ready.headline(start, head))
-    results = [run.fold(held, begin) for held in ready.rounds]
+    results = [run.fold(held, begin) for held in ready.splits]
     if not is_main():  # other ranks only take part in training
         return
-    outcomes = [Outcome(config.method, r["held_out"], r["metrics"]) for r in results]
+    fold_results = [FoldResult(config.method, r["held_out"], r["metrics"]) for r in results]
     metric = ready.task.metric
-    found = summary(outcomes, metric=metric)
+    found = summary(fold_results, metric=metric)
     plot_folds(
-        {config.method: {o.fold: o.metrics[metric] for o in outcomes}},
+        {config.method: {o.fold: o.metrics[metric] for o in fold_results}},
         out / "plots" / "folds.png",
         metric=TITLES[metric],
         chance=chance_of(metric, len(ready.labels)),
@@ -161,10 +161,10 @@ class Folds:
         if ready.targets_of is not None:
             self.made_from[ready.task.target] = ready.targets_of.digest
 
-    def module(self, held: Round) -> Supervised:
+    def module(self, held: Split) -> Supervised:
         """Returns a fresh copy of the encoder with a fresh head."""
         backbone = copy.deepcopy(self.backbone)
-        with own_randomness(torch.device("cpu")):
+        with preserve_rng_state(torch.device("cpu")):
             torch.manual_seed(derive_seed(self.config.seed, held.name, "init"))
             head = build_probe(
                 self.config.method,
@@ -188,7 +188,7 @@ class Folds:
         speed_up(backbone, self.config.hardware)
         return module
 
-    def data(self, held: Round) -> AudioData:
+    def data(self, held: Split) -> AudioData:
         made = audio_stream(
             self.config,
             self.index,
@@ -202,7 +202,7 @@ class Folds:
             made.dataset.crop = "start"
         return made
 
-    def fold(self, held: Round, begin: Callable[[], None]) -> dict[str, Any]:
+    def fold(self, held: Split, begin: Callable[[], None]) -> dict[str, Any]:
         """Trains with ``held`` held out, evaluates and writes the folder, or reads it if finished.
 
         ``begin`` is called before anything is written."""
@@ -247,7 +247,7 @@ class Folds:
         trainer.strategy.barrier()  # all ranks wait until the result is written
         return result
 
-    def read(self, held: Round) -> dict[str, Any] | None:
+    def read(self, held: Split) -> dict[str, Any] | None:
         """Returns the result of a finished fold, or None. Raises ``UserError`` if it was made from
         other data or initial weights."""
         done = self.out / f"fold-{held.name}" / "result.json"
@@ -266,7 +266,7 @@ class Folds:
             )
         return result
 
-    def _whole(self, module: Supervised, held: Round) -> Supervised:
+    def _whole(self, module: Supervised, held: Split) -> Supervised:
         """Returns ``module``, or an unsharded copy if each process holds only a part of it."""
         if not is_sharded(module):
             return module
@@ -275,7 +275,7 @@ class Folds:
         whole.load_state_dict(state)
         return whole
 
-    def _evaluate(self, module: Supervised, held: Round) -> tuple[dict[str, Any], BadClips]:
+    def _evaluate(self, module: Supervised, held: Split) -> tuple[dict[str, Any], BadClips]:
         """Returns the metrics on the held-out clips (each process evaluates all) and bad clips."""
         config, autocast = self.config, autocast_for(self.config.hardware)
         bad = BadClips(max_bad=config.data.max_bad)
@@ -324,8 +324,8 @@ class Folds:
 
 def _dry_run(run: Folds) -> None:
     """Builds everything and computes the loss of one batch without training."""
-    rounds = run.ready.rounds
-    module, data = run.module(rounds[0]), run.data(rounds[0])
+    splits = run.ready.splits
+    module, data = run.module(splits[0]), run.data(splits[0])
     with dry_step(run.config, module, data) as batch:
         spectrogram, targets, features = module.encoded(batch, seed=0)
         logits = module.head(features)
@@ -335,7 +335,7 @@ def _dry_run(run: Folds) -> None:
     size = sum(p.numel() for p in module.parameters())
     if run.ready.note:
         print(run.ready.note)
-    print(f"data      {len(run.index)} clips, {run.index.classes} labels, {len(rounds)} round(s)")
+    print(f"data      {len(run.index)} clips, {run.index.classes} labels, {len(splits)} round(s)")
     print(f"input     {tuple(spectrogram.shape)} -> logits {tuple(logits.shape)}")
     groups = len(module.configure_optimizers().param_groups)
     print(f"model     {size / 1e6:.1f} M parameters in {groups} groups")
@@ -344,7 +344,7 @@ def _dry_run(run: Folds) -> None:
 
 
 def _report(asked: schema.Finetune, run: Folds, results: dict[str, dict[str, Any]]) -> str:
-    out, folds = run.out, [f"fold-{held.name}" for held in run.ready.rounds]
+    out, folds = run.out, [f"fold-{held.name}" for held in run.ready.splits]
     others = f" (and of {', '.join(folds[1:])})" if folds[1:] else ""
     parts = [
         table(results),

@@ -35,7 +35,7 @@ from bat.eval.loading import autocast_for
 from bat.eval.results import SHOWN, summary
 from bat.eval.run_folder import open_data
 from bat.eval.search import cross_validate
-from bat.eval.splits import Round, check_rounds, make_rounds
+from bat.eval.splits import Split, check_splits, make_splits
 from bat.io import read_jsonl
 from bat.nn.losses import loss_for
 from bat.probes.base import Probe, build_probe, expand, find_probe
@@ -95,16 +95,16 @@ class OnlineProbe(StepCallback):
             )
         self.task = task.asking("tags") if task.target == "events" else task
         self.index = index
-        self.rounds = choose_rounds(
+        self.splits = choose_splits(
             index,
             folds=online.folds,
             max_clips=online.max_clips,
             seed=config.seed,
             split=_training_split(index, split),
         )
-        self.ids = np.unique(np.concatenate([[*r.train, *r.test] for r in self.rounds]))
+        self.ids = np.unique(np.concatenate([[*r.train, *r.test] for r in self.splits]))
         log.info("online probe: %d clips, %s", len(self.ids), classes_in_words(index.vocabulary))
-        odd = check_rounds(self.rounds, index, multi_label=True) + doubts(index.vocabulary)
+        odd = check_splits(self.splits, index, multi_label=True) + doubts(index.vocabulary)
         for line in odd:
             log.warning("online probe: %s", line)
         self.rows = curve(read_jsonl(out / "metrics.jsonl"))  # of a resumed or finished run
@@ -216,11 +216,11 @@ class OnlineProbe(StepCallback):
             device=device,
             on_step=on_step,
         )
-        outcomes = cross_validate(bank, self.rounds, methods, plan)
+        fold_results = cross_validate(bank, self.splits, methods, plan)
         if plan.diverged:
             log.warning("online probe: %s", plan.diverged_line().replace("optim.lr", "online.lr"))
         broken = {method for method, _, _ in plan.diverged}
-        return summary([o for o in outcomes if o.method not in broken])
+        return summary([o for o in fold_results if o.method not in broken])
 
     def build(self, method: str, *, encoder: Encoder | None = None) -> Probe:
         """Returns a fresh probe of the encoder's shape; ``encoder``: for probes built from it."""
@@ -270,9 +270,9 @@ def _training_split(index: Index, split: str) -> str:
     return TRAIN[1] if split in ("auto", "all") else split
 
 
-def choose_rounds(
+def choose_splits(
     index: Index, *, folds: int, max_clips: int, seed: int, split: str = "auto"
-) -> list[Round]:
+) -> list[Split]:
     """Returns the first ``folds`` folds of ``index``, with at most ``max_clips`` clips in total.
 
     If a set has neither folds nor splits, a fifth of its labelled clips is held out.
@@ -280,12 +280,12 @@ def choose_rounds(
     clips = np.random.default_rng(derive_seed(seed, "online clips")).permutation(len(index))
     clips = clips[index.labels_per_clip[clips] > 0][:max_clips]
     if index.folds or index.splits:
-        rounds = make_rounds(index, split=split)[:folds]
+        splits = make_splits(index, split=split)[:folds]
     else:
         cut = max(1, round(HELD_OUT * len(clips)))
-        rounds = [Round("test", clips[cut:], clips[:cut])]
+        splits = [Split("test", clips[cut:], clips[:cut])]
     chosen = [
-        Round(r.name, np.intersect1d(r.train, clips), np.intersect1d(r.test, clips)) for r in rounds
+        Split(r.name, np.intersect1d(r.train, clips), np.intersect1d(r.test, clips)) for r in splits
     ]
     empty = [r.name for r in chosen if not len(r.train) or not len(r.test)]
     if empty:

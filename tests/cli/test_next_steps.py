@@ -166,7 +166,7 @@ def test_after_sharding__a_small_set_gets_a_small_pretraining(here, capsys, belo
         probes = OnlineProbe(
             config, task=stream.task, index=stream.index, out=here, metrics=metrics
         )
-        assert probes.rounds
+        assert probes.splits
     assert bool(config.online.every) == (below != "")
 
 

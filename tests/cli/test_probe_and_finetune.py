@@ -53,7 +53,7 @@ def test_probe__prints_a_table_and_leaves_these_files(words, tmp_path, capsys):
     own = {f"plots/{name}/{p}.png" for p in ("layer-gates", "folds", "prototype-maps-cgp")}
     assert found == heads | plots | own | {
         "config.yaml", "metrics.jsonl", "results.jsonl", "summary.json", "train.log",
-        f"insight/{name}.json", f"insight/{name}-features.json"}  # fmt: skip
+        f"diagnostics/{name}.json", f"diagnostics/{name}-features.json"}  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     results = summary["encoders"][name]["results"]
     assert set(results) == {"cgp", "linear"}
@@ -61,7 +61,7 @@ def test_probe__prints_a_table_and_leaves_these_files(words, tmp_path, capsys):
     assert sum(results["cgp"]["gate"]["1-0"]) == pytest.approx(1)
     low, high = results["cgp"]["interval"]
     assert low <= results["cgp"]["mean"]["accuracy"] <= high
-    assert len(summary["encoders"][name]["insight"]["rank"]["patches"]) == 2
+    assert len(summary["encoders"][name]["diagnostics"]["rank"]["patches"]) == 2
     head, config = load_head(out / f"heads/{name}/cgp-2-0")
     assert head.prototypes.shape == (64, 16)
     assert len(config["labels"]) == 5

@@ -88,7 +88,7 @@ def _edited(*keys: str, value: Any = None) -> Any:
         (lambda run: (run / "summary.json").write_text('{"step": 7}'), "is not of bat-probe"),
         (_edited("encoders"), "(of bat 0.6.0) is of another version or was edited"),
         (_edited("metric", value="purity"), "purity"),
-        (_edited("rounds", value=[3]), "was edited"),
+        (_edited("splits", value=[3]), "was edited"),
         (_edited("encoders", "A", "digest"), "'digest'"),
         (_edited("encoders", "A", "results", "cgp", "folds", "1", value=3), "was edited"),
     ],

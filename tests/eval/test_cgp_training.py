@@ -10,7 +10,7 @@ from bat.config.sections import Optim
 from bat.eval.candidates import Plan
 from bat.eval.features import FeatureBank
 from bat.eval.search import cross_validate
-from bat.eval.splits import Round
+from bat.eval.splits import Split
 from bat.nn.losses import LOSSES
 from bat.probes.base import Probe, build_probe
 from bat.probes.cgp import CGP
@@ -38,10 +38,10 @@ def _bank(*, planted: int | None = None, targets: Tensor | None = None) -> Featu
     )
 
 
-def _rounds() -> list[Round]:
+def _splits() -> list[Split]:
     part = np.arange(n) // C % 4
     return [
-        Round(str(k), np.flatnonzero((part != k) & (part != (k + 1) % 4)),
+        Split(str(k), np.flatnonzero((part != k) & (part != (k + 1) % 4)),
               np.flatnonzero(part == k), np.flatnonzero(part == (k + 1) % 4))
         for k in range(4)
     ]  # fmt: skip
@@ -54,7 +54,7 @@ def _build(method: str) -> Probe:
 def _run(bank, *, build=_build, methods=("cgp",), steps=40, folds=4, **words):
     plan = Plan(build=build, loss=LOSSES["ce"], optim=OPTIM, steps=steps, batch=24,
                 multi_label=False, protocol=Protocol(lrs=[0.005, 0.05]), **words)  # fmt: skip
-    return cross_validate(bank, _rounds()[:folds], list(methods), plan)
+    return cross_validate(bank, _splits()[:folds], list(methods), plan)
 
 
 class PlainCGP(CGP):
@@ -76,10 +76,10 @@ class PlainCGP(CGP):
 def test_cgp__trains_as_the_plain_formula():
     """40 steps, two rates, with dropout, validation and selection."""
     rows: dict[str, list] = {}
-    outcomes = {}
+    fold_results = {}
     for name, cls in (("fast", CGP), ("plain", PlainCGP)):
         rows[name] = []
-        outcomes[name] = _run(
+        fold_results[name] = _run(
             _bank(planted=1),
             build=lambda _, cls=cls: cls(
                 classes=C, width=D, depth=L, has_cls=True, prototypes=24, dropout=0.2
@@ -92,7 +92,7 @@ def test_cgp__trains_as_the_plain_formula():
     assert len(losses["fast"]) == 2 * 9
     assert losses["fast"] == pytest.approx(losses["plain"], rel=1e-3, abs=1e-5)
     assert losses["fast"][0] > 2 * losses["fast"][-1]
-    for fast, plain in zip(outcomes["fast"], outcomes["plain"], strict=True):
-        assert fast.chosen == plain.chosen
+    for fast, plain in zip(fold_results["fast"], fold_results["plain"], strict=True):
+        assert fast.selected == plain.selected
         assert fast.gate == pytest.approx(plain.gate, abs=1e-4)
         assert fast.metrics["map"] == pytest.approx(plain.metrics["map"], abs=1e-3)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bat.encoders.bat import BAT
 from bat.encoders.eat import EAT
 from bat.errors import UserError
-from bat.eval import diagnostics as insight
+from bat.eval import diagnostics as diagnostics
 from bat.eval.collapse import effective_rank
 from bat.eval.diagnostics import best_clips, encoder_statistics, prototype_maps
 from bat.eval.features import encode
@@ -193,7 +193,7 @@ def test_encoder_statistics__change_no_state(
             raise RuntimeError("out of memory")
         return torch.ones(4, 2)
 
-    monkeypatch.setattr(insight, "sink_share", fail)
+    monkeypatch.setattr(diagnostics, "sink_share", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         encoder_statistics(backbone, batches(sound), frames=FRAMES)
     assert list(backbone.state_dict()) == list(before)

@@ -24,7 +24,7 @@ from bat.eval.probe import probe
 from bat.eval.report import report
 from bat.eval.scoring import Scorer, detected, greedy
 from bat.eval.search import cross_validate
-from bat.eval.splits import Round
+from bat.eval.splits import Split
 from bat.eval.targets import TokenTargets, outputs, steps_needed
 from bat.nn.losses import against, ctc
 from bat.probes.base import build_probe
@@ -60,7 +60,7 @@ def settings(encoder: Path, tmp_path_factory: pytest.TempPathFactory):
         given = [f"checkpoint={encoder}", f"data.cache={cache}", "log.progress=false",
                  "train.steps=6", "hardware=cpu"]  # fmt: skip
         if schema is Probe:
-            given += ["bootstrap=100", "insight.encoder=false", "protocol.lrs=[0.01]"]
+            given += ["bootstrap=100", "diagnostics.encoder=false", "protocol.lrs=[0.01]"]
         merged = dict(word.split("=", 1) for word in [*given, *words])
         command = "probe" if schema is Probe else "finetune"
         return compose(schema, command, [f"{k}={v}" for k, v in merged.items()])
@@ -220,7 +220,7 @@ def test_shards__ask_the_same_as_the_task_itself(settings, tmp_path) -> None:
         other = prepare(settings(f"recipe={recipe}", shards))
         assert one.labels == other.labels
         assert one.targets_of.digest == other.targets_of.digest
-        assert one.rounds[0].train.tolist() == other.rounds[0].train.tolist()
+        assert one.splits[0].train.tolist() == other.splits[0].train.tolist()
 
 
 def test_csv__texts_are_tokens_for_both_commands(settings, tmp_path) -> None:
@@ -256,7 +256,7 @@ def test_prepare__clips_with_too_long_texts_are_left_out_and_counted(settings, t
     lines[1] = lines[1] + "a" * 40
     table.write_text("\n".join(lines))
     ready = prepare(settings("recipe=toy_tokens", f"data.root={tmp_path}"))
-    assert len(ready.rounds[0].train) == toy_tokens.CLIPS["train"] - 1
+    assert len(ready.splits[0].train) == toy_tokens.CLIPS["train"] - 1
     (said,) = (line for line in ready.notices if "text that is longer" in line)
     assert said.startswith("1 of 40 clips")
     assert "1 left out of training" in said
@@ -333,11 +333,11 @@ def test_cross_validate__the_rate_with_the_lowest_error_is_chosen() -> None:
         multi_label=True, metric="token_error_rate", scorer=scorer, bootstrap=100,
         protocol=Protocol(lrs=[1e-6, 0.3]),
     )  # fmt: skip
-    held = Round("test", np.arange(6), np.arange(9, 12), np.arange(6, 9), "part")
-    (outcome,) = cross_validate(bank, [held], ["linear"], plan)
-    assert outcome.chosen["lr"] == 0.3
-    assert outcome.chosen["validation"] == outcome.metrics["token_error_rate"] == 0.0
-    assert outcome.replicates == [0.0] * 100
+    held = Split("test", np.arange(6), np.arange(9, 12), np.arange(6, 9), "part")
+    (fold_result,) = cross_validate(bank, [held], ["linear"], plan)
+    assert fold_result.selected["lr"] == 0.3
+    assert fold_result.selected["validation"] == fold_result.metrics["token_error_rate"] == 0.0
+    assert fold_result.replicates == [0.0] * 100
 
 
 def test_metrics__a_task_may_name_its_own(settings) -> None:

@@ -97,7 +97,7 @@ def test_open_features__same_batches_from_memory_disk_and_stream(get, autocast):
             assert torch.equal(a, c)
             assert torch.equal(memory.patches, disk.patches)
             assert torch.equal(memory.cls, disk.cls)
-            # the encoder gets clips in other batches: bfloat16 rounds by a last place
+            # the encoder gets clips in other batches: bfloat16 splits by a last place
             near = 1e-4 if autocast is None else 0.03
             torch.testing.assert_close(stream.patches, memory.patches, atol=near, rtol=near)
 

@@ -13,7 +13,7 @@ from bat.eval.features import FeatureBank
 from bat.eval.fit import Training, fit, predict, predictions
 from bat.eval.results import summary
 from bat.eval.search import cross_validate
-from bat.eval.splits import Round
+from bat.eval.splits import Split
 from bat.nn.losses import LOSSES
 from bat.probes.base import Probe, build_probe, expand
 from bat.probes.curve import LinearCurve
@@ -43,9 +43,9 @@ def bank() -> FeatureBank:
     )
 
 
-def _rounds(bank: FeatureBank, folds: int = 2) -> list[Round]:
+def _splits(bank: FeatureBank, folds: int = 2) -> list[Split]:
     part = np.arange(n) // C % folds
-    return [Round(str(k), bank.ids[part != k], bank.ids[part == k]) for k in range(folds)]
+    return [Split(str(k), bank.ids[part != k], bank.ids[part == k]) for k in range(folds)]
 
 
 def _build(method: str, *, level: str = "clip") -> Probe:
@@ -54,10 +54,10 @@ def _build(method: str, *, level: str = "clip") -> Probe:
     )
 
 
-def _validate(bank, methods, *, steps=60, build=_build, rounds=None, **words):
+def _validate(bank, methods, *, steps=60, build=_build, splits=None, **words):
     words = {"optim": OPTIM, "batch": 16, "multi_label": False, **words}
     plan = Plan(build=build, loss=LOSSES["ce"], steps=steps, **words)
-    return cross_validate(bank, rounds or _rounds(bank), methods, plan)
+    return cross_validate(bank, splits or _splits(bank), methods, plan)
 
 
 def test_gate_finds_the_planted_block(bank):
@@ -75,8 +75,8 @@ def test_permuted_labels_give_chance(bank):
         patches=bank.patches, cls=bank.cls, targets=bank.targets[order], ids=bank.ids,
         keys=bank.keys, skipped={},
     )  # fmt: skip
-    for outcome in _validate(shuffled, ["cgp"]):
-        assert outcome.metrics["accuracy"] < 0.6
+    for fold_result in _validate(shuffled, ["cgp"]):
+        assert fold_result.metrics["accuracy"] < 0.6
 
 
 def test_a_probe_does_not_depend_on_its_companions(bank):
@@ -130,14 +130,14 @@ def test_every_probe_trains_at_both_levels_under_autocast(bank):
     for level in ("clip", "frame"):
         methods = expand(["all"], level=level, encoder=False)
         assert len(methods) == (12 if level == "clip" else 8)
-        outcomes = _validate(
+        fold_results = _validate(
             bank,
             methods,
             steps=2,
             build=lambda m, level=level: _build(m, level=level),
             autocast=torch.bfloat16,
         )
-        assert len(outcomes) == 2 * len(methods)
+        assert len(fold_results) == 2 * len(methods)
 
 
 def test_held_out_clips_are_not_trained_on(bank):
@@ -151,7 +151,7 @@ def test_held_out_clips_are_not_trained_on(bank):
     spy = Spy(patches=bank.patches, cls=bank.cls, targets=bank.targets, ids=bank.ids,
               keys=bank.keys, skipped={})  # fmt: skip
     _validate(spy, ["linear"], steps=1)
-    for held, used in zip(_rounds(bank), seen, strict=True):
+    for held, used in zip(_splits(bank), seen, strict=True):
         assert used == set(held.train.tolist())
         assert not used & set(held.test.tolist())
 
@@ -219,7 +219,7 @@ def test_predict_on_nothing_is_an_error():
 def test_diverged_training_is_named_and_costs_only_itself(bank):
     wild = Optim(**{**vars(OPTIM), "lr": 1e30, "warmup_steps": 0})
     plan = Plan(build=_build, loss=LOSSES["ce"], optim=wild, steps=4, batch=8, multi_label=False)
-    assert cross_validate(bank, _rounds(bank), ["linear"], plan) == []
+    assert cross_validate(bank, _splits(bank), ["linear"], plan) == []
     assert plan.diverged == [("linear", "0", 0), ("linear", "1", 0)]
     assert "linear (1 held out, seed 0); lower optim.lr" in plan.diverged_line()
 
@@ -234,7 +234,7 @@ def test_rows_without_labels_train_nothing_and_are_not_judged(bank):
         patches[::2, :, -1] *= noise
         own = FeatureBank(patches=patches, cls=bank.cls, targets=targets, ids=bank.ids,
                           keys=bank.keys, skipped={})  # fmt: skip
-        outcomes = _validate(
+        fold_results = _validate(
             own,
             ["linear", "cgp", "curve"],
             steps=5,
@@ -247,8 +247,8 @@ def test_rows_without_labels_train_nothing_and_are_not_judged(bank):
             ),
             on_probe=lambda probe, own: trained.append(next(iter(probe.state_dict().values()))),
         )
-        assert len(outcomes) == 2 * (2 + L)
-        results.append([o.metrics for o in outcomes])
+        assert len(fold_results) == 2 * (2 + L)
+        results.append([o.metrics for o in fold_results])
     for before, after in zip(trained[: len(trained) // 2], trained[len(trained) // 2 :],
                              strict=True):  # fmt: skip
         assert torch.equal(before, after)

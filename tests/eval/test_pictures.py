@@ -30,10 +30,10 @@ def draw(tmp_path: Path) -> Any:
                 ready=SimpleNamespace(
                     labels=whole["labels"],
                     task=SimpleNamespace(metric="accuracy"),
-                    rounds=whole["rounds"],
+                    splits=whole["splits"],
                 ),
                 config=SimpleNamespace(
-                    seeds=len(whole["seeds"]), insight=SimpleNamespace(maps=asked)
+                    seeds=len(whole["seeds"]), diagnostics=SimpleNamespace(maps=asked)
                 ),
             )
             draw_encoder(tmp_path / "plots" / name, evaluation, entry)

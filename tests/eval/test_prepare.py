@@ -96,9 +96,9 @@ def test_prepare__csv_with_one_label_a_clip(own):
     ready = prepare(own(PLAIN, "task=esc10"))
     assert (ready.task.name, ready.config.task, ready.task.loss) == ("csv", "csv", "ce")
     assert ready.index.vocabulary == ["a", "b"]
-    assert len(ready.rounds) == 4  # the rarer class has four clips
-    assert [len(r.test) for r in ready.rounds] == [3, 2, 2, 2]
-    assert all(r.drawn and r.valid_is == "fold" for r in ready.rounds)
+    assert len(ready.splits) == 4  # the rarer class has four clips
+    assert [len(r.test) for r in ready.splits] == [3, 2, 2, 2]
+    assert all(r.drawn and r.valid_is == "fold" for r in ready.splits)
     assert "learning rate selected on the fold after the held-out one" in ready.how
     assert any(line.startswith("folds drawn: ") for line in ready.notices)
     assert ready.targets_of is None
@@ -107,8 +107,8 @@ def test_prepare__csv_with_one_label_a_clip(own):
 def test_protocol_unmute__one_search_and_the_task_s_prototypes(own, tmp_path):
     out = tmp_path / "run"
     probe(own(PLAIN, "protocol=unmute", "protocol.sobol=2", "train.epochs=1", "seeds=2",
-              "folds=[1]", "methods=[protobin,linear]", "insight.encoder=false", "insight.maps=0",
-              "bootstrap=0", f"out={out}"))  # fmt: skip
+              "folds=[1]", "methods=[protobin,linear]", "diagnostics.encoder=false",
+              "diagnostics.maps=0", "bootstrap=0", f"out={out}"))  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert summary["head"]["per_class"] == 20
     said = (
@@ -117,7 +117,7 @@ def test_protocol_unmute__one_search_and_the_task_s_prototypes(own, tmp_path):
     assert summary["how"].startswith(said)
     (encoder,) = summary["encoders"].values()
     for entry in encoder["results"].values():
-        first, second = entry["chosen"]["1-0"], entry["chosen"]["1-1"]
+        first, second = entry["selected"]["1-0"], entry["selected"]["1-1"]
         assert (first["candidates"], second["candidates"]) == (2, 1)
         same = ("lr", "weight_decay", "step")
         assert [first[k] for k in same] == [second[k] for k in same]
@@ -215,7 +215,7 @@ def test_with_encoder__data_are_opened_once(own, encoder):
     data = open_probing(dataclasses.replace(config, checkpoint=f"{encoder},random"))
     a, b = (with_encoder(data, config, name) for name in (str(encoder), "random:tiny"))
     assert a.index is b.index is data.index
-    assert a.rounds is b.rounds
+    assert a.splits is b.splits
     assert (a.config.checkpoint, b.config.checkpoint) == (str(encoder), "random:tiny")
     assert a.config.data == b.config.data == data.config.data
     assert (a.backbone.width, b.backbone.width) == (16, 192)
@@ -286,7 +286,7 @@ def test_open_probing__several_labels_a_clip(own):
     said = [line for line in data.notices if line.startswith("no training clip where")]
     assert said == [
         "no training clip where they are held out, so chance at best: 'c' (fold "
-        f"{next(r.name for r in data.rounds if 4 in r.test)})"
+        f"{next(r.name for r in data.splits if 4 in r.test)})"
     ]
 
 
@@ -296,7 +296,7 @@ def test_open_probing__events_at_clip_level(own):
     assert targets.tolist() == [[1, 1], [1, 0], [0, 0], [0, 1], [1, 0], [0, 1]]
     assert data.task.multi_label
     assert data.events is None
-    assert [r.name for r in data.rounds] == ["1", "2"]
+    assert [r.name for r in data.splits] == ["1", "2"]
     one = "path,label,onset,offset\n" + "".join(f"{i}.flac,{'ab'[i % 2]},0,0.4\n" for i in range(6))
     alone = open_probing(own(one))
     assert (alone.task.multi_label, alone.task.loss) == (False, "ce")
@@ -397,8 +397,8 @@ def test_finetune__fsdp_needs_frames(own, tmp_path):
 def test_prepare__csv_for_finetuning(own):
     ready = prepare(own(PLAIN, schema=Finetune, command="finetune"))
     assert (ready.task.name, ready.frames) == ("csv", None)
-    assert [len(r.train) for r in ready.rounds] == [6, 7, 7, 7]
-    assert all(r.valid is None for r in ready.rounds)
+    assert [len(r.train) for r in ready.splits] == [6, 7, 7, 7]
+    assert all(r.valid is None for r in ready.splits)
     assert "nothing was selected" in ready.how
 
 

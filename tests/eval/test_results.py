@@ -2,16 +2,16 @@
 
 import pytest
 
-from bat.eval.results import Outcome, gate_bars, summary, table
+from bat.eval.results import FoldResult, gate_bars, summary, table
 from bat.train.online import OnlineProbe
 
 
 def test_summary__means_deviations_and_table():
-    outcomes = [
-        Outcome("cgp", "1", {"accuracy": 0.5, "map": 0.25, "absent": []}, [0.25, 0.75]),
-        Outcome("cgp", "2", {"accuracy": 0.75, "map": 0.5, "absent": [3]}, [0.5, 0.5]),
+    fold_results = [
+        FoldResult("cgp", "1", {"accuracy": 0.5, "map": 0.25, "absent": []}, [0.25, 0.75]),
+        FoldResult("cgp", "2", {"accuracy": 0.75, "map": 0.5, "absent": [3]}, [0.5, 0.5]),
     ]
-    found = summary(outcomes)["cgp"]
+    found = summary(fold_results)["cgp"]
     assert found["mean"] == {"accuracy": 0.625, "map": 0.375}
     assert found["std"]["accuracy"] == pytest.approx(0.125)
     assert found["gate"] == {"1-0": [0.25, 0.75], "2-0": [0.5, 0.5]}

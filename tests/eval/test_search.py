@@ -11,7 +11,7 @@ from bat.eval.candidates import Plan, grid
 from bat.eval.features import FeatureBank, progress_bar
 from bat.eval.results import ResultsFile, ranking, summary
 from bat.eval.search import cross_validate
-from bat.eval.splits import Round
+from bat.eval.splits import Split
 from bat.nn.losses import LOSSES
 from bat.probes.base import Probe, build_probe
 from bat.probes.curve import LinearCurve
@@ -37,16 +37,16 @@ def bank() -> FeatureBank:
     )
 
 
-def _rounds(valid: bool = True) -> list[Round]:
+def _splits(valid: bool = True) -> list[Split]:
     part = np.arange(n) // C % 4
-    rounds = []
+    splits = []
     for k in range(2):
         own = np.flatnonzero((part != k) & ((part != k + 1) | (not valid)))
-        rounds.append(
-            Round(str(k), own, np.flatnonzero(part == k),
+        splits.append(
+            Split(str(k), own, np.flatnonzero(part == k),
                   np.flatnonzero(part == k + 1) if valid else None)
         )  # fmt: skip
-    return rounds
+    return splits
 
 
 def _build(method: str) -> Probe:
@@ -64,21 +64,21 @@ def _same(a, b) -> bool:
 
 
 def test_cross_validate__selects_the_rate_that_learns(bank):
-    outcomes = cross_validate(bank, _rounds(), ["linear"], _plan(steps=40))
-    for outcome in outcomes:
-        assert outcome.chosen["lr"] == 0.05
-        assert outcome.chosen["candidates"] == 2
-        assert outcome.chosen["step"] == 40
-        assert 0.5 < outcome.chosen["validation"] <= 1
-        assert outcome.metrics["accuracy"] > 0.7
+    fold_results = cross_validate(bank, _splits(), ["linear"], _plan(steps=40))
+    for fold_result in fold_results:
+        assert fold_result.selected["lr"] == 0.05
+        assert fold_result.selected["candidates"] == 2
+        assert fold_result.selected["step"] == 40
+        assert 0.5 < fold_result.selected["validation"] <= 1
+        assert fold_result.metrics["accuracy"] > 0.7
 
 
 def test_cross_validate__candidates_are_independent(bank):
-    both = cross_validate(bank, _rounds(), ["linear", "cgp"], _plan(steps=4, seeds=2))
+    both = cross_validate(bank, _splits(), ["linear", "cgp"], _plan(steps=4, seeds=2))
     for method in ("linear", "cgp"):
-        alone = cross_validate(bank, _rounds(), [method], _plan(steps=4, seeds=2))
+        alone = cross_validate(bank, _splits(), [method], _plan(steps=4, seeds=2))
         assert _same(alone, [o for o in both if o.method == method])
-    one = cross_validate(bank, _rounds(), ["linear"], _plan(steps=4, protocol=Protocol(lrs=[0.05])))
+    one = cross_validate(bank, _splits(), ["linear"], _plan(steps=4, protocol=Protocol(lrs=[0.05])))
     assert [o.metrics for o in one] == [
         o.metrics for o in both if (o.method, o.seed) == ("linear", 0)
     ]
@@ -95,12 +95,12 @@ def test_cross_validate__candidates_are_independent(bank):
 def test_progress_bar__counts_all_folds_candidates_and_passes(bank, protocol, words):
     plan = _plan(**{"steps": 3, "seeds": 2, "protocol": protocol, **words})
     methods = ["linear", "cgp"]
-    expected = plan.steps_left(_rounds(), methods)
+    expected = plan.steps_left(_splits(), methods)
     with progress_bar(expected, "probes", unit="step", show=True) as plan.bar:
-        cross_validate(bank, _rounds(), methods, plan)
+        cross_validate(bank, _splits(), methods, plan)
         assert plan.bar.n == plan.bar.total == expected > 0
     plan.done = lambda method, fold, seed: (method, fold) == ("cgp", "0")
-    assert 0 < plan.steps_left(_rounds(), methods) < expected
+    assert 0 < plan.steps_left(_splits(), methods) < expected
 
 
 def test_cross_validate__passes_change_nothing(bank):
@@ -113,11 +113,11 @@ def test_cross_validate__passes_change_nothing(bank):
 
     spy = Spy(patches=bank.patches, cls=bank.cls, targets=bank.targets, ids=bank.ids,
               keys=bank.keys, skipped={})  # fmt: skip
-    together = cross_validate(spy, _rounds(), ["linear", "cgp"], _plan(steps=4, seeds=2))
+    together = cross_validate(spy, _splits(), ["linear", "cgp"], _plan(steps=4, seeds=2))
     assert len(seen) == 2  # one pass a round for eight candidates
     seen.clear()
     apart = cross_validate(
-        spy, _rounds(), ["linear", "cgp"], _plan(steps=4, seeds=2, memory_bytes=1)
+        spy, _splits(), ["linear", "cgp"], _plan(steps=4, seeds=2, memory_bytes=1)
     )
     assert len(seen) == 16
     assert {id(o) for o in together}.isdisjoint({id(o) for o in apart})
@@ -128,41 +128,41 @@ def test_cross_validate__passes_change_nothing(bank):
 
 def test_cross_validate__test_clips_select_nothing(bank):
     """With other labels on the test clips the same rates are chosen."""
-    rounds = _rounds()[:1]
+    splits = _splits()[:1]
     wrong = bank.targets.clone()
-    wrong[rounds[0].test] = wrong[rounds[0].test].roll(1, -1)
+    wrong[splits[0].test] = wrong[splits[0].test].roll(1, -1)
     other = FeatureBank(patches=bank.patches, cls=bank.cls, targets=wrong, ids=bank.ids,
                         keys=bank.keys, skipped={})  # fmt: skip
-    a, b = (cross_validate(s, rounds, ["linear"], _plan(steps=40))[0] for s in (bank, other))
-    assert a.chosen == b.chosen
+    a, b = (cross_validate(s, splits, ["linear"], _plan(steps=40))[0] for s in (bank, other))
+    assert a.selected == b.selected
     assert a.metrics["accuracy"] > 0.7
     assert b.metrics["accuracy"] < 0.3
 
 
 def test_cross_validate__validation_clips_are_not_trained_on(bank):
     """Garbage features of the validation clips move the choice, not the trained weights."""
-    rounds, heads = _rounds()[:1], []
+    splits, heads = _splits()[:1], []
     for spoilt in (False, True):
         cls = bank.cls.clone()
         if spoilt:
-            cls[rounds[0].valid] = 1e3
+            cls[splits[0].valid] = 1e3
         source = FeatureBank(patches=bank.patches, cls=cls, targets=bank.targets, ids=bank.ids,
                              keys=bank.keys, skipped={})  # fmt: skip
         plan = _plan(
             protocol=Protocol(lrs=[0.05]),
             on_probe=lambda probe, own: heads.append(probe.fc.weight.detach().clone()),
         )
-        cross_validate(source, rounds, ["linear"], plan)
+        cross_validate(source, splits, ["linear"], plan)
     assert torch.equal(*heads)
 
 
 def test_cross_validate__diverged_rate_is_not_selected(bank):
     plan = _plan(protocol=Protocol(lrs=[1e30, 0.05]), optim=Optim(**{**vars(OPTIM),
                  "warmup_steps": 0}), steps=30)  # fmt: skip
-    (outcome,) = cross_validate(bank, _rounds()[:1], ["linear"], plan)
-    assert outcome.chosen["lr"] == 0.05
+    (fold_result,) = cross_validate(bank, _splits()[:1], ["linear"], plan)
+    assert fold_result.selected["lr"] == 0.05
     plan.protocol = Protocol(lrs=[1e30, 1e31])
-    assert cross_validate(bank, _rounds()[:1], ["linear"], plan) == []
+    assert cross_validate(bank, _splits()[:1], ["linear"], plan) == []
     assert "diverged at every rate tried (1e+30, 1e+31): linear (0" in plan.diverged_line()
 
 
@@ -188,9 +188,9 @@ def test_cross_validate__divergence_of_one_probe_spares_others(bank, protocol):
         ),
         on_probe=lambda probe, own: kept.extend(o.method for o in own),
     )
-    outcomes = cross_validate(bank, _rounds(valid=protocol is not None)[:1],
+    fold_results = cross_validate(bank, _splits(valid=protocol is not None)[:1],
                               ["linear", "broken", "curve", "cgp"], plan)  # fmt: skip
-    assert kept == [o.method for o in outcomes] == ["linear", "cgp"]
+    assert kept == [o.method for o in fold_results] == ["linear", "cgp"]
     assert plan.diverged == [("broken", "0", 0), ("curve", "0", 0)]
 
 
@@ -211,17 +211,17 @@ def test_grid__rates_and_decays():
 
 
 def test_results_file__read_back_or_refused(bank, tmp_path):
-    outcomes = cross_validate(bank, _rounds(), ["linear"], _plan(bootstrap=100))
+    fold_results = cross_validate(bank, _splits(), ["linear"], _plan(bootstrap=100))
     path, made = tmp_path / "results.jsonl", {"encoder": "x", "data": "y"}
-    ResultsFile(path, encoder="A", made_from=made).add(outcomes)
+    ResultsFile(path, encoder="A", made_from=made).add(fold_results)
     with path.open("a") as file:
         file.write('{"encoder": "A", "meth')  # cut off by a kill
     again = ResultsFile(path, encoder="A", made_from=made)
-    assert _same(again.outcomes, outcomes)
+    assert _same(again.fold_results, fold_results)
     assert again.done("linear", "1", 0)
     assert not again.done("linear", "1", 1)
     assert not again.done("cgp", "1", 0)
-    assert ResultsFile(path, encoder="B", made_from=made).outcomes == []
+    assert ResultsFile(path, encoder="B", made_from=made).fold_results == []
     with pytest.raises(UserError, match="with other data than"):
         ResultsFile(path, encoder="A", made_from={**made, "data": "z"})
 
@@ -229,12 +229,12 @@ def test_results_file__read_back_or_refused(bank, tmp_path):
         raise AssertionError("trained again")
 
     plan = _plan(done=again.done, on_probe=never)
-    assert cross_validate(bank, _rounds(), ["linear"], plan) == []
+    assert cross_validate(bank, _splits(), ["linear"], plan) == []
 
 
 def test_summary__says_what_the_deviation_is_over(bank):
-    outcomes = cross_validate(bank, _rounds(), ["linear"], _plan(seeds=3, bootstrap=100))
-    entry = summary(outcomes)["linear"]
+    fold_results = cross_validate(bank, _splits(), ["linear"], _plan(seeds=3, bootstrap=100))
+    entry = summary(fold_results)["linear"]
     values = np.array([[row[str(s)]["accuracy"] for s in range(3)]
                        for row in entry["folds"].values()])  # fmt: skip
     assert entry["std_over"] == "seeds"
@@ -243,10 +243,10 @@ def test_summary__says_what_the_deviation_is_over(bank):
     low, high = entry["interval"]
     assert low <= entry["mean"]["accuracy"] <= high
     assert high - low < 0.5
-    one = summary([o for o in outcomes if o.seed == 0])["linear"]
+    one = summary([o for o in fold_results if o.seed == 0])["linear"]
     assert one["std_over"] == "folds"
     assert one["std"]["accuracy"] == pytest.approx(values[:, 0].std())
-    alone = summary(outcomes[:1])["linear"]
+    alone = summary(fold_results[:1])["linear"]
     assert (alone["std_over"], alone["std"]["accuracy"]) == ("none", 0)
     rows = ranking({"A": {"linear": entry}, "B": {"linear": alone, "curve@1": entry}}, "accuracy")
     assert [r["encoder"] for r in rows] in (["A", "B"], ["B", "A"])
@@ -254,7 +254,7 @@ def test_summary__says_what_the_deviation_is_over(bank):
 
 
 def _one(bank, method, *, head=None, **words):
-    """The trained probe and its outcome, in one fold."""
+    """The trained probe and its fold_result, in one fold."""
     found = []
     words = {"steps": 4, "protocol": None, **words}
     plan = _plan(
@@ -264,14 +264,16 @@ def _one(bank, method, *, head=None, **words):
         on_probe=lambda probe, own: found.append(probe),
         **words,
     )
-    (outcome,) = cross_validate(bank, _rounds(valid=plan.protocol is not None)[:1], [method], plan)
-    return found[0], outcome
+    (fold_result,) = cross_validate(
+        bank, _splits(valid=plan.protocol is not None)[:1], [method], plan
+    )
+    return found[0], fold_result
 
 
 def test_candidate__is_trained_with_its_weight_decay(bank):
     weak, first = _one(bank, "linear", protocol=Protocol(lrs=[0.05], weight_decays=[1e-6]))
     strong, second = _one(bank, "linear", protocol=Protocol(lrs=[0.05], weight_decays=[9.0]))
-    assert (first.chosen["weight_decay"], second.chosen["weight_decay"]) == (1e-6, 9.0)
+    assert (first.selected["weight_decay"], second.selected["weight_decay"]) == (1e-6, 9.0)
     assert strong.fc.weight.norm() < 0.5 * weak.fc.weight.norm()
 
 
@@ -279,7 +281,7 @@ def test_grid__probes_with_prototypes_have_rates_of_their_own(bank):
     protocol = Protocol(lrs=[0.25], prototype_lrs=[0.125])
     for method, rate in (("linear", 0.25), ("lcgp", 0.25), ("cgp", 0.125), ("proto", 0.125),
                          ("protobin", 0.125), ("protofloat", 0.125)):  # fmt: skip
-        assert _one(bank, method, protocol=protocol)[1].chosen["lr"] == rate, method
+        assert _one(bank, method, protocol=protocol)[1].selected["lr"] == rate, method
 
 
 @pytest.mark.parametrize(("method", "setting"), [("h2t", "lasso"), ("proto", "orthogonality")])
@@ -292,7 +294,7 @@ def test_training__includes_what_a_probe_adds_to_the_loss(bank, method, setting)
 
 def test_run_steps__epochs_count_passes_and_warm_up_is_a_tenth():
     optim = Optim(lr=1e-3, decay="matrices", warmup_steps=400)
-    held = Round("1", np.arange(40), np.arange(40, 45))
+    held = Split("1", np.arange(40), np.arange(40, 45))
     assert _plan(steps=50, optim=optim).run_steps(held) == (50, 400)
     assert _plan(epochs=4.0, optim=optim).run_steps(held) == (10, 1)
     assert _plan(epochs=4.0, min_steps=300, optim=optim).run_steps(held) == (300, 30)

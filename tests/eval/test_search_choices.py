@@ -14,7 +14,7 @@ from bat.config.sections import Optim
 from bat.eval.candidates import Plan
 from bat.eval.features import FeatureBank
 from bat.eval.search import cross_validate
-from bat.eval.splits import Round
+from bat.eval.splits import Split
 from bat.nn.losses import LOSSES
 from bat.probes.base import Probe
 from bat.types import Features
@@ -22,7 +22,7 @@ from bat.types import Features
 n, C, PARTS = 24, 3, 8
 FAST, SLOW = 1.0, 1e-4
 OPTIM = Optim(lr=SLOW, betas=[0.9, 0.999], weight_decay=0.0, warmup_steps=0, min_lr=0.0)
-HELD = Round("0", np.arange(8), np.arange(16, 24), np.arange(8, 16))
+HELD = Split("0", np.arange(8), np.arange(16, 24), np.arange(8, 16))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def _run(bank, script, *, names=("",), steps=8, held=HELD, memory_bytes=8e9, los
 
 
 @pytest.mark.parametrize(
-    ("looks", "chosen"),
+    ("looks", "selected"),
     [
         ([(1, 1.0), (1, 3.0), (1, 2.0), (1, 3.0)], 8),  # of equal metrics the last
         ([(1, 3.0), (1, 1.0), (1, 1.0), (0.5, 9.0)], 6),  # whatever the loss
@@ -97,16 +97,16 @@ def _run(bank, script, *, names=("",), steps=8, held=HELD, memory_bytes=8e9, los
     ],
 )
 def test_look__best_metric_then_latest_step(bank, looks, chosen):
-    (outcome,), _ = _run(bank, lambda step, fast: looks[step // 2 - 1], look_every=2)
-    assert outcome.chosen["step"] == chosen
+    (fold_result,), _ = _run(bank, lambda step, fast: looks[step // 2 - 1], look_every=2)
+    assert fold_result.selected["step"] == chosen
     share = looks[chosen // 2 - 1][0]
-    assert outcome.metrics["accuracy"] == outcome.chosen["validation"] == share
+    assert fold_result.metrics["accuracy"] == fold_result.selected["validation"] == share
 
 
 @pytest.mark.parametrize("memory_bytes", [8e9, 1])
 @pytest.mark.parametrize("rates", [[FAST, SLOW], [SLOW, FAST]])
 @pytest.mark.parametrize(
-    ("fast", "slow", "chosen"),
+    ("fast", "slow", "selected"),
     [
         ((1, 3.0), (1, 2.0), FAST),
         ((1, 2.0), (1, 3.0), SLOW),
@@ -118,7 +118,7 @@ def test_rates__best_metric_then_loss_then_first(bank, fast, slow, chosen, rates
     """None: all alike, so the rate that is named first; side by side or one after the other."""
     found, _ = _run(bank, lambda step, is_fast: fast if is_fast else slow, steps=2, lrs=rates,
                     memory_bytes=memory_bytes)  # fmt: skip
-    assert [o.chosen["lr"] for o in found] == [rates[0] if chosen is None else chosen]
+    assert [o.selected["lr"] for o in found] == [rates[0] if chosen is None else chosen]
 
 
 @pytest.mark.parametrize("memory_bytes", [8e9, 1])
@@ -130,9 +130,9 @@ def test_look__of_equal_ones_at_several_rates_the_later_step(bank, fast, slow, r
     def script(step, is_fast):
         return (1 if step in (fast if is_fast else slow) else 0.5), 1.0
 
-    (outcome,), _ = _run(bank, script, lrs=rates, look_every=2, memory_bytes=memory_bytes)
-    assert outcome.chosen["step"] == 8
-    assert outcome.chosen["lr"] == (FAST if 8 in fast else SLOW)
+    (fold_result,), _ = _run(bank, script, lrs=rates, look_every=2, memory_bytes=memory_bytes)
+    assert fold_result.selected["step"] == 8
+    assert fold_result.selected["lr"] == (FAST if 8 in fast else SLOW)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,9 @@ def test_look__of_equal_ones_at_several_rates_the_later_step(bank, fast, slow, r
 def test_protocol__metric_selects(bank, metric, step, validation, accuracy):
     """Leaning to class 0 spoils accuracy and no class's order."""
     looks = {2: (0.75, 1.0), 4: (1, 1.0, 9.0)}
-    (outcome,), _ = _run(bank, lambda at, fast: looks[at], steps=4, look_every=2, metric=metric)
-    assert (outcome.chosen["step"], outcome.chosen["validation"]) == (step, validation)
-    assert outcome.metrics["accuracy"] == accuracy  # a task is judged by its own metric
+    (fold_result,), _ = _run(bank, lambda at, fast: looks[at], steps=4, look_every=2, metric=metric)
+    assert (fold_result.selected["step"], fold_result.selected["validation"]) == (step, validation)
+    assert fold_result.metrics["accuracy"] == accuracy  # a task is judged by its own metric
 
 
 CURVE = {  # (fast, step): shares of the blocks
@@ -168,7 +168,12 @@ def test_curve__each_block_has_its_own_rate_and_step(bank, rates, memory_bytes):
         memory_bytes=memory_bytes,
     )
     rows = {
-        o.method: (o.chosen["lr"], o.chosen["step"], o.chosen["validation"], o.metrics["accuracy"])
+        o.method: (
+            o.selected["lr"],
+            o.selected["step"],
+            o.selected["validation"],
+            o.metrics["accuracy"],
+        )
         for o in found
     }
     assert rows == {
@@ -187,7 +192,7 @@ def _shares(*values):
 
 
 @pytest.mark.parametrize(
-    ("patience", "shares", "chosen", "taken"),
+    ("patience", "shares", "selected", "taken"),
     [
         (2, [0.5, 0.25, 0.625, 0.5, 0.375, 1, 1], 6, 10),  # a gain starts the count anew
         (1, [0.5, 0.25, 1, 1, 1, 1, 1], 2, 4),
@@ -197,15 +202,15 @@ def _shares(*values):
     ],
 )
 def test_patience__counts_validations_without_gain(bank, patience, shares, chosen, taken):
-    (outcome,), steps = _run(bank, _shares(*shares), steps=14, look_every=2, patience=patience)
-    assert (outcome.chosen["step"], steps) == (chosen, taken)
+    (fold_result,), steps = _run(bank, _shares(*shares), steps=14, look_every=2, patience=patience)
+    assert (fold_result.selected["step"], steps) == (chosen, taken)
 
 
 @pytest.mark.parametrize("rates", [[FAST, SLOW], [SLOW, FAST]])
 def test_patience__of_each_rate_alone(bank, rates):
     """A slow rate that still gains is trained on, however far ahead a faster one was."""
     fast, slow = _shares(0.875, 0.75, 1, 1, 1), _shares(0.25, 0.5, 0.625, 0.75, 0.95)
-    (outcome,), steps = _run(
+    (fold_result,), steps = _run(
         bank,
         lambda step, is_fast: (fast if is_fast else slow)(step, is_fast),
         steps=10,
@@ -213,8 +218,8 @@ def test_patience__of_each_rate_alone(bank, rates):
         look_every=2,
         patience=1,
     )
-    assert (outcome.chosen["lr"], outcome.chosen["step"], steps) == (SLOW, 10, 10)
-    assert outcome.chosen["candidates"] == 2
+    assert (fold_result.selected["lr"], fold_result.selected["step"], steps) == (SLOW, 10, 10)
+    assert fold_result.selected["candidates"] == 2
 
 
 def test_patience__of_each_block_alone(bank):
@@ -223,7 +228,7 @@ def test_patience__of_each_block_alone(bank):
     found, steps = _run(bank, lambda *at: [one(*at), two(*at)], names=("@1", "@2"), look_every=2,
                         patience=1)  # fmt: skip
     assert steps == 8
-    assert [(o.chosen["step"], o.metrics["accuracy"]) for o in found] == [(2, 0.5), (8, 0.75)]
+    assert [(o.selected["step"], o.metrics["accuracy"]) for o in found] == [(2, 0.5), (8, 0.75)]
 
 
 @pytest.mark.parametrize("best", [3, 6, 7])
@@ -234,9 +239,9 @@ def test_look_every__and_at_the_end(bank, best):
         seen.append(step)
         return (1 if step == best else 0.5), 1.0
 
-    (outcome,), _ = _run(bank, script, steps=7, look_every=3)
+    (fold_result,), _ = _run(bank, script, steps=7, look_every=3)
     assert seen == [3, 6, 7, best]  # the last: judged on the held-out clips
-    assert outcome.chosen["step"] == best
+    assert fold_result.selected["step"] == best
 
 
 def test_look__without_a_positive_clip_to_validate_on_the_last_step(bank):
@@ -246,9 +251,9 @@ def test_look__without_a_positive_clip_to_validate_on_the_last_step(bank):
     silent = FeatureBank(patches=bank.patches, cls=bank.cls, targets=empty, ids=bank.ids,
                          keys=bank.keys, skipped={})  # fmt: skip
     sure = {2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0}
-    (outcome,), _ = _run(silent, lambda step, fast: (1, sure[step]), look_every=2, loss="bce")
-    assert (outcome.chosen["step"], outcome.chosen["validation"]) == (8, 0.0)
-    assert outcome.metrics["map"] == 1
+    (fold_result,), _ = _run(silent, lambda step, fast: (1, sure[step]), look_every=2, loss="bce")
+    assert (fold_result.selected["step"], fold_result.selected["validation"]) == (8, 0.0)
+    assert fold_result.metrics["map"] == 1
 
 
 def _searched(bank, script, *, names=("",), seeds=3, **words):
@@ -278,12 +283,12 @@ def _fast_is_better(step, fast):
 def test_search_first__other_seeds_take_what_the_first_found(bank):
     found, trained, _ = _searched(bank, _fast_is_better)
     assert trained == [(7, SLOW), (7, FAST), (8, FAST), (9, FAST)]
-    assert [(o.seed, o.chosen["lr"], o.chosen["candidates"]) for o in found] == [
+    assert [(o.seed, o.selected["lr"], o.selected["candidates"]) for o in found] == [
         (7, FAST, 2), (8, FAST, 1), (9, FAST, 1)]  # fmt: skip
 
 
 def test_search_first__goes_on_from_an_earlier_run(bank):
-    """Its outcomes are those of the first seed: nothing is searched again."""
+    """Its fold_results are those of the first seed: nothing is searched again."""
     before, _, _ = _searched(bank, _fast_is_better, seeds=1)
     found, trained, _ = _searched(bank, _fast_is_better, before=before,
                                   done=lambda method, fold, seed: seed == 7)  # fmt: skip
@@ -303,7 +308,7 @@ def test_search_first__each_answer_keeps_its_own_rate(bank):
     found, trained, _ = _searched(bank, surprising, names=("@1", "@2"), seeds=2, before=before,
                                   done=lambda method, fold, seed: seed == 7)  # fmt: skip
     assert trained == [(8, FAST), (8, SLOW)]
-    rates = {o.method: o.chosen["lr"] for o in found}
+    rates = {o.method: o.selected["lr"] for o in found}
     assert rates == {"scripted@1": FAST, "scripted@2": SLOW}
 
 

@@ -14,7 +14,7 @@ from bat.data.index import Index, open_index
 from bat.data.toy import toy_wave
 from bat.errors import UserError
 from bat.eval.prepare import open_probing, permute_labels
-from bat.eval.splits import DRAWN_FOLDS, Round, check_labels, check_rounds, how, make_rounds
+from bat.eval.splits import DRAWN_FOLDS, Split, check_labels, check_splits, how, make_splits
 from bat.shard.write import write_shards
 from bat.tasks.base import Row, load_task
 from tests.toy import make_toy_shards
@@ -27,33 +27,33 @@ def index(tmp_path_factory):
 
 def test_make_rounds__impossible_folds_are_errors(index):
     with pytest.raises(UserError, match="no clip has fold 3"):
-        make_rounds(index, [3])
+        make_splits(index, [3])
     with pytest.raises(UserError, match="holds nothing out"):
-        make_rounds(index, [])
+        make_splits(index, [])
     one = SimpleNamespace(folds=[1], splits=[])
     with pytest.raises(UserError, match="two folds are needed"):
-        make_rounds(one)
+        make_splits(one)
     with pytest.raises(UserError, match="neither folds nor a train and a test split"):
-        make_rounds(Fake([(0,), (1,)], split=["train", "train"]))
+        make_splits(Fake([(0,), (1,)], split=["train", "train"]))
 
 
 def test_make_rounds__splits():
     ids = {"train": np.array([0, 1]), "test": np.array([2])}
     index = SimpleNamespace(folds=[], splits=["test", "train"], clips_in_split=ids.__getitem__)
-    (held,) = make_rounds(index)
+    (held,) = make_splits(index)
     assert held.name == "test"
     assert held.train.tolist() == [0, 1]
     assert held.test.tolist() == [2]
     with pytest.raises(UserError, match="the data has no folds"):
-        make_rounds(index, [1])
+        make_splits(index, [1])
 
 
 def test_make_rounds__a_fraction_that_nothing_is_drawn_by_is_refused():
     ids = {"train": np.array([0, 1]), "valid": np.array([3]), "test": np.array([2])}
     index = SimpleNamespace(folds=[], splits=list(ids), clips_in_split=ids.__getitem__)
     with pytest.raises(UserError, match=r"protocol\.fraction=0\.3: .* on a split of the data"):
-        make_rounds(index, protocol=Protocol(fraction=0.3))
-    assert make_rounds(index, protocol=Protocol())[0].valid.tolist() == [3]
+        make_splits(index, protocol=Protocol(fraction=0.3))
+    assert make_splits(index, protocol=Protocol())[0].valid.tolist() == [3]
 
 
 def test_check_labels__number_of_classes(index):
@@ -90,7 +90,7 @@ class _Unlabelled:
 
 
 class Fake:
-    """Of an index, what rounds are made of. ``labels``: those of each clip, as indices."""
+    """Of an index, what splits are made of. ``labels``: those of each clip, as indices."""
 
     def __init__(self, labels, fold=None, split=None):
         self.labels_per_clip = np.array([len(found) for found in labels])
@@ -121,36 +121,36 @@ def labels_of(index, ids):
 
 def test_make_rounds__next_fold_is_for_validation():
     index = Fake([(i % 2,) for i in range(12)], fold=[3, 3, 5, 5, 9, 9] * 2)
-    rounds = make_rounds(index, protocol=Protocol())
-    assert [(r.name, r.valid_is) for r in rounds] == [("3", "fold"), ("5", "fold"), ("9", "fold")]
+    splits = make_splits(index, protocol=Protocol())
+    assert [(r.name, r.valid_is) for r in splits] == [("3", "fold"), ("5", "fold"), ("9", "fold")]
     fold = index.fold
-    assert [set(fold[r.test]) for r in rounds] == [{3}, {5}, {9}]
-    assert [set(fold[r.valid]) for r in rounds] == [{5}, {9}, {3}]
-    assert [set(fold[r.train]) for r in rounds] == [{9}, {3}, {5}]
-    (alone,) = make_rounds(index, [9], protocol=Protocol())
-    assert np.array_equal(alone.valid, rounds[2].valid)
+    assert [set(fold[r.test]) for r in splits] == [{3}, {5}, {9}]
+    assert [set(fold[r.valid]) for r in splits] == [{5}, {9}, {3}]
+    assert [set(fold[r.train]) for r in splits] == [{9}, {3}, {5}]
+    (alone,) = make_splits(index, [9], protocol=Protocol())
+    assert np.array_equal(alone.valid, splits[2].valid)
 
 
 def test_make_rounds__clips_without_a_fold():
     index = Fake([(i % 2,) for i in range(8)], fold=[1, 1, 2, 2, 3, 3, -1, -1])
-    for held in make_rounds(index, protocol=Protocol()):
+    for held in make_splits(index, protocol=Protocol()):
         assert not {6, 7} & {*held.train, *held.test, *held.valid}
 
 
 @pytest.mark.parametrize("name", ["valid", "validation", "dev", "val"])
 def test_make_rounds__split_for_validation(name):
     index = Fake([(i % 2,) for i in range(9)], split=["train"] * 4 + [name] * 2 + ["test"] * 3)
-    (held,) = make_rounds(index, protocol=Protocol())
+    (held,) = make_splits(index, protocol=Protocol())
     assert (held.train.tolist(), held.valid.tolist()) == ([0, 1, 2, 3], [4, 5])
     assert (held.test.tolist(), held.valid_is) == ([6, 7, 8], "split")
-    (plain,) = make_rounds(index)
+    (plain,) = make_splits(index)
     assert plain.valid is None
     assert plain.train.tolist() == [0, 1, 2, 3]  # the split's clips are nobody's then
 
 
 def test_make_rounds__part_for_validation():
     index = single(20, 10, 5, 2, 1, fold=([1, 2] * 19))
-    for held in make_rounds(index, protocol=Protocol(fraction=0.3), seed=4):
+    for held in make_splits(index, protocol=Protocol(fraction=0.3), seed=4):
         assert held.valid_is == "part"
         others = np.flatnonzero(index.fold != int(held.name))
         assert sorted([*held.train, *held.valid]) == others.tolist()
@@ -166,27 +166,27 @@ def test_make_rounds__part_depends_on_seed_and_fold():
     index = single(60, 60, split=(["train"] * 40 + ["test"] * 20) * 2)
 
     def part(seed):
-        (held,) = make_rounds(index, protocol=Protocol(), seed=seed)
+        (held,) = make_splits(index, protocol=Protocol(), seed=seed)
         return held.valid.tolist()
 
     assert part(1) == part(1) != part(2)
     assert len(part(1)) == 16
     folds = single(60, 60, fold=[1, 2] * 60)
-    first, second = make_rounds(folds, protocol=Protocol(), seed=1)
+    first, second = make_splits(folds, protocol=Protocol(), seed=1)
     assert (first.valid // 2).tolist() != (second.valid // 2).tolist()
 
 
 def test_make_rounds__part_leaves_a_clip_of_each_class():
     tiny = single(2, 1, 3, split=["train", "train", "train", "train", "test", "test"])
-    (held,) = make_rounds(tiny, protocol=Protocol(fraction=0.01))
+    (held,) = make_splits(tiny, protocol=Protocol(fraction=0.01))
     assert len(held.valid) == 1
     assert labels_of(tiny, held.valid) == [1, 0, 0]
-    (half,) = make_rounds(single(3, 3, split=["train"] * 4 + ["test"] * 2),
+    (half,) = make_splits(single(3, 3, split=["train"] * 4 + ["test"] * 2),
                           protocol=Protocol(fraction=0.99))  # fmt: skip
     assert (len(half.train), len(half.valid)) == (2, 2)
     bare = single(1, 1, 2, split=["train", "train", "test", "test"])
     with pytest.raises(UserError, match=r"2 training clip\(s\), one a class.*protocol=bat"):
-        make_rounds(bare, protocol=Protocol())
+        make_splits(bare, protocol=Protocol())
 
 
 def test_make_rounds__part_with_several_labels():
@@ -194,7 +194,7 @@ def test_make_rounds__part_with_several_labels():
     labels = [tuple(np.flatnonzero(row)) for row in rng.random((60, 8)) < 0.2]
     labels += [(7, 8), (8, 9), (9,), ()]
     index = Fake(labels, split=["train"] * 62 + ["test"] * 2)
-    (held,) = make_rounds(index, protocol=Protocol(fraction=0.5), multi_label=True)
+    (held,) = make_splits(index, protocol=Protocol(fraction=0.5), multi_label=True)
     train = {c for i in held.train for c in labels[i]}
     assert train == {c for found in labels[:62] for c in found}
     assert len(held.valid) == 31
@@ -202,37 +202,37 @@ def test_make_rounds__part_with_several_labels():
 
 def test_make_rounds__drawn_folds_are_even():
     index = single(11, 7, 5, 23)
-    rounds = make_rounds(index, draw=DRAWN_FOLDS, protocol=Protocol(), seed=3)
-    assert [(r.name, r.drawn, r.valid_is) for r in rounds] == [
+    splits = make_splits(index, draw=DRAWN_FOLDS, protocol=Protocol(), seed=3)
+    assert [(r.name, r.drawn, r.valid_is) for r in splits] == [
         (str(f), True, "fold") for f in range(1, 6)
     ]
-    held = np.array([labels_of(index, r.test) for r in rounds])
+    held = np.array([labels_of(index, r.test) for r in splits])
     assert held.sum(0).tolist() == [11, 7, 5, 23]
     assert np.all(held.max(0) - held.min(0) <= 1)
     assert np.ptp(held.sum(1)) <= 1
-    again = make_rounds(index, [2], draw=DRAWN_FOLDS, seed=3)
-    assert np.array_equal(again[0].test, rounds[1].test)
-    other = make_rounds(index, [2], draw=DRAWN_FOLDS, seed=4)
+    again = make_splits(index, [2], draw=DRAWN_FOLDS, seed=3)
+    assert np.array_equal(again[0].test, splits[1].test)
+    other = make_splits(index, [2], draw=DRAWN_FOLDS, seed=4)
     assert not np.array_equal(again[0].test, other[0].test)
 
 
 def test_make_rounds__drawn_folds_of_rare_classes():
-    assert len(make_rounds(single(9, 3), draw=5)) == 3
+    assert len(make_splits(single(9, 3), draw=5)) == 3
     with pytest.raises(UserError, match="class 'class1' has a single clip, so no folds"):
-        make_rounds(single(9, 1), draw=5)
+        make_splits(single(9, 1), draw=5)
     several = Fake([(0,), (0, 1), (0,), (0,), ()])  # two clips a fold at least
-    assert [len(r.test) for r in make_rounds(several, draw=5, multi_label=True)] == [3, 2]
+    assert [len(r.test) for r in make_splits(several, draw=5, multi_label=True)] == [3, 2]
     with pytest.raises(UserError, match="neither folds nor"):
-        make_rounds(single(9, 3))
+        make_splits(single(9, 3))
     split = single(3, 3, split=["train", "test", "test"] * 2)
-    assert [r.name for r in make_rounds(split, draw=5)] == ["test"]
+    assert [r.name for r in make_splits(split, draw=5)] == ["test"]
 
 
 def test_how__says_what_was_selected_where():
     two, three = (single(6, 6, fold=[*range(1, k + 1)] * (12 // k)) for k in (2, 3))
 
     def said(index, protocol, **words):
-        return how(make_rounds(index, protocol=protocol, **words), protocol)
+        return how(make_splits(index, protocol=protocol, **words), protocol)
 
     none = said(three, Protocol(selection="none"))
     assert (
@@ -263,7 +263,7 @@ def test_how__says_what_was_selected_where():
 
 def test_check_rounds__meaningless_folds_are_errors():
     def check(index, *, multi_label=False):
-        return check_rounds(make_rounds(index), index, multi_label=multi_label)
+        return check_splits(make_splits(index), index, multi_label=multi_label)
 
     assert check(single(4, 4, fold=[1, 2] * 4)) == []
     with pytest.raises(UserError, match="fold 2 has a single held-out clip"):
@@ -278,24 +278,24 @@ def test_check_rounds__meaningless_folds_are_errors():
 
 def test_check_rounds__class_left_to_validation():
     index = single(6, 4, 6, fold=[1, 2, 3, 1, 2, 3, 1, 1, 2, 2, 1, 2, 3, 1, 2, 3])
-    assert len(check_rounds(make_rounds(index), index, multi_label=False)) == 1  # none in fold 3
-    rounds = make_rounds(index, protocol=Protocol())
+    assert len(check_splits(make_splits(index), index, multi_label=False)) == 1  # none in fold 3
+    splits = make_splits(index, protocol=Protocol())
     with pytest.raises(UserError, match=r"'class1' .* in fold 1: its other clips are"):
-        check_rounds(rounds, index, multi_label=False)
+        check_splits(splits, index, multi_label=False)
 
 
 def test_check_rounds__empty_fold_is_an_error():
     index, none = single(4, 4), np.empty(0, np.int64)
-    held = Round("1", np.arange(4), np.arange(4, 8))
+    held = Split("1", np.arange(4), np.arange(4, 8))
     for what, words in {"training": "train", "held-out": "test", "validation": "valid"}.items():
         with pytest.raises(UserError, match=f"fold 1 has no {what} clips"):
-            check_rounds([replace(held, **{words: none})], index, multi_label=False)
+            check_splits([replace(held, **{words: none})], index, multi_label=False)
 
 
 def test_check_rounds__names_classes_without_clips():
     labels = [(0, 1), (1, 2), (0,), (1,), (0, 3), (1, 3), (0,), (1,)]
     index = Fake(labels, fold=[1, 1, 1, 1, 2, 2, 2, 2])
-    said = check_rounds(make_rounds(index), index, multi_label=True)
+    said = check_splits(make_splits(index), index, multi_label=True)
     assert said == [
         "no training clip where they are held out, so chance at best: 'class2' ("
         "fold 1), 'class3' (fold 2)",
@@ -303,16 +303,16 @@ def test_check_rounds__names_classes_without_clips():
     ]
     many = Fake([(0, *range(2, 10)), (1,), (0,), (1,)], fold=[1, 1, 2, 2])
     assert (
-        "'class6' (fold 1) and 3 more" in check_rounds(make_rounds(many), many, multi_label=True)[0]
+        "'class6' (fold 1) and 3 more" in check_splits(make_splits(many), many, multi_label=True)[0]
     )
 
 
 def test_make_rounds__named_split():
     splits = ["train-balanced"] * 2 + ["train-unbalanced"] * 3 + ["test"] * 2 + [""]
     index = Fake([(i % 2,) for i in range(8)], split=splits)
-    (held,) = make_rounds(index, split="train-balanced")
+    (held,) = make_splits(index, split="train-balanced")
     assert (held.train.tolist(), held.test.tolist()) == ([0, 1], [5, 6])
-    (held,) = make_rounds(index, split="train-balanced,train-unbalanced")
+    (held,) = make_splits(index, split="train-balanced,train-unbalanced")
     assert held.train.tolist() == [0, 1, 2, 3, 4]
     counts = "test 2, train-balanced 2, train-unbalanced 3, 1 clips without a split"
     for split, says in (
@@ -322,9 +322,9 @@ def test_make_rounds__named_split():
         ("all", f"'all', which is held out.*{counts}"),
     ):
         with pytest.raises(UserError, match=says):
-            make_rounds(index, split=split)
+            make_splits(index, split=split)
     with pytest.raises(UserError, match=r"data.split=train-balanced: the data has no splits but f"):
-        make_rounds(Fake([(0,), (1,)], fold=[1, 2]), split="train-balanced")
+        make_splits(Fake([(0,), (1,)], fold=[1, 2]), split="train-balanced")
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +362,7 @@ def test_audioset__recipes_train_on_their_split(audioset, tmp_path, command, rec
     words += [f"data.root={audioset}", f"data.cache={tmp_path}"]
     config = compose(command, name, words)
     data = open_probing(config)
-    (held,) = data.rounds
+    (held,) = data.splits
     of = [data.index.splits[i] for i in data.index.split]
     assert {split: of.count(split) for split in {of[i] for i in held.train}} == wanted
     assert {of[i] for i in held.test} == {"test"}
@@ -383,7 +383,7 @@ def test_audioset__plain_splits_if_named(tmp_path):
     words = ["recipe=as20k", f"data.shards={tmp_path / '20k'}", "checkpoint=random"]
     with pytest.raises(UserError, match=r"no clip has split 'train-balanced': .*test 2, train 2"):
         open_probing(compose(Probe, "probe", words))
-    (held,) = open_probing(compose(Probe, "probe", [*words, "data.split=train"])).rounds
+    (held,) = open_probing(compose(Probe, "probe", [*words, "data.split=train"])).splits
     assert (len(held.train), len(held.test)) == (2, 2)
 
 

@@ -10,7 +10,7 @@ from bat.encoders.bat import BAT
 from bat.eval.candidates import Plan
 from bat.eval.features import FeatureBank, to_device
 from bat.eval.search import cross_validate
-from bat.eval.splits import Round
+from bat.eval.splits import Split
 from bat.nn.losses import LOSSES
 from bat.probes.base import build_probe, expand
 from bat.types import Features, Grid
@@ -70,7 +70,7 @@ def test_a_probing_side_by_side_in_bf16(features, encoder):
         skipped={},
     )
     part = np.arange(n) % 3
-    held = Round("0", *(np.flatnonzero(part == k) for k in range(3)))
+    held = Split("0", *(np.flatnonzero(part == k) for k in range(3)))
     methods = expand(["all"], level="clip", encoder=False)
     plan = Plan(
         build=lambda m: build_probe(m, classes=C, width=D, depth=L, has_cls=True, prototypes=40),
@@ -85,6 +85,6 @@ def test_a_probing_side_by_side_in_bf16(features, encoder):
         autocast=torch.bfloat16,
         device=CUDA,
     )
-    outcomes = cross_validate(bank, [held], methods, plan)
-    assert [(o.method, o.seed) for o in outcomes] == [(m, s) for m in methods for s in (0, 1)]
+    fold_results = cross_validate(bank, [held], methods, plan)
+    assert [(o.method, o.seed) for o in fold_results] == [(m, s) for m in methods for s in (0, 1)]
     assert not plan.diverged

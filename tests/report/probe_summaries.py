@@ -65,7 +65,7 @@ def summary(
             "interval": [mean["accuracy"] - 0.03, mean["accuracy"] + 0.03],
             "folds": found,
             "gate": {p: rng.dirichlet(np.ones(depth)).tolist() for p in places} if gated else {},
-            "chosen": dict.fromkeys(places, selected | {"validation": 0.8, "candidates": 3}),
+            "selected": dict.fromkeys(places, selected | {"validation": 0.8, "candidates": 3}),
         }
 
     def encoder(place: int, name: str) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def summary(
                 method: result(level + 0.02 * i, gated=method in ("cgp", "lcgp"))
                 for i, method in enumerate(methods)
             },
-            "insight": {
+            "diagnostics": {
                 "clips": 64,
                 "sinks": {"gate on": blocks, "gate off": None, "uniform": 0.002},
                 "norms": {"patches": [[v, 0.1, 9.0] for v in blocks], "cls": None},
@@ -113,9 +113,9 @@ def summary(
         "how": "the rate is chosen on validation clips; nothing was selected on held-out clips",
         "clips": 400,
         "labels": list(labels),
-        "rounds": [{"name": f, "train": 240, "valid": 80, "test": 80} for f in folds],
+        "splits": [{"name": f, "train": 240, "valid": 80, "test": 80} for f in folds],
         "seeds": list(seeds),
-        "control": "none",
+        "permute_labels": False,
         "confidence": 0.95,
         "encoders": {name: encoder(i, name) for i, name in enumerate(encoders)},
         "ranking": [],

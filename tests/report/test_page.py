@@ -160,13 +160,13 @@ def test_write_page__classes_start_with_the_hardest(tmp_path: Path) -> None:
 
 def test_write_page__only_measured_diagnostics_are_shown(tmp_path: Path) -> None:
     given = summary(encoders=["A"], depth=2)
-    insight = given["encoders"]["A"]["insight"]
-    insight |= {"sinks": {"gate on": [0.25, 0.5], "gate off": [0.75, 0.5], "uniform": 0.01}}
+    diagnostics = given["encoders"]["A"]["diagnostics"]
+    diagnostics |= {"sinks": {"gate on": [0.25, 0.5], "gate off": [0.75, 0.5], "uniform": 0.01}}
     page = read(tmp_path, given)
     [header] = [row for row in page.rows if row[0] == "block"]
     assert header[:3] == ["block", "sinks, gate on", "sinks, gate off"]
     assert "rank, cls" not in header  # all None
     lines = [row[:3] for row in page.rows if len(row) == len(header) and row is not header]
     assert [r for r in lines if r[0] in "12"] == [["1", "0.25", "0.75"], ["2", "0.5", "0.5"]]
-    del given["encoders"]["A"]["insight"]
+    del given["encoders"]["A"]["diagnostics"]
     assert "Blocks of" not in read(tmp_path, given).text

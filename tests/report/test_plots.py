@@ -19,7 +19,7 @@ from bat.types import Grid
 RNG = np.random.default_rng(0)
 LONG = "checkpoints/a very long $name$ of_an_encoder/step=400000.safetensors"
 ENCODERS = {"bat": 12, "eat": 12, LONG: 24, "random": 12}  # blocks
-RANDOM: dict[str, Any] = {"controls": ["random"]}
+RANDOM: dict[str, Any] = {"baselines": ["random"]}
 ROWS = [
     {"step": s, "method": m, "accuracy": 0.5 + s / 1000, "accuracy_std": 0.02}
     for s in (0, 100, 200)
@@ -47,7 +47,7 @@ def sinks(L: int, *, gates: bool = True) -> dict[str, Any]:
     return {"gate on": shares, "gate off": shares[::-1] if gates else None, "uniform": 1 / 513}
 
 
-def insight(L: int, *, cls: bool = True, known: bool = True) -> dict[str, Any]:
+def diagnostics(L: int, *, cls: bool = True, known: bool = True) -> dict[str, Any]:
     norms, rank = [[20.0, 1.0, 30.0]] * L, [5.0 * known or None] * L
     return {
         "norms": {"patches": norms, "cls": norms if cls else None},
@@ -93,7 +93,8 @@ CASES: dict[str, Callable[[Path], Path]] = {
         std_over="none", **RANDOM),
     "sinks": lambda p: probe_plots.plot_sinks({"bat": sinks(12), LONG: sinks(24)}, p, **RANDOM),
     "norms": lambda p: probe_plots.plot_norms_ranks(
-        {"bat": insight(12), "eat": insight(12, cls=False), LONG: insight(24)}, p, **RANDOM),
+        {"bat": diagnostics(12), "eat": diagnostics(12, cls=False), LONG: diagnostics(24)}, p,
+        **RANDOM),
     "prototype maps": lambda p: probe_plots.plot_prototype_maps(
         [clip(label=LONG, key=LONG, seconds=0.3), clip(evidence=np.zeros((4, 2)))], p),
     "no map": lambda p: probe_plots.plot_prototype_maps([], p),
@@ -240,17 +241,17 @@ def test_plot_comparison__order_is_that_of_the_best_trained_encoder(
     assert {(60, 75), (68, 72), (88, 92), (80, 95), (0, 25), (0, 30)} <= found
     baselines = {n: {"linear": row(0.2), "cgp": row(0.4)} for n in ("random", "random-S")}
     probe_plots.plot_comparison(
-        baselines, tmp_path / "c.png", metric="mAP", controls=list(baselines)
+        baselines, tmp_path / "c.png", metric="mAP", baselines=list(baselines)
     )
     assert ticks(axes[1], "y") == ["cgp", "linear"]
 
 
 def test_encoder_styles__baselines_are_grey_and_all_differ() -> None:
     names = ["random", "bat", "random-S", "eat", "random-L"]
-    controls = [name for name in names if name.startswith("random")]
-    found = probe_plots.encoder_styles(names, controls)
-    assert [found[n]["color"] for n in controls] == list(probe_plots.GREYS)
-    assert all(found[n]["markerfacecolor"] == "white" for n in controls)
+    baselines = [name for name in names if name.startswith("random")]
+    found = probe_plots.encoder_styles(names, baselines)
+    assert [found[n]["color"] for n in baselines] == list(probe_plots.GREYS)
+    assert all(found[n]["markerfacecolor"] == "white" for n in baselines)
     assert len({(style["color"], style["marker"]) for style in found.values()}) == len(names)
 
 
@@ -266,7 +267,7 @@ def test_plot_sinks__with_and_without_gates(tmp_path: Path, axes: list[Axes]) ->
 
 
 def test_plot_norms_ranks__unknown_values_are_named(tmp_path: Path, axes: list[Axes]) -> None:
-    probe_plots.plot_norms_ranks({"bat": insight(3, known=False)}, tmp_path / "n.png", **RANDOM)
+    probe_plots.plot_norms_ranks({"bat": diagnostics(3, known=False)}, tmp_path / "n.png", **RANDOM)
     texts = [[t.get_text() for t in axis.texts] for axis in axes]
     assert texts == [[], ["not known"], ["not known"]] * 2
     assert lines(axes[0])["bat"] == [(1, 20), (2, 20), (3, 20)]

@@ -132,7 +132,7 @@ def test_notes__deviations_are_explained(
 def test_notes__excluded_classes_class_tokens_permuted_labels_and_f1() -> None:
     given = summary()
     assert "above 0.5" not in as_text([given])
-    given["control"] = "permuted"
+    given["permute_labels"] = True
     given["encoders"]["B"]["cls_rule"] = "no class token in this encoder: the mean patch instead"
     given["encoders"]["A"]["results"]["cgp"]["mean"]["f1"] = 0.0
     for text in (as_text([given]), as_markdown([given])):
@@ -155,7 +155,7 @@ def test_sections__runs_of_one_task_are_merged() -> None:
     assert f"they differ in {', '.join(section.differ)}" in as_text([one, two])
     assert len(sections([one, summary(task="scv2")])) == 2
     assert len(sections([one, summary(labels=["a", "b", "c"])])) == 2
-    assert len(sections([one, {**one, "control": "permuted"}])) == 2
+    assert len(sections([one, {**one, "permute_labels": True}])) == 2
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def _folder(
 @pytest.mark.usefixtures("_folder")
 def test_task_outside__is_probed_fine_tuned_and_packed_as_the_page_says() -> None:
     words = [*WORDS, "train.steps=3", "bootstrap=100", "methods=[linear]", "out=run"]
-    words += ["insight.encoder=false", "data.workers=0", "hardware=cpu", "protocol.lrs=[0.01]"]
+    words += ["diagnostics.encoder=false", "data.workers=0", "hardware=cpu", "protocol.lrs=[0.01]"]
     probe(compose(Probe, "probe", ["recipe=frogs.yaml", *words]))
     summary = json.loads(Path("run/summary.json").read_text())
     said = [summary[name] for name in ("task", "target", "metric")]

@@ -315,7 +315,7 @@ def test_pad_offset__short_clips_are_placed_at_random(config, tmp_path):
     words = ("pad=waveform", "pad_offset=random", "data.clip_seconds=2.05", "data.roll=false")
     ready = prepare(config(*words))
     run = Folds(ready, tmp_path)
-    batch = next(iter(run.data(ready.rounds[0]).train_dataloader()))
+    batch = next(iter(run.data(ready.splits[0]).train_dataloader()))
     assert batch.lengths.tolist() == [32_800] * 5  # the whole window is signal
     starts = [int(wave.nonzero()[0]) for wave in batch.waves]
     assert len(set(starts)) > 2
