@@ -208,9 +208,9 @@ class _Fold:
         A job that diverged, or has an answer that did, has no results and is in ``plan.diverged``.
         """
         plan, held = self.plan, self.held
-        looks = {job: self.best.pop(job) for job in jobs}
+        steps_of = {job: self.best.pop(job) for job in jobs}
         probes: dict[tuple[Job, int], Probe] = {}  # one for each job and state
-        for job, answers in looks.items():
+        for job, answers in steps_of.items():
             for best_step in answers.values():
                 if (job, id(best_step.state)) not in probes:
                     probe = fresh(plan, held, *job)
@@ -218,7 +218,7 @@ class _Fold:
                     probes[job, id(best_step.state)] = probe.to(plan.device).eval()
 
         def selected(job: Job, answer: str) -> Validation | None:
-            return looks[job].get(answer) or looks[job].get(EVERY)
+            return steps_of[job].get(answer) or steps_of[job].get(EVERY)
 
         def wanted(key: tuple[Job, int], answer: str) -> bool:
             """Return True for answers selected at this state, or never selected."""
@@ -226,7 +226,7 @@ class _Fold:
             return best_step is None or id(best_step.state) == key[1]
 
         fold_results: dict[Job, list[FoldResult]] = {job: [] for job in jobs}
-        diverged = {job for job in jobs if not looks[job]}
+        diverged = {job for job in jobs if not steps_of[job]}
         if probes:
             batches = self.source.once(held.test, batch=plan.batch)
             found = predictions(probes, batches, autocast=plan.autocast, wanted=wanted)
@@ -243,7 +243,7 @@ class _Fold:
             if job in diverged:
                 plan.diverged.append((job[0], held.name, job[1]))
             elif plan.on_probe is not None:
-                first = next(iter(looks[job].values()))
+                first = next(iter(steps_of[job].values()))
                 plan.on_probe(probes[job, id(first.state)], fold_results[job])
         return [
             fold_result for job in jobs if job not in diverged for fold_result in fold_results[job]

@@ -88,7 +88,7 @@ def _run(bank, script, *, names=("",), steps=8, held=HELD, memory_bytes=8e9, los
 
 
 @pytest.mark.parametrize(
-    ("looks", "selected"),
+    ("steps", "selected"),
     [
         ([(1, 1.0), (1, 3.0), (1, 2.0), (1, 3.0)], 8),  # of equal metrics the last
         ([(1, 3.0), (1, 1.0), (1, 1.0), (0.5, 9.0)], 6),  # whatever the loss
@@ -96,10 +96,10 @@ def _run(bank, script, *, names=("",), steps=8, held=HELD, memory_bytes=8e9, los
         ([(0.5, 1.0), (0.5, 1.0), (0.5, 1.0), (0.625, 9.0)], 8),  # the last step is looked at
     ],
 )
-def test_look__best_metric_then_latest_step(bank, looks, chosen):
-    (fold_result,), _ = _run(bank, lambda step, fast: looks[step // 2 - 1], look_every=2)
-    assert fold_result.selected["step"] == chosen
-    share = looks[chosen // 2 - 1][0]
+def test_validation__best_metric_then_latest_step(bank, steps, selected):
+    (fold_result,), _ = _run(bank, lambda step, fast: steps[step // 2 - 1], look_every=2)
+    assert fold_result.selected["step"] == selected
+    share = steps[selected // 2 - 1][0]
     assert fold_result.metrics["accuracy"] == fold_result.selected["validation"] == share
 
 
@@ -114,17 +114,17 @@ def test_look__best_metric_then_latest_step(bank, looks, chosen):
         ((0.5, 1.0), (0.75, 9.0), SLOW),
     ],
 )
-def test_rates__best_metric_then_loss_then_first(bank, fast, slow, chosen, rates, memory_bytes):
+def test_rates__best_metric_then_loss_then_first(bank, fast, slow, selected, rates, memory_bytes):
     """None: all alike, so the rate that is named first; side by side or one after the other."""
     found, _ = _run(bank, lambda step, is_fast: fast if is_fast else slow, steps=2, lrs=rates,
                     memory_bytes=memory_bytes)  # fmt: skip
-    assert [o.selected["lr"] for o in found] == [rates[0] if chosen is None else chosen]
+    assert [o.selected["lr"] for o in found] == [rates[0] if selected is None else selected]
 
 
 @pytest.mark.parametrize("memory_bytes", [8e9, 1])
 @pytest.mark.parametrize("rates", [[FAST, SLOW], [SLOW, FAST]])
 @pytest.mark.parametrize(("fast", "slow"), [((4, 8), (2, 6)), ((2, 6), (4, 8))])
-def test_look__of_equal_ones_at_several_rates_the_later_step(bank, fast, slow, rates, memory_bytes):
+def test_validation__of_equal_ones_at_several_rates_the_later_step(bank, fast, slow, rates, memory_bytes):
     """Whichever rate is named first, and in as many passes as it takes."""
 
     def script(step, is_fast):
@@ -140,8 +140,8 @@ def test_look__of_equal_ones_at_several_rates_the_later_step(bank, fast, slow, r
 )
 def test_protocol__metric_selects(bank, metric, step, validation, accuracy):
     """Leaning to class 0 spoils accuracy and no class's order."""
-    looks = {2: (0.75, 1.0), 4: (1, 1.0, 9.0)}
-    (fold_result,), _ = _run(bank, lambda at, fast: looks[at], steps=4, look_every=2, metric=metric)
+    steps = {2: (0.75, 1.0), 4: (1, 1.0, 9.0)}
+    (fold_result,), _ = _run(bank, lambda at, fast: steps[at], steps=4, look_every=2, metric=metric)
     assert (fold_result.selected["step"], fold_result.selected["validation"]) == (step, validation)
     assert fold_result.metrics["accuracy"] == accuracy  # a task is judged by its own metric
 
@@ -187,7 +187,7 @@ def test_curve__each_block_has_its_own_rate_and_step(bank, rates, memory_bytes):
 
 
 def _shares(*values):
-    """A script of one answer: its share right at looks every two steps."""
+    """A script of one answer: its share right at validation steps, every two steps."""
     return lambda step, fast: (values[step // 2 - 1], 1.0)
 
 
@@ -201,9 +201,9 @@ def _shares(*values):
         (0, [0.5, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25], 2, 14),  # 0: never
     ],
 )
-def test_patience__counts_validations_without_gain(bank, patience, shares, chosen, taken):
+def test_patience__counts_validations_without_gain(bank, patience, shares, selected, taken):
     (fold_result,), steps = _run(bank, _shares(*shares), steps=14, look_every=2, patience=patience)
-    assert (fold_result.selected["step"], steps) == (chosen, taken)
+    assert (fold_result.selected["step"], steps) == (selected, taken)
 
 
 @pytest.mark.parametrize("rates", [[FAST, SLOW], [SLOW, FAST]])
@@ -244,7 +244,7 @@ def test_look_every__and_at_the_end(bank, best):
     assert fold_result.selected["step"] == best
 
 
-def test_look__without_a_positive_clip_to_validate_on_the_last_step(bank):
+def test_validation__without_a_positive_clip_to_validate_on_the_last_step(bank):
     """No class has an average precision then; a NaN must not win by being first."""
     empty = bank.targets.clone()
     empty[HELD.valid] = 0
