@@ -17,7 +17,7 @@ from bat.objectives.mae import MAE, patch_targets
 from bat.train.run_pretrain import pretrain
 from bat.types import Grid
 from tests.reference import mae as slow
-from tests.train.runs import weights
+from tests.train.runs import assert_same_run, run_and_cut, weights
 
 GRID = Grid(6, 4)
 
@@ -112,12 +112,17 @@ def mae_run(out: Path, cache: Path, *words: str) -> Pretrain:
     return compose(Pretrain, "pretrain", [*small, *words])
 
 
-def test_mae_run__exports_and_is_probed(tmp_path: Path) -> None:
+def test_mae_run__resumes_bit_for_bit_exports_and_is_probed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from bat.eval.probe import probe
     from bat.train.finetune import finetune
 
     whole, cache = tmp_path / "whole", tmp_path / "shards"
     pretrain(mae_run(whole, cache))
+    run_and_cut(monkeypatch, mae_run(tmp_path / "parts", cache), at=3)
+    pretrain(mae_run(tmp_path / "parts", cache))
+    assert_same_run(whole, tmp_path / "parts")
     assert {n.partition(".")[0] for n in weights(whole)} == {"student"}
     rows = [r for r in read_jsonl(whole / "metrics.jsonl") if "loss" in r]
     assert 0.5 < rows[0]["loss"] < 3
