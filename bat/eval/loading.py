@@ -34,7 +34,7 @@ from bat.tasks.base import Task
 from bat.types import Grid
 from bat.weights import is_export, resolve
 
-OWN = "csv"
+CSV = "csv"
 """Task name of ``data.csv``."""
 PATCH = 16
 """Side of a patch of the encoders in the model fragments, in frames."""
@@ -166,7 +166,7 @@ def _sources(file: Path) -> list[tuple[str, str | None, str | None, list[str]]]:
             run: Any = from_yaml(schema, file)
         except (ValueError, OmegaConfBaseException):
             continue
-        task = OWN if run.data.csv else run.task
+        task = CSV if run.data.csv else run.task
         found = [(task, run.data.root, run.data.csv, run.data.shards)]
         if isinstance(run, Pretrain) and (run.online.root or run.online.shards):
             other = (run.online.task or run.task, run.online.root, None, run.online.shards)
