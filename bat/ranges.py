@@ -66,7 +66,8 @@ def problems(settings: Any, section: str = "", *, without: str = "") -> Iterator
             if any(isinstance(v, int | float) and v not in allowed for v in values):
                 yield f"{prefix}{field.name}={value} must {allowed}"
     if not without and hasattr(settings, "problems"):
-        yield from settings.problems()
+        found = settings.problems()
+        yield from [found] if isinstance(found, str) else found
 
 
 def _range_in(hint: Any) -> Range | None:

@@ -11,7 +11,7 @@ be shared among cores, and on a busy machine the cores would wait for each other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -30,6 +30,9 @@ from bat.seeding import derive_seed, seed_generators
 from bat.types import Features
 
 K = TypeVar("K", bound=Hashable)
+
+MAX_THREADS = 4
+"""Probes trained at a time on a CPU: of a method there are few candidates."""
 
 
 class Training(NamedTuple):
@@ -66,7 +69,7 @@ def fit(
     sizes = {k: sum(p.numel() for p in t.probe.parameters()) for k, t in trainings.items()}
     alone = set(trainings)  # trained one by one; from the second step on only where it must be so
 
-    with preserve_rng_state(device), _threads(list(sizes.values()), device) as pool:
+    with preserve_rng_state(device), _threads(device) as pool:
         for step, (features, targets) in zip(range(steps), batches, strict=False):
             features, targets = to_device(features, device), targets.to(device)
             inside = features.inside() if targets.ndim < 3 else None
@@ -138,13 +141,14 @@ def _backward(
 
 
 @contextmanager
-def _threads(sizes: Sequence[int], device: torch.device) -> Iterator[ThreadPoolExecutor | None]:
-    """Yields threads that share the cores, one for each large probe; None if one would do.
+def _threads(device: torch.device) -> Iterator[ThreadPoolExecutor | None]:
+    """Yields threads that share the cores evenly; None on a GPU or a single core.
 
-    ``sizes``: number of parameters of each probe.
+    How many does not depend on the probes: the rounding of a probe's sums depends on the cores that
+    it is given, and must not on the others trained with it.
     """
     cores = torch.get_num_threads()
-    count = min(cores, round(sum(sizes) / max(sizes)))
+    count = min(cores, MAX_THREADS)
     if device.type != "cpu" or count < 2:
         yield None
         return

@@ -159,12 +159,36 @@ def maskable(encoder: Encoder, objective: str) -> MaskableEncoder:
     return encoder
 
 
+def check_encoders(objective: Objective) -> None:
+    """Raise ``UserError`` unless ``encoders()`` names a student, and a teacher or nothing else."""
+    encoders = objective.encoders()
+    if "student" not in encoders or not {"student", "teacher"}.issuperset(encoders):
+        raise UserError(
+            f"{type(objective).__name__}.encoders() must return {{'student': encoder}}, and "
+            f"'teacher' if there is one; it returns {', '.join(map(repr, encoders)) or 'none'}"
+        )
+
+
+def check_scalars(objective: Objective, scalars: Any) -> dict[str, Tensor]:
+    """Returns what ``forward`` has returned, or raises ``UserError`` if that is not scalars."""
+    name = f"{type(objective).__name__}.forward"
+    if not isinstance(scalars, dict) or "loss" not in scalars:
+        raise UserError(f"{name} must return a dictionary with 'loss'")
+    for key, value in scalars.items():
+        if not isinstance(value, Tensor) or value.ndim:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"{name} returns {shape} as {key!r}: each entry is a 0-dim tensor")
+    return scalars
+
+
 def find_objective(name: str) -> type[Objective]:
     """Returns the class of objective ``name``: a file of this folder, or a dotted ``module.Class``.
 
     Raises ``UserError`` naming the known ones, or the problem with an external class.
     """
     found = registry.find_class(name, Objective, folder="objectives", key="objective.name")  # type: ignore[type-abstract]
+    if missing := sorted(found.__abstractmethods__):
+        raise UserError(f"{name} lacks {', '.join(missing)}: docs/add_an_objective.md says what")
     config = found.Config
     if not issubclass(config, Objective.Config) or "__dataclass_fields__" not in vars(config):
         raise UserError(f"{name}.Config must be a @dataclass, a subclass of Objective.Config")

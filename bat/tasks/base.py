@@ -7,6 +7,7 @@ docs/add_a_task.md has a complete example; the constants are those of docs/metho
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -208,6 +209,13 @@ class Task:
             if row.key in seen:
                 raise UserError(f"{row.key!r} is listed twice in {root}: keep one line of it")
             seen.add(row.key)
+            for event in row.events or ():
+                onset, offset = event.onset_seconds, event.offset_seconds
+                if not 0 <= onset < offset < math.inf:
+                    raise UserError(
+                        f"{root}: clip {row.key!r} has an event from {onset:g} to {offset:g} s: an "
+                        "onset is not negative, and the offset is after it"
+                    )
             if not names.issuperset(row.labels):
                 label = next(label for label in row.labels if label not in names)
                 raise UserError(f"{root}: label {label!r} is not among the {len(names)} classes")

@@ -16,7 +16,7 @@ from torch import Tensor
 from bat.config.schema import Pretrain
 from bat.encoders.base import Encoder, find_encoder
 from bat.nn.optim import adamw, param_groups
-from bat.objectives.base import Objective, find_objective
+from bat.objectives.base import Objective, check_encoders, check_scalars, find_objective
 from bat.seeding import derive_seed
 from bat.train.module import TrainingModule
 from bat.types import Grid, WaveBatch
@@ -54,6 +54,7 @@ class Pretraining(TrainingModule):
     def __init__(self, config: Pretrain) -> None:
         super().__init__(config)
         self.objective = build_objective(config)
+        check_encoders(self.objective)
         hardware = config.hardware
         self.objective.speed_up(
             compile=hardware.compile, recompute=hardware.activation_checkpointing
@@ -67,7 +68,7 @@ class Pretraining(TrainingModule):
         torch.manual_seed(seed)  # drop path
         if self.config.hardware.compile == "cudagraphs":
             torch.compiler.cudagraph_mark_step_begin()
-        return self.finished(batch, self.objective(batch))
+        return self.finished(batch, check_scalars(self.objective, self.objective(batch)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optim = self.config.optim

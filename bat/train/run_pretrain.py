@@ -22,6 +22,7 @@ from bat.eval.next_steps import after_pretraining
 from bat.eval.run_folder import default_out, run_folder
 from bat.io import read_jsonl, write_json
 from bat.logs import start_logging
+from bat.objectives.base import check_scalars
 from bat.redact import redact_tree
 from bat.report.plots import plot_curves, plot_masks
 from bat.seeding import derive_seed
@@ -195,7 +196,7 @@ def _dry_run(config: Pretrain, module: Pretraining, source: PretrainData) -> Non
     """Builds everything and computes the loss of one batch without training."""
     with dry_step(config, module, source.data) as batch:
         spectrogram = module.objective.spectrogram(batch)
-        loss = module.objective(batch)["loss"]
+        loss = check_scalars(module.objective, module.objective(batch))["loss"]
     if loss.is_cuda:
         loss.backward()
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
