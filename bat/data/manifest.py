@@ -171,20 +171,25 @@ class Counts:
         self._folds: Counter[int] = Counter()
         self._rates: Counter[int] = Counter()
 
-    def add(self, name: str, table: ShardTable) -> ShardInfo:
-        """Count the shard ``name``. A label outside the vocabulary is not counted."""
+    def add(self, name: str, table: ShardTable, *, split: str = "") -> None:
+        """Count the shard ``name``. A label outside the vocabulary is not counted.
+
+        Args:
+            split: of the clips whose JSON names none; empty: they are in no split.
+        """
         clips = table.clips
         per_name = np.bincount(table.labels, minlength=len(table.names)).tolist()
         self._labels.update(dict(zip(table.names, per_name, strict=True)))
-        for i, label in enumerate(table.splits):
-            self._splits[label] += int((clips["split"] == i).sum())
+        for i, label in [*enumerate(table.splits), (-1, split)]:
+            if label:
+                self._splits[label] += int((clips["split"] == i).sum())
         self._folds.update(clips["fold"][clips["fold"] >= 0].tolist())
         self._rates.update(clips["rate"][clips["rate"] >= 1].tolist())
         known = (clips["frames"] > 0) & (clips["rate"] > 0)
         seconds = float((clips["frames"][known] / clips["rate"][known]).sum())
-        info = ShardInfo(name, len(clips), table.tar_bytes, table.sha256, round(seconds, 3))
-        self.shards.append(info)
-        return info
+        self.shards.append(
+            ShardInfo(name, len(clips), table.tar_bytes, table.sha256, round(seconds, 3))
+        )
 
     def manifest(self, *, left_out: list[dict[str, str]], source: str) -> Manifest:
         """Returns the manifest of the shards added."""
@@ -196,7 +201,7 @@ class Counts:
             bytes=sum(s.bytes for s in shards),
             vocabulary=self.vocabulary,
             label_counts=[self._labels[name] for name in self.vocabulary],
-            splits=dict(sorted(self._splits.items())),
+            splits=dict(sorted((+self._splits).items())),
             folds={str(k): n for k, n in sorted(self._folds.items())},
             rates={str(k): n for k, n in sorted(self._rates.items())},
             left_out=left_out,
