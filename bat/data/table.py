@@ -210,6 +210,12 @@ def table_places(tar: Path, folder: Path | None) -> list[Path]:
     return places
 
 
+def load_table(tar: Path, folder: Path | None = None) -> ShardTable | None:
+    """Returns the saved table of ``tar`` that describes it as it is now, if there is one."""
+    tables = (ShardTable.load(place, tar) for place in table_places(tar, folder))
+    return next(filter(None, tables), None)
+
+
 def parse(text: bytes) -> dict[str, Any]:
     """Returns the fields of a clip's JSON that bat reads (docs/data.md).
 

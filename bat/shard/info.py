@@ -17,7 +17,7 @@ import numpy as np
 
 from bat.data.manifest import Counts, Manifest, joint_vocabulary
 from bat.data.sources import Shard, find
-from bat.data.table import ShardTable, scan, table_places
+from bat.data.table import load_table, scan
 from bat.errors import UserError
 from bat.tasks.base import AUDIO_SUFFIXES
 
@@ -112,12 +112,6 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s"
-
-
-def load_table(tar: Path, index_dir: Path | None = None) -> ShardTable | None:
-    """Returns the saved table of ``tar`` that describes it as it is now, if there is one."""
-    tables = (ShardTable.load(place, tar) for place in table_places(tar, index_dir))
-    return next((table for table in tables if table is not None), None)
 
 
 def local_shards(source: Path) -> list[Shard]:

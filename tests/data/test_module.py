@@ -19,6 +19,7 @@ from bat.data.plan import Plan, make_plan
 from bat.data.stream import eval_loader
 from bat.errors import UserError
 from bat.types import WaveBatch
+from tests.data.test_stream import spoil
 
 Seen = list[tuple[list[int], list[str], float]]
 
@@ -253,10 +254,7 @@ def spoilt(toy_shards: Path, tmp_path: Path) -> Index:
     """The toy set with three of ten clips overwritten."""
     shutil.copytree(toy_shards, tmp_path / "spoilt")
     index = open_index(tmp_path / "spoilt")
-    for clip in (0, 4, 7):
-        with index.paths[index.shard[clip]].open("r+b") as file:
-            file.seek(int(index.offset[clip]))
-            file.write(b"\0" * int(index.size[clip]))
+    spoil(index, 0, 4, 7)
     return index
 
 

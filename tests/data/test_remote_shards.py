@@ -25,7 +25,7 @@ from bat.data.sources import RetryPolicy, find
 from bat.data.table import ShardTable, scan
 from bat.errors import UserError
 from tests.data.http_server import FaultyServer, wave
-from tests.data.test_index import tar_of
+from tests.shard.files import write_tar
 
 QUICK = RetryPolicy(retries=3, timeout_seconds=0.5, backoff_seconds=0.01)
 
@@ -292,7 +292,7 @@ def test_remote_set__two_forked_workers_share_a_cache_smaller_than_the_set(
 def test_remote_set__mixes_with_local_ones(
     server: FaultyServer, shards: Path, tmp_path: Path
 ) -> None:
-    tar_of(tmp_path / "more/x.tar", {"mine.wav": wave(50)})
+    write_tar(tmp_path / "more/x.tar", {"mine.wav": wave(50)})
     both = open_index([tmp_path / "more", f"{server.url}/set"], cache=tmp_path / "cache")
     assert both.source.tolist() == [0] + [1] * 12
     assert both.read(0).data == wave(50)

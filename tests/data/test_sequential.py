@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import io
 import itertools
-import json
 import logging
 import tarfile
 from collections import Counter
@@ -13,11 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from bat.audio.decode import encode
 from bat.data import sequential, table
 from bat.data.index import NotIndexable, open_index
 from bat.data.sequential import SequentialBatches, SequentialData
@@ -25,23 +21,9 @@ from bat.data.sources import RetryPolicy, find
 from bat.errors import UserError
 from bat.types import Clip, Skipped
 from tests.data.http_server import FaultyServer
+from tests.shard.files import WAV, tar_bytes
 
-WAV = encode(np.sin(np.arange(800) * 0.1), sample_rate=16_000, codec="wav")
 RUBBISH = b"\x1f\x8b rubbish"
-
-
-def tar_bytes(members: Mapping[str, Any], format: int = tarfile.USTAR_FORMAT) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
-        for name, content in members.items():
-            if isinstance(content, tarfile.TarInfo):
-                tar.addfile(content)
-                continue
-            data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 def make(folder: Path, shards: int, clips: int) -> Path:

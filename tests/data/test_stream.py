@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +9,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bat.audio.decode import decode, encode, write_rolled
+from bat.audio.decode import decode, write_rolled
 from bat.data.index import Index, open_index
 from bat.data.loader import as_it_is
 from bat.data.plan import Plan
 from bat.data.stream import BatchRows, ClipDataset, EvalSampler, PlanSampler
 from bat.shard.write import write_shards
-from bat.tasks.base import Row
 from bat.types import WaveBatch
+from tests.shard.files import WAV, noise, recording, write_tar
 
 
 def test_clip_dataset__evaluation_reads_each_row_once_in_order() -> None:
@@ -28,16 +26,11 @@ def test_clip_dataset__evaluation_reads_each_row_once_in_order() -> None:
     assert len(sampler) == 3
 
 
-def noise_set(
-    folder: Path, *, seconds: list[float], rate: int = 16_000, codec: str = "flac"
-) -> Index:
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    rows = []
-    for i, s in enumerate(seconds):
-        wave = rng.uniform(-0.5, 0.5, round(s * rate))
-        (folder / f"{i}.flac").write_bytes(encode(wave, sample_rate=rate, codec="flac"))
-        rows.append(Row(folder / f"{i}.flac", f"clip{i}", ("a",)))
+def noise_set(folder: Path, *, seconds: list[float], rate: int = 16_000) -> Index:
+    rows = [
+        recording(folder / f"clip{i}.flac", noise(i, s, rate=rate), rate)
+        for i, s in enumerate(seconds)
+    ]
     write_shards(rows, folder / "s")
     return open_index(folder / "s")
 
@@ -200,16 +193,8 @@ def test_clip_dataset__in_evaluation_a_bad_clip_is_dropped_and_reported(tmp_path
 
 def test_clip_dataset__clip_shorter_than_indexed_is_noticed(tmp_path: Path) -> None:
     """A truncated WAV reads short without a word: only the recorded length tells."""
-    wav = encode(np.zeros(800) + 0.1, sample_rate=16_000, codec="wav")
-    cut = wav[:1_000]
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, data in (
-            ("a.wav", cut),
-            ("a.json", b'{"num_samples": 800, "sample_rate": 16000}'),
-        ):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    said = {"num_samples": 800, "sample_rate": 16_000}
+    write_tar(tmp_path / "a.tar", {"a.wav": WAV[:1_000], "a.json": said})
     batch = dataset(open_index(tmp_path / "a.tar"))[0, 0]
     assert batch.keys == []
     assert [(s.key, s.kind) for s in batch.skipped] == [("a", "short")]
