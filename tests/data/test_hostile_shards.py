@@ -24,23 +24,51 @@ from tests.data.test_sequential import read_once
 from tests.shard.files import WAV, write_tar
 
 
-def test_member_names__never_become_paths(tmp_path: Path) -> None:
+def test_members__that_harm_are_left_out_and_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "MAX_AUDIO_BYTES", 10_000)
     names = ["../../up.wav", "/etc/abs.wav", "a/../../b.wav", "c\nd\x1b[2J.wav", "~/e.wav"]
-    path = write_tar(tmp_path / "in/s.tar", dict.fromkeys(names, WAV))
-    with tarfile.open(path, "a") as file:
-        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
-            info = tarfile.TarInfo(f"link-{kind.decode()}.wav")
-            info.type, info.linkname = kind, "/etc/passwd"
-            file.addfile(info)
+    links = {}
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+        links[kind] = tarfile.TarInfo(f"link-{kind.decode()}.wav")
+        links[kind].type, links[kind].linkname = kind, "/etc/passwd"
+    harmful = {
+        "good.wav": WAV,
+        "good.json": b"[1, 2]",
+        "good.pyd": b"cos\nsystem\n",
+        "good.flac": WAV,
+        "empty.wav": b"",
+        "big.wav": bytes(10_001),
+        "video.m4a": b"x",
+        "huge.json": b" " * (table.MAX_JSON_BYTES + 1),
+        "deep.json": b"[" * 200_000,
+        "odd.wav": WAV,
+        "odd.json": {"fold": "x", "num_samples": -3, "sample_rate": 1e99, "label": {"a": 1}},
+    }
+    path = write_tar(tmp_path / "in/s.tar", dict.fromkeys(names, WAV) | links | harmful)
     before = set(tmp_path.rglob("*"))
     index = open_index(path, cache=tmp_path / "cache")
-    keys = [index.key(i) for i in range(len(index))]
-    assert len(set(keys)) == len(names)
-    assert all(key.replace("-", "").replace("_", "").isalnum() for key in keys)
-    assert [index.read(i).data for i in range(len(index))] == [WAV] * len(names)
-    assert read_once(path)[0] == keys
-    assert sorted(read_contents(path).left_out.values()) == ["not a regular file"] * 4
     assert {p.name for p in set(tmp_path.rglob("*")) - before} <= {"s.idx.npz", "cache"}
+    keys = [index.key(i) for i in range(len(index))]
+    assert len(set(keys)) == len(names) + 1
+    assert all(key.replace("-", "").replace("_", "").isalnum() for key in keys)
+    assert [index.read(i).data for i in range(len(index))] == [WAV] * len(keys)
+    assert (index.frames[-1], index.rate[-1], index.fold[-1], index.vocabulary) == (-1, 0, -1, [])
+    left_out = {name.removeprefix("s.tar/"): why for name, why in index.left_out.items()}
+    assert left_out == {
+        **{info.name: "not a regular file" for info in links.values()},
+        "good.wav": "its JSON cannot be read: not a JSON object",
+        "good.flac": "a second one of this key",
+        "empty.wav": "empty",
+        "big.wav": "larger than 10000 bytes",
+        "video.m4a": "no decoder for m4a: convert it with ffmpeg",
+        "huge.json": f"larger than {table.MAX_JSON_BYTES} bytes",
+        "deep.json": "not a JSON object",
+    }
+    found, skipped = read_once(path)
+    assert found == keys
+    assert {key for key, _, _ in skipped} == {name.rpartition(".")[0] for name in left_out}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ from bat.data.sources import RetryPolicy, find
 from bat.data.table import ShardTable, scan
 from bat.errors import UserError
 from tests.data.http_server import FaultyServer, wave
+from tests.processes import until
 from tests.shard.files import write_tar
 
 QUICK = RetryPolicy(retries=3, timeout_seconds=0.5, backoff_seconds=0.01)
@@ -35,13 +35,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         index, "RetryPolicy", lambda *_, redirects: QUICK._replace(redirects=redirects)
     )
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 # ---- the cache

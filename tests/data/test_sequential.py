@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from bat.data import sequential, table
+from bat.data import sequential
 from bat.data.index import NotIndexable, open_index
 from bat.data.sequential import SequentialBatches, SequentialData
 from bat.data.sources import RetryPolicy, find
@@ -116,38 +116,6 @@ def test_clips__long_names_in_every_tar_format(tmp_path: Path, format: int) -> N
     long = "folder/" * 12 + "x" * 60
     (tmp_path / "a.tar").write_bytes(tar_bytes({f"./{long}.wav": WAV, "b.wav": WAV}, format))
     assert read_once(tmp_path) == ([open_index(tmp_path).key(0), "b"], [])
-
-
-def test_clips__hostile_members_are_skipped_and_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(table, "MAX_AUDIO_BYTES", 10_000)
-    link = tarfile.TarInfo("link.wav")
-    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    members = {
-        "../../etc/x.wav": WAV,
-        "good.wav": WAV,
-        "good.json": b"[1]",
-        "good.pyd": b"cos\nsystem\n",
-        "good.flac": WAV,
-        "link.wav": link,
-        "empty.wav": b"",
-        "big.wav": b"x" * 10_001,
-        "big.m4a": b"x",
-        "last.wav": WAV,
-    }
-    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
-    found, skipped = read_once(tmp_path)
-    assert found[0].startswith("______etc_x-")
-    assert found[1:] == ["last"]
-    assert [s[:2] for s in skipped] == [
-        ("good", "corrupt"),
-        ("good", "corrupt"),
-        ("link", "corrupt"),
-        ("empty", "empty"),
-        ("big", "long"),
-        ("big", "unknown"),
-    ]
 
 
 def test_clips__shard_that_breaks_off_is_left_there(tmp_path: Path) -> None:

@@ -8,9 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bat.data.manifest import joint_vocabulary
-from bat.data.table import scan
-from bat.errors import UserError
 from bat.shard.info import Summary, balance, duration, summarise
 from bat.shard.write import write_shards
 from bat.tasks.base import Row
@@ -92,12 +89,3 @@ def test_balance__even_classes_take_one_line() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(3.04, "3.0 s"), (90, "1.5 min"), (9000, "2.5 h")])
 def test_duration__has_a_unit(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-def test_joint_vocabulary__labels_outside_it_name_the_command(split_shards: Path) -> None:
-    tables = [scan(path) for path in split_shards.rglob("*.tar")]
-    assert joint_vocabulary(tables, []) == ["cat", "dog"]
-    with pytest.raises(UserError, match=r"label 'dog' is not in the vocabulary.*bat-shard verify"):
-        joint_vocabulary(tables, [["cat"]])
-    with pytest.raises(UserError, match=r"different labels .*dog.*data.labels=drop"):
-        joint_vocabulary(tables, [["cat"], ["cat", "dog"]])
