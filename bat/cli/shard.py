@@ -312,7 +312,7 @@ def _verify(argv: list[str]) -> int:
     _add_index_dir(p)
     is_fit = True
     with cli.Command(p, argv) as call:
-        from bat.data.tar import write_atomic
+        from bat.io import write_atomic
         from bat.shard.verify import verify
 
         args = call.options

@@ -27,8 +27,9 @@ from bat.audio.decode import DecodeError, probe
 from bat.data.index import Index
 from bat.data.sources import Shard
 from bat.data.table import CLIP, MAX_AUDIO_BYTES, ShardTable
-from bat.data.tar import escape_key, write_atomic
+from bat.data.tar import escape_key
 from bat.errors import UserError
+from bat.io import write_atomic
 from bat.redact import one_line
 from bat.tasks import parquet
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, LeftOut, Row, as_text, no_decoder

@@ -21,8 +21,8 @@ import numpy as np
 
 from bat.data.sources import SUFFIXES, RetryPolicy, shown
 from bat.data.table import ShardTable
-from bat.data.tar import write_atomic
 from bat.errors import UserError
+from bat.io import write_atomic
 from bat.redact import one_line
 from bat.tasks.base import Row, in_order
 from bat.tasks.labels import by_number

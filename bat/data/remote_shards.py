@@ -33,8 +33,9 @@ from bat.data.manifest import remote_manifest
 from bat.data.remote import FULL, download, read, stat
 from bat.data.sources import NotIndexable, RetryPolicy, Shard, identity, shown
 from bat.data.table import MAX_TABLE_BYTES, ShardTable, scan
-from bat.data.tar import escape_key, write_atomic
+from bat.data.tar import escape_key
 from bat.errors import UserError
+from bat.io import write_atomic
 
 THREADS = 16
 """Threads that read tables at the start."""

@@ -24,8 +24,9 @@ import numpy as np
 
 from bat.audio.decode import DecodeError
 from bat.audio.decode import probe as read_header
-from bat.data.tar import BLOCK, Member, members, sample_key, write_atomic
+from bat.data.tar import BLOCK, Member, members, sample_key
 from bat.errors import UserError
+from bat.io import write_atomic
 from bat.redact import one_line
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, no_decoder
 from bat.tasks.events import from_json

@@ -16,8 +16,8 @@ from bat.audio.decode import encode
 from bat.data.index import open_index
 from bat.data.manifest import Manifest
 from bat.data.table import ShardTable, scan
-from bat.data.tar import temporary, write_atomic
 from bat.errors import UserError
+from bat.io import temporary, write_atomic
 from bat.shard.in_place import index_in_place
 from bat.shard.write import write_shards
 from bat.tasks.base import AUDIO_SUFFIXES, Row
