@@ -61,6 +61,14 @@ def confit(key: str, labels: dict[str, int]) -> dict[str, Any]:
     return {f"{key}.wav": WAV, f"{key}.json": said}
 
 
+def lay(root: Path, files: Mapping[str, str]) -> Path:
+    """Writes ``{name: text}`` below ``root`` and returns it."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
 def read_tar(path: Path) -> dict[str, bytes]:
     with tarfile.open(path) as tar:
         return {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
