@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,18 +25,28 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def filter_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Drops the rows that ``keep`` rejects and a half-written last line, atomically."""
     rows = [row for row in read_jsonl(path) if keep(row)]
-    _write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON atomically."""
-    _write(path, json.dumps(data, indent=2) + "\n")
+    write_atomic(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    replace_durably(temporary, path)
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replaces ``path`` by a file of ``data`` atomically: readers see the old or the new one."""
+    temp = temporary(path)
+    try:
+        temp.write_bytes(data)
+        replace_durably(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def temporary(path: Path) -> Path:
+    """Returns a name beside ``path`` that is unique among processes, also on other machines."""
+    host = re.sub(r"[^A-Za-z0-9-]", "_", socket.gethostname())[:40]
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def replace_durably(temporary: Path, target: Path) -> None:

@@ -33,7 +33,7 @@ examples:
   bat-shard recordings/ shards/ --clip-seconds 10 --splits train=0.9,test=0.1
   bat-shard shards-of-others/                        index WebDataset shards where they lie
   bat-shard verify shards/                           read everything again, report what is wrong
-  bat-shard info shards/                             totals and histograms, as text and picture
+  bat-shard info shards/                             totals as text, histograms as a picture
 
 SOURCE: a folder of audio, a CSV, AudioSet's CSVs, EAT manifests (.tsv + .lbl), parquet, shards.
 A source with splits is written as OUT/SPLIT/. A folder called verify or info: ./verify, ./info.
@@ -312,7 +312,7 @@ def _verify(argv: list[str]) -> int:
     _add_index_dir(p)
     is_fit = True
     with cli.Command(p, argv) as call:
-        from bat.data.tar import write_atomic
+        from bat.io import write_atomic
         from bat.shard.verify import verify
 
         args = call.options
@@ -329,7 +329,7 @@ def _verify(argv: list[str]) -> int:
 
 
 def _info(argv: list[str]) -> int:
-    """Describes shards as text and as a plot."""
+    """Describes shards in text and draws their histograms."""
     p = cli.parser("shard info", INFO, INFO_EPILOG)
     p.add_argument("shards", metavar="SHARDS", type=Path, help="a folder, a tar or a glob")
     p.add_argument("--plot", metavar="FILE", type=Path, help="the picture (SHARDS/info.png)")
@@ -345,7 +345,7 @@ def _info(argv: list[str]) -> int:
         if plot.suffix != ".png":
             raise UserError(f"--plot {plot}: a .png")
         summary = summarise(args.shards, index_dir=args.index_dir)
-        print("\n".join([*summary.text(), *summary.histograms()]))
+        print("\n".join(summary.text()))
         plot_data(
             plot,
             title=f"{args.shards.resolve().name}: {summary.headline}",
@@ -357,7 +357,7 @@ def _info(argv: list[str]) -> int:
             folds=summary.folds,
             labels_per_clip=summary.labels_per_clip,
         )
-        print(f"\npicture   {plot}")
+        print(f"picture   {plot}")
     return call.code
 
 

@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bat.audio.decode import AudioInfo, DecodeError, probe
+from bat.audio.decode import DecodeError, probe
 from bat.data.index import Index
 from bat.data.sources import Shard
 from bat.data.table import CLIP, MAX_AUDIO_BYTES, ShardTable
-from bat.data.tar import escape_key, write_atomic
+from bat.data.tar import escape_key
 from bat.errors import UserError
+from bat.io import write_atomic
 from bat.redact import one_line
 from bat.tasks import parquet
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, LeftOut, Row, as_text, no_decoder
@@ -37,10 +38,7 @@ from bat.types import Clip
 THREADS = 8
 """Threads that read headers."""
 MAX_SECONDS = 14 * 86_400.0
-"""Longest part that is decoded to count the samples of a file whose header gives no length."""
-MAX_FRAMES_PER_BYTE = 8192
-"""Bound on frames per byte of a file: silence in FLAC has 65,535 samples in 13 bytes, Vorbis and
-Opus fewer."""
+"""Longest recording; of a file whose header gives no length, at most this is decoded to count."""
 SAMPLED_BYTES = 4096
 """Bytes at the start, the middle and the end of a file that its checksum covers."""
 MAX_SPLITS = 127
@@ -117,13 +115,6 @@ def _samples(size: int) -> tuple[int, int, int]:
 
 def _checksum(data: bytes) -> int:
     return zlib.crc32(b"".join(data[at : at + SAMPLED_BYTES] for at in _samples(len(data))))
-
-
-def check_claim(info: AudioInfo, size: int) -> None:
-    """Raise a DecodeError for a header that claims more than ``size`` bytes can hold."""
-    if info.frames > size * MAX_FRAMES_PER_BYTE:
-        why = f"its header claims {info.frames} frames, more than {size} bytes can hold"
-        raise DecodeError("corrupt", why)
 
 
 def reason_of(error: DecodeError | OSError, row: Row) -> str:
@@ -349,7 +340,6 @@ def _header_of(row: Row) -> Header:
         data = read_row(row)
         size = len(data)
         info, checksum = probe(data, max_file_seconds=MAX_SECONDS), _checksum(data)
-    check_claim(info, size)
     if not info.frames:
         raise DecodeError("empty", "no samples")
     codec = next((c for c in (info.codec, row.suffix) if c in AUDIO_SUFFIXES), "wav")

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import os
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -33,25 +33,6 @@ if TYPE_CHECKING:
     from bat.data.remote_shards import RemoteShards
 
 CACHE_BYTES = 100_000_000_000
-MAX_OPEN_FILES = 256
-
-
-class OpenFiles:
-    """File descriptors by path; the least recently used one is closed."""
-
-    def __init__(self) -> None:
-        self._open: OrderedDict[Path, int] = OrderedDict()
-
-    def pread(self, path: Path, size: int, offset: int) -> bytes:
-        if path not in self._open:
-            self._open[path] = os.open(path, os.O_RDONLY)
-            if len(self._open) > MAX_OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-        self._open.move_to_end(path)
-        return os.pread(self._open[path], size, offset)
-
-    def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
-        return OpenFiles, ()
 
 
 class Index:
@@ -107,7 +88,7 @@ class Index:
             self._add_events_and_texts(tables)
         self._keys = np.concatenate([t.keys for t in tables])
         self._key_ptr = _pointers(clips["key"])
-        self._files, self._remote_shards = OpenFiles(), remote_shards
+        self._remote_shards = remote_shards
 
     def _add_events_and_texts(self, tables: Sequence[ShardTable]) -> None:
         first = 0
@@ -220,7 +201,8 @@ class Index:
         offset = int(self.offset[i]) - BLOCK
         place = self.paths[number]
         if isinstance(place, Path):
-            data = self._files.pread(place, size, offset)
+            with place.open("rb", buffering=0) as file:
+                data = os.pread(file.fileno(), size, offset)
         else:
             assert self._remote_shards is not None
             data = self._remote_shards.pread(number, size, offset)

@@ -14,15 +14,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import unquote
 
 import numpy as np
 
 from bat.data.sources import SUFFIXES, RetryPolicy, shown
 from bat.data.table import ShardTable
-from bat.data.tar import write_atomic
 from bat.errors import UserError
+from bat.io import write_atomic
 from bat.redact import one_line
 from bat.tasks.base import Row, in_order
 from bat.tasks.labels import by_number
@@ -30,8 +30,12 @@ from bat.tasks.labels import by_number
 VERSION = 2
 MAX_BYTES = 1 << 28
 COUNT = 1 << 62
+NAME = re.compile(r"(?!\.{1,2}$)[^/\\\0]{1,255}")
+SHA256 = re.compile(r"([0-9a-f]{64})?")
+"""The hash of a shard; empty: unknown."""
 MAX_CLASSES = 100_000
 """Greatest number of classes; the targets of each clip of a batch have one entry for each."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,33 +86,6 @@ class Manifest:
             raise UserError(f"{path} is larger than {MAX_BYTES} bytes: no manifest is")
         return parse_manifest(path.read_bytes(), str(folder))
 
-    def _check(self) -> None:
-        """Raise ``ValueError`` for a field of the wrong type."""
-
-        def are_counts(*values: Any) -> bool:
-            return all(type(value) is int and 0 <= value < COUNT for value in values)
-
-        def are_texts(*values: Any) -> bool:
-            return all(type(value) is str for value in values)
-
-        seconds = [self.seconds, *(shard.seconds for shard in self.shards)]
-        if not all(type(value) in (int, float) and 0 <= value < COUNT for value in seconds):
-            raise ValueError("its seconds are no numbers")
-        for shard in self.shards:
-            if not re.fullmatch(r"(?!\.{1,2}$)[^/\\\0]{1,255}", shard.name):
-                raise ValueError(f"{shard.name!r:.80} is not the name of a shard")
-            if not are_counts(shard.clips, shard.bytes):
-                raise ValueError(f"clips or bytes of {shard.name} are no counts")
-            if not re.fullmatch(r"([0-9a-f]{64})?", shard.sha256):
-                raise ValueError(f"sha256 of {shard.name} is none")
-        for table in (self.splits, self.folds, self.rates):
-            if not (are_texts(*table) and are_counts(*table.values())):
-                raise ValueError("its splits, folds or rates are no counts")
-        if not are_counts(self.clips, self.bytes, *self.label_counts):
-            raise ValueError("its totals are no counts")
-        if not all(are_texts(*entry, *entry.values()) for entry in self.left_out):
-            raise ValueError("its list of clips left out is no text")
-
     def save(self, folder: Path) -> None:
         """Write ``manifest.json``, one line for each clip left out (there may be a million)."""
         said = vars(self) | {"shards": [asdict(shard) for shard in self.shards], "left_out": []}
@@ -143,10 +120,12 @@ def parse_manifest(data: bytes, folder: str) -> Manifest | None:
                 f"{path} is version {fields['version']}, this bat reads {VERSION}: remove it "
                 f"and run bat-shard {folder}, or write the shards again"
             )
-        shards = [ShardInfo(**shard) for shard in fields.pop("shards")]
-        vocabulary = [one_line(name) for name in _list(fields.pop("vocabulary"))]
-        made = Manifest(shards=shards, vocabulary=vocabulary, **fields)
-        made._check()
+        fields["shards"] = [_checked(ShardInfo, shard) for shard in fields["shards"]]
+        made = _checked(Manifest, fields)
+        for shard in made.shards:
+            if not (NAME.fullmatch(shard.name) and SHA256.fullmatch(shard.sha256)):
+                raise ValueError(f"name or sha256 of shard {shard.name!r:.80} cannot be one")
+        made.vocabulary[:] = map(one_line, made.vocabulary)
         return made
     except UserError:
         raise
@@ -154,10 +133,27 @@ def parse_manifest(data: bytes, folder: str) -> Manifest | None:
         raise UserError(f"{path} is damaged ({error}): write the shards again") from error
 
 
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{value!r:.80} is no list")
-    return value
+def _checked(cls: type[T], fields: dict[str, Any]) -> T:
+    """Returns ``cls(**fields)``; raises ``ValueError`` for a field that is not of its type."""
+    kinds = get_type_hints(cls)
+    for name, value in fields.items():
+        if not _conforms(value, kinds[name]):
+            raise ValueError(f"its {name} {value!r:.80} cannot be {cls.__annotations__[name]}")
+    return cls(**fields)
+
+
+def _conforms(value: Any, kind: Any) -> bool:
+    """Returns True if ``value`` is of the type ``kind``, numbers being counts below ``COUNT``."""
+    inner = get_args(kind)
+    if inner and type(value) is not get_origin(kind):
+        return False
+    if isinstance(value, list):
+        return all(_conforms(item, inner[0]) for item in value)
+    if isinstance(value, dict):
+        return all(_conforms(k, inner[0]) and _conforms(v, inner[1]) for k, v in value.items())
+    if kind in (int, float):
+        return type(value) in (int, kind) and 0 <= value < COUNT
+    return type(value) is kind
 
 
 class Counts:
@@ -171,20 +167,25 @@ class Counts:
         self._folds: Counter[int] = Counter()
         self._rates: Counter[int] = Counter()
 
-    def add(self, name: str, table: ShardTable) -> ShardInfo:
-        """Count the shard ``name``. A label outside the vocabulary is not counted."""
+    def add(self, name: str, table: ShardTable, *, split: str = "") -> None:
+        """Count the shard ``name``. A label outside the vocabulary is not counted.
+
+        Args:
+            split: of the clips whose JSON names none; empty: they are in no split.
+        """
         clips = table.clips
         per_name = np.bincount(table.labels, minlength=len(table.names)).tolist()
         self._labels.update(dict(zip(table.names, per_name, strict=True)))
-        for i, label in enumerate(table.splits):
-            self._splits[label] += int((clips["split"] == i).sum())
+        for i, label in [*enumerate(table.splits), (-1, split)]:
+            if label:
+                self._splits[label] += int((clips["split"] == i).sum())
         self._folds.update(clips["fold"][clips["fold"] >= 0].tolist())
         self._rates.update(clips["rate"][clips["rate"] >= 1].tolist())
         known = (clips["frames"] > 0) & (clips["rate"] > 0)
         seconds = float((clips["frames"][known] / clips["rate"][known]).sum())
-        info = ShardInfo(name, len(clips), table.tar_bytes, table.sha256, round(seconds, 3))
-        self.shards.append(info)
-        return info
+        self.shards.append(
+            ShardInfo(name, len(clips), table.tar_bytes, table.sha256, round(seconds, 3))
+        )
 
     def manifest(self, *, left_out: list[dict[str, str]], source: str) -> Manifest:
         """Returns the manifest of the shards added."""
@@ -196,7 +197,7 @@ class Counts:
             bytes=sum(s.bytes for s in shards),
             vocabulary=self.vocabulary,
             label_counts=[self._labels[name] for name in self.vocabulary],
-            splits=dict(sorted(self._splits.items())),
+            splits=dict(sorted((+self._splits).items())),
             folds={str(k): n for k, n in sorted(self._folds.items())},
             rates={str(k): n for k, n in sorted(self._rates.items())},
             left_out=left_out,

@@ -33,8 +33,9 @@ from bat.data.manifest import remote_manifest
 from bat.data.remote import FULL, download, read, stat
 from bat.data.sources import NotIndexable, RetryPolicy, Shard, identity, shown
 from bat.data.table import MAX_TABLE_BYTES, ShardTable, scan
-from bat.data.tar import escape_key, write_atomic
+from bat.data.tar import escape_key
 from bat.errors import UserError
+from bat.io import write_atomic
 
 THREADS = 16
 """Threads that read tables at the start."""
@@ -192,44 +193,29 @@ class Prefetcher:
 
     def __init__(self, fetch: Callable[[RemoteShard], None]) -> None:
         self.fetch = fetch
-        self._begin()
+        self._wanted: deque[RemoteShard] = deque()
+        self._threads: list[threading.Thread] = []
 
     def __reduce__(self) -> tuple[type[Prefetcher], tuple[object]]:
         return Prefetcher, (self.fetch,)
 
-    def _begin(self) -> None:
-        self._pid = os.getpid()  # a forked child inherits none of the threads
-        self._wanted: deque[RemoteShard] = deque()
-        self._busy: set[RemoteShard] = set()
-        self._news = threading.Condition()
-        self._threads: list[threading.Thread] = []
-
     def want(self, shards: Sequence[RemoteShard]) -> None:
         """Fetch ``shards``, in order; replaces those of an earlier call that have not begun."""
-        if self._pid != os.getpid():
-            self._begin()
-        with self._news:
-            self._wanted = deque(shard for shard in shards if shard not in self._busy)
-            self._news.notify_all()
-        while shards and len(self._threads) < PREFETCHERS:
+        self._wanted = deque(shards)
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        for _ in range(min(len(shards), PREFETCHERS) - len(self._threads)):
             thread = threading.Thread(target=self._work, name="bat-prefetch", daemon=True)
             self._threads.append(thread)
             thread.start()
 
     def _work(self) -> None:
         while True:
-            with self._news:
-                self._news.wait_for(lambda: self._wanted)
-                shard = self._wanted.popleft()
-                self._busy.add(shard)
             try:
+                shard = self._wanted.popleft()
+            except IndexError:
+                return
+            with contextlib.suppress(OSError):  # raised when a clip of it is read
                 self.fetch(shard)
-            except OSError:
-                pass  # raised when a clip of it is read
-            except Exception:
-                log.exception("prefetching failed; it is fetched when a clip of it is read")
-            with self._news:
-                self._busy.discard(shard)
 
 
 class RemoteShards:

@@ -24,8 +24,9 @@ import numpy as np
 
 from bat.audio.decode import DecodeError
 from bat.audio.decode import probe as read_header
-from bat.data.tar import BLOCK, Member, members, sample_key, write_atomic
+from bat.data.tar import BLOCK, Member, members, sample_key
 from bat.errors import UserError
+from bat.io import write_atomic
 from bat.redact import one_line
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, no_decoder
 from bat.tasks.events import from_json
@@ -208,6 +209,12 @@ def table_places(tar: Path, folder: Path | None) -> list[Path]:
         digest = hashlib.sha256(os.fsencode(tar.resolve())).hexdigest()[:12]
         places.append(folder / f"{tar.stem}-{digest}.idx.npz")
     return places
+
+
+def load_table(tar: Path, folder: Path | None = None) -> ShardTable | None:
+    """Returns the saved table of ``tar`` that describes it as it is now, if there is one."""
+    tables = (ShardTable.load(place, tar) for place in table_places(tar, folder))
+    return next(filter(None, tables), None)
 
 
 def parse(text: bytes) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reads tar headers, makes sample keys, and writes files atomically.
+"""Reads tar headers and makes sample keys.
 
 ``tarfile`` reads the headers through ``ForwardFile``; nothing is unpacked and no link is followed
 (docs/security.md). A sample key is ``[A-Za-z0-9_-]{1,80}``; other names are escaped. It ends at the
@@ -11,8 +11,6 @@ import errno
 import hashlib
 import os
 import re
-import secrets
-import socket
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -147,22 +145,3 @@ def members(file: BinaryIO, path: Path) -> Iterator[Member]:
         if not error.short:
             what = (error.strerror or "").removeprefix("it ")
             raise UserError(f"{path} {what}: give uncompressed WebDataset shards") from error
-
-
-def temporary(path: Path) -> Path:
-    """Returns a name beside ``path`` that is unique among processes, also on other machines."""
-    host = re.sub(r"[^A-Za-z0-9-]", "_", socket.gethostname())[:40]
-    return path.with_name(f".{path.name}.{host}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace ``path`` by a file of ``data`` atomically: readers see the old or the new one."""
-    temp = temporary(path)
-    try:
-        with temp.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)

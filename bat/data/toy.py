@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from bat.audio.decode import encode
-from bat.data.tar import write_atomic
 from bat.errors import UserError
+from bat.io import write_atomic
 
 SAMPLE_RATE = 16_000
 KINDS = ("tone", "chirp", "noise", "clicks", "mixture")

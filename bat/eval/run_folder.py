@@ -18,10 +18,10 @@ from bat.config.schema import Pretrain, Probe, Supervised
 from bat.config.sections import Data
 from bat.data.files import index_files
 from bat.data.index import Index, open_index
-from bat.data.tar import write_atomic
 from bat.data.toy import make_toy
 from bat.errors import UserError
 from bat.eval.encoder_list import RANDOM, check_there, checkpoint_name, encoders_of
+from bat.io import write_atomic
 from bat.lock import LOCK, check_free, hold
 from bat.redact import redact_tree
 from bat.tasks import csv, folder

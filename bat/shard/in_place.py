@@ -21,10 +21,10 @@ import numpy as np
 
 from bat.audio.decode import DecodeError, probe
 from bat.data.manifest import Counts, Manifest, ShardInfo, joint_vocabulary
-from bat.data.table import ShardTable, ask_clips, scan, table_places
+from bat.data.table import ShardTable, ask_clips, load_table, scan, table_places
 from bat.data.tar import sample_key
 from bat.errors import UserError
-from bat.shard.info import load_table, local_shards
+from bat.shard.info import local_shards
 from bat.shard.pool import ordered_map
 
 

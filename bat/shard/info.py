@@ -8,7 +8,6 @@ the same numbers.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,15 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bat.data.manifest import Manifest, joint_vocabulary
+from bat.data.manifest import Counts, Manifest, joint_vocabulary
 from bat.data.sources import Shard, find
-from bat.data.table import ShardTable, scan, table_places
+from bat.data.table import load_table, scan
 from bat.errors import UserError
 from bat.tasks.base import AUDIO_SUFFIXES
-
-LISTED = 20
-"""Greatest number of classes shown in full; of more, the ten commonest and the ten rarest."""
-BAR = 30  # characters of the longest bar
 
 
 @dataclass
@@ -88,41 +83,6 @@ class Summary:
             lines.append(f"left out  {self.left_out.total()} ({_counts(self.left_out)})")
         return lines
 
-    def histograms(self) -> list[str]:
-        """Returns bars in text: labels (the commonest and the rarest of many), then durations."""
-        lines = []
-        if self.label_counts.sum():
-            order = np.argsort(-self.label_counts, kind="stable")
-            shown = order if len(order) <= LISTED else [*order[:10], -1, *order[-10:]]
-            pairs = [
-                ("...", 0) if i < 0 else (self.vocabulary[i], int(self.label_counts[i]))
-                for i in shown
-            ]
-            lines += ["", "clips a class", *_bars(pairs)]
-        counts, edges = self.duration_histogram(bins=8)
-        if counts.sum():
-            digits = 2 if edges[-1] < 100 else 0
-            spans = [f"{a:.{digits}f} - {b:.{digits}f} s" for a, b in itertools.pairwise(edges)]
-            lines += ["", "clips by length", *_bars(list(zip(spans, counts.tolist(), strict=True)))]
-        return lines
-
-    def duration_histogram(self, *, bins: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ``(counts (bins,), edges (bins + 1,))`` in seconds, for clips of known length.
-
-        The edges are geometric where the longest clip is over 50 times the shortest; there is one
-        bin where all are of one length (to a millisecond).
-        """
-        known = self.seconds[~np.isnan(self.seconds)].astype(np.float64)
-        if not len(known):
-            return np.zeros(1, np.int64), np.zeros(2)
-        low, high = float(known.min()), float(known.max())
-        if high - low < 1e-3:
-            return np.array([len(known)]), np.array([low, high])
-        space = np.geomspace if high > 50 * low > 0 else np.linspace
-        edges = space(low, high, bins + 1)
-        edges[0], edges[-1] = low, high  # geomspace rounds
-        return np.histogram(known, edges)[0], edges
-
     def _lengths(self) -> str:
         known = self.seconds[~np.isnan(self.seconds)]
         if not len(known):
@@ -154,12 +114,6 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def load_table(tar: Path, index_dir: Path | None = None) -> ShardTable | None:
-    """Returns the saved table of ``tar`` that describes it as it is now, if there is one."""
-    tables = (ShardTable.load(place, tar) for place in table_places(tar, index_dir))
-    return next((table for table in tables if table is not None), None)
-
-
 def local_shards(source: Path) -> list[Shard]:
     """Returns the tars of a folder, of its sub-folders (``train/``, ``test/``), one tar, or a glob.
 
@@ -186,33 +140,28 @@ def summarise(source: Path, *, index_dir: Path | None = None) -> Summary:
     found = (Manifest.load(folder) for folder in dict.fromkeys(tar.parent for tar in tars))
     manifests = [manifest for manifest in found if manifest is not None]
     vocabulary = joint_vocabulary(tables, [m.vocabulary for m in manifests if m.vocabulary])
-    label_ids = {name: i for i, name in enumerate(vocabulary)}
-    total = Summary(
-        shards=len(tables),
-        bytes=sum(table.tar_bytes for table in tables),
-        clips=sum(len(table.clips) for table in tables),
-        vocabulary=vocabulary,
-        label_counts=np.zeros(len(vocabulary), np.int64),
-        labels_per_clip=Counter(),
-        seconds=np.concatenate([_seconds(table.clips) for table in tables]),
-    )
+    counts = Counts(vocabulary)
     for shard, table in zip(shards, tables, strict=True):
-        clips = table.clips
-        to_global = np.array([label_ids[name] for name in table.names], np.int64)
-        total.label_counts += np.bincount(to_global[table.labels], minlength=len(vocabulary))
-        total.labels_per_clip.update(_tallied(clips["labels"]))
-        total.rates.update({str(r): n for r, n in _tallied(clips["rate"]).items() if r})
-        total.codecs.update({AUDIO_SUFFIXES[c]: n for c, n in _tallied(clips["codec"]).items()})
-        total.folds.update({str(f): n for f, n in _tallied(clips["fold"]).items() if f >= 0})
-        for split, n in _tallied(clips["split"]).items():
-            name = table.splits[split] if split >= 0 else shard.split
-            if name:
-                total.splits[name] += n
-        total.left_out.update(why.split(":", 1)[0] for why in table.left_out.values())
-    entries = [entry for manifest in manifests for entry in manifest.left_out]
-    if entries:  # the writer lists clips that are in no tar
-        total.left_out = Counter(entry["reason"].split(":", 1)[0] for entry in entries)
-    return total
+        counts.add(shard.name, table, split=shard.split)
+    total = counts.manifest(left_out=[], source="")
+    reasons = [entry["reason"] for manifest in manifests for entry in manifest.left_out]
+    if not reasons:  # the writer's list has the clips that are in no tar
+        reasons = [reason for table in tables for reason in table.left_out.values()]
+    clips = np.concatenate([table.clips for table in tables])
+    return Summary(
+        shards=len(tables),
+        bytes=total.bytes,
+        clips=total.clips,
+        vocabulary=vocabulary,
+        label_counts=np.array(total.label_counts, np.int64),
+        labels_per_clip=Counter(clips["labels"].tolist()),
+        seconds=_seconds(clips),
+        rates=Counter(total.rates),
+        codecs=Counter(AUDIO_SUFFIXES[codec] for codec in clips["codec"].tolist()),
+        splits=Counter(total.splits),
+        folds=Counter(total.folds),
+        left_out=Counter(reason.split(":", 1)[0] for reason in reasons),
+    )
 
 
 def _seconds(clips: np.ndarray) -> np.ndarray:  # (n,) CLIP -> (n,) float32, NaN where unknown
@@ -221,23 +170,9 @@ def _seconds(clips: np.ndarray) -> np.ndarray:  # (n,) CLIP -> (n,) float32, NaN
     return np.where(known, clips["frames"] / rate, np.nan).astype(np.float32)
 
 
-def _tallied(values: np.ndarray) -> dict[int, int]:
-    found, counts = np.unique(values, return_counts=True)
-    return dict(zip(found.tolist(), counts.tolist(), strict=True))
-
-
 def _counts(counter: Counter[str], unit: str = "", most: int = 8) -> str:
     """Formats as ``train 320, test 80``: the largest first, folds in their order."""
     numeric = not unit and all(name.isdigit() for name in counter)
     pairs = sorted(counter.items(), key=lambda p: int(p[0]) if numeric else -p[1])
     shown = ", ".join(f"{name}{unit} {n}" for name, n in pairs[:most])
     return shown + (f", and {len(pairs) - most} others" if len(pairs) > most else "")
-
-
-def _bars(pairs: Sequence[tuple[str, int]]) -> list[str]:
-    largest = max(n for _, n in pairs)
-    width = min(32, max(len(name) for name, _ in pairs))
-    return [
-        f"  {name[:width]:<{width}}  {'#' * (n and max(1, round(BAR * n / largest)))} {n or ''}"
-        for name, n in pairs
-    ]

@@ -21,9 +21,17 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from bat.audio.decode import RATES_HZ, AudioInfo, DecodeError, decode, decode_channels, probe
+from bat.audio.decode import (
+    RATES_HZ,
+    AudioInfo,
+    DecodeError,
+    check_length,
+    decode,
+    decode_channels,
+    probe,
+)
 from bat.audio.encode import OPUS_RATES_HZ, encode
-from bat.data.files import MAX_SECONDS, check_claim, read_row, reason_of
+from bat.data.files import MAX_SECONDS, read_row, reason_of
 from bat.errors import UserError
 from bat.tasks.base import AUDIO_SUFFIXES, LeftOut, Row
 
@@ -106,10 +114,7 @@ def works_of(row: Row, recipe: Recipe) -> Iterator[Work]:
     info, seconds = None, recipe.clip_seconds
     if seconds is not None:
         with suppress(DecodeError, OSError):  # packing it gives the same error
-            file = _file_of(row)
-            probed = probe(file, max_file_seconds=MAX_SECONDS)
-            check_claim(probed, len(file) if isinstance(file, bytes) else file.stat().st_size)
-            info = probed
+            info = _probed(_file_of(row))
     if info is None or seconds is None or info.frames <= seconds * info.sample_rate * (1 + SLACK):
         yield Work(row)
         return
@@ -117,6 +122,13 @@ def works_of(row: Row, recipe: Recipe) -> Iterator[Work]:
     step = max(1, int(CHUNK_SECONDS / seconds))
     for first in range(0, count, step):
         yield Work(row, info, first, min(first + step, count), count)
+
+
+def _probed(file: Path | bytes) -> AudioInfo:
+    """Returns the properties of a recording; ``DecodeError`` ("long") beyond ``MAX_SECONDS``."""
+    info = probe(file, max_file_seconds=MAX_SECONDS)
+    check_length(info.frames, info.sample_rate, MAX_SECONDS)
+    return info
 
 
 def pack(work: Work, *, recipe: Recipe) -> list[Packed | LeftOut]:
@@ -138,8 +150,7 @@ def pack(work: Work, *, recipe: Recipe) -> list[Packed | LeftOut]:
 
 def _whole(row: Row, recipe: Recipe) -> Packed | LeftOut:
     data = read_row(row)
-    info = probe(data, max_file_seconds=MAX_SECONDS)
-    check_claim(info, len(data))
+    info = _probed(data)
     rate = recipe.sample_rate or info.sample_rate
     suffix = info.codec if info.codec in AUDIO_SUFFIXES else row.suffix
     same_codec = recipe.codec in ("keep", info.codec) and suffix in AUDIO_SUFFIXES

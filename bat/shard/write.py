@@ -28,9 +28,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from bat.data.manifest import Counts, Manifest, source_hash
 from bat.data.table import ShardTable, scan
-from bat.data.tar import BLOCK, escape_key, write_atomic
+from bat.data.tar import BLOCK, escape_key
 from bat.errors import UserError
-from bat.io import replace_durably
+from bat.io import replace_durably, write_atomic
 from bat.lock import hold
 from bat.shard.pack import Channels, Codec, Packed, Recipe, Work, pack, works_of
 from bat.shard.pool import ordered_map

@@ -39,7 +39,7 @@ from bat.tasks.base import Reading, Row, Task
 from bat.tasks.events import Event
 from bat.tasks.folder import SPLITS, keys_of, split_of
 from bat.tasks.labels import MISSING, Labels, cell_names, items_of, named
-from bat.tasks.tables import numbered_lines, other_form, whole_number
+from bat.tasks.tables import numbered_lines, whole_number
 
 COLUMNS = ("path", "label", "labels", "fold", "split", "onset", "offset", "text")
 ALSO_CALLED = {
@@ -86,7 +86,7 @@ def read(path: Path, labels: Labels | None = None, *, labelled: bool = True) -> 
     strict = labelled or timed
     if strict:
         _check_columns(columns, lines, path)
-    notes += _check_files(lines, path, strict=strict)
+    _check_files(lines, path, strict=strict)
     names = [line.cells["path"] for line in lines]
     if strict:  # the part below the folder that holds all of them
         common = os.path.commonpath([os.path.dirname(line.file) for line in lines])
@@ -246,20 +246,13 @@ def _check_columns(columns: list[str], lines: Sequence[Line], path: Path) -> Non
         )
 
 
-def _check_files(lines: Sequence[Line], path: Path, *, strict: bool) -> list[str]:
-    """Raises ``UserError`` if a file is missing; unless ``strict``, if all are.
-
-    Returns a note if some are missing for their Unicode form.
-    """
+def _check_files(lines: Sequence[Line], path: Path, *, strict: bool) -> None:
+    """Raises ``UserError`` if a file is missing; unless ``strict``, if all are."""
     there = {file: os.path.isfile(file) for file in {line.file for line in lines}}
     missing = [line for line in lines if not there[line.file]]
-    if not missing:
-        return []
     count = sum(not found for found in there.values())
-    said = f"{count} of its {len(there)} audio files do not exist"
-    remark = next(filter(None, (other_form(line.file) for line in missing)), "")
-    if not strict and count < len(there):
-        return [f"{said}{remark}"] if remark else []
+    if not missing or (not strict and count < len(there)):
+        return
     names = [line.cells["path"] for line in missing]
     why = f"paths are relative to {path.parent.resolve()}, or absolute"
     if any("\\" in name for name in names):
@@ -269,7 +262,8 @@ def _check_files(lines: Sequence[Line], path: Path, *, strict: bool) -> list[str
     shown = ", ".join(f"line {line.number}: {line.cells['path']!r}" for line in missing[:SHOWN])
     more = ", ..." if len(missing) > SHOWN else ""
     raise UserError(
-        f"{path}: {said} ({shown}{more}): {why}{remark}. Mend the paths, or remove the lines"
+        f"{path}: {count} of its {len(there)} audio files do not exist ({shown}{more}): {why}. "
+        "Mend the paths, or remove the lines"
     )
 
 

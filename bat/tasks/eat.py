@@ -20,7 +20,6 @@ from bat.errors import UserError
 from bat.tasks.base import AUDIO_SUFFIXES, UNDECODED_SUFFIXES, Reading, Row, Task
 from bat.tasks.folder import keys_of
 from bat.tasks.labels import Labels, cell_names, named
-from bat.tasks.tables import other_form
 
 MAX_LINE = 1 << 16
 
@@ -83,7 +82,7 @@ def _rows_of_table(table: Path, notes: list[str]) -> list[Row]:
     if not any(row.path.is_file() for row in rows):
         raise UserError(
             f"none of the {len(rows)} files of {table} exists (the first: {rows[0].path}): write "
-            f"the folder of the clips into its first line{other_form(rows[0].path)}"
+            f"the folder of the clips into its first line"
         )
     if unlabelled:
         first = next(row for row in rows if not row.labels)

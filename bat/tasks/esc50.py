@@ -12,7 +12,7 @@ from pathlib import Path
 from bat.errors import UserError
 from bat.tasks.base import Row, Task
 from bat.tasks.labels import names_of
-from bat.tasks.tables import other_form, read_csv, whole_number
+from bat.tasks.tables import read_csv, whole_number
 
 CATEGORIES = """
 dog rooster pig cow frog cat hen insects sheep crow
@@ -48,7 +48,7 @@ def read_esc(root: Path, lines: list[dict[str, str]], meta: Path) -> list[Row]:
     if missing:
         raise UserError(
             f"{len(missing)} of {len(lines)} clips of {meta} are not in {audio} (the first: "
-            f"{missing[0]!r}): complete the download{other_form(audio / missing[0])}"
+            f"{missing[0]!r}): complete the download"
         )
     bare = next((line["filename"] for line in lines if not names_of(line["category"])), None)
     if bare is not None:

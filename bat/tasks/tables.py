@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -88,14 +86,3 @@ def whole_number(value: str, *, column: str, path: Path) -> int:
         return int(value)
     except ValueError:
         raise UserError(f"{path}: {column} {value!r} is not a whole number") from None
-
-
-def other_form(path: str | Path) -> str:
-    """Returns a remark for a message about a missing file if a file of that name exists in the
-    other Unicode form (macOS writes an accent as a character of its own); else nothing."""
-    folder, name = os.path.split(path)
-    for form in ("NFC", "NFD"):
-        other = unicodedata.normalize(form, name)
-        if other != name and os.path.isfile(os.path.join(folder, other)):
-            return f" ({name!r} exists in Unicode form {form}: write it so, or rename the file)"
-    return ""

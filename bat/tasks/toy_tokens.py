@@ -2,7 +2,8 @@
 
 Forty synthetic clips of 2 to 4 s, each three to five tones of 0.35 s with short pauses; a tone is a
 letter from ``a`` (300 Hz) to ``d`` (2.4 kHz). Written if no data are given, in the layout that
-``rows`` reads: ``audio/*.wav`` and ``texts.csv`` with columns ``file,split,text``.
+``rows`` reads: ``audio/*.wav`` and ``texts.csv``, custom data (``bat.tasks.csv``) with columns
+``path,split,text``.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from bat.tasks import csv
 from bat.tasks.base import Row, Task
 from bat.tasks.synthetic import SAMPLE_RATE, generator, sound, write_bytes, write_wav
-from bat.tasks.tables import read_csv
 
 CLIPS = {"train": 24, "valid": 8, "test": 8}
 PITCHES_HZ = {"a": 300.0, "b": 600.0, "c": 1_200.0, "d": 2_400.0}
@@ -32,26 +33,17 @@ def clip(number: int) -> tuple[np.ndarray, str]:
 
 
 def make(root: Path) -> None:
-    lines = ["file,split,text"]
+    lines = ["path,split,text"]
     for number, split in enumerate(s for s, count in CLIPS.items() for _ in range(count)):
         wave, text = clip(number)
-        name = f"{split}-{number:02d}.wav"
-        write_wav(root / "audio" / name, wave)
-        lines.append(f"{name},{split},{text}")
+        path = f"audio/{split}-{number:02d}.wav"
+        write_wav(root / path, wave)
+        lines.append(f"{path},{split},{text}")
     write_bytes(root / "texts.csv", ("\n".join(lines) + "\n").encode())
 
 
 def rows(root: Path) -> list[Row]:
-    return [
-        Row(
-            path=root / "audio" / line["file"],
-            key=Path(line["file"]).stem,
-            labels=(),
-            split=line["split"],
-            text=line["text"],
-        )
-        for line in read_csv(root / "texts.csv", ("file", "split", "text"))
-    ]
+    return csv.read(root / "texts.csv").rows
 
 
 TASK = Task(name="toy_tokens", rows=rows, target="tokens", make=make)

@@ -20,27 +20,55 @@ from bat.errors import UserError
 from bat.logs import start_logging
 from bat.shard.in_place import index_in_place
 from bat.shard.rows import open_rows
-from tests.data.test_index import WAV, tar_of
 from tests.data.test_sequential import read_once
+from tests.shard.files import WAV, write_tar
 
 
-def test_member_names__never_become_paths(tmp_path: Path) -> None:
+def test_members__that_harm_are_left_out_and_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "MAX_AUDIO_BYTES", 10_000)
     names = ["../../up.wav", "/etc/abs.wav", "a/../../b.wav", "c\nd\x1b[2J.wav", "~/e.wav"]
-    path = tar_of(tmp_path / "in/s.tar", dict.fromkeys(names, WAV))
-    with tarfile.open(path, "a") as file:
-        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
-            info = tarfile.TarInfo(f"link-{kind.decode()}.wav")
-            info.type, info.linkname = kind, "/etc/passwd"
-            file.addfile(info)
+    links = {}
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+        links[kind] = tarfile.TarInfo(f"link-{kind.decode()}.wav")
+        links[kind].type, links[kind].linkname = kind, "/etc/passwd"
+    harmful = {
+        "good.wav": WAV,
+        "good.json": b"[1, 2]",
+        "good.pyd": b"cos\nsystem\n",
+        "good.flac": WAV,
+        "empty.wav": b"",
+        "big.wav": bytes(10_001),
+        "video.m4a": b"x",
+        "huge.json": b" " * (table.MAX_JSON_BYTES + 1),
+        "deep.json": b"[" * 200_000,
+        "odd.wav": WAV,
+        "odd.json": {"fold": "x", "num_samples": -3, "sample_rate": 1e99, "label": {"a": 1}},
+    }
+    path = write_tar(tmp_path / "in/s.tar", dict.fromkeys(names, WAV) | links | harmful)
     before = set(tmp_path.rglob("*"))
     index = open_index(path, cache=tmp_path / "cache")
-    keys = [index.key(i) for i in range(len(index))]
-    assert len(set(keys)) == len(names)
-    assert all(key.replace("-", "").replace("_", "").isalnum() for key in keys)
-    assert [index.read(i).data for i in range(len(index))] == [WAV] * len(names)
-    assert read_once(path)[0] == keys
-    assert sorted(read_contents(path).left_out.values()) == ["not a regular file"] * 4
     assert {p.name for p in set(tmp_path.rglob("*")) - before} <= {"s.idx.npz", "cache"}
+    keys = [index.key(i) for i in range(len(index))]
+    assert len(set(keys)) == len(names) + 1
+    assert all(key.replace("-", "").replace("_", "").isalnum() for key in keys)
+    assert [index.read(i).data for i in range(len(index))] == [WAV] * len(keys)
+    assert (index.frames[-1], index.rate[-1], index.fold[-1], index.vocabulary) == (-1, 0, -1, [])
+    left_out = {name.removeprefix("s.tar/"): why for name, why in index.left_out.items()}
+    assert left_out == {
+        **{info.name: "not a regular file" for info in links.values()},
+        "good.wav": "its JSON cannot be read: not a JSON object",
+        "good.flac": "a second one of this key",
+        "empty.wav": "empty",
+        "big.wav": "larger than 10000 bytes",
+        "video.m4a": "no decoder for m4a: convert it with ffmpeg",
+        "huge.json": f"larger than {table.MAX_JSON_BYTES} bytes",
+        "deep.json": "not a JSON object",
+    }
+    found, skipped = read_once(path)
+    assert found == keys
+    assert {key for key, _, _ in skipped} == {name.rpartition(".")[0] for name in left_out}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +86,7 @@ def test_member_names__never_become_paths(tmp_path: Path) -> None:
 def test_shard__of_too_much_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str, value: int, members: Any, says: str
 ) -> None:
-    path = tar_of(tmp_path / "a.tar", members)
+    path = write_tar(tmp_path / "a.tar", members)
     read_contents(path)
     monkeypatch.setattr(table, bound, value)
     with pytest.raises(UserError, match=rf"a\.tar has {says}"):
@@ -69,7 +97,7 @@ def test_json__of_its_fields_those_that_are_read_are_kept(tmp_path: Path) -> Non
     said = {"label": ["a", {"b": 1}], "fold": 2, "split": ["x"], "original_data": {"y": [1]}}
     told = {"num_samples": {"z": 0}, "id": "k", "original_data": {"class_labels": ["d"], "e": 0}}
     junk = {f"field {i}": [[]] for i in range(100)}
-    path = tar_of(tmp_path / "a.tar", {"0.json": junk | said, "1.json": junk | told})
+    path = write_tar(tmp_path / "a.tar", {"0.json": junk | said, "1.json": junk | told})
     assert read_contents(path).metas == {
         "0": {"label": ["a", {}], "fold": 2, "split": []},
         "1": {"num_samples": {}, "id": "k", "original_data": {"class_labels": ["d"]}},
@@ -86,7 +114,7 @@ def test_json__out_of_bounds_is_left_out_with_its_clip(tmp_path: Path) -> None:
     members = {}
     for i, text in enumerate(bad):
         members |= {f"{i}.wav": WAV, f"{i}.json": text}
-    path = tar_of(tmp_path / "a.tar", members)
+    path = write_tar(tmp_path / "a.tar", members)
     index = open_index(path)
     assert [index.key(i) for i in range(len(index))] == ["3"]
     assert index.frames.tolist() == [-1]
@@ -99,7 +127,7 @@ def test_class_names__more_than_a_row_of_targets_can_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(manifest, "MAX_CLASSES", 3)
-    path = tar_of(tmp_path / "a.tar", {"x.wav": WAV, "x.json": {"label": ["a", "b", "c", "d"]}})
+    path = write_tar(tmp_path / "a.tar", {"x.wav": WAV, "x.json": {"label": ["a", "b", "c", "d"]}})
     with pytest.raises(UserError, match=r"have 4 class names, more than 3.*data\.labels=drop"):
         open_index(path)
     assert open_index(path, labels="drop").classes == 0
@@ -114,7 +142,7 @@ def test_tar__forged_sizes_end_in_one_error(tmp_path: Path) -> None:
         back = tarfile.TarInfo("x.wav")
         back.pax_headers = {"size": size}
         forged[f"back{size}"] = back.tobuf(tarfile.PAX_FORMAT)
-    good = tar_of(tmp_path / "good/a.tar", {"a.wav": b"x" * 512}).read_bytes()[:1024]
+    good = write_tar(tmp_path / "good/a.tar", {"a.wav": b"x" * 512}).read_bytes()[:1024]
     for name, head in forged.items():
         path = tmp_path / f"{name}.tar"
         path.write_bytes(good + head + bytes(1 << 16))
@@ -171,12 +199,12 @@ def test_labels__in_json_are_read_as_in_every_source(tmp_path: Path) -> None:
     members: dict[str, Any] = {}
     for i, label in enumerate(["['10', '9']", "nan", 9.0, ["2", "\ud800"]]):
         members |= {f"c{i}.wav": WAV, f"c{i}.json": {"label": label}}
-    path = tar_of(tmp_path / "s.tar", members)
+    path = write_tar(tmp_path / "s.tar", members)
     index = open_index(path)
     found = [{index.vocabulary[c] for c in index.labels(i)} for i in range(4)]
     assert found == [{"10", "9"}, set(), {"9"}, {"2", "\\ud800"}]
     assert [row.labels for row in open_rows(path).rows][1:3] == [(), ("9",)]
-    only = tar_of(tmp_path / "n.tar", {k: v for k, v in members.items() if k[1] in "012"})
+    only = write_tar(tmp_path / "n.tar", {k: v for k, v in members.items() if k[1] in "012"})
     assert open_index(only).vocabulary == ["9", "10"]
 
 
@@ -195,7 +223,7 @@ def evil(tmp_path: Path) -> Path:
         split = {"split": "\ud800" if i else EVIL}
         members |= {f"{i}\udcff{EVIL}.wav": WAV, f"{i}\udcff{EVIL}.json": meta | split}
     members[f"x\udcff{EVIL}.m4a"] = b"x"
-    return tar_of(tmp_path / "evil/s.tar", members, tarfile.PAX_FORMAT).parent
+    return write_tar(tmp_path / "evil/s.tar", members, tarfile.PAX_FORMAT).parent
 
 
 def test_hostile_names__index_tables_and_manifests_hold_them_spelled_out(evil: Path) -> None:

@@ -6,10 +6,8 @@ import gzip
 import itertools
 import os
 import shlex
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,8 +17,9 @@ from bat.data.pipes import allow_pipes, output_of
 from bat.data.sequential import SequentialData, open_stream
 from bat.data.sources import NotIndexable, RetryPolicy, Shard, find
 from bat.errors import UserError
-from tests.data.test_loader import alive
-from tests.data.test_sequential import WAV, batches, keys, tar_bytes
+from tests.data.test_sequential import batches, keys
+from tests.processes import alive, until
+from tests.shard.files import WAV, write_tar
 
 
 @pytest.fixture
@@ -31,8 +30,7 @@ def allowed() -> Iterator[None]:
 
 
 def tar(path: Path, names: str) -> Path:
-    path.write_bytes(tar_bytes({f"{name}.wav": WAV for name in names}))
-    return path
+    return write_tar(path, {f"{name}.wav": WAV for name in names})
 
 
 def test_find__command_is_not_run_unless_the_user_says_so(tmp_path: Path) -> None:
@@ -110,13 +108,6 @@ def test_output_of__command_is_killed_with_its_children_when_nobody_reads(tmp_pa
         child = int(file.read_text())
         os.kill(child, 0)
     until(lambda: not alive(child))
-
-
-def until(condition: Any) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_output_of__much_talk_about_errors_and_a_late_end(monkeypatch: pytest.MonkeyPatch) -> None:

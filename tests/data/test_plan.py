@@ -24,17 +24,11 @@ CASES = [  # clips, batch, world
 
 
 def global_batches(
-    plan: Plan, *, batch: int, world: int, first: int, count: int
+    plan: Plan, batch: int, world: int, *, first: int = 0, count: int
 ) -> list[list[Item]]:
     """Micro-batches ``first ..`` as all ranks together see them, by position."""
-    ranks = [
-        list(
-            PlanSampler(
-                plan, batch=batch, batches=count, rank=r, world=world, batches_done=lambda: first
-            )
-        )
-        for r in range(world)
-    ]
+    how: dict[str, Any] = {"batch": batch, "batches": count, "batches_done": lambda: first}
+    ranks = [PlanSampler(plan, rank=rank, world=world, **how) for rank in range(world)]
     return [sorted(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
 
 
@@ -42,7 +36,7 @@ def global_batches(
 def test_plan__every_clip_exactly_once_an_epoch(n: int, batch: int, world: int) -> None:
     plan = Plan(n, seed=3)
     count = -(-3 * n // (batch * world))  # three epochs at least
-    batches = global_batches(plan, batch=batch, world=world, first=0, count=count)
+    batches = global_batches(plan, batch, world, count=count)
     items = list(itertools.chain(*batches))
     assert [p for p, _ in items] == list(range(count * batch * world))
     for epoch in range(3):
@@ -53,21 +47,20 @@ def test_plan__every_clip_exactly_once_an_epoch(n: int, batch: int, world: int) 
 
 @pytest.mark.parametrize(("n", "batch", "world"), CASES)
 def test_plan__going_on_anywhere_equals_not_stopping(n: int, batch: int, world: int) -> None:
-    whole = global_batches(Plan(n, seed=1), batch=batch, world=world, first=0, count=12)
+    plan = Plan(n, seed=1)
+    whole = global_batches(plan, batch, world, count=12)
     for first in (1, 5, 11):
-        rest = global_batches(
-            Plan(n, seed=1), batch=batch, world=world, first=first, count=12 - first
-        )
-        assert rest == whole[first:]
+        assert global_batches(plan, batch, world, first=first, count=12 - first) == whole[first:]
 
 
 @pytest.mark.parametrize(("n", "batch", "world"), [(10, 3, 2), (64, 8, 8), (101, 5, 4)])
 def test_plan__another_world_with_the_same_global_batch_keeps_the_batches(
     n: int, batch: int, world: int
 ) -> None:
-    many = global_batches(Plan(n, seed=1), batch=batch, world=world, first=4, count=9)
-    one = global_batches(Plan(n, seed=1), batch=batch * world, world=1, first=4, count=9)
-    half = global_batches(Plan(n, seed=1), batch=batch * 2, world=world // 2, first=4, count=9)
+    many, half, one = (
+        global_batches(Plan(n, seed=1), batch * k, world // k, first=4, count=9)
+        for k in (1, 2, world)
+    )
     assert many == one == half
 
 

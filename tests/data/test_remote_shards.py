@@ -8,7 +8,6 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +24,8 @@ from bat.data.sources import RetryPolicy, find
 from bat.data.table import ShardTable, scan
 from bat.errors import UserError
 from tests.data.http_server import FaultyServer, wave
-from tests.data.test_index import tar_of
+from tests.processes import until
+from tests.shard.files import write_tar
 
 QUICK = RetryPolicy(retries=3, timeout_seconds=0.5, backoff_seconds=0.01)
 
@@ -35,13 +35,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         index, "RetryPolicy", lambda *_, redirects: QUICK._replace(redirects=redirects)
     )
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 # ---- the cache
@@ -292,7 +285,7 @@ def test_remote_set__two_forked_workers_share_a_cache_smaller_than_the_set(
 def test_remote_set__mixes_with_local_ones(
     server: FaultyServer, shards: Path, tmp_path: Path
 ) -> None:
-    tar_of(tmp_path / "more/x.tar", {"mine.wav": wave(50)})
+    write_tar(tmp_path / "more/x.tar", {"mine.wav": wave(50)})
     both = open_index([tmp_path / "more", f"{server.url}/set"], cache=tmp_path / "cache")
     assert both.source.tolist() == [0] + [1] * 12
     assert both.read(0).data == wave(50)

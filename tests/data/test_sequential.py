@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import io
 import itertools
-import json
 import logging
 import tarfile
 from collections import Counter
@@ -13,35 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from bat.audio.decode import encode
-from bat.data import sequential, table
+from bat.data import sequential
 from bat.data.index import NotIndexable, open_index
 from bat.data.sequential import SequentialBatches, SequentialData
 from bat.data.sources import RetryPolicy, find
 from bat.errors import UserError
 from bat.types import Clip, Skipped
 from tests.data.http_server import FaultyServer
+from tests.shard.files import WAV, tar_bytes
 
-WAV = encode(np.sin(np.arange(800) * 0.1), sample_rate=16_000, codec="wav")
 RUBBISH = b"\x1f\x8b rubbish"
-
-
-def tar_bytes(members: Mapping[str, Any], format: int = tarfile.USTAR_FORMAT) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
-        for name, content in members.items():
-            if isinstance(content, tarfile.TarInfo):
-                tar.addfile(content)
-                continue
-            data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 def make(folder: Path, shards: int, clips: int) -> Path:
@@ -134,38 +116,6 @@ def test_clips__long_names_in_every_tar_format(tmp_path: Path, format: int) -> N
     long = "folder/" * 12 + "x" * 60
     (tmp_path / "a.tar").write_bytes(tar_bytes({f"./{long}.wav": WAV, "b.wav": WAV}, format))
     assert read_once(tmp_path) == ([open_index(tmp_path).key(0), "b"], [])
-
-
-def test_clips__hostile_members_are_skipped_and_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(table, "MAX_AUDIO_BYTES", 10_000)
-    link = tarfile.TarInfo("link.wav")
-    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    members = {
-        "../../etc/x.wav": WAV,
-        "good.wav": WAV,
-        "good.json": b"[1]",
-        "good.pyd": b"cos\nsystem\n",
-        "good.flac": WAV,
-        "link.wav": link,
-        "empty.wav": b"",
-        "big.wav": b"x" * 10_001,
-        "big.m4a": b"x",
-        "last.wav": WAV,
-    }
-    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
-    found, skipped = read_once(tmp_path)
-    assert found[0].startswith("______etc_x-")
-    assert found[1:] == ["last"]
-    assert [s[:2] for s in skipped] == [
-        ("good", "corrupt"),
-        ("good", "corrupt"),
-        ("link", "corrupt"),
-        ("empty", "empty"),
-        ("big", "long"),
-        ("big", "unknown"),
-    ]
 
 
 def test_clips__shard_that_breaks_off_is_left_there(tmp_path: Path) -> None:

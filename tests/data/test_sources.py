@@ -13,12 +13,12 @@ import pytest
 from bat.data.index import NotIndexable, open_index
 from bat.data.sources import Shard, find, names_of
 from bat.errors import UserError
-from tests.data.test_index import WAV, tar_of
+from tests.shard.files import WAV, write_tar
 
 
 def test_find__many_ways_to_name_shards(tmp_path: Path) -> None:
     for i in range(11):
-        tar_of(tmp_path / f"s/shard-{i:05d}.tar", {f"{i}.wav": WAV})
+        write_tar(tmp_path / f"s/shard-{i:05d}.tar", {f"{i}.wav": WAV})
 
     def keys(source: Any) -> list[str]:
         index = open_index(source)
@@ -50,8 +50,8 @@ def test_find__mistakes_in_naming_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any, says: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tar_of(Path("s/shard-0.tar"), {"a.wav": WAV})
-    tar_of(Path("s2/a.tar"), {"a.txt": b"no audio"})
+    write_tar(Path("s/shard-0.tar"), {"a.wav": WAV})
+    write_tar(Path("s2/a.tar"), {"a.txt": b"no audio"})
     Path("s/x.txt").touch()
     Path("empty").mkdir()
     if source == ".":
@@ -78,9 +78,9 @@ def test_find__sources_that_are_refused_not_run(source: str, says: str) -> None:
 
 def test_find__sub_folders_are_splits_unless_the_json_says_another(tmp_path: Path) -> None:
     member = {"a.wav": WAV, "b.wav": WAV, "b.json": {"split": "valid"}}
-    tar_of(tmp_path / "train/s-0.tar", member)
-    tar_of(tmp_path / "test/s-0.tar", {"c.wav": WAV})
-    tar_of(tmp_path / "none/deeper/s-0.tar", {"d.wav": WAV})
+    write_tar(tmp_path / "train/s-0.tar", member)
+    write_tar(tmp_path / "test/s-0.tar", {"c.wav": WAV})
+    write_tar(tmp_path / "none/deeper/s-0.tar", {"d.wav": WAV})
     index = open_index(tmp_path)
     assert index.splits == ["test", "train", "valid"]
     assert [index.key(i) for i in range(len(index))] == ["c", "a", "b"]
@@ -94,7 +94,7 @@ def test_find__sub_folders_are_splits_unless_the_json_says_another(tmp_path: Pat
 
 def test_find__each_clip_knows_its_source(tmp_path: Path) -> None:
     for name, clips in (("one/a", "x"), ("one/b", "y"), ("two/a", "zw")):
-        tar_of(tmp_path / f"{name}.tar", {f"{key}.wav": WAV for key in clips})
+        write_tar(tmp_path / f"{name}.tar", {f"{key}.wav": WAV for key in clips})
     index = open_index([tmp_path / "two", tmp_path / "one"])
     assert index.source.tolist() == [0, 0, 1, 1]
     assert index.source.dtype == np.int16
@@ -115,8 +115,8 @@ def test_find__compressed_tars_cannot_be_indexed(tmp_path: Path) -> None:
 
 
 def test_find__two_kinds_of_shards_in_a_folder_are_not_silently_one(tmp_path: Path) -> None:
-    tar_of(tmp_path / "s/b.tar", {"a.wav": WAV})
-    tar_of(tmp_path / "s/.hidden/c.tar", {"b.wav": WAV})
+    write_tar(tmp_path / "s/b.tar", {"a.wav": WAV})
+    write_tar(tmp_path / "s/.hidden/c.tar", {"b.wav": WAV})
     assert len(open_index(tmp_path / "s")) == 1
     other = tmp_path / "s/a.tar.gz"
     other.touch()
@@ -124,7 +124,7 @@ def test_find__two_kinds_of_shards_in_a_folder_are_not_silently_one(tmp_path: Pa
         open_index(tmp_path / "s")
     assert len(open_index(f"{tmp_path}/s/*.tar")) == 1
     other.unlink()
-    tar_of(tmp_path / "s/train/d.tar", {"d.wav": WAV})
+    write_tar(tmp_path / "s/train/d.tar", {"d.wav": WAV})
     with pytest.raises(UserError, match=r"/s holds b\.tar and train/d\.tar: two kinds"):
         open_index(tmp_path / "s")
     assert open_index([f"{tmp_path}/s/*.tar", tmp_path / "s/train"]).source.tolist() == [0, 1]
@@ -134,7 +134,7 @@ def test_find__one_shard_under_two_names_is_listed_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tar_of(tmp_path / "A/x.tar", {"a.wav": WAV})
+    write_tar(tmp_path / "A/x.tar", {"a.wav": WAV})
     (tmp_path / "L").symlink_to("A")
     for other in ("A", "A/../A/x.tar", "L", f"file://{tmp_path}/A"):
         with pytest.raises(UserError, match=r"shard x\.tar is listed twice"):
@@ -147,7 +147,7 @@ def test_find__one_shard_under_two_names_is_listed_twice(
 def test_find__names_grow_until_they_differ_and_show_no_query(tmp_path: Path) -> None:
     places = ("x/train/a.tar", "y/train/a.tar", "y/train/b.tar")
     for i, place in enumerate(places):
-        tar_of(tmp_path / place, {f"{i}.wav": WAV, f"{i}b.json": b"["})
+        write_tar(tmp_path / place, {f"{i}.wav": WAV, f"{i}b.json": b"["})
     index = open_index([tmp_path / "x/train", tmp_path / "y/train"])
     assert [index.shard_name(i) for i in range(3)] == list(places)
     assert sorted(index.left_out) == [f"{place}/{i}b.json" for i, place in enumerate(places)]

@@ -16,12 +16,12 @@ from bat.audio.decode import encode
 from bat.data.index import open_index
 from bat.data.manifest import Manifest
 from bat.data.table import ShardTable, scan
-from bat.data.tar import temporary, write_atomic
 from bat.errors import UserError
+from bat.io import temporary, write_atomic
 from bat.shard.in_place import index_in_place
 from bat.shard.write import write_shards
 from bat.tasks.base import AUDIO_SUFFIXES, Row
-from tests.data.test_index import WAV, confit, tar_of
+from tests.shard.files import WAV, confit, write_tar
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def three(path: Path, first: str, last: str, keys: str = "abc") -> Path:
     """A tar of three clips; the same size whatever the names."""
     members = confit(keys[0], {first: 0}) | confit(keys[1], {"x": 0, "y": 1})
     members[f"{keys[1]}.json"] |= {"split": "train", "fold": 2}
-    return tar_of(path, members | confit(keys[2], {last: 1}))
+    return write_tar(path, members | confit(keys[2], {last: 1}))
 
 
 def saved(path: Path, **changes: Any) -> Path:

@@ -225,9 +225,9 @@ def test_shards__ask_the_same_as_the_task_itself(settings, tmp_path) -> None:
 
 def test_csv__texts_are_tokens_for_both_commands(settings, tmp_path) -> None:
     toy_tokens.make(tmp_path / "toy")
-    lines = (tmp_path / "toy/texts.csv").read_text().replace("file,split,text", "path,split,Transcript")  # fmt: skip  # noqa: E501
-    (tmp_path / "toy/audio/texts.csv").write_text(lines)
-    words = ["recipe=own", f"data.csv={tmp_path / 'toy/audio/texts.csv'}", "level=frame"]
+    table = tmp_path / "toy/texts.csv"
+    table.write_text(table.read_text().replace("path,split,text", "path,split,Transcript"))
+    words = ["recipe=own", f"data.csv={table}", "level=frame"]
     data = open_probing(settings(*words, "train.epochs=0", "train.min_steps=0"))
     assert data.task.target == "tokens"
     assert data.labels == ("<blank>", "a", "b", "c", "d")

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bat.audio.encode import encode
 from bat.tasks.base import Row
 
 RATE = 16_000
+WAV = encode(np.sin(np.arange(800) * 0.1), sample_rate=RATE, codec="wav")
 
 
 def noise(seed: int, seconds: float = 0.2, *, level: float = 0.3, rate: int = RATE) -> np.ndarray:
@@ -32,16 +34,39 @@ def recording(path: Path, wave: np.ndarray, rate: int = RATE, **more: Any) -> Ro
     return Row(path, path.stem, **{"labels": ("x",), **more})
 
 
-def write_tar(path: Path, members: dict[str, Any]) -> Path:
-    """Writes ``{name: bytes, or an object to be written as JSON}``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+def tar_bytes(members: Mapping[str, Any], format: int = tarfile.USTAR_FORMAT) -> bytes:
+    """Returns a tar of ``{name: bytes, an object to be written as JSON, or a TarInfo}``."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
         for name, content in members.items():
+            if isinstance(content, tarfile.TarInfo):
+                tar.addfile(content)
+                continue
             data = content if isinstance(content, bytes) else json.dumps(content).encode()
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: Mapping[str, Any], format: int = tarfile.USTAR_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tar_bytes(members, format))
     return path
+
+
+def confit(key: str, labels: dict[str, int]) -> dict[str, Any]:
+    """Returns a clip with ``{name: number}`` as AudioSet's shards of ConFit have it."""
+    said = {"id": key, "label": [*labels], "label_id": [*labels.values()]}
+    return {f"{key}.wav": WAV, f"{key}.json": said}
+
+
+def lay(root: Path, files: Mapping[str, str]) -> Path:
+    """Writes ``{name: text}`` below ``root`` and returns it."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
 
 
 def read_tar(path: Path) -> dict[str, bytes]:

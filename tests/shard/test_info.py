@@ -8,9 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bat.data.manifest import joint_vocabulary
-from bat.data.table import scan
-from bat.errors import UserError
 from bat.shard.info import Summary, balance, duration, summarise
 from bat.shard.write import write_shards
 from bat.tasks.base import Row
@@ -69,48 +66,19 @@ def test_summarise__one_folder_has_the_splits_of_its_json_and_nothing_is_written
     assert sorted(split_shards.rglob("*")) == before
 
 
-def summary(seconds: list[float], **more: object) -> Summary:
-    fields: dict[str, object] = {
-        "shards": 1, "bytes": 10, "clips": len(seconds), "vocabulary": [],
-        "label_counts": np.zeros(0, np.int64), "labels_per_clip": Counter({0: len(seconds)}),
-        "seconds": np.array(seconds, np.float32),
-    }  # fmt: skip
-    return Summary(**(fields | more))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "bins", "counts", "edges"),
-    [
-        ([1.0, 2.0, 2.1, 5.0, np.nan], 4, [1, 2, 0, 1], [1, 2, 3, 4, 5]),
-        ([1.0, 10.0, 99.0, 100.0], 2, [1, 3], [1, 10, 100]),  # geometric
-        ([5.0, 5.0, 5.0], 8, [3], [5, 5]),
-        ([np.nan], 8, [0], [0, 0]),
-    ],
-)
-def test_duration_histogram__linear_geometric_and_single(
-    seconds: list[float], bins: int, counts: list[int], edges: list[float]
-) -> None:
-    found = summary(seconds).duration_histogram(bins=bins)
-    assert found[0].tolist() == counts
-    assert found[1].tolist() == pytest.approx(edges)
-
-
 def test_text__unknown_lengths_and_missing_labels_are_said() -> None:
-    text = summary([np.nan, np.nan]).text()
+    text = Summary(
+        shards=1,
+        bytes=10,
+        clips=2,
+        vocabulary=[],
+        label_counts=np.zeros(0, np.int64),
+        labels_per_clip=Counter({0: 2}),
+        seconds=np.full(2, np.nan, np.float32),
+    ).text()
     assert text[0] == "clips     2 (0.0 s; 2 of unknown length)"
     assert text[2] == "length    unknown: bat-shard SHARDS indexes them in place and finds out"
     assert "labels    none (fine for pre-training)" in text
-    assert summary([np.nan]).histograms() == []
-
-
-def test_histograms__bars_are_in_proportion_and_many_classes_are_shortened() -> None:
-    names = [f"c{i:02d}" for i in range(30)]
-    lines = summary([1.0], vocabulary=names, label_counts=np.arange(30) * 10).histograms()
-    assert lines[:3] == ["", "clips a class", "  c29  ############################## 290"]
-    assert lines[12].strip() == "..."
-    assert lines[17] == "  c05  ##### 50"
-    assert lines[21:23] == ["  c01  # 10", "  c00   "]
-    assert lines[-2:] == ["clips by length", "  1.00 - 1.00 s  ############################## 1"]
 
 
 def test_balance__even_classes_take_one_line() -> None:
@@ -121,12 +89,3 @@ def test_balance__even_classes_take_one_line() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(3.04, "3.0 s"), (90, "1.5 min"), (9000, "2.5 h")])
 def test_duration__has_a_unit(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-def test_joint_vocabulary__labels_outside_it_name_the_command(split_shards: Path) -> None:
-    tables = [scan(path) for path in split_shards.rglob("*.tar")]
-    assert joint_vocabulary(tables, []) == ["cat", "dog"]
-    with pytest.raises(UserError, match=r"label 'dog' is not in the vocabulary.*bat-shard verify"):
-        joint_vocabulary(tables, [["cat"]])
-    with pytest.raises(UserError, match=r"different labels .*dog.*data.labels=drop"):
-        joint_vocabulary(tables, [["cat"], ["cat", "dog"]])

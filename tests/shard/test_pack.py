@@ -138,24 +138,21 @@ def test_pack__damage_costs_the_pieces_it_is_in(
 
 
 @pytest.mark.parametrize("clip_seconds", [None, 10.0])
-def test_pack__length_that_the_file_cannot_hold_is_one_entry(
+def test_pack__header_that_claims_months_is_one_entry(
     tmp_path: Path, clip_seconds: float | None
 ) -> None:
     row = claiming(tmp_path / "in/forged.flac", grid_noise(1.0), 2**36 - 1)
     good = recording(tmp_path / "in/good.flac", grid_noise(0.1))
     manifest = write_shards([row, good], tmp_path / "s", clip_seconds=clip_seconds)
     (entry,) = manifest.left_out
-    size = row.path.stat().st_size
-    why = f"corrupt: its header claims {2**36 - 1} frames, more than {size} bytes can hold"
-    assert (entry["key"], entry["reason"], manifest.clips) == ("forged", why, 1)
+    assert (entry["key"], entry["reason"][:6], manifest.clips) == ("forged", "long: ", 1)
 
 
-def test_pack__two_hours_are_not_held_in_memory_and_silence_is_no_forgery(tmp_path: Path) -> None:
+def test_pack__two_hours_are_not_held_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "silence.flac"
     with soundfile.SoundFile(path, "w", 8000, 1, "PCM_16") as file:
         for _ in range(40):
             file.write(np.zeros(8000 * 180, np.int16))
-    assert 8000 * 7200 / path.stat().st_size > 250  # frames a byte
     recipe = Recipe(clip_seconds=60.0)
     tracemalloc.start()
     try:

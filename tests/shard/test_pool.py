@@ -15,6 +15,7 @@ import pytest
 
 from bat.errors import UserError
 from bat.shard.pool import AHEAD, cores, ordered_map
+from tests.processes import alive, until
 
 
 def slow_square(x: int, *, fail: int = -1) -> tuple[int, int]:
@@ -76,11 +77,6 @@ def test_ordered_map__ctrl_c_is_left_to_the_caller() -> None:
         pytest.fail("a process took the Ctrl-C for its own")
 
 
-def is_running(process: int) -> bool:
-    status = Path(f"/proc/{process}/stat")
-    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
-
-
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
 def test_ordered_map__processes_end_with_a_killed_caller(tmp_path: Path) -> None:
     script = tmp_path / "caller.py"
@@ -101,10 +97,7 @@ def test_ordered_map__processes_end_with_a_killed_caller(tmp_path: Path) -> None
     assert done.returncode == -9
     children = [int(word) for word in done.stdout.split()]
     assert len(children) == 2
-    deadline = time.monotonic() + 10
-    while any(map(is_running, children)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(is_running, children))
+    until(lambda: not any(map(alive, children)))
 
 
 def test_cores__are_those_of_this_process() -> None:

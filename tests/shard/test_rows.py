@@ -15,15 +15,7 @@ from bat.errors import UserError
 from bat.shard.rows import detect, open_rows
 from bat.tasks.base import LeftOut, load_task
 from bat.tasks.parquet import parquet_files
-from tests.shard.files import write_tar
-
-
-def lay(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
+from tests.shard.files import lay, write_tar
 
 SEGMENTS = '# Segments\n# num\n# YTID, start\nabc, 30.000, 40.000, "/m/1"\n'
 CLASSES = "index,mid,display_name\n0,/m/0,Speech\n1,/m/1,Dog\n"

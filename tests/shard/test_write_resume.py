@@ -111,18 +111,6 @@ def test_write_shards__killed_then_run_again_gives_the_same_bytes(
     assert [path.stat().st_mtime_ns for path in kept] == stamps  # kept, not written again
 
 
-def test_write_shards__changed_audio_of_the_same_length_is_not_mixed_with_the_old(
-    rows: list[Row], tmp_path: Path
-) -> None:
-    stopped(rows, tmp_path / "s", shards=2)
-    path = rows[-1].path
-    then = path.stat().st_mtime_ns
-    path.write_bytes(path.read_bytes()[::-1])
-    os.utime(path, ns=(then, then + 1_000_000))
-    with pytest.raises(UserError, match="holds 2 finished shards of an interrupted run with other"):
-        write_shards(rows, tmp_path / "s", **OPTIONS)
-
-
 def test_write_shards__stopped_at_every_clip_gives_the_same_bytes(
     rows: list[Row], whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

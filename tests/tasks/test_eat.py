@@ -9,6 +9,7 @@ import pytest
 from bat.errors import UserError
 from bat.tasks import eat
 from bat.tasks.base import load_task
+from tests.shard.files import lay
 
 
 @pytest.fixture
@@ -22,9 +23,7 @@ def manifest(tmp_path: Path) -> Path:
         "manifests/eval.lbl": "Y3.wav\t/m/1\n",
         "manifests/label_descriptors.csv": '0,/m/0,"Speech"\n1,/m/1,"A, b"\n',
     }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    lay(tmp_path, files)
     return folder
 
 

@@ -13,13 +13,7 @@ import pytest
 from bat import registry
 from bat.errors import UserError
 from bat.tasks.base import LeftOut, load_task
-
-
-def lay(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
+from tests.shard.files import lay
 
 
 def test_load_task__every_file_of_the_room_is_a_task_named_like_it() -> None:
