@@ -186,7 +186,7 @@ def _dry_run(evaluation: Evaluation) -> None:
     stream = evaluation.stream()
     clips = ready.config.data.batch if evaluation.device.type == "cuda" else 1
     size = measured(stream, splits[0].train, batch=clips) * len(index)
-    features, _ = next(iter(stream.once(splits[0].train[:clips], batch=clips)))
+    features, _ = next(iter(stream.once(splits[0].train, batch=clips)))
     if ready.note:
         print(ready.note)
     print(f"data      {len(index)} clips, {index.classes} labels, {len(splits)} round(s)")
