@@ -26,11 +26,10 @@ from bat.config.sections import Optim
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index
 from bat.data.sources import TRAIN
-from bat.data.stream import eval_loader
 from bat.encoders.base import Encoder, find_encoder
 from bat.errors import UserError
 from bat.eval.candidates import Plan
-from bat.eval.features import FeatureBank
+from bat.eval.features import FeatureBank, FeatureStream
 from bat.eval.loading import autocast_for
 from bat.eval.results import SHOWN, summary
 from bat.eval.run_folder import open_data
@@ -168,32 +167,25 @@ class OnlineProbe(StepCallback):
         self, encoder: Encoder, device: torch.device, on_step: Callable[[], None] = lambda: None
     ) -> dict[str, dict[str, Any]]:
         """Trains and evaluates once; returns ``{method: {"mean", "std", "folds", "gate"}}``."""
-        online, frames = self.config.online, self.config.frontend.frames
+        online, data = self.config.online, self.config.data
         autocast = autocast_for(self.config.hardware)
-        bad = BadClips(max_bad=self.config.data.max_bad)
-        batches = eval_loader(
-            self.index,
-            self.ids,
-            batch=online.batch,
-            sample_rate=encoder.sample_rate,
-            clip_seconds=self.config.data.clip_seconds,
-            min_seconds=self.config.data.min_seconds,
-            max_seconds=self.config.data.max_seconds,
-        )
+        bad = BadClips(max_bad=data.max_bad)
         methods = expand(online.methods, level="clip", encoder=encoder.has_queries)
         needs = Needs("none")
         for method in methods:
             needs |= find_probe(method).needs(has_cls=encoder.has_cls, level="clip")
-        bank = FeatureBank.extract(
+        stream = FeatureStream(
             encoder,
-            batches,
-            ids=self.ids,
-            frames=frames,
+            self.index,
+            frames=self.config.frontend.frames,
+            clip_seconds=data.clip_seconds,
+            min_seconds=data.min_seconds,
+            max_seconds=data.max_seconds,
             autocast=autocast,
-            device=device,
-            bad_clips=bad,
             needs=needs,
+            bad_clips=bad,
         )
+        bank = FeatureBank.extract(stream, self.ids, batch=online.batch, device=device)
         if bad.bad:
             log.warning("online probe: %s", bad.summary())
         warmup = min(online.steps // 10, 50)

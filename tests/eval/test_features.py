@@ -29,12 +29,12 @@ def backbone() -> BAT:
 
 def _bank(backbone, index, ids=None, **settings) -> FeatureBank:
     ids = np.arange(len(index)) if ids is None else np.asarray(ids)
-    loader = eval_loader(index, ids, batch=4, sample_rate=16000, clip_seconds=SECONDS)
-    return FeatureBank.extract(backbone, loader, ids=ids, **{"frames": FRAMES, **settings})
+    return FeatureBank.extract(_stream(backbone, index, **settings), ids, batch=4)
 
 
 def _stream(backbone, index, **settings) -> FeatureStream:
-    return FeatureStream(backbone, index, frames=FRAMES, clip_seconds=SECONDS, **settings)
+    words = {"frames": FRAMES, "clip_seconds": SECONDS, **settings}
+    return FeatureStream(backbone, index, **words)
 
 
 def _same_batches(bank, stream, *, tolerance=1e-5) -> int:
@@ -96,14 +96,12 @@ def test_bank__class_tokens_of_chunks(backbone, index):
 def test_long_clips__start_in_bank_and_stream(backbone, index):
     """Trained on and evaluated from their start, as the reference's test clips are."""
     ids = np.arange(4)
-    stream = FeatureStream(backbone, index, frames=FRAMES, clip_seconds=0.2)
-    bank = FeatureBank.extract(
-        backbone, stream.loader(ids, batch=4), ids=ids, frames=FRAMES, index=index
-    )
+    stream = _stream(backbone, index, clip_seconds=0.2)
+    bank = FeatureBank.extract(stream, ids, batch=4, index=index)
     words = {"batch": 2, "steps": 3, "seed": 0}
     assert _same_batches(bank.training(ids, **words), stream.training(ids, **words)) == 3
     (short,) = stream.loader(ids, batch=4)
-    (long,) = FeatureStream(backbone, index, frames=FRAMES, clip_seconds=0.5).loader(ids, batch=4)
+    (long,) = _stream(backbone, index, clip_seconds=0.5).loader(ids, batch=4)
     assert torch.equal(short.waves, long.waves[:, : short.waves.shape[1]])
     assert short.waves.abs().sum(1).min() > 0
 
@@ -210,7 +208,7 @@ def test_encode__not_finite_names_a_remedy(index):
 
 def test_stream__random_offset_moves_training_clips_only(backbone, index):
     def batches(kind, **settings):
-        stream = FeatureStream(backbone, index, frames=64, clip_seconds=0.6, **settings)
+        stream = _stream(backbone, index, frames=64, clip_seconds=0.6, **settings)
         words = {"steps": 1, "seed": 0} if kind == "training" else {}
         return next(getattr(stream, kind)(np.arange(4), batch=4, **words))[0].patches
 
