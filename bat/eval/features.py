@@ -114,8 +114,8 @@ class FeatureBank:
 
         Raises ``UserError`` if no clip is readable, too many are not, or features are not finite.
         """
-        waves = stream.loader(ids, batch=batch)
-        waves = counted(waves, stream.bad_clips, clips=len(ids), progress=progress)
+        loader = stream.loader(ids, batch=batch)
+        waves = counted(loader, stream.bad_clips, clips=len(ids), progress=progress)
         stored: dict[str, Tensor] = {}
         targets: list[Tensor] = []
         valid: list[Tensor] = []

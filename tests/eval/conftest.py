@@ -4,17 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from bat.data.index import Index, open_index
 from bat.encoders.bat import BAT
+from bat.eval.features import FeatureBank
 from bat.types import Grid
 from bat.weights import export
 from tests.toy import make_toy_shards
 
 SECONDS = 0.3
 """Length of the clips of ``index``."""
+
+
+def bank_of(
+    patches: Tensor, cls: Tensor | None, targets: Tensor, ids: np.ndarray | None = None
+) -> FeatureBank:
+    """A bank of clips called by their numbers."""
+    return FeatureBank(
+        patches=patches,
+        cls=cls,
+        targets=targets,
+        ids=np.arange(len(targets)) if ids is None else ids,
+        keys=[str(i) for i in range(len(targets))],
+        skipped={},
+    )
 
 
 @pytest.fixture(scope="module")

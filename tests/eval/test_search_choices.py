@@ -18,6 +18,7 @@ from bat.eval.splits import Split
 from bat.nn.losses import LOSSES
 from bat.probes.base import Probe
 from bat.types import Features
+from tests.eval.conftest import bank_of
 
 n, C, PARTS = 24, 3, 8
 FAST, SLOW = 1.0, 1e-4
@@ -30,14 +31,7 @@ def bank() -> FeatureBank:
     """The class token is the label, and the clip's place among the eight of its part."""
     truth = torch.eye(C)[torch.arange(n) % C]
     place = torch.arange(n)[:, None] % PARTS / PARTS
-    return FeatureBank(
-        patches=torch.zeros(n, 0, 1, 1, C + 1),
-        cls=torch.cat([truth, place], 1)[:, None],
-        targets=truth,
-        ids=np.arange(n),
-        keys=[str(i) for i in range(n)],
-        skipped={},
-    )
+    return bank_of(torch.zeros(n, 0, 1, 1, C + 1), torch.cat([truth, place], 1)[:, None], truth)
 
 
 class Scripted(Probe):
@@ -96,10 +90,10 @@ def _run(bank, script, *, names=("",), steps=8, held=HELD, memory_bytes=8e9, los
         ([(0.5, 1.0), (0.5, 1.0), (0.5, 1.0), (0.625, 9.0)], 8),  # the last step is looked at
     ],
 )
-def test_look__best_metric_then_latest_step(bank, looks, chosen):
+def test_look__best_metric_then_latest_step(bank, looks, selected):
     (fold_result,), _ = _run(bank, lambda step, fast: looks[step // 2 - 1], look_every=2)
-    assert fold_result.selected["step"] == chosen
-    share = looks[chosen // 2 - 1][0]
+    assert fold_result.selected["step"] == selected
+    share = looks[selected // 2 - 1][0]
     assert fold_result.metrics["accuracy"] == fold_result.selected["validation"] == share
 
 
@@ -114,11 +108,11 @@ def test_look__best_metric_then_latest_step(bank, looks, chosen):
         ((0.5, 1.0), (0.75, 9.0), SLOW),
     ],
 )
-def test_rates__best_metric_then_loss_then_first(bank, fast, slow, chosen, rates, memory_bytes):
+def test_rates__best_metric_then_loss_then_first(bank, fast, slow, selected, rates, memory_bytes):
     """None: all alike, so the rate that is named first; side by side or one after the other."""
     found, _ = _run(bank, lambda step, is_fast: fast if is_fast else slow, steps=2, lrs=rates,
                     memory_bytes=memory_bytes)  # fmt: skip
-    assert [o.selected["lr"] for o in found] == [rates[0] if chosen is None else chosen]
+    assert [o.selected["lr"] for o in found] == [rates[0] if selected is None else selected]
 
 
 @pytest.mark.parametrize("memory_bytes", [8e9, 1])
@@ -201,9 +195,9 @@ def _shares(*values):
         (0, [0.5, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25], 2, 14),  # 0: never
     ],
 )
-def test_patience__counts_validations_without_gain(bank, patience, shares, chosen, taken):
+def test_patience__counts_validations_without_gain(bank, patience, shares, selected, taken):
     (fold_result,), steps = _run(bank, _shares(*shares), steps=14, look_every=2, patience=patience)
-    assert (fold_result.selected["step"], steps) == (chosen, taken)
+    assert (fold_result.selected["step"], steps) == (selected, taken)
 
 
 @pytest.mark.parametrize("rates", [[FAST, SLOW], [SLOW, FAST]])
@@ -248,8 +242,7 @@ def test_look__without_a_positive_clip_to_validate_on_the_last_step(bank):
     """No class has an average precision then; a NaN must not win by being first."""
     empty = bank.targets.clone()
     empty[HELD.valid] = 0
-    silent = FeatureBank(patches=bank.patches, cls=bank.cls, targets=empty, ids=bank.ids,
-                         keys=bank.keys, skipped={})  # fmt: skip
+    silent = bank_of(bank.patches, bank.cls, empty)
     sure = {2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0}
     (fold_result,), _ = _run(silent, lambda step, fast: (1, sure[step]), look_every=2, loss="bce")
     assert (fold_result.selected["step"], fold_result.selected["validation"]) == (8, 0.0)

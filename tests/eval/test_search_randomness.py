@@ -16,6 +16,7 @@ from bat.eval.splits import Split
 from bat.nn.losses import LOSSES
 from bat.probes.base import Probe
 from bat.types import Features
+from tests.eval.conftest import bank_of
 
 n, T, D, C = 30, 3, 8, 3
 STILL = Optim(lr=0.0, betas=[0.9, 0.999], weight_decay=0.0, warmup_steps=0, min_lr=0.0)
@@ -33,14 +34,7 @@ def _bank(*, alike: bool = False, targets: Tensor | None = None) -> FeatureBank:
     patches = torch.randn(n, 0, T, 1, D, generator=g)
     if alike:
         labels, cls = labels * 0, cls[:1].expand_as(cls)
-    return FeatureBank(
-        patches=patches,
-        cls=cls,
-        targets=torch.eye(C)[labels] if targets is None else targets,
-        ids=np.arange(n),
-        keys=[str(i) for i in range(n)],
-        skipped={},
-    )
+    return bank_of(patches, cls, torch.eye(C)[labels] if targets is None else targets)
 
 
 class Plain(Probe):
