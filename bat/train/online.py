@@ -26,7 +26,7 @@ from bat.config.sections import Optim
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index
 from bat.data.sources import TRAIN
-from bat.encoders.base import Encoder, find_encoder
+from bat.encoders.base import Encoder
 from bat.errors import UserError
 from bat.eval.candidates import Plan
 from bat.eval.features import FeatureBank, FeatureStream
@@ -214,15 +214,15 @@ class OnlineProbe(StepCallback):
         broken = {method for method, _, _ in plan.diverged}
         return summary([o for o in fold_results if o.method not in broken])
 
-    def build(self, method: str, *, encoder: Encoder | None = None) -> Probe:
-        """Returns a fresh probe of the encoder's shape; ``encoder``: for probes built from it."""
-        model, head = self.config.model, self.config.online.head.for_task(self.task.per_class)
+    def build(self, method: str, *, encoder: Encoder) -> Probe:
+        """Returns a fresh probe for the encoder."""
+        head = self.config.online.head.for_task(self.task.per_class)
         return build_probe(
             method,
             classes=self.index.classes,
-            width=model.width,
-            depth=model.depth,
-            has_cls=find_encoder(model.backbone).has_cls,
+            width=encoder.width,
+            depth=encoder.depth,
+            has_cls=encoder.has_cls,
             encoder=encoder,
             **asdict(head),
         )
@@ -282,7 +282,7 @@ def choose_splits(
     empty = [r.name for r in chosen if not len(r.train) or not len(r.test)]
     if empty:
         raise UserError(
-            f"online probes: nothing to train on or to hold out in round {empty[0]}; raise "
+            f"online probes: nothing to train on or to hold out in fold {empty[0]}; raise "
             f"online.max_clips={max_clips} or give a larger labelled set"
         )
     return chosen
