@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from bat.audio.encode import encode
-from bat.data.index import open_index
 from bat.data.tar import escape_key
 from bat.errors import UserError
 from bat.io import read_jsonl
@@ -23,7 +22,7 @@ from bat.shard.write import write_shards
 from bat.tasks.base import Row
 from bat.train.pretrain_data import open_stream
 from bat.train.run_pretrain import pretrain
-from tests.train.runs import assert_same_run, run_and_cut
+from tests.train.runs import assert_same_run, damage, run_and_cut
 
 
 def make_set(
@@ -138,15 +137,6 @@ def test_labels__of_other_sets_are_refused_or_dropped(small, tmp_path: Path) -> 
     assert set(keys_of(stream, 2)) == {"dog0", "dog1", "cat0", "cat1"}
     with pytest.raises(UserError, match="labelled clips"):
         pretrain(small(*words, "data.labels=drop", "online.every=2", out=tmp_path / "run"))
-
-
-def damage(shards: Path, *clips: int) -> None:
-    """Overwrites these clips with zeros."""
-    index = open_index(shards)
-    for clip in clips:
-        with index.paths[index.shard[clip]].open("r+b") as file:  # type: ignore[union-attr]
-            file.seek(int(index.offset[clip]))
-            file.write(b"\0" * int(index.size[clip]))
 
 
 def test_bad_clips__are_listed_in_the_folder_of_the_run(small, tmp_path: Path) -> None:

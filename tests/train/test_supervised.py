@@ -26,6 +26,7 @@ from bat.train.supervised import Supervised
 from bat.types import Grid, WaveBatch
 from bat.weights import export
 from tests.toy import make_toy_shards
+from tests.train.runs import damage
 
 
 @pytest.fixture(scope="module")
@@ -298,12 +299,7 @@ def test_finetune__held_out_clips_that_cannot_be_read_are_counted(config, tmp_pa
     index = open_index(root)
     bad = int(index.clips_in_fold(1)[0])
 
-    def damage(clip: int) -> None:
-        with index.paths[index.shard[clip]].open("r+b") as file:
-            file.seek(int(index.offset[clip]))
-            file.write(b"\0" * int(index.size[clip]))
-
-    damage(bad)
+    damage(root, bad)
     words = (*QUICK, f"data.shards={root}")
     with pytest.raises(UserError, match=r"1 of 5 clips unreadable .*max_bad=0\.05"):
         finetune(config(*words))
@@ -313,8 +309,7 @@ def test_finetune__held_out_clips_that_cannot_be_read_are_counted(config, tmp_pa
     assert list(result["held_out_bad"]["keys"]) == [index.key(bad)]
     assert json.loads((out / "summary.json").read_text())["held_out_bad"]["1"]["seen"] == 5
     assert "evaluation: 1 of 5 clips unreadable (1 corrupt)" in capfd.readouterr().err
-    for clip in range(len(index)):
-        damage(clip)
+    damage(root, *range(len(index)))
     with pytest.raises(UserError, match=r"no clip of the first batch .*corrupt"):
         finetune(config(*words, f"out={tmp_path}/dry"), dry_run=True)
 
