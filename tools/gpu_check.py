@@ -6,25 +6,22 @@
 
 The tests under ``tests/gpu``; then the items of ``gpu_items.py``, most wanted first: the parts of
 ``tools/bench.py`` against plain, attention kernels, compile modes, activation checkpointing, and
-the largest batches for 24 and 80 GB. Each item has a bound of its own time; one that is not
-expected to fit what is left of ``--minutes`` is skipped and listed. Items run in a child process,
-which is replaced when one fails or runs over. The JSON is written after every figure: a timeout
-loses nothing. Nine minutes are not expected to be enough for all: the last items usually need a
-second call, ``--items checkpointing,eager,cudagraphs,step-S,reliability,laboratory``. Exit 0: the
-tests passed and no item, nor a case of one, failed (skipped ones do not count).
+the largest batches for 24 and 80 GB. Each item is a process of its own and has a bound of its own
+time; one that is not expected to fit what is left of ``--minutes`` is skipped and listed. The rows
+an item had written before it failed or ran over are kept, and the JSON is written after each item.
+Nine minutes are not expected to be enough for all: the last items usually need a second call,
+``--items checkpointing,eager,cudagraphs,step-S,reliability,laboratory``. Exit 0: the tests passed
+and no item, nor a case of one, failed (skipped ones do not count).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import subprocess
 import sys
+import tempfile
 import time
-import traceback
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -36,70 +33,41 @@ from gpu_items import ITEMS
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 30.0
-"""To start a child process."""
+"""To start the process of an item."""
 TEST_SECONDS = 150.0
 """For ``tests/gpu``."""
-END_SECONDS = 10.0
-"""For a child process to end by itself."""
 MINUTES = 9.0
 """For all of it."""
 
 
-def work(pipe: Connection, settings: dict[str, Any]) -> None:
-    """Child process: runs the items it is told, sends their rows as they come."""
-    try:
-        for name in iter(pipe.recv, None):
-            for row in ITEMS[name].run(**settings):
-                pipe.send(("row", row))
-            pipe.send(("done", None))
-    except Exception:
-        pipe.send(("failed", traceback.format_exc(limit=-6)))
-
-
-class Worker:
-    """A child process and the pipe to it."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        context = get_context("spawn")
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=work, args=(other, settings), daemon=True)
-        self.process.start()
-        other.close()
-
-    def ask(self, name: str) -> None:
-        with contextlib.suppress(OSError):  # it is gone: ``answer`` says so
-            self.pipe.send(name)
-
-    def answer(self, seconds: float) -> tuple[str, Any]:
-        """The next message; ``late`` after ``seconds``, ``failed`` where the process is gone."""
+def run(command: list[str], seconds: float) -> tuple[int | None, list[str], list[str]]:
+    """Runs ``command``; returns exit code, None if stopped after ``seconds``, stdout and stderr."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         try:
-            if not self.pipe.poll(max(0.0, seconds)):
-                return "late", f"stopped after its limit of {seconds:.0f} s"
-            return self.pipe.recv()
-        except (EOFError, OSError):  # the pipe's other end is closed, or reset while it was read
-            self.process.join(END_SECONDS)
-            return "failed", f"its process died with exit code {self.process.exitcode}"
+            words = {"cwd": ROOT, "stdout": out, "stderr": err, "timeout": max(0.0, seconds)}
+            code = subprocess.run([sys.executable, *command], **words).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        for file in (out, err):
+            file.seek(0)
+        return code, out.read().splitlines(), err.read().splitlines()
 
-    def end(self, *, wait_seconds: float = 0.0) -> None:
-        """Let it finish if it is idle, kill it otherwise."""
-        if wait_seconds:
-            with contextlib.suppress(OSError):  # it is gone already
-                self.pipe.send(None)
-            self.process.join(wait_seconds)
-        self.process.kill()
-        self.process.join()
+
+def rows_of(name: str, **settings: Any) -> None:
+    """Prints the rows of one item as JSON lines, as they come: the work of an item's process."""
+    for row in ITEMS[name].run(**settings):
+        print(json.dumps({"part": name, **row}), flush=True)
 
 
 class Check:
-    """The report, the clock and the child process."""
+    """The report and the clock."""
 
-    def __init__(self, path: Path, *, minutes: float, settings: dict[str, Any]) -> None:
-        self.path, self.settings = path, settings
+    def __init__(self, path: Path, *, minutes: float, repeats: int, quick: bool) -> None:
+        self.path, self.repeats, self.quick = path, repeats, quick
         self.deadline = time.monotonic() + 60 * minutes
-        self.worker: Worker | None = None
         self.report: dict[str, Any] = {
             "device": device_name(),
-            "self_test": settings["quick"],
+            "self_test": quick,
             "versions": versions(),
             "tests": None,
             "results": [],
@@ -115,56 +83,47 @@ class Check:
         self.path.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
 
     def tests(self) -> None:
-        """``tests/gpu``, without a cache folder; of a run stopped early, what it had said."""
-        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/gpu"]
+        """Runs ``tests/gpu``, without a cache folder."""
         limit = min(TEST_SECONDS, self.left())
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
-            lines = (done.stdout + done.stderr).strip().splitlines()
-            wrong = [x for x in lines if x.startswith(("FAILED", "ERROR", "E  "))][:40]
-            found = {"exit": done.returncode, "last": lines[-1:], "wrong": wrong}
-        except subprocess.TimeoutExpired as stopped:
-            said = (stopped.stdout or b"").decode(errors="replace").splitlines()  # bytes, always
-            found = {"exit": None, "last": said[-60:], "wrong": [f"stopped after {limit:.0f} s"]}
-        self.report["tests"] = found
+        command = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/gpu"]
+        code, out, err = run(command, limit)
+        lines = out + err
+        wrong = [x for x in lines if x.startswith(("FAILED", "ERROR", "E  "))][:40]
+        if code is None:
+            wrong = [f"stopped after {limit:.0f} s"]
+        last = lines[-60:] if code is None else lines[-1:]
+        self.report["tests"] = {"exit": code, "last": last, "wrong": wrong}
         self.write()
-        print(f"tests/gpu: {found}", flush=True)
+        print(f"tests/gpu: {self.report['tests']}", flush=True)
 
     def item(self, name: str) -> None:
-        """Run one item within its limit, or say why not."""
+        """Runs one item within its limit, or says why not."""
         item, began = ITEMS[name], time.monotonic()
-        expected = 0.0 if self.settings["quick"] else item.expected_seconds
+        expected = 0.0 if self.quick else item.expected_seconds
         if self.left() < expected:
-            self.report["skipped"][name] = (
-                f"expected {expected:.0f} s, {max(0.0, self.left()):.0f} s were left"
-            )
-            print(f"{name}: skipped, {self.report['skipped'][name]}", flush=True)
+            why = f"expected {expected:.0f} s, {max(0.0, self.left()):.0f} s were left"
+            self.report["skipped"][name] = why
+            print(f"{name}: skipped, {why}", flush=True)
             return self.write()
-        if self.worker is None:
-            self.worker = Worker(self.settings)
-        self.worker.ask(name)
-        ends = min(began + item.limit_seconds + START_SECONDS, self.deadline)
-        kind = "row"
-        while kind == "row":
-            kind, what = self.worker.answer(ends - time.monotonic())
-            if kind == "row":
-                row = {"part": name, **what}
+        limit = min(item.limit_seconds + START_SECONDS, self.left())
+        command = [__file__, "--rows-of", name, "--repeats", str(self.repeats)]
+        code, out, err = run([*command, *["--self-test"] * self.quick], limit)
+        failed = self.report["failed"]
+        for line in out:
+            if line.startswith('{"part": '):  # no remark of a library
+                row = json.loads(line)
                 self.report["results"].append(row)
                 if "error" in row:
-                    self.report["failed"][f"{name}: {row['case']}"] = row["error"]
-                print(json.dumps(row), flush=True)
-                self.write()
-        if kind != "done":
-            self.report["failed"][name] = what
-            print(f"{name}: {what}", flush=True)
-            self.worker.end()
-            self.worker = None
+                    failed[f"{name}: {row['case']}"] = row["error"]
+                print(line, flush=True)
+        if code is None:
+            failed[name] = f"stopped after its limit of {limit:.0f} s"
+        elif code:
+            failed[name] = "\n".join([f"exit code {code}", *err[-12:]])
+        if name in failed:
+            print(f"{name}: {failed[name]}", flush=True)
         self.report["seconds"][name] = round(time.monotonic() - began, 1)
         self.write()
-
-    def end(self) -> None:
-        if self.worker is not None:
-            self.worker.end(wait_seconds=END_SECONDS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -176,7 +135,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="of each case (10)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all of it (9)")
     parser.add_argument("--items", metavar="A,B", help=f"of {', '.join(ITEMS)}; without the tests")
+    parser.add_argument("--rows-of", metavar="ITEM", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.rows_of:
+        rows_of(args.rows_of, repeats=args.repeats, quick=args.self_test)
+        return 0
     names = args.items.split(",") if args.items else list(ITEMS)
     for name in names:
         if name not in ITEMS:
@@ -189,16 +152,11 @@ def main(argv: list[str] | None = None) -> int:
         print("gpu_check: error: no CUDA device; --self-test runs on the CPU", file=sys.stderr)
         return 2
     repeats = 1 if args.self_test else args.repeats
-    settings = {"repeats": repeats, "quick": args.self_test}
-    check = Check(args.json, minutes=args.minutes, settings=settings)
-    check.write()
+    check = Check(args.json, minutes=args.minutes, repeats=repeats, quick=args.self_test)
     if not args.items:
         check.tests()
-    try:
-        for name in names:
-            check.item(name)
-    finally:
-        check.end()
+    for name in names:
+        check.item(name)
     skipped, failed = (list(check.report[key]) for key in ("skipped", "failed"))
     print(f"written: {args.json}; skipped: {skipped}; failed: {failed}", flush=True)
     tests = check.report["tests"]

@@ -95,32 +95,6 @@ def _not_finite(
     return f"the encoder's features are not finite: clip {batch.keys[row]}, {where}; {remedy}"
 
 
-def encoded(
-    backbone: Encoder,
-    batches: Iterable[WaveBatch],
-    *,
-    frames: int | None,
-    autocast: torch.dtype | None = None,
-    needs: Needs = Needs(),  # noqa: B008  (immutable)
-    targets_of: TargetsOf | None = None,
-) -> Iterator[tuple[Features, Tensor, WaveBatch]]:
-    """Yields features and targets of each non-empty batch, with ``backbone`` in eval mode."""
-    for batch in batches:
-        if not batch.keys:
-            continue
-        with evaluating(backbone):
-            features = encode(backbone, batch, frames=frames, autocast=autocast, needs=needs)
-        targets = batch.targets
-        if targets_of is not None:
-            targets = targets_of(batch, features.patches.shape[2])  # (B, T, C)
-            inside = features.inside()
-            if (
-                inside is not None and targets.ndim == 3
-            ):  # Kaldi's last window ends before the clip does
-                targets = targets.masked_fill(~inside.to(targets.device)[..., None], torch.nan)
-        yield features, targets, batch
-
-
 def counted(
     batches: Iterable[WaveBatch], bad: BadClips, *, clips: int, progress: bool
 ) -> Iterator[WaveBatch]:

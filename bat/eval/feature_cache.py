@@ -88,16 +88,11 @@ def open_features(
     if where == "memory":
         room = on_gpu and torch.cuda.mem_get_info(device)[0] >= 2 * need
         memory = FeatureBank.extract(
-            stream.backbone,
-            stream.loader(ids, batch=batch),
-            ids=ids,
-            frames=stream.frames,
-            autocast=stream.autocast,
+            stream,
+            ids,
+            batch=batch,
             device=device if room else "cpu",
-            bad_clips=bad_clips,
             progress=progress,
-            needs=stream.needs,
-            targets_of=stream.targets_of,
             index=stream.index,
         )
         return Opened(memory, where, why, need / 1e9)

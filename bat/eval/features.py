@@ -33,7 +33,6 @@ from bat.eval.encoding import (
     counted,
     device_of,
     encode,
-    encoded,
     evaluating,
     progress_bar,
 )
@@ -103,50 +102,38 @@ class FeatureBank:
     @classmethod
     def extract(
         cls,
-        backbone: Encoder,
-        batches: Iterable[WaveBatch],
-        *,
+        stream: FeatureStream,
         ids: np.ndarray,
-        frames: int | None,
-        autocast: torch.dtype | None = None,
+        *,
+        batch: int,
         device: torch.device | str = "cpu",
-        bad_clips: BadClips | None = None,
         progress: bool = False,
-        needs: Needs = Needs(),  # noqa: B008  (immutable)
-        targets_of: TargetsOf | None = None,
         index: Index | None = None,
     ) -> FeatureBank:
-        """Runs ``backbone`` (in eval mode meanwhile) over ``batches`` of ``eval_loader(ids=ids)``.
+        """Computes the features of the clips ``ids`` with ``stream`` and stores them on ``device``.
 
-        Stored on ``device`` in ``autocast``'s type, float32 without one. Raises ``UserError`` if no
-        clip is readable, too many are not, or features are not finite.
+        Raises ``UserError`` if no clip is readable, too many are not, or features are not finite.
         """
-        bad = bad_clips or BadClips(max_bad=1.0)
+        loader = stream.loader(ids, batch=batch)
+        waves = counted(loader, stream.bad_clips, clips=len(ids), progress=progress)
         stored: dict[str, Tensor] = {}
         targets: list[Tensor] = []
         valid: list[Tensor] = []
         rows: list[int] = []
         keys: list[str] = []
-        for features, wanted, batch in encoded(
-            backbone,
-            counted(batches, bad, clips=len(ids), progress=progress),
-            frames=frames,
-            autocast=autocast,
-            needs=needs,
-            targets_of=targets_of,
-        ):
-            start, end = len(rows), len(rows) + len(batch.keys)
-            for name, found in clips_first(features).items():
+        for features, wanted, found in stream.encoded(waves):
+            start, end = len(rows), len(rows) + len(found.keys)
+            for name, tensor in clips_first(features).items():
                 if name not in stored:
-                    shape = (len(ids), *found.shape[1:])
-                    stored[name] = torch.empty(shape, dtype=found.dtype, device=device)
-                stored[name][start:end] = found
+                    shape = (len(ids), *tensor.shape[1:])
+                    stored[name] = torch.empty(shape, dtype=tensor.dtype, device=device)
+                stored[name][start:end] = tensor
             targets.append(wanted)
             T = features.patches.shape[2]
-            own = torch.full((len(batch.keys),), T) if features.valid is None else features.valid
+            own = torch.full((len(found.keys),), T) if features.valid is None else features.valid
             valid.append(own.cpu())
-            rows += batch.positions.tolist()
-            keys += batch.keys
+            rows += found.positions.tolist()
+            keys += found.keys
         kept = {name: stored[name][: len(rows)] if name in stored else None for name in CLIP_AXIS}
         return cls(
             **kept,  # type: ignore[arg-type]
@@ -154,7 +141,7 @@ class FeatureBank:
             valid=torch.cat(valid),
             ids=np.asarray(ids)[rows],
             keys=keys,
-            skipped=bad.keys,
+            skipped=stream.bad_clips.keys,
             index=index,
         )
 
@@ -276,15 +263,26 @@ class FeatureStream:
         )
 
     def encoded(self, batches: Iterable[WaveBatch]) -> Iterator[tuple[Features, Tensor, WaveBatch]]:
-        """Yields features and targets of each non-empty batch of waves."""
-        return encoded(
-            self.backbone,
-            batches,
-            frames=self.frames,
-            autocast=self.autocast,
-            needs=self.needs,
-            targets_of=self.targets_of,
-        )
+        """Yields features and targets of each non-empty batch, with the encoder in eval mode."""
+        for batch in batches:
+            if not batch.keys:
+                continue
+            with evaluating(self.backbone):
+                features = encode(
+                    self.backbone,
+                    batch,
+                    frames=self.frames,
+                    autocast=self.autocast,
+                    needs=self.needs,
+                )
+            targets = batch.targets
+            if self.targets_of is not None:
+                targets = self.targets_of(batch, features.patches.shape[2])  # (B, T, C)
+                inside = features.inside()
+                # Kaldi's last window ends before the clip does
+                if inside is not None and targets.ndim == 3:
+                    targets = targets.masked_fill(~inside.to(targets.device)[..., None], torch.nan)
+            yield features, targets, batch
 
     def _counted(self, batches: Iterable[WaveBatch]) -> Batches:
         """Yields features and targets; adds unreadable clips to ``bad_clips``."""

@@ -19,7 +19,6 @@ from bat.report.page import COMPARISONS
 from bat.report.plots import COLOURS, chance_of, plot_folds, plot_layer_gates
 from bat.report.probe_plots import (
     plot_comparison,
-    plot_gates_heat,
     plot_layer_curve,
     plot_norms_ranks,
     plot_prototype_maps,
@@ -101,7 +100,8 @@ def draw_comparison(folder: Path, summary: dict[str, Any]) -> None:
         if e["gate"]
     }
     if gates:
-        plot_gates_heat(gates, folder / "gates.png")
+        over = "trainings" if first["std_over"] == "seeds" else "folds"
+        plot_layer_gates(gates, folder / "gates.png", over=over)
     found = {name: entry["diagnostics"] for name, entry in encoders.items()}
     curves = {
         name: {"mean": diagnostics["curve"][metric], "std": diagnostics["curve"]["std"]}

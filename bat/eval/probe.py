@@ -186,10 +186,10 @@ def _dry_run(evaluation: Evaluation) -> None:
     stream = evaluation.stream()
     clips = ready.config.data.batch if evaluation.device.type == "cuda" else 1
     size = measured(stream, splits[0].train, batch=clips) * len(index)
-    features, _ = next(iter(stream.once(splits[0].train[:clips], batch=clips)))
+    features, _ = next(iter(stream.once(splits[0].train, batch=clips)))
     if ready.note:
         print(ready.note)
-    print(f"data      {len(index)} clips, {index.classes} labels, {len(splits)} round(s)")
+    print(f"data      {len(index)} clips, {index.classes} labels, {len(splits)} fold(s)")
     print(
         f"encoder   {evaluation.name}: width {backbone.width}, {backbone.depth} blocks, "
         f"{'each clip its own' if frames is None else frames} frames"
@@ -216,7 +216,7 @@ def _headline(evaluation: Evaluation, methods: Sequence[str], of: str) -> str:
         steps = math.ceil(config.train.epochs * clips / config.data.batch)
         length = f"{config.train.epochs:g} epochs, {max(1, steps, config.train.min_steps)} steps"
     more = [
-        f"{', '.join(methods)}{level}: {len(ready.splits)} round(s){seeds}, {length}; the encoder "
+        f"{', '.join(methods)}{level}: {len(ready.splits)} fold(s){seeds}, {length}; the encoder "
         "is frozen"
     ]
     if not ready.backbone.has_cls:

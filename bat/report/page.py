@@ -1,7 +1,7 @@
 """Writes probe runs as one self-contained HTML page: embedded plots, no scripts, no requests.
 
 The page suits phones, print, and light and dark modes. It shows the results first, then details:
-every fold and seed, classes, gates, selected rates, diagnostics of the encoders, protocol,
+every fold and seed, classes, selected rates, diagnostics of the encoders, protocol,
 unreadable clips, versions. Long parts are collapsed. ``page.html.jinja`` is its template, which
 escapes all text, since names come from users' files and tables.
 """
@@ -197,7 +197,7 @@ def _details(section: Section) -> list[Details]:
     found = []
     if section.rows:
         found.append(Details("Every fold and seed", folds(section, section.metrics)))
-    found += [*_classes(section), *_gates(section)]
+    found += _classes(section)
     for name, encoder in section.encoders.items():
         if blocks := _blocks(encoder.get("diagnostics") or {}):
             found.append(Details(f"Blocks of {name}", blocks, BLOCKS))
@@ -238,30 +238,6 @@ def _classes(section: Section) -> list[Details]:
     text = "Average precision in %, mean over folds and seeds that hold such a clip; hardest first."
     title = f"Average precision of {len(section.labels)} classes"
     return [Details(title, Table(header, cells, tints=tints), text)]
-
-
-def _gates(section: Section) -> list[Details]:
-    """Tabulates the layer gate of each encoder and probe, mean over folds and seeds."""
-    gates = []
-    for row in section.rows:
-        if given := list((row.entry.get("gate") or {}).values()):
-            gate = [sum(column) / len(given) for column in zip(*given, strict=True)]
-            gates.append(([row.encoder, row.method, str(len(given))], gate))
-    if not gates:
-        return []
-    depth = max(len(gate) for _, gate in gates)
-    cells = [
-        [*head, *(f"{v:.3f}" for v in gate), *[NOTHING] * (depth - len(gate))]
-        for head, gate in gates
-    ]
-    tints = {
-        (i, j): value / max(gate)
-        for i, (_, gate) in enumerate(gates)
-        for j, value in enumerate(gate, 3)
-    }
-    header = ["encoder", "probe", "trainings", *(str(b) for b in range(1, depth + 1))]
-    text = "Weight of each block, the first to the last; the weights of a gate sum to 1."
-    return [Details("Layer gates", Table(header, cells, words=2, tints=tints), text)]
 
 
 def _blocks(diagnostics: Mapping[str, Any]) -> Table | None:

@@ -85,6 +85,20 @@ def from_zero(axis: Any) -> None:
     axis.set_ylim(0, 1.08 * top if np.isfinite(top) and top > 0 else 1)
 
 
+def block_axis(axis: Any, L: int) -> None:
+    """Labels the horizontal axis with the blocks of an encoder, counted from 1."""
+    axis.set_xticks(range(L, 0, -1 if L <= 16 else -2))
+    axis.set_xlim(0.5, L + 0.5)
+    axis.set_xlabel("block of the encoder")
+
+
+def frame(axis: Any, x: float, y: float, width: float, height: float, **style: Any) -> None:
+    """Draws a rectangle that may reach beyond the axis."""
+    from matplotlib.patches import Rectangle
+
+    axis.add_patch(Rectangle((x, y), width, height, fill=False, clip_on=False, **style))
+
+
 def short(name: str, most: int = NAME) -> str:
     """Shortens a line to at most ``most`` characters by omitting the middle."""
     name = " ".join(str(name).split())
@@ -176,31 +190,37 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
 def plot_layer_gates(
     gates: Mapping[str, ArrayLike], path: str | Path, *, over: str = "folds"
 ) -> Path:
-    """Plots each block's weight in the layer gate as bars.
+    """Plots each row's layer gate as a line of cells, in percent; rows may differ in depth.
 
-    ``gates``: name -> (L,), or (n, L), of which the mean is drawn and the standard deviation as a
-    line. ``over``: label of the n, ``trainings`` if they are not all of different folds.
+    ``gates``: name (an encoder, a method) -> (L,), or (n, L), of which mean and standard deviation
+    are shown. ``over``: name of the n, ``trainings`` if they are not all of different folds. The
+    cell of a row's largest weight is framed.
     """
-    tables = {name: np.atleast_2d(np.asarray(gate, dtype=float)) for name, gate in gates.items()}
-    n, L = max(1, len(tables)), max((t.shape[1] for t in tables.values()), default=1)
-    width = 0.8 / n
-    with figure(path, figsize=(min(13.0, max(7.5, 4.5 + 0.4 * L * n**0.5)), 3.8)) as (_, axis):
-        for i, (name, table) in enumerate(tables.items()):
-            x = np.arange(1, table.shape[1] + 1) + (i - (n - 1) / 2) * width
-            mean, ends, label = table.mean(0), None, short(name)
-            if len(table) > 1:
-                ends = np.minimum(table.std(0), [mean, 1 - mean])  # within [0, 1]
-                label += f", mean ± std\nof {len(table)} {over}"
-            axis.bar(x, mean, 0.92 * width, yerr=ends, color=COLOURS[i % 7], label=label,
-                     capsize=2.5, error_kw={"lw": 1.1, "ecolor": "#333333"})  # fmt: skip
-        axis.axhline(1 / L, color="#555555", lw=1.1, ls="--", label=f"uniform, 1/{L}")
-        axis.set_xticks(range(1, L + 1))
-        axis.grid(False, axis="x")
-        axis.set_xlabel("block of the encoder")
-        axis.set_ylabel("gate weight")
-        axis.set_title("Layer gate by block")
-        legend(axis)
-        from_zero(axis)
+    rows = [100 * np.atleast_2d(np.asarray(gate, dtype=float)) for gate in gates.values()]
+    L = max(row.shape[1] for row in rows)
+    table = np.full((len(rows), L), np.nan)
+    for i, row in enumerate(rows):
+        table[i, : row.shape[1]] = row.mean(0)
+    repeated = any(len(row) > 1 for row in rows)
+    top = np.nanmax(table)
+    inches = (min(14.0, 3.4 + 0.52 * L), 1.5 + (0.55 if repeated else 0.42) * len(rows))
+    with figure(path, figsize=inches) as (fig, axis):
+        axis.grid(False)
+        extent = (0.5, L + 0.5, len(rows) - 0.5, -0.5)
+        picture = axis.imshow(table, cmap="Blues", vmin=0, vmax=top, aspect="auto", extent=extent)
+        for i, row in enumerate(rows):
+            for block, (weight, std) in enumerate(zip(row.mean(0), row.std(0), strict=True), 1):
+                text = f"{weight:.0f}" + (f"\n±{std:.0f}" if len(row) > 1 else "")
+                axis.text(block, i, text, ha="center", va="center", fontsize=8.5,
+                          color="white" if weight > 0.6 * top else "#222222")  # fmt: skip
+            largest = int(row.mean(0).argmax())
+            frame(axis, largest + 0.5, i - 0.5, 1, 1, edgecolor=COLOURS[1], lw=1.8)
+        axis.set_yticks(range(len(rows)), [short(name) for name in gates])
+        axis.tick_params(length=0)
+        block_axis(axis, L)
+        spread = f", mean ± std over {over}" if repeated else ""
+        axis.set_title(f"Layer gate by block{spread}")
+        fig.colorbar(picture, ax=axis, label="weight (%)", pad=0.01)
     return Path(path)
 
 

@@ -1,4 +1,4 @@
-"""Plots of probed encoders: comparison of probes, results and gates by block, diagnostics.
+"""Plots of probed encoders: comparison of probes, results by block, diagnostics.
 
 Style and conventions are those of ``plots.py``; blocks count from 1. ``baselines`` names the
 random-init baselines, which are drawn in grey.
@@ -16,7 +16,9 @@ from numpy.typing import ArrayLike
 from bat.report.plots import (
     COLOURS,
     MARKERS,
+    block_axis,
     figure,
+    frame,
     from_zero,
     legend,
     line_with_band,
@@ -43,18 +45,6 @@ def encoder_styles(names: Iterable[str], baselines: Collection[str]) -> dict[str
             found[name] = {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7]}
             i += 1
     return found
-
-
-def _block_axis(axis: Any, L: int) -> None:
-    axis.set_xticks(range(L, 0, -1 if L <= 16 else -2))
-    axis.set_xlim(0.5, L + 0.5)
-    axis.set_xlabel("block of the encoder")
-
-
-def _frame(axis: Any, x: float, y: float, width: float, height: float, **style: Any) -> None:
-    from matplotlib.patches import Rectangle
-
-    axis.add_patch(Rectangle((x, y), width, height, fill=False, clip_on=False, **style))
 
 
 def plot_layer_curve(
@@ -84,40 +74,10 @@ def plot_layer_curve(
             top = None if lower else 100
             line_with_band(axis, x, y, band, top=top, label=label, lw=1.8, ms=5, **style)
         mark_chance(axis.axhline, chance)
-        _block_axis(axis, L)
+        block_axis(axis, L)
         axis.set_ylabel(f"{metric} (%)")
         axis.set_title("Layer curve: a linear probe on every block alone")
         legend(axis)
-    return Path(path)
-
-
-def plot_gates_heat(gates: Mapping[str, ArrayLike], path: str | Path) -> Path:
-    """Plots each row's gate as a line of cells, in percent; rows may have different depths.
-
-    ``gates``: name (an encoder, a method, a seed) -> (L,), or (n, L) over folds and seeds, of which
-    the mean is drawn. The cell of a row's largest weight is framed.
-    """
-    rows = [100 * np.atleast_2d(np.asarray(g, dtype=float)).mean(0) for g in gates.values()]
-    L = max((len(row) for row in rows), default=1)
-    table = np.full((max(1, len(rows)), L), np.nan)
-    for i, row in enumerate(rows):
-        table[i, : len(row)] = row
-    top = np.nanmax(table) if rows else 100.0
-    inches = (min(14.0, 3.4 + 0.52 * L), 1.5 + 0.42 * len(table))
-    with figure(path, figsize=inches) as (fig, axis):
-        axis.grid(False)
-        extent = (0.5, L + 0.5, len(table) - 0.5, -0.5)
-        picture = axis.imshow(table, cmap="Blues", vmin=0, vmax=top, aspect="auto", extent=extent)
-        for i, row in enumerate(rows):
-            for block, weight in enumerate(row, start=1):
-                axis.text(block, i, f"{weight:.0f}", ha="center", va="center", fontsize=8.5,
-                          color="white" if weight > 0.6 * top else "#222222")  # fmt: skip
-            _frame(axis, int(row.argmax()) + 0.5, i - 0.5, 1, 1, edgecolor=COLOURS[1], lw=1.8)
-        axis.set_yticks(range(len(rows)), [short(name) for name in gates])
-        axis.tick_params(length=0)
-        _block_axis(axis, L)
-        axis.set_title("Layer gate by block")
-        fig.colorbar(picture, ax=axis, label="weight (%)", pad=0.01)
     return Path(path)
 
 
@@ -209,7 +169,7 @@ def plot_sinks(
         for share in sorted({s["uniform"] for s in sinks.values() if s.get("uniform")}):
             label = f"even attention, 1/{round(1 / share)}"
             axis.axhline(100 * share, color="#777777", lw=1, ls=":", label=label)
-        _block_axis(axis, max((len(s["gate on"]) for s in sinks.values()), default=1))
+        block_axis(axis, max((len(s["gate on"]) for s in sinks.values()), default=1))
         from_zero(axis)
         axis.set_ylabel("share of attention (%)")
         axis.set_title("Attention sink: share of the most attended token")
@@ -247,7 +207,7 @@ def plot_norms_ranks(
             titles = ("L2 norm", "Effective rank", "Spread between clips")
             for axis, title in zip(row, titles, strict=True):
                 axis.set_title(f"{title}, {kind_name}")
-                _block_axis(axis, L)
+                block_axis(axis, L)
                 if not np.isfinite(axis.dataLim.y1):
                     axis.text(0.5, 0.5, "not known", transform=axis.transAxes, ha="center",
                               color="#777777")  # fmt: skip
@@ -298,7 +258,7 @@ def plot_prototype_maps(maps: Sequence[Mapping[str, Any]], path: str | Path) -> 
             width, height = seconds / evidence.shape[0], image.shape[1] / evidence.shape[1]
             for t, f in np.argwhere(evidence != 0):
                 colour = FOR if evidence[t, f] > 0 else AGAINST
-                _frame(right, t * width, f * height, width, height, edgecolor=colour, lw=1.0)
+                frame(right, t * width, f * height, width, height, edgecolor=colour, lw=1.0)
             count = f"{int((evidence != 0).sum())} of {evidence.size} patches selected"
             right.set_title(f"{short(item['key'], 28)}: {count}")
             fig.colorbar(picture, ax=right, label="adds to logit", pad=0.01)

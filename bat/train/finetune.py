@@ -106,7 +106,7 @@ def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None
         begin()
     start = f"bat {__version__}: fine-tuning {config.checkpoint} ({config.weights}) in {run.out}"
     steps = f"{config.train.steps} steps of {config.data.batch} x {config.train.accumulate} clips"
-    head = f"head {config.method}: {len(ready.splits)} round(s), {steps} a device"
+    head = f"head {config.method}: {len(ready.splits)} fold(s), {steps} a device"
     log.info("%s", ready.headline(start, head))
     results = [run.fold(held, begin) for held in ready.splits]
     if not is_main():  # other ranks only take part in training
@@ -335,7 +335,7 @@ def _dry_run(run: Folds) -> None:
     size = sum(p.numel() for p in module.parameters())
     if run.ready.note:
         print(run.ready.note)
-    print(f"data      {len(run.index)} clips, {run.index.classes} labels, {len(splits)} round(s)")
+    print(f"data      {len(run.index)} clips, {run.index.classes} labels, {len(splits)} fold(s)")
     print(f"input     {tuple(spectrogram.shape)} -> logits {tuple(logits.shape)}")
     groups = len(module.configure_optimizers().param_groups)
     print(f"model     {size / 1e6:.1f} M parameters in {groups} groups")

@@ -165,12 +165,19 @@ def dry_step(
     """Moves ``module`` to its device and yields the first batch there, as in a training step.
 
     On a GPU it is a whole micro-batch, to measure memory; on the CPU one clip without gradients,
-    since Base at full size takes minutes and tens of gigabytes there.
+    since Base at full size takes minutes and tens of gigabytes there. Raises ``UserError`` if no
+    clip of the batch is readable.
     """
     on_gpu = config.hardware.accelerator != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     module.to(device)
     batch = data.first_batch()
+    if not batch.keys:
+        clip = batch.skipped[0]
+        raise UserError(
+            f"no clip of the first batch can be read (the first: {clip.key}, {clip.kind}: "
+            f"{clip.why}): check the data (shards: bat-shard verify DIR)"
+        )
     autocast = autocast_for(config.hardware)
     with (
         torch.autocast(device.type, autocast, enabled=autocast is not None),

@@ -26,11 +26,10 @@ from bat.config.sections import Optim
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index
 from bat.data.sources import TRAIN
-from bat.data.stream import eval_loader
-from bat.encoders.base import Encoder, find_encoder
+from bat.encoders.base import Encoder
 from bat.errors import UserError
 from bat.eval.candidates import Plan
-from bat.eval.features import FeatureBank
+from bat.eval.features import FeatureBank, FeatureStream
 from bat.eval.loading import autocast_for
 from bat.eval.results import SHOWN, summary
 from bat.eval.run_folder import open_data
@@ -168,32 +167,25 @@ class OnlineProbe(StepCallback):
         self, encoder: Encoder, device: torch.device, on_step: Callable[[], None] = lambda: None
     ) -> dict[str, dict[str, Any]]:
         """Trains and evaluates once; returns ``{method: {"mean", "std", "folds", "gate"}}``."""
-        online, frames = self.config.online, self.config.frontend.frames
+        online, data = self.config.online, self.config.data
         autocast = autocast_for(self.config.hardware)
-        bad = BadClips(max_bad=self.config.data.max_bad)
-        batches = eval_loader(
-            self.index,
-            self.ids,
-            batch=online.batch,
-            sample_rate=encoder.sample_rate,
-            clip_seconds=self.config.data.clip_seconds,
-            min_seconds=self.config.data.min_seconds,
-            max_seconds=self.config.data.max_seconds,
-        )
+        bad = BadClips(max_bad=data.max_bad)
         methods = expand(online.methods, level="clip", encoder=encoder.has_queries)
         needs = Needs("none")
         for method in methods:
             needs |= find_probe(method).needs(has_cls=encoder.has_cls, level="clip")
-        bank = FeatureBank.extract(
+        stream = FeatureStream(
             encoder,
-            batches,
-            ids=self.ids,
-            frames=frames,
+            self.index,
+            frames=self.config.frontend.frames,
+            clip_seconds=data.clip_seconds,
+            min_seconds=data.min_seconds,
+            max_seconds=data.max_seconds,
             autocast=autocast,
-            device=device,
-            bad_clips=bad,
             needs=needs,
+            bad_clips=bad,
         )
+        bank = FeatureBank.extract(stream, self.ids, batch=online.batch, device=device)
         if bad.bad:
             log.warning("online probe: %s", bad.summary())
         warmup = min(online.steps // 10, 50)
@@ -222,15 +214,15 @@ class OnlineProbe(StepCallback):
         broken = {method for method, _, _ in plan.diverged}
         return summary([o for o in fold_results if o.method not in broken])
 
-    def build(self, method: str, *, encoder: Encoder | None = None) -> Probe:
-        """Returns a fresh probe of the encoder's shape; ``encoder``: for probes built from it."""
-        model, head = self.config.model, self.config.online.head.for_task(self.task.per_class)
+    def build(self, method: str, *, encoder: Encoder) -> Probe:
+        """Returns a fresh probe for the encoder."""
+        head = self.config.online.head.for_task(self.task.per_class)
         return build_probe(
             method,
             classes=self.index.classes,
-            width=model.width,
-            depth=model.depth,
-            has_cls=find_encoder(model.backbone).has_cls,
+            width=encoder.width,
+            depth=encoder.depth,
+            has_cls=encoder.has_cls,
             encoder=encoder,
             **asdict(head),
         )
@@ -290,7 +282,7 @@ def choose_splits(
     empty = [r.name for r in chosen if not len(r.train) or not len(r.test)]
     if empty:
         raise UserError(
-            f"online probes: nothing to train on or to hold out in round {empty[0]}; raise "
+            f"online probes: nothing to train on or to hold out in fold {empty[0]}; raise "
             f"online.max_clips={max_clips} or give a larger labelled set"
         )
     return chosen

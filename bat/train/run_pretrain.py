@@ -174,7 +174,10 @@ def draw(module: Pretraining, data: StreamData, out: Path) -> None:
     curves of losses and learning rate."""
     plots = out / "plots"
     plots.mkdir(exist_ok=True)
+    plot_curves(read_jsonl(out / "metrics.jsonl"), plots / "curves.png")
     batch = data.first_batch().first(4).to(module.device)
+    if not batch.keys:  # none of its clips is readable
+        return
     # the trainer has moved the module to the CPU: do not compile for it there
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         spectrogram = module.objective.spectrogram(batch)
@@ -189,7 +192,6 @@ def draw(module: Pretraining, data: StreamData, out: Path) -> None:
             hop_ms=1000 * encoder.hop_seconds / encoder.patch,
             names=batch.keys,
         )
-    plot_curves(read_jsonl(out / "metrics.jsonl"), plots / "curves.png")
 
 
 def _dry_run(config: Pretrain, module: Pretraining, source: PretrainData) -> None:

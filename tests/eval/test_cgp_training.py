@@ -15,6 +15,7 @@ from bat.nn.losses import LOSSES
 from bat.probes.base import Probe, build_probe
 from bat.probes.cgp import CGP
 from bat.types import Features
+from tests.eval.conftest import bank_of
 from tests.reference.probes import pooled
 
 n, L, T, FREQ, D, C = 240, 4, 3, 2, 16, 4
@@ -28,13 +29,10 @@ def _bank(*, planted: int | None = None, targets: Tensor | None = None) -> Featu
     cls = torch.randn(n, L, D, generator=g)
     if planted is not None:
         cls[:, planted] += 6 * torch.eye(D)[LABELS]
-    return FeatureBank(
-        patches=torch.randn(n, L, T, FREQ, D, generator=g),
-        cls=cls,
-        targets=torch.eye(C)[LABELS] if targets is None else targets,
-        ids=np.arange(n),
-        keys=[str(i) for i in range(n)],
-        skipped={},
+    return bank_of(
+        torch.randn(n, L, T, FREQ, D, generator=g),
+        cls,
+        torch.eye(C)[LABELS] if targets is None else targets,
     )
 
 

@@ -5,36 +5,29 @@ import pytest
 import torch
 
 from bat.data.bad_clips import BadClips
-from bat.data.index import Index, open_index
 from bat.data.stream import eval_loader
 from bat.encoders.bat import BAT
 from bat.errors import UserError
 from bat.eval.features import FeatureBank, FeatureStream, encode, to_device
-from bat.types import Features, Grid, Needs
-from tests.toy import make_toy_shards
+from bat.types import Features, Grid, Needs, WaveBatch
+from tests.eval.conftest import SECONDS
 
-FRAMES, SECONDS = 32, 0.3
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory) -> Index:
-    return open_index(make_toy_shards(tmp_path_factory.mktemp("toy"), seconds=SECONDS))
-
-
-@pytest.fixture(scope="module")
-def backbone() -> BAT:
-    torch.manual_seed(0)
-    return BAT(width=16, depth=3, heads=2, grid=Grid(2, 8), drop_path=0.5).eval()
+FRAMES = 32
 
 
 def _bank(backbone, index, ids=None, **settings) -> FeatureBank:
     ids = np.arange(len(index)) if ids is None else np.asarray(ids)
-    loader = eval_loader(index, ids, batch=4, sample_rate=16000, clip_seconds=SECONDS)
-    return FeatureBank.extract(backbone, loader, ids=ids, **{"frames": FRAMES, **settings})
+    return FeatureBank.extract(_stream(backbone, index, **settings), ids, batch=4)
 
 
 def _stream(backbone, index, **settings) -> FeatureStream:
-    return FeatureStream(backbone, index, frames=FRAMES, clip_seconds=SECONDS, **settings)
+    words = {"frames": FRAMES, "clip_seconds": SECONDS, **settings}
+    return FeatureStream(backbone, index, **words)
+
+
+def _two(index) -> WaveBatch:
+    loader = eval_loader(index, np.arange(2), batch=2, sample_rate=16000, clip_seconds=SECONDS)
+    return next(iter(loader))
 
 
 def _same_batches(bank, stream, *, tolerance=1e-5) -> int:
@@ -54,7 +47,7 @@ def _same_batches(bank, stream, *, tolerance=1e-5) -> int:
 
 @pytest.mark.parametrize(
     ("needs", "blocks"),
-    [(Needs(), 3), (Needs("last"), 1), (Needs("none"), 0), (Needs("all", entry=True), 3)],
+    [(Needs("last"), 1), (Needs("none"), 0), (Needs("all", entry=True), 3)],
 )
 def test_bank__same_batches_as_stream(backbone, index, needs, blocks):
     ids = np.array([7, 1, 4, 2, 9])
@@ -71,8 +64,7 @@ def test_bank__same_batches_as_stream(backbone, index, needs, blocks):
 
 
 def test_encode__keeps_what_is_needed(backbone, index):
-    loader = eval_loader(index, np.arange(2), batch=2, sample_rate=16000, clip_seconds=SECONDS)
-    batch = next(iter(loader))
+    batch = _two(index)
     whole = backbone(batch.waves, batch.lengths, frames=FRAMES)
     last = encode(backbone, batch, frames=FRAMES, needs=Needs("last"))
     assert torch.equal(last.patches, whole.patches[-1:])
@@ -96,14 +88,12 @@ def test_bank__class_tokens_of_chunks(backbone, index):
 def test_long_clips__start_in_bank_and_stream(backbone, index):
     """Trained on and evaluated from their start, as the reference's test clips are."""
     ids = np.arange(4)
-    stream = FeatureStream(backbone, index, frames=FRAMES, clip_seconds=0.2)
-    bank = FeatureBank.extract(
-        backbone, stream.loader(ids, batch=4), ids=ids, frames=FRAMES, index=index
-    )
+    stream = _stream(backbone, index, clip_seconds=0.2)
+    bank = FeatureBank.extract(stream, ids, batch=4, index=index)
     words = {"batch": 2, "steps": 3, "seed": 0}
     assert _same_batches(bank.training(ids, **words), stream.training(ids, **words)) == 3
     (short,) = stream.loader(ids, batch=4)
-    (long,) = FeatureStream(backbone, index, frames=FRAMES, clip_seconds=0.5).loader(ids, batch=4)
+    (long,) = _stream(backbone, index, clip_seconds=0.5).loader(ids, batch=4)
     assert torch.equal(short.waves, long.waves[:, : short.waves.shape[1]])
     assert short.waves.abs().sum(1).min() > 0
 
@@ -187,20 +177,16 @@ def _poisoned(where: str) -> BAT:
         ("1", Needs(), "block 2 of 3"),
         ("1", Needs("last"), "block 3 of 3"),  # class tokens have it in block 3 as well
         ("entry", Needs("none", entry=True), "the tokens before the first block"),
-        ("entry", Needs(), "block 1 of 3"),
-        ("2", Needs("last"), "block 3 of 3"),
     ],
 )
 def test_encode__not_finite_names_clip_and_block(index, where, needs, said):
-    loader = eval_loader(index, np.arange(2), batch=2, sample_rate=16000, clip_seconds=SECONDS)
-    batch = next(iter(loader))
+    batch = _two(index)
     with pytest.raises(UserError, match=f"not finite: clip {index.key(1)}, {said}; .*damaged"):
         encode(_poisoned(where), batch, frames=FRAMES, needs=needs)
 
 
 def test_encode__not_finite_names_a_remedy(index):
-    loader = eval_loader(index, np.arange(2), batch=2, sample_rate=16000, clip_seconds=SECONDS)
-    batch = next(iter(loader))
+    batch = _two(index)
     with pytest.raises(UserError, match="precision=32-true"):
         encode(_poisoned("1"), batch, frames=FRAMES, autocast=torch.bfloat16)
     batch.waves[0, 100] = torch.inf
@@ -210,7 +196,7 @@ def test_encode__not_finite_names_a_remedy(index):
 
 def test_stream__random_offset_moves_training_clips_only(backbone, index):
     def batches(kind, **settings):
-        stream = FeatureStream(backbone, index, frames=64, clip_seconds=0.6, **settings)
+        stream = _stream(backbone, index, frames=64, clip_seconds=0.6, **settings)
         words = {"steps": 1, "seed": 0} if kind == "training" else {}
         return next(getattr(stream, kind)(np.arange(4), batch=4, **words))[0].patches
 

@@ -18,6 +18,7 @@ from bat.nn.losses import LOSSES
 from bat.probes.base import Probe, build_probe, expand
 from bat.probes.curve import LinearCurve
 from bat.types import Features
+from tests.eval.conftest import bank_of
 
 n, L, T, FREQ, D, C = 60, 4, 3, 2, 16, 3
 PLANTED = 2
@@ -33,14 +34,7 @@ def bank() -> FeatureBank:
     cls = torch.randn(n, L, D, generator=g)
     cls[:, PLANTED] += 4 * torch.eye(D)[labels]
     patches[:, PLANTED] += 4 * torch.eye(D)[labels][:, None, None]
-    return FeatureBank(
-        patches=patches,
-        cls=cls,
-        targets=torch.eye(C)[labels],
-        ids=100 + np.arange(n),
-        keys=[str(i) for i in range(n)],
-        skipped={},
-    )
+    return bank_of(patches, cls, torch.eye(C)[labels], 100 + np.arange(n))
 
 
 def _splits(bank: FeatureBank, folds: int = 2) -> list[Split]:
@@ -71,10 +65,7 @@ def test_gate_finds_the_planted_block(bank):
 
 def test_permuted_labels_give_chance(bank):
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
-    shuffled = FeatureBank(
-        patches=bank.patches, cls=bank.cls, targets=bank.targets[order], ids=bank.ids,
-        keys=bank.keys, skipped={},
-    )  # fmt: skip
+    shuffled = bank_of(bank.patches, bank.cls, bank.targets[order], bank.ids)
     for fold_result in _validate(shuffled, ["cgp"]):
         assert fold_result.metrics["accuracy"] < 0.6
 
@@ -232,8 +223,7 @@ def test_rows_without_labels_train_nothing_and_are_not_judged(bank):
     for noise in (1.0, 100.0):
         patches = bank.patches.clone()
         patches[::2, :, -1] *= noise
-        own = FeatureBank(patches=patches, cls=bank.cls, targets=targets, ids=bank.ids,
-                          keys=bank.keys, skipped={})  # fmt: skip
+        own = bank_of(patches, bank.cls, targets, bank.ids)
         fold_results = _validate(
             own,
             ["linear", "cgp", "curve"],

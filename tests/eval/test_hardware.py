@@ -27,18 +27,20 @@ def module(*words: str) -> Pretraining:
     return Pretraining(compose(Pretrain, "pretrain", [*WORDS, "objective.decoder_depth=3", *words]))
 
 
-def step(model: Pretraining, *, clips: int = 2) -> tuple[float, dict[str, torch.Tensor]]:
+def two_clips(model: Pretraining) -> WaveBatch:
     samples = int(model.config.data.clip_seconds * model.config.frontend.sample_rate)
-    waves = 0.1 * torch.randn(clips, samples, generator=torch.Generator().manual_seed(1))
-    batch = WaveBatch(
-        waves=waves,
-        lengths=torch.full((clips,), samples),
-        targets=torch.zeros(clips, 0),
-        keys=[str(i) for i in range(clips)],
-        positions=torch.arange(clips),
+    return WaveBatch(
+        waves=0.1 * torch.randn(2, samples, generator=torch.Generator().manual_seed(1)),
+        lengths=torch.tensor([samples, samples // 2]),
+        targets=torch.zeros(2, 0),
+        keys=["a", "b"],
+        positions=torch.arange(2),
         skipped=[],
     )
-    loss = model.objective(batch)["loss"]
+
+
+def step(model: Pretraining) -> tuple[float, dict[str, torch.Tensor]]:
+    loss = model.objective(two_clips(model))["loss"]
     loss.backward()
     return loss.item(), {n: p.grad for n, p in model.objective.student.named_parameters()}
 
@@ -145,16 +147,8 @@ class NothingReadBack(TorchDispatchMode):
 def test_step__never_waits_for_the_device() -> None:
     model = module("model.drop_path=0.1")
     optimizer = model.configure_optimizers()
+    batch = two_clips(model)
     with NothingReadBack():
-        samples = int(model.config.data.clip_seconds * model.config.frontend.sample_rate)
-        batch = WaveBatch(
-            torch.ones(2, samples).cumsum(1).sin(),
-            torch.tensor([samples, samples // 2]),
-            torch.zeros(2, 0),
-            ["a", "b"],
-            torch.arange(2),
-            [],
-        )
         model.training_step(batch, 0).backward()
         optimizer.step()
         model.objective.after_step(0, skip=torch.zeros(()))
@@ -169,16 +163,13 @@ def test_pictures__compile_nothing(monkeypatch, tmp_path) -> None:
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **k: real(f, backend=backend))
-    model, drawn = module("hardware.compile=whole"), []
-    for name in ("plot_masks", "plot_curves"):
-        monkeypatch.setattr(run_pretrain, name, lambda *a, **k: drawn.append(a))
-    samples = int(model.config.data.clip_seconds * model.config.frontend.sample_rate)
-    wave = torch.ones(2, samples).cumsum(1).sin()
-    batch = WaveBatch(
-        wave, torch.tensor([samples] * 2), torch.zeros(2, 0), ["a", "b"], torch.arange(2), []
-    )
-    run_pretrain.draw(model, SimpleNamespace(first_batch=lambda: batch), tmp_path)
-    assert drawn[0][0].shape[:2] == (2, 1)
+    model = module("hardware.compile=whole")
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr(run_pretrain, "plot_curves", lambda *a, **k: None)
+    monkeypatch.setattr(run_pretrain, "plot_masks", lambda *a, **k: drawn.extend(a))
+    data = SimpleNamespace(first_batch=lambda: two_clips(model))
+    run_pretrain.draw(model, data, tmp_path)
+    assert drawn[0].shape[:2] == (2, 1)
 
 
 def test_attention_in_words__kernels() -> None:

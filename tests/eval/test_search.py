@@ -16,6 +16,7 @@ from bat.nn.losses import LOSSES
 from bat.probes.base import Probe, build_probe
 from bat.probes.curve import LinearCurve
 from bat.probes.linear import Linear
+from tests.eval.conftest import bank_of
 
 n, L, T, FREQ, D, C = 60, 3, 2, 2, 16, 3
 OPTIM = Optim(lr=0.05, betas=[0.9, 0.999], decay="matrices", warmup_steps=2, min_lr=1e-6)
@@ -27,14 +28,7 @@ def bank() -> FeatureBank:
     labels = torch.arange(n) % C
     cls = torch.randn(n, L, D, generator=g)
     cls[:, -1] += 5 * torch.eye(D)[labels]
-    return FeatureBank(
-        patches=torch.randn(n, L, T, FREQ, D, generator=g),
-        cls=cls,
-        targets=torch.eye(C)[labels],
-        ids=np.arange(n),
-        keys=[str(i) for i in range(n)],
-        skipped={},
-    )
+    return bank_of(torch.randn(n, L, T, FREQ, D, generator=g), cls, torch.eye(C)[labels])
 
 
 def _splits(valid: bool = True) -> list[Split]:
@@ -131,8 +125,7 @@ def test_cross_validate__test_clips_select_nothing(bank):
     splits = _splits()[:1]
     wrong = bank.targets.clone()
     wrong[splits[0].test] = wrong[splits[0].test].roll(1, -1)
-    other = FeatureBank(patches=bank.patches, cls=bank.cls, targets=wrong, ids=bank.ids,
-                        keys=bank.keys, skipped={})  # fmt: skip
+    other = bank_of(bank.patches, bank.cls, wrong)
     a, b = (cross_validate(s, splits, ["linear"], _plan(steps=40))[0] for s in (bank, other))
     assert a.selected == b.selected
     assert a.metrics["accuracy"] > 0.7
@@ -146,8 +139,7 @@ def test_cross_validate__validation_clips_are_not_trained_on(bank):
         cls = bank.cls.clone()
         if spoilt:
             cls[splits[0].valid] = 1e3
-        source = FeatureBank(patches=bank.patches, cls=cls, targets=bank.targets, ids=bank.ids,
-                             keys=bank.keys, skipped={})  # fmt: skip
+        source = bank_of(bank.patches, cls, bank.targets)
         plan = _plan(
             protocol=Protocol(lrs=[0.05]),
             on_probe=lambda probe, own: heads.append(probe.fc.weight.detach().clone()),

@@ -18,6 +18,7 @@ from bat.eval.splits import Split
 from bat.nn.losses import LOSSES
 from bat.probes.base import Probe
 from bat.types import Features
+from tests.eval.conftest import bank_of
 
 n, C, PARTS = 24, 3, 8
 FAST, SLOW = 1.0, 1e-4
@@ -30,14 +31,7 @@ def bank() -> FeatureBank:
     """The class token is the label, and the clip's place among the eight of its part."""
     truth = torch.eye(C)[torch.arange(n) % C]
     place = torch.arange(n)[:, None] % PARTS / PARTS
-    return FeatureBank(
-        patches=torch.zeros(n, 0, 1, 1, C + 1),
-        cls=torch.cat([truth, place], 1)[:, None],
-        targets=truth,
-        ids=np.arange(n),
-        keys=[str(i) for i in range(n)],
-        skipped={},
-    )
+    return bank_of(torch.zeros(n, 0, 1, 1, C + 1), torch.cat([truth, place], 1)[:, None], truth)
 
 
 class Scripted(Probe):
@@ -124,7 +118,7 @@ def test_rates__best_metric_then_loss_then_first(bank, fast, slow, selected, rat
 @pytest.mark.parametrize("memory_bytes", [8e9, 1])
 @pytest.mark.parametrize("rates", [[FAST, SLOW], [SLOW, FAST]])
 @pytest.mark.parametrize(("fast", "slow"), [((4, 8), (2, 6)), ((2, 6), (4, 8))])
-def test_validation__of_equal_ones_at_several_rates_the_later_step(bank, fast, slow, rates, memory_bytes):
+def test_validation__of_equal_ones_the_later_step(bank, fast, slow, rates, memory_bytes):
     """Whichever rate is named first, and in as many passes as it takes."""
 
     def script(step, is_fast):
@@ -248,8 +242,7 @@ def test_validation__without_a_positive_clip_to_validate_on_the_last_step(bank):
     """No class has an average precision then; a NaN must not win by being first."""
     empty = bank.targets.clone()
     empty[HELD.valid] = 0
-    silent = FeatureBank(patches=bank.patches, cls=bank.cls, targets=empty, ids=bank.ids,
-                         keys=bank.keys, skipped={})  # fmt: skip
+    silent = bank_of(bank.patches, bank.cls, empty)
     sure = {2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0}
     (fold_result,), _ = _run(silent, lambda step, fast: (1, sure[step]), look_every=2, loss="bce")
     assert (fold_result.selected["step"], fold_result.selected["validation"]) == (8, 0.0)

@@ -16,12 +16,13 @@ from bat.eval.splits import Split
 from bat.nn.losses import LOSSES
 from bat.probes.base import Probe
 from bat.types import Features
+from tests.eval.conftest import bank_of
 
 n, T, D, C = 30, 3, 8, 3
 STILL = Optim(lr=0.0, betas=[0.9, 0.999], weight_decay=0.0, warmup_steps=0, min_lr=0.0)
 MOVING = Optim(lr=0.05, betas=[0.9, 0.999], weight_decay=0.0, warmup_steps=0, min_lr=0.0)
 TRAIN, VALID, TEST = np.arange(10), np.arange(10, 20), np.arange(20, 30)
-ROUNDS = [Split("0", TRAIN, TEST, VALID), Split("1", TRAIN, TEST, VALID)]
+SPLITS = [Split("0", TRAIN, TEST, VALID), Split("1", TRAIN, TEST, VALID)]
 """Of the same clips: they differ in their names alone."""
 
 
@@ -33,14 +34,7 @@ def _bank(*, alike: bool = False, targets: Tensor | None = None) -> FeatureBank:
     patches = torch.randn(n, 0, T, 1, D, generator=g)
     if alike:
         labels, cls = labels * 0, cls[:1].expand_as(cls)
-    return FeatureBank(
-        patches=patches,
-        cls=cls,
-        targets=torch.eye(C)[labels] if targets is None else targets,
-        ids=np.arange(n),
-        keys=[str(i) for i in range(n)],
-        skipped={},
-    )
+    return bank_of(patches, cls, torch.eye(C)[labels] if targets is None else targets)
 
 
 class Plain(Probe):
@@ -61,7 +55,7 @@ class Plain(Probe):
         return out if self.level == "clip" else torch.stack([out] * (T - 1) + [-out], 1)
 
 
-def _run(bank, *, random=False, dropout=0.0, level="clip", methods=("a", "b"), splits=ROUNDS,
+def _run(bank, *, random=False, dropout=0.0, level="clip", methods=("a", "b"), splits=SPLITS,
          loss="ce", **words):  # fmt: skip
     words = {"optim": STILL, "steps": 3, "batch": 4, "seeds": 2, "multi_label": False, **words}
     plan = Plan(build=lambda _: Plain(random=random, dropout=dropout, level=level),
@@ -89,7 +83,7 @@ def test_randomness__depends_on_method_fold_and_seed(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_randomness__same_for_all_rates(kind):
     rows: list[dict] = []
-    _run(_bank(), **KINDS[kind], methods=["a"], splits=ROUNDS[:1], steps=2, log_every=1,
+    _run(_bank(), **KINDS[kind], methods=["a"], splits=SPLITS[:1], steps=2, log_every=1,
          on_log=rows.append, protocol=Protocol(lrs=[0.01, 0.1], weight_decays=[0.0, 9.0]),
     )  # fmt: skip
     for seed in (0, 1):
@@ -116,7 +110,7 @@ def test_order__same_for_all_seeds(memory_bytes):
         assert len(weights) == 4
         assert all(torch.equal(weights[0], w) for w in weights)
     assert not torch.equal(found["0"][0], found["1"][0])  # another round, another order
-    other = ends(seed=7, seeds=1, methods=["a"], splits=ROUNDS[:1])
+    other = ends(seed=7, seeds=1, methods=["a"], splits=SPLITS[:1])
     assert not torch.equal(found["0"][0], other["0"][0])
 
 
@@ -131,7 +125,7 @@ def test_replicates__paired_within_a_fold():
         assert len(set(own[0])) > 3  # draws differ
         assert own == [own[0]] * 4
     assert values["0"][0] != values["1"][0]
-    apart = _run(_bank(), bootstrap=40, methods=["b"], splits=ROUNDS[1:], memory_bytes=1)
+    apart = _run(_bank(), bootstrap=40, methods=["b"], splits=SPLITS[1:], memory_bytes=1)
     assert [o.replicates for o in apart] == values["1"][:2]
 
 

@@ -1,6 +1,5 @@
 """Plots are written as PNG files and show the numbers they were given."""
 
-import itertools
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from bat.report import data_plots, plots, probe_plots
@@ -77,13 +75,10 @@ CASES: dict[str, Callable[[Path], Path]] = {
     "masks": lambda p: plots.plot_masks(
         RNG.random((2, 1, 64, 32)), RNG.random((2, 8)) > 0.5, p, grid=Grid(time=4, freq=2)),
     "no curves": lambda p: plots.plot_curves([], p),
-    "one point": lambda p: plots.plot_probe_curve(ROWS[2:3], p),
     "layer curves": lambda p: probe_plots.plot_layer_curve(
         {e: {"mean": RNG.random(L), "std": [0.1] * L} for e, L in ENCODERS.items()}, p,
         metric="accuracy", chance=0.1, **RANDOM),
-    "layer curve of one fold": lambda p: probe_plots.plot_layer_curve(
-        {"bat": {"mean": [0.3, 0.4], "std": None}}, p, metric="WER", lower=True, **RANDOM),
-    "gates": lambda p: probe_plots.plot_gates_heat(
+    "gates": lambda p: plots.plot_layer_gates(
         {e: RNG.dirichlet(np.ones(L), 5) for e, L in ENCODERS.items()}, p),
     "comparison": lambda p: probe_plots.plot_comparison(
         {e: {f"m{i}": row(RNG.random()) for i in range(13)} for e in ENCODERS}, p,
@@ -103,7 +98,6 @@ CASES: dict[str, Callable[[Path], Path]] = {
         classes={}, splits={}, folds={}, rates={}, seconds=np.full(5, np.nan)),
     "data of many lengths": data(
         seconds=RNG.exponential(100, 1000) + 0.1, rates={str(8000 + i): i for i in range(40)}),
-    "data of one length": data(seconds=np.full(5, 10.0)),
 }  # fmt: skip
 
 
@@ -162,16 +156,6 @@ def test_plot_probe_curve__baseline_is_step_zero_and_bands_end_at_100(
     assert axes[1].collections[0].get_paths()[0].vertices[:, 1].max() == 100
 
 
-def test_plot_layer_gates__deviations_stay_within_0_and_1(tmp_path: Path, axes: list[Axes]) -> None:
-    gates = {"cgp": [[0.0, 1.0], [0.0, 1.0], [0.75, 0.25]], "lcgp": [0.25, 0.75]}
-    plots.plot_layer_gates(gates, tmp_path / "g.png", over="trainings")
-    assert legend(axes[0]) == ["uniform, 1/2", "cgp, mean ± std\nof 3 trainings", "lcgp"]
-    [bars] = [c for c in axes[0].containers if isinstance(c, ErrorbarContainer)]
-    ends = [segment[:, 1].tolist() for segment in bars[2][0].get_segments()]
-    spread = 0.125**0.5  # more than 0.25
-    np.testing.assert_allclose(ends, [(0, 0.25 + spread), (0.75 - spread, 1)], atol=1e-12)
-
-
 def test_plot_folds__folds_are_in_order_with_mean_and_chance(
     tmp_path: Path, axes: list[Axes]
 ) -> None:
@@ -189,19 +173,6 @@ def test_plot_folds__folds_are_in_order_with_mean_and_chance(
     assert plots.chance_of("map", 4) is None
 
 
-def test_plot_folds__long_names_do_not_touch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Figure] = []
-    close = plt.close
-    monkeypatch.setattr(plt, "close", seen.append)
-    scores = {f"site-{i}-2024-05-{i:02d}": 0.1 * i for i in range(1, 10)}
-    plots.plot_folds({"cgp": scores}, tmp_path / "a.png", metric="accuracy")
-    boxes = [label.get_window_extent() for label in seen[0].axes[0].get_xticklabels()]
-    assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
-    close(seen[0])
-
-
 def test_plot_layer_curve__line_and_band_are_in_percent(tmp_path: Path, axes: list[Axes]) -> None:
     curves = {"bat": {"mean": [0.25, 0.75, 0.95], "std": [0.375, 0.0, 0.125]}}
     probe_plots.plot_layer_curve(curves, tmp_path / "c.png", metric="mAP", **RANDOM)
@@ -210,14 +181,16 @@ def test_plot_layer_curve__line_and_band_are_in_percent(tmp_path: Path, axes: li
     assert (band[:, 1].min(), band[:, 1].max()) == (0, 100)
 
 
-def test_plot_gates_heat__means_are_shown_and_the_largest_framed(
+def test_plot_layer_gates__mean_and_std_are_shown_and_the_largest_framed(
     tmp_path: Path, axes: list[Axes]
 ) -> None:
     gates = {"a": [[0.1, 0.9], [0.3, 0.7]], "b": [0.5, 0.25, 0.25]}
-    probe_plots.plot_gates_heat(gates, tmp_path / "g.png")
+    plots.plot_layer_gates(gates, tmp_path / "g.png", over="trainings")
     table = np.asarray(axes[0].images[0].get_array().filled(np.nan))
     np.testing.assert_allclose(table, [[20, 80, np.nan], [50, 25, 25]])
-    assert [text.get_text() for text in axes[0].texts] == ["20", "80", "50", "25", "25"]
+    shown = [text.get_text() for text in axes[0].texts]
+    assert shown == ["20\n±10", "80\n±10", "50", "25", "25"]
+    assert axes[0].get_title(loc="left").endswith("mean ± std over trainings")
     assert [patch.get_xy() for patch in axes[0].patches] == [(1.5, -0.5), (0.5, 0.5)]
     assert ticks(axes[0], "y") == ["a", "b"]
 

@@ -108,14 +108,6 @@ def test_attempted__keeps_earlier_rows_and_lets_the_program_be_stopped(bench: Mo
         list(load("timing").attempted("name", lambda: measure(KeyboardInterrupt())))
 
 
-@pytest.mark.parametrize(
-    "part", ["step", "changes", "masks", "cgp", "frontend", "stream", "reliability"]
-)
-def test_parts__give_their_rows_one_by_one(bench: ModuleType, part: str) -> None:
-    assert part in bench.PARTS
-    assert isinstance(load(part).run(repeats=1, quick=True), Iterator)
-
-
 def test_parts__one_that_fails_costs_only_itself(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
 ) -> None:
@@ -203,19 +195,6 @@ def compare(step: ModuleType) -> Iterator[dict[str, Any]]:
     return step.compare(case, device=CPU, repeats=1, matmul=1.0)
 
 
-def test_step__ours_is_measured_before_plain_is_built(bench: ModuleType, monkeypatch) -> None:
-    step = load("step")
-
-    def broken(*args: Any, **words: Any) -> None:
-        raise TypeError("wrong")
-
-    monkeypatch.setattr(step, "PlainStep", broken)
-    first, second = compare(step)
-    assert first["case"] == "tiny, 2 clips x 2 views, float32, ours alone"
-    assert first["ours_ms"] > 0
-    assert second == {"case": "tiny, 2 clips x 2 views, float32", "error": "TypeError: wrong"}
-
-
 def test_step__plain_without_memory_is_said_and_both_run_at_half(
     bench: ModuleType, monkeypatch
 ) -> None:
@@ -278,19 +257,3 @@ def test_changes__each_acts_keeps_the_loss_and_is_taken_back(bench: ModuleType) 
         if name != "attention by PyTorch's kernel (sdpa)":  # what auto is in float32
             assert done != usual, name
         assert operators(step) == usual, name
-
-
-def test_changes__one_that_fails_costs_only_itself(bench: ModuleType, monkeypatch) -> None:
-    changes = load("changes")
-
-    def full(*args: Any, **words: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    recompute = "activation checkpointing (option)"
-    names = (recompute, "EMA one by one")
-    monkeypatch.setattr(changes, "CHANGES", {name: changes.CHANGES[name] for name in names})
-    monkeypatch.setattr("bat.nn.block.checkpoint", full)
-    rows = [*changes.run(repeats=1, quick=True)]
-    assert rows[0] == {"case": recompute, "error": "torch.OutOfMemoryError: CUDA out of memory"}
-    assert [row["case"] for row in rows] == list(names)
-    assert rows[1]["loss_difference"] < 1e-5

@@ -1,4 +1,4 @@
-"""What tests of training runs share: cutting a run short, and comparing two runs."""
+"""What tests of training runs share: cutting a run short, comparing two, spoiling clips."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from bat.config.schema import Pretrain
+from bat.data.index import open_index
 from bat.io import read_jsonl
 from bat.train.pretrain import Pretraining
 from bat.train.run_pretrain import pretrain
@@ -38,6 +39,15 @@ def assert_same_run(a: Path, b: Path, *, events: bool = True) -> None:
     assert not different, different
     rows = [[r for r in metrics(out) if events or "event" not in r] for out in (a, b)]
     assert rows[0] == rows[1]
+
+
+def damage(shards: Path, *clips: int) -> None:
+    """Overwrites these clips with zeros."""
+    index = open_index(shards)
+    for clip in clips:
+        with index.paths[index.shard[clip]].open("r+b") as file:  # type: ignore[union-attr]
+            file.seek(int(index.offset[clip]))
+            file.write(b"\0" * int(index.size[clip]))
 
 
 def at_batch(monkeypatch: pytest.MonkeyPatch, at: int, do: Callable[[], None]) -> None:

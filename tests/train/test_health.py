@@ -48,9 +48,12 @@ class Fits(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.clips = 1
 
     def training_step(self, batch, batch_idx):
-        return (batch + self.weight).sum()
+        loss = (batch + self.weight).sum()
+        self.scalars = {"loss": loss.detach()}
+        return loss
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -164,6 +167,7 @@ HANG = """
     from bat.train.health import HealthMonitor
     from bat.train.stopping import Stopping
     from bat.train.trainer import JsonLines
+    from tests.train.test_health import Fits
     out = Path(sys.argv[1])
 
     class Reads(torch.utils.data.Dataset):
@@ -176,20 +180,6 @@ HANG = """
             if i == 1:
                 open(out / "fifo").read()  # nobody will ever write
             return torch.zeros(1)
-
-    class Fits(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
-            self.clips = 1
-
-        def training_step(self, batch, batch_idx):
-            loss = (batch + self.weight).sum()
-            self.scalars = {"loss": loss.detach()}
-            return loss
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
 
     logging.getLogger("bat").addHandler(logging.FileHandler(out / "train.log"))
     data = SimpleNamespace(sitting_on=lambda: ["worker 0: shard-000003.tar, clip dog-17"])
@@ -237,6 +227,7 @@ def test_watchdog__hanging_process_ends_with_resume_me_and_takes_its_workers(
         capture_output=True,
         text=True,
         timeout=120,
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == RESUME_ME, done.stderr
     rows = read_jsonl(tmp_path / "metrics.jsonl")

@@ -270,7 +270,8 @@ def test_online__probes_have_every_setting_of_their_head() -> None:
     online = SimpleNamespace(
         config=config, index=SimpleNamespace(classes=5), task=SimpleNamespace(per_class=20)
     )
-    built = OnlineProbe.build(online, "cgp")  # type: ignore[arg-type]
+    encoder = build_objective(config).encoders()["student"]
+    built = OnlineProbe.build(online, "cgp", encoder=encoder)  # type: ignore[arg-type]
     assert built.dropout.p == 0.3
     assert len(built.prototypes) == config.online.head.prototypes
 

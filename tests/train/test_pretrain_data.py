@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from bat.audio.encode import encode
-from bat.data.index import open_index
 from bat.data.tar import escape_key
 from bat.errors import UserError
 from bat.io import read_jsonl
@@ -23,7 +22,7 @@ from bat.shard.write import write_shards
 from bat.tasks.base import Row
 from bat.train.pretrain_data import open_stream
 from bat.train.run_pretrain import pretrain
-from tests.train.runs import assert_same_run, run_and_cut
+from tests.train.runs import assert_same_run, damage, run_and_cut
 
 
 def make_set(
@@ -142,16 +141,20 @@ def test_labels__of_other_sets_are_refused_or_dropped(small, tmp_path: Path) -> 
 
 def test_bad_clips__are_listed_in_the_folder_of_the_run(small, tmp_path: Path) -> None:
     shards = make_set(tmp_path / "a", clips=6)
-    index = open_index(shards)
-    with index.paths[0].open("r+b") as file:  # type: ignore[union-attr]
-        file.seek(int(index.offset[1]))
-        file.write(b"\0" * int(index.size[1]))
+    damage(shards, 1)
     out = tmp_path / "run"
     pretrain(small(f"data.shards={shards}", "data.batch=3", "data.max_bad=1", out=out))
     (bad,) = read_jsonl(out / "bad_clips.jsonl")
     assert (bad["key"], bad["shard"], bad["kind"]) == ("a1", "shard-00000.tar", "corrupt")
     with pytest.raises(UserError, match=r"Most are in shard-00000\.tar \(\d+\); all are listed in"):
         pretrain(small(f"data.shards={shards}", "data.batch=3", out=out / "again"))
+
+
+def test_bad_clips__a_dry_run_names_one_if_none_can_be_read(small, tmp_path: Path) -> None:
+    shards = make_set(tmp_path / "a", clips=3)
+    damage(shards, 0, 1, 2)
+    with pytest.raises(UserError, match=r"no clip .*the first: a\d, corrupt: .*bat-shard verify"):
+        pretrain(small(f"data.shards={shards}", out=tmp_path / "run"), dry_run=True)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from bat.train.supervised import Supervised
 from bat.types import Grid, WaveBatch
 from bat.weights import export
 from tests.toy import make_toy_shards
+from tests.train.runs import damage
 
 
 @pytest.fixture(scope="module")
@@ -297,9 +298,8 @@ def test_finetune__held_out_clips_that_cannot_be_read_are_counted(config, tmp_pa
     root = make_toy_shards(tmp_path / "toy", seconds=2.0)
     index = open_index(root)
     bad = int(index.clips_in_fold(1)[0])
-    with index.paths[index.shard[bad]].open("r+b") as file:
-        file.seek(int(index.offset[bad]))
-        file.write(b"\0" * int(index.size[bad]))
+
+    damage(root, bad)
     words = (*QUICK, f"data.shards={root}")
     with pytest.raises(UserError, match=r"1 of 5 clips unreadable .*max_bad=0\.05"):
         finetune(config(*words))
@@ -309,6 +309,9 @@ def test_finetune__held_out_clips_that_cannot_be_read_are_counted(config, tmp_pa
     assert list(result["held_out_bad"]["keys"]) == [index.key(bad)]
     assert json.loads((out / "summary.json").read_text())["held_out_bad"]["1"]["seen"] == 5
     assert "evaluation: 1 of 5 clips unreadable (1 corrupt)" in capfd.readouterr().err
+    damage(root, *range(len(index)))
+    with pytest.raises(UserError, match=r"no clip of the first batch .*corrupt"):
+        finetune(config(*words, f"out={tmp_path}/dry"), dry_run=True)
 
 
 def test_pad_offset__short_clips_are_placed_at_random(config, tmp_path):
