@@ -235,7 +235,7 @@ class Reading(NamedTuple):
 
 
 class Heartbeat:
-    """What the training process and each of ``workers`` loader processes read, and since when.
+    """Shows what the training process and each of ``workers`` loader processes read, since when.
 
     Rows in shared memory, without a lock: (item, start in ns), written by the process before it
     reads. A row that is read while it is written may mix two clips, which affects only the message.

@@ -120,7 +120,7 @@ class EvalSampler(Sampler[list[Item]]):
 
 
 class ClipSettings(TypedDict, total=False):
-    """What is read of a clip; ``ClipDataset`` and all that make one take these settings."""
+    """Settings of how a clip is read, which ``ClipDataset`` and all that make one take."""
 
     sample_rate: Required[int]
     """Hz of the waves; clips at another rate are resampled."""

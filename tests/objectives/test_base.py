@@ -13,7 +13,7 @@ from bat.config.compose import compose, from_yaml, to_dict, to_yaml
 from bat.config.schema import Pretrain
 from bat.errors import UserError
 from bat.io import read_jsonl
-from bat.objectives.base import Objective, find_objective
+from bat.objectives.base import Objective, check_encoders, check_scalars, find_objective
 from bat.train.pretrain import build_objective
 from bat.train.run_pretrain import pretrain
 from tests.train.runs import assert_same_run, run_and_cut
@@ -170,3 +170,37 @@ def test_large_model__has_the_papers_decoder() -> None:
     with torch.device("meta"):
         decoder = build_objective(config).student.decoder
     assert (decoder.in_proj.in_features, decoder.in_proj.out_features) == (1024, 768)
+
+
+class _Unfinished(Objective):
+    def forward(self, batch):
+        return {"loss": torch.zeros(())}
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (torch.zeros(()), "must return a dictionary with 'loss'"),
+        ({"total": torch.zeros(())}, "must return a dictionary with 'loss'"),
+        ({"loss": 1.0}, "float as 'loss'"),
+        ({"loss": torch.zeros(()), "accuracy": torch.zeros(3)}, r"\(3,\) as 'accuracy'"),
+    ],
+)
+def test_forward__what_is_no_dictionary_of_scalars_is_named(page: str, returned, said) -> None:
+    objective = build_objective(settings(f"objective.name={EXAMPLE}"))
+    with pytest.raises(UserError, match=f"Contrastive.forward .*{said}"):
+        check_scalars(objective, returned)
+
+
+def test_encoders__must_name_a_student(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = build_objective(settings(f"objective.name={EXAMPLE}"))
+    check_encoders(objective)
+    encoder = objective.encoders()["student"]
+    monkeypatch.setattr(type(objective), "encoders", lambda self: {"model": encoder})
+    with pytest.raises(UserError, match=r"Contrastive.encoders\(\) must return .*'model'"):
+        check_encoders(objective)
+
+
+def test_find_objective__missing_methods_are_named() -> None:
+    with pytest.raises(UserError, match="_Unfinished lacks build, encoders"):
+        find_objective(f"{__name__}._Unfinished")

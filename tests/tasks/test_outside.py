@@ -16,7 +16,8 @@ from bat.eval.probe import probe
 from bat.shard.rows import open_rows
 from bat.shard.write import write_shards
 from bat.tasks import toy_events
-from bat.tasks.base import load_task
+from bat.tasks.base import Row, Task, load_task
+from bat.tasks.events import Event
 from bat.tasks.synthetic import write_wav
 
 NAME = "my_tasks.FROGS"
@@ -70,3 +71,14 @@ def test_task_outside__its_own_errors_reach_the_user() -> None:
     Path("FROGS/test/9.txt").unlink()
     with pytest.raises(UserError, match=r"9\.txt"):
         open_probing(compose(Probe, "probe", ["recipe=frogs.yaml", *WORDS]))
+
+
+@pytest.mark.parametrize("times", [(2.0, 1.0), (-0.5, 0.2), (float("nan"), 1.0), (1.0, 1.0)])
+def test_task_open__impossible_times_of_events_name_the_clip(
+    tmp_path: Path, times: tuple[float, float]
+) -> None:
+    row = Row(
+        path=tmp_path / "a.wav", key="a", labels=("beep",), events=(Event(*times, ("beep",)),)
+    )
+    with pytest.raises(UserError, match=r"clip 'a' has an event from .* to .* s"):
+        Task(name="scene", rows=lambda root: [row], target="events").open(tmp_path)
