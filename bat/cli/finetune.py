@@ -11,7 +11,7 @@ EPILOG = """\
 examples:
   bat-finetune recipe=toy checkpoint=runs/pretrain-toy
   bat-finetune recipe=esc10 checkpoint=RUN                       data as RUN's config.yaml says
-  bat-finetune recipe=esc10 checkpoint=random:RUN data.root=DIR  from scratch: the control
+  bat-finetune recipe=esc10 checkpoint=random:RUN data.root=DIR  from scratch: the baseline
   bat-finetune data.csv=labels.csv checkpoint=RUN                audio and labels of your own
   bat-finetune recipe=as20k checkpoint=RUN data.shards=DIR hardware=ddp
 

@@ -19,7 +19,7 @@ examples:
   bat-probe recipe=toy checkpoint=runs/pretrain-toy --method cgp,linear
   bat-probe recipe=esc10 checkpoint=RUN --method cgp,linear      data as RUN's config.yaml says
   bat-probe recipe=esc10 checkpoint=A,B,random --method all --seeds 5     one comparison; random:
-                                                     the same architecture untrained: the control
+                                                     the same architecture untrained: the baseline
   bat-probe data.csv=labels.csv checkpoint=RUN --method cgp      audio of your own: columns path,
                             label or labels; split or fold; onset, offset (with level=frame)
   bat-probe recipe=esc10 checkpoint=RUN protocol=bat             the paper's constants (or =unmute)
