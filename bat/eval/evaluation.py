@@ -381,7 +381,7 @@ class Evaluation:
     def maps(self) -> tuple[str, list[dict[str, Any]]]:
         """Returns a probe's name and what its prototypes select in held-out clips of the last fold.
 
-        In the form of ``report.insight_plots.plot_prototype_maps``; ("", []) if nothing can be
+        In the form of ``report.probe_plots.plot_prototype_maps``; ("", []) if nothing can be
         drawn: no trained probe with prototypes, frame labels, or too many unreadable clips.
         """
         ready, held, count = self.ready, self.ready.splits[-1], self.config.diagnostics.maps

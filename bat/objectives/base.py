@@ -187,9 +187,9 @@ def find_objective(name: str) -> type[Objective]:
     Raises ``UserError`` naming the known ones, or the problem with an external class.
     """
     found = registry.find_class(name, Objective, folder="objectives", key="objective.name")  # type: ignore[type-abstract]
-    if missing := sorted(found.__abstractmethods__):
-        raise UserError(f"{name} lacks {', '.join(missing)}: docs/add_an_objective.md says what")
     config = found.Config
     if not issubclass(config, Objective.Config) or "__dataclass_fields__" not in vars(config):
         raise UserError(f"{name}.Config must be a @dataclass, a subclass of Objective.Config")
+    if missing := sorted(found.__abstractmethods__):
+        raise UserError(f"{name} lacks {', '.join(missing)}: docs/add_an_objective.md says what")
     return found

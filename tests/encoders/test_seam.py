@@ -99,7 +99,7 @@ def test_commands__probe_tune_export_and_load_an_encoder_from_outside(
     quick = ["train.steps=2", "log.progress=false", "hardware.precision=32-true", "data.workers=0"]
     for number, (command, line) in enumerate(lines):
         words = [*shlex.split(line), f"out={tmp_path / str(number)}", *quick]
-        words += ["bootstrap=100", "insight.encoder=false"] * (command == "probe")
+        words += ["bootstrap=100", "diagnostics.encoder=false"] * (command == "probe")
         assert {"probe": probe, "finetune": finetune}[command].main(words) == 0, line
     made = json.loads((tmp_path / "1" / "summary.json").read_text())
     (entry,) = made["encoders"].values()
