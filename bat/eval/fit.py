@@ -88,9 +88,9 @@ def fit(
             losses: dict[K, Tensor] = {}
             for key in (key for key in active if key in alone):
                 seed_generators(active[key].seed_at(step), device)
-                before = torch.get_rng_state()
+                before = torch.get_rng_state() if pool else None
                 losses[key] = train(active[key])
-                if not torch.equal(before, torch.get_rng_state()):
+                if before is not None and not torch.equal(before, torch.get_rng_state()):
                     drew.add(key)
             losses |= zip(together, found, strict=True)
             if pool:
