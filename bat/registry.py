@@ -55,7 +55,10 @@ def find_class(
         return table[name]
     found = _find(name, base.__name__.upper(), folder=folder, key=key)
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise UserError(f"{key}={name} is not a subclass of {base.__module__}.{base.__name__}")
+        kind = f"{base.__module__}.{base.__name__}"
+        raise UserError(
+            f"{key}={name} is not a subclass of {kind}: name such a class, MODULE.CLASS"
+        )
     return found
 
 
@@ -63,7 +66,8 @@ def find_object(name: str, kind: type[T], *, folder: str, key: str) -> T:
     """Returns the object of type ``kind`` called ``name``; see ``find_class``."""
     found = _find(name, kind.__name__.upper(), folder=folder, key=key)
     if not isinstance(found, kind):
-        raise UserError(f"{key}={name} is not a {kind.__module__}.{kind.__name__}")
+        wanted = f"{kind.__module__}.{kind.__name__}"
+        raise UserError(f"{key}={name} is not a {wanted}: name such an object, MODULE.NAME")
     return found
 
 
@@ -78,7 +82,13 @@ def _find(name: str, constant: str, *, folder: str, key: str) -> Any:
     try:
         return getattr(importlib.import_module(module), constant)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"cannot import {key}={name}: {error}") from error
+        missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(
+            f"{error.name}."
+        )
+        hint = (
+            ": run the command with PYTHONPATH=FOLDER, the folder that holds it" if missing else ""
+        )
+        raise UserError(f"cannot import {key}={name}: {error}{hint}") from error
 
 
 def unknown(name: str, names: Sequence[str], *, key: str) -> UserError:

@@ -80,4 +80,5 @@ def find_fragment(name: str, beside: Path | None = None) -> Path:
             return path
     known = known_fragments(group)
     listed = ", ".join(f"{group}/{k}" for k in known) or "none in that group"
-    raise UserError(f"unknown fragment '{name}'. Known: {listed}")
+    hint = f". For a class of your own say {group}.name={leaf}" if group == "objective" else ""
+    raise UserError(f"unknown fragment '{name}'. Known: {listed}{hint}")

@@ -33,13 +33,14 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from bat.audio.decode import DecodeError, decode_into
+from bat.data.clip_json import parse
 from bat.data.loader import IDLE, Heartbeat, Loader
 from bat.data.module import StreamData
 from bat.data.pipes import PREFIX, output_of
 from bat.data.plan import ORDER, below, philox
 from bat.data.sources import TRAIN, RetryPolicy, Shard, check_no_train, find, names_of
 from bat.data.stream import BatchRows, ClipReader, ClipSettings, clip_samples
-from bat.data.table import ITS_JSON, parse, unusable
+from bat.data.table import ITS_JSON, unusable
 from bat.data.tar import ForwardFile, read_members, sample_key
 from bat.errors import UserError
 from bat.redact import one_line

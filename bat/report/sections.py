@@ -209,7 +209,7 @@ def _differences(summaries: Sequence[dict[str, Any]]) -> list[str]:
     """Returns what the runs do not have in common; settings with their values."""
     views = {
         "the clips held out": lambda s: [s["clips"], s["splits"]],
-        "the data (other clips, labels or folds)": lambda s: s.get("data"),
+        "the data (other clips, labels or folds, or files and shards)": lambda s: s.get("data"),
         "seeds": lambda s: s["seeds"],
         "how the number comes about": lambda s: s["how"],
         "the version of bat": lambda s: s["version"],

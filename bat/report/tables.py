@@ -43,7 +43,7 @@ def number(value: float | None, metric: str = "map", sign: str = "") -> str:
     """Formats a metric: in percent, d-prime unchanged, a dash for None. ``sign``: ``+`` or none."""
     if value is None or math.isnan(value):
         return NOTHING
-    return f"{100 * value if describe(metric).percent else value:{sign}.2f}"
+    return f"{100 * value if describe(metric).percent else value:{sign}z.2f}"  # z: no -0.00
 
 
 def mean(row: Row, metric: str) -> float:
@@ -248,7 +248,8 @@ def as_text(summaries: Sequence[dict[str, Any]]) -> str:
     """Returns all tables for the terminal."""
     found = []
     for section in sections(summaries):
-        narrow = [section.metric, *(name for name in NARROW if name != section.metric)]
+        usual = dict.fromkeys([section.metric, *NARROW])
+        narrow = [*usual, *(m for m in section.metrics if m not in TITLES)]  # from outside bat too
         parts = [_aligned(table) for table in _main_tables(section, narrow)]
         found += [_headline(section), *parts, "\n".join(notes(section))]
     return "\n\n".join(found)

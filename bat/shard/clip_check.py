@@ -31,7 +31,7 @@ from bat.audio.decode import (
     decode_channels,
     probe,
 )
-from bat.data.table import parse_labels
+from bat.data.clip_json import parse_labels
 from bat.shard.pack import decoded
 
 Kind = Literal["shard", "corrupt", "label", "silent", "clipped", "duplicate", "unread"]

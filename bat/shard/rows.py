@@ -26,9 +26,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bat.data.clip_json import parse_labels
 from bat.data.manifest import Manifest, joint_vocabulary
 from bat.data.sources import find
-from bat.data.table import parse_labels, read_contents, tabulate
+from bat.data.table import read_contents, tabulate
 from bat.data.tar import escape_key, sample_key
 from bat.errors import UserError
 from bat.tasks import audioset, eat, folder, parquet

@@ -246,6 +246,8 @@ class _Writer:
                 r, w, work = sent.popleft()
                 skip = first.clip if (r, w) == first[:2] else 0
                 for i, clip in enumerate(clips[skip:], start=skip):
+                    if isinstance(clip, Packed):
+                        clip = _with_events_inside(clip, work)
                     if isinstance(clip, LeftOut):
                         self.left_out.append(_listed(clip))
                     else:
@@ -305,6 +307,19 @@ def _tar_writer(file: BinaryIO) -> Any:
 def _listed(entry: LeftOut) -> dict[str, str]:
     """Returns the manifest's entry for a clip left out."""
     return {"key": entry.key, "file": entry.file, "reason": entry.reason}
+
+
+def _with_events_inside(clip: Packed, work: Work) -> Packed | LeftOut:
+    """Returns ``clip``, or why it is left out if an event begins after its recording has ended."""
+    end = clip.frames / clip.rate
+    if work.info is not None:  # one piece of several
+        end = work.info.frames / work.info.sample_rate
+    for event in work.row.events or ():
+        if event.onset_seconds >= end:
+            line = f" (line {event.line})" if event.line else ""
+            why = f"begins at {event.onset_seconds:g} s{line}, the recording has {end:.6g} s"
+            return LeftOut(clip.id, work.row.name, f"late: an event {why}")
+    return clip
 
 
 def _meta(clip: Packed, row: Row, label_ids: dict[str, int]) -> dict[str, Any]:

@@ -150,6 +150,7 @@ def test_problems__all_are_named_at_once_with_suggestions() -> None:
         ("pretrain", "recipe=missing.yaml", "missing.yaml does not exist"),
         ("pretrain", "recipe=toy seed=1 seed=2", "given twice"),
         ("pretrain", "recipe=toy model=XXL", "unknown fragment 'model/XXL'. Known: model/B"),
+        ("pretrain", "recipe=toy objective=a.Mine", "say objective.name=a.Mine"),
         ("pretrain", "recipe=toy data.root=[1", "cannot read the value"),
         ("pretrain", "recipe=toy train.keep_every=7", "not a multiple of train.save_every"),
         ("probe", "recipe=toy data.window=3", "is for bat-pretrain and bat-finetune"),

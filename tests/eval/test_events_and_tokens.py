@@ -150,6 +150,18 @@ def test_shards__pieces_have_the_events_that_are_in_them(rows: list[Row], tmp_pa
     assert not index.texts  # a text is of the whole
 
 
+@pytest.mark.parametrize("clip_seconds", [None, 1.0])
+def test_shards__event_after_the_end_leaves_its_recording_out(
+    rows: list[Row], tmp_path: Path, clip_seconds: float | None
+) -> None:
+    late = replace(rows[0], events=(Event(0.1, 0.2, ("a",)), Event(2.5, 3.0, ("b",), line=7)))
+    manifest = write_shards([late, rows[1]], tmp_path / "out", clip_seconds=clip_seconds)
+    index = open_index(tmp_path / "out")
+    assert {index.key(i)[:3] for i in range(len(index))} == {"one"}
+    assert {entry["key"][:4] for entry in manifest.left_out} == {"zero"}
+    assert all("2.5 s (line 7)" in entry["reason"] for entry in manifest.left_out)
+
+
 RECIPES = {"toy_events": "event_f1", "toy_tokens": "token_error_rate"}
 
 

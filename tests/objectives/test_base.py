@@ -127,7 +127,7 @@ def test_old_keys__are_refused_with_the_new_name(tmp_path: Path) -> None:
     [
         ("masked_latnt", "did you mean 'masked_latent'"),
         ("base", "unknown objective.name=base"),
-        ("no_such_module.Thing", "cannot import objective.name=no_such_module.Thing"),
+        ("no_such_module.Thing", r"cannot import objective.name=no_such_module.Thing.*PYTHONPATH="),
         ("torch.nn.Linear", "torch.nn.Linear is not a subclass of bat.objectives.base.Objective"),
         (f"{__name__}.Undecorated", "Undecorated.Config must be a @dataclass"),
     ],

@@ -163,7 +163,7 @@ def test_sections__runs_of_one_task_are_merged() -> None:
     [
         ({"head": {"prototypes": 4}}, "head.prototypes (10000, 4)"),
         ({"head": {"per_class": 3}}, "head.per_class (null, 3)"),
-        ({"data": "00ff"}, "the data (other clips, labels or folds)"),
+        ({"data": "00ff"}, "the data (other clips, labels or folds, or files and shards)"),
         ({"clip_seconds": None}, "clip_seconds (5.0, null)"),
         ({"confidence": 0.9}, "confidence (0.95, 0.9)"),
         ({"encoders": {"A": {"frames": 1024}}}, "frames of A (512, 1024)"),
