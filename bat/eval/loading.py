@@ -102,8 +102,8 @@ def _with_frontend(backbone: Encoder, config: Supervised, task: Task) -> Encoder
         changes |= {"pad": pad, "clip_seconds": seconds}
     if isinstance(front, KaldiFbank):
         # checkpoint formats of other projects do not record what they were trained or tuned with
-        exported = is_export(resolve(path_of(given(config))))
-        usual = front.statistics if exported else STATISTICS_OF.get(task.name, "audioset")
+        recorded = front.statistics != "audioset" or is_export(resolve(path_of(given(config))))
+        usual = front.statistics if recorded else STATISTICS_OF.get(task.name, "audioset")
         if (config.statistics or usual) != front.statistics:
             changes["statistics"] = config.statistics or usual
     elif config.statistics is not None:

@@ -97,7 +97,9 @@ def test_kaldi_fbank__golden_esc50_tables_and_statistics(arrays: dict[str, np.nd
     stats = json.loads(str(arrays["meta_json"]))["stats"]
     for kind, name in NAMES.items():
         theirs = {ours: stats[name][them] for them, ours in data_sets.items()}
-        assert STATISTICS[kind] == {k: (v["mu"], v["std"]) for k, v in theirs.items()}
+        assert (
+            STATISTICS[kind].items() >= {k: (v["mu"], v["std"]) for k, v in theirs.items()}.items()
+        )
 
 
 def test_kaldi_bank__equals_torchaudio() -> None:
