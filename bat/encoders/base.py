@@ -5,7 +5,8 @@ from __future__ import annotations
 import abc
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
@@ -84,6 +85,33 @@ class Encoder(nn.Module, abc.ABC):
         cls, state: Mapping[str, Tensor], *, config: dict[str, Any] | None, heads: int | None
     ) -> Self:
         """Builds from a state dict, strictly. ``config`` None: infer the shape from the tensors."""
+
+    @classmethod
+    def matches(cls, names: Collection[str], settings: Mapping[str, Any]) -> bool:
+        """Returns True if another project's weights hold this encoder (default: False).
+
+        Args:
+            names: of the tensors, without prefixes that wrappers gave to all (``bat.weights``).
+            settings: ``config.json`` of the folder, or the mapping stored beside the weights
+                (``cfg``, ``config``, ``args``); empty if there is none.
+        """
+        return False
+
+    @classmethod
+    def from_file(
+        cls,
+        state: Mapping[str, Tensor],
+        *,
+        settings: Mapping[str, Any],
+        path: Path,
+        heads: int | None,
+    ) -> Self:
+        """Builds from another project's weights, names as published, strictly.
+
+        ``settings``: see ``matches``. ``path``: the file or folder, for messages. ``heads``:
+        attention heads, if the caller states them. Default: ``from_weights`` without ``config``.
+        """
+        return cls.from_weights(state, config=None, heads=heads)
 
     @abc.abstractmethod
     def config(self) -> dict[str, Any]:
