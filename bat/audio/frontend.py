@@ -14,10 +14,10 @@ Two settings select behaviour that differs among published pipelines:
 
 * ``pad``: a clip too short for ``frames`` frames gets zero frames (``spectrogram``, as the paper's
   pre-training; ``fbank``: before standardising, so that they hold ``-mean / (2 std)``, as EAT,
-  SSLAM, AudioMAE and AST were trained; Kaldi front ends only), or zero samples that count as signal, up to ``(frames - 1) * hop_length``
-  (``waveform``) or up to ``clip_seconds``, then zero frames (``clip``, as the paper's supervised
-  tasks; for AudioSet the two are the same: 163,680 samples, 1024 frames). The legacy front ends
-  take the mean of the unpadded clip off;
+  SSLAM, AudioMAE and AST were trained; Kaldi front ends only), or zero samples that count as
+  signal, up to ``(frames - 1) * hop_length`` (``waveform``) or up to ``clip_seconds``, then zero
+  frames (``clip``, as the paper's supervised tasks; for AudioSet the two are the same: 163,680
+  samples, 1024 frames). The legacy front ends take the mean of the unpadded clip off;
 * ``crop``: a clip too long is cut to the longest that has ``frames`` frames before anything is
   computed (``waveform``), or loses its last frames at the end (``spectrogram``, the paper's: the
   dropped part still sets floor and range).
@@ -362,8 +362,9 @@ class KaldiFbank(FrontEnd):
 
     25 ms windows every 10 ms, complete ones only; each: mean removed, pre-emphasis 0.97, window,
     power spectrum, mel bands, ``ln(max(., 2^-23))``; then ``(x - mean) / (2 std)``; frames beyond
-    the clip are zero *after* that (``pad="fbank"``: before it). ``eat``: the clip's mean removed first, symmetric Hann window.
-    ``beats``: samples times 2^15, "povey" window (Hann to the power 0.85).
+    the clip are zero *after* that (``pad="fbank"``: before it). ``eat``: the clip's mean removed
+    first, symmetric Hann window. ``beats``: samples times 2^15, "povey" window (Hann to the power
+    0.85).
 
     Departure: a clip shorter than one window, for which Kaldi gives no frame, is padded with zeros
     to one window.

@@ -11,8 +11,8 @@ The class token takes part in attention and is not used: ``has_cls`` is False. T
 embedding joins the F patches of a time (3,840 numbers) and averages over time.
 
 ``norm_stats`` (mean, deviation) is a setting here, not a weight; files of 2022 have none and take
--7.1 / 4.2, and their names are AudioMAE's, so they are read as ``m2d:FILE``. A file with ``p32k`` in
-its name or its folder's is one for 32 kHz: no tensor says so.
+-7.1 / 4.2, and their names are AudioMAE's, so they are read as ``m2d:FILE``. A file with ``p32k``
+in its name or its folder's is one for 32 kHz: no tensor says so.
 """
 
 from __future__ import annotations

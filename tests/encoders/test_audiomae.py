@@ -103,7 +103,7 @@ def test_audiomae__files_are_read_strictly(tmp_path: Path) -> None:
     D = torch.zeros(8, 48)
     training = {"decoder_embed__weight": D, "mask_token": D, "decoder_blocks__0__attn__tau": D}
     assert torch.equal(features(load(**training)), features(encoder))
-    plain = {n: None for n in ("norm.weight", "norm.bias")}
+    plain = dict.fromkeys(("norm.weight", "norm.bias"))
     head = {"fc_norm__weight": D[0], "fc_norm__bias": D[0], "head__weight": D}
     tuned = load(**plain, **head)
     assert tuned.config()["norm"] is False
