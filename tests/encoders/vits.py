@@ -13,6 +13,7 @@ from bat.types import Grid
 SHAPE: dict[str, Any] = {"width": 48, "depth": 2, "heads": 2}
 TINY: dict[str, dict[str, Any]] = {
     "audiomae": {**SHAPE, "grid": Grid(6, 8)},
+    "ast": {**SHAPE, "grid": Grid(9, 12)},
     "m2d": {**SHAPE, "grid": Grid(4, 5)},
 }
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
