@@ -14,6 +14,7 @@ SHAPE: dict[str, Any] = {"width": 48, "depth": 2, "heads": 2}
 TINY: dict[str, dict[str, Any]] = {
     "audiomae": {**SHAPE, "grid": Grid(6, 8)},
     "ast": {**SHAPE, "grid": Grid(9, 12)},
+    "dasheng": {**SHAPE, "tokens": 30},
     "m2d": {**SHAPE, "grid": Grid(4, 5)},
 }
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -24,7 +25,7 @@ def made(name: str, **more: Any) -> Encoder:
     torch.manual_seed(0)
     encoder = find_encoder(name)(**{**TINY[name], **more})
     for parameter in encoder.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
     return encoder.eval()
 
 
