@@ -2,9 +2,12 @@
 
 An export is a folder with ``config.json`` (encoder settings and training) and
 ``model.safetensors`` holding ``student.encoder.*`` and ``teacher.encoder.*``: the names of the
-paper's released weight file. Also read: the paper's training file (``encoder`` / ``decoder`` /
-``ema_encoder``), its ``student.encoder.*`` file, its hub folder, a bare encoder, EAT and SSLAM
-files of fairseq and their hub folders, and Lightning's training checkpoints, including bat's.
+paper's released weight file. Files and folders of other projects are read too: each file of
+``bat/encoders`` says which it knows (``Encoder.matches``) and builds from them
+(``Encoder.from_file``). Here only the wrapping is known: a state dict alone or one level down
+(``model``, Lightning's ``state_dict``), prefixes of wrappers, a classifier, and a teacher beside
+the student (``student.encoder.*`` / ``teacher.encoder.*``, the paper's training file with
+``encoder`` / ``ema_encoder``, fairseq's ``_ema`` inside the state dict).
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import logging
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,9 +27,7 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from bat import registry
-from bat.encoders.base import Encoder, demand, find_encoder, in_short
-from bat.encoders.bat import hub_keywords
-from bat.encoders.eat import HUB_FIXED
+from bat.encoders.base import Encoder, find_encoder, in_short
 from bat.errors import UserError
 from bat.io import replace_durably
 
@@ -39,6 +41,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.", "backbone.")
 """Prefixes added by wrappers; removed if all names have one."""
 HEADS = ("head.", "fc_norm.")
 """Names of the classifier in a fine-tuned file."""
+ROOTS = ("student.encoder.", "teacher.encoder.")
 FOREIGN = re.compile(
     r"(argparse|omegaconf|fairseq|numpy|pathlib|typing|collections)\..+"
     r"|builtins\.(object|dict|list|tuple|frozenset|int|float|bool|str|bytes)"
@@ -55,12 +58,12 @@ class EncoderFile(NamedTuple):
     """Contents of a weight file, before a model is built."""
 
     backbone: str
-    """``bat`` or ``eat`` or the name in an export's config."""
+    """Name of its encoder: a file of ``bat/encoders``, or what an export's config says."""
     state: dict[str, Tensor]
     config: dict[str, Any] | None = None
-    """Keywords of the backbone; None if the file does not state them."""
-    heads: int | None = None
-    """Attention heads, if a file without ``config`` states them."""
+    """Keywords of the encoder, of an export of bat; None for another project's file."""
+    settings: Mapping[str, Any] = {}
+    """Another project's: ``config.json`` of its folder, or the mapping beside the weights."""
 
 
 def resolve(path: str | Path) -> Path:
@@ -98,9 +101,11 @@ def load_encoder(checkpoint: str, *, weights: str, heads: int | None) -> Encoder
     """Loads an encoder; see ``bat.load_encoder``."""
     name, path = registry.split_checkpoint(checkpoint)
     where = resolve(path)
-    if name is not None and "." in name and not is_export(where):
-        return find_encoder(name).from_weights(read_tensors(where), config=None, heads=heads)
-    file = read_encoder(where, weights)
+    file = read_encoder(where, weights, name)
+    if file.config is None:
+        return find_encoder(file.backbone).from_file(
+            file.state, settings=file.settings, path=where, heads=heads
+        )
     if name not in (None, file.backbone):
         raise UserError(f"{where} holds encoder '{file.backbone}', not '{name}': say {where} alone")
     if name is None and "." in file.backbone:
@@ -108,86 +113,110 @@ def load_encoder(checkpoint: str, *, weights: str, heads: int | None) -> Encoder
             f"{where} wants encoder '{file.backbone}', code from outside bat: where you trust it, "
             f"say {file.backbone}:{path}, which imports it"
         )
-    heads = file.heads if heads is None else heads
     return find_encoder(file.backbone).from_weights(file.state, config=file.config, heads=heads)
 
 
-def read_encoder(path: str | Path, weights: str = "student") -> EncoderFile:
-    """Reads one encoder. ``weights`` selects student or teacher if a file holds both.
+def read_encoder(
+    path: str | Path, weights: str = "student", name: str | None = None
+) -> EncoderFile:
+    """Reads one encoder. ``weights`` selects student or teacher if a file holds both; ``name`` is
+    the encoder of another project's file, None: the one of ``bat/encoders`` that knows it.
 
     Raises ``UserError`` if it is missing, unreadable, ambiguous or of an unknown format.
     """
     if weights not in ("student", "teacher"):
         raise UserError(f"weights='{weights}': student or teacher")
     path = resolve(path)
-    if path.is_dir():
-        return _read_folder(path, weights)
-    held = read_tensors(path)
-    parts = {}
-    if _layout(held) is None:
-        parts = {n: v for n, v in held.items() if isinstance(v, dict) and _layout(v)}
-    if {"encoder", "ema_encoder"} <= set(parts):  # the paper's training file
-        args = held.get("args")
-        heads = args.get("num_heads") if isinstance(args, dict) else None
-        part = parts["encoder" if weights == "student" else "ema_encoder"]
-        return EncoderFile(*_pick(part, path, "student"), heads=heads)
-    if len(parts) > 1:
+    if not path.is_dir():
+        held = read_tensors(path)
+        stored = (held.get(key) for key in ("cfg", "config", "args"))
+        settings = next((found for found in stored if isinstance(found, dict)), {})
+        return _find(held, settings, path, weights, name)
+    settings = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
+    held = read_tensors(path / WEIGHTS)
+    kind, version = settings.get("format"), settings.get("version")
+    if kind is None and "format" not in settings:
+        return _find(held, settings, path, weights, name)
+    if kind != FORMAT:
+        raise UserError(f"{path / CONFIG}: format is {in_short(kind)}; known is {FORMAT!r}")
+    if version != VERSION or version is True:
+        raise UserError(f"{path}: export of version {in_short(version)}, here {VERSION}")
+    backbone, config = settings.get("backbone"), settings.get("encoder")
+    if not isinstance(backbone, str) or not isinstance(config, dict):
+        raise UserError(f"{path / CONFIG} does not say its backbone and encoder")
+    return EncoderFile(backbone, _tensors(_of(held, path, weights), path), config)
+
+
+def _find(
+    held: dict[Any, Any], settings: Mapping[str, Any], path: Path, weights: str, name: str | None
+) -> EncoderFile:
+    """Returns the requested encoder of another project's file: the mapping ``held`` itself is its
+    state dict, or one of its values is."""
+    if name is not None and "." in name:  # from outside bat: its names are its own
+        states = [p for p in [held, *held.values()] if _is_state(p)]
+        if not states:
+            raise UserError(_no_encoder(held, settings, path))
+        return EncoderFile(name, _tensors(states[0], path), settings=settings)
+    knows = {key: _readers(part, settings) for key, part in held.items() if _is_state(part)}
+    parts = [key for key, readers in knows.items() if readers]
+    if _readers(held, settings):
+        part: Any = held
+    elif {"encoder", "ema_encoder"} <= set(parts):  # the paper's training file
+        part, weights = held["encoder" if weights == "student" else "ema_encoder"], "student"
+    elif len(parts) > 1:
         raise UserError(
             f"{path} holds several encoders, {', '.join(map(repr, parts))}: torch.save the one "
             "that you mean alone, and give that file"
         )
-    return EncoderFile(*_pick(next(iter(parts.values()), held), path, weights))
-
-
-def _read_folder(folder: Path, weights: str) -> EncoderFile:
-    file = folder / CONFIG
-    settings = read_json(file)
-    kind, version = settings.get("format"), settings.get("version")
-    model = settings.get("model_type")
-    backbone: Any = "eat"
-    config = heads = None
-    if kind == FORMAT:
-        if version != VERSION or version is True:
-            raise UserError(f"{folder}: export of version {in_short(version)}, here {VERSION}")
-        backbone, config = settings.get("backbone"), settings.get("encoder")
-        if not isinstance(backbone, str) or not isinstance(config, dict):
-            raise UserError(f"{file} does not say its backbone and encoder")
-    elif model == "bat":
-        backbone, config = model, hub_keywords(settings, str(file))
-    elif "model_variant" in settings or model in ("eat", "sslam"):
-        demand(settings, HUB_FIXED, str(file))
-        heads = settings.get("num_heads")
+    elif parts:
+        part = held[parts[0]]
+    elif name is not None and (_is_state(held) or len(knows) == 1):
+        part = held if _is_state(held) else held[next(iter(knows))]
     else:
-        raise UserError(
-            f"{file}: format is {in_short(kind)} and model_type {in_short(model)}; known are the "
-            f"format {FORMAT!r} and the hub folders of bat and eat. Of another encoder with their "
-            f"names, give {folder / WEIGHTS} itself"
-        )
-    _, state = _pick(read_tensors(folder / WEIGHTS), folder, weights)
-    return EncoderFile(backbone, state, config, heads)
+        raise UserError(_no_encoder(held, settings, path))
+    if name is None:
+        readers = _readers(part, settings)
+        if len(readers) > 1:
+            raise UserError(
+                f"{path} may hold {' or '.join(readers)}, which name their weights alike: say "
+                f"which, {' or '.join(f'{reader}:{path}' for reader in readers)}"
+            )
+        name = readers[0]
+    return EncoderFile(name, _tensors(_of(part, path, weights), path), settings=settings)
 
 
-def _layout(part: dict[Any, Any]) -> str | None:
-    """Returns the format of the names without prefixes: ``bat``, ``eat``, ``beats`` or None."""
-    if not all(isinstance(name, str) for name in part):
-        return None
-    names = _plain(part)[0]
-    roots = ("student.encoder.", "teacher.encoder.")
-    if "cls_token" in names or any(n.removeprefix("objective.").startswith(roots) for n in names):
-        return "bat"
-    if "extra_tokens" in names or any(n.startswith("modality_encoders.") for n in names):
-        return "eat"
-    return "beats" if "post_extract_proj.weight" in names else None
+def _is_state(part: Any) -> bool:
+    """Returns True if ``part`` is a mapping with tensors by name."""
+    return (
+        isinstance(part, dict)
+        and all(isinstance(name, str) for name in part)
+        and any(isinstance(value, Tensor) for value in part.values())
+    )
 
 
-def _plain(part: dict[Any, Any]) -> tuple[dict[str, Any], str, list[str]]:
+def _readers(part: dict[Any, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Returns the encoders of ``bat/encoders`` that say they read ``part``, a state dict."""
+    if not _is_state(part):
+        return []
+    state, _, aside = _plain(part)
+    for root in ROOTS:
+        own = {n.removeprefix("objective."): v for n, v in state.items()}
+        own = {n.removeprefix(root): v for n, v in own.items() if n.startswith(root)}
+        if own:
+            state, _, aside = _plain(own)
+            break
+    names = {*state, *(name for name in aside.values())}
+    return [n for n in registry.known("encoders") if find_encoder(n).matches(names, settings)]
+
+
+def _plain(part: dict[str, Any]) -> tuple[dict[str, Any], str, dict[str, str]]:
     """Returns ``part`` without shared prefixes and without a classifier; the prefixes; and the
-    classifier's names."""
-    found, removed, aside = dict(part), "", list[str]()
+    classifier's names with and without them."""
+    found, removed, aside = dict(part), "", dict[str, str]()
     for _ in range(len(PREFIXES) + 1):
         heads = [n for n in found if n.startswith(HEADS)]
         if len(heads) < len(found):
-            aside += [removed + n for n in heads]
+            aside |= {removed + n: n for n in heads}
             found = {n: v for n, v in found.items() if not n.startswith(HEADS)}
         prefix = next((p for p in PREFIXES if found and all(n.startswith(p) for n in found)), "")
         if not prefix:
@@ -196,31 +225,31 @@ def _plain(part: dict[Any, Any]) -> tuple[dict[str, Any], str, list[str]]:
     return found, removed, aside
 
 
-def _pick(part: dict[Any, Any], path: Path, weights: str) -> tuple[str, dict[str, Tensor]]:
-    """Returns the format and the requested encoder of a flat mapping, prefixes removed."""
-    backbone = _layout(part)
-    if backbone is None:
-        raise UserError(_no_encoder(part, path))
-    if backbone == "beats":
-        raise UserError(f"{path} holds a BEATs encoder, which this bat does not read: bat and eat")
+def _of(part: dict[str, Any], path: Path, weights: str) -> dict[str, Any]:
+    """Returns the ``weights`` of a state dict, without prefixes, classifier and teacher."""
     state, removed, aside = _plain(part)
     if removed:
         log.warning("%s: took '%s' off all %d names", path, removed, len(state))
     if aside:
-        log.warning("%s: set aside, no part of the encoder: %s", path, _few(aside))
+        log.warning("%s: set aside, no part of the encoder: %s", path, _few(list(aside)))
     teacher = state.pop("_ema", None)
-    if backbone == "bat" and "cls_token" not in state:
+    state = {n.removeprefix("objective."): t for n, t in state.items()}
+    if any(name.startswith(ROOTS) for name in state):
         prefix = f"{weights}.encoder."
-        state = {n.removeprefix("objective."): t for n, t in state.items()}
         state = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-        state = _plain(state)[0]
-    elif weights == "teacher":
+        if not state:
+            hint = ": say weights=student" if weights == "teacher" else ""
+            raise UserError(f"{path} holds no {weights} encoder ({prefix}*){hint}")
+        return _plain(state)[0]
+    if weights == "teacher":
         if not isinstance(teacher, dict):
             raise UserError(f"{path} holds one encoder, no teacher: say weights=student")
-        state = _plain(teacher)[0]
-    if not state:
-        hint = ": say weights=student" if weights == "teacher" else ""
-        raise UserError(f"{path} holds no {weights} encoder ({weights}.encoder.*){hint}")
+        return _plain(teacher)[0]
+    return state
+
+
+def _tensors(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """Returns ``state`` if its values are plain tensors not larger than their file."""
     odd = [
         name
         for name, value in state.items()
@@ -235,24 +264,36 @@ def _pick(part: dict[Any, Any], path: Path, weights: str) -> tuple[str, dict[str
         raise UserError(
             f"{path}: its tensors repeat a few numbers up to {size} bytes, more than the file has"
         )
-    return backbone, {name: tensor.detach() for name, tensor in state.items()}
+    return {name: tensor.detach() for name, tensor in state.items()}
 
 
-def _no_encoder(part: dict[Any, Any], path: Path) -> str:
+def _no_encoder(held: dict[Any, Any], settings: Mapping[str, Any], path: Path) -> str:
     """Describes the unknown names in ``path``, and where among them an encoder may be."""
-    for value in [part, *part.values()]:
-        names = [n for n in value if isinstance(n, str)] if isinstance(value, dict) else []
-        found = [re.fullmatch(r"(.+\.)(cls_token|extra_tokens)", name) for name in names]
-        prefixes = [match[1] for match in found if match]
+    for part in [held, *held.values()]:
+        if not _is_state(part):
+            continue
+        below: dict[str, dict[str, Any]] = {}  # names below each prefix of one to three words
+        for name, value in part.items():
+            words = name.split(".")
+            for depth in range(1, min(4, len(words))):
+                rest = ".".join(words[depth:])
+                below.setdefault(name.removesuffix(rest), {})[rest] = value
+        prefixes = [p for p, inner in below.items() if _readers(inner, {})]
         if prefixes:
-            beside = [n for n in names if not n.startswith(tuple(prefixes))]
+            beside = [n for n in part if not n.startswith(tuple(prefixes))]
             return (
                 f"{path}: its encoder lies under {' or '.join(map(repr, prefixes[:10]))}"
                 f"{f', beside {_few(beside)}' if beside else ''}: torch.save the tensors of one "
                 "alone, names without what stands before, and give that file"
             )
-    names = [str(name) for name in list(part)[:6]]
-    return f"{path} holds no encoder that is known (bat, eat). It holds {_few(names) or 'nothing'}"
+    names = [str(name) for name in list(held)[:6]]
+    model = settings.get("model_type")
+    said = "" if model is None else f", model_type {in_short(model)} of its settings included"
+    return (
+        f"{path} holds no encoder that is known by its names{said}: it holds "
+        f"{_few(names) or 'nothing'}. If it is one of {', '.join(registry.known('encoders'))}, say "
+        "which, ENCODER:PATH"
+    )
 
 
 class _StandIn:

@@ -51,8 +51,6 @@ def test_golden_files__say_or_ask_for_what_is_not_in_them(golden: Path) -> None:
     assert bat.load_encoder(golden / "checkpoint_official_tiny.pt").heads == 4
     with pytest.raises(UserError, match=r"width 32 is not a multiple of 64.*heads=4"):
         bat.load_encoder(golden / "checkpoint_bat_flat_tiny.pt")
-    with pytest.raises(UserError, match="a BEATs encoder"):
-        bat.load_encoder(golden / "checkpoint_beats_tiny.pt")
     for file in ("checkpoint_eat_tiny.pt", "checkpoint_bat_flat_tiny.pt"):
         with pytest.raises(UserError, match="no teacher"):
             bat.load_encoder(golden / file, weights="teacher", heads=4)
@@ -308,6 +306,37 @@ def test_prefix__of_a_wrapped_student_and_teacher(tmp_path: Path) -> None:
         torch.save(state, tmp_path / "w.pt")
         for who, model in models.items():
             assert same_weights(bat.load_encoder(tmp_path / "w.pt", weights=who), model)
+
+
+def test_encoder__which_of_several_is_asked_or_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({"args": {"num_heads": 2, "x": 1}, "state_dict": tiny().state_dict()}, path)
+    asked = []
+
+    def matches(names: Any, settings: Any) -> bool:
+        asked.append((set(names), dict(settings)))
+        return True
+
+    monkeypatch.setattr(EAT, "matches", matches)
+    with pytest.raises(UserError, match=rf"bat or eat.*bat:{path} or eat:{path}"):
+        bat.load_encoder(path)
+    assert asked[0] == (set(tiny().state_dict()), {"num_heads": 2, "x": 1})
+    assert type(bat.load_encoder(f"bat:{path}")) is BAT
+    assert type(bat.load_encoder(f"eat:{path}")) is EAT
+
+
+def test_encoder__by_name_reads_a_file_that_no_encoder_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BAT, "matches", lambda names, settings: False)
+    path = tmp_path / "w.pt"
+    torch.save({"epoch": 3, "state_dict": tiny().state_dict(), "lr": torch.ones(1)}, path)
+    with pytest.raises(UserError, match=r"no encoder that is known.*bat, .*ENCODER:PATH"):
+        bat.load_encoder(path)
+    torch.save({"module." + n: t for n, t in tiny().state_dict().items()}, path)
+    assert same_weights(bat.load_encoder(f"bat:{path}"), tiny())
 
 
 def test_encoder__among_other_weights_or_several_is_refused_and_its_place_named(

@@ -2,20 +2,22 @@
 
 ``LogMel`` is the paper's "reworked fbank": power mel, decibels with a floor 80 dB under the clip's
 own maximum, min-max of the clip to [0, 1]; no data-set statistics. ``KaldiFbank`` is the front end
-of EAT, SSLAM and BEATs, standardised with the data set's statistics, needed to probe them fairly.
+of EAT, SSLAM, BEATs, AudioMAE and AST, standardised with the data set's statistics, needed to probe
+them fairly; ``LnMel`` is M2D's and ``DbMel`` Dasheng's.
 
 Rows of a batch may be clips of different length, zero-padded on the right, with ``lengths``.
 **The spectrogram of a clip depends on that clip alone**. Reflections are taken at each
 row's own end by index arithmetic, floor, minimum and maximum run over its own frames, and frames
 beyond them are zero. Samples beyond ``lengths`` are never used.
 
-Two settings select behaviour that differs among the paper's own pipelines:
+Two settings select behaviour that differs among published pipelines:
 
 * ``pad``: a clip too short for ``frames`` frames gets zero frames (``spectrogram``, as the paper's
-  pre-training), or zero samples that count as signal, up to ``(frames - 1) * hop_length``
-  (``waveform``) or up to ``clip_seconds``, then zero frames (``clip``, as the paper's supervised
-  tasks; for AudioSet the two are the same: 163,680 samples, 1024 frames). The legacy front ends
-  take the mean of the unpadded clip off;
+  pre-training; ``fbank``: before standardising, so that they hold ``-mean / (2 std)``, as EAT,
+  SSLAM, AudioMAE and AST were trained; Kaldi front ends only), or zero samples that count as
+  signal, up to ``(frames - 1) * hop_length`` (``waveform``) or up to ``clip_seconds``, then zero
+  frames (``clip``, as the paper's supervised tasks; for AudioSet the two are the same: 163,680
+  samples, 1024 frames). The legacy front ends take the mean of the unpadded clip off;
 * ``crop``: a clip too long is cut to the longest that has ``frames`` frames before anything is
   computed (``waveform``), or loses its last frames at the end (``spectrogram``, the paper's: the
   dropped part still sets floor and range).
@@ -26,9 +28,9 @@ Everything is float32, whatever the autocast state or the precision that the mod
 of ``LogMel`` by up to 6e-5, 2e-4 for clips of little range (emulated). There is no loop over clips
 and no host synchronisation.
 
-The mel banks are computed in float32 in the order of operations of torchaudio (2.11), whose banks
-the published checkpoints were trained on: equal to the last bit on the same machine. torchaudio's
-own functions read a value of the bank, which meta and fake tensors do not have.
+Mel banks are torchaudio's, on which the published checkpoints were trained, computed on the CPU.
+Kaldi's are computed here in the order of operations of torchaudio (2.11): equal to the last bit on
+the same machine (its own function reads a value of the bank, which meta tensors do not have).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,7 @@ from torch import Tensor, nn
 
 from bat.errors import UserError
 
-Pad = Literal["spectrogram", "waveform", "clip"]
+Pad = Literal["spectrogram", "waveform", "clip", "fbank"]
 Crop = Literal["waveform", "spectrogram"]
 Samples = TypeVar("Samples", int, Tensor)
 
@@ -56,6 +58,11 @@ STATISTICS: dict[str, dict[str, tuple[float, float]]] = {
         "librispeech": (-7.32925959, 4.06100490),
         "hsn": (-8.55048120, 4.04533479),
         "dcase16": (-10.68592022, 2.06164972),
+        "audioset-eat": (-4.268, 4.569),
+        "esc50-eat": (-6.627, 5.359),
+        "speechcommands-eat": (-6.846, 5.565),
+        "audioset-ast": (-4.2677393, 4.5689974),
+        "speechcommands-ast": (-6.845978, 5.5654526),
     },
     "beats": {
         "audioset": (15.41663, 6.55582),
@@ -66,18 +73,22 @@ STATISTICS: dict[str, dict[str, tuple[float, float]]] = {
         "dcase16": (10.01597327, 3.07065857),
     },
 }
-"""Mean and deviation of the log filter bank by front end and data set (docs/method.md 1)."""
+"""Mean and deviation of the log filter bank by front end and data set (docs/method.md 1): those of
+BAT's authors, ``-eat`` those of EAT's and SSLAM's, ``-ast`` those of AST's and AudioMAE's."""
 
 
 class FrontEnd(nn.Module, abc.ABC):
-    """Base of the two front ends: the call, cropping and padding, the float32 tables.
+    """Base of the front ends: the call, cropping and padding, the float32 tables.
 
     Attributes:
         sample_rate: Hz the waveform must have.
         hop_length: samples from frame to frame.
         n_mels: mel bands.
         clip_samples: samples that ``pad="clip"`` pads to, else 0.
+        fill: value of the frames beyond a clip, 0 unless ``pad="fbank"``.
     """
+
+    fill = 0.0
 
     window: Tensor
     filters: Tensor
@@ -132,7 +143,7 @@ class FrontEnd(nn.Module, abc.ABC):
                 computed alone (``pad="waveform"`` pads to it); None: ``frames``.
 
         Returns:
-            (B, 1, frames, n_mels) float32, zero beyond each clip's valid frames.
+            (B, 1, frames, n_mels) float32, ``fill`` beyond each clip's valid frames.
 
         Raises:
             UserError: a waveform that is not (B, S) floating point, ``frames`` below 1, ``lengths``
@@ -168,9 +179,10 @@ class FrontEnd(nn.Module, abc.ABC):
                 fits = self.clip_samples if self.crop == "spectrogram" else most
                 x, valid = _extend(x, valid, min(self.clip_samples, fits))
             x, shown = self._transform(x, valid)  # (B, T, F), (B, T, 1)
-            x = x.masked_fill(~shown, 0.0)
-            # crops where frames are too many, appends zeros where too few
-            return F.pad(x, (0, 0, 0, frames - x.shape[1])).unsqueeze(1)  # (B, 1, frames, F)
+            x = x.masked_fill(~shown, self.fill)
+            # crops where frames are too many, appends some where too few
+            x = F.pad(x, (0, 0, 0, frames - x.shape[1]), value=self.fill)
+            return x.unsqueeze(1)  # (B, 1, frames, F)
 
     @abc.abstractmethod
     def valid_frames(self, lengths: Samples) -> Samples:
@@ -217,18 +229,19 @@ class FrontEnd(nn.Module, abc.ABC):
         return self
 
 
-class LogMel(FrontEnd):
-    """BAT's front end: (B, S) -> (B, 1, frames, n_mels) in [0, 1], each clip by its own range.
+class PowerMel(FrontEnd):
+    """Base of front ends of a power mel spectrogram; a subclass scales it.
 
-    Centred frames with reflect padding: ``1 + floor(samples / hop)``. Clips too short for one
-    reflection (``samples <= n_fft / 2``, where PyTorch's own padding raises) are reflected again
-    and again, as ``numpy.pad`` does; a single sample is repeated. Silence gives zeros.
+    Centred frames with reflect padding: ``1 + floor(samples / hop)``, periodic Hann window of
+    ``n_fft``. Clips too short for one reflection (``samples <= n_fft / 2``, where PyTorch's own
+    padding raises) are reflected again and again, as ``numpy.pad`` does; a single sample is
+    repeated.
 
-    HSN uses ``sample_rate=32000, n_fft=2048, hop_length=320``.
+    Args:
+        f_min: lowest frequency of the bank in Hz; the highest is sample_rate / 2.
+        slaney: Slaney's mel scale and triangles of equal area (librosa's default), else HTK's
+            scale and triangles of height 1.
     """
-
-    TOP_DB = 80.0
-    LEAST_POWER = 1e-10
 
     def __init__(
         self,
@@ -237,6 +250,8 @@ class LogMel(FrontEnd):
         n_fft: int = 1024,
         hop_length: int = 160,
         n_mels: int = 128,
+        f_min: float = 0.0,
+        slaney: bool = False,
         pad: Pad = "spectrogram",
         crop: Crop = "waveform",
         clip_seconds: float | None = None,
@@ -251,7 +266,9 @@ class LogMel(FrontEnd):
         )
         if n_fft < 2 or n_fft % 2:
             raise UserError(f"n_fft={n_fft}: an even number of samples")
-        self.n_fft = n_fft
+        if pad == "fbank":
+            raise UserError(f"pad='fbank': only for a Kaldi filter bank, not {type(self).__name__}")
+        self.n_fft, self.f_min, self.slaney = n_fft, f_min, slaney
         self._make_tables()
 
     def valid_frames(self, lengths: Samples) -> Samples:
@@ -262,7 +279,10 @@ class LogMel(FrontEnd):
 
     def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         window = torch.hann_window(self.n_fft, device=device, dtype=torch.float32)
-        return window, htk_bank(self.sample_rate, self.n_fft, self.n_mels, device)
+        bank = mel_bank(
+            self.sample_rate, self.n_fft, self.n_mels, f_min=self.f_min, slaney=self.slaney
+        )
+        return window, bank.to(device)
 
     def _transform(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         x = self._reflect(x, lengths)  # (B, S + n_fft)
@@ -270,12 +290,12 @@ class LogMel(FrontEnd):
             x, self.n_fft, self.hop_length, window=self.window, center=False, return_complex=True
         )  # (B, bins, T)
         mel = _power(spectrum).transpose(1, 2) @ self.filters  # (B, T, F)
-        db = 10.0 * mel.clamp(min=self.LEAST_POWER).log10()
-        shown = self._shown(db, lengths)
-        high = db.masked_fill(~shown, -torch.inf).amax((1, 2), keepdim=True)  # (B, 1, 1)
-        db = torch.maximum(db, high - self.TOP_DB)
-        low = db.masked_fill(~shown, torch.inf).amin((1, 2), keepdim=True)
-        return (db - low) / (high - low + 1e-8), shown
+        shown = self._shown(mel, lengths)
+        return self._scale(mel, shown), shown
+
+    @abc.abstractmethod
+    def _scale(self, mel: Tensor, shown: Tensor) -> Tensor:
+        """Scales power (B, T, F); frames that are not ``shown`` (B, T, 1) must have no effect."""
 
     def _reflect(self, x: Tensor, lengths: Tensor) -> Tensor:
         """Returns n_fft / 2 mirrored samples before each row and after its own last sample."""
@@ -288,19 +308,69 @@ class LogMel(FrontEnd):
         return padded.scatter(1, half + ends + steps, behind)
 
 
+class DbMel(PowerMel):
+    """Decibels of the power mel, not below ``TOP_DB`` under the clip's maximum: (B, S) -> (B, 1,
+    frames, n_mels). Dasheng's: ``n_fft=512, n_mels=64``.
+
+    Departure from torchaudio on a batch, whose floor is that of the batch's maximum.
+    """
+
+    TOP_DB = 120.0
+    LEAST_POWER = 1e-10
+
+    def _scale(self, mel: Tensor, shown: Tensor) -> Tensor:
+        db = 10.0 * mel.clamp(min=self.LEAST_POWER).log10()
+        high = db.masked_fill(~shown, -torch.inf).amax((1, 2), keepdim=True)  # (B, 1, 1)
+        return torch.maximum(db, high - self.TOP_DB)
+
+
+class LogMel(DbMel):
+    """BAT's front end: (B, S) -> (B, 1, frames, n_mels) in [0, 1], each clip by its own range.
+
+    Silence gives zeros. HSN uses ``sample_rate=32000, n_fft=2048, hop_length=320``.
+    """
+
+    TOP_DB = 80.0
+
+    def _scale(self, mel: Tensor, shown: Tensor) -> Tensor:
+        db = super()._scale(mel, shown)
+        high = db.masked_fill(~shown, -torch.inf).amax((1, 2), keepdim=True)  # (B, 1, 1)
+        low = db.masked_fill(~shown, torch.inf).amin((1, 2), keepdim=True)
+        return (db - low) / (high - low + 1e-8)
+
+
+class LnMel(PowerMel):
+    """``(ln(x + 2^-23) - mean) / std`` of the power mel x: (B, S) -> (B, 1, frames, n_mels).
+
+    M2D's: ``n_fft=400, n_mels=80, f_min=50, slaney=True`` and the weight file's statistics.
+    """
+
+    LEAST_POWER = 2.0**-23
+
+    def __init__(self, *, mean: float, std: float, **mel: Any) -> None:
+        super().__init__(**mel)
+        if not (math.isfinite(mean) and 0 < std < math.inf):
+            raise UserError(f"mean={mean}, std={std}: finite numbers, std above 0")
+        self.mean, self.std = mean, std
+
+    def _scale(self, mel: Tensor, shown: Tensor) -> Tensor:
+        return ((mel + self.LEAST_POWER).log() - self.mean) / self.std
+
+
 class KaldiFbank(FrontEnd):
     """Kaldi's log filter bank as EAT/SSLAM and BEATs use it: (B, S) -> (B, 1, frames, n_mels).
 
     25 ms windows every 10 ms, complete ones only; each: mean removed, pre-emphasis 0.97, window,
     power spectrum, mel bands, ``ln(max(., 2^-23))``; then ``(x - mean) / (2 std)``; frames beyond
-    the clip are zero *after* that. ``eat``: the clip's mean removed first, symmetric Hann window.
-    ``beats``: samples times 2^15, "povey" window (Hann to the power 0.85).
+    the clip are zero *after* that (``pad="fbank"``: before it). ``eat``: the clip's mean removed
+    first, symmetric Hann window. ``beats``: samples times 2^15, "povey" window (Hann to the power
+    0.85).
 
     Departure: a clip shorter than one window, for which Kaldi gives no frame, is padded with zeros
     to one window.
 
     Args:
-        kind: ``eat`` (and SSLAM) or ``beats``.
+        kind: ``eat`` (SSLAM, AudioMAE and AST too) or ``beats``.
         statistics: a data set of ``STATISTICS[kind]``.
     """
 
@@ -334,6 +404,8 @@ class KaldiFbank(FrontEnd):
         self.kind = kind
         self.statistics = statistics
         self.mean, self.std = STATISTICS[kind][statistics]
+        if pad == "fbank":
+            self.fill = -self.mean / (2.0 * self.std)
         self.window_length = sample_rate * 25 // 1000
         self.n_fft = 2 ** (self.window_length - 1).bit_length()
         self._make_tables()
@@ -367,21 +439,23 @@ class KaldiFbank(FrontEnd):
         return (mel - self.mean) / (2.0 * self.std), self._shown(mel, lengths)
 
 
-def htk_bank(sample_rate: int, n_fft: int, n_mels: int, device: torch.device) -> Tensor:
-    """Returns triangles of height 1, equally spaced on ``2595 log10(1 + f / 700)`` up to sr / 2.
+def mel_bank(
+    sample_rate: int, n_fft: int, n_mels: int, *, f_min: float = 0.0, slaney: bool = False
+) -> Tensor:
+    """Returns torchaudio's triangles from ``f_min`` to sample_rate / 2, on the CPU: of height 1 on
+    the scale ``2595 log10(1 + f / 700)``, or ``slaney``'s scale and equal areas.
 
     Returns:
         (n_fft / 2 + 1, n_mels) float32.
     """
-    nyquist = sample_rate // 2
-    bins = torch.linspace(0, nyquist, n_fft // 2 + 1, device=device)  # Hz
-    top = 2595.0 * math.log10(1.0 + nyquist / 700.0)
-    edges = 700.0 * (10.0 ** (torch.linspace(0.0, top, n_mels + 2, device=device) / 2595.0) - 1.0)
-    width = edges[1:] - edges[:-1]  # (n_mels + 1,)
-    ahead = edges[None, :] - bins[:, None]  # (bins, n_mels + 2)
-    rising = -1.0 * ahead[:, :-2] / width[:-1]
-    falling = ahead[:, 2:] / width[1:]
-    return torch.minimum(rising, falling).clamp(min=0.0)
+    from torchaudio.functional import melscale_fbanks  # not at the top: it takes a while
+
+    style = ("slaney", "slaney") if slaney else (None, "htk")
+    with torch.device("cpu"):
+        bank: Tensor = melscale_fbanks(
+            n_fft // 2 + 1, f_min, sample_rate / 2, n_mels, sample_rate, *style
+        )
+    return bank
 
 
 def kaldi_bank(sample_rate: int, n_fft: int, n_mels: int, device: torch.device) -> Tensor:

@@ -148,8 +148,9 @@ class Supervised:
     frames: PositiveInt | None = None
     """Frames of every clip; null: the task's number, or for custom data, which has none, each
     clip's own (padding is not attended to, and results do not depend on the batch)."""
-    pad: Literal["checkpoint", "spectrogram", "waveform", "clip"] = "checkpoint"
-    """Padding of short clips: zero frames (``spectrogram``), zero samples to the last frame
+    pad: Literal["checkpoint", "spectrogram", "waveform", "clip", "fbank"] = "checkpoint"
+    """Padding of short clips: zero frames (``spectrogram``; ``fbank``: before a Kaldi front end
+    standardises, as EAT, SSLAM, AudioMAE and AST were trained), zero samples to the last frame
     (``waveform``), or zero samples to ``data.clip_seconds``, then zero frames (``clip``, the
     paper's supervised tasks); ``checkpoint``: as the encoder was trained."""
     pad_offset: Literal["start", "random"] = "start"

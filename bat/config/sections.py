@@ -61,7 +61,7 @@ class Frontend:
     n_mels: PositiveInt = 128
     frames: PositiveInt = 1024
     """Frames of one clip, a multiple of the patch: 10 s -> 1024, 5 s -> 512."""
-    pad: Literal["spectrogram", "waveform", "clip"] = "spectrogram"
+    pad: Literal["spectrogram", "waveform", "clip", "fbank"] = "spectrogram"
     """Padding of short clips; ``clip``: zero samples to ``data.clip_seconds``, then zero
     frames."""
     statistics: str = "audioset"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import abc
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
@@ -84,6 +85,33 @@ class Encoder(nn.Module, abc.ABC):
         cls, state: Mapping[str, Tensor], *, config: dict[str, Any] | None, heads: int | None
     ) -> Self:
         """Builds from a state dict, strictly. ``config`` None: infer the shape from the tensors."""
+
+    @classmethod
+    def matches(cls, names: Collection[str], settings: Mapping[str, Any]) -> bool:
+        """Returns True if another project's weights hold this encoder (default: False).
+
+        Args:
+            names: of the tensors, without prefixes that wrappers gave to all (``bat.weights``).
+            settings: ``config.json`` of the folder, or the mapping stored beside the weights
+                (``cfg``, ``config``, ``args``); empty if there is none.
+        """
+        return False
+
+    @classmethod
+    def from_file(
+        cls,
+        state: Mapping[str, Tensor],
+        *,
+        settings: Mapping[str, Any],
+        path: Path,
+        heads: int | None,
+    ) -> Self:
+        """Builds from another project's weights, names as published, strictly.
+
+        ``settings``: see ``matches``. ``path``: the file or folder, for messages. ``heads``:
+        attention heads, if the caller states them. Default: ``from_weights`` without ``config``.
+        """
+        return cls.from_weights(state, config=None, heads=heads)
 
     @abc.abstractmethod
     def config(self) -> dict[str, Any]:
@@ -174,10 +202,11 @@ class Encoder(nn.Module, abc.ABC):
 
 
 class SpectrogramEncoder(Encoder):
-    """Base class of encoders of square spectrogram patches.
+    """Base class of encoders of spectrogram patches.
 
     Attributes: ``frontend`` (waveform to (B, 1, frames, mels), such as ``bat.audio.LogMel``),
-    ``patch`` (frames and mel bins a side), ``grid`` (patches of one chunk; longer clips are split).
+    ``patch`` (frames of a patch), ``step`` (frames from one time patch to the next; default:
+    ``patch``), ``grid`` (patches of one chunk; longer clips are split).
     """
 
     frontend: nn.Module
@@ -191,7 +220,19 @@ class SpectrogramEncoder(Encoder):
 
     @property
     def hop_seconds(self) -> float:
-        return float(self.patch * self.frontend.hop_length / self.sample_rate)  # type: ignore[operator]
+        return float(self.step * self.frontend.hop_length / self.sample_rate)  # type: ignore[operator]
+
+    @property
+    def step(self) -> int:
+        return self.patch
+
+    def patches_of(self, frames: int) -> int:
+        """Returns the time patches of a spectrogram of ``frames`` frames."""
+        return 1 + (frames - self.patch) // self.step
+
+    def frames_of(self, patches: Any) -> Any:
+        """Returns the frames that ``patches`` time patches (a number or a tensor) are made of."""
+        return self.patch + (patches - 1) * self.step
 
     def inputs(
         self, waveform: Tensor, lengths: Tensor | None = None, *, frames: int | None = None
@@ -206,22 +247,24 @@ class SpectrogramEncoder(Encoder):
             raise ValueError(f"waveform must be (B, S) or (S,), not {tuple(waveform.shape)}")
         if frames is not None:
             return self.frontend(waveform, frames=frames, lengths=lengths)
-        frames = self.patch * self.time_patches(waveform.shape[1])
+        frames = self.frames_of(self.time_patches(waveform.shape[1]))
         if lengths is None:
             return self.frontend(waveform, frames=frames)
-        own = self.patch * self.time_patches(lengths.clamp(1, waveform.shape[1]))
+        own = self.frames_of(self.time_patches(lengths.clamp(1, waveform.shape[1])))
         return self.frontend(waveform, frames=frames, lengths=lengths, row_frames=own)
 
     def time_patches(self, samples: Samples) -> Samples:
         """Returns the time patches of clips of ``samples`` samples encoded alone; the last may be
         partly zero frames."""
         front: Any = self.frontend
-        patches: Samples = -(-front.valid_frames(front.padded_samples(samples)) // self.patch)
+        frames = front.valid_frames(front.padded_samples(samples))
+        more = -((self.patch - frames) // self.step)  # after the first, at most 0 if it suffices
+        patches: Samples = 1 + (more.clamp(min=0) if isinstance(more, Tensor) else max(0, more))
         return patches
 
     def first(self, inputs: Tensor, patches: int) -> Tensor:
         """Returns the frames of the first ``patches`` time patches of (B, 1, frames, mels)."""
-        return inputs[:, :, : patches * self.patch]
+        return inputs[:, :, : self.frames_of(patches)]
 
 
 class MaskableEncoder(SpectrogramEncoder):

@@ -18,7 +18,8 @@ and cancels.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -285,6 +286,30 @@ class BAT(MaskableEncoder):
             )
         load_strictly(model, state, "the weight file")
         return model
+
+    @classmethod
+    def matches(cls, names: Collection[str], settings: Mapping[str, Any]) -> bool:
+        """See ``Encoder.matches``. A plain ViT with a last norm (AudioMAE, M2D) is not one."""
+        if settings.get("model_type", "bat") != "bat" or "model_variant" in settings:
+            return False
+        own = {"pre_norm.weight", "blocks.0.attn.gate.weight"}
+        return "cls_token" in names and not (
+            own.isdisjoint(names) and {"norm.weight", "fc_norm.weight"} & set(names)
+        )
+
+    @classmethod
+    def from_file(
+        cls,
+        state: Mapping[str, Tensor],
+        *,
+        settings: Mapping[str, Any],
+        path: Path,
+        heads: int | None,
+    ) -> Self:
+        """Builds from the paper's files and hub folder; see ``Encoder.from_file``."""
+        config = hub_keywords(settings, str(path)) if "model_type" in settings else None
+        heads = settings.get("num_heads") if heads is None else heads
+        return cls.from_weights(state, config=config, heads=heads)
 
     def _patches(self, spectrogram: Tensor) -> tuple[int, int]:
         frames, mels = spectrogram.shape[2:]

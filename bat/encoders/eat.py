@@ -6,11 +6,13 @@ data set's statistics. The file's position table may be longer than the 512 rows
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
 
+from bat.encoders.base import demand
 from bat.encoders.bat import BAT
 from bat.errors import UserError
 
@@ -53,6 +55,26 @@ class EAT(BAT):
         if config is None:
             state = rename(state)
         return super().from_weights(state, config=config, heads=heads)
+
+    @classmethod
+    def matches(cls, names: Collection[str], settings: Mapping[str, Any]) -> bool:
+        if "model_variant" in settings or "model_type" in settings:
+            return "model_variant" in settings or settings["model_type"] in ("eat", "sslam")
+        return "extra_tokens" in names or any(n.startswith("modality_encoders.") for n in names)
+
+    @classmethod
+    def from_file(
+        cls,
+        state: Mapping[str, Tensor],
+        *,
+        settings: Mapping[str, Any],
+        path: Path,
+        heads: int | None,
+    ) -> Self:
+        """Builds from a file of fairseq or a hub folder; see ``Encoder.from_file``."""
+        demand(settings, HUB_FIXED, str(path))
+        heads = settings.get("num_heads") if heads is None else heads
+        return cls.from_weights(state, config=None, heads=heads)
 
     def __init__(self, **keywords: Any) -> None:
         keywords.setdefault("gate", False)

@@ -66,7 +66,7 @@ def encoder_statistics(
             inputs = backbone.inputs(waves, lengths, frames=frames)
             T = backbone.time_patches(waves.shape[1])
             if frames is not None and isinstance(backbone, SpectrogramEncoder):
-                T = frames // backbone.patch
+                T = backbone.patches_of(frames)
             T = min(T, backbone.max_patches or T)
             inputs = backbone.first(inputs, T)
             valid = torch.full_like(lengths, T)
@@ -178,8 +178,9 @@ def _time_steps(
     steps = torch.arange(T, device=inputs.device)
     if isinstance(backbone, SpectrogramEncoder):
         front: Any = backbone.frontend
-        inside = steps * backbone.patch < front.valid_frames(lengths)[:, None]
-        return inputs[:, 0], inside, inside.repeat_interleave(backbone.patch, dim=1)
+        inside = steps * backbone.step < front.valid_frames(lengths)[:, None]
+        frames = inputs[:, 0, : T * backbone.step]
+        return frames, inside, inside.repeat_interleave(backbone.step, dim=1)
     inside = steps < backbone.time_patches(lengths)[:, None]
     hop = round(backbone.hop_seconds * backbone.sample_rate)
     waves = F.pad(waves, (0, max(0, T * hop - waves.shape[1])))[:, : T * hop]
@@ -193,7 +194,7 @@ def _pictures(backbone: Encoder, batch: WaveBatch, frames: int | None) -> tuple[
     """
     waves, lengths = batch.waves.to(device_of(backbone)), batch.lengths.to(device_of(backbone))
     if isinstance(backbone, SpectrogramEncoder):
-        return backbone.inputs(waves, lengths, frames=frames)[:, 0], backbone.patch
+        return backbone.inputs(waves, lengths, frames=frames)[:, 0], backbone.step
     hop = round(backbone.hop_seconds * backbone.sample_rate)
     steps = -(-hop // MAX_HOP)
     front = LogMel(sample_rate=backbone.sample_rate, hop_length=hop // steps).to(waves.device)

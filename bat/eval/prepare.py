@@ -207,7 +207,7 @@ def _without_long_texts(
     index = data.index
     fixed = None
     if frames is not None and isinstance(backbone, SpectrogramEncoder):
-        fixed = frames // backbone.patch
+        fixed = backbone.patches_of(frames)
     long = np.zeros(len(index), bool)
     for i, seconds in enumerate(_seconds(index).tolist()):
         if fixed is None and not seconds:

@@ -42,6 +42,24 @@ class PatchEmbed(nn.Module):
         return F.linear(x.reshape(B, -1, p * p), self.proj.weight.flatten(1), self.proj.bias)
 
 
+class BandEmbed(nn.Module):
+    """Embeds patches of a spectrogram whose first axis is frequency, as M2D, AST and Dasheng have
+    it, overlapping or not: (B, 1, frames, mels) -> (B, T, F, D).
+
+    ``patch``, ``stride``: (mel bins, frames); without ``stride`` patches do not overlap. Frames
+    that are no whole patch are left out.
+    """
+
+    def __init__(
+        self, patch: tuple[int, int], width: int, *, stride: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(1, width, kernel_size=patch, stride=stride or patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x.transpose(2, 3)).permute(0, 3, 2, 1)  # (B, D, F, T) -> (B, T, F, D)
+
+
 def position_code(width: int, grid: Grid, layout: PosLayout = "reference") -> Tensor:
     """Returns the table (1, N, D) float32. ``width`` must be a multiple of 4."""
     if width % 4:

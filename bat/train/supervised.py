@@ -114,7 +114,7 @@ class Supervised(TrainingModule):
         patches = self.backbone.time_patches(batch.lengths) if self.frames is None else None
         T = self.backbone.time_patches(waves.shape[1])
         if isinstance(self.backbone, SpectrogramEncoder) and self.frames is not None:
-            T = self.frames // self.backbone.patch
+            T = self.backbone.patches_of(self.frames)
         if self.targets_of is not None:
             targets = self.targets_of(batch, T).to(x.device)
         if own.mixup_p:

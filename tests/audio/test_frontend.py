@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor
 
-from bat.audio.frontend import FrontEnd, KaldiFbank, LogMel, htk_bank
+from bat.audio.frontend import DbMel, FrontEnd, KaldiFbank, LnMel, LogMel, mel_bank
 from bat.errors import UserError
 
 TOLERANCE = 1e-4  # the golden vectors' own advice for values in [0, 1]
@@ -23,6 +23,10 @@ KINDS: dict[str, Callable[..., FrontEnd]] = {
     "bat": LogMel,
     "eat": functools.partial(KaldiFbank, kind="eat"),
     "beats": functools.partial(KaldiFbank, kind="beats"),
+    "m2d": functools.partial(
+        LnMel, mean=-7.1, std=4.2, n_fft=400, n_mels=80, f_min=50.0, slaney=True
+    ),
+    "dasheng": functools.partial(DbMel, n_fft=512, n_mels=64),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -32,8 +36,12 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 @every_kind
-@pytest.mark.parametrize("pad", ["spectrogram", "waveform", "clip"])
+@pytest.mark.parametrize("pad", ["spectrogram", "waveform", "clip", "fbank"])
 def test_front_end__padded_rows_are_what_they_are_alone(kind: str, pad: str) -> None:
+    if pad == "fbank" and kind not in ("eat", "beats"):
+        with pytest.raises(UserError, match="pad='fbank'"):
+            KINDS[kind](pad=pad)
+        return
     front_end = KINDS[kind](pad=pad, clip_seconds=0.4 if pad == "clip" else None)
     lengths = [9000, 1, 2, 100, 399, 400, 401, 512, 513, 5000, 8999]
     batch = torch.full((len(lengths), 9000), torch.nan)  # padding must not even be looked at
@@ -44,10 +52,10 @@ def test_front_end__padded_rows_are_what_they_are_alone(kind: str, pad: str) -> 
     for row, length in enumerate(lengths):
         alone = front_end(batch[row : row + 1, :length], 64)
         torch.testing.assert_close(out[row], alone[0], rtol=0, atol=1e-4)
-        if pad == "spectrogram":
+        if pad in ("spectrogram", "fbank"):
             valid = front_end.valid_frames(length)
             assert front_end.valid_frames(torch.tensor(length)) == valid
-            assert not out[row, 0, valid:].any()
+            assert (out[row, 0, valid:] == front_end.fill).all()
 
 
 @every_kind
@@ -187,7 +195,7 @@ def test_log_mel__golden_batches_and_tables(arrays: dict[str, np.ndarray]) -> No
     np.testing.assert_allclose(papers, arrays["padbatch_out"], rtol=0, atol=TOLERANCE)
     assert np.abs(papers[1] - alone)[:61].max() > 0.03
     for name, rate, n_fft in (("16k_1024", 16000, 1024), ("32k_2048", 32000, 2048)):
-        bank = htk_bank(rate, n_fft, 128, torch.device("cpu"))
+        bank = mel_bank(rate, n_fft, 128)
         np.testing.assert_allclose(bank, arrays[f"mel_filterbank_{name}"], rtol=0, atol=2e-5)
     np.testing.assert_allclose(LogMel().window, arrays["stft_window_1024"], rtol=0, atol=1e-7)
 
@@ -212,11 +220,19 @@ def test_log_mel__equals_torchaudio(samples: int) -> None:
     assert (out - exact).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("rate", "n_fft", "n_mels"), [(16000, 1024, 128), (44100, 400, 40)])
-def test_htk_bank__equals_torchaudio(rate: int, n_fft: int, n_mels: int) -> None:
-    bank = htk_bank(rate, n_fft, n_mels, torch.device("cpu"))
-    other = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0.0, rate / 2, n_mels, rate)
-    assert bank.equal(other)
+def test_db_mel__equals_torchaudio_and_has_the_clips_own_floor() -> None:
+    """A loud clip, whose floor shows, and a quiet one, which a floor of the batch would reach."""
+    wave = 10 * noise(8000)
+    wave[4000:] = 0
+    waves = torch.stack([wave, 1e-4 * wave])
+    mel = torchaudio.transforms.MelSpectrogram(16000, 512, hop_length=160, n_mels=64)(waves)
+    to_db = torchaudio.transforms.AmplitudeToDB("power", top_db=120)
+    out = KINDS["dasheng"]()(waves, 51)
+    for row in (0, 1):
+        wanted = to_db(mel[row : row + 1])[0].T
+        torch.testing.assert_close(out[row, 0], wanted, rtol=0, atol=1e-3)
+    assert (out[0].max() - out[0].min()).item() == pytest.approx(120, abs=1e-3)
+    assert (to_db(mel)[1].T - out[1, 0]).abs().max() > 1
 
 
 @pytest.mark.parametrize("samples", [500, 9000, 16000])

@@ -8,6 +8,7 @@ import torch
 from bat.config.compose import to_yaml
 from bat.config.schema import Finetune, Hardware, Pretrain, Probe
 from bat.config.sections import Data
+from bat.encoders.audiomae import AudioMAE
 from bat.encoders.bat import BAT
 from bat.encoders.eat import EAT, NAMES, PREFIX
 from bat.errors import UserError
@@ -112,6 +113,12 @@ def test_load_for__statistics_of_a_foreign_file_are_the_tasks(eat_file, run):
     assert front("audioset").statistics == front("folder").statistics == "audioset"
     assert front("esc10", f"random:{eat_file}").statistics == "esc50"
     assert front("esc10", statistics="hsn").mean == -8.55048120
+    own = front("esc10", statistics="audioset-eat", pad="fbank")  # EAT's and SSLAM's own
+    assert (own.mean, own.std) == (-4.268, 4.569)
+    assert own(torch.zeros(1, 400), 2)[0, 0, 1, 0] == pytest.approx(4.268 / (2 * 4.569))
+    other = AudioMAE(width=64, depth=1, heads=1, grid=Grid(2, 8)).state_dict()
+    torch.save(other, eat_file.parent / "audiomae.pth")  # trained with one pair, not the task's
+    assert front("esc10", eat_file.parent / "audiomae.pth").statistics == "audioset-ast"
     with pytest.raises(UserError, match="statistics='birds': none known"):
         front("esc10", statistics="birds")
     with pytest.raises(UserError, match=r"statistics=esc50: .*\(LogMel\) uses none"):

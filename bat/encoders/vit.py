@@ -1,0 +1,211 @@
+"""The pre-norm vision transformer that AudioMAE, M2D, AST and Dasheng share.
+
+    x_0 = [leading tokens, patch tokens]
+    y_l = x_(l-1) + Attn(LN(x_(l-1)));   x_l = y_l + MLP(LN(y_l)),   l = 1 .. L
+
+Features of block l are x_l, those of the last block LN(x_L) (``norm``). Tokens are time-major here,
+also where the published code has them frequency-major: attention does not depend on their order,
+and position codes are reordered with them. Clips longer than ``max_patches`` are encoded in chunks,
+each from position 0, the last one shorter; class tokens are averaged over the chunks.
+
+Files are built from strictly, after a comparison of all names and shapes on the meta device, so
+that nothing large is allocated for a file that does not fit.
+"""
+
+from __future__ import annotations
+
+import abc
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from bat.encoders.base import Encoder, check_settings, in_short, keywords_of, load_strictly
+from bat.encoders.bat import MAX_DEPTH, MAX_TOKENS, SETTINGS
+from bat.errors import UserError
+from bat.nn.attention import Backend
+from bat.nn.block import EPS, Block
+from bat.types import Features, Grid
+
+SHARED = ("width", "depth", "heads", "mlp_ratio", "drop_path", "attention")
+
+
+class ViT(Encoder):
+    """Base class: blocks and their features. Subclasses have ``embed``, and ``leading`` tokens.
+
+    Attributes: ``learned``, the parameters beside the blocks that never decay.
+    """
+
+    learned: ClassVar[tuple[str, ...]] = ("cls_token", "pos_embed")
+    _config: dict[str, Any]
+
+    def _make(self, keywords: dict[str, Any], *, eps: float = EPS, norm: bool = True) -> None:
+        """Makes blocks and last norm from the constructor's ``keywords``, kept for ``config``.
+
+        Raises ``UserError`` for a setting of the wrong type or out of range.
+        """
+        own = {k: v for k, v in keywords.items() if k not in ("self", "__class__")}
+        shape = {name: own[name] for name in SHARED}
+        check_settings("encoder", shape, SETTINGS)
+        width, depth, heads, ratio, drop_path, attention = shape.values()
+        if width % heads or width % 4:
+            raise UserError(f"encoder: width={width}: a multiple of heads={heads} and of 4")
+        if "grid" in own:
+            own["grid"] = make_grid(own["grid"])
+        self._config = own
+        self.width, self.depth, self.heads = width, depth, heads
+        self.attention: Backend = attention
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio=ratio, gate=False, norm_order="pre", attention=attention)
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = eps
+        self.set_drop_path(drop_path)
+
+    @abc.abstractmethod
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Embeds the input of one chunk as (B, T, F, D) with position codes."""
+
+    def leading(self) -> Tensor | None:
+        """Returns the tokens in front of the patches, (1, k, D), with position codes."""
+        return None
+
+    def chunks(self, inputs: Tensor) -> Iterator[Tensor]:
+        """Splits inputs (B, 1, frames, mels) into chunks of at most ``max_patches``."""
+        patches = self.max_patches
+        while (
+            patches is not None
+            and inputs.shape[2] > (first := self.first(inputs, patches)).shape[2]
+        ):
+            yield first
+            inputs = inputs[:, :, first.shape[2] :]
+        yield inputs
+
+    def features(self, inputs: Tensor, *, entry: bool = False) -> Features:
+        """Maps inputs of clips of one length to ``Features`` of all blocks."""
+        assert not entry, "no query_blocks here"
+        found = [self._layers(self.embed(chunk)) for chunk in self.chunks(inputs)]
+        patches = [p for p, _ in found]
+        cls = torch.stack([lead.mean(2) for _, lead in found]).mean(0) if self.has_cls else None
+        return Features(patches[0] if len(found) == 1 else torch.cat(patches, dim=2), cls)
+
+    def _layers(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps (B, T, F, D) embedded tokens to the patch tokens of all blocks, (L, B, T, F, D), and
+        the leading ones, (L, B, k, D)."""
+        x, lead = tokens.flatten(1, 2), self.leading()
+        k = 0 if lead is None else lead.shape[1]
+        if lead is not None:
+            x = torch.cat([lead.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # (B, k + N, D)
+        blocks: list[Tensor] = []
+        whole = None if torch.is_grad_enabled() else x.new_empty(self.depth, *x.shape)
+        for b, block in enumerate(self.blocks):
+            x, _ = block(x)
+            out = self.norm(x) if b == self.depth - 1 else x
+            if whole is None:
+                blocks.append(out)
+            else:  # written in place, without a second copy
+                whole[b] = out
+        whole = torch.stack(blocks) if whole is None else whole
+        return whole[:, :, k:].unflatten(2, tokens.shape[1:3]), whole[:, :, :k]
+
+    def set_drop_path(self, rate: float) -> None:
+        """Sets the drop-path rate of the last block; the others rise linearly from 0."""
+        for b, block in enumerate(self.blocks):
+            block.drop_path.set(rate * b / max(1, self.depth - 1), active=rate > 0)  # type: ignore[union-attr, operator]
+
+    def layer_of(self, name: str) -> int:
+        return self.depth + 1 if name.startswith("norm.") else super().layer_of(name)
+
+    def no_weight_decay(self) -> set[str]:
+        return set(self.learned)
+
+    def config(self) -> dict[str, Any]:
+        grid = self._config.get("grid")
+        return self._config | ({} if grid is None else {"grid": [grid.time, grid.freq]})
+
+    @classmethod
+    def from_weights(
+        cls, state: Mapping[str, Tensor], *, config: dict[str, Any] | None, heads: int | None
+    ) -> Self:
+        """Builds strictly from a bat export, or from published names without ``config``."""
+        if config is None:
+            return cls.from_file(state, settings={}, path=Path("the weight file"), heads=heads)
+        keywords = keywords_of(cls, config, "encoder")
+        return cls._built(
+            keywords | ({} if heads is None else {"heads": heads}), state, "the export"
+        )
+
+    @classmethod
+    def _built(cls, keywords: dict[str, Any], state: Mapping[str, Tensor], what: str) -> Self:
+        with torch.device("meta"):  # names and shapes first: allocates nothing
+            load_strictly(cls(**keywords), {n: t.to("meta") for n, t in state.items()}, what)
+        model = cls(**keywords)
+        load_strictly(model, state, what)
+        return model
+
+
+def make_grid(grid: Any) -> Grid:
+    """Returns ``grid``, or two numbers, as a ``Grid``; raises ``UserError`` for others."""
+    sides = [grid.time, grid.freq] if isinstance(grid, Grid) else grid
+    if not isinstance(sides, list | tuple) or len(sides) != 2:
+        raise UserError("encoder: grid must be two numbers, patches in time and frequency")
+    named = dict(zip(("grid.time", "grid.freq"), sides, strict=True))
+    check_settings("encoder", named, dict.fromkeys(named, (int, 1, MAX_TOKENS)))
+    return Grid(*sides)
+
+
+def make_pad(given: Any) -> dict[str, Any]:
+    """Returns the keywords ``pad`` and ``clip_seconds`` of a front end that is fixed otherwise."""
+    given = {} if given is None else given
+    if not isinstance(given, Mapping) or not set(given) <= {"pad", "clip_seconds"}:
+        raise UserError(f"frontend={in_short(given)}: here it takes pad and clip_seconds only")
+    return dict(given)
+
+
+def without(state: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
+    """Returns the tensors whose names begin with none of ``names``."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith(names)}
+
+
+def shape_of(
+    state: Mapping[str, Tensor], axes: Mapping[str, int], what: str, heads: int | None
+) -> dict[str, Any]:
+    """Infers width, depth, heads and MLP ratio from a state dict.
+
+    ``axes``: further names that must be there, with their numbers of axes. ``heads`` None: 64
+    channels a head, or 80 if the width is 1280 (Dasheng 0.6B). Raises ``UserError`` for a state
+    dict of another kind.
+    """
+    needed = {"blocks.0.norm1.weight": 1, "blocks.0.mlp.fc1.weight": 2, **axes}
+    wrong = [
+        f"{name} {tuple(state[name].shape) if name in state else 'missing'}"
+        for name, n in needed.items()
+        if name not in state or state[name].dim() != n or 0 in state[name].shape
+    ]
+    if wrong:
+        found = ", ".join(n[:100] for n in list(state)[:8]) or "nothing"
+        raise UserError(f"{what}: {'; '.join(wrong)}. It holds {found}")
+    numbered = (re.match(r"blocks\.([0-9]{1,9})\.", n, re.ASCII) for n in state)
+    blocks = {int(match[1]) for match in numbered if match}
+    if len(blocks) > MAX_DEPTH or max(blocks) != len(blocks) - 1:
+        raise UserError(
+            f"{what}: {len(blocks)} blocks, numbered up to {max(blocks)}: from 0 on and none left "
+            f"out, {MAX_DEPTH} at most"
+        )
+    width = state["blocks.0.norm1.weight"].shape[0]
+    if heads is None:
+        each = 80 if width == 1280 else 64
+        if width % each:
+            raise UserError(
+                f"{what} does not say its number of heads and its width {width} is not a multiple "
+                f"of {each}: give it, load_encoder(path, heads=4) or heads=4"
+            )
+        heads = width // each
+    ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / width
+    return {"width": width, "depth": len(blocks), "heads": heads, "mlp_ratio": ratio}
