@@ -216,8 +216,8 @@ class SpectrogramEncoder(Encoder):
         """Returns the time patches of clips of ``samples`` samples encoded alone; the last may be
         partly zero frames."""
         front: Any = self.frontend
-        patches: Samples = -(-front.valid_frames(front.padded_samples(samples)) // self.patch)
-        return patches
+        frames: Samples = front.valid_frames(front.padded_samples(samples))
+        return (frames + self.patch - 1) // self.patch
 
     def first(self, inputs: Tensor, patches: int) -> Tensor:
         """Returns the frames of the first ``patches`` time patches of (B, 1, frames, mels)."""
