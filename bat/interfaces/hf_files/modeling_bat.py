@@ -13,7 +13,7 @@ encoded from position 0; patch tokens are concatenated along time, class tokens 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,7 @@ class BatPreTrainedModel(PreTrainedModel):
     config_class = BatConfig
     base_model_prefix = "encoder"
     main_input_name = "input_values"
-    _no_split_modules = ("BatBlock",)
+    _no_split_modules: ClassVar[list[str]] = ["BatBlock"]
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
