@@ -155,9 +155,8 @@ def model_card(trained: Trained, digest: str) -> str:
     tuned = trained.head is not None
     size = sum(p.numel() for p in encoder.parameters())
     auto = "AutoModelForAudioClassification" if tuned else "AutoModel"
-    result = (
-        "logits  # (1, C)" if tuned else "last_hidden_state  # (1, 1 + N, D), class token first"
-    )
+    result = "logits" if tuned else "last_hidden_state"
+    shape = "(B, C)" if tuned else "(B, 1 + N, D), the class token first"
     lines = [
         "---",
         "library_name: transformers",
@@ -175,9 +174,9 @@ def model_card(trained: Trained, digest: str) -> str:
         "",
         'extractor = AutoFeatureExtractor.from_pretrained("FOLDER", trust_remote_code=True)',
         f'model = {auto}.from_pretrained("FOLDER", trust_remote_code=True)',
-        f"inputs = extractor(waveform, sampling_rate={encoder.sample_rate}, "
-        'return_tensors="pt")  # (samples,) or a list of such',
-        f"result = model(**inputs).{result}",
+        f"inputs = extractor(waveforms, sampling_rate={encoder.sample_rate}, "
+        'return_tensors="pt")  # a list of (samples,)',
+        f"{result} = model(**inputs).{result}  # {shape}",
         "```",
         "",
         "## Training",
