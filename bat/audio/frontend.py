@@ -177,7 +177,7 @@ class FrontEnd(nn.Module, abc.ABC):
                 valid = full
             elif self.pad == "clip":
                 fits = self.clip_samples if self.crop == "spectrogram" else most
-                x, valid = _extend(x, valid, min(self.clip_samples, fits))
+                x, valid = _extend(x, valid, torch.sym_min(self.clip_samples, fits))
             x, shown = self._transform(x, valid)  # (B, T, F), (B, T, 1)
             x = x.masked_fill(~shown, self.fill)
             # crops where frames are too many, appends some where too few
@@ -195,7 +195,7 @@ class FrontEnd(nn.Module, abc.ABC):
     def padded_samples(self, lengths: Samples) -> Samples:
         """Returns the signal samples of clips of ``lengths`` samples after ``pad="clip"`` has
         padded them; else ``lengths``."""
-        return _at_least(lengths, self.clip_samples)
+        return at_least(lengths, self.clip_samples)
 
     @abc.abstractmethod
     def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -411,7 +411,7 @@ class KaldiFbank(FrontEnd):
         self._make_tables()
 
     def valid_frames(self, lengths: Samples) -> Samples:
-        return 1 + _at_least(lengths - self.window_length, 0) // self.hop_length
+        return 1 + at_least(lengths - self.window_length, 0) // self.hop_length
 
     def max_samples(self, frames: int) -> int:
         return self.window_length + frames * self.hop_length - 1
@@ -478,8 +478,9 @@ def kaldi_bank(sample_rate: int, n_fft: int, n_mels: int, device: torch.device) 
     return F.pad(bank, (0, 1)).T.contiguous()
 
 
-def _at_least(x: Samples, least: int) -> Samples:
-    return x.clamp(min=least) if isinstance(x, Tensor) else max(x, least)
+def at_least(x: Samples, least: int) -> Samples:
+    """Returns ``x``, raised to ``least``; also while a graph is exported (symbolic sizes)."""
+    return x.clamp(min=least) if isinstance(x, Tensor) else torch.sym_max(x, least)
 
 
 def _zero_beyond(x: Tensor, lengths: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bat import registry
-from bat.audio.frontend import KaldiFbank, LogMel, Pad
+from bat.audio.frontend import KaldiFbank, LogMel, Pad, at_least
 from bat.errors import UserError
 from bat.nn.attention import Backend
 from bat.nn.embed import PosLayout
@@ -257,10 +257,8 @@ class SpectrogramEncoder(Encoder):
         """Returns the time patches of clips of ``samples`` samples encoded alone; the last may be
         partly zero frames."""
         front: Any = self.frontend
-        frames = front.valid_frames(front.padded_samples(samples))
-        more = -((self.patch - frames) // self.step)  # after the first, at most 0 if it suffices
-        patches: Samples = 1 + (more.clamp(min=0) if isinstance(more, Tensor) else max(0, more))
-        return patches
+        frames: Samples = front.valid_frames(front.padded_samples(samples))
+        return at_least((frames - self.patch - 1) // self.step + 2, 1)  # the last begins inside
 
     def first(self, inputs: Tensor, patches: int) -> Tensor:
         """Returns the frames of the first ``patches`` time patches of (B, 1, frames, mels)."""

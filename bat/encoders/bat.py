@@ -69,10 +69,12 @@ HUB_FIXED = {
     **{"f_min": 0, "top_db": 80, "feature_normalization": "per_sample_minmax_after_db"},
 }
 """Fixed settings, with the names of ``config.json`` in BAT's hub folder."""
+HUB_FRONT = ("f_min", "top_db", "feature_normalization")
+"""Those of the front end; a folder that says its ``frontend`` may have others."""
 HUB_NAMES = {
     **{"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"},
     **{"gate": "use_gate", "drop_path": "drop_path_rate", "layer_scale": "init_scale_values"},
-    **{"mlp_ratio": "mlp_ratio", "pre_norm": "pre_norm"},
+    **{"mlp_ratio": "mlp_ratio", "pre_norm": "pre_norm", "pos_layout": "pos_layout"},
 }
 """Names of settings there."""
 
@@ -344,7 +346,9 @@ def hub_keywords(config: Mapping[str, Any], what: str) -> dict[str, Any]:
     Raises ``UserError`` for another encoder's and for sides that are no whole number of patches;
     ``from_weights`` checks the rest.
     """
-    demand(config, HUB_FIXED, what)
+    said = config.get("frontend")  # all settings of the front end, written by bat-export
+    free = () if said is None else HUB_FRONT
+    demand(config, {name: value for name, value in HUB_FIXED.items() if name not in free}, what)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "input_shape", "patch_size")
     absent = [name for name in names if name not in config]
     if absent:
@@ -364,12 +368,14 @@ def hub_keywords(config: Mapping[str, Any], what: str) -> dict[str, Any]:
         )
     first = config.get("layer_norm_first", False)
     front = ("sample_rate", "n_fft", "hop_length", "n_mels")
+    if said is None:
+        said = {name: config[name] for name in front if name in config}
     return {
         **{own: config[name] for own, name in HUB_NAMES.items() if name in config},
         "patch": patch[0],
         "grid": [min(chunk, shape[0] // patch[0]), shape[1] // patch[1]],
         "norm_order": ("post", "pre")[first] if isinstance(first, bool) else first,
-        "frontend": {name: config[name] for name in front if name in config},
+        "frontend": said,
     }
 
 

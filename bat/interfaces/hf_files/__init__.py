@@ -1,0 +1,1 @@
+"""Code that ``bat-export hf`` copies beside the weights; it imports torch and transformers only."""
