@@ -13,6 +13,7 @@ TIER = {
     "cli": 8,
     "train": 7,
     "shard": 7,
+    "interfaces": 7,
     "eval": 6,
     "objectives": 5,
     "data": 4,
@@ -50,7 +51,9 @@ def imported(path: Path) -> set[str]:
             names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             names = [f"{node.module}.{a.name}" for a in node.names]
-        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
+        relative = isinstance(node, ast.ImportFrom) and node.level
+        # files that are copied out of the package import each other so
+        assert not relative or path.parent.name == "hf_files", f"{path}: relative import"
         for name in names:
             if name == "bat" or name.startswith("bat."):
                 found.add(name.split(".")[1] if "." in name else "")
@@ -89,7 +92,7 @@ def test_every_room_is_in_the_plan() -> None:
 def test_importing_bat_and_the_commands_is_light() -> None:
     code = (
         "import sys, bat, bat.cli.args, bat.cli.pretrain, bat.cli.probe, bat.cli.finetune, "
-        "bat.cli.shard, bat.config.schema; "
+        "bat.cli.shard, bat.cli.export, bat.interfaces, bat.config.schema; "
         "heavy = {'torch', 'numpy', 'lightning', 'webdataset', 'omegaconf'} & set(sys.modules); "
         "sys.exit(', '.join(sorted(heavy)) or 0)"
     )
