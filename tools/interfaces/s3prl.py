@@ -3,17 +3,25 @@
     python tools/interfaces/s3prl.py
 
 ``S3PRLUpstream`` and its ``Featurizer`` on clips of several lengths, alone and padded, one of
-exactly 2,560 samples among them.
+exactly 2,560 samples among them. For models of its own, s3prl 0.4.18 imports two names that
+torchaudio 2.11 has no more, ``set_audio_backend`` and ``sox_effects``: empty ones stand in.
 """
 
 import sys
 import tempfile
+import types
 from importlib.metadata import version
 from pathlib import Path
 
 
 def check() -> str:
     import torch
+    import torchaudio
+
+    torchaudio.set_audio_backend = lambda name: None
+    effects = types.ModuleType("torchaudio.sox_effects")
+    effects.apply_effects_tensor = None
+    sys.modules.setdefault("torchaudio.sox_effects", effects)
     from s3prl import hub
     from s3prl.nn import Featurizer, S3PRLUpstream
 

@@ -15,7 +15,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def trial(script: str, *packages: str, alone: tuple[str, ...] = ()) -> int:
-    """Runs ``script --inside`` there and returns its exit code.
+    """Runs ``script --inside`` there, prints the last line it prints, all where it fails, and
+    returns its exit code.
 
     ``packages``: requirements installed with bat. ``alone``: installed without theirs.
     """
@@ -23,7 +24,7 @@ def trial(script: str, *packages: str, alone: tuple[str, ...] = ()) -> int:
         python = f"{folder}/env/bin/python"
         commands = [["uv", "venv", "--quiet", "--python", "3.11", f"{folder}/env"]]
         install = ["uv", "pip", "install", "--quiet", "--python", python]
-        commands += [[*install, str(REPOSITORY), *packages]]
+        commands += [[*install, str(REPOSITORY), *torch_pins(), *packages]]
         if alone:
             commands += [[*install, "--no-deps", *alone]]
         for command in commands:
@@ -32,9 +33,18 @@ def trial(script: str, *packages: str, alone: tuple[str, ...] = ()) -> int:
                 print(f"{' '.join(packages + alone)}: not installed: {done.stderr.strip()}")
                 return 1
         # -P: a script has the name of the package it tries
-        return subprocess.run(
-            [python, "-P", script, "--inside"], cwd=folder, stdin=subprocess.DEVNULL
-        ).returncode
+        command = [python, "-P", script, "--inside"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        failed = done.returncode != 0
+        print(done.stdout + done.stderr if failed else done.stdout.splitlines()[-1])
+        return done.returncode
+
+
+def torch_pins() -> list[str]:
+    """Returns constraints.txt's versions of torch and torchaudio: torchaudio 2.11.1 is built for a
+    later torch than 2.11 and does not load beside it."""
+    lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [line.split(" ")[0] for line in lines if line.startswith(("torch==", "torchaudio=="))]
 
 
 def main(script: str, *packages: str, alone: tuple[str, ...] = ()) -> None:

@@ -4,10 +4,12 @@
 
 Its own search for the class and ``check_audio_encoder``, then a task with audio of several lengths:
 clips are read from a tar, encoded in padded batches, and each encoding is held to the clip's own.
+xares reads with ``torchaudio.load``, which from torchaudio 2.9 on needs torchcodec and FFmpeg's
+libraries: soundfile stands in.
 """
 
+import gc
 import io
-import json
 import os
 import sys
 import tarfile
@@ -20,6 +22,7 @@ def check() -> str:
     import numpy as np
     import soundfile
     import torch
+    import torchaudio
     from xares.audio_encoder_checker import check_audio_encoder
     from xares.task import TaskConfig, XaresTask
     from xares.utils import attr_from_py_path
@@ -28,6 +31,11 @@ def check() -> str:
     from bat.interfaces import export
     from bat.weights import export as save
 
+    def load(path: str) -> tuple[torch.Tensor, int]:
+        wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        return torch.from_numpy(wave.T), rate
+
+    torchaudio.load = load
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     clips = {f"clip{i}": rng.normal(0, 0.1, 4000 * (i + 1)) for i in range(6)}
@@ -62,6 +70,7 @@ def check() -> str:
         config.audio_tar_name_of_split = {"train": "wds-audio-train-0.tar"}
         config.encoded_tar_name_of_split = {"train": "wds-encoded-train-*.tar"}
         XaresTask(config=config).make_encoded_tar()
+        gc.collect()  # xares leaves its writer open
         found = 0
         for path in Path(folder).glob(f"env/**/{type(encoder).__name__}/**/*.tar"):
             with tarfile.open(path) as tar:
@@ -75,7 +84,6 @@ def check() -> str:
                     found += 1
         assert found == len(clips), found
     name = type(encoder).__name__
-    assert json.dumps(name)
     return (
         f"xares {version('xares')}: check_audio_encoder passed for {name}; a task's encodings of "
         f"{found} clips in padded batches equal each clip's own"
