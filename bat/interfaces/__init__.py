@@ -1,0 +1,1 @@
+"""Interfaces to encoders outside training and evaluation."""
