@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Any
 
     from bat.encoders.base import Encoder
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_encoder"]
+__all__ = ["__version__", "embed", "load_encoder", "predict"]
 
 
 def load_encoder(
@@ -37,3 +38,89 @@ def load_encoder(
     encoder = files.load_encoder(str(path), weights=weights, heads=heads).eval()
     files.check_numbers(encoder.state_dict(), str(path))
     return encoder
+
+
+def embed(
+    clips: Any,
+    checkpoint: str | Path | Encoder,
+    *,
+    sample_rate: int | None = None,
+    level: str = "clip",
+    layer: str | int = "last",
+    pool: str | None = None,
+    head: str | Path | None = None,
+    weights: str = "student",
+    window: float | str | None = "whole",
+    hop: float | None = None,
+    batch: int = 32,
+    device: str = "auto",
+) -> Any:
+    """Embeds clips with a frozen encoder; ``bat-embed`` does so for many files (docs/embed.md).
+
+    Args:
+        clips: a path or several (files, folders, CSVs, shards), or waveforms: (S,), (B, S), or
+            several (S,), floats in [-1, 1]. Clips longer than the encoder takes are chunked by it.
+        checkpoint: an encoder, or what ``load_encoder`` takes.
+        sample_rate: of waveforms, Hz; None: the encoder's.
+        level: ``clip``, or ``frame``: a vector each ``encoder.hop_seconds``.
+        layer: ``last``, ``all``, a block from 1 on, or ``gate``: mixed as ``head`` weights them.
+        pool: ``cls``, ``mean`` or ``cgp`` (what ``head``, a CGP, reads); None: ``cls`` if any.
+        head: a head's folder in a run of bat-probe.
+        window, hop: seconds; ``whole``: clips are not cut; None: the longest that fits at once.
+
+    Returns:
+        (n, D) float32, or (n, L, D) for all blocks; a list of (rows, ...) a clip at frame level or
+        with windows.
+
+    Raises:
+        UserError: unreadable or unsuitable clips, settings that do not fit.
+    """
+    from bat.interfaces.embed import embed as run
+
+    given = {"level": level, "layer": layer, "pool": pool, "head": head, "weights": weights}
+    reading = {"sample_rate": sample_rate, "window": window, "hop": hop}
+    return run(clips, checkpoint, batch=batch, device=device, **given, **reading)  # type: ignore[arg-type]
+
+
+def predict(
+    clips: Any,
+    checkpoint: str | Path,
+    *,
+    sample_rate: int | None = None,
+    average: bool = False,
+    encoder: str | None = None,
+    answer: str | None = None,
+    top: int | None = None,
+    threshold: float | None = None,
+    median: int | None = None,
+    window: float | str | None = None,
+    hop: float | None = None,
+    average_windows: bool = False,
+    batch: int = 32,
+    device: str = "auto",
+) -> list[dict[str, Any]]:
+    """Predicts with a head of bat-probe or bat-finetune, as ``bat-predict`` (docs/embed.md).
+
+    Args:
+        clips, sample_rate: as for ``embed``.
+        checkpoint: a head's folder, a fold, or a run with one head. average: the mean of folds.
+        encoder: where a probe's encoder lies, if it was moved.
+        answer: ``scores``, ``events`` or ``text``; None: as the head was trained.
+        top: the best labels only. threshold, median: of events; None: the task's.
+        window, hop: seconds; None: the clips of the head's run; ``whole``: clips are not cut.
+        average_windows: one answer a clip, its mean scores.
+
+    Returns:
+        A dict for each window, or each event: ``clip`` (its number), ``start``, ``end`` (seconds)
+        and ``scores`` (label to score, best first) or ``text``; or ``onset``, ``offset``,
+        ``label``, ``score``.
+
+    Raises:
+        UserError: unreadable or unsuitable clips, several heads, settings that do not fit.
+    """
+    from bat.interfaces.predict import predict as run
+
+    how = {"average": average, "encoder": encoder, "answer": answer, "top": top}
+    events = {"threshold": threshold, "median": median, "average_windows": average_windows}
+    reading = {"sample_rate": sample_rate, "window": window, "hop": hop}
+    return run(clips, checkpoint, batch=batch, device=device, **how, **events, **reading)  # type: ignore[arg-type]

@@ -315,6 +315,8 @@ class Evaluation:
                 "held_out": fold_result.fold,
                 "metrics": {k: v for k, v in fold_result.metrics.items() if k != "per_class"},
                 "selected": fold_result.selected,
+                "frames": self.ready.frames,
+                "clip_seconds": self.config.data.clip_seconds,
                 "encoder": {
                     "checkpoint": self.config.checkpoint,
                     "weights": self.config.weights,

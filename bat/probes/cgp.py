@@ -62,6 +62,13 @@ class CGP(Probe):
         self.fc = nn.Linear(3 * prototypes, classes)
 
     def forward(self, features: Features) -> Tensor:
+        x = self.dropout(self.pooled(features))
+        if self.level == "clip":
+            return few_rows(self.fc, x)  # (B, C)
+        return self.fc(x).unflatten(0, features.patches.shape[1:3])  # (B, T, C)
+
+    def pooled(self, features: Features) -> Tensor:
+        """Returns what the linear layer reads, (B, 3 K), or at frame level (B T, 3 K)."""
         gate = self.layer_logits.softmax(0)  # (L,)
         mixed = mix_normalised(features.patches, gate)  # (B, T, F, D)
         frame = self.level == "frame"
@@ -77,11 +84,7 @@ class CGP(Probe):
         if not frame:
             tokens = fill_padding(mixed, features).flatten(1, 2)
         x = pool_prototypes(tokens, self.prototypes, middle)  # (G, K, 3)
-        x = x.flatten(1)  # (G, 3 K), prototype-major
-        x = self.dropout(x)
-        if not frame:
-            return few_rows(self.fc, x)  # (B, C)
-        return self.fc(x).unflatten(0, features.patches.shape[1:3])  # (B, T, C)
+        return x.flatten(1)  # (G, 3 K), prototype-major
 
     @classmethod
     def needs(cls, *, has_cls: bool, level: Level) -> Needs:

@@ -307,6 +307,8 @@ class Folds:
             "labels": list(self.ready.labels),
             "held_out": result["held_out"],
             "metrics": result["metrics"],
+            "frames": self.frames,
+            "clip_seconds": config.data.clip_seconds,
         }
         checkpoint.export(
             folder / "export",
