@@ -13,6 +13,7 @@ import errno
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, redirect_stdout, suppress
 from typing import Any, NoReturn, Self, TextIO
 
@@ -31,8 +32,37 @@ class _Parser(argparse.ArgumentParser):
                 message += f". Did you mean {close[0]}?"
         super().error(message)
 
+    lists: dict[str, Callable[[], dict[str, str]]]
+    """Names with a line each that the help ends with, by heading."""
 
-def parser(command: str, about: str, epilog: str) -> argparse.ArgumentParser:
+    def format_help(self) -> str:
+        """Returns the help, with the recipes and components of the command listed."""
+        lists = [f"\n{name}:\n{lines(found())}\n" for name, found in self.lists.items()]
+        return super().format_help() + "".join(lists)
+
+
+class _Settings(argparse.Action):
+    """``--settings [NAME]``: prints settings and ends, without a recipe."""
+
+    def __call__(self, p: argparse.ArgumentParser, args: Any, name: Any, flag: Any = None) -> None:
+        from bat.cli.describe import find_settings
+
+        try:
+            print("\n".join(s.text() for s in find_settings(p.prog[4:], name)), flush=True)
+        except UserError as error:
+            p.error(str(error))
+        except BrokenPipeError:
+            _close_output()
+        p.exit()
+
+
+def lines(found: dict[str, str]) -> str:
+    """Formats names with a line each."""
+    width = max(map(len, found), default=0)
+    return "\n".join(f"  {name:<{width}}  {line}".rstrip() for name, line in found.items())
+
+
+def parser(command: str, about: str, epilog: str) -> _Parser:
     """Returns the parser of ``bat-COMMAND`` with the flags that every command has."""
     p = _Parser(
         prog=f"bat-{command}",
@@ -40,14 +70,24 @@ def parser(command: str, about: str, epilog: str) -> argparse.ArgumentParser:
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    p.lists = {}
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     p.add_argument("--version", action="version", version=f"bat {__version__}")
     return p
 
 
-def recipe_parser(command: str, about: str, epilog: str) -> argparse.ArgumentParser:
+def recipe_parser(command: str, about: str, epilog: str) -> _Parser:
     """Returns ``parser`` for commands that take ``recipe=`` and ``key=value``."""
+    from bat.cli import describe
+
     p = parser(command, about, epilog)
+    p.lists = {"recipes": lambda: describe.recipes(command)}
+    if command == "probe":
+        p.lists["methods"] = lambda: describe.components("probes")
+    p.add_argument(
+        "--settings", nargs="?", const="", action=_Settings, metavar="NAME", dest="listed",
+        help="list all settings, or a section or key",
+    )  # fmt: skip
     p.add_argument("settings", nargs="*", metavar="key=value", help="recipe=NAME and overrides")
     p.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and stop"
@@ -135,7 +175,7 @@ def _code_of(error: BaseException, prog: str, debug: bool) -> int | None:
         print(f"\n{prog}: interrupted", file=sys.stderr)
         return 130
     if isinstance(error, BrokenPipeError):  # `| head` closed the output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         return 0
     if isinstance(error, OSError) and not debug:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -153,6 +193,11 @@ def _code_of(error: BaseException, prog: str, debug: bool) -> int | None:
             )
             return 2
     return None
+
+
+def _close_output() -> None:
+    """Sends what standard output still holds nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def configure(args: argparse.Namespace, schema: Any, command: str, extra: list[str]) -> Any:

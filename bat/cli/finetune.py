@@ -16,7 +16,7 @@ examples:
   bat-finetune recipe=as20k checkpoint=RUN data.shards=DIR hardware=ddp
 
 checkpoint= a run, an export, a weight file (ours or the field's), or random[:RUN | :S].
-key=value sets a value (see --print-config); out= an existing run continues it.
+key=value sets a value (see --settings); out= an existing run continues it.
 """
 
 

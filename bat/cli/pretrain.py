@@ -14,7 +14,7 @@ examples:
   bat-pretrain recipe=as2m data.shards=DIR hardware=ddp
   bat-pretrain recipe=as2m data.shards=DIR model=S train.steps=100000 out=runs/s
 
-key=value sets a value (see --print-config); model=S, hardware=ddp, objective=mae pick a fragment.
+key=value sets a value (see --settings); model=S, hardware=ddp, objective=mae pick a fragment.
 out= an existing run continues it.
 """
 

@@ -12,8 +12,7 @@ from bat.cli import args
 
 ABOUT = """\
 Probe frozen encoders: many probes, seeds and encoders under one protocol, cross-validated where
-the data has folds. Probes: linear, mlp, lcgp, h2t, mhca, ep, simpool, abmilp, vqt, proto,
-protofloat, protobin, cgp; or all."""
+the data has folds."""
 EPILOG = """\
 examples:
   bat-probe recipe=toy checkpoint=runs/pretrain-toy --method cgp,linear
@@ -30,7 +29,7 @@ examples:
 checkpoint= a run, an export, a weight file (ours or the field's), or random[:RUN | :S]; several
 with commas. The same command continues a probing; with out= given, more methods, seeds or encoders
 are added to it.
-key=value sets a value (see --print-config).
+key=value sets a value (see --settings and --print-config).
 """
 
 

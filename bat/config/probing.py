@@ -32,6 +32,7 @@ class Head:
     *Unmute* has for the task (10 on AudioSet, else 20); null: ``prototypes`` in total (BAT's), and
     20 per class for ``proto``, whose prototypes belong to classes."""
     dropout: Rate = 0.2
+    """Dropout rate before the output layer."""
     cls: Literal["patches", "mean"] | None = None
     """Replacement of the class token in ``cgp`` for encoders without one; ``mean``: each block's
     mean patch, normalised and mixed as class tokens are; ``patches``: the mean similarity of the
@@ -147,7 +148,9 @@ class FeatureStore:
     """``off``: the encoder runs for every batch. ``auto``: memory if they fit ``memory_gb``;
     on a CPU also disk if they fit ``disk_gb``; else off."""
     memory_gb: NonNegativeFloat = 4.0
+    """Most memory that cached features may take."""
     disk_gb: NonNegativeFloat = 50.0
+    """Most disk space that cached features may take."""
     folder: str = "runs/features"
     """Folder of the caches on disk; each has a subfolder named by a hash of its inputs."""
 

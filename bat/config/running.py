@@ -42,6 +42,7 @@ class Hardware:
     """Passed to Lightning's Trainer."""
 
     accelerator: str = "auto"
+    """``cpu``, ``gpu`` or ``auto``, as Lightning names them."""
     devices: str = "auto"
     """A number, a list such as ``0,1`` or ``auto``."""
     num_nodes: CountOrZero = 1
@@ -104,5 +105,8 @@ class Health:
 @dataclass
 class Log:
     wandb: Literal["off", "offline", "online"] = "off"
+    """Log to Weights & Biases; ``offline``: into ``out/wandb``, for a later ``wandb sync``."""
     project: str = "bat"
+    """Project there."""
     progress: bool = True
+    """Show a progress bar."""

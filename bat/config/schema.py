@@ -35,19 +35,25 @@ class Online:
     every: CountOrZero = 0
     """Optimiser steps between probe runs (also at step 0, the random-init baseline); 0 is off."""
     methods: list[str] = field(default_factory=lambda: ["cgp"])
+    """Probes that are trained."""
     root: str | None = None
     """Labelled set, read by ``online.task``; without this and ``shards``: the training set."""
     shards: list[str] = field(default_factory=list)
+    """Labelled set as shards, instead of ``root``."""
     task: str | None = None
     """Task of ``root`` / ``shards``; null: the run's own."""
     folds: PositiveInt = 1
     """Number of folds held out in turn (at most the task's)."""
     max_clips: PositiveInt = 2_000
+    """Most clips of the labelled set that are used."""
     steps: PositiveInt = 200
+    """Optimiser steps of a probe."""
     batch: PositiveInt = 48
+    """Clips per step of a probe."""
     lr: PositiveFloat = 2e-2
     """Learning rate; high, so that a short probe run converges."""
     weight_decay: NonNegativeFloat = 0.05
+    """Weight decay of a probe."""
     head: Head = field(default_factory=lambda: Head(prototypes=500))
 
     def problems(self) -> Iterator[str]:
@@ -75,11 +81,13 @@ class Pretrain:
     """Settings of ``bat-pretrain``."""
 
     recipe: str = ""
+    """Name of the recipe, or a ``.yaml`` path."""
     out: str | None = None
     """Run folder; null: ``runs/pretrain-RECIPE``. An existing run there resumes."""
     task: str = "audioset"
     """File in ``bat/tasks`` that reads ``data.root`` and names the labels."""
     seed: int = 0
+    """All randomness depends on it: weights, order, masks."""
     model: Model = field(default_factory=Model)
     frontend: Frontend = field(default_factory=Frontend)
     data: Data = field(default_factory=Data)
@@ -128,6 +136,7 @@ class Supervised:
     """Settings shared by ``bat-probe`` and ``bat-finetune``."""
 
     recipe: str = ""
+    """Name of the recipe, or a ``.yaml`` path."""
     out: str | None = None
     """Run folder; null: ``runs/COMMAND-RECIPE-CHECKPOINT`` (probes: without the recipe's name
     for ``data.csv``). An existing run there resumes."""
@@ -135,16 +144,20 @@ class Supervised:
     """A run folder, an export folder or a weight file; ``random``: the random-init
     baseline (``random:RUN`` has the shape of a run or export, ``random:S`` of a model fragment)."""
     weights: Literal["student", "teacher"] = "student"
+    """Encoder used of a file that holds both."""
     heads: PositiveInt | None = None
     """Attention heads, for a file that does not state them; null: width / 64."""
     task: str = "esc50"
+    """File in ``bat/tasks`` or a dotted path; with ``data.csv`` the task is ``csv``."""
     seed: int = 0
+    """All randomness depends on it: weights, order, dropout."""
     folds: list[int] | None = None
     """Number of folds held out in turn; null: all of the task's."""
     level: Literal["clip", "frame"] = "clip"
     """``frame``: one output per time patch, for events and tokens; averaged over time for labels of
     whole clips."""
     loss: Literal["task", "ce", "bce", "asl"] = "task"
+    """``task``: the task's own; cross-entropy, binary cross-entropy, asymmetric loss."""
     frames: PositiveInt | None = None
     """Frames of every clip; null: the task's number, or for custom data, which has none, each
     clip's own (padding is not attended to, and results do not depend on the batch)."""
@@ -182,6 +195,7 @@ class Probe(Supervised):
     bootstrap: CountOrZero = 1_000
     """Bootstrap resamples of the held-out clips for confidence intervals; 0: none."""
     confidence: OpenFraction = 0.95
+    """Level of the confidence intervals."""
     finetuned: list[str] = field(default_factory=list)
     """Fine-tuning result for each of ``checkpoint`` in order, to show the gap: a run of
     bat-finetune, a number in percent, or ``none``."""

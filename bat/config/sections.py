@@ -27,17 +27,25 @@ class Model:
     backbone: str = "bat"
     """File in ``bat/encoders`` or a dotted import path."""
     width: PositiveInt = 768
+    """Width of the tokens, D."""
     depth: PositiveInt = 12
+    """Number of blocks, L."""
     heads: PositiveInt = 12
+    """Attention heads; divides ``width``."""
     mlp_ratio: PositiveFloat = 4.0
+    """Hidden width of a block's MLP divided by ``width``."""
     patch: PositiveInt = 16
     """Patch side in frames and mel bins."""
     gate: bool = True
+    """Gated attention, BAT's; false: EAT's block."""
     norm_order: Literal["post", "pre"] = "post"
+    """LayerNorm after the residual sum (``post``, the paper's) or before attention and MLP."""
     pos_layout: Literal["reference", "grid"] = "reference"
+    """Order of the axes in the fixed sin-cos position code; ``reference``: the paper's files."""
     drop_path: Rate = 0.0
     """Drop-path rate of the last block; rises linearly from 0 at the first."""
     attention: Literal["auto", "flash", "cudnn", "sdpa", "eager"] = "auto"
+    """Attention kernel; ``auto``: the fastest that is there."""
 
     def problems(self) -> Iterator[str]:
         if self.width % max(1, self.heads):
@@ -56,9 +64,13 @@ class Frontend:
     kind: Literal["bat", "eat", "beats"] = "bat"
     """``bat``: the reworked log-mel; ``eat`` / ``beats``: the legacy Kaldi filter banks."""
     sample_rate: PositiveInt = 16000
+    """Sample rate of the waveform."""
     n_fft: PositiveInt = 1024
+    """Window and length of the Fourier transform."""
     hop_length: PositiveInt = 160
+    """Hop from frame to frame."""
     n_mels: PositiveInt = 128
+    """Mel bins, a multiple of the patch."""
     frames: PositiveInt = 1024
     """Frames of one clip, a multiple of the patch: 10 s -> 1024, 5 s -> 512."""
     pad: Literal["spectrogram", "waveform", "clip", "fbank"] = "spectrogram"
@@ -119,6 +131,7 @@ class Data:
     epoch_clips: PositiveInt | None = None
     """Clips per epoch, drawn without replacement; null: all."""
     clip_seconds: PositiveFloat = 10.0
+    """Length of the clips that files are cut or padded to."""
     batch: PositiveInt = 24
     """Clips per device and micro-batch; the maximum if ``global_batch`` is set."""
     global_batch: PositiveInt | None = None
@@ -157,15 +170,21 @@ class Optim:
     """AdamW with linear warm-up and cosine decay (docs/method.md 3)."""
 
     lr: PositiveFloat = 5e-4
+    """Peak learning rate."""
     betas: list[Rate] = field(default_factory=lambda: [0.9, 0.95])
+    """The two decay rates of AdamW's moments."""
     eps: NonNegativeFloat = 1e-8
+    """Term added to AdamW's denominator."""
     weight_decay: NonNegativeFloat = 0.05
+    """Weight decay, decoupled."""
     decay: Literal["all", "matrices"] = "all"
     """Parameters with weight decay: ``all`` (the paper's pre-training) or ``matrices`` only."""
     layer_decay: Annotated[float, Range(0, 1, open="low")] = 1.0
     """Factor from one block to the one below it (fine-tuning: 0.75); 1 is off."""
     warmup_steps: CountOrZero = 53_000
+    """Steps of linear warm-up from 0."""
     min_lr: NonNegativeFloat = 1e-6
+    """Learning rate at the end of the cosine."""
     clip_norm: PositiveFloat | None = None
     """Maximum global gradient norm; None: no clipping."""
 
@@ -197,6 +216,7 @@ class Augment:
     mixup_p: Fraction = 0.0
     """Probability that a clip is mixed with its counterpart in the reversed batch; 0 is off."""
     mixup_alpha: PositiveFloat = 0.8
+    """Parameter of the Beta distribution of mixing weights."""
     noise_p: Fraction = 0.0
     """Probability of colour noise, 5 to 25 dB."""
     spec_freq: CountOrZero = 0

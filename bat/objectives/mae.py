@@ -44,7 +44,9 @@ class MAE(Objective):
         decoder_width: PositiveInt | None = None
         """None: as wide as the encoder."""
         decoder_depth: PositiveInt = 4
+        """Blocks of the decoder."""
         decoder_heads: PositiveInt = 8
+        """Attention heads of the decoder."""
 
         def problems_with(self, *, width: int, tokens: int) -> Iterator[str]:
             kept = int(tokens * (1 - self.mask_ratio))

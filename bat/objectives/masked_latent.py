@@ -66,8 +66,11 @@ class Ema:
     """Teacher decay: linear from ``start`` to ``end`` over ``steps`` optimiser steps."""
 
     start: Fraction = 0.9998
+    """Decay at step 0."""
     end: Fraction = 0.99999
+    """Decay from step ``steps`` on."""
     steps: PositiveInt = 100_000
+    """Optimiser steps from ``start`` to ``end``."""
 
 
 class Losses(NamedTuple):
@@ -114,8 +117,11 @@ class MaskedLatent(Objective):
         """``batch``: subtract the mean over the batch at each position from the target (not in the
         paper)."""
         global_target: Literal["patch_mean", "cls", "none"] = "patch_mean"
+        """Target of the class token: the patches' mean target, or the teacher's class token."""
         decoder: Literal["vit12h", "vit6h", "cnn"] = "vit12h"
+        """Transformer of 12 or 6 heads, or the convolutions of EAT."""
         decoder_depth: PositiveInt = 6
+        """Blocks of the decoder."""
         decoder_width: PositiveInt | None = None
         """None: as wide as the encoder, at most 768."""
         mask: Mask = field(default_factory=Mask)

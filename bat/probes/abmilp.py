@@ -18,7 +18,8 @@ from bat.probes.base import Level, Probe
 
 
 class ABMILP(Attentive):
-    """Attention-based multiple-instance probe. ``dropout``: rate before the output layer."""
+    """Attention over the last block's patches (multiple-instance pooling). ``dropout``: rate
+    before the output layer."""
 
     biased = False
 

@@ -36,8 +36,9 @@ Cls = Literal["patches", "mean"]
 
 
 class CGP(Probe):
-    """Convex Gated Probing. ``prototypes``: K; ``dropout``: rate before the linear layer; ``cls``:
-    substitute for a missing class token, see above; None: ``patches``."""
+    """Convex Gated Probing: prototypes read every patch of all blocks. ``prototypes``: K;
+    ``dropout``: rate before the linear layer; ``cls``: substitute for a missing class token,
+    see above; None: ``patches``."""
 
     has_prototypes = True
 

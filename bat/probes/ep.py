@@ -20,7 +20,8 @@ from bat.probes.base import Level, Probe
 
 
 class EP(Attentive):
-    """Efficient probing. ``pool_queries``: Q; ``dropout``: rate before the output layer."""
+    """Learned queries pool the last block's channels. ``pool_queries``: Q; ``dropout``: rate
+    before the output layer."""
 
     def __init__(
         self,

@@ -25,8 +25,8 @@ from bat.types import Features, Needs
 
 
 class Head2Toe(Probe):
-    """Linear probe with group lasso. ``lasso``: w; ``norm``: LayerNorm (eps 1e-6) over all L D
-    features; ``dropout``: rate before the layer."""
+    """Linear layer on all blocks' class tokens, with a group lasso. ``lasso``: w; ``norm``:
+    LayerNorm (eps 1e-6) over all L D features; ``dropout``: rate before the layer."""
 
     def __init__(
         self,

@@ -20,7 +20,8 @@ from bat.types import Features, Needs
 
 
 class Linear(Probe):
-    """Linear probe. ``norm``: LayerNorm (eps 1e-6) first; ``dropout``: rate before the layer."""
+    """Linear layer on the last block. ``norm``: LayerNorm (eps 1e-6) first; ``dropout``: rate
+    before the layer."""
 
     gated: ClassVar[bool] = False
 
@@ -60,7 +61,7 @@ class Linear(Probe):
 
 
 class LCGP(Linear):
-    """Linear probe on the convex sum of all blocks."""
+    """Linear layer on the gated sum of all blocks' class tokens."""
 
     gated = True
 

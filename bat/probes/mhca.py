@@ -23,8 +23,8 @@ HEAD_WIDTH = 64
 
 
 class MHCA(Attentive):
-    """Multi-head cross-attention probe. ``attention_heads``: H, which must divide D; None: D / 64.
-    ``dropout``: rate before the output layer."""
+    """A learned query attends to the last block's patches. ``attention_heads``: H, which must
+    divide D; None: D / 64. ``dropout``: rate before the output layer."""
 
     biased = False
 

@@ -21,8 +21,9 @@ from bat.types import Features, Needs
 
 
 class MLP(Probe):
-    """MLP probe. ``hidden``: width of the hidden layer, None: the encoder's; ``norm``: LayerNorm
-    (eps 1e-6) first; ``dropout``: rate before the output layer."""
+    """MLP of one hidden layer on the last block. ``hidden``: width of the hidden layer, None:
+    the encoder's; ``norm``: LayerNorm (eps 1e-6) first; ``dropout``: rate before the output
+    layer."""
 
     def __init__(
         self,

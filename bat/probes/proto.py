@@ -36,8 +36,8 @@ BIAS = -2.0
 
 
 class Proto(Probe):
-    """Class prototypes. ``per_class``: J, None: 20; ``orthogonality``: w; ``dropout``: rate before
-    the weights."""
+    """Prototypes of each class, for the last block's patches. ``per_class``: J, None: 20;
+    ``orthogonality``: w; ``dropout``: rate before the weights."""
 
     has_prototypes = True
 

@@ -26,8 +26,8 @@ from bat.types import Features, Needs
 
 
 class ProtoBin(Probe):
-    """Binary prototypes. ``per_class``: J, K = J C; None: K = ``prototypes``. ``dropout``: rate
-    before the linear layer."""
+    """Binary prototypes for the last block's patches. ``per_class``: J, K = J C; None: K =
+    ``prototypes``. ``dropout``: rate before the linear layer."""
 
     has_prototypes = True
     signs: ClassVar[bool] = True
@@ -64,7 +64,7 @@ class ProtoBin(Probe):
 
 
 class ProtoFloat(ProtoBin):
-    """Real-valued prototypes."""
+    """Real-valued prototypes for the last block's patches."""
 
     signs = False
 

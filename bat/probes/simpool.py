@@ -16,7 +16,8 @@ from bat.probes.base import Level, Probe
 
 
 class SimPool(Attentive):
-    """SimPool probe. ``dropout``: rate before the output layer."""
+    """Patches of the last block weighted by similarity to their mean. ``dropout``: rate before
+    the output layer."""
 
     def __init__(
         self,

@@ -40,9 +40,9 @@ class Queried(Protocol):
 
 
 class VQT(Probe):
-    """Visual query tuning. ``encoder``: the frozen encoder of the features. ``queries``: q;
-    ``vqt_norm``: LayerNorm (eps 1e-6) over all features, None: as ``norm``; ``dropout``: rate
-    before the output layer.
+    """Learned queries read every block of the encoder. ``encoder``: the frozen encoder of the
+    features. ``queries``: q; ``vqt_norm``: LayerNorm (eps 1e-6) over all features, None: as
+    ``norm``; ``dropout``: rate before the output layer.
 
     Raises ``UserError`` without an encoder, or with one whose blocks cannot be queried.
     """
