@@ -274,6 +274,8 @@ def _unknown(known: list[str], key: str, source: str) -> str:
         return f"'{key}' ({source}) is now 'objective.{key}'"
     if key in GONE:
         return f"'{key}' ({source}) is gone: {GONE[key]}"
+    if key == "checkpoint" and "init" in known:
+        return f"'{key}' ({source}) is for bat-probe and bat-finetune: say init=CHECKPOINT"
     leaf = key.rpartition(".")[2]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     close += [k for k in known if k.rpartition(".")[2] == leaf]

@@ -84,6 +84,9 @@ class Pretrain:
     """Name of the recipe, or a ``.yaml`` path."""
     out: str | None = None
     """Run folder; null: ``runs/pretrain-RECIPE``. An existing run there resumes."""
+    init: str | None = None
+    """A run, an export or a weight file whose encoder (and teacher, if it holds one) this run
+    starts from; the schedule begins at zero. Not read again when the run resumes."""
     task: str = "audioset"
     """File in ``bat/tasks`` that reads ``data.root`` and names the labels."""
     seed: int = 0

@@ -24,6 +24,7 @@ from bat.eval.encoder_list import RANDOM, check_there, checkpoint_name, encoders
 from bat.io import write_atomic
 from bat.lock import LOCK, check_free, hold
 from bat.redact import redact_tree
+from bat.registry import split_checkpoint
 from bat.tasks import csv, folder
 from bat.tasks.base import LeftOut, Reading, Row, Task, load_task
 
@@ -118,6 +119,10 @@ def check_first(config: Pretrain | Supervised) -> None:
     data = config.data
     if isinstance(config, Supervised):
         check_there(config)
+    elif config.init and not (default_out(config) / "checkpoints").is_dir():
+        path = split_checkpoint(config.init)[1]
+        if not Path(path).expanduser().exists():
+            raise UserError(f"init={path} does not exist: give a run, an export or a weight file")
     if data.csv:
         csv.read(Path(data.csv), labelled=isinstance(config, Supervised))
     elif data.root or isinstance(config, Pretrain):

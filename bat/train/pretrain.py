@@ -10,6 +10,8 @@ micro-batches.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,8 @@ class Pretraining(TrainingModule):
     def __init__(self, config: Pretrain) -> None:
         super().__init__(config)
         self.objective = build_objective(config)
+        self.started_from: dict[str, Any] = {}
+        """Facts about the weights that the run started from; empty if from scratch."""
         check_encoders(self.objective)
         hardware = config.hardware
         self.objective.speed_up(
@@ -74,6 +78,13 @@ class Pretraining(TrainingModule):
         optim = self.config.optim
         groups = param_groups(self.objective, weight_decay=optim.weight_decay, decay=optim.decay)
         return adamw(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["bat"]["init"] = self.started_from
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.started_from = checkpoint.get("bat", {}).get("init", {})
 
     def after_step(self, step: int, *, skip: Tensor) -> None:
         self.objective.after_step(step, skip=skip)

@@ -33,6 +33,7 @@ from bat.train.pretrain import Pretraining
 from bat.train.pretrain_data import PretrainData, open_stream
 from bat.train.processes import with_batch
 from bat.train.sharding import full_state
+from bat.train.start import start_from
 
 log = logging.getLogger("bat")
 
@@ -51,6 +52,8 @@ def pretrain(config: Pretrain, *, dry_run: bool = False, force: bool = False) ->
     torch.manual_seed(derive_seed(config.seed, "init"))
     module = Pretraining(config)
     if dry_run:
+        if config.init:
+            start_from(config, module.objective)
         _dry_run(config, module, source)
         return out
     with run_folder(asked, out, force=force) as begin:
@@ -66,6 +69,8 @@ def pretrain(config: Pretrain, *, dry_run: bool = False, force: bool = False) ->
             online=online if config.online.every else None,
         )
         _describe(config, out, module, source, fitting)
+        if config.init and not fitting.newest:
+            module.started_from = redact_tree(start_from(config, module.objective))
         with fitting.running():
             fitting.trainer.fit(module, datamodule=source.data, ckpt_path=fitting.resume_from)
         begin()  # a training that was finished before had no start
@@ -127,6 +132,7 @@ def _finish(
             "bad_clips": data.bad_clips.state_dict(),
             "bad_clips_all_ranks": bad_clips_all_ranks,
             **fitting.facts(),
+            **({"init": module.started_from} if module.started_from else {}),
             "last": rows[-1] if rows else {},
             "online": probe.rows if probe else [],
             "version": __version__,
@@ -165,6 +171,7 @@ def export(
             "steps": step,
             "training": redact_tree(to_dict(module.config)),
             "data": redact_tree(data.facts()),
+            **({"init": module.started_from} if module.started_from else {}),
         },
     )
 
