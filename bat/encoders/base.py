@@ -214,7 +214,7 @@ class SpectrogramEncoder(Encoder):
     grid: Grid
 
     @property
-    def max_patches(self) -> int:  # type: ignore[override]
+    def max_patches(self) -> int | None:  # type: ignore[override]
         """Time patches per chunk."""
         return self.grid.time
 
@@ -258,8 +258,8 @@ class SpectrogramEncoder(Encoder):
         partly zero frames."""
         front: Any = self.frontend
         frames = front.valid_frames(front.padded_samples(samples))
-        more = -((self.patch - frames) // self.step)  # after the first, at most 0 if it suffices
-        patches: Samples = 1 + (more.clamp(min=0) if isinstance(more, Tensor) else max(0, more))
+        more: Any = -((self.patch - frames) // self.step)  # after the first; below 1: none
+        patches: Any = 1 + (more.clamp(min=0) if isinstance(more, Tensor) else max(0, more))
         return patches
 
     def first(self, inputs: Tensor, patches: int) -> Tensor:
