@@ -214,7 +214,7 @@ class SpectrogramEncoder(Encoder):
     grid: Grid
 
     @property
-    def max_patches(self) -> int:  # type: ignore[override]
+    def max_patches(self) -> int | None:  # type: ignore[override]
         """Time patches per chunk."""
         return self.grid.time
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import abc
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -76,16 +76,11 @@ class ViT(Encoder):
         """Returns the tokens in front of the patches, (1, k, D), with position codes."""
         return None
 
-    def chunks(self, inputs: Tensor) -> Iterator[Tensor]:
+    def chunks(self, inputs: Tensor) -> Sequence[Tensor]:
         """Splits inputs (B, 1, frames, mels) into chunks of at most ``max_patches``."""
-        patches = self.max_patches
-        while (
-            patches is not None
-            and inputs.shape[2] > (first := self.first(inputs, patches)).shape[2]
-        ):
-            yield first
-            inputs = inputs[:, :, first.shape[2] :]
-        yield inputs
+        if self.max_patches is None:
+            return (inputs,)
+        return inputs.split(self.first(inputs, self.max_patches).shape[2], dim=2)
 
     def features(self, inputs: Tensor, *, entry: bool = False) -> Features:
         """Maps inputs of clips of one length to ``Features`` of all blocks."""
