@@ -259,16 +259,19 @@ class HF(Encoder):
         made, own = _transformers(), _configured(where, trust_remote_code)
         code = where if getattr(own, "auto_map", None) and trust_remote_code else None
         front = _extractor(where, trust_remote_code)
-        common = {"trust_remote_code": trust_remote_code, "local_files_only": here}
+        common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": here}
         common |= {"config": own, "dtype": torch.float32, "ignore_mismatched_sizes": True}
-        said = made.logging.get_verbosity()
+        said, bars = made.logging.get_verbosity(), made.logging.is_progress_bar_enabled()
         made.logging.set_verbosity_error()  # what is amiss is said below
+        made.logging.disable_progress_bar()
         try:
             net, info = made.AutoModel.from_pretrained(where, output_loading_info=True, **common)
         except Exception as error:  # any, of its many loaders
             raise _unreadable(where, here, error) from error
         finally:
             made.logging.set_verbosity(said)
+            if bars:
+                made.logging.enable_progress_bar()
         encoder = cls.__new__(cls)
         Encoder.__init__(encoder)
         encoder._set(net, front, code, trust_remote_code)
