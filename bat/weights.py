@@ -100,9 +100,24 @@ def is_export(path: Path) -> bool:
     return path.is_dir() and file.exists() and read_json(file).get("format") == FORMAT
 
 
-def load_encoder(checkpoint: str, *, weights: str, heads: int | None) -> Encoder:
+def holds_export(path: str) -> bool:
+    """Returns True if ``path`` exists and leads to an export of bat."""
+    try:
+        return is_export(resolve(path))
+    except UserError:
+        return False
+
+
+def load_encoder(
+    checkpoint: str, *, weights: str, heads: int | None, trust_remote_code: bool = False
+) -> Encoder:
     """Loads an encoder; see ``bat.load_encoder``."""
     name, path = registry.split_checkpoint(checkpoint)
+    if registry.takes_hub_names(name) and not holds_export(path):
+        assert name is not None
+        opened = find_encoder(name).open(path, trust_remote_code=trust_remote_code)
+        if opened is not None:
+            return opened
     where = resolve(path)
     file = read_encoder(where, weights, name)
     if file.config is None:
@@ -116,7 +131,10 @@ def load_encoder(checkpoint: str, *, weights: str, heads: int | None) -> Encoder
             f"{where} wants encoder '{file.backbone}', code from outside bat: where you trust it, "
             f"say {file.backbone}:{path}, which imports it"
         )
-    return find_encoder(file.backbone).from_weights(file.state, config=file.config, heads=heads)
+    config = file.config
+    if "trust_remote_code" in config:  # the user's word, not the file's
+        config = {**config, "trust_remote_code": trust_remote_code}
+    return find_encoder(file.backbone).from_weights(file.state, config=config, heads=heads)
 
 
 def read_encoder(

@@ -150,6 +150,8 @@ class Supervised:
     """Encoder used of a file that holds both."""
     heads: PositiveInt | None = None
     """Attention heads, for a file that does not state them; null: width / 64."""
+    trust_remote_code: bool = False
+    """Run the code that a folder or hub repository of transformers (``hf:``) brings."""
     task: str = "esc50"
     """File in ``bat/tasks`` or a dotted path; with ``data.csv`` the task is ``csv``."""
     seed: int = 0

@@ -113,6 +113,12 @@ class Encoder(nn.Module, abc.ABC):
         """
         return cls.from_weights(state, config=None, heads=heads)
 
+    @classmethod
+    def open(cls, name: str, *, trust_remote_code: bool) -> Self | None:
+        """Returns the encoder ``ENCODER:name`` if this class reads it by itself (the default: None,
+        ``bat.weights`` reads the file or folder). ``trust_remote_code``: code in it may be run."""
+        return None
+
     @abc.abstractmethod
     def config(self) -> dict[str, Any]:
         """Returns keywords that rebuild this encoder (JSON values)."""
@@ -464,7 +470,7 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None
     problems += [
         f"type: {n} is {t.dtype}, not floating point"
         for n, t in state.items()
-        if n in own and not t.is_floating_point()
+        if n in own and own[n].is_floating_point() and not t.is_floating_point()
     ]
     if problems:
         shown = "\n  ".join(problems[:40])

@@ -117,15 +117,17 @@ class SelfAttention(nn.Module):
         g1, g2 = gates.chunk(2, dim=-1)  # (B, H, m, 1)
         gate = g1 * (g2 * self.grep_a - 1) + 2
         step = max(1, MASK // bias.numel())  # clips at a time
-        parts = zip(*(t.split(step) for t in (q, k, v, gate)), strict=True)
-        if torch.is_grad_enabled():  # masks are computed again instead of stored
-            done = [checkpoint(_attend, *part, bias, use_reentrant=False) for part in parts]
-        else:
-            done = [_attend(*part, bias) for part in parts]
+        done = []
+        for part in zip(*(t.split(step) for t in (q, k, v, gate)), strict=True):
+            args = (bias, *part)
+            if torch.is_grad_enabled():  # masks are computed again instead of stored
+                done.append(checkpoint(_attend, *args, use_reentrant=False))
+            else:
+                done.append(_attend(*args))
         return self.out_proj(torch.cat(done).transpose(1, 2).flatten(2))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
+def _attend(bias: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=(gate * bias).to(q.dtype))
 
 
@@ -285,10 +287,8 @@ class BEATs(SpectrogramEncoder):
     def from_weights(
         cls, state: Mapping[str, Tensor], *, config: dict[str, Any] | None, heads: int | None
     ) -> Self:
-        """Builds strictly from the names of this class; see ``Encoder.from_weights``."""
+        """Builds strictly from the names of this class, which state ``heads``."""
         keywords = shape_of(state) if config is None else keywords_of(cls, config, "encoder")
-        if heads not in (None, keywords.get("heads")):
-            raise UserError(f"heads={heads}: this BEATs encoder has {keywords.get('heads')}")
         return build_strictly(cls, keywords, state, "the weight file")
 
     @classmethod
