@@ -18,6 +18,7 @@ from bat.types import Grid
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 ort = pytest.importorskip("onnxruntime")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # writing a file takes 15 s of a core
 
 SMALL = {"width": 48, "depth": 2, "heads": 2, "grid": Grid(16, 8)}  # chunks of 2.56 s
 LABELS = ["ant", "bee", "cat"]
