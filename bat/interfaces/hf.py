@@ -30,6 +30,9 @@ from bat.weights import CONFIG, WEIGHTS, read_json
 FILES = Path(__file__).parent / "hf_files"
 PROBLEM = {"class": "single_label_classification", "tags": "multi_label_classification"}
 """Names of the kinds of task that have scores of a clip."""
+MANY = """
+A clip may have several labels: `pipeline("audio-classification", "FOLDER", trust_remote_code=True,
+function_to_apply="sigmoid")`."""
 
 
 def write(checkpoint: str, out: Path) -> None:
@@ -178,6 +181,7 @@ def model_card(trained: Trained, digest: str) -> str:
         'return_tensors="pt")  # a list of (samples,)',
         f"{result} = model(**inputs).{result}  # {shape}",
         "```",
+        *([MANY] if trained.target == "tags" else []),
         "",
         "## Training",
         "",

@@ -152,7 +152,6 @@ def write(checkpoint: str, out: Path) -> None:
     graph = Graph(trained).eval()
     names = ["embedding", "mean_embedding", "frames", "frame_mask"]
     names += [] if trained.head is None else ["scores"]
-    free = torch.export.Dim.DYNAMIC
     seconds = 1.5 * encoder.grid.time * encoder.hop_seconds  # two chunks
     example = _example(2, int(seconds * encoder.sample_rate))
     log = logging.getLogger("torch.onnx")
@@ -165,7 +164,7 @@ def write(checkpoint: str, out: Path) -> None:
                 graph,
                 example,
                 dynamo=True,
-                dynamic_shapes={"waveform": {0: free, 1: free}, "lengths": {0: free}},
+                dynamic_shapes={"waveform": {0: "batch", 1: "samples"}, "lengths": {0: "batch"}},
                 input_names=["waveform", "lengths"],
                 output_names=names,
                 verbose=False,

@@ -59,6 +59,9 @@ def read_trained(checkpoint: str) -> Trained:
     frames = training.get("frames")
     if frames is None and said.get("task") in registry.known("tasks"):
         frames = load_task(said["task"]).frames
+    patch = getattr(encoder, "patch", 1)
+    if frames is not None and (type(frames) is not int or frames < 1 or frames % patch):
+        raise UserError(f"{folder / CONFIG}: frames={frames} is no number of whole patches")
     return Trained(
         *(encoder, name, folder, record, head, str(said["probe"])),
         *(tuple(map(str, labels)), target, frames),

@@ -141,6 +141,10 @@ def inside(folder: Path) -> None:
         fresh = AutoModel.from_config(model.config, trust_remote_code=True)
         assert torch.equal(fresh.pos_embed, model.pos_embed)
         assert all(p.isfinite().all() for p in fresh.parameters())
+        started = AutoModelForAudioClassification.from_pretrained(path, trust_remote_code=True)
+        kept = started.encoder.state_dict()  # an encoder's folder has no head: that is random
+        assert all(torch.equal(kept[n], state[n]) for n in names), f"{path.name}: not loaded"
+        assert all(p.isfinite().all() for p in started.parameters())
         saved = [path]
         for name in ("first", "second"):
             model.save_pretrained(folder / "saved" / path.name / name)
