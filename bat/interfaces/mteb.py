@@ -60,7 +60,7 @@ class Embedder:
         return np.stack(rows) if rows else np.zeros((0, self.model.width), np.float32)
 
     def _clips(self, items: Any, before: int) -> list[torch.Tensor]:
-        """Returns a batch's clips at the encoder's rate; ``before``: number of clips in earlier ones."""
+        """Returns a batch's clips at the encoder's rate; ``before``: clips of earlier batches."""
         clips = suites.check_clips([np.asarray(item["array"]) for item in items], first=before)
         rates = [int(item["sampling_rate"]) for item in items]
         target = self.model.sample_rate

@@ -49,7 +49,8 @@ def test_docs__examples_run(
         except Exception as error:  # s3prl raises AttributeError beside a later torchaudio
             pytest.skip(f"{package} is not installed, or does not import: {error}")
     monkeypatch.syspath_prepend(str(tmp_path / "suite"))
-    monkeypatch.delitem(sys.modules, "hubconf", raising=False)
+    for module in (name, "hubconf"):  # of another suite
+        monkeypatch.delitem(sys.modules, module, raising=False)
     clips = [clip(0.5), clip(1.0)]
     names = {"audio": batch(clips), "lengths": torch.tensor([8000, 16000])}
     exec(code, names)
