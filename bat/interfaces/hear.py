@@ -34,7 +34,7 @@ RATES = (16000, 22050, 32000, 44100, 48000)
 """Sample rates that HEAR has its data in."""
 
 MODULE = '''\
-"""HEAR module of {checkpoint!r}; needs bat. Guide: docs/interfaces.md of bat."""
+"""HEAR module of a checkpoint of bat, which is needed. Guide: docs/interfaces.md of bat."""
 
 from bat.interfaces import hear
 from bat.interfaces.hear import get_scene_embeddings, get_timestamp_embeddings
@@ -83,18 +83,21 @@ def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, T
     encoder = model.encoder
     hop = encoder.hop_seconds
     k = math.ceil(hop / HOP_SECONDS - 1e-9)
-    t = _timestamps(audio.shape[-1], model.sample_rate, hop / k)
+    clips = model.clips(audio)
+    t = _timestamps(audio.shape[1], model.sample_rate, hop / k)
     windows, places = list[Tensor](), list[tuple[int, int, int, int]]()
-    for row, clip in enumerate(model.clips(audio)):
+    half = math.ceil(hop * encoder.sample_rate / 2)
+    for row, clip in enumerate(clips):
         own = min(t, _timestamps(len(clip), encoder.sample_rate, hop / k))
+        mirrored = torch.from_numpy(np.pad(clip.numpy(), half, mode="symmetric"))
         for copy in range(min(k, own)):
-            for first, end, window in _windows(clip, encoder, copy, k, own):
+            for first, end, window in _windows(mirrored, encoder, copy, k, own):
                 places.append((row, copy, first, end))
                 windows.append(window)
     found = suites.embed(encoder, windows)
     out = found[0].clip.new_zeros(len(audio), t, encoder.width, dtype=torch.float32)
-    for (row, copy, first, end), window in zip(places, found, strict=True):
-        out[row, copy::k][first:end] = suites.fit(window.frames[-1], end - first)
+    for (row, copy, first, end), one in zip(places, found, strict=True):
+        out[row, copy::k][first:end] = suites.fit(one.frames[-1], end - first)
     ms = 1000 * hop / k * torch.arange(t, device=out.device, dtype=torch.float64)
     return out, ms.float().expand(len(audio), t)
 
@@ -105,14 +108,12 @@ def _timestamps(samples: int, rate: int, step: float) -> int:
 
 
 def _windows(
-    clip: Tensor, encoder: Encoder, copy: int, k: int, timestamps: int
+    mirrored: Tensor, encoder: Encoder, copy: int, k: int, timestamps: int
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yields the windows of a clip's shifted copy, each with the first time step in it and the one
     after its last, counted within the copy."""
     step = encoder.hop_seconds * encoder.sample_rate  # samples between time steps
-    half = math.ceil(step / 2)
-    mirrored = torch.from_numpy(np.pad(clip.numpy(), half, mode="symmetric"))
-    start = half + (copy / k - 0.5) * step  # of the copy's first patch
+    start = math.ceil(step / 2) + (copy / k - 0.5) * step  # of the copy's first patch
     steps = -(-(timestamps - copy) // k)
     each = max(1, math.floor(WINDOW_SECONDS / encoder.hop_seconds + 1e-6))
     for first in range(0, steps, each):

@@ -21,7 +21,7 @@ from bat.errors import UserError
 from bat.interfaces import suites
 
 MODULE = '''\
-"""MTEB model of {checkpoint!r}; needs bat and mteb. Guide: docs/interfaces.md of bat."""
+"""MTEB model of a checkpoint of bat, which is needed. Guide: docs/interfaces.md of bat."""
 
 from bat.interfaces import mteb
 
@@ -61,10 +61,7 @@ class Embedder:
 
     def _clips(self, items: Any, before: int) -> list[torch.Tensor]:
         """Returns a batch's clips at the encoder's rate; ``before``: clips of earlier batches."""
-        try:
-            clips = suites.check_clips([np.asarray(item["array"]) for item in items])
-        except UserError as error:
-            raise UserError(f"{error} (batch of clips {before} on)") from None
+        clips = suites.check_clips([np.asarray(item["array"]) for item in items], first=before)
         rates = [int(item["sampling_rate"]) for item in items]
         target = self.model.sample_rate
         return [suites.resample(c, rate, target) for c, rate in zip(clips, rates, strict=True)]

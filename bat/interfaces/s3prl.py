@@ -26,7 +26,7 @@ from bat.interfaces import suites
 SAMPLE_RATE = 16000
 
 EXPERT = '''\
-"""s3prl upstream of {checkpoint!r}; needs bat. Guide: docs/interfaces.md of bat."""
+"""s3prl upstream of a checkpoint of bat, which is needed. Guide: docs/interfaces.md of bat."""
 
 from bat.interfaces import s3prl
 
@@ -35,7 +35,7 @@ class UpstreamExpert(s3prl.Upstream):
     checkpoint = {checkpoint!r}
 '''
 HUBCONF = '''\
-"""Entry of s3prl's hub: {name}."""
+"""Entry of s3prl's hub for a checkpoint of bat. Guide: docs/interfaces.md of bat."""
 
 from bat.interfaces.s3prl import Upstream as _Upstream
 

@@ -134,14 +134,14 @@ def padded(frames: Sequence[Tensor], steps: int) -> Tensor:
     return out
 
 
-def check_clips(clips: Sequence[Any], *, what: str = "clip") -> list[Tensor]:
+def check_clips(clips: Sequence[Any], *, what: str = "clip", first: int = 0) -> list[Tensor]:
     """Returns clips as (samples,) float32 tensors on the CPU, without gradient.
 
     Raises ``UserError`` that names each which is not one channel, not floating point, empty, or
-    holds NaN or infinity. ``what``: noun for the message.
+    holds NaN or infinity. ``what``, ``first``: noun and first number for the message.
     """
     found, problems = [torch.as_tensor(clip).detach().cpu() for clip in clips], []
-    for i, clip in enumerate(found):
+    for i, clip in enumerate(found, start=first):
         if clip.dim() != 1:
             problems.append(
                 f"{what} {i} has the shape {tuple(clip.shape)}: give one channel, (samples,)"

@@ -20,7 +20,7 @@ import bat
 from bat.interfaces import suites
 
 MODULE = '''\
-"""X-ARES encoder of {checkpoint!r}; needs bat. Guide: docs/interfaces.md of bat."""
+"""X-ARES encoder of a checkpoint of bat, which is needed. Guide: docs/interfaces.md of bat."""
 
 from bat.interfaces import xares
 

@@ -69,10 +69,10 @@ class Steps(Encoder):
 
 
 def encoder(kind: str) -> Encoder:
-    """``bat`` (160 ms, chunks of 0.64 s), ``bat 32k``, ``steps`` (20 ms), ``odd`` (125 ms, 8 kHz),
+    """``bat`` (160 ms, chunks of 1.28 s), ``bat 32k``, ``steps`` (20 ms), ``odd`` (125 ms, 8 kHz),
     ``uneven`` (22.05 kHz, 2,540.4 samples at 16 kHz)."""
     torch.manual_seed(0)
-    tiny: dict[str, Any] = {"width": 48, "depth": 2, "heads": 2, "grid": Grid(4, 8)}
+    tiny: dict[str, Any] = {"width": 48, "depth": 2, "heads": 2, "grid": Grid(8, 8)}
     front = {"sample_rate": 32000, "n_fft": 2048, "hop_length": 320}
     made = {
         "bat": lambda: BAT(**tiny),

@@ -68,7 +68,7 @@ def test_mteb__bad_clips_are_named() -> None:
     }
     for said, wave in cases.items():
         with pytest.raises(UserError) as error:
-            made.encode([{"audio": items(good, wave)}])
+            made.encode([{"audio": items(good)}, {"audio": items(wave, good)}])
         assert said in str(error.value)
     with pytest.raises(UserError, match="text"):
         made.encode([{"text": ["a dog barks"]}])
