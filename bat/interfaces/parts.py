@@ -54,10 +54,10 @@ class Block(NamedTuple):
 
     rows: NDArray[np.int64]
     """(n,) windows, ascending."""
-    count: NDArray[np.int64]
+    counts: NDArray[np.int64]
     """(n,) results of each."""
     values: NDArray[Any]
-    """(sum of count, ...) the results."""
+    """(sum of counts, ...) the results."""
 
 
 @dataclass(frozen=True)
@@ -198,13 +198,13 @@ class Parts:
         for file in self.files:
             with np.load(file) as held:
                 if len(held["rows"]):
-                    yield Block(held["rows"], held["count"], held["values"])
+                    yield Block(held["rows"], held["counts"], held["values"])
 
     def counts(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Yields rows and counts of each part, without its values."""
         for file in self.files:
             with np.load(file) as held:
-                yield held["rows"], held["count"]
+                yield held["rows"], held["counts"]
 
     def left_out(self) -> Iterator[LeftOut]:
         """Yields what was left out: of the listing, then in the order of the windows."""
@@ -280,7 +280,7 @@ def _save(file: Path, found: dict[int, NDArray[Any]], skipped: list[tuple[int, s
             np.savez(
                 target,
                 rows=np.array(rows, np.int64),
-                count=np.array([len(v) for v in values], np.int64),
+                counts=np.array([len(v) for v in values], np.int64),
                 values=np.concatenate(values) if values else np.zeros(0),
                 skipped=np.array(json.dumps(skipped)),
             )

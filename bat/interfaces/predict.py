@@ -178,7 +178,7 @@ def _windows_of(
     """Yields recording, start, end and values of each window."""
     for block in parts:
         start, end = (times.tolist() for times in windows.times(block.rows))
-        values = np.split(block.values, np.cumsum(block.count)[:-1])
+        values = np.split(block.values, np.cumsum(block.counts)[:-1])
         yield from zip(windows.recording(block.rows).tolist(), start, end, values, strict=True)
 
 

@@ -70,8 +70,9 @@ def rows_of(parts: Parts, block: Block, hop_seconds: float | None) -> Rows:
     recording = windows.recording(block.rows)
     if hop_seconds is None:
         return Rows(recording, start, end, block.values)
-    recording, start, end = (np.repeat(a, block.count) for a in (recording, start, end))
-    first = np.repeat(np.cumsum(block.count) - block.count, block.count)
+    recording = np.repeat(recording, block.counts)
+    start, end = np.repeat(start, block.counts), np.repeat(end, block.counts)
+    first = np.repeat(np.cumsum(block.counts) - block.counts, block.counts)
     start = start + (np.arange(len(start)) - first) * hop_seconds
     return Rows(recording, start, np.minimum(start + hop_seconds, end), block.values)
 
@@ -170,10 +171,10 @@ def _folder(parts: Parts, folder: Path) -> None:
         writer.writerow(("file", "path", "row", "rows", "start", "end"))
         for block in parts:
             of = windows.recording(block.rows).tolist()
-            begin = (np.cumsum(block.count) - block.count).tolist()
+            begin = (np.cumsum(block.counts) - block.counts).tolist()
             times = zip(*windows.times(block.rows), strict=True)
             for i, at, count, (start, end) in zip(
-                of, begin, block.count.tolist(), times, strict=True
+                of, begin, block.counts.tolist(), times, strict=True
             ):
                 values = block.values[at : at + count]
                 if i != last:
