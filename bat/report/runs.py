@@ -20,7 +20,7 @@ import yaml
 from bat.errors import FAILED, UserError
 from bat.io import read_jsonl
 from bat.lock import is_held
-from bat.metrics.base import rank_key
+from bat.metrics.base import describe, rank_key
 from bat.redact import redact_tree
 from bat.report.plots import plot_series
 from bat.report.tables import NOTHING, Table, number, shown
@@ -220,8 +220,10 @@ def compare(runs: Sequence[Run], path: Path) -> Path:
     for name, run in zip(names, runs, strict=True):
         for row in run.probes():
             metric = next(key for key in row if key not in ("step", "method"))
-            lines = probes.setdefault(f"online probe: {metric}", {})
-            lines.setdefault(f"{name}: {row['method']}", []).append((row["step"], row[metric]))
+            value = describe(metric)
+            title = f"online probe: {value.title}{' (%)' * value.percent}"
+            point = (row["step"], row[metric] * (100 if value.percent else 1))
+            probes.setdefault(title, {}).setdefault(f"{name}: {row['method']}", []).append(point)
     panels = {"loss": panels.pop("loss"), **probes, **panels}
     if not any(line for lines in panels.values() for line in lines.values()):
         raise UserError(f"{' and '.join(names)} have no metrics yet: nothing can be drawn")

@@ -79,7 +79,7 @@ def _pictures(run: Run, scratch: Path) -> list[Picture]:
     panels: dict[str, dict[str, Any]] = {}
     for key in keys:
         title = "effective rank" if key.endswith("_rank") else "deviation between clips"
-        panels.setdefault(title, {})[key.removeprefix("health/")] = run.series(key)
+        panels.setdefault(title, {})[key.split("/")[1].rpartition("_")[0]] = run.series(key)
     for title, key in (
         ("gradient norm", "grad_norm"),
         ("clips per second", "clips_per_second"),
