@@ -13,6 +13,9 @@ class UserError(ValueError):
 RESUME_ME = 75
 """Exit code (``EX_TEMPFAIL``) of a run that was ended and saved; the same command resumes it."""
 
+FAILED = "failed: "
+"""Begins the last message in ``train.log`` of a run that an error ended."""
+
 
 class Interrupted(BaseException):
     """Raised when a run was ended on request and can be resumed; ``str()`` gives the reason. Like

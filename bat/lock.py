@@ -15,6 +15,8 @@ import json
 import logging
 import os
 import socket
+import struct
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +66,21 @@ def check_free(folder: Path) -> None:
     if (folder / LOCK).is_file():
         with hold(folder):
             pass
+
+
+def is_held(folder: Path) -> bool:
+    """Returns True if a process holds ``folder``; takes no lock itself and changes nothing."""
+    if str(folder.resolve()) in _held:  # closing the file would release this process's lock
+        return True
+    linux = sys.platform == "linux"
+    layout, place = ("hhqqi", 0) if linux else ("qqihh", 3)  # struct flock; BSD's, macOS's
+    asked = (fcntl.F_WRLCK, 0, 0, 0, 0) if linux else (0, 0, 0, fcntl.F_WRLCK, 0)
+    try:
+        with (folder / LOCK).open("rb") as file:
+            told = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(layout, *asked))
+        return bool(struct.unpack(layout, told)[place] != fcntl.F_UNLCK)
+    except OSError:  # no such file, or a file system without locks
+        return False
 
 
 def _lock(folder: Path) -> BinaryIO | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from bat.errors import FAILED
 from bat.redact import RedactingFormatter
 
 NOISE = (
@@ -36,6 +37,15 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
         """Drops the line."""
+
+
+def log_failure(error: BaseException) -> None:
+    """Writes a last line to ``train.log`` alone: the screen shows the error anyway."""
+    logger, text = logging.getLogger("bat"), f"{FAILED}{type(error).__name__}: {error}"
+    record = logger.makeRecord("bat", logging.ERROR, "", 0, " ".join(text.split()), (), None)
+    for handler in logger.handlers:
+        if isinstance(handler, _LogFile):
+            handler.handle(record)
 
 
 def start_logging(out: Path | None = None) -> None:

@@ -159,7 +159,7 @@ def words_of(config: Any, command: str) -> list[str] | None:
 
     words = [f"recipe={config.recipe}"]
     left = missing(words) or {}
-    for group in sorted({key.partition(".")[0] for key in left}):
+    for group in sorted({key.partition(".")[0] for key in left} - {"objective"}):
         for leaf in locate.known_fragments(group):
             fewer = missing([*words, f"{group}={leaf}"])
             if fewer is not None and len(fewer) < len(left) - 1:

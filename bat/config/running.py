@@ -108,5 +108,7 @@ class Log:
     """Log to Weights & Biases; ``offline``: into ``out/wandb``, for a later ``wandb sync``."""
     project: str = "bat"
     """Project there."""
+    tensorboard: bool = False
+    """Log to TensorBoard: ``tensorboard --logdir runs``."""
     progress: bool = True
     """Show a progress bar."""

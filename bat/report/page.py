@@ -107,6 +107,13 @@ def write_page(
     ``pictures``: plots of each run, keyed by the ``run`` of its summary.
     Raises ``OSError`` if a plot cannot be read or the page cannot be written.
     """
+    content = [_content(section, pictures or {}) for section in sections(summaries)]
+    return render(path, title=title, sections=content)
+
+
+def render(path: Path, *, title: str, sections: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes the page of ``sections``, each with the keys that ``_content`` returns and optionally
+    ``commands``, and returns its path."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -114,8 +121,7 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    content = [_content(section, pictures or {}) for section in sections(summaries)]
-    page = templates.get_template("page.html.jinja").render(title=title, sections=content)
+    page = templates.get_template("page.html.jinja").render(title=title, sections=sections)
     path.write_text(page, encoding="utf-8")
     return path
 

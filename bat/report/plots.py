@@ -187,6 +187,33 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     return Path(path)
 
 
+def plot_series(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: str | Path
+) -> Path:
+    """Plots panels below each other over the same steps: title -> name of a line -> (step, value).
+
+    Lines without values and panels without lines are omitted; a name has one colour in all panels.
+    """
+    some = {title: {n: xy for n, xy in lines.items() if xy} for title, lines in panels.items()}
+    some = {title: lines for title, lines in some.items() if lines}
+    names = list(dict.fromkeys(name for lines in some.values() for name in lines))
+    n = max(1, len(some))
+    with figure(path, n, 1, figsize=(9, 0.6 + 2.1 * n), sharex=True) as (_, axes):
+        column = np.ravel(axes)
+        for axis, (title, lines) in zip(column, some.items(), strict=False):
+            for name, points in lines.items():
+                x, y = np.array(points, dtype=float).T
+                i = names.index(name)
+                style: Any = {"marker": MARKERS[i % 7], "ms": 3.5} if len(x) <= 30 else {}
+                dash = "-" if i < 7 else "--"
+                axis.plot(x, y, dash, color=COLOURS[i % 7], lw=1.5, label=short(name), **style)
+            axis.set_title(title)
+            if len(lines) > 1:
+                legend(axis)
+        column[-1].set_xlabel("optimiser step")
+    return Path(path)
+
+
 def plot_layer_gates(
     gates: Mapping[str, ArrayLike], path: str | Path, *, over: str = "folds"
 ) -> Path:

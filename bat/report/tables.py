@@ -250,7 +250,7 @@ def as_text(summaries: Sequence[dict[str, Any]]) -> str:
     for section in sections(summaries):
         usual = dict.fromkeys([section.metric, *NARROW])
         narrow = [*usual, *(m for m in section.metrics if m not in TITLES)]  # from outside bat too
-        parts = [_aligned(table) for table in _main_tables(section, narrow)]
+        parts = [aligned(table) for table in _main_tables(section, narrow)]
         found += [_headline(section), *parts, "\n".join(notes(section))]
     return "\n\n".join(found)
 
@@ -277,7 +277,7 @@ def _main_tables(section: Section, metrics: Sequence[str]) -> list[Table]:
     return [table for table in (*found, gaps(section), gains(section)) if table]
 
 
-def _aligned(table: Table) -> str:
+def aligned(table: Table) -> str:
     """Formats columns of equal width: text aligned left, numbers aligned right."""
     lines = [list(table.header), *map(list, table.cells)]
     if table.best:

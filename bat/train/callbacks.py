@@ -19,6 +19,13 @@ from bat.train.trainer import JsonLines
 
 log = logging.getLogger("bat")
 
+ON_GPUS = {
+    "gpu_memory_gb": "{gpu_memory_gb:.1f} GiB",
+    "mfu": "MFU={mfu:.0%}",
+    "gpu_hours": "GPU-hours={gpu_hours:.1f}+{gpu_hours_left:.1f}",
+}
+"""Scalars of a GPU that the progress bar shows."""
+
 
 class StepCallback(Callback):
     """Base of callbacks that act after an optimiser step, not after every micro-batch."""
@@ -139,8 +146,10 @@ class Metrics(StepCallback):
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
         if self.bar is not None:
-            speed = f"{row['clips_per_second']:.3g}"
-            self.bar.set_postfix_str(f"loss={row['loss']:.3f}, clips={speed}/s{self._mark}")
+            shown = [f"loss={row['loss']:.3f}", f"clips={row['clips_per_second']:.3g}/s"]
+            for name, form in ON_GPUS.items():
+                shown += [form.format(**row)] if name in row else []
+            self.bar.set_postfix_str(", ".join(shown) + self._mark)
         self._reset()
 
     def event(self, kind: str, line: str, **facts: Any) -> None:

@@ -26,7 +26,8 @@ from bat.errors import UserError
 from bat.eval.loading import autocast_for
 from bat.shutdown import listening
 from bat.train.callbacks import Metrics
-from bat.train.checkpointing import Checkpoints, last_checkpoint
+from bat.train.checkpointing import Checkpoints, last_checkpoint, step_of
+from bat.train.cost import Cost
 from bat.train.guard import GuardReport
 from bat.train.health import HealthMonitor
 from bat.train.online import OnlineProbe
@@ -77,6 +78,7 @@ class Fitting:
             stopping=stopping,
             data=data,
             objective=module.objective if isinstance(module, Pretraining) else None,
+            cost=Cost(config, self.checkpoints.training_seconds),
         )
         self.online = online(metrics=metrics, stopping=stopping) if online else None
         self.trainer: pl.Trainer = build_trainer(
@@ -95,7 +97,7 @@ class Fitting:
             ],
             checkpoint_io=self.checkpoints.io,
             name=name,
-            resumed=self.newest is not None,
+            resumed=step_of(self.newest) if self.newest else None,
         )
 
     @contextmanager

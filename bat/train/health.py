@@ -35,6 +35,7 @@ from bat.errors import RESUME_ME, UserError
 from bat.eval.collapse import representation
 from bat.objectives.base import Objective
 from bat.train.callbacks import Metrics, StepCallback
+from bat.train.cost import Cost
 from bat.train.stopping import Stopping
 from bat.types import WaveBatch
 
@@ -154,6 +155,7 @@ class HealthMonitor(StepCallback):
         stopping: asked to end a collapsed run.
         data: its readers are named when it stalls.
         objective: its encoders are checked for collapse; None (fine-tuning): no checks.
+        cost: of the training on GPUs, added to each line of metrics; None: not counted.
     """
 
     def __init__(
@@ -164,8 +166,10 @@ class HealthMonitor(StepCallback):
         stopping: Stopping,
         data: StreamData,
         objective: Objective | None,
+        cost: Cost | None = None,
     ) -> None:
         super().__init__()
+        self.cost = cost
         self.config, self.metrics, self.stopping = config, metrics, stopping
         self.data, self.objective = data, objective
         self.clock = FetchClock()
@@ -227,9 +231,10 @@ class HealthMonitor(StepCallback):
         if checked and (ends or step % self.config.collapse_every == 0):
             self._check_collapse(trainer, module, step)
         if ends or step % self.metrics.every == 0:  # Metrics is about to write a line
-            self._measure(trainer.strategy.root_device)
+            self._measure(trainer, step)
 
-    def _measure(self, device: torch.device) -> None:
+    def _measure(self, trainer: pl.Trainer, step: int) -> None:
+        device = trainer.strategy.root_device
         seconds = time.perf_counter() - self.metrics.since
         waited, self._waited = self.clock.total - self._waited, self.clock.total
         self.metrics.extra["loader_wait"] = min(1.0, waited / seconds)
@@ -237,6 +242,12 @@ class HealthMonitor(StepCallback):
             peak = torch.cuda.max_memory_allocated(device)
             self.metrics.extra["gpu_memory_gb"] = peak / 2**30
             torch.cuda.reset_peak_memory_stats(device)
+            if self.cost is not None and trainer.is_global_zero:
+                name, n = torch.cuda.get_device_name(device), trainer.world_size
+                speed = self.metrics.clips / seconds
+                self.metrics.extra |= self.cost.row(
+                    name, devices=n, step=step, clips_per_second=speed
+                )
 
     def _check_speed(self, speed: float) -> None:
         """Compares one line's clips per second with the median of those that were not slow."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
@@ -100,12 +100,13 @@ def build_trainer(
     callbacks: list[pl.Callback],
     checkpoint_io: CheckpointIO,
     name: str,
-    resumed: bool = False,
+    resumed: int | None = None,
 ) -> pl.Trainer:
     """Builds a Trainer for ``train.steps`` optimiser steps.
 
-    Metrics go to ``out/metrics.jsonl`` and, if ``log.wandb`` is set, to Weights & Biases: to the
-    same run there if ``resumed``.
+    Metrics go to ``out/metrics.jsonl`` and, if ``log`` says so, to Weights & Biases and
+    ``out/tensorboard``: to the same run there if it is ``resumed`` from that step, whose later
+    steps are dropped.
     Raises ``UserError`` if the requested hardware is not available.
     """
     assert hardware.precision != "auto", "settled by with_precision, before a run begins"
@@ -115,10 +116,18 @@ def build_trainer(
         plugins.append(SLURMEnvironment(auto_requeue=False))  # ours: ``stopping.py``
     if log.wandb != "off":
         try:
-            loggers.append(OneWandbRun(log, out, name, resumed=resumed))
+            loggers.append(OneWandbRun(log, out, name, resumed=resumed is not None))
         except ModuleNotFoundError as error:
             raise UserError(
                 "log.wandb needs the package: pip install 'bat-audio[wandb]'"
+            ) from error
+    if log.tensorboard:
+        repeated = None if resumed is None else resumed + 1
+        try:
+            loggers.append(TensorBoardLogger(out, "", "tensorboard", purge_step=repeated))
+        except ModuleNotFoundError as error:
+            raise UserError(
+                "log.tensorboard needs the package: pip install 'bat-audio[tensorboard]'"
             ) from error
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")

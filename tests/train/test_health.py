@@ -19,6 +19,8 @@ from bat.config.running import Health
 from bat.errors import RESUME_ME, UserError
 from bat.io import read_jsonl
 from bat.train import health
+from bat.train.callbacks import Metrics
+from bat.train.cost import Cost, clip_flop
 from bat.train.health import LINES, FetchClock, HealthMonitor, Watchdog
 from bat.train.run_pretrain import pretrain
 from tests.train.runs import weights
@@ -370,3 +372,34 @@ def test_collapse__that_stays_ends_the_run_where_asked(
     assert not (out / "export").exists()
     states = torch.load(out / "checkpoints" / saved[-1], weights_only=True)["callbacks"]
     assert json.dumps(states["HealthMonitor"]) == '{"low": 1}'  # a resumed run counts on
+
+
+def test_cost__hours_and_mfu_only_where_the_peak_is_known(small, tmp_path: Path) -> None:
+    config = small("hardware.precision=bf16-mixed", "train.steps=40", out=tmp_path)
+    flop = clip_flop(config)
+    assert clip_flop(small("objective.mask.views=4", out=tmp_path)) > 1.3 * flop > 0
+    state = torch.get_rng_state()
+    cost = Cost(config, seconds=lambda: 1800.0)
+    row = cost.row("NVIDIA A100-SXM4-80GB", devices=4, step=10, clips_per_second=100.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (row["gpu_hours"], row["gpu_hours_left"]) == (2.0, 6.0)
+    assert row["mfu"] == pytest.approx(flop * 100 / (4 * 312e12))
+    assert "mfu" not in cost.row("Quadro P400", devices=1, step=10, clips_per_second=1.0)
+    whole = Cost(small("hardware.precision=32-true", out=tmp_path), seconds=lambda: 1.0)
+    assert "mfu" not in whole.row("NVIDIA A100", devices=1, step=1, clips_per_second=1.0)
+
+
+def test_metrics__bar_shows_memory_mfu_and_hours_of_gpus() -> None:
+    said: list[str] = []
+    metrics = Metrics(every=1, progress=True)
+    metrics.bar = SimpleNamespace(update=id, set_postfix_str=said.append)  # type: ignore[assignment]
+    group = SimpleNamespace(param_groups=[{"lr": 1.0}])
+    trainer = SimpleNamespace(max_steps=9, optimizers=[group], loggers=[])
+    hours = {"gpu_hours": 2.0, "gpu_hours_left": 6.0}
+    for extra in ({}, {"gpu_memory_gb": 21.23, "mfu": 0.414, **hours}):
+        metrics.names, metrics.sums = ["loss"], torch.tensor([[2.0], [1.0]])
+        metrics.extra = extra
+        metrics.after_step(trainer, None, 5)  # type: ignore[arg-type]
+    assert said[0].startswith("loss=2.000, clips=")
+    assert "GPU" not in said[0]
+    assert said[1].endswith("/s, 21.2 GiB, MFU=41%, GPU-hours=2.0+6.0")

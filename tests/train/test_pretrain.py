@@ -291,6 +291,30 @@ def test_wandb__offline_run_logs_a_step_once_over_all_starts(
     assert "anonymous" not in capsys.readouterr().err
 
 
+def test_tensorboard__has_every_step_once_over_all_starts(small, tmp_path: Path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="an extra: bat-audio[tensorboard]")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = small("log.tensorboard=true", "train.save_every=3", out=tmp_path / "run")
+    run_and_cut(monkeypatch, config, 4)  # steps 1, 2 and 4 are logged, 3 is saved
+    pretrain(config)
+    seen = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    rows = [row for row in read_jsonl(tmp_path / "run/metrics.jsonl") if "loss" in row]
+    assert [event.step for event in seen.Scalars("loss")] == [row["step"] for row in rows]
+    assert [event.value for event in seen.Scalars("loss")] == pytest.approx(
+        [row["loss"] for row in rows]
+    )
+
+
+def test_tensorboard__missing_says_what_to_install(small, tmp_path: Path, monkeypatch) -> None:
+    def absent(*args, **words):
+        raise ModuleNotFoundError("tensorboard")
+
+    monkeypatch.setattr("bat.train.trainer.TensorBoardLogger", absent)
+    with pytest.raises(UserError, match=r"bat-audio\[tensorboard\]"):
+        pretrain(small("log.tensorboard=true", out=tmp_path / "run"))
+
+
 def spied_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Steps at which something is handed to Weights & Biases from now on."""
     from lightning.pytorch.loggers import WandbLogger

@@ -1,0 +1,238 @@
+"""Reads runs of all commands for a table and a comparison; nothing is written into a run.
+
+Read are ``config.yaml``, ``metrics.jsonl`` (of a fine-tuning its latest fold's), ``summary.json``,
+``train.log`` and the lock.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bat.errors import FAILED, UserError
+from bat.io import read_jsonl
+from bat.lock import is_held
+from bat.metrics.base import describe, rank_key
+from bat.redact import redact_tree
+from bat.report.plots import plot_series
+from bat.report.tables import NOTHING, Table, number, shown
+
+KINDS = {"objective": "pretrain", "methods": "probe", "method": "finetune"}
+"""Commands by a section that only their settings have."""
+
+
+class Run:
+    """One run folder; everything is read when it is first asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ``UserError`` if ``path`` holds no run."""
+        self.path = path
+        try:
+            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+            self.config = yaml.load((path / "config.yaml").read_bytes(), loader)
+            self.kind = next(kind for key, kind in KINDS.items() if key in self.config)
+        except (OSError, TypeError, yaml.YAMLError, StopIteration):
+            raise UserError(
+                f"{path} holds no run of bat (no config.yaml of one): name the out= of a run"
+            ) from None
+
+    @functools.cached_property
+    def summary(self) -> dict[str, Any]:
+        with suppress(OSError, ValueError):
+            return dict(redact_tree(json.loads((self.path / "summary.json").read_bytes())))
+        return {}
+
+    @functools.cached_property
+    def part(self) -> Path:
+        """The folder with the metrics: of a fine-tuning its latest fold, else the run's own."""
+        folds = list(self.path.glob("fold-*/metrics.jsonl"))
+        return max(folds, key=lambda f: f.stat().st_mtime).parent if folds else self.path
+
+    @functools.cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        return [row for row in read_jsonl(self.part / "metrics.jsonl") if isinstance(row, dict)]
+
+    def series(self, key: str) -> list[tuple[float, float]]:
+        """Returns (step, value) of a scalar."""
+        return [(r["step"], r[key]) for r in self.rows if isinstance(r.get(key), int | float)]
+
+    def last(self, key: str) -> Any:
+        return next((value for _, value in reversed(self.series(key))), None)
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of the training; None for a probe run, which counts its results."""
+        return None if self.kind == "probe" else int(self.config["train"]["steps"])
+
+    @property
+    def step(self) -> int:
+        if self.kind == "probe":
+            return len(read_jsonl(self.path / "results.jsonl"))
+        return max((row.get("step") or 0 for row in self.rows), default=0)
+
+    @property
+    def state(self) -> str:
+        if is_held(self.path):
+            return "running"
+        complete = self.kind != "pretrain" or self.summary.get("steps", 0) >= (self.steps or 0)
+        if self.summary and complete and not self.summary.get("unfinished"):
+            return "done"
+        with suppress(OSError):
+            said = (self.path / "train.log").read_text("utf-8", "replace")
+            if f" ERROR {FAILED}" in said.rstrip().rpartition("\n")[2]:
+                return "failed"
+        return "interrupted"
+
+    @property
+    def encoder(self) -> str:
+        if self.kind == "pretrain":
+            model = self.config["model"]
+            return f"{model['backbone']} {model['width']}x{model['depth']}"
+        names = str(self.config.get("checkpoint")).split(",")
+        return ",".join(Path(name).name or name for name in names)
+
+    def probes(self) -> list[dict[str, Any]]:
+        """Returns the online probes' results: a mapping for each step and method, as plotted."""
+        found: dict[tuple[int, str], dict[str, Any]] = {}
+        for row in self.rows:
+            for key, value in row.items():
+                if key.startswith("online/") and not key.endswith("/gate"):
+                    _, method, name = key.split("/", 2)
+                    first = {"step": row["step"], "method": method}
+                    found.setdefault((row["step"], method), first)[name] = value
+        return list(found.values())
+
+    def best(self) -> dict[str, Any] | None:
+        """Returns the best result: ``{"metric", "value", "method"}``, and encoder or step."""
+        found = []
+        for row in self.probes():
+            metric = next(name for name in row if name not in ("step", "method"))
+            of = {"method": row["method"], "step": row["step"]}
+            found.append({"metric": metric, "value": row[metric], **of})
+        encoders = self.summary.get("encoders") or {"": self.summary}
+        for encoder, entry in encoders.items():
+            for method, result in (entry.get("results") or {}).items():
+                metric = self.summary.get("metric") or next(iter(result["mean"]))
+                of = {"method": method} | ({"encoder": encoder} if encoder else {})
+                found.append({"metric": metric, "value": result["mean"].get(metric), **of})
+        return max(found, key=lambda b: rank_key(b["metric"], b["value"]), default=None)
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the run's line of the table."""
+        files = [f for f in (self.part / "metrics.jsonl", self.path / "train.log") if f.is_file()]
+        newest = max(f.stat().st_mtime for f in [self.path / "config.yaml", *files])
+        median = self.summary.get("clips_per_second") or self.last("clips_per_second")
+        return {
+            "run": str(self.path),
+            "kind": self.kind,
+            "recipe": self.config.get("recipe"),
+            "encoder": self.encoder,
+            "part": "" if self.part == self.path else self.part.name,
+            "step": self.step,
+            "steps": self.steps,
+            "state": self.state,
+            "clips_per_second": median,
+            "loss": self.last("loss") if self.kind != "probe" else None,
+            "best": self.best(),
+            "age_seconds": round(time.time() - newest),
+        }
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """Returns all runs below ``folder``, by name. Raises ``UserError`` if it is no folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: name one that holds runs, bat runs FOLDER")
+    found = []
+    for here, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if "config.yaml" in files:
+            with suppress(UserError):
+                found.append(Run(Path(here)))
+                folders.clear()
+    return found
+
+
+def table(facts: Sequence[Mapping[str, Any]], folder: Path) -> Table:
+    """Returns the table of runs for the terminal."""
+    header = ["run", "kind", "recipe", "encoder", "state", "step", "clips/s", "loss", "best", "age"]
+    cells = []
+    for fact in facts:
+        step = f"{fact['step']}/{fact['steps']}" if fact["steps"] else f"{fact['step']} results"
+        step = f"{fact['part']} {step}".strip()
+        best, speed, loss = fact["best"], fact["clips_per_second"], fact["loss"]
+        number_ = (
+            best and f"{best['method']} {number(best['value'], best['metric'])} {best['metric']}"
+        )
+        cells.append(
+            [
+                os.path.relpath(fact["run"], folder),
+                *(str(fact[key]) for key in ("kind", "recipe", "encoder", "state")),
+                step,
+                NOTHING if speed is None else f"{speed:.3g}",
+                NOTHING if loss is None else f"{loss:.3f}",
+                number_ or NOTHING,
+                age(fact["age_seconds"]),
+            ]
+        )
+    return Table(header, cells, words=5)
+
+
+def age(seconds: float) -> str:
+    """Formats a duration in its largest unit: ``3 h``."""
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def differences(runs: Sequence[Run]) -> Table:
+    """Returns the settings that differ, and what the runs became, side by side."""
+    settings = [dict(flat(run.config)) for run in runs]
+    keys = sorted({key for one in settings for key in one} - {"out"})
+    cells = []
+    for key in keys:
+        values = [shown(one[key]) if key in one else NOTHING for one in settings]
+        if len(set(values)) > 1:
+            cells.append([key, *values])
+    facts = [run.facts() for run in runs]
+    for key in ("state", "step", "clips_per_second", "loss", "best"):
+        cells.append([f"({key})", *(shown(fact[key]) for fact in facts)])
+    return Table(["setting", *(str(run.path) for run in runs)], cells, words=len(runs) + 1)
+
+
+def compare(runs: Sequence[Run], path: Path) -> Path:
+    """Draws the curves of runs over each other. Raises ``UserError`` if they have none."""
+    names = [str(run.path) for run in runs]
+    keys = {"loss": "loss", "gradient norm": "grad_norm", "clips per second": "clips_per_second"}
+    panels = {
+        title: {name: run.series(key) for name, run in zip(names, runs, strict=True)}
+        for title, key in keys.items()
+    }
+    probes: dict[str, Any] = {}
+    for name, run in zip(names, runs, strict=True):
+        for row in run.probes():
+            metric = next(key for key in row if key not in ("step", "method"))
+            value = describe(metric)
+            title = f"online probe: {value.title}{' (%)' * value.percent}"
+            point = (row["step"], row[metric] * (100 if value.percent else 1))
+            probes.setdefault(title, {}).setdefault(f"{name}: {row['method']}", []).append(point)
+    panels = {"loss": panels.pop("loss"), **probes, **panels}
+    if not any(line for lines in panels.values() for line in lines.values()):
+        raise UserError(f"{' and '.join(names)} have no metrics yet: nothing can be drawn")
+    return plot_series(panels, path)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", value
