@@ -97,17 +97,24 @@ def default_out(config: Pretrain | Supervised) -> Path:
     if config.out:
         return Path(config.out)
     if isinstance(config, Pretrain):
-        return Path(f"runs/pretrain-{config.recipe}")
+        source = config.data.root or config.data.csv
+        own = config.recipe == "own" and source
+        return Path(f"runs/pretrain-{_named_after(source) if own else config.recipe}")
     of = config.recipe
-    if config.data.csv:  # many tables are called labels.csv
-        csv = os.path.normpath(config.data.csv)
-        of = f"{Path(csv).stem}-{hashlib.sha256(csv.encode()).hexdigest()[:6]}"
+    if config.data.csv:
+        of = _named_after(config.data.csv)
     if not isinstance(config, Probe):
         return Path(f"runs/finetune-{of}-{checkpoint_name(config)}")
     encoders = "+".join(encoders_of(config))
     if len(encoders) > LONG:
         encoders = f"{encoders[:LONG]}-{hashlib.sha256(encoders.encode()).hexdigest()[:8]}"
     return Path(f"runs/probe-{of}-{encoders}-{'+'.join(config.methods)}")
+
+
+def _named_after(source: str) -> str:
+    """Returns ``labels-3f2a1c`` for ``labels.csv``: many tables and folders have the same name."""
+    source = os.path.normpath(source)
+    return f"{Path(source).stem}-{hashlib.sha256(source.encode()).hexdigest()[:6]}"
 
 
 def check_first(config: Pretrain | Supervised) -> None:
@@ -259,6 +266,7 @@ def open_data(
             cache=_listed(task, root, data),
             absent=found.left_out,
             progress=progress,
+            windows=data.windows,
         )
         where = f"{root} (all: {_listed(task, root, data)})"
     if left_out:

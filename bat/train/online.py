@@ -79,16 +79,16 @@ class OnlineProbe(StepCallback):
         self.stopping = stopping
         online = config.online
         split = config.data.split
-        if online.root or online.shards:
+        if online.root or online.shards or online.csv:
             split = "auto"
-            source = replace(config.data, root=online.root, shards=online.shards, csv=None)
-            source = replace(source, mix=[], labels="same")
+            source = replace(config.data, root=online.root, shards=online.shards, csv=online.csv)
+            source = replace(source, mix=[], labels="same", windows=False)
             task, index = open_data(online.task or config.task, source)
         assert index is not None  # ``open_stream`` requires another set if there is no index
         if index.classes < 2 or not (index.labels_per_clip > 0).any():
             raise UserError(
-                "online probes need labelled clips, this data has none: give online.shards= or "
-                "online.root=, or set online.every=0"
+                "online probes need labelled clips, this data has none: give online.csv= (columns "
+                "path, label), online.root= or online.shards=, or set online.every=0"
                 + " (data.labels=folders takes the names of the folders for classes)"
                 * (config.task == FOLDER.name)
             )
