@@ -228,13 +228,14 @@ def _flat(text: str) -> list[str]:
 
 
 def open_data(
-    task_name: str, data: Data, *, labelled: bool = True, progress: bool = True
+    task_name: str, data: Data, *, labelled: bool = True, progress: bool = True, warn: bool = True
 ) -> tuple[Task, Index]:
     """Returns the task and the index of the clips that ``data`` names, read in place.
 
     ``data.shards``: shards, local or remote; ``data.root``: the files that the task reads there;
     ``data.csv``: the files that it lists (the task is then ``csv``, whatever ``task_name``), which
     need no labels unless ``labelled``; the toy tasks write their own clips to ``data.cache``.
+    ``warn``: log files that are left out.
     Raises ``UserError`` if nothing is given, or it is missing or unreadable (``NotIndexable``:
     shards that can only be read sequentially).
     """
@@ -269,7 +270,7 @@ def open_data(
             windows=data.windows,
         )
         where = f"{root} (all: {_listed(task, root, data)})"
-    if left_out:
+    if left_out and warn:
         log.warning(
             "%d files of %s are left out, the first: %s, %s",
             len(left_out),

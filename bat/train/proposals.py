@@ -74,7 +74,7 @@ def propose(config: Pretrain, given: list[str]) -> list[str]:
     if before := settings_of(default_out(config)):
         values = {key: _at(before, key) for key in _KEYS}
         return [word(k, v) for k, v in values.items() if v is not None and _is_open(k, keys)]
-    _, index = open_data(config.task, replace(data, labels="drop"), labelled=False)
+    _, index = open_data(config.task, replace(data, labels="drop"), labelled=False, warn=False)
     machine = machine_of(config)
     values = proposal(config, index, machine, keys)
     values = {key: value for key, value in values.items() if _is_open(key, keys)}
@@ -218,7 +218,7 @@ def in_words(values: dict[str, Any], config: Pretrain, index: Index, machine: Ma
         f"data: {len(index)} files, {_length(seconds.sum())} ({_length(seconds.min())} to "
         f"{_length(seconds.max())} each): {windows} clips of {clip:g} s",
         f"model: {width} wide, {depth} blocks, {batch} clips a step and device, for {machine.name}",
-        f"steps: {steps}, {steps * batch * devices / max(1, windows):.0f} passes over the audio "
+        f"steps: {steps}, {steps * batch * devices / max(1, windows):.2g} passes over the audio "
         "(expected time: measured on the first of them). key=value overrides any of this",
     ]
 
