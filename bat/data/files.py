@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bat.audio.decode import DecodeError, probe
+from bat.audio.ffmpeg import READ, has_av
 from bat.data.index import Index
 from bat.data.sources import Shard
 from bat.data.table import CLIP, MAX_AUDIO_BYTES, ShardTable
@@ -125,7 +126,9 @@ def reason_of(error: DecodeError | OSError, row: Row) -> str:
     if isinstance(error, OSError):
         return f"unreadable: {error.strerror}"
     if error.kind == "corrupt" and row.suffix in UNDECODED_SUFFIXES:
-        return no_decoder(row.suffix)
+        if row.suffix in READ and not has_av():
+            return f"{no_decoder(row.suffix)}, or pip install 'bat-audio[av]'"
+        return f"{error.kind}: {error}" if row.suffix in READ else no_decoder(row.suffix)
     return f"{error.kind}: {error}"
 
 
@@ -348,7 +351,10 @@ def _entry(row: Row, known: list[Any]) -> list[Any]:
     try:
         state = os.stat(row.path)
         stamp = [state.st_mtime_ns, state.st_size]
-        return known if known[:2] == stamp else [*stamp, *_header_of(row)]
+        undecoded = len(known) == 3 and row.suffix in READ  # PyAV may be there now
+        if known[:2] == stamp and not undecoded:
+            return known
+        return [*stamp, *_header_of(row)]
     except DecodeError as error:
         return [*stamp, reason_of(error, row)]
     except OSError as error:
