@@ -1,6 +1,7 @@
 """Decodes audio files to float32 at the requested rate, or raises ``DecodeError``.
 
-libsndfile (soundfile) reads WAV, FLAC, OGG Vorbis, Opus, MP3, AIFF and more, from memory or a path.
+libsndfile (soundfile) reads WAV, FLAC, OGG Vorbis, Opus, MP3, AIFF and more, from memory or a path;
+what it does not know (m4a, aac, wma) is read through PyAV if installed (``bat.audio.ffmpeg``).
 Only the requested segment is read, by seeking and in blocks, so the memory for a clip depends on
 its actual content and never on its header's claims; channels are mixed and soxr resamples (HQ;
 44.1k to 16k: 90 dB of stop band). A file longer than ``max_file_seconds`` is refused by its header;
@@ -27,6 +28,7 @@ import soundfile
 import soxr
 
 from bat.audio.encode import encode as encode
+from bat.audio.ffmpeg import SLACK_FRAMES, AvFile, open_av
 from bat.errors import UserError
 
 Kind = Literal["corrupt", "empty", "short", "mismatch", "long", "nan", "range", "rate", "brief"]
@@ -225,6 +227,7 @@ def _decode(
     with _open(data) as file:
         rate, subtype = file.samplerate, file.subtype
         slack = MP3_SLACK_FRAMES if file.format == "MP3" else 0
+        slack = SLACK_FRAMES if isinstance(file, AvFile) else slack
 
         def check_whole(frames: int) -> None:
             """Checks the length of the whole file."""
@@ -289,7 +292,8 @@ class _File(soundfile.SoundFile):
         return False
 
 
-def _open(data: bytes | Path) -> _File:
+def _open(data: bytes | Path) -> _File | AvFile:
+    file: _File | AvFile
     try:
         # the absolute path: libsndfile takes "-" for its standard input; its bytes: any name
         source = os.fsencode(data.absolute()) if isinstance(data, Path) else io.BytesIO(data)
@@ -297,7 +301,14 @@ def _open(data: bytes | Path) -> _File:
     except (soundfile.SoundFileError, RuntimeError, TypeError, UnicodeError) as error:
         if isinstance(data, Path):
             data.open("rb").close()  # raises the specific error, not "System error"
-        raise DecodeError("corrupt", f"not a readable audio file: {_reason(error)}") from error
+        try:
+            other = open_av(data)
+        except RuntimeError as also:
+            raise DecodeError("corrupt", f"not a readable audio file: {also}") from also
+        if other is None:
+            why = _reason(error)
+            raise DecodeError("corrupt", f"not a readable audio file: {why}") from error
+        file = other
     if not RATES_HZ[0] <= file.samplerate <= RATES_HZ[1]:
         file.close()
         text = f"sample rate {file.samplerate} Hz is outside {RATES_HZ}"
@@ -305,13 +316,13 @@ def _open(data: bytes | Path) -> _File:
     return file
 
 
-def _share_read(file: _File) -> float:
+def _share_read(file: _File | AvFile) -> float:
     """Returns the share of ``max_file_seconds`` that is read of a file without a length: less if
     its seconds hold more samples than those of audio."""
     return min(1.0, NO_LENGTH_HZ / (file.samplerate * file.channels))
 
 
-def _blocks(file: _File, start: int, frames: int) -> Iterator[np.ndarray]:
+def _blocks(file: _File | AvFile, start: int, frames: int) -> Iterator[np.ndarray]:
     """Yields (<= BLOCK_SAMPLES / channels, channels) float32, until ``frames`` or the end."""
     try:
         if start:

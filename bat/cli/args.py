@@ -115,10 +115,10 @@ def trust(options: argparse.Namespace) -> list[str]:
     return ["trust_remote_code=true"] if options.trust_remote_code else []
 
 
-def own_recipe(options: argparse.Namespace) -> list[str]:
-    """Returns ``recipe=own`` if ``data.csv`` is given without a recipe."""
+def own_recipe(options: argparse.Namespace, *, among: tuple[str, ...] = ("data.csv",)) -> list[str]:
+    """Returns ``recipe=own`` if one of ``among`` is given without a recipe."""
     words = {word.partition("=")[0] for word in options.settings}
-    return ["recipe=own"] if "data.csv" in words and "recipe" not in words else []
+    return ["recipe=own"] if words.intersection(among) and "recipe" not in words else []
 
 
 class Command(AbstractContextManager["Command"]):

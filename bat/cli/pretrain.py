@@ -10,6 +10,9 @@ ABOUT = "Pre-train an encoder: masked latent regression with an EMA teacher, or 
 EPILOG = """\
 examples:
   bat-pretrain recipe=toy                              ten synthetic clips, a minute on two cores
+  bat-pretrain data.root=recordings/                   your own audio, any folder, no labels; model,
+                                                       batch and steps are proposed
+  bat-pretrain data.root=recordings/ init=CHECKPOINT   the same, from weights (run, export, file)
   bat-pretrain recipe=esc10 data.root=DIR              audio/*.ogg + meta.csv
   bat-pretrain recipe=as2m data.shards=DIR hardware=ddp
   bat-pretrain recipe=as2m data.shards=DIR model=S train.steps=100000 out=runs/s
@@ -28,13 +31,23 @@ def main(argv: list[str] | None = None) -> int:
         from bat.config.schema import Pretrain
 
         options = call.options
-        if not options.print_config:  # before torch is imported, for the objective's settings
-            from bat.config.compose import compose_early
-            from bat.eval.run_folder import check_first
+        options.settings += args.own_recipe(options, among=("data.root", "data.csv"))
+        proposed = []
+        from bat.config.compose import compose_early
 
-            if (early := compose_early(Pretrain, "pretrain", options.settings)) is not None:
+        # before torch is imported, for the objective's settings
+        if (early := compose_early(Pretrain, "pretrain", options.settings)) is not None:
+            if not options.print_config:
+                from bat.eval.run_folder import check_first
+
                 check_first(early)
-        config = args.configure(options, Pretrain, "pretrain", [])
+            if early.recipe == "own":
+                from bat.logs import start_logging
+                from bat.train.proposals import propose
+
+                start_logging()
+                proposed = propose(early, options.settings)
+        config = args.configure(options, Pretrain, "pretrain", proposed)
         if config is None:
             return call.code
         from bat.data.pipes import allow_pipes

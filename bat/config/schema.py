@@ -37,7 +37,10 @@ class Online:
     methods: list[str] = field(default_factory=lambda: ["cgp"])
     """Probes that are trained."""
     root: str | None = None
-    """Labelled set, read by ``online.task``; without this and ``shards``: the training set."""
+    """Labelled set, read by ``online.task``; without this, ``csv`` and ``shards``: the training
+    set."""
+    csv: str | None = None
+    """Labelled set as a CSV (columns path, label or labels; optional fold or split)."""
     shards: list[str] = field(default_factory=list)
     """Labelled set as shards, instead of ``root``."""
     task: str | None = None
@@ -59,8 +62,9 @@ class Online:
     def problems(self) -> Iterator[str]:
         if self.task and not (self.root or self.shards):
             yield "online.task is the task of online.root or online.shards: give one too"
-        if self.root and self.shards:
-            yield "online.root and online.shards are both given: give one of them"
+        given = [name for name in ("root", "csv", "shards") if getattr(self, name)]
+        if len(given) > 1:
+            yield f"{' and '.join(f'online.{n}' for n in given)} are given: give one of them"
         if self.every and not self.methods:
             yield "online.methods is empty: name a probe, or set online.every=0"
 
@@ -301,5 +305,5 @@ class Finetune(Supervised):
 
 def _of_pretraining(data: Data) -> Iterator[str]:
     """Yields stream settings that do not apply to data held out by fold or split."""
-    for name in changed(data, ("labels", "mix"), Data()):
+    for name in changed(data, ("labels", "mix", "windows"), Data()):
         yield f"data.{name} is for bat-pretrain: leave it away"

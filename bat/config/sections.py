@@ -132,6 +132,9 @@ class Data:
     """Clips per epoch, drawn without replacement; null: all."""
     clip_seconds: PositiveFloat = 10.0
     """Length of the clips that files are cut or padded to."""
+    windows: bool = False
+    """Pre-training. Cut recordings longer than ``clip_seconds`` into windows of that length, each a
+    clip of its own: an epoch hears all of every recording. false: a random crop of each."""
     batch: PositiveInt = 24
     """Clips per device and micro-batch; the maximum if ``global_batch`` is set."""
     global_batch: PositiveInt | None = None

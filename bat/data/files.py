@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bat.audio.decode import DecodeError, probe
+from bat.audio.ffmpeg import READ, has_av
 from bat.data.index import Index
 from bat.data.sources import Shard
 from bat.data.table import CLIP, MAX_AUDIO_BYTES, ShardTable
@@ -43,6 +44,8 @@ SAMPLED_BYTES = 4096
 """Bytes at the start, the middle and the end of a file that its checksum covers."""
 MAX_SPLITS = 127
 MAX_FOLD = (1 << 15) - 1
+BY_SEEKING = 1 << 20
+"""Size in bytes of a file from which its windows are read by seeking, not from the whole file."""
 PART = 1024
 """Number of files that are asked for at a time."""
 
@@ -89,7 +92,8 @@ def _read_parts(
         if not stat.S_ISREG(status.st_mode):
             raise DecodeError("corrupt", "not a regular file")
         offset, size = span or (0, status.st_size)
-        _check_size(size)
+        if not (sampled and size):
+            _check_size(size)
         if sampled:
             parts = [os.pread(file, SAMPLED_BYTES, offset + at) for at in _samples(size)]
             return b"".join(parts), size
@@ -122,7 +126,9 @@ def reason_of(error: DecodeError | OSError, row: Row) -> str:
     if isinstance(error, OSError):
         return f"unreadable: {error.strerror}"
     if error.kind == "corrupt" and row.suffix in UNDECODED_SUFFIXES:
-        return no_decoder(row.suffix)
+        if row.suffix in READ and not has_av():
+            return f"{no_decoder(row.suffix)}, or pip install 'bat-audio[av]'"
+        return f"{error.kind}: {error}" if row.suffix in READ else no_decoder(row.suffix)
     return f"{error.kind}: {error}"
 
 
@@ -182,6 +188,16 @@ class FileIndex(Index):
         codec = AUDIO_SUFFIXES[self.codec[i]]
         return Clip(self.key(i), data, codec, self.labels(i), self.shard_name(i))
 
+    def audio(self, i: int) -> bytes | Path:
+        """Returns clip ``i`` as ``Index.audio``: windows are read from their file by seeking."""
+        if self.starts is None or self.offset[i] != 0 or self.size[i] < BY_SEEKING:
+            return self.read(i).data
+        path = self.place(int(self.shard[i]))
+        sampled, size = _read_parts(path, None, sampled=True)
+        if size != self.size[i] or zlib.crc32(sampled) != self._header[i]:
+            raise OSError(5, f"{path.name} was changed since it was indexed: start again")
+        return path
+
 
 def _offset_of(row: Row) -> int:
     """Returns the offset of the clip in its file: 0 for a whole file; negative for a cell."""
@@ -199,6 +215,7 @@ def index_files(
     cache: Path | None = None,
     absent: Sequence[LeftOut] = (),
     progress: bool = False,
+    windows: bool = False,
 ) -> tuple[FileIndex, list[LeftOut]]:
     """Returns the index of ``rows``, read where they lie.
 
@@ -209,6 +226,7 @@ def index_files(
             of what is left out; None, or where it cannot be written: headers are read at each call.
         absent: clips that the source lists and does not hold, added to that list.
         progress: show a bar while headers are read.
+        windows: keep files that are too large to be read at once, since windows of them are read.
 
     Returns:
         The index, and the clips left out with their reasons: ``absent``, and files that are empty,
@@ -219,7 +237,7 @@ def index_files(
     """
     kept: list[tuple[Row, Header]] = []
     left_out = [*absent]
-    for row, said in zip(rows, _headers(rows, cache, absent, progress), strict=True):
+    for row, said in zip(rows, _headers(rows, cache, absent, progress, windows), strict=True):
         if isinstance(said, Header):
             kept.append((row, said))
         else:
@@ -274,7 +292,11 @@ def _table(kept: Sequence[tuple[Row, Header]], vocabulary: list[str]) -> ShardTa
 
 
 def _headers(
-    rows: Sequence[Row], cache: Path | None, absent: Sequence[LeftOut], progress: bool
+    rows: Sequence[Row],
+    cache: Path | None,
+    absent: Sequence[LeftOut],
+    progress: bool,
+    windows: bool,
 ) -> list[Header | str]:
     """Returns the header of each row, or the reason why it is left out; keeps them in ``cache``."""
     from tqdm import tqdm
@@ -297,18 +319,29 @@ def _headers(
             part = slice(start, start + PART)
             entries += pool.map(_entry, rows[part], [known.get(name, []) for name in names[part]])
             bar.update(len(rows[part]))
+    found = [_said(entry, windows) for entry in entries]
     left_out = [{"key": e.key, "file": e.file, "reason": e.reason} for e in absent]
     left_out += [
-        {"key": row.key, "file": row.name, "reason": entry[2]}
-        for row, entry in zip(rows, entries, strict=True)
-        if len(entry) == 3
+        {"key": row.key, "file": row.name, "reason": said}
+        for row, said in zip(rows, found, strict=True)
+        if isinstance(said, str)
     ]
     now = {"left_out": left_out, "files": dict(zip(names, entries, strict=True))}
     if cache is not None and now != before:
         with suppress(OSError):  # without a cache the run is slower, but works
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(cache, json.dumps(now).encode())
-    return [entry[2] if len(entry) == 3 else Header(*entry[2:]) for entry in entries]
+    return found
+
+
+def _said(entry: list[Any], windows: bool) -> Header | str:
+    """Returns the header in an ``_entry``, or the reason why the file is left out."""
+    if len(entry) == 3:
+        return str(entry[2])
+    header = Header(*entry[2:])
+    if header.size > MAX_AUDIO_BYTES and not windows:
+        return f"long: the file is larger than {MAX_AUDIO_BYTES} bytes"
+    return header
 
 
 def _entry(row: Row, known: list[Any]) -> list[Any]:
@@ -318,7 +351,10 @@ def _entry(row: Row, known: list[Any]) -> list[Any]:
     try:
         state = os.stat(row.path)
         stamp = [state.st_mtime_ns, state.st_size]
-        return known if known[:2] == stamp else [*stamp, *_header_of(row)]
+        undecoded = len(known) == 3 and row.suffix in READ  # PyAV may be there now
+        if known[:2] == stamp and not undecoded:
+            return known
+        return [*stamp, *_header_of(row)]
     except DecodeError as error:
         return [*stamp, reason_of(error, row)]
     except OSError as error:

@@ -89,6 +89,16 @@ class Index:
         self._keys = np.concatenate([t.keys for t in tables])
         self._key_ptr = _pointers(clips["key"])
         self._remote_shards = remote_shards
+        self._row: np.ndarray | None = None  # (n,) row of ``_keys``; None: as they stand
+        self.starts: np.ndarray | None = None
+        """(n,) first sample of each window, at the file's rate (``bat.data.windows``); None: the
+        clips are not cut into windows."""
+
+    def take(self, rows: np.ndarray) -> None:
+        """Replaces the clips by those of ``rows`` (m,), which may repeat; all but their labels."""
+        for name in ("shard", "source", "offset", "size", "frames", "rate", "codec", "fold"):
+            setattr(self, name, getattr(self, name)[rows])
+        self._header, self.split, self._row = self._header[rows], self.split[rows], rows
 
     def _add_events_and_texts(self, tables: Sequence[ShardTable]) -> None:
         first = 0
@@ -140,10 +150,16 @@ class Index:
             digest.update(array.tobytes())
         for array in (self.split, self.label_ids, self.label_ptr):
             digest.update(array.tobytes())
+        if self.starts is not None:
+            digest.update(self.starts.tobytes())
         return digest.hexdigest()
 
     def key(self, i: int) -> str:
-        return self._keys[self._key_ptr[i] : self._key_ptr[i + 1]].tobytes().decode("ascii")
+        """Returns the key of clip ``i``; that of a window ends in ``@`` and its first sample."""
+        row = i if self._row is None else int(self._row[i])
+        key = self._keys[self._key_ptr[row] : self._key_ptr[row + 1]].tobytes().decode("ascii")
+        start = 0 if self.starts is None else int(self.starts[i])
+        return f"{key}@{start}" if start else key
 
     def shard_name(self, i: int) -> str:
         """Returns the name of the shard that clip ``i`` lies in, with its folders where two shards
@@ -214,6 +230,13 @@ class Index:
             raise OSError(5, f"{name} has another clip here: it was changed since it was indexed")
         codec = AUDIO_SUFFIXES[self.codec[i]]
         return Clip(self.key(i), data[BLOCK:], codec, self.labels(i), self.shard_name(i))
+
+    def audio(self, i: int) -> bytes | Path:
+        """Returns the encoded clip ``i``, or the path of its file where only a part is read.
+
+        Raises as ``read``.
+        """
+        return self.read(i).data
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Prefetch remote ``shards`` into the cache in the background, in order.

@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, Required, TypedDict, Unpack
 
 import numpy as np
@@ -173,10 +174,17 @@ class ClipReader:
         return clip_samples(self.clip_seconds, self.sample_rate)
 
     def segment(
-        self, data: bytes, position: int, frames: int = 0, rate: int = 0
+        self,
+        data: bytes | Path,
+        position: int,
+        frames: int = 0,
+        rate: int = 0,
+        start: int | None = None,
     ) -> tuple[dict[str, Any], bool]:
         """Returns how ``decode`` reads the segment at ``position`` of an encoded clip of ``frames``
-        samples at ``rate`` (0: unknown), and whether it is the same at every position."""
+        samples at ``rate`` (0: unknown), and whether it is the same at every position.
+
+        ``start``: first sample of the clip, a window of the file; None: the clip is the file."""
         known = frames > 0 and rate > 0
         how: dict[str, Any] = {
             "sample_rate": self.sample_rate,
@@ -187,6 +195,9 @@ class ClipReader:
             "min_seconds": self.min_seconds,
             "max_file_seconds": self.max_seconds,
         }
+        if start is not None and known:
+            how["start_seconds"] = start / rate
+            return how, True
         if self.crop == "start":
             return how, True
         if not known:
@@ -295,8 +306,9 @@ class ClipDataset(ClipReader, Dataset[WaveBatch]):
             frames, rate = int(self.index.frames[clip]), int(self.index.rate[clip])
             if frames > 0 and rate > 0:
                 check_length(frames, rate, self.max_seconds)
-            data = self.index.read(clip).data
-            how, fixed = self.segment(data, position, frames, rate)
+            data = self.index.audio(clip)
+            start = None if self.index.starts is None else int(self.index.starts[clip])
+            how, fixed = self.segment(data, position, frames, rate, start)
             if not fixed or not self._room:
                 place = functools.partial(self.place, position)
                 return decode_into(row, data, place=place, **how)

@@ -176,8 +176,10 @@ def _sources(file: Path) -> list[tuple[str, str | None, str | None, list[str]]]:
             continue
         task = CSV if run.data.csv else run.task
         found = [(task, run.data.root, run.data.csv, run.data.shards)]
-        if isinstance(run, Pretrain) and (run.online.root or run.online.shards):
-            other = (run.online.task or run.task, run.online.root, None, run.online.shards)
+        online = run.online if isinstance(run, Pretrain) else None
+        if online and (online.root or online.shards or online.csv):
+            task = CSV if online.csv else online.task or run.task
+            other = (task, online.root, online.csv, online.shards)
             found.insert(0, other)
         return found
     return []

@@ -97,17 +97,24 @@ def default_out(config: Pretrain | Supervised) -> Path:
     if config.out:
         return Path(config.out)
     if isinstance(config, Pretrain):
-        return Path(f"runs/pretrain-{config.recipe}")
+        source = config.data.root or config.data.csv
+        own = config.recipe == "own" and source
+        return Path(f"runs/pretrain-{_named_after(source) if own else config.recipe}")
     of = config.recipe
-    if config.data.csv:  # many tables are called labels.csv
-        csv = os.path.normpath(config.data.csv)
-        of = f"{Path(csv).stem}-{hashlib.sha256(csv.encode()).hexdigest()[:6]}"
+    if config.data.csv:
+        of = _named_after(config.data.csv)
     if not isinstance(config, Probe):
         return Path(f"runs/finetune-{of}-{checkpoint_name(config)}")
     encoders = "+".join(encoders_of(config))
     if len(encoders) > LONG:
         encoders = f"{encoders[:LONG]}-{hashlib.sha256(encoders.encode()).hexdigest()[:8]}"
     return Path(f"runs/probe-{of}-{encoders}-{'+'.join(config.methods)}")
+
+
+def _named_after(source: str) -> str:
+    """Returns ``labels-3f2a1c`` for ``labels.csv``: many tables and folders have the same name."""
+    source = os.path.normpath(source)
+    return f"{Path(source).stem}-{hashlib.sha256(source.encode()).hexdigest()[:6]}"
 
 
 def check_first(config: Pretrain | Supervised) -> None:
@@ -225,13 +232,14 @@ def _flat(text: str) -> list[str]:
 
 
 def open_data(
-    task_name: str, data: Data, *, labelled: bool = True, progress: bool = True
+    task_name: str, data: Data, *, labelled: bool = True, progress: bool = True, warn: bool = True
 ) -> tuple[Task, Index]:
     """Returns the task and the index of the clips that ``data`` names, read in place.
 
     ``data.shards``: shards, local or remote; ``data.root``: the files that the task reads there;
     ``data.csv``: the files that it lists (the task is then ``csv``, whatever ``task_name``), which
     need no labels unless ``labelled``; the toy tasks write their own clips to ``data.cache``.
+    ``warn``: log files that are left out.
     Raises ``UserError`` if nothing is given, or it is missing or unreadable (``NotIndexable``:
     shards that can only be read sequentially).
     """
@@ -263,9 +271,10 @@ def open_data(
             cache=_listed(task, root, data),
             absent=found.left_out,
             progress=progress,
+            windows=data.windows,
         )
         where = f"{root} (all: {_listed(task, root, data)})"
-    if left_out:
+    if left_out and warn:
         log.warning(
             "%d files of %s are left out, the first: %s, %s",
             len(left_out),

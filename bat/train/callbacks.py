@@ -67,7 +67,8 @@ class Metrics(StepCallback):
         self._events: list[JsonLines] = []
         self._ranks = Ranks()
         self._resumed: dict[str, Any] = {}
-        self._step = 0
+        self._step = self._marked = 0
+        self._told = False
         self._reset()
 
     def _reset(self) -> None:
@@ -91,7 +92,7 @@ class Metrics(StepCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._step = trainer.global_step
+        self._step = self._marked = trainer.global_step
         self._events = [logger for logger in trainer.loggers if isinstance(logger, JsonLines)]
         for logger in self._events:
             logger.rewind(trainer.global_step)
@@ -142,6 +143,7 @@ class Metrics(StepCallback):
         row["clips_per_second"] = self.clips / (time.perf_counter() - self.since)
         if step > 1:  # the first step includes warm-up
             self.clips_per_second.append(row["clips_per_second"])
+            self._say_time_left(trainer, row["clips_per_second"])
         row, self.extra = row | self.extra, {}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
@@ -151,6 +153,19 @@ class Metrics(StepCallback):
                 shown += [form.format(**row)] if name in row else []
             self.bar.set_postfix_str(", ".join(shown) + self._mark)
         self._reset()
+        self._marked = step
+
+    def _say_time_left(self, trainer: pl.Trainer, clips_per_second: float) -> None:
+        """Says once how long the rest will take, by the speed of the steps since the first line."""
+        steps = self._step - self._marked
+        if self._told or self._step >= trainer.max_steps or not steps or not trainer.is_global_zero:
+            return
+        self._told = True
+        seconds = (trainer.max_steps - self._step) * self.clips / steps / clips_per_second
+        self.say(
+            f"about {seconds / 60:.3g} min to go, probes and checkpoints aside: "
+            f"{trainer.max_steps - self._step} steps at {clips_per_second:.3g} clips/s (measured)"
+        )
 
     def event(self, kind: str, line: str, **facts: Any) -> None:
         """Reports a problem: a warning, a line of metrics, a mark on the bar until the next line.

@@ -79,16 +79,16 @@ class OnlineProbe(StepCallback):
         self.stopping = stopping
         online = config.online
         split = config.data.split
-        if online.root or online.shards:
+        if online.root or online.shards or online.csv:
             split = "auto"
-            source = replace(config.data, root=online.root, shards=online.shards, csv=None)
-            source = replace(source, mix=[], labels="same")
+            source = replace(config.data, root=online.root, shards=online.shards, csv=online.csv)
+            source = replace(source, mix=[], labels="same", windows=False)
             task, index = open_data(online.task or config.task, source)
         assert index is not None  # ``open_stream`` requires another set if there is no index
         if index.classes < 2 or not (index.labels_per_clip > 0).any():
             raise UserError(
-                "online probes need labelled clips, this data has none: give online.shards= or "
-                "online.root=, or set online.every=0"
+                "online probes need labelled clips, this data has none: give online.csv= (columns "
+                "path, label), online.root= or online.shards=, or set online.every=0"
                 + " (data.labels=folders takes the names of the folders for classes)"
                 * (config.task == FOLDER.name)
             )
@@ -267,15 +267,15 @@ def choose_splits(
 ) -> list[Split]:
     """Returns the first ``folds`` folds of ``index``, with at most ``max_clips`` clips in total.
 
-    If a set has neither folds nor splits, a fifth of its labelled clips is held out.
+    If a set has neither folds nor splits, a fifth of its labelled clips is held out (``hold_out``).
     """
     clips = np.random.default_rng(derive_seed(seed, "online clips")).permutation(len(index))
     clips = clips[index.labels_per_clip[clips] > 0][:max_clips]
     if index.folds or index.splits:
         splits = make_splits(index, split=split)[:folds]
     else:
-        cut = max(1, round(HELD_OUT * len(clips)))
-        splits = [Split("test", clips[cut:], clips[:cut])]
+        held = hold_out(index, clips)
+        splits = [Split("test", clips[~held], clips[held])]
     chosen = [
         Split(r.name, np.intersect1d(r.train, clips), np.intersect1d(r.test, clips)) for r in splits
     ]
@@ -286,6 +286,29 @@ def choose_splits(
             f"online.max_clips={max_clips} or give a larger labelled set"
         )
     return chosen
+
+
+def hold_out(index: Index, clips: np.ndarray) -> np.ndarray:
+    """Returns (n,) bool, True for the clips to hold out of ``clips`` (n,), given in random order.
+
+    It is the first fifth of them, windows of one recording together; of a small set where that
+    lacks a class on either side, the first fifth of each class (by a clip's first label).
+    """
+    unit = clips if index.starts is None else index.shard[clips]
+    first_label = index.label_ids[index.label_ptr[clips]]
+
+    def first_fifth(rows: np.ndarray) -> np.ndarray:
+        names, first = np.unique(unit[rows], return_index=True)
+        names = names[np.argsort(first)]
+        return names[: max(1, round(HELD_OUT * len(names)))]
+
+    held = np.isin(unit, first_fifth(np.arange(len(clips))))
+    classes = np.unique(first_label)
+    if all(len(np.unique(first_label[side])) == len(classes) for side in (held, ~held)):
+        return held
+    rows_of = [np.flatnonzero(first_label == c) for c in classes]
+    several = [first_fifth(rows) for rows in rows_of if len(np.unique(unit[rows])) > 1]
+    return np.isin(unit, np.concatenate(several)) if several else held
 
 
 def curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

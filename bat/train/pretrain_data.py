@@ -20,6 +20,7 @@ from bat.data.module import AudioData, StreamData
 from bat.data.plan import make_plan
 from bat.data.sequential import SequentialData
 from bat.data.sources import TRAIN, NotIndexable, check_no_train
+from bat.data.windows import cut_into_windows
 from bat.errors import UserError
 from bat.eval.run_folder import open_data
 from bat.ranges import changed
@@ -29,7 +30,7 @@ from bat.tasks.labels import classes_in_words
 
 log = logging.getLogger("bat")
 
-NEEDS_AN_INDEX = ("mix", "shuffle", "window", "balance", "epoch_clips", "cache_waves_gb")
+NEEDS_AN_INDEX = ("windows", "mix", "shuffle", "window", "balance", "epoch_clips", "cache_waves_gb")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class PretrainData:
             shards = self.data.facts()["shards"]
             return f"{shards} shards, read from front to end (NOT exactly resumable)"
         classes = classes_in_words(self.index.vocabulary)
-        return f"{len(self.index)} clips (task {self.task.name}; {classes})"
+        clips = "clips" if self.index.starts is None else "windows"
+        return f"{len(self.index)} {clips} (task {self.task.name}; {classes})"
 
 
 def open_stream(config: Pretrain, out: Path | None = None) -> PretrainData:
@@ -60,6 +62,8 @@ def open_stream(config: Pretrain, out: Path | None = None) -> PretrainData:
         task, index = open_data(config.task, replace(data, labels=_labels(config)), labelled=False)
     except NotIndexable as error:
         return PretrainData(_sequential(config, out, error), load_task(config.task), None)
+    if data.windows:
+        cut_into_windows(index, data.clip_seconds)
     stream = audio_stream(
         config,
         index,
@@ -130,7 +134,9 @@ def _sequential(config: Pretrain, out: Path | None, why: NotIndexable) -> Sequen
     data = config.data
     if asked := changed(data, NEEDS_AN_INDEX, Data()):
         raise UserError(f"data.{asked[0]}={getattr(data, asked[0])} needs an index, but {why}")
-    if config.online.every and not (config.online.root or config.online.shards):
+    if config.online.every and not (
+        config.online.root or config.online.shards or config.online.csv
+    ):
         raise UserError(
             f"online probes on the training set need an index, but {why}; or give online.shards= "
             "or online.root=, or set online.every=0"
