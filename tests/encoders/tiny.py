@@ -52,6 +52,10 @@ def tiny_hf(kind: str, folder: Path, *, task: str | None = None, **words: Any) -
         config = getattr(t, f"{names[kind]}Config")(**{**waves, **words})
         front = t.Wav2Vec2FeatureExtractor(do_normalize=True)
     model = t.AutoModel.from_config(config)
+    noise = torch.Generator().manual_seed(2)
+    for p in model.parameters():  # tokens, biases and position codes begin as zeros
+        if not p.any():
+            torch.nn.init.normal_(p, 0, 0.2, generator=noise)
     if task is not None:
         name = type(model).__name__.removesuffix("Model") + task
         model = getattr(t, name)(config)
