@@ -17,14 +17,20 @@ __all__ = ["__version__", "load_encoder"]
 
 
 def load_encoder(
-    path: str | Path, *, weights: str = "student", heads: int | None = None
+    path: str | Path,
+    *,
+    weights: str = "student",
+    heads: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Encoder:
     """Loads an encoder of bat or another project strictly, in eval mode on the CPU.
 
-    ``path``: a run, export or hub folder, or a weight file (the paper's, EAT's, SSLAM's); for an
-    encoder from outside bat ``package.module.Class:PATH``, which imports the class.
+    ``path``: a run, export or hub folder, or a weight file (the paper's, EAT's, SSLAM's, BEATs');
+    ``ENCODER:PATH`` chooses the encoder: a file of ``bat/encoders``, ``hf`` for a folder or hub
+    name of transformers, or ``package.module.Class`` from outside bat, which is imported.
     ``weights``: ``student`` or ``teacher`` (EMA), if a file holds both. ``heads``: attention heads,
-    for a file that does not state them; default width / 64.
+    for a file that does not state them; default width / 64. ``trust_remote_code``: run the code
+    that a folder of transformers brings.
     Raises ``bat.errors.UserError`` (a ValueError) naming every missing, unexpected or
     non-numeric weight, and settings out of range.
 
@@ -34,6 +40,9 @@ def load_encoder(
     """
     from bat import weights as files
 
-    encoder = files.load_encoder(str(path), weights=weights, heads=heads).eval()
-    files.check_numbers(encoder.state_dict(), str(path))
+    encoder = files.load_encoder(
+        str(path), weights=weights, heads=heads, trust_remote_code=trust_remote_code
+    ).eval()
+    numbers = {n: t for n, t in encoder.state_dict().items() if t.is_floating_point()}
+    files.check_numbers(numbers, str(path))
     return encoder

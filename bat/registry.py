@@ -29,6 +29,15 @@ def known(folder: str) -> list[str]:
     return [f.stem for f in files if constant.search(f.read_text(encoding="utf-8"))]
 
 
+def takes_hub_names(encoder: str | None) -> bool:
+    """Returns True if the file ``encoder`` of ``bat/encoders`` has ``HUB = True``: what follows its
+    name in ``ENCODER:NAME`` need not be a path. Imports nothing."""
+    if encoder not in known("encoders"):
+        return False
+    text = (PACKAGE / "encoders" / f"{encoder}.py").read_text(encoding="utf-8")
+    return re.search(r"^HUB = True$", text, re.MULTILINE) is not None
+
+
 def find_class(
     name: str,
     base: type[T],

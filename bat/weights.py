@@ -35,6 +35,8 @@ log = logging.getLogger("bat")
 
 FORMAT, VERSION = "bat-export", 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+INDEX = f"{WEIGHTS}.index.json"
+"""Names the file of each tensor, where weights are sharded over several."""
 Which = Literal["student", "teacher"]
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.", "backbone.")
@@ -77,7 +79,7 @@ def resolve(path: str | Path) -> Path:
     if path.is_file():
         return path
     for folder in (path, path / "export"):
-        if (folder / WEIGHTS).is_file():
+        if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
             return folder
     tuned = sorted(file.parent for file in path.glob(f"fold-*/export/{WEIGHTS}"))
     if len(tuned) == 1:
@@ -94,12 +96,28 @@ def resolve(path: str | Path) -> Path:
 
 def is_export(path: Path) -> bool:
     """Returns True if ``path``, as returned by ``resolve``, is an export of bat."""
-    return path.is_dir() and read_json(path / CONFIG).get("format") == FORMAT
+    file = path / CONFIG
+    return path.is_dir() and file.exists() and read_json(file).get("format") == FORMAT
 
 
-def load_encoder(checkpoint: str, *, weights: str, heads: int | None) -> Encoder:
+def holds_export(path: str) -> bool:
+    """Returns True if ``path`` exists and leads to an export of bat."""
+    try:
+        return is_export(resolve(path))
+    except UserError:
+        return False
+
+
+def load_encoder(
+    checkpoint: str, *, weights: str, heads: int | None, trust_remote_code: bool = False
+) -> Encoder:
     """Loads an encoder; see ``bat.load_encoder``."""
     name, path = registry.split_checkpoint(checkpoint)
+    if registry.takes_hub_names(name) and not holds_export(path):
+        assert name is not None
+        opened = find_encoder(name).open(path, trust_remote_code=trust_remote_code)
+        if opened is not None:
+            return opened
     where = resolve(path)
     file = read_encoder(where, weights, name)
     if file.config is None:
@@ -113,7 +131,10 @@ def load_encoder(checkpoint: str, *, weights: str, heads: int | None) -> Encoder
             f"{where} wants encoder '{file.backbone}', code from outside bat: where you trust it, "
             f"say {file.backbone}:{path}, which imports it"
         )
-    return find_encoder(file.backbone).from_weights(file.state, config=file.config, heads=heads)
+    config = file.config
+    if "trust_remote_code" in config:  # the user's word, not the file's
+        config = {**config, "trust_remote_code": trust_remote_code}
+    return find_encoder(file.backbone).from_weights(file.state, config=config, heads=heads)
 
 
 def read_encoder(
@@ -133,7 +154,7 @@ def read_encoder(
         settings = next((found for found in stored if isinstance(found, dict)), {})
         return _find(held, settings, path, weights, name)
     settings = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
-    held = read_tensors(path / WEIGHTS)
+    held = _read_folder(path)
     kind, version = settings.get("format"), settings.get("version")
     if kind is None and "format" not in settings:
         return _find(held, settings, path, weights, name)
@@ -258,9 +279,11 @@ def _tensors(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
     ]
     if odd:
         raise UserError(f"{path}: these entries are not tensors: {_few(odd)}")
-    file = path / WEIGHTS if path.is_dir() else path
+    files = list(path.glob("*.safetensors")) if path.is_dir() else [path]
     size = sum(t.numel() * t.element_size() for t in state.values())
-    if size > 2 * file.stat().st_size:  # twice: two names may stand for one tensor
+    if size > 2 * sum(
+        file.stat().st_size for file in files
+    ):  # twice: two names may stand for one tensor
         raise UserError(
             f"{path}: its tensors repeat a few numbers up to {size} bytes, more than the file has"
         )
@@ -294,6 +317,31 @@ def _no_encoder(held: dict[Any, Any], settings: Mapping[str, Any], path: Path) -
         f"{_few(names) or 'nothing'}. If it is one of {', '.join(registry.known('encoders'))}, say "
         "which, ENCODER:PATH"
     )
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    """Returns the tensors of ``model.safetensors``, or of the shards in the index beside it."""
+    if (folder / WEIGHTS).is_file():
+        return read_tensors(folder / WEIGHTS)
+    index = folder / INDEX
+    shards: dict[str, list[str]] = {}
+    places = read_json(index).get("weight_map")
+    for name, file in places.items() if isinstance(places, dict) else ():
+        plain = isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file
+        if not plain or not (folder / file).is_file():
+            raise UserError(f"{index}: {_few([name])} lies in {in_short(file)}: no file beside it")
+        shards.setdefault(file, []).append(name)
+    if not shards:
+        raise UserError(f"{index} has no weight_map with the file of each tensor")
+    held: dict[str, Any] = {}
+    for file, names in shards.items():
+        found = read_tensors(folder / file)
+        if odd := sorted(set(names) ^ set(found)):
+            raise UserError(
+                f"{folder / file} and {INDEX} disagree about {_few(odd)}: fetch the folder again"
+            )
+        held |= found
+    return held
 
 
 class _StandIn:

@@ -16,7 +16,8 @@ class Golden:
 
     def __init__(self, path: Path) -> None:
         self.file = np.load(path, allow_pickle=False)
-        self.meta: dict[str, Any] = json.loads(str(self.file["meta_json"]))
+        meta = str(self.file["meta_json"]) if "meta_json" in self.file else "{}"
+        self.meta: dict[str, Any] = json.loads(meta)
 
     def __getitem__(self, name: str) -> Tensor:
         return torch.from_numpy(np.asarray(self.file[name]))

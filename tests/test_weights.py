@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import bat
 from bat import weights as checkpoint
+from bat.encoders.base import load_strictly
 from bat.encoders.bat import BAT
 from bat.encoders.eat import EAT, NAMES, PREFIX
 from bat.errors import UserError
@@ -295,6 +296,54 @@ def test_prefix__of_all_names_is_taken_off_and_said(
     assert f"took '{prefix}' off all {len(state)} names" in caplog.text
 
 
+def sharded(folder: Path, state: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Writes two shards and their index as hubs have them; returns the index's map."""
+    places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(state)}
+    for file in set(places.values()):
+        save_file({n: t for n, t in state.items() if places[n] == file}, folder / file)
+    write_index(folder, places)
+    return places
+
+
+def write_index(folder: Path, places: Any) -> None:
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("kind", ["hub", "export", "alone"])
+def test_shards__are_one_file(tmp_path: Path, kind: str) -> None:
+    state = tiny().state_dict()
+    if kind == "hub":
+        (tmp_path / "config.json").write_text(json.dumps(HUB))
+    elif kind == "export":
+        write_export(tmp_path)
+        state = checkpoint.read_tensors(tmp_path / "model.safetensors")
+        (tmp_path / "model.safetensors").unlink()
+    sharded(tmp_path, {n: t.clone() for n, t in state.items()})
+    assert same_weights(bat.load_encoder(tmp_path), tiny())
+    assert checkpoint.is_export(tmp_path) == (kind == "export")
+
+
+def test_shards__that_are_absent_elsewhere_or_others_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "w"
+    folder.mkdir()
+    state = tiny().state_dict()
+    places = sharded(folder, state)
+    save_file(state, tmp_path / "out.safetensors")
+    for file in ("../out.safetensors", str(tmp_path / "out.safetensors"), "x.safetensors", 3, None):
+        write_index(folder, {**places, "cls_token": file})
+        with pytest.raises(UserError, match=r"index\.json: cls_token lies in .*no file beside it"):
+            bat.load_encoder(folder)
+    for change in ({"x": places["cls_token"]}, {"cls_token": "model-00002-of-00002.safetensors"}):
+        write_index(folder, {**places, **change})
+        with pytest.raises(UserError, match=f"disagree about .*{next(iter(change))}"):
+            bat.load_encoder(folder)
+    for odd in ({}, [], None, 3):
+        write_index(folder, odd)
+        with pytest.raises(UserError, match="no weight_map"):
+            bat.load_encoder(folder)
+
+
 def test_prefix__of_a_wrapped_student_and_teacher(tmp_path: Path) -> None:
     models = {"student": tiny(0), "teacher": tiny(1)}
     for outer, inner in (("module._orig_mod.", ""), ("", "_orig_mod.")):  # as a whole, or each
@@ -373,12 +422,20 @@ def test_values__that_are_no_numbers_are_refused_by_name(
         bat.load_encoder(tmp_path / "w.pt")
 
 
+def test_values__whole_numbers_that_a_model_counts_with_are_loaded() -> None:
+    model = torch.nn.BatchNorm1d(2)
+    load_strictly(model, {**model.state_dict(), "num_batches_tracked": torch.tensor(3)}, "it")
+    assert model.num_batches_tracked == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_values__of_other_precisions_become_float32(tmp_path: Path, dtype: torch.dtype) -> None:
-    torch.save({n: t.to(dtype) for n, t in tiny().state_dict().items()}, tmp_path / "w.pt")
-    found = bat.load_encoder(tmp_path / "w.pt").cls_token
-    assert found.dtype == torch.float32
-    assert torch.equal(found, tiny().cls_token.to(dtype).float())
+    for make in (tiny, eat):  # from names of other projects too
+        state = make().state_dict() if make is tiny else fairseq_names(eat())
+        torch.save({"model": {n: t.to(dtype) for n, t in state.items()}}, tmp_path / "w.pt")
+        for name, tensor in bat.load_encoder(tmp_path / "w.pt").state_dict().items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, make().state_dict()[name].to(dtype).float()), name
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,20 @@ def recipe_parser(command: str, about: str, epilog: str) -> argparse.ArgumentPar
     return p
 
 
+def add_trust(p: argparse.ArgumentParser) -> None:
+    """Adds ``--trust-remote-code``."""
+    p.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that an hf: checkpoint brings, as trust_remote_code=true",
+    )
+
+
+def trust(options: argparse.Namespace) -> list[str]:
+    """Returns the setting of ``add_trust``'s flag."""
+    return ["trust_remote_code=true"] if options.trust_remote_code else []
+
+
 def own_recipe(options: argparse.Namespace) -> list[str]:
     """Returns ``recipe=own`` if ``data.csv`` is given without a recipe."""
     words = {word.partition("=")[0] for word in options.settings}

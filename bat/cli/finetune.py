@@ -15,17 +15,20 @@ examples:
   bat-finetune data.csv=labels.csv checkpoint=RUN                audio and labels of your own
   bat-finetune recipe=as20k checkpoint=RUN data.shards=DIR hardware=ddp
 
-checkpoint= a run, an export, a weight file (ours or the field's), or random[:RUN | :S].
+checkpoint= a run, an export, a weight file (ours or the field's), hf:FOLDER_OR_NAME (of
+transformers), or random[:RUN | :S].
 key=value sets a value (see --print-config); out= an existing run continues it.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     p = args.recipe_parser("finetune", ABOUT, EPILOG)
+    args.add_trust(p)
     with args.Command(p, argv) as call:
         from bat.config.schema import Finetune
 
-        config = args.configure(call.options, Finetune, "finetune", args.own_recipe(call.options))
+        extra = args.own_recipe(call.options) + args.trust(call.options)
+        config = args.configure(call.options, Finetune, "finetune", extra)
         if config is None:
             return call.code
         from bat.eval.run_folder import check_first

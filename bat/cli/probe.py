@@ -27,9 +27,9 @@ examples:
 
   bat-probe report RUN [RUN ...]                         one page and a table of finished probings
 
-checkpoint= a run, an export, a weight file (ours or the field's), or random[:RUN | :S]; several
-with commas. The same command continues a probing; with out= given, more methods, seeds or encoders
-are added to it.
+checkpoint= a run, an export, a weight file (ours or the field's), hf:FOLDER_OR_NAME (of
+transformers), or random[:RUN | :S]; several with commas. The same command continues a probing; with
+out= given, more methods, seeds or encoders are added to it.
 key=value sets a value (see --print-config).
 """
 
@@ -48,12 +48,13 @@ def main(argv: list[str] | None = None) -> int:
         "--method", metavar="NAME[,NAME]", help="probes to train, or all; as methods=[...]"
     )
     p.add_argument("--seeds", type=int, metavar="N", help="trainings of each probe, as seeds=N")
+    args.add_trust(p)
     with args.Command(p, argv) as call:
         from bat.config.schema import Probe
 
         extra = [] if call.options.method is None else [f"methods=[{call.options.method}]"]
         extra += [] if call.options.seeds is None else [f"seeds={call.options.seeds}"]
-        extra += args.own_recipe(call.options)
+        extra += args.own_recipe(call.options) + args.trust(call.options)
         config = args.configure(call.options, Probe, "probe", extra)
         if config is None:
             return call.code

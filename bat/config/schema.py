@@ -137,6 +137,8 @@ class Supervised:
     weights: Literal["student", "teacher"] = "student"
     heads: PositiveInt | None = None
     """Attention heads, for a file that does not state them; null: width / 64."""
+    trust_remote_code: bool = False
+    """Run the code that a folder or hub repository of transformers (``hf:``) brings."""
     task: str = "esc50"
     seed: int = 0
     folds: list[int] | None = None

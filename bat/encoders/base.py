@@ -40,7 +40,7 @@ class Encoder(nn.Module, abc.ABC):
     depth: int
     heads: int | None = None
     max_patches: int | None = None
-    has_cls: ClassVar[bool]
+    has_cls: bool
     has_queries: ClassVar[bool] = False
 
     @property
@@ -112,6 +112,12 @@ class Encoder(nn.Module, abc.ABC):
         attention heads, if the caller states them. Default: ``from_weights`` without ``config``.
         """
         return cls.from_weights(state, config=None, heads=heads)
+
+    @classmethod
+    def open(cls, name: str, *, trust_remote_code: bool) -> Self | None:
+        """Returns the encoder ``ENCODER:name`` if this class reads it by itself (the default: None,
+        ``bat.weights`` reads the file or folder). ``trust_remote_code``: code in it may be run."""
+        return None
 
     @abc.abstractmethod
     def config(self) -> dict[str, Any]:
@@ -266,6 +272,24 @@ class SpectrogramEncoder(Encoder):
         """Returns the frames of the first ``patches`` time patches of (B, 1, frames, mels)."""
         return inputs[:, :, : self.frames_of(patches)]
 
+    def query_alone(self, queries: Tensor, features: Features, valid: Tensor) -> Tensor:
+        """Runs ``query_blocks`` on clips of several lengths, those of one length together."""
+        patches, cls, entry, pieces, _ = features
+        assert entry is not None, "features(..., entry=True)"
+        parts, order = [], []
+        for own in valid.unique().tolist():
+            rows = (valid == own).nonzero().squeeze(1)
+            P = -(-own // self.grid.time)
+            alone = Features(
+                patches[:, rows, :own],
+                None if cls is None else cls[:, rows],
+                entry[rows, :own],
+                None if pieces is None or P == 1 else pieces[:, rows, :P],
+            )
+            parts.append(self.query_blocks(queries, alone))
+            order.append(rows)
+        return torch.cat(parts, dim=1)[:, torch.cat(order).argsort()]
+
 
 class MaskableEncoder(SpectrogramEncoder):
     """Base class of encoders that can encode a part of the patches, as masking objectives
@@ -294,6 +318,8 @@ class MaskableEncoder(SpectrogramEncoder):
         last-block class tokens (rows, D) and visible patch tokens (rows, n, D)."""
 
 
+MAX_DEPTH = 512
+"""Largest number of blocks."""
 Range = type[bool] | tuple[str, ...] | tuple[type[int] | type[float], float, float]
 """Range of a setting: a boolean, one of some words, or a number from minimum to maximum."""
 FRONTEND: dict[str, Range] = {
@@ -398,9 +424,43 @@ def keywords_of(cls: Callable[..., Any], given: Any, what: str) -> dict[str, Any
     return dict(given)
 
 
+def block_count(state: Mapping[str, Tensor], what: str) -> int:
+    """Returns the number of blocks ``blocks.B.*``; raises ``UserError`` unless they are numbered
+    from 0 on without a gap, ``MAX_DEPTH`` at most."""
+    numbered = (re.match(r"blocks\.([0-9]{1,9})\.", n, re.ASCII) for n in state)
+    blocks = {int(found[1]) for found in numbered if found}
+    if not blocks or len(blocks) > MAX_DEPTH or max(blocks) != len(blocks) - 1:
+        raise UserError(
+            f"not a {what} encoder: {len(blocks)} blocks, numbered up to {max(blocks, default=0)}: "
+            f"from 0 on and none left out, {MAX_DEPTH} at most"
+        )
+    return len(blocks)
+
+
+Built = TypeVar("Built", bound=nn.Module)
+
+
+def build_strictly(
+    cls: type[Built], keywords: Mapping[str, Any], state: Mapping[str, Tensor], what: str
+) -> Built:
+    """Returns ``cls(**keywords)`` with the weights ``state``, loaded strictly. Names and shapes
+    are compared before anything of the stated size is built; see ``load_strictly``."""
+    with torch.device("meta"):
+        check_fit(cls(**keywords), state, what)
+    model = cls(**keywords)
+    load_strictly(model, state, what)
+    return model
+
+
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Loads a state dict, or raises an error that lists every missing, unexpected, misshapen and
     non-floating-point name."""
+    check_fit(module, state, what)
+    module.load_state_dict(dict(state))
+
+
+def check_fit(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Raises the error of ``load_strictly`` if ``state`` does not fit ``module``."""
     own = module.state_dict()
     problems = [f"missing: {n} {tuple(own[n].shape)}" for n in own if n not in state]
     problems += [f"unexpected: {n[:200]} {tuple(state[n].shape)}" for n in state if n not in own]
@@ -412,10 +472,9 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> 
     problems += [
         f"type: {n} is {t.dtype}, not floating point"
         for n, t in state.items()
-        if n in own and not t.is_floating_point()
+        if n in own and own[n].is_floating_point() and not t.is_floating_point()
     ]
     if problems:
         shown = "\n  ".join(problems[:40])
         more = f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else ""
         raise UserError(f"{what} does not fit this model; nothing was loaded:\n  {shown}{more}")
-    module.load_state_dict(dict(state))

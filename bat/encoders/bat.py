@@ -17,7 +17,6 @@ and cancels.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -28,8 +27,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bat.encoders.base import (
+    MAX_DEPTH,
     MaskableEncoder,
     Range,
+    block_count,
     check_settings,
     demand,
     in_short,
@@ -46,7 +47,7 @@ from bat.types import Features, Grid, Views
 
 HEAD_WIDTH = 64
 """Channels per head for files that do not state the number of heads."""
-MAX_DEPTH, MAX_TOKENS = 512, 1 << 20
+MAX_TOKENS = 1 << 20
 SETTINGS: dict[str, Range] = {
     "width": (int, 4, 16_384),
     "depth": (int, 1, MAX_DEPTH),
@@ -194,7 +195,7 @@ class BAT(MaskableEncoder):
     def query_blocks(self, queries: Tensor, features: Features) -> Tensor:
         """See ``Encoder.query_blocks``; for a long clip the mean over its chunks."""
         if features.valid is not None:
-            return self._query_alone(queries, features, features.valid)
+            return self.query_alone(queries, features, features.valid)
         patches, cls, entry, pieces, _ = features
         assert entry is not None, "features(..., entry=True)"
         assert cls is not None
@@ -210,25 +211,6 @@ class BAT(MaskableEncoder):
                 chunks.append(_query(block, queries[b], at, chunk.flatten(1, 2)))  # type: ignore[arg-type]
             blocks.append(torch.stack(chunks).mean(0) if len(chunks) > 1 else chunks[0])
         return torch.stack(blocks)
-
-    def _query_alone(self, queries: Tensor, features: Features, valid: Tensor) -> Tensor:
-        """Runs ``query_blocks`` on clips of several lengths, those of one length together."""
-        patches, cls, entry, pieces, _ = features
-        assert entry is not None, "features(..., entry=True)"
-        assert cls is not None
-        parts, order = [], []
-        for own in valid.unique().tolist():
-            rows = (valid == own).nonzero().squeeze(1)
-            P = -(-own // self.grid.time)
-            alone = Features(
-                patches[:, rows, :own],
-                cls[:, rows],
-                entry[rows, :own],
-                None if pieces is None or P == 1 else pieces[:, rows, :P],
-            )
-            parts.append(self.query_blocks(queries, alone))
-            order.append(rows)
-        return torch.cat(parts, dim=1)[:, torch.cat(order).argsort()]
 
     def _all_layers(self, tokens: Tensor) -> Tensor:
         """Maps (B, n, D) embedded tokens to the tokens of all blocks, (L, B, 1 + n, D)."""
@@ -342,17 +324,11 @@ def shape_of(state: Mapping[str, Tensor], *, mels: int = 128) -> dict[str, Any]:
     width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
     if mels % patch:
         raise UserError(f"not a BAT encoder: {mels} mel bins in patches of {patch}")
-    numbered = (re.match(r"blocks\.([0-9]{1,9})\.", n, re.ASCII) for n in state)
-    blocks = {int(found[1]) for found in numbered if found}
-    if len(blocks) > MAX_DEPTH or max(blocks) != len(blocks) - 1:
-        raise UserError(
-            f"not a BAT encoder: {len(blocks)} blocks, numbered up to {max(blocks)}: from 0 on and "
-            f"none left out, {MAX_DEPTH} at most"
-        )
+    depth = block_count(state, "BAT")
     freq = mels // patch
     return {
         "width": width,
-        "depth": len(blocks),
+        "depth": depth,
         "patch": patch,
         "grid": Grid(state["pos_embed"].shape[1] // freq, freq),
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,

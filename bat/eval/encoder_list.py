@@ -79,7 +79,8 @@ def check_there(config: Supervised) -> None:
     """Raise ``UserError`` for a checkpoint of ``config`` that does not exist."""
     for name in several(config) if isinstance(config, Probe) else [given(config)]:
         shape = path_of(name)
-        if name == RANDOM or Path(shape).expanduser().exists():
+        own = registry.split_checkpoint(name.removeprefix(f"{RANDOM}:"))[0]
+        if name == RANDOM or Path(shape).expanduser().exists() or registry.takes_hub_names(own):
             continue
         if not name.startswith(f"{RANDOM}:"):
             raise UserError(
@@ -108,7 +109,12 @@ def _architectures(config: Probe, checkpoints: list[str]) -> list[str]:
     """Returns one of ``checkpoints`` for each architecture among them."""
     found: dict[str, str] = {}
     for checkpoint in checkpoints:
-        encoder = bat.load_encoder(checkpoint, weights=config.weights, heads=config.heads)
+        encoder = bat.load_encoder(
+            checkpoint,
+            weights=config.weights,
+            heads=config.heads,
+            trust_remote_code=config.trust_remote_code,
+        )
         shape = json.dumps({**encoder.config(), "drop_path": 0}, sort_keys=True, default=str)
         found.setdefault(f"{type(encoder).__name__} {shape}", checkpoint)
     return list(found.values())

@@ -47,7 +47,8 @@ def check_weights(config: Supervised) -> None:
     check_there(config)
     for name in several(config) if isinstance(config, Probe) else [given(config)]:
         path = Path(path_of(name)).expanduser()
-        if path.exists():
+        own = registry.split_checkpoint(name.removeprefix(f"{RANDOM}:"))[0]
+        if path.exists() and not registry.takes_hub_names(own):
             resolve(path)
 
 
@@ -67,7 +68,12 @@ def load_for(config: Supervised, task: Task) -> tuple[Encoder, int | None]:
             torch.manual_seed(derive_seed(config.seed, RANDOM))
             backbone = _untrained(shape, config, frames or _usual_frames(config.data))
     else:
-        backbone = bat.load_encoder(name, weights=config.weights, heads=config.heads)
+        backbone = bat.load_encoder(
+            name,
+            weights=config.weights,
+            heads=config.heads,
+            trust_remote_code=config.trust_remote_code,
+        )
     backbone = _with_frontend(backbone, config, task)
     if not isinstance(backbone, SpectrogramEncoder):
         frames = config.frames  # the frames of a task are those of spectrograms
@@ -214,7 +220,12 @@ def _untrained(shape: str, config: Supervised, frames: int) -> Encoder:
     if shape not in known_fragments("model"):
         if shape in registry.known("encoders") or registry.DOTTED.fullmatch(shape):
             return find_encoder(shape)()
-        trained = bat.load_encoder(shape, weights="student", heads=config.heads)
+        trained = bat.load_encoder(
+            shape,
+            weights="student",
+            heads=config.heads,
+            trust_remote_code=config.trust_remote_code,
+        )
         keywords = trained.config()
         if "grid" in keywords:
             keywords["grid"] = Grid(*keywords["grid"])

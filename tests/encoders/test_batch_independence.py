@@ -1,0 +1,60 @@
+"""One rule for all encoders: what a clip becomes depends on that clip alone.
+
+Every file of ``bat/encoders`` is tested with the keywords of ``tests/encoders/tiny.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import bat
+from bat import registry
+from bat.encoders.base import Encoder
+from tests.encoders.tiny import HF_KINDS, TINY, tiny, tiny_hf
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+SECONDS = (0.3, 1.0, 5.0)
+
+
+def test_table__has_every_encoder() -> None:
+    assert sorted([*TINY, "hf"]) == registry.known("encoders")
+
+
+@pytest.mark.parametrize("name", [*TINY, *(f"hf:{kind}" for kind in HF_KINDS)])
+def test_clips__alone_and_in_a_padded_batch_are_equal(name: str, tmp_path: Path) -> None:
+    if name.startswith("hf:"):
+        pytest.importorskip("transformers", reason="the extra [hf] is not installed")
+        encoder: Encoder = bat.load_encoder(f"hf:{tiny_hf(name[3:], tmp_path)}")
+    else:
+        encoder = tiny(name)
+    noise = torch.Generator().manual_seed(1)
+    for parameter in encoder.parameters():  # norms and biases that differ from token to token
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, 0.5, 0.3, generator=noise)
+    lengths = torch.tensor([int(s * encoder.sample_rate) for s in (*SECONDS, 1.0)])
+    waves = 0.1 * torch.randn(len(lengths), int(lengths.max()), generator=noise)
+    waves[1, lengths[1] :] = 0  # trailing zeros of one row, garbage behind the others
+    waves[0, lengths[0] :] = 1e4
+    with torch.no_grad():
+        batch = encoder(waves, lengths)
+        assert batch.valid is not None
+        assert (batch.cls is not None) == encoder.has_cls
+        assert batch.patches.isfinite().all()
+        spread = batch.patches[-1, -1].std(0).mean()
+        assert spread > 1e-3  # tokens differ, or nothing below could fail
+        for row, samples in enumerate(lengths.tolist()):
+            alone = encoder(waves[row : row + 1, :samples])
+            T = alone.patches.shape[2]
+            assert T == batch.valid[row] == encoder.time_patches(samples)
+            torch.testing.assert_close(batch.patches[:, row, :T], alone.patches[:, 0], **CLOSE)
+            assert not batch.patches[:, row, T:].any()
+            if encoder.has_cls:
+                torch.testing.assert_close(batch.cls[:, row], alone.cls[:, 0], **CLOSE)
+        longer = encoder(torch.cat([waves, torch.zeros(4, 9000)], dim=1), lengths)
+    T = batch.patches.shape[2]
+    torch.testing.assert_close(longer.patches[:, :, :T], batch.patches, **CLOSE)
+    assert not longer.patches[:, :, T:].any()
