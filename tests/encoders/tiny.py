@@ -14,6 +14,10 @@ TINY: dict[str, dict[str, Any]] = {
     "bat": {"width": 32, "depth": 2, "heads": 2, "grid": Grid(16, 8)},
     "eat": {"width": 32, "depth": 2, "heads": 2, "grid": Grid(16, 8)},
     "beats": {"width": 32, "depth": 2, "heads": 2, "embed_width": 16, "mlp_width": 64},
+    "audiomae": {"width": 48, "depth": 2, "heads": 2, "grid": Grid(6, 8)},
+    "ast": {"width": 48, "depth": 2, "heads": 2, "grid": Grid(9, 12)},
+    "dasheng": {"width": 48, "depth": 2, "heads": 2, "tokens": 30},
+    "m2d": {"width": 48, "depth": 2, "heads": 2, "grid": Grid(4, 5)},
 }
 """Constructor keywords, by encoder; ``hf`` is made by ``tiny_hf``."""
 HF_KINDS = ("ast", "wav2vec2", "hubert", "wavlm", "whisper")
