@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import bat
 from bat import weights as checkpoint
+from bat.encoders.base import load_strictly
 from bat.encoders.bat import BAT
 from bat.encoders.eat import EAT, NAMES, PREFIX
 from bat.errors import UserError
@@ -419,6 +420,12 @@ def test_values__that_are_no_numbers_are_refused_by_name(
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(UserError, match=said):
         bat.load_encoder(tmp_path / "w.pt")
+
+
+def test_values__whole_numbers_that_a_model_counts_with_are_loaded() -> None:
+    model = torch.nn.BatchNorm1d(2)
+    load_strictly(model, {**model.state_dict(), "num_batches_tracked": torch.tensor(3)}, "it")
+    assert model.num_batches_tracked == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

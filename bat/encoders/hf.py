@@ -276,7 +276,8 @@ class HF(Encoder):
         Encoder.__init__(encoder)
         encoder._set(net, front, code, trust_remote_code)
         part = "encoder." if net.config.is_encoder_decoder else ""
-        lost = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        odd = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+        lost = {*info["missing_keys"], *odd}
         lost = {n for n in lost if n.startswith(part) and not n.endswith(UNUSED)}
         if lost:
             raise UserError(

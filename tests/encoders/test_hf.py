@@ -45,6 +45,14 @@ def same(found: Any, wanted: Any) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
+def test_whisper__a_clip_that_ends_with_its_last_token(folders: dict[str, Path]) -> None:
+    """Two frames behind its last token still hear it."""
+    encoder, wave = bat.load_encoder(f"hf:{folders['whisper']}"), WAVE[: 60 * 320]
+    with torch.no_grad():
+        found = encoder(wave).patches[:, 0, :, 0]
+    torch.testing.assert_close(found, hidden(folders["whisper"], wave)[1:, :60], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kind", HF_KINDS)
 def test_features__are_the_models_own_hidden_states(folders: dict[str, Path], kind: str) -> None:
     encoder: Any = bat.load_encoder(f"hf:{folders[kind]}")

@@ -9,9 +9,9 @@ import torch
 from bat.cli import probe
 from bat.encoders.base import find_encoder
 from bat.errors import UserError
-from tests.encoders.vits import CLOSE, TINY, clip, made
+from tests.encoders.vits import CLOSE, VITS, clip, made
 
-every_encoder = pytest.mark.parametrize("name", TINY)
+every_encoder = pytest.mark.parametrize("name", VITS)
 
 
 @every_encoder
@@ -82,7 +82,7 @@ def test_vit__gradients_reach_every_parameter(name: str) -> None:
 def test_probe__takes_files_of_every_encoder(tmp_path: Path) -> None:
     """One table of four files, each known by its names and with a front end of its own."""
     files = []
-    for name in TINY:
+    for name in VITS:
         encoder = made(name)
         state = encoder.state_dict()
         if name == "m2d":
@@ -95,7 +95,7 @@ def test_probe__takes_files_of_every_encoder(tmp_path: Path) -> None:
     assert probe.main(words) == 0
     made_by = json.loads((tmp_path / "run" / "summary.json").read_text())["encoders"]
     names = [entry["backbone"] for entry in made_by.values()]
-    assert names == list(TINY)
+    assert names == list(VITS)
     assert all("linear" in entry["results"] for entry in made_by.values())
 
 

@@ -14,6 +14,10 @@ TINY: dict[str, dict[str, Any]] = {
     "bat": {"width": 32, "depth": 2, "heads": 2, "grid": Grid(16, 8)},
     "eat": {"width": 32, "depth": 2, "heads": 2, "grid": Grid(16, 8)},
     "beats": {"width": 32, "depth": 2, "heads": 2, "embed_width": 16, "mlp_width": 64},
+    "audiomae": {"width": 48, "depth": 2, "heads": 2, "grid": Grid(6, 8)},
+    "ast": {"width": 48, "depth": 2, "heads": 2, "grid": Grid(9, 12)},
+    "dasheng": {"width": 48, "depth": 2, "heads": 2, "tokens": 30},
+    "m2d": {"width": 48, "depth": 2, "heads": 2, "grid": Grid(4, 5)},
 }
 """Constructor keywords, by encoder; ``hf`` is made by ``tiny_hf``."""
 HF_KINDS = ("ast", "wav2vec2", "hubert", "wavlm", "whisper")
@@ -52,6 +56,10 @@ def tiny_hf(kind: str, folder: Path, *, task: str | None = None, **words: Any) -
         config = getattr(t, f"{names[kind]}Config")(**{**waves, **words})
         front = t.Wav2Vec2FeatureExtractor(do_normalize=True)
     model = t.AutoModel.from_config(config)
+    noise = torch.Generator().manual_seed(2)
+    for p in model.parameters():  # tokens, biases and position codes begin as zeros
+        if not p.any():
+            torch.nn.init.normal_(p, 0, 0.2, generator=noise)
     if task is not None:
         name = type(model).__name__.removesuffix("Model") + task
         model = getattr(t, name)(config)

@@ -7,26 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bat.encoders.base import Encoder, find_encoder
-from bat.types import Grid
+from bat.encoders.base import Encoder
+from tests.encoders.tiny import tiny
 
-SHAPE: dict[str, Any] = {"width": 48, "depth": 2, "heads": 2}
-TINY: dict[str, dict[str, Any]] = {
-    "audiomae": {**SHAPE, "grid": Grid(6, 8)},
-    "ast": {**SHAPE, "grid": Grid(9, 12)},
-    "dasheng": {**SHAPE, "tokens": 30},
-    "m2d": {**SHAPE, "grid": Grid(4, 5)},
-}
+VITS = ("audiomae", "ast", "dasheng", "m2d")
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def made(name: str, **more: Any) -> Encoder:
     """An encoder in eval mode whose weights are all random, norms and biases too."""
-    torch.manual_seed(0)
-    encoder = find_encoder(name)(**{**TINY[name], **more})
+    encoder = tiny(name, **more)
     for parameter in encoder.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return encoder.eval()
+    return encoder
 
 
 def clip(seconds: float, *, seed: int = 0, rate: int = 16000) -> Tensor:
