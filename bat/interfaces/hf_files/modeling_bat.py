@@ -13,7 +13,7 @@ encoded from position 0; patch tokens are concatenated along time, class tokens 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,7 @@ class BatPreTrainedModel(PreTrainedModel):
     config_class = BatConfig
     base_model_prefix = "encoder"
     main_input_name = "input_values"
-    _no_split_modules: ClassVar[list[str]] = ["BatBlock"]
+    _no_split_modules = ["BatBlock"]  # noqa: RUF012
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -140,6 +140,8 @@ class BatPreTrainedModel(PreTrainedModel):
 
 class BatModel(BatPreTrainedModel):
     """The encoder."""
+
+    pos_embed: Tensor
 
     def __init__(self, config: BatConfig) -> None:
         super().__init__(config)
@@ -229,6 +231,7 @@ class BatHead(nn.Module):
 
     def __init__(self, config: BatConfig) -> None:
         super().__init__()
+        assert config.num_labels is not None
         width = config.hidden_size
         self.norm = nn.LayerNorm(width, eps=1e-6) if config.head_norm else nn.Identity()
         self.dropout = nn.Dropout(config.head_dropout)
