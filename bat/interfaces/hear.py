@@ -34,7 +34,7 @@ RATES = (16000, 22050, 32000, 44100, 48000)
 """Sample rates that HEAR has its data in."""
 
 MODULE = '''\
-"""HEAR module of a checkpoint of bat, which it needs (docs/evaluation_suites.md there)."""
+"""HEAR module of an encoder of bat; bat must be installed (docs/evaluation_suites.md)."""
 
 from bat.interfaces import hear
 from bat.interfaces.hear import get_scene_embeddings, get_timestamp_embeddings

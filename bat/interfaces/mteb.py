@@ -22,7 +22,7 @@ from bat.errors import UserError
 from bat.interfaces import suites
 
 MODULE = '''\
-"""MTEB model of a checkpoint of bat, which it needs (docs/evaluation_suites.md there)."""
+"""MTEB model of an encoder of bat; bat and mteb must be installed (docs/evaluation_suites.md)."""
 
 from bat.interfaces import mteb
 

@@ -26,7 +26,7 @@ from bat.interfaces import suites
 SAMPLE_RATE = 16000
 
 EXPERT = '''\
-"""s3prl upstream of a checkpoint of bat, which it needs (docs/evaluation_suites.md there)."""
+"""s3prl upstream of an encoder of bat; bat must be installed (docs/evaluation_suites.md)."""
 
 from bat.interfaces import s3prl
 
@@ -35,7 +35,7 @@ class UpstreamExpert(s3prl.Upstream):
     checkpoint = {checkpoint!r}
 '''
 HUBCONF = '''\
-"""Entry of s3prl's hub for a checkpoint of bat. Guide: docs/evaluation_suites.md of bat."""
+"""Entry of s3prl's hub for an encoder of bat; bat must be installed."""
 
 from bat.interfaces.s3prl import Upstream as _Upstream
 

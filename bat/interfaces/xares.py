@@ -20,7 +20,7 @@ import bat
 from bat.interfaces import suites
 
 MODULE = '''\
-"""X-ARES encoder of a checkpoint of bat, which it needs (docs/evaluation_suites.md there)."""
+"""X-ARES class of an encoder of bat; bat must be installed (docs/evaluation_suites.md)."""
 
 from bat.interfaces import xares
 
