@@ -10,7 +10,7 @@ With BAT's 160 ms, k = 4 and the hop is 40 ms. A time step is centred at its tim
 mirrored by h / 2 before its start and after its end. The last window reaches back, so that a long
 clip has whole windows only; each window has a front end's range of its own.
 
-Guide: docs/interfaces.md. The interface: hearbenchmark.com/hear-api.html.
+Guide: docs/evaluation_suites.md. The interface: hearbenchmark.com/hear-api.html.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RATES = (16000, 22050, 32000, 44100, 48000)
 """Sample rates that HEAR has its data in."""
 
 MODULE = '''\
-"""HEAR module of a checkpoint of bat, which is needed. Guide: docs/interfaces.md of bat."""
+"""HEAR module of an encoder of bat; bat must be installed (docs/evaluation_suites.md)."""
 
 from bat.interfaces import hear
 from bat.interfaces.hear import get_scene_embeddings, get_timestamp_embeddings

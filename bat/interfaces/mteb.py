@@ -4,7 +4,8 @@ A batch is a list of ``{"array", "sampling_rate"}``. Clips are resampled to the 
 grouped by length; each gets the embedding that it has alone: the last block's class token, or the
 mean of the patches (``bat.interfaces.suites``). The similarity is the cosine.
 
-Guide: docs/interfaces.md. The package is imported when an encoder is loaded, not to write the file.
+Guide: docs/evaluation_suites.md. The package is imported when an encoder is loaded, not to write
+the file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bat.errors import UserError
 from bat.interfaces import suites
 
 MODULE = '''\
-"""MTEB model of a checkpoint of bat, which is needed. Guide: docs/interfaces.md of bat."""
+"""MTEB model of an encoder of bat; bat and mteb must be installed (docs/evaluation_suites.md)."""
 
 from bat.interfaces import mteb
 

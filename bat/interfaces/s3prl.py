@@ -7,7 +7,7 @@ T is twice that, which the last, almost empty patch of a clip of 2,560 samples w
 that is no whole number is rounded, and each time step takes the patch at its centre. Time steps
 beyond a clip's end are zero. Gradients flow, for fine-tuned upstreams.
 
-Guide: docs/interfaces.md.
+Guide: docs/evaluation_suites.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bat.interfaces import suites
 SAMPLE_RATE = 16000
 
 EXPERT = '''\
-"""s3prl upstream of a checkpoint of bat, which is needed. Guide: docs/interfaces.md of bat."""
+"""s3prl upstream of an encoder of bat; bat must be installed (docs/evaluation_suites.md)."""
 
 from bat.interfaces import s3prl
 
@@ -35,7 +35,7 @@ class UpstreamExpert(s3prl.Upstream):
     checkpoint = {checkpoint!r}
 '''
 HUBCONF = '''\
-"""Entry of s3prl's hub for a checkpoint of bat. Guide: docs/interfaces.md of bat."""
+"""Entry of s3prl's hub for an encoder of bat; bat must be installed."""
 
 from bat.interfaces.s3prl import Upstream as _Upstream
 

@@ -5,7 +5,7 @@ the SHA-256 of the weights. It pads the rows of a batch with zeros and keeps no 
 ``bat.interfaces.suites``. A time step is ``hop_size_in_ms`` long; recordings of ten minutes are
 encoded in pieces.
 
-Guide: docs/interfaces.md.
+Guide: docs/evaluation_suites.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import bat
 from bat.interfaces import suites
 
 MODULE = '''\
-"""X-ARES encoder of a checkpoint of bat, which is needed. Guide: docs/interfaces.md of bat."""
+"""X-ARES class of an encoder of bat; bat must be installed (docs/evaluation_suites.md)."""
 
 from bat.interfaces import xares
 

@@ -70,7 +70,7 @@ class Steps(Encoder):
 
 def encoder(kind: str) -> Encoder:
     """``bat`` (160 ms, chunks of 1.28 s), ``bat 32k``, ``steps`` (20 ms), ``odd`` (125 ms, 8 kHz),
-    ``uneven`` (22.05 kHz, 2,540.4 samples at 16 kHz)."""
+    ``uneven`` (22.05 kHz, 2,540.4 samples at 16 kHz), ``brief`` (22.05 kHz, 4.5 ms)."""
     torch.manual_seed(0)
     tiny: dict[str, Any] = {"width": 48, "depth": 2, "heads": 2, "grid": Grid(8, 8)}
     front = {"sample_rate": 32000, "n_fft": 2048, "hop_length": 320}
@@ -80,6 +80,7 @@ def encoder(kind: str) -> Encoder:
         "steps": Steps,
         "odd": lambda: Steps(hop=1000, sample_rate=8000),
         "uneven": lambda: Steps(hop=3501, sample_rate=22050),
+        "brief": lambda: Steps(hop=100, sample_rate=22050),
     }
     return made[kind]().eval()
 

@@ -57,14 +57,22 @@ def test_s3prl__the_length_check_holds(samples: int, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_s3prl__a_rounded_rate_does_not_drift(tmp_path: Path) -> None:
-    made = Upstream(saved("uneven", tmp_path))  # 2540.4 samples: a patch more in 18 minutes
+    made = Upstream(saved("brief", tmp_path))  # 72.56 samples at 16 kHz, 73 in s3prl
     made.encoder.block = torch.nn.Identity()
-    wave = 1e-3 * clip(1100 / 4)
+    wave = 1e-3 * clip(5.0)
     quiet = made([wave])["last_hidden_state"][0]
-    wave[4_390_000] = 1.0
+    wave[64_000] = 1.0
     loud = made([wave])["last_hidden_state"][0]
-    changed = (loud - quiet).abs().amax(-1).topk(1).indices.tolist()
-    assert changed == [4_390_000 // 2540]
+    (changed,) = (loud - quiet).abs().amax(-1).topk(1).indices.tolist()
+    assert changed == 877  # centre 64,057.5, within the encoder's patch 882 (64,000 to 64,072)
+
+
+@torch.no_grad()
+def test_s3prl__a_last_step_without_a_patch_repeats_the_one_before(tmp_path: Path) -> None:
+    made = Upstream(saved("uneven", tmp_path))
+    state = made([clip(25_402 / 16_000)])["last_hidden_state"][0]
+    assert len(state) == 11  # ceil(25,402 / 2,540), and ten patches of 2,540.4
+    assert torch.equal(state[10], state[9])
 
 
 def test_s3prl__gradients_reach_the_encoder(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs the examples of docs/interfaces.md for evaluation suites, where the package is installed."""
+"""Runs the examples of docs/evaluation_suites.md where the package is installed."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def test_docs__examples_run(
 ) -> None:
     if not DOCS.is_dir():
         pytest.skip("docs/ is not here: only a checkout has it")
-    text = (DOCS / "interfaces.md").read_text(encoding="utf-8")
-    (section,) = re.findall(rf"^### {heading}\b.*?(?=^##|\Z)", text, re.DOTALL | re.MULTILINE)
+    text = (DOCS / "evaluation_suites.md").read_text(encoding="utf-8")
+    (section,) = re.findall(rf"^## {heading}\b.*?(?=^##|\Z)", text, re.DOTALL | re.MULTILINE)
     (line,) = re.findall(r"```bash\n(bat-export .*?) &&", section)
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 7
