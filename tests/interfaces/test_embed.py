@@ -83,8 +83,7 @@ def _reference(encoder, name, pool="cls"):
     return features.cls[:, 0] if pool == "cls" else features.patches[:, 0].mean((1, 2))  # (L, D)
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-@pytest.mark.parametrize("layer", ["last", "all", 1])
+@pytest.mark.parametrize(("pool", "layer"), [("cls", "last"), ("mean", "all"), ("cls", 1)])
 def test_embed__equals_the_encoder_in_order(run, encoder, tmp_path, pool, layer):
     held = run(tmp_path / "e.npz", pool=pool, layer=layer, batch=4)
     assert _names(held) == SORTED
