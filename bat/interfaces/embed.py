@@ -167,6 +167,9 @@ def _loaded(
             raise UserError("head= with an encoder object: name its checkpoint")
         (folder,) = find_heads(head)
         model = load_model(folder, encoder=str(checkpoint))
+        own = (model.meta.get("encoder") or {}).get("weights", "student")
+        if weights == "teacher" != own:
+            raise UserError(f"weights=teacher: {folder} was trained on the {own}; omit weights")
         backbone, probe = model.backbone, model.head.to(where)
         digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     elif isinstance(checkpoint, Encoder):

@@ -108,7 +108,9 @@ class Predictor:
             T = found.patches.shape[2]
             valid = [T] * len(batch.keys) if found.valid is None else found.valid.tolist()
             begun = (batch.lengths.double() / hop - 1e-6).ceil().int().tolist()
-            own = [max(1, min(t, b)) for t, b in zip(valid, begun, strict=True)]
+            own = valid
+            if self.answer == "events":  # as in evaluation: patches that start within the clip
+                own = [max(1, min(t, b)) for t, b in zip(valid, begun, strict=True)]
             for model in models:
                 logits = model.head(found).float()
                 if self.answer == "scores":

@@ -83,8 +83,7 @@ def _reference(encoder, name, pool="cls"):
     return features.cls[:, 0] if pool == "cls" else features.patches[:, 0].mean((1, 2))  # (L, D)
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-@pytest.mark.parametrize("layer", ["last", "all", 1])
+@pytest.mark.parametrize(("pool", "layer"), [("cls", "last"), ("mean", "all"), ("cls", 1)])
 def test_embed__equals_the_encoder_in_order(run, encoder, tmp_path, pool, layer):
     held = run(tmp_path / "e.npz", pool=pool, layer=layer, batch=4)
     assert _names(held) == SORTED
@@ -118,6 +117,9 @@ def test_embed__windows_cover_a_recording(run, encoder, audio, tmp_path):
     with torch.no_grad():
         want = encoder(wave[None, 24_000:56_000]).cls[-1, 0]
     np.testing.assert_allclose(held["embedding"][1], want, atol=1e-5)
+    for window, ends in ((4.9, [4.9]), (4.8, [4.8, 5.0])):  # a rest shorter than a patch, 160 ms
+        held = run(tmp_path / f"{window}.npz", [audio / "b/long.wav"], window=window)
+        assert held["end"].tolist() == ends
     held = run(tmp_path / "d.npz", window=None)  # what the encoder takes at once, not more
     assert held["start"].tolist() == [0, 0, 2.079, 4.158, 0, 0]
     with torch.no_grad():
@@ -172,7 +174,7 @@ def test_embed__resumes_to_the_same_bytes(run, tmp_path, name, monkeypatch, audi
     assert sorted(file.name for file in left.glob("part-*")) == ["part-00000.npz", "part-00001.npz"]
     assert not (tmp_path / "killed" / name).exists()
     stamp = (left / "part-00000.npz").stat().st_mtime_ns
-    run(tmp_path / "killed" / name, stop_after=0, **how)
+    run(tmp_path / "killed" / name, stop_after=1, **how)
     assert (left / "part-00000.npz").stat().st_mtime_ns == stamp
     run(tmp_path / "killed" / name, **how)
     (audio / "b/broken.wav").unlink()
@@ -235,7 +237,9 @@ def test_embed__bad_files_are_listed_and_nothing_else_is_lost(run, audio, tmp_pa
 
 
 def test_embed__reads_a_csv_shards_and_several_paths_once(run, audio, tmp_path):
-    (audio.parent / "list.csv").write_text("Filename,speaker\nc.wav,x\nb/short.wav,y\nc.wav,z\n")
+    (audio.parent / "list.csv").write_text(
+        "Filename,speaker\nc.wav,x\nb/short.wav,y\ngone.wav,y\nc.wav,z\n"
+    )
     table = audio / "list.csv"
     (audio.parent / "list.csv").rename(table)
     rows = [Row(audio / "a.wav", "one", ()), Row(audio / "c.wav", "two", ())]
@@ -243,6 +247,7 @@ def test_embed__reads_a_csv_shards_and_several_paths_once(run, audio, tmp_path):
     paths = [table, tmp_path / "shards", audio / "a.wav", audio / "c.wav"]
     held = run(tmp_path / "e.npz", paths)
     table.unlink()
+    assert "gone.wav,0,unreadable: No such file" in (tmp_path / "e.npz.skipped.csv").read_text()
     assert [name.rpartition("/")[2] for name in held["path"]] == [
         "c.wav", "short.wav", "one", "two", "a.wav"]  # fmt: skip
     np.testing.assert_allclose(held["embedding"][[2, 3]], held["embedding"][[4, 0]], atol=1e-5)
@@ -274,6 +279,8 @@ def test_embed__gate_and_cgp_are_what_the_head_reads(encoder, checkpoint, tmp_pa
     assert read.shape == (2, 12)
     with torch.no_grad():
         np.testing.assert_allclose(probe.fc(torch.from_numpy(read[:1])), scores, atol=1e-5)
+    with pytest.raises(UserError, match="weights=teacher"):
+        bat.embed(waves, checkpoint, layer="gate", head=folder, weights="teacher")
     frame, probe = _head(tmp_path / "other/heads/tiny/cgp-1-0", encoder, level="frame")
     (long, short) = bat.embed(waves, checkpoint, pool="cgp", head=frame, level="frame")
     with torch.no_grad():

@@ -18,7 +18,7 @@ from bat.encoders.bat import BAT
 from bat.errors import UserError
 from bat.eval.heads import save_head
 from bat.eval.loading import weights_digest
-from bat.interfaces.models import find_heads
+from bat.interfaces.models import find_heads, load_model
 from bat.interfaces.predict import predict_files
 from bat.metrics.events import Events
 from bat.metrics.ranking import evaluate
@@ -100,6 +100,17 @@ def test_predict__gives_what_the_evaluation_found(probed, tuned, toy, work, tmp_
     found = _metrics(lines, toy, 2)
     for name in ("accuracy", "map", "auroc"):
         assert found[name] == pytest.approx(metrics[name]), name
+
+
+def test_predict__short_clips_are_padded_as_in_the_run(probed):
+    model = load_model(probed / "heads/tiny/cgp-1-0")
+    wave = np.random.default_rng(0).standard_normal(8_000).astype(np.float32)
+    with torch.no_grad():
+        features = model.backbone(torch.from_numpy(wave)[None], frames=208)
+        want = model.head(features).softmax(1)[0].tolist()
+    assert features.patches.shape[2] == 13
+    (answer,) = bat.predict(wave, probed / "heads/tiny/cgp-1-0")
+    assert [answer["scores"][label] for label in model.meta["labels"]] == pytest.approx(want)
 
 
 def test_predict__folds_are_averaged_if_asked(probed, tuned, toy, tmp_path):
@@ -197,6 +208,13 @@ def test_predict__events_do_not_break_between_windows(detector):
     how = {"sample_rate": toy_events.SAMPLE_RATE, "window": 3.0, "threshold": 0.0}
     found = bat.predict(wave, detector[0], **how)
     assert [(e["onset"], e["offset"]) for e in found] == [(0.0, pytest.approx(9.0))] * 3
+    model = load_model(*find_heads(detector[0]))
+    with torch.no_grad():
+        p = model.head(model.backbone(torch.from_numpy(wave[None, :40_960])))[0].sigmoid()  # (T, C)
+    assert len(p) == 17  # the last patch starts where the clip ends
+    found = bat.predict(wave[:40_960], detector[0], threshold=0.0)
+    scores = {event["label"]: event["score"] for event in found}
+    assert list(map(scores.get, toy_events.CLASSES)) == pytest.approx(p[:16].mean(0).tolist())
     scores = bat.predict(wave, detector[0], answer="scores", window=3.0)
     assert [(s["start"], s["end"]) for s in scores] == [(0, 3), (3, 6), (6, 9)]
 
@@ -222,7 +240,7 @@ def test_predict__text_is_the_best_output_of_each_patch(checkpoint, tmp_path):
     folder = save_head(
         tmp_path / "heads/e/linear-1-0", head.eval(), name="linear", head={}, meta=meta
     )
-    waves = [_noise(60_000)[:n] for n in (60_000, 5_000, 30_000)]
+    waves = [_noise(60_000)[:n] for n in (60_000, 5_000, 30_720)]
     want = []
     for wave in waves:
         with torch.no_grad():
