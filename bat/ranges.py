@@ -39,10 +39,12 @@ class Range:
 
 
 PositiveInt = Annotated[int, Range(1)]
+AtLeastTwo = Annotated[int, Range(2)]
 CountOrZero = Annotated[int, Range(0)]
 PositiveFloat = Annotated[float, Range(0, open="low")]
 NonNegativeFloat = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
+DecayFactor = Annotated[float, Range(0, 1, open="low")]
 Rate = Annotated[float, Range(0, 1, open="high")]
 """A drop rate or a decay: 1 is excluded."""
 OpenFraction = Annotated[float, Range(0, 1, open="both")]

@@ -110,12 +110,11 @@ def complete(line: str) -> list[str]:
     words = line.split()
     last = "" if line[-1:].isspace() else words.pop()
     command = Path(words[0]).name.removeprefix("bat-") if words else ""
-    if command == "bat":
-        if len(words) == 1:
-            return [w for w in [*commands(), *LISTS] if w.startswith(last)]
-        command = words[1]
-    return [word for word in _words(command, words[-1] if words else "", last)
-            if word.startswith(last)]  # fmt: skip
+    if command == "bat" and len(words) == 1:
+        known = [*commands(), *LISTS]
+    else:
+        known = _words(words[1] if command == "bat" else command, words[-1], last)
+    return [word for word in known if word.startswith(last)]
 
 
 def _words(command: str, before: str, last: str) -> list[str]:
@@ -123,43 +122,27 @@ def _words(command: str, before: str, last: str) -> list[str]:
     from bat.cli import describe
     from bat.config import locate
 
-    if command == "completion":
-        return ["bash", "zsh"]
-    if command == "recipes":
-        return list(describe.SCHEMAS)
     if last.startswith("-"):
-        here = Path(__file__).parent
-        files = [here / "args.py"] * (command in describe.SCHEMAS) + [here / f"{command}.py"]
-        texts = [_source(file) for file in files if file.is_file()]
-        found = re.findall(r'"(--[a-z-]+)"', " ".join(texts))
-        return sorted({*found, "--help", "--version", "--debug"})
+        files = ["args"] * (command in describe.SCHEMAS) + [command] * (command in commands())
+        texts = " ".join(_source(Path(__file__).with_name(f"{name}.py")) for name in files)
+        return sorted({*re.findall(r'"(--[a-z-]+)"', texts), "--help", "--version", "--debug"})
     if command not in describe.SCHEMAS:
-        return []
+        return {"completion": ["bash", "zsh"], "recipes": list(describe.SCHEMAS)}.get(command, [])
     known = {s.key: s for s in describe.settings(command)}
-    key, given, value = last.partition("=")
-    if before == "--settings":
-        return [*dict.fromkeys(k.partition(".")[0] for k in known), *known]
-    if before == "--method" or (given and key == "methods"):
-        done = value[: value.rfind(",") + 1] if given else last[: last.rfind(",") + 1]
-        start = f"{key}=" * bool(given) + done
-        return [start + name for name in [*describe.components("probes"), "all"]]
-    fragments = {k.partition(".")[0]: None for k in known if "." in k}
+    sections = dict.fromkeys(key.partition(".")[0] for key in known if "." in key)
+    key, given, _ = last.partition("=")
+    if before == "--method" or last.startswith("methods="):
+        start = re.match(r"(methods=)?(.*,)?", last)
+        return [f"{start and start[0]}{name}" for name in [*describe.components("probes"), "all"]]
     if given:
-        values: list[str] = []
-        if key == "recipe":
-            values = list(describe.recipes(command))
-        elif key == "task":
-            values = list(describe.components("tasks"))
-        elif key in fragments:
-            values = locate.known_fragments(key)
-        elif key in known:
-            values = list(known[key].values)
-        return [f"{key}={v}" for v in values]
-    if "." in last:
-        return [f"{k}=" for k in known]
-    top = [f"{k}=" for k in known if "." not in k]
-    return [*top, *(f"{k}." for k in fragments),
-            *(f"{k}=" for k in fragments if locate.known_fragments(k))]  # fmt: skip
+        values = {name: list(setting.values) for name, setting in known.items()}
+        values |= {section: locate.known_fragments(section) for section in sections}
+        values |= {"recipe": list(describe.recipes(command))}
+        values |= {"task": list(describe.components("tasks"))}
+        return [f"{key}={value}" for value in values.get(key, [])]
+    picked = [f"{section}=" for section in sections if locate.known_fragments(section)]
+    top = [f"{name}=" for name in known if "." not in name or "." in last]
+    return [*top, *(f"{section}." for section in sections if "." not in last), *picked]
 
 
 def _source(file: Path) -> str:

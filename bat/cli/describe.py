@@ -13,11 +13,10 @@ import functools
 import json
 import re
 import sys
-import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from bat import ranges, registry
 from bat.config import locate, schema
@@ -29,23 +28,19 @@ SCHEMAS: dict[str, Any] = {
     "probe": schema.Probe,
 }
 UNITS = {
-    "seconds": "s",
-    "minutes": "min",
-    "gb": "GB",
-    "steps": "steps",
-    "every": "steps",
-    "epochs": "epochs",
-    "clips": "clips",
-    "batch": "clips",
-    "window": "clips",
-    "frames": "frames",
-    "n_mels": "mel bins",
-    "n_fft": "samples",
-    "hop_length": "samples",
-    "sample_rate": "Hz",
-}
+    "seconds": "s", "minutes": "min", "gb": "GB", "sample_rate": "Hz", "every": "steps",
+    "steps": "steps", "epochs": "epochs", "batch": "clips", "clips": "clips", "window": "clips",
+    "frames": "frames", "n_mels": "mel bins", "n_fft": "samples", "hop_length": "samples",
+}  # fmt: skip
 """Units by a setting's name or its last word."""
-KINDS = {**vars(ranges), "Literal": Literal}
+WORDS = {"bool": "true | false", "None": "null"} | {
+    name: f"{kind.__origin__.__name__}, {kind.__metadata__[0]}".replace("lie ", "").replace(
+        "be ", ""
+    )
+    for name, kind in vars(ranges).items()
+    if typing.get_origin(kind) is typing.Annotated
+}
+"""Words for types: ``PositiveInt`` is ``int, at least 1``."""
 
 
 class Setting(NamedTuple):
@@ -76,22 +71,13 @@ def components(folder: str) -> dict[str, str]:
     """Returns the components of ``bat/FOLDER`` (``probes``, ``tasks`` ...) with a line each."""
     found = {}
     for name in registry.known(folder):
-        tree = _parse(registry.PACKAGE / folder / f"{name}.py")
+        file = registry.PACKAGE / folder / f"{name}.py"
         if folder == "probes":
-            classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
-            (table,) = (
-                n.value
-                for n in tree.body
-                if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "PROBES"
-            )
-            assert isinstance(table, ast.Dict)
-            for key, value in zip(table.keys, table.values, strict=True):
-                assert key is not None
-                found[ast.literal_eval(key)] = sentence(
-                    ast.get_docstring(classes[ast.unparse(value)])
-                )
+            table = re.search(r"^PROBES\b.*?\}", file.read_text("utf-8"), re.M | re.S)
+            for probe, kind in re.findall(r'"(\w+)": (\w+)', table[0] if table else ""):
+                found[probe] = sentence(ast.get_docstring(_classes(file)[kind]))
         else:
-            found[name] = sentence(ast.get_docstring(tree))
+            found[name] = sentence(ast.get_docstring(_parse(file)))
     return found
 
 
@@ -108,8 +94,7 @@ def find_settings(command: str, name: str) -> list[Setting]:
     found = [s for s in known if not name or f"{s.key}.".startswith(f"{name}.")]
     found = found or [s for s in known if s.key.rpartition(".")[2] == name]
     if not found:
-        names = {part for s in known for part in (s.key, s.key.partition(".")[0])}
-        names |= {s.key.rpartition(".")[2] for s in known}
+        names = {part for s in known for part in (s.key, *s.key.split("."))}
         close = difflib.get_close_matches(name, sorted(names), n=1)
         hint = f": did you mean {close[0]}?" if close else ": say a key, or a section such as data"
         raise UserError(f"no setting of bat-{command} is called {name}{hint}")
@@ -117,13 +102,10 @@ def find_settings(command: str, name: str) -> list[Setting]:
 
 
 def _settings(section: Any, prefix: str) -> Iterator[Setting]:
-    kind = type(section)
     meanings: dict[str, str] = {}
-    for base in reversed(kind.__mro__[:-1]):
-        meanings |= _meanings(
-            _classes(Path(str(sys.modules[base.__module__].__file__)))[base.__name__]
-        )
-    hints = typing.get_type_hints(kind, include_extras=True)
+    for base in reversed(type(section).__mro__[:-1]):
+        file = Path(str(sys.modules[base.__module__].__file__))
+        meanings |= _meanings(_classes(file)[base.__name__])
     for field in dataclasses.fields(section):
         value, key = getattr(section, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
@@ -135,8 +117,7 @@ def _settings(section: Any, prefix: str) -> Iterator[Setting]:
                     note = f"With objective={name}: {found.meaning}"
                     yield found if name == schema.OBJECTIVE else found._replace(meaning=note)
         else:
-            meaning = meanings.get(field.name, "")
-            yield _setting(key, hints[field.name], _shown(value), meaning)
+            yield _setting(key, str(field.type), value, meanings[field.name])
 
 
 def _from_source(
@@ -146,46 +127,27 @@ def _from_source(
     shared = _meanings(_classes(registry.PACKAGE / "objectives/base.py")["Config"])
     meanings = shared | {name: said for name, said in _meanings(node).items() if said}
     for line in node.body:
-        if not isinstance(line, ast.AnnAssign):
-            continue
-        name, hint, value = ast.unparse(line.target), ast.unparse(line.annotation), line.value
-        if hint in classes:
-            yield from _from_source(classes[hint], classes, f"{prefix}{name}.")
-            continue
-        assert value is not None
-        kind = eval(hint, KINDS)  # an annotation of this package
-        yield _setting(f"{prefix}{name}", kind, _shown(ast.literal_eval(value)), meanings[name])
+        if isinstance(line, ast.AnnAssign) and line.value is not None:
+            name, hint = ast.unparse(line.target), ast.unparse(line.annotation)
+            if hint in classes:
+                yield from _from_source(classes[hint], classes, f"{prefix}{name}.")
+            else:
+                value = ast.literal_eval(line.value)
+                yield _setting(f"{prefix}{name}", hint, value, meanings[name])
 
 
-def _setting(key: str, hint: Any, default: str, meaning: str) -> Setting:
+def _setting(key: str, hint: str, value: Any, meaning: str) -> Setting:
+    """``hint``: the type as it is written in the source."""
+    literal = re.fullmatch(r"Literal\[(.*)\]( \| None)?", hint)
+    values = ast.literal_eval(f"({literal[1]},)") if literal else ()
+    values = ("true", "false") if hint == "bool" else values
+    kind = hint.replace(f"Literal[{literal[1]}]", " | ".join(values)) if literal else hint
+    kind = re.sub(r"\w+", lambda word: WORDS.get(word[0], word[0]), kind)
     name = key.rpartition(".")[2]
     unit = UNITS.get(name) or UNITS.get(name.rpartition("_")[2])
-    kind = _kind(hint) + (f", in {unit}" if unit and not _values(hint) else "")
-    return Setting(key, kind, default, " ".join(meaning.replace("``", "").split()), _values(hint))
-
-
-def _kind(hint: Any) -> str:
-    parts = typing.get_args(hint)
-    if typing.get_origin(hint) is typing.Annotated:
-        words = str(parts[1]).replace("be ", "").removeprefix("lie ")
-        return f"{_kind(parts[0])}, {words}"
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(map(str, parts))
-    if typing.get_origin(hint) is list:
-        return f"list of {_kind(parts[0])}"
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return " or ".join(_kind(part) for part in parts)
-    return {type(None): "null", bool: "true | false"}.get(hint, getattr(hint, "__name__", ""))
-
-
-def _values(hint: Any) -> tuple[str, ...]:
-    if typing.get_origin(hint) is Literal:
-        return tuple(map(str, typing.get_args(hint)))
-    return ("true", "false") if hint is bool else ()
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    kind += f", in {unit}" if unit and not values else ""
+    default = value if isinstance(value, str) else json.dumps(value)
+    return Setting(key, kind, default, " ".join(meaning.replace("``", "").split()), values)
 
 
 @functools.cache
@@ -203,9 +165,8 @@ def _meanings(node: ast.ClassDef) -> dict[str, str]:
     for line, after in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(line, ast.AnnAssign):
             said = after.value if isinstance(after, ast.Expr) else None
-            found[ast.unparse(line.target)] = (
-                str(said.value) if isinstance(said, ast.Constant) else ""
-            )
+            text = said.value if isinstance(said, ast.Constant) else ""
+            found[ast.unparse(line.target)] = str(text)
     return found
 
 

@@ -6,9 +6,13 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bat.cli import args as cli
 from bat.errors import UserError
+
+if TYPE_CHECKING:
+    from bat.report.runs import Run
 
 ABOUT = "All runs below a folder, what differs between some, and a page of one."
 EPILOG = """\
@@ -59,14 +63,12 @@ def main(argv: list[str] | None = None) -> int:
     return call.code
 
 
-def _page(run: object, out: Path | None) -> Path:
+def _page(run: Run, out: Path | None) -> Path:
     from bat import __version__
     from bat.cli.describe import SCHEMAS
     from bat.config.compose import from_yaml, words_of
-    from bat.report.runs import Run
     from bat.report.training import write_training_page
 
-    assert isinstance(run, Run)
     if run.kind == "probe":
         raise UserError(f"{run.path} is a probe run: say bat-probe report {run.path}")
     try:

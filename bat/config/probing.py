@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 from bat.ranges import (
+    AtLeastTwo,
     CountOrZero,
     NonNegativeFloat,
     OpenFraction,
     PositiveFloat,
     PositiveInt,
-    Range,
     Rate,
     changed,
 )
@@ -165,5 +165,5 @@ class Diagnostics:
     """Measure attention sinks, token norms and effective rank of every block."""
     maps: CountOrZero = 3
     """Number of classes for which the patches selected by prototypes are plotted; 0: none."""
-    clips: Annotated[int, Range(2)] = 64
+    clips: AtLeastTwo = 64
     """Number of clips used for the encoder's statistics."""

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 from bat.ranges import (
     CountOrZero,
+    DecayFactor,
     Fraction,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    Range,
     Rate,
 )
 
@@ -182,7 +182,7 @@ class Optim:
     """Weight decay, decoupled."""
     decay: Literal["all", "matrices"] = "all"
     """Parameters with weight decay: ``all`` (the paper's pre-training) or ``matrices`` only."""
-    layer_decay: Annotated[float, Range(0, 1, open="low")] = 1.0
+    layer_decay: DecayFactor = 1.0
     """Factor from one block to the one below it (fine-tuning: 0.75); 1 is off."""
     warmup_steps: CountOrZero = 53_000
     """Steps of linear warm-up from 0."""

@@ -73,12 +73,6 @@ class Run:
         return None if self.kind == "probe" else int(self.config["train"]["steps"])
 
     @property
-    def step(self) -> int:
-        if self.kind == "probe":
-            return len(read_jsonl(self.path / "results.jsonl"))
-        return max((row.get("step") or 0 for row in self.rows), default=0)
-
-    @property
     def state(self) -> str:
         if is_held(self.path):
             return "running"
@@ -91,32 +85,12 @@ class Run:
                 return "failed"
         return "interrupted"
 
-    @property
-    def encoder(self) -> str:
-        if self.kind == "pretrain":
-            model = self.config["model"]
-            return f"{model['backbone']} {model['width']}x{model['depth']}"
-        names = str(self.config.get("checkpoint")).split(",")
-        return ",".join(Path(name).name or name for name in names)
-
-    def probes(self) -> list[dict[str, Any]]:
-        """Returns the online probes' results: a mapping for each step and method, as plotted."""
-        found: dict[tuple[int, str], dict[str, Any]] = {}
-        for row in self.rows:
-            for key, value in row.items():
-                if key.startswith("online/") and not key.endswith("/gate"):
-                    _, method, name = key.split("/", 2)
-                    first = {"step": row["step"], "method": method}
-                    found.setdefault((row["step"], method), first)[name] = value
-        return list(found.values())
-
     def best(self) -> dict[str, Any] | None:
         """Returns the best result: ``{"metric", "value", "method"}``, and encoder or step."""
         found = []
-        for row in self.probes():
-            metric = next(name for name in row if name not in ("step", "method"))
+        for row in curve(self.rows):
             of = {"method": row["method"], "step": row["step"]}
-            found.append({"metric": metric, "value": row[metric], **of})
+            found.append({"metric": metric_of(row), "value": row[metric_of(row)], **of})
         encoders = self.summary.get("encoders") or {"": self.summary}
         for encoder, entry in encoders.items():
             for method, result in (entry.get("results") or {}).items():
@@ -127,23 +101,55 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """Returns the run's line of the table."""
-        files = [f for f in (self.part / "metrics.jsonl", self.path / "train.log") if f.is_file()]
-        newest = max(f.stat().st_mtime for f in [self.path / "config.yaml", *files])
-        median = self.summary.get("clips_per_second") or self.last("clips_per_second")
+        files = [self.part / "metrics.jsonl", self.path / "train.log", self.path / "config.yaml"]
+        newest = max(file.stat().st_mtime for file in files if file.is_file())
+        is_probe = self.kind == "probe"
+        results = len(read_jsonl(self.path / "results.jsonl")) if is_probe else 0
+        model = self.config["model"] if self.kind == "pretrain" else None
+        paths = map(Path, str(self.config.get("checkpoint")).split(","))
         return {
             "run": str(self.path),
             "kind": self.kind,
             "recipe": self.config.get("recipe"),
-            "encoder": self.encoder,
+            "encoder": "{backbone} {width}x{depth}".format(**model)
+            if model
+            else ",".join(path.name for path in paths),
             "part": "" if self.part == self.path else self.part.name,
-            "step": self.step,
+            "step": results or max((row.get("step") or 0 for row in self.rows), default=0),
             "steps": self.steps,
             "state": self.state,
-            "clips_per_second": median,
-            "loss": self.last("loss") if self.kind != "probe" else None,
+            "clips_per_second": self.summary.get("clips_per_second")
+            or self.last("clips_per_second"),
+            "loss": None if is_probe else self.last("loss"),
             "best": self.best(),
             "age_seconds": round(time.time() - newest),
         }
+
+
+def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the online probes' results in rows of a ``metrics.jsonl``, one row per step and
+    method: ``{"step", "method", METRIC: value, METRIC_std: value ...}``, the task's metric first.
+    """
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith("online/") and not key.endswith("/gate"):
+                _, method, name = key.split("/", 2)
+                first = {"step": row["step"], "method": method}
+                found.setdefault((row["step"], method), first)[name] = value
+    return list(found.values())
+
+
+def metric_of(row: Mapping[str, Any]) -> str:
+    """Returns the first metric in a row of ``curve``."""
+    return next(key for key in row if key not in ("step", "method"))
+
+
+def in_words(best: Mapping[str, Any] | None) -> str:
+    """Returns ``Run.best`` as text, ``cgp 61.25 accuracy``; a dash for None."""
+    if best is None:
+        return NOTHING
+    return f"{best['method']} {number(best['value'], best['metric'])} {best['metric']}"
 
 
 def find_runs(folder: Path) -> list[Run]:
@@ -166,22 +172,12 @@ def table(facts: Sequence[Mapping[str, Any]], folder: Path) -> Table:
     cells = []
     for fact in facts:
         step = f"{fact['step']}/{fact['steps']}" if fact["steps"] else f"{fact['step']} results"
-        step = f"{fact['part']} {step}".strip()
-        best, speed, loss = fact["best"], fact["clips_per_second"], fact["loss"]
-        number_ = (
-            best and f"{best['method']} {number(best['value'], best['metric'])} {best['metric']}"
-        )
-        cells.append(
-            [
-                os.path.relpath(fact["run"], folder),
-                *(str(fact[key]) for key in ("kind", "recipe", "encoder", "state")),
-                step,
-                NOTHING if speed is None else f"{speed:.3g}",
-                NOTHING if loss is None else f"{loss:.3f}",
-                number_ or NOTHING,
-                age(fact["age_seconds"]),
-            ]
-        )
+        speed, loss = fact["clips_per_second"], fact["loss"]
+        name = os.path.relpath(fact["run"], folder)
+        words = [name, *(str(fact[key]) for key in ("kind", "recipe", "encoder", "state"))]
+        numbers = [NOTHING if speed is None else f"{speed:.3g}"]
+        numbers += [NOTHING if loss is None else f"{loss:.3f}", in_words(fact["best"])]
+        cells.append([*words, f"{fact['part']} {step}".strip(), *numbers, age(fact["age_seconds"])])
     return Table(header, cells, words=5)
 
 
@@ -202,7 +198,7 @@ def differences(runs: Sequence[Run]) -> Table:
         values = [shown(one[key]) if key in one else NOTHING for one in settings]
         if len(set(values)) > 1:
             cells.append([key, *values])
-    facts = [run.facts() for run in runs]
+    facts = [fact | {"best": in_words(fact["best"])} for fact in (run.facts() for run in runs)]
     for key in ("state", "step", "clips_per_second", "loss", "best"):
         cells.append([f"({key})", *(shown(fact[key]) for fact in facts)])
     return Table(["setting", *(str(run.path) for run in runs)], cells, words=len(runs) + 1)
@@ -210,23 +206,21 @@ def differences(runs: Sequence[Run]) -> Table:
 
 def compare(runs: Sequence[Run], path: Path) -> Path:
     """Draws the curves of runs over each other. Raises ``UserError`` if they have none."""
-    names = [str(run.path) for run in runs]
-    keys = {"loss": "loss", "gradient norm": "grad_norm", "clips per second": "clips_per_second"}
-    panels = {
-        title: {name: run.series(key) for name, run in zip(names, runs, strict=True)}
-        for title, key in keys.items()
-    }
     probes: dict[str, Any] = {}
-    for name, run in zip(names, runs, strict=True):
-        for row in run.probes():
-            metric = next(key for key in row if key not in ("step", "method"))
+    for run in runs:
+        for row in curve(run.rows):
+            metric = metric_of(row)
             value = describe(metric)
             title = f"online probe: {value.title}{' (%)' * value.percent}"
             point = (row["step"], row[metric] * (100 if value.percent else 1))
-            probes.setdefault(title, {}).setdefault(f"{name}: {row['method']}", []).append(point)
+            probes.setdefault(title, {}).setdefault(f"{run.path}: {row['method']}", []).append(
+                point
+            )
+    keys = {"loss": "loss", "gradient norm": "grad_norm", "clips per second": "clips_per_second"}
+    panels = {t: {str(run.path): run.series(key) for run in runs} for t, key in keys.items()}
     panels = {"loss": panels.pop("loss"), **probes, **panels}
     if not any(line for lines in panels.values() for line in lines.values()):
-        raise UserError(f"{' and '.join(names)} have no metrics yet: nothing can be drawn")
+        raise UserError("the runs have no metrics yet, nothing can be drawn: name others")
     return plot_series(panels, path)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from bat.report.page import Details, Picture, render
 from bat.report.plots import plot_curves, plot_probe_curve, plot_series
-from bat.report.runs import Run, flat
-from bat.report.tables import NOTHING, Table, number, shown
+from bat.report.runs import Run, curve, flat, in_words, metric_of
+from bat.report.tables import NOTHING, Table, shown
 
 LINES = 12
 """Lines of metrics in the table."""
@@ -31,8 +31,9 @@ def write_training_page(run: Run, path: Path, commands: Sequence[str]) -> Path:
     if losses := run.series("loss"):
         finding += f", loss {losses[-1][1]:.3f} ({losses[0][1]:.3f} at step {losses[0][0]})"
     if best:
-        finding += f"; best result: {number(best['value'], best['metric'])} {best['metric']}"
-        finding += f", {best['method']}" + (f" at step {best['step']}" if "step" in best else "")
+        finding += f"; best: {in_words(best)}" + (
+            f" at step {best['step']}" if "step" in best else ""
+        )
     events = Counter(row["event"] for row in run.rows if "event" in row)
     notes = [
         f"{kind}, {n} time(s); the last: {_last_message(run, kind)}" for kind, n in events.items()
@@ -72,9 +73,10 @@ def write_training_page(run: Run, path: Path, commands: Sequence[str]) -> Path:
 def _pictures(run: Run, scratch: Path) -> list[Picture]:
     """Draws the curves as they are now; adds the run's own pictures of masks and gates."""
     made = [plot_curves(run.rows, scratch / "losses-and-learning-rate.png")]
-    if probes := run.probes():
-        metric = next(key for key in probes[0] if key not in ("step", "method"))
-        made.append(plot_probe_curve(probes, scratch / "online-probes.png", metric=metric))
+    if probes := curve(run.rows):
+        made.append(
+            plot_probe_curve(probes, scratch / "online-probes.png", metric=metric_of(probes[0]))
+        )
     keys = sorted({key for row in run.rows for key in row if key.startswith("health/")})
     panels: dict[str, dict[str, Any]] = {}
     for key in keys:

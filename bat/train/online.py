@@ -39,6 +39,7 @@ from bat.io import read_jsonl
 from bat.nn.losses import loss_for
 from bat.probes.base import Probe, build_probe, expand, find_probe
 from bat.report.plots import chance_of, plot_layer_gates, plot_probe_curve
+from bat.report.runs import curve
 from bat.report.sections import TITLES
 from bat.seeding import derive_seed
 from bat.tasks.base import Task
@@ -309,15 +310,3 @@ def hold_out(index: Index, clips: np.ndarray) -> np.ndarray:
     rows_of = [np.flatnonzero(first_label == c) for c in classes]
     several = [first_fifth(rows) for rows in rows_of if len(np.unique(unit[rows])) > 1]
     return np.isin(unit, np.concatenate(several)) if several else held
-
-
-def curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the probe results in rows of a ``metrics.jsonl``, one row per step and method."""
-    found: dict[tuple[int, str], dict[str, Any]] = {}
-    for row in rows:
-        for key, value in row.items():
-            if key.startswith("online/") and not key.endswith("/gate"):
-                _, method, name = key.split("/", 2)
-                first = {"step": row["step"], "method": method}
-                found.setdefault((row["step"], method), first)[name] = value
-    return list(found.values())

@@ -50,6 +50,8 @@ def test_settings__are_those_of_the_schema_and_all_have_a_meaning(command: str) 
     assert keys(to_dict(config)) <= set(found)
     assert {k for k in found if not k.startswith("objective.")} <= keys(to_dict(config))
     assert [key for key, s in found.items() if not s.meaning] == []
+    odd = re.compile(r"Annotated|Literal|Range|Positive|Zero|None|be ")
+    assert [key for key, s in found.items() if odd.search(s.kind)] == []
 
 
 def test_settings__show_type_range_unit_default(capsys: pytest.CaptureFixture[str]) -> None:
