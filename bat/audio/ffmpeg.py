@@ -14,6 +14,7 @@ states none and is counted by decoding.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 from collections.abc import Iterator
@@ -77,8 +78,7 @@ class AvFile:
     subtype = "AV"
 
     def __init__(self, file: BinaryIO, demuxer: str, suffix: str) -> None:
-        import av
-
+        av: Any = importlib.import_module("av")
         self._errors: Any = (av.FFmpegError, ValueError, EOFError)
         self._file, self.format = file, suffix.upper()
         try:

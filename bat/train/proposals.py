@@ -73,6 +73,8 @@ def propose(config: Pretrain, given: list[str]) -> list[str]:
     keys = {w.partition("=")[0] for w in given}
     if before := settings_of(default_out(config)):
         values = {key: _at(before, key) for key in _KEYS}
+        if not values["online.every"]:  # labels may be given later
+            values["online.every"] = _probes(config, values["train.steps"] or config.train.steps)
         return [word(k, v) for k, v in values.items() if v is not None and _is_open(k, keys)]
     _, index = open_data(config.task, replace(data, labels="drop"), labelled=False, warn=False)
     machine = machine_of(config)
@@ -174,9 +176,15 @@ def proposal(
             "objective.mask.views": 16 if large else 8,
             "objective.decoder_depth": 6 if large else 4,
         }
-    if config.online.csv and not config.online.every:
-        values["online.every"] = max(1, steps // 4)
+    if every := _probes(config, steps):
+        values["online.every"] = every
     return values
+
+
+def _probes(config: Pretrain, steps: int) -> int:
+    """Returns the steps between online probes, four times a run; 0 without labels."""
+    online = config.online
+    return online.every or (max(1, steps // 4) if online.csv else 0)
 
 
 def _of_file(init: str) -> dict[str, Any]:

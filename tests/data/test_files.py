@@ -125,8 +125,9 @@ def test_hash__labels_folds_and_order_count(rows: list[Row]) -> None:
 
 
 def test_index_files__what_cannot_be_read_is_left_out_and_listed(
-    rows: list[Row], tmp_path: Path
+    rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(files, "has_av", lambda: False)
     texts = {"a.wav": b"no audio at all", "b.wav": b"", "c.m4a": b"\0\0\0\x20ftypM4A " + bytes(99)}
     for name, data in texts.items():
         (tmp_path / name).write_bytes(data)

@@ -230,13 +230,17 @@ def test_write_shards__progress_reaches_the_end(
     assert "100%" in capsys.readouterr().err
 
 
-def test_write_shards__audio_without_a_decoder_is_left_out_by_that_name(tmp_path: Path) -> None:
+def test_write_shards__audio_without_a_decoder_is_left_out_by_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bat.data.files.has_av", lambda: False)
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.wav").write_bytes(audio(0))
     (tmp_path / "in/b.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(500))
     manifest = packed(tmp_path / "in", tmp_path / "out")
     why = "no decoder for m4a: convert it with ffmpeg"
-    assert manifest.left_out == [{"key": "b", "file": "b.m4a", "reason": why}]
+    remedy = f"{why}, or pip install 'bat-audio[av]'"
+    assert manifest.left_out == [{"key": "b", "file": "b.m4a", "reason": remedy}]
     files = {path.name: path.read_bytes() for path in sorted((tmp_path / "in").iterdir())}
     index = open_index(write_tar(tmp_path / "foreign.tar", files))
     assert (len(index), index.left_out) == (1, {"foreign.tar/b.m4a": why})
