@@ -92,8 +92,8 @@ def test_every_room_is_in_the_plan() -> None:
 def test_importing_bat_and_the_commands_is_light() -> None:
     code = (
         "import sys, bat, bat.cli.args, bat.cli.pretrain, bat.cli.probe, bat.cli.finetune, "
-        "bat.cli.shard, bat.cli.export, bat.cli.embed, bat.cli.predict, bat.cli.bat, bat.interfaces, "
-        "bat.config.schema; "
+        "bat.cli.shard, bat.cli.export, bat.cli.embed, bat.cli.predict, bat.cli.bat, "
+        "bat.interfaces, bat.config.schema; "
         "heavy = {'torch', 'numpy', 'lightning', 'webdataset', 'omegaconf'} & set(sys.modules); "
         "sys.exit(', '.join(sorted(heavy)) or 0)"
     )
