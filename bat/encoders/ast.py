@@ -27,7 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bat.encoders.base import SpectrogramEncoder, check_settings, demand, keywords_of, make_frontend
+from bat.encoders.base import (
+    SpectrogramEncoder,
+    build_strictly,
+    check_settings,
+    demand,
+    keywords_of,
+    make_frontend,
+)
 from bat.encoders.vit import ViT, make_grid, shape_of, without
 from bat.errors import UserError
 from bat.nn.attention import Backend
@@ -141,7 +148,8 @@ class AST(ViT, SpectrogramEncoder):
         demand(settings, FIXED, str(path))
         published = any("embeddings." in name for name in state)  # by transformers
         state, given = rename(state), settings.get("num_attention_heads")
-        keywords = shape_of(state, {"pos_embed": 3}, what, given if heads is None else heads)
+        heads = given if heads is None else heads
+        keywords = shape_of(state, {"pos_embed": 3}, path=path, kind="AST", heads=heads)
         rows = state["pos_embed"].shape[1] - 2
         if rows < FREQ or rows % FREQ:
             raise UserError(
@@ -151,7 +159,7 @@ class AST(ViT, SpectrogramEncoder):
         keywords["eps"] = settings.get("layer_norm_eps", 1e-12 if published else 1e-6)
         if rows // FREQ == 12:
             keywords["frontend"] = SPEECH_COMMANDS
-        return cls._built(keywords, state, str(path))
+        return build_strictly(cls, keywords, state, str(path))
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from bat.encoders.base import SpectrogramEncoder, keywords_of, make_frontend
+from bat.encoders.base import SpectrogramEncoder, build_strictly, keywords_of, make_frontend
 from bat.encoders.vit import ViT, make_grid, shape_of, without
 from bat.errors import UserError
 from bat.nn.attention import Backend
@@ -102,7 +102,7 @@ class AudioMAE(ViT, SpectrogramEncoder):
     ) -> Self:
         """Builds from AudioMAE's files or timm's ports; see ``Encoder.from_file``."""
         state, freq = without(state, *LEFT_OUT), 8
-        keywords = shape_of(state, {"pos_embed": 3}, f"{path}, as AudioMAE", heads)
+        keywords = shape_of(state, {"pos_embed": 3}, path=path, kind="AudioMAE", heads=heads)
         rows = state["pos_embed"].shape[1]
         if rows < 1 + freq or (rows - 1) % freq:
             raise UserError(
@@ -111,7 +111,7 @@ class AudioMAE(ViT, SpectrogramEncoder):
                 f"m2d:{path}"
             )
         keywords |= {"grid": Grid((rows - 1) // freq, freq), "norm": "norm.weight" in state}
-        return cls._built(keywords, state, str(path))
+        return build_strictly(cls, keywords, state, str(path))
 
 
 ENCODER = AudioMAE

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bat.audio.frontend import DbMel
-from bat.encoders.base import Samples, check_settings, demand
+from bat.encoders.base import Samples, build_strictly, check_settings, demand
 from bat.encoders.bat import MAX_TOKENS
 from bat.encoders.vit import ViT, shape_of, without
 from bat.errors import UserError
@@ -153,9 +153,9 @@ class Dasheng(ViT):
         demand(given, FIXED, str(path))
         state = without({n.removeprefix(ROOT): t for n, t in state.items()}, *LEFT_OUT)
         heads = given.get("num_heads") if heads is None else heads
-        keywords = shape_of(state, {"time_pos_embed": 4}, f"{path}, as Dasheng", heads)
+        keywords = shape_of(state, {"time_pos_embed": 4}, path=path, kind="Dasheng", heads=heads)
         keywords["tokens"] = state["time_pos_embed"].shape[3]
-        return cls._built(keywords, state, str(path))
+        return build_strictly(cls, keywords, state, str(path))
 
 
 ENCODER = Dasheng

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bat.audio.frontend import LnMel
-from bat.encoders.base import SpectrogramEncoder, check_settings
+from bat.encoders.base import SpectrogramEncoder, build_strictly, check_settings
 from bat.encoders.vit import ViT, make_grid, make_pad, shape_of, without
 from bat.errors import UserError
 from bat.nn.attention import Backend
@@ -133,7 +133,7 @@ class M2D(ViT, SpectrogramEncoder):
         if stats.shape != (2,):
             raise UserError(f"{what}: norm_stats of shape {tuple(stats.shape)}, not (2,)")
         needed = {"pos_embed": 3, "patch_embed.proj.weight": 4}
-        keywords = shape_of(state, needed, what, heads)
+        keywords = shape_of(state, needed, path=path, kind="M2D", heads=heads)
         bins, frames = state["patch_embed.proj.weight"].shape[2:]
         rows, freq = state["pos_embed"].shape[1] - 1, MELS // bins
         if MELS % bins or rows < freq or rows % freq:
@@ -147,7 +147,7 @@ class M2D(ViT, SpectrogramEncoder):
             "norm_stats": stats.tolist(),
             "sample_rate": 32000 if wide else 16000,
         }
-        return cls._built(keywords, state, str(path))
+        return build_strictly(cls, keywords, state, str(path))
 
 
 ENCODER = M2D

@@ -7,15 +7,11 @@ Features of block l are x_l, those of the last block LN(x_L) (``norm``). Tokens 
 also where the published code has them frequency-major: attention does not depend on their order,
 and position codes are reordered with them. Clips longer than ``max_patches`` are encoded in chunks,
 each from position 0, the last one shorter; class tokens are averaged over the chunks.
-
-Files are built from strictly, after a comparison of all names and shapes on the meta device, so
-that nothing large is allocated for a file that does not fit.
 """
 
 from __future__ import annotations
 
 import abc
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -23,8 +19,15 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from bat.encoders.base import Encoder, check_settings, in_short, keywords_of, load_strictly
-from bat.encoders.bat import MAX_DEPTH, MAX_TOKENS, SETTINGS
+from bat.encoders.base import (
+    Encoder,
+    block_count,
+    build_strictly,
+    check_settings,
+    in_short,
+    keywords_of,
+)
+from bat.encoders.bat import MAX_TOKENS, SETTINGS
 from bat.errors import UserError
 from bat.nn.attention import Backend
 from bat.nn.block import EPS, Block
@@ -132,17 +135,8 @@ class ViT(Encoder):
         if config is None:
             return cls.from_file(state, settings={}, path=Path("the weight file"), heads=heads)
         keywords = keywords_of(cls, config, "encoder")
-        return cls._built(
-            keywords | ({} if heads is None else {"heads": heads}), state, "the export"
-        )
-
-    @classmethod
-    def _built(cls, keywords: dict[str, Any], state: Mapping[str, Tensor], what: str) -> Self:
-        with torch.device("meta"):  # names and shapes first: allocates nothing
-            load_strictly(cls(**keywords), {n: t.to("meta") for n, t in state.items()}, what)
-        model = cls(**keywords)
-        load_strictly(model, state, what)
-        return model
+        keywords |= {} if heads is None else {"heads": heads}
+        return build_strictly(cls, keywords, state, "the weight file")
 
 
 def make_grid(grid: Any) -> Grid:
@@ -169,11 +163,17 @@ def without(state: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
 
 
 def shape_of(
-    state: Mapping[str, Tensor], axes: Mapping[str, int], what: str, heads: int | None
+    state: Mapping[str, Tensor],
+    axes: Mapping[str, int],
+    *,
+    path: Path,
+    kind: str,
+    heads: int | None,
 ) -> dict[str, Any]:
     """Infers width, depth, heads and MLP ratio from a state dict.
 
-    ``axes``: further names that must be there, with their numbers of axes. ``heads`` None: 64
+    ``axes``: further names that must be there, with their numbers of axes. ``path``, ``kind``: the
+    file and the encoder's name, for messages. ``heads`` None: 64
     channels a head, or 80 if the width is 1280 (Dasheng 0.6B). Raises ``UserError`` for a state
     dict of another kind.
     """
@@ -185,22 +185,15 @@ def shape_of(
     ]
     if wrong:
         found = ", ".join(n[:100] for n in list(state)[:8]) or "nothing"
-        raise UserError(f"{what}: {'; '.join(wrong)}. It holds {found}")
-    numbered = (re.match(r"blocks\.([0-9]{1,9})\.", n, re.ASCII) for n in state)
-    blocks = {int(match[1]) for match in numbered if match}
-    if len(blocks) > MAX_DEPTH or max(blocks) != len(blocks) - 1:
-        raise UserError(
-            f"{what}: {len(blocks)} blocks, numbered up to {max(blocks)}: from 0 on and none left "
-            f"out, {MAX_DEPTH} at most"
-        )
+        raise UserError(f"{path}, as {kind}: {'; '.join(wrong)}. It holds {found}")
     width = state["blocks.0.norm1.weight"].shape[0]
     if heads is None:
         each = 80 if width == 1280 else 64
         if width % each:
             raise UserError(
-                f"{what} does not say its number of heads and its width {width} is not a multiple "
+                f"{path} does not say its number of heads and its width {width} is not a multiple "
                 f"of {each}: give it, load_encoder(path, heads=4) or heads=4"
             )
         heads = width // each
     ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / width
-    return {"width": width, "depth": len(blocks), "heads": heads, "mlp_ratio": ratio}
+    return {"width": width, "depth": block_count(state, kind), "heads": heads, "mlp_ratio": ratio}
