@@ -177,7 +177,7 @@ class FrontEnd(nn.Module, abc.ABC):
                 valid = full
             elif self.pad == "clip":
                 fits = self.clip_samples if self.crop == "spectrogram" else most
-                x, valid = _extend(x, valid, torch.sym_min(self.clip_samples, fits))
+                x, valid = _extend(x, valid, min(self.clip_samples, fits))
             x, shown = self._transform(x, valid)  # (B, T, F), (B, T, 1)
             x = x.masked_fill(~shown, self.fill)
             # crops where frames are too many, appends some where too few
@@ -480,7 +480,9 @@ def kaldi_bank(sample_rate: int, n_fft: int, n_mels: int, device: torch.device) 
 
 def at_least(x: Samples, least: int) -> Samples:
     """Returns ``x``, raised to ``least``; also while a graph is exported (symbolic sizes)."""
-    return x.clamp(min=least) if isinstance(x, Tensor) else torch.sym_max(x, least)
+    if isinstance(x, Tensor):
+        return x.clamp(min=least)
+    return torch.sym_max(x, least) if isinstance(x, torch.SymInt) else max(x, least)
 
 
 def _zero_beyond(x: Tensor, lengths: Tensor) -> Tensor:

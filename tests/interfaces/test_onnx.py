@@ -12,13 +12,10 @@ from bat.encoders.eat import EAT
 from bat.errors import UserError
 from bat.eval.heads import load_head, save_head
 from bat.interfaces import export
+from bat.interfaces.onnx import Graph
+from bat.interfaces.trained import Trained
 from bat.probes.base import build_probe
 from bat.types import Grid
-
-pytest.importorskip("onnx")
-pytest.importorskip("onnxscript")
-ort = pytest.importorskip("onnxruntime")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # writing a file takes 15 s of a core
 
 SMALL = {"width": 48, "depth": 2, "heads": 2, "grid": Grid(16, 8)}  # chunks of 2.56 s
 LABELS = ["ant", "bee", "cat"]
@@ -45,7 +42,10 @@ def fold(folder, kind, *, head="linear"):
 
 @pytest.fixture(scope="module", params=KINDS)
 def made(request, tmp_path_factory):
-    """Returns kind, fold and a session of its export."""
+    """Returns kind, fold and a session of its export; 15 s of a core each."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    ort = pytest.importorskip("onnxruntime")
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
     source = fold(folder / "fold", request.param)
@@ -61,7 +61,34 @@ def run(session, padded, lengths):
     return dict(zip(names, map(torch.from_numpy, found), strict=True))
 
 
+ENCODERS = {
+    "bat": BAT(**SMALL),
+    "pre": BAT(**SMALL, norm_order="pre", pre_norm=False, layer_scale=0.5, gate=False),
+    "waveform": BAT(**SMALL, frontend={"pad": "waveform"}),
+    "clip": BAT(**SMALL, frontend={"pad": "clip", "clip_seconds": 1.5}),
+    "beats": EAT(**SMALL, frontend={"kind": "beats", "pad": "waveform"}),
+}
+
+
+@pytest.mark.parametrize("frames", [None, 208])
+@pytest.mark.parametrize("kind", ENCODERS)
+@torch.no_grad()
+def test_graph__equals_the_encoder(kind, frames, tmp_path):
+    encoder = ENCODERS[kind].eval()
+    graph = Graph(Trained(encoder, kind, tmp_path, {}, frames=frames))
+    torch.manual_seed(1)
+    waves, lengths = 0.1 * torch.randn(len(LENGTHS), max(LENGTHS)), torch.tensor(LENGTHS)
+    want = encoder(waves, lengths, frames=frames)
+    embedding, _, tokens, mask = graph(waves, lengths)
+    torch.testing.assert_close(embedding, want.cls[-1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(tokens, want.patches[-1].mean(2), rtol=0, atol=1e-5)
+    inside = want.inside()
+    assert torch.equal(mask, torch.ones_like(mask) if inside is None else inside)
+
+
 @pytest.mark.parametrize("lengths", [[n] for n in LENGTHS] + [[16_000, 16_000], LENGTHS], ids=str)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_onnx__outputs_equal_torchs(made, lengths):
     kind, source, session = made
     torch.manual_seed(1)
@@ -89,6 +116,8 @@ def test_onnx__outputs_equal_torchs(made, lengths):
         assert not got["frames"][row, T:].any()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_onnx__samples_beyond_a_length_change_nothing(made):
     _, _, session = made
     waves, lengths = 0.1 * torch.randn(2, 50_000), torch.tensor([50_000, 20_000])
@@ -98,6 +127,8 @@ def test_onnx__samples_beyond_a_length_change_nothing(made):
         assert torch.equal(first[name], again), name
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_onnx__file_says_what_it_is(made):
     kind, source, session = made
     said = session.get_modelmeta().custom_metadata_map
@@ -112,6 +143,9 @@ def test_onnx__file_says_what_it_is(made):
 
 
 def test_onnx__head_with_operators_of_our_own_is_refused(tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
     source = fold(tmp_path / "fold", "bat", head="cgp")
     with pytest.raises(UserError, match=r"cgp.*linear"):
         export("onnx", str(source), tmp_path / "out")
