@@ -79,8 +79,8 @@ def _page(run: Run, out: Path | None) -> Path:
     said = (
         shlex.join(words) if words else f"recipe={run.config['recipe']}  # and the settings below"
     )
-    used = run.summary.get("version", "?")
-    lines = [f"# bat {used}" + f" (this page: {__version__})" * (used != __version__)]
+    used = run.summary.get("version")
+    lines = [f"# bat {used}" if used else f"# not finished; this page is of bat {__version__}"]
     if data := run.summary.get("data"):
         lines.append(f"# data: {data if isinstance(data, str) else data.get('hash')}")
     return write_training_page(
