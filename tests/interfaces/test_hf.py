@@ -250,6 +250,7 @@ def test_hf__other_encoders_are_refused_by_name(tmp_path, monkeypatch):
         (np.zeros((2, 3, 9), np.float32), r"\(2, 3, 9\)"),
         ([np.zeros(9, np.float32), np.zeros((9, 2), np.float32)], r"clip 1.*\(9, 2\)"),
         (np.array([0.0, np.nan], np.float32), "NaN"),
+        (np.array([0, 1000], np.int16), "int16"),
         (np.zeros(0, np.float32), r"\(0,\)"),
     ],
 )

@@ -83,7 +83,7 @@ class BatFeatureExtractor(SequenceFeatureExtractor):
         """Computes the spectrograms of one clip, (S,), or of a sequence of clips.
 
         Raises ``ValueError`` for another sampling rate, a clip that is not one channel, is empty or
-        holds NaN or infinity.
+        holds NaN or infinity, and for whole numbers.
         """
         if sampling_rate is None:
             logger.warning(f"sampling_rate not given: {self.sampling_rate} Hz is assumed")
@@ -104,7 +104,13 @@ class BatFeatureExtractor(SequenceFeatureExtractor):
         many = isinstance(given, (list, tuple)) and len(given) > 0 and not np.isscalar(given[0])
         many = many or getattr(given, "ndim", 1) == 2
         rows: Sequence[Any] = given if many else [given]
-        clips = [torch.as_tensor(np.asarray(row), dtype=torch.float32) for row in rows]
+        arrays = [np.asarray(row) for row in rows]
+        for number, array in enumerate(arrays):
+            if array.dtype.kind != "f":
+                raise ValueError(
+                    f"clip {number} is {array.dtype}: give floating point in [-1, 1] (int16 / 32768)"
+                )
+        clips = [torch.as_tensor(array, dtype=torch.float32) for array in arrays]
         for number, clip in enumerate(clips):
             if clip.dim() != 1 or len(clip) == 0:
                 raise ValueError(
