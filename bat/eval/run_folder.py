@@ -98,8 +98,8 @@ def default_out(config: Pretrain | Supervised) -> Path:
         return Path(config.out)
     if isinstance(config, Pretrain):
         source = config.data.root or config.data.csv
-        own = config.recipe == "own" and source
-        return Path(f"runs/pretrain-{_named_after(source) if own else config.recipe}")
+        of = _named_after(source) if config.recipe == "own" and source else config.recipe
+        return Path(f"runs/pretrain-{of}")
     of = config.recipe
     if config.data.csv:
         of = _named_after(config.data.csv)
