@@ -98,8 +98,8 @@ def default_out(config: Pretrain | Supervised) -> Path:
         return Path(config.out)
     if isinstance(config, Pretrain):
         source = config.data.root or config.data.csv
-        named = _named_after(source) if source and config.recipe == "own" else config.recipe
-        return Path(f"runs/pretrain-{named}")
+        of = _named_after(source) if config.recipe == "own" and source else config.recipe
+        return Path(f"runs/pretrain-{of}")
     of = config.recipe
     if config.data.csv:
         of = _named_after(config.data.csv)
@@ -152,7 +152,7 @@ def run_folder(
     with other settings: the message shows the difference. ``force`` accepts other settings. Only
     the first of several processes checks and writes.
     """
-    from bat.logs import is_main, log_failure, start_logging
+    from bat.logs import is_main, start_logging
 
     if not is_main():
         yield lambda: None
@@ -185,11 +185,7 @@ def run_folder(
                 ) from error
             start_logging(out)
 
-        try:
-            yield begin
-        except Exception as error:
-            log_failure(error)
-            raise
+        yield begin
 
 
 def _check_folder(out: Path, file: Path) -> None:
