@@ -89,6 +89,11 @@ def resolve(path: str | Path) -> Path:
             f"{path} is a fine-tuning with an encoder for each held-out fold: name one of "
             f"{', '.join(map(str, tuned))}"
         )
+    if (path / "heads").is_dir():
+        raise UserError(
+            f"{path} is a probe run, which keeps heads and no encoder: give the checkpoint that it "
+            "probed (its config.yaml names it)"
+        )
     unfinished = (path / "config.yaml").is_file()
     hint = ": the run has not finished (its export is written at the end)" if unfinished else ""
     raise UserError(f"{path} holds no {WEIGHTS}, nor does its export/ folder{hint}")

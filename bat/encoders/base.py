@@ -264,7 +264,8 @@ class SpectrogramEncoder(Encoder):
         partly zero frames."""
         front: Any = self.frontend
         frames: Samples = front.valid_frames(front.padded_samples(samples))
-        return at_least((frames - self.patch - 1) // self.step + 2, 1)  # the last begins inside
+        more = at_least(frames - self.patch, 0)  # beyond the first; no negative number: in ONNX
+        return 1 + (more + self.step - 1) // self.step  # division rounds towards zero
 
     def first(self, inputs: Tensor, patches: int) -> Tensor:
         """Returns the frames of the first ``patches`` time patches of (B, 1, frames, mels)."""
