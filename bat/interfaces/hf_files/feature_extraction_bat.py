@@ -108,7 +108,7 @@ class BatFeatureExtractor(SequenceFeatureExtractor):
         for number, array in enumerate(arrays):
             if array.dtype.kind != "f":
                 raise ValueError(
-                    f"clip {number} is {array.dtype}: give floating point in [-1, 1] (int16 / 32768)"
+                    f"clip {number} is {array.dtype}: give floats in [-1, 1] (int16 / 32768)"
                 )
         clips = [torch.as_tensor(array, dtype=torch.float32) for array in arrays]
         for number, clip in enumerate(clips):
