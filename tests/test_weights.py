@@ -144,7 +144,7 @@ def test_files__without_weights_or_encoder_say_what_they_hold(tmp_path: Path) ->
     with pytest.raises(UserError, match="has not finished"):
         bat.load_encoder(tmp_path)
     (tmp_path / "heads").mkdir()
-    with pytest.raises(UserError, match="is a probe run.*config.yaml"):
+    with pytest.raises(UserError, match=r"is a probe run.*config\.yaml"):
         bat.load_encoder(tmp_path)
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "w.pt")
     with pytest.raises(UserError, match=r"no encoder that is known.*fc\.weight"):
