@@ -87,8 +87,8 @@ class Pretrain:
     recipe: str = ""
     """Name of the recipe, or a ``.yaml`` path."""
     out: str | None = None
-    """Run folder; null: ``runs/pretrain-RECIPE`` (recipe ``own``: named after the data). A run that
-    is there resumes."""
+    """Run folder; null: ``runs/pretrain-RECIPE`` (``own``: named after the data). An existing run
+    there resumes."""
     init: str | None = None
     """A run, an export or a weight file whose encoder (and teacher, if it holds one) this run
     starts from; the schedule begins at zero. Not read again when the run resumes."""
