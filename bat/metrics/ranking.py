@@ -72,7 +72,10 @@ def evaluate(logits: Tensor, targets: Tensor, *, multi_label: bool) -> dict[str,
 
 
 def summarise(values: Sequence[float]) -> tuple[float, float]:
-    """Returns mean and population standard deviation (divided by n) over folds or seeds."""
+    """Returns mean and population standard deviation (divided by n) over folds or seeds; NaN, as
+    where the held-out clips have one class, gives NaN."""
+    if any(map(math.isnan, values)):
+        return math.nan, math.nan
     return mean(values), pstdev(values)
 
 

@@ -64,6 +64,7 @@ def test_evaluate__outputs_that_are_not_finite_are_an_error() -> None:
 def test_summarise__population_deviation() -> None:
     assert summarise([0.5, 0.7]) == pytest.approx((0.6, 0.1))
     assert summarise([0.5]) == (0.5, 0.0)
+    assert all(math.isnan(value) for value in summarise([0.5, math.nan]))
 
 
 def problem(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
