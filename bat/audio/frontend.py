@@ -36,6 +36,7 @@ the same machine (its own function reads a value of the bank, which meta tensors
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
@@ -282,7 +283,7 @@ class PowerMel(FrontEnd):
         bank = mel_bank(
             self.sample_rate, self.n_fft, self.n_mels, f_min=self.f_min, slaney=self.slaney
         )
-        return window, bank.to(device)
+        return window, bank.to(device, copy=True)
 
     def _transform(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         x = self._reflect(x, lengths)  # (B, S + n_fft)
@@ -439,14 +440,18 @@ class KaldiFbank(FrontEnd):
         return (mel - self.mean) / (2.0 * self.std), self._shown(mel, lengths)
 
 
+@functools.lru_cache(maxsize=8)
 def mel_bank(
     sample_rate: int, n_fft: int, n_mels: int, *, f_min: float = 0.0, slaney: bool = False
 ) -> Tensor:
     """Returns torchaudio's triangles from ``f_min`` to sample_rate / 2, on the CPU: of height 1 on
     the scale ``2595 log10(1 + f / 700)``, or ``slaney``'s scale and equal areas.
 
+    Kept, since torchaudio reads a value, which fake tensors do not have: a front end built before
+    (on any device) can then be built anew among them.
+
     Returns:
-        (n_fft / 2 + 1, n_mels) float32.
+        (n_fft / 2 + 1, n_mels) float32, not to be written to.
     """
     from torchaudio.functional import melscale_fbanks  # not at the top: it takes a while
 

@@ -9,6 +9,7 @@ import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -284,6 +285,11 @@ def test_throughput__few_lines_no_limit_or_another_rank_say_nothing() -> None:
     assert not events
 
 
+def trainer_on(device: str) -> Any:
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    return SimpleNamespace(strategy=strategy, is_global_zero=True, world_size=2)
+
+
 def test_metrics__waiting_and_gpu_memory_are_those_of_the_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -293,10 +299,10 @@ def test_metrics__waiting_and_gpu_memory_are_those_of_the_line(
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
     monkeypatch.setattr(health, "time", SimpleNamespace(perf_counter=lambda: 50.0))
     own.clock.total, events.since = 10.0, 0.0
-    own._measure(torch.device("cpu"))
+    own._measure(trainer_on("cpu"), 1)
     assert events.extra == {"loader_wait": pytest.approx(0.2)}
     own.clock.total, events.since = 40.0, 10.0  # 30 more of 40 seconds
-    own._measure(torch.device("cuda:1"))
+    own._measure(trainer_on("cuda:1"), 2)
     assert events.extra == {"loader_wait": pytest.approx(0.75), "gpu_memory_gb": 3}
     assert reset == [torch.device("cuda:1")]
 
@@ -394,7 +400,7 @@ def test_metrics__bar_shows_memory_mfu_and_hours_of_gpus() -> None:
     metrics = Metrics(every=1, progress=True)
     metrics.bar = SimpleNamespace(update=id, set_postfix_str=said.append)  # type: ignore[assignment]
     group = SimpleNamespace(param_groups=[{"lr": 1.0}])
-    trainer = SimpleNamespace(max_steps=9, optimizers=[group], loggers=[])
+    trainer = SimpleNamespace(max_steps=9, optimizers=[group], loggers=[], is_global_zero=False)
     hours = {"gpu_hours": 2.0, "gpu_hours_left": 6.0}
     for extra in ({}, {"gpu_memory_gb": 21.23, "mfu": 0.414, **hours}):
         metrics.names, metrics.sums = ["loss"], torch.tensor([[2.0], [1.0]])
