@@ -167,7 +167,10 @@ class HF(Encoder):
         parts = []
         for part in wave.split(chunk):
             part = F.pad(part, (0, max(0, self.field - len(part))))
-            held = self.extractor(part.numpy(), sampling_rate=self.sample_rate, return_tensors="np")
+            with torch.autocast("cpu", enabled=False):  # some extractors are written in torch
+                held = self.extractor(
+                    part.numpy(), sampling_rate=self.sample_rate, return_tensors="np"
+                )
             x = torch.as_tensor(held[self.net.main_input_name][0]).float()
             if self.fixed is None:
                 return x

@@ -152,7 +152,7 @@ def run_folder(
     with other settings: the message shows the difference. ``force`` accepts other settings. Only
     the first of several processes checks and writes.
     """
-    from bat.logs import is_main, start_logging
+    from bat.logs import is_main, log_failure, start_logging
 
     if not is_main():
         yield lambda: None
@@ -185,7 +185,11 @@ def run_folder(
                 ) from error
             start_logging(out)
 
-        yield begin
+        try:
+            yield begin
+        except Exception as error:
+            log_failure(error)
+            raise
 
 
 def _check_folder(out: Path, file: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from bat.interfaces.onnx import Graph
 from bat.interfaces.trained import Trained
 from bat.probes.base import build_probe
 from bat.types import Grid
+from tests.interfaces.test_readme_examples import example
 
 SMALL = {"width": 48, "depth": 2, "heads": 2, "grid": Grid(16, 8)}  # chunks of 2.56 s
 LABELS = ["ant", "bee", "cat"]
@@ -84,6 +86,16 @@ def test_graph__equals_the_encoder(kind, frames, tmp_path):
     torch.testing.assert_close(tokens, want.patches[-1].mean(2), rtol=0, atol=1e-5)
     inside = want.inside()
     assert torch.equal(mask, torch.ones_like(mask) if inside is None else inside)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_readme__example_runs(made):
+    _, source, _ = made
+    out, code = example("onnx")
+    names = {"waves": np.full((2, 9000), 0.1, np.float32), "lengths": np.array([9000, 5000])}
+    exec(code.replace(out, str(source.parent / "out")), names)
+    assert names["embedding"].shape == (2, 48)
 
 
 @pytest.mark.parametrize("lengths", [[n] for n in LENGTHS] + [[16_000, 16_000], LENGTHS], ids=str)
