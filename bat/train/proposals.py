@@ -5,7 +5,7 @@ Rules (deterministic, so that all processes of a run agree):
     clip      2, 5 or 10 s: the shortest that holds nine of ten files whole; on a CPU at most 5
     model     CPU: tiny; GPU: S up to 20 h of audio, else B, if 20 GiB of memory hold it
     batch     CPU: 16; GPU: half a clip per GiB for B, one for S, at most 96; at most half of all
-    clips     CPU: 10 passes, within 600 and 20,000 a core; GPU: 100 passes, within 200,000 and
+    clips     CPU: 6 passes, within 400 and 20,000 a core; GPU: 100 passes, within 200,000 and
               20 million
     steps     clips / (batch x devices)
 
@@ -154,7 +154,7 @@ def proposal(
     batch = config.data.batch
     if "data.batch" not in given:
         batch = max(4, min(most, windows // 2) // 4 * 4)
-    passes, least, limit = (100, 200_000, 20e6) if gpu else (10, 600, 20_000 * machine.cores)
+    passes, least, limit = (100, 200_000, 20e6) if gpu else (6, 400, 20_000 * machine.cores)
     clips = min(max(passes * windows, least), limit)
     steps = _rounded(clips / (batch * machine.devices))
     if "train.steps" in given:

@@ -12,6 +12,7 @@ from bat.config.compose import compose, compose_early, from_yaml
 from bat.config.schema import Pretrain
 from bat.encoders.bat import BAT
 from bat.eval.run_folder import default_out, open_data
+from bat.train import proposals
 from bat.train.online import hold_out
 from bat.train.pretrain_data import open_stream
 from bat.train.proposals import Machine, in_words, proposal, propose
@@ -71,10 +72,11 @@ def test_own__a_folder_without_a_recipe_is_trained_on_and_resumes_with_its_propo
     assert [r["step"] for r in metrics(out) if "loss" in r] == [1, 2]
     assert all(np.isfinite(r["loss"]) for r in metrics(out) if "loss" in r)
     assert (out / "plots" / "masks.png").exists()
-    for name in ("one more.wav", "and another.wav"):  # another proposal, had it been made again
-        soundfile.write(tmp_path / name, np.zeros(100), 8000)
+    monkeypatch.setattr(proposals, "machine_of", lambda config: GPU)  # another proposal, made anew
+    new = [*words, "out=new"]
+    assert values_of(propose(early(*new), new))["objective.ema.start"] == "0.999"
     resumed = values_of(propose(early(*words), words))
-    assert resumed["objective.ema.steps"] == "2"
+    assert (resumed["objective.ema.start"], resumed["data.cache_waves_gb"]) == ("0.99", "1.0")
     assert not {"model.width", "train.steps", "data.batch"} & set(resumed)
     assert command.main(words) == 0
     assert "nothing to do" in capfd.readouterr().err
@@ -108,12 +110,12 @@ class Clips:
 @pytest.mark.parametrize(
     ("clips", "machine", "expected"),
     [
-        (Clips(*[1.5] * 50), CPU, ("tiny", 2.0, 224, 16, 38)),
-        (Clips(*[4.0] * 50, 65), CPU, ("tiny", 5.0, 512, 16, 39)),
+        (Clips(*[1.5] * 50), CPU, ("tiny", 2.0, 224, 16, 25)),
+        (Clips(*[4.0] * 50, 65), CPU, ("tiny", 5.0, 512, 16, 25)),
         (Clips(*[3600.0] * 100), CPU, ("tiny", 5.0, 512, 16, 2500)),
         (Clips(*[3600.0] * 2), GPU, ("S", 10.0, 1024, 80, 1200)),
         (Clips(*[10.0] * 100_000), GPU, ("B", 10.0, 1024, 40, 120_000)),
-        (Clips(0.3), CPU, ("tiny", 2.0, 224, 4, 150)),
+        (Clips(0.3), CPU, ("tiny", 2.0, 224, 4, 100)),
     ],
 )
 def test_proposal__follows_the_rules(clips: Clips, machine: Machine, expected: tuple) -> None:
