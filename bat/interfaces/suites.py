@@ -31,6 +31,7 @@ import bat
 from bat import registry
 from bat.encoders.base import Encoder
 from bat.errors import UserError
+from bat.eval.encoding import device_of
 
 PIECE_SECONDS = 60.0
 """Longest sound that is encoded at once."""
@@ -182,11 +183,6 @@ def resample(clip: Tensor, rate: int, target: int) -> Tensor:
         return clip
     made = soxr.resample(clip.numpy(), rate, target, quality="HQ")
     return torch.from_numpy(np.ascontiguousarray(made)) if len(made) else clip[:1]
-
-
-def device_of(module: torch.nn.Module) -> torch.device:
-    """Returns the device of the module's parameters."""
-    return next(module.parameters()).device
 
 
 def source_of(checkpoint: str) -> str:
