@@ -113,6 +113,13 @@ class Views(NamedTuple):
     """(rows, n) int64, ascending: the visible tokens."""
     mask: Tensor
     """(rows, N) bool: True where the token is removed."""
+    chosen: Tensor | None = None
+    """(rows, m) int64, ascending: the removed tokens that are predicted; None: all."""
+
+    @property
+    def predict_ids(self) -> Tensor:
+        """(rows, m) int64, ascending: the removed tokens that a decoder predicts."""
+        return self.masked_ids if self.chosen is None else self.chosen
 
     @property
     def masked_ids(self) -> Tensor:

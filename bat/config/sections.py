@@ -40,8 +40,9 @@ class Model:
     """Gated attention, BAT's; false: EAT's block."""
     norm_order: Literal["post", "pre"] = "post"
     """LayerNorm after the residual sum (``post``, the paper's) or before attention and MLP."""
-    pos_layout: Literal["reference", "grid"] = "reference"
-    """Order of the axes in the fixed sin-cos position code; ``reference``: the paper's files."""
+    pos_layout: Literal["reference", "grid", "eat"] = "reference"
+    """Order of the axes in the fixed sin-cos position code; ``reference``: the paper's files,
+    ``eat``: EAT's and SSLAM's."""
     drop_path: Rate = 0.0
     """Drop-path rate of the last block; rises linearly from 0 at the first."""
     attention: Literal["auto", "flash", "cudnn", "sdpa", "eager"] = "auto"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bat import registry
 from bat.audio.frontend import KaldiFbank, LogMel, Pad, at_least
 from bat.errors import UserError
-from bat.nn.attention import Backend
+from bat.nn.attention import Backend, take
 from bat.nn.embed import PosLayout
 from bat.types import Features, Grid, Views
 
@@ -311,10 +311,24 @@ class MaskableEncoder(SpectrogramEncoder):
         (B, 1 + n, D), so that a caller keeps only what it needs.
         """
 
-    @abc.abstractmethod
+    def view_layers(self, spectrogram: Tensor, views: Views) -> Iterator[Tensor]:
+        """Yields the tokens (rows, 1 + n, D) of masked views after each block, class token first.
+
+        ``spectrogram``: (B, 1, frames, mels); ``views``: ``rows = B * V`` masks, clip-major.
+        Patches are embedded once a clip and gathered for each view.
+        """
+        tokens = self.embed(spectrogram)  # (B, N, D)
+        rows, n = views.keep_ids.shape
+        visible = take(tokens, views.keep_ids.view(len(tokens), -1))  # (B, V n, D)
+        for out, _mlp in self.layers(visible.view(rows, n, -1)):
+            yield out
+
     def encode_views(self, spectrogram: Tensor, views: Views) -> tuple[Tensor, Tensor]:
-        """Encodes masked views: (B, 1, frames, mels) and ``rows = B * V`` masks, clip-major ->
-        last-block class tokens (rows, D) and visible patch tokens (rows, n, D)."""
+        """Returns the last block's class tokens (rows, D) and visible patch tokens (rows, n, D) of
+        ``view_layers``."""
+        for out in self.view_layers(spectrogram, views):  # only the last one is used
+            last = out
+        return last[:, 0], last[:, 1:]
 
 
 MAX_DEPTH = 512
