@@ -54,7 +54,7 @@ class SSLAM(EAT):
         return f"SSLAM, {self.mask.views} views of each clip and each mixture"
 
     def forward(self, batch: WaveBatch) -> dict[str, Tensor]:
-        if len(batch.waves) < 2:
+        if len(batch.waves) < 2 and torch.is_grad_enabled():  # a dry run shows one clip
             raise UserError("objective sslam mixes clips of a batch: say data.batch=2 or more")
         spectrogram, views = self.spectrogram(batch), self.draw_views(batch.positions)
         mixed = self.draw_mixed(batch.positions)  # (B, T)

@@ -22,8 +22,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shards")
 
 
-@pytest.mark.parametrize("decoder", ["usual", "cross"])
-@pytest.mark.parametrize("encoder", list(ENCODERS))
+@pytest.mark.parametrize(
+    ("encoder", "decoder"), [*((name, "usual") for name in ENCODERS), ("gated", "cross")]
+)
 @pytest.mark.parametrize("objective", ["masked_latent", "mae", "eat", "sslam"])
 def test_dry_run__of_every_pair_computes_a_loss(
     objective: str, encoder: str, decoder: str, cache: Path, tmp_path: Path, capsys
