@@ -354,10 +354,8 @@ class BatchRows:
     """Up to ``rows`` waves of up to ``samples`` samples; filled from the top, see ``next``."""
 
     def __init__(self, rows: int, samples: int) -> None:
-        if get_worker_info() is not None:  # as torch's own default_collate does
-            empty = torch.empty(0, dtype=torch.float32)
-            storage = empty._typed_storage()._new_shared(rows * samples, device=empty.device)
-            self._tensor = empty.new(storage).view(rows, samples)
+        if get_worker_info() is not None:  # written where the other process reads it
+            self._tensor = torch.empty(rows, samples, dtype=torch.float32).share_memory_()
         else:  # numpy asks for huge pages: page faults cost a twentieth of a FLAC clip
             self._tensor = torch.from_numpy(np.empty((rows, samples), np.float32))
         self._waves = self._tensor.numpy()
