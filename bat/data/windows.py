@@ -69,13 +69,12 @@ class Windows:
         """Returns start and end of windows ``rows`` in their recordings."""
         of = self.recording(rows)
         nth, d, w = rows - self.first[of], self.lengths[of], self.window[of]
+        start: Floats = np.zeros(len(rows))
         if self.hop is None:
-            start: Floats = np.zeros(len(rows))
-            several = nth > 0
-            last = (np.diff(self.first)[of] - 1)[several]
-            start[several] = (d - w)[several] * nth[several] / last
+            more = nth > 0
+            start[more] = (d - w)[more] * nth[more] / (self.counts[of] - 1)[more]
         else:
-            start = nth * self.hop
+            start += nth * self.hop
         return start, np.minimum(start + w, np.maximum(d, start))
 
 
