@@ -141,7 +141,7 @@ class BAT(MaskableEncoder):
         self.set_drop_path(drop_path)
         init_linears(self)
 
-    def embed(self, spectrogram: Tensor) -> Tensor:
+    def embed_patches(self, spectrogram: Tensor) -> Tensor:
         """Embeds (B, 1, frames, mels) as (B, N, D) patch tokens with their position code.
 
         ``frames`` must not exceed the grid's; for fewer, the first rows of the code are used.
@@ -164,7 +164,7 @@ class BAT(MaskableEncoder):
             yield x, mlp
 
     def encode_views(self, spectrogram: Tensor, views: Views) -> tuple[Tensor, Tensor]:
-        tokens = self.embed(spectrogram)  # (B, N, D), once a clip
+        tokens = self.embed_patches(spectrogram)  # (B, N, D), once a clip
         rows, n = views.keep_ids.shape
         x = take(tokens, views.keep_ids.view(len(tokens), -1))  # (B, V n, D)
         x = x.view(rows, n, -1)
@@ -178,7 +178,7 @@ class BAT(MaskableEncoder):
         step = self.grid.time * self.patch
         patches, classes, entries = [], [], []
         for chunk in spectrogram.split(step, dim=2):
-            tokens = self.embed(chunk)  # (B, n, D)
+            tokens = self.embed_patches(chunk)  # (B, n, D)
             out = self._all_layers(tokens)  # (L, B, 1 + n, D)
             classes.append(out[:, :, 0])
             patches.append(out[:, :, 1:].unflatten(2, (-1, freq)))  # (L, B, t, F, D)

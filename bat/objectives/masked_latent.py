@@ -281,7 +281,7 @@ class MaskedLatent(Objective):
         (B, 1, frames, mels). Layers are summed one at a time, never stacked."""
         encoder = self.teacher.encoder
         total, cls, depth = None, None, 0
-        for out, mlp in encoder.layers(encoder.embed(spectrogram)):
+        for out, mlp in encoder.layers(encoder.embed_patches(spectrogram)):
             layer = (out if self.target == "eob" else mlp)[:, 1:].float()
             layer = standardise(layer, dim=1)  # per channel over the patches
             total = layer if total is None else total + layer
