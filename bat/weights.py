@@ -153,13 +153,12 @@ def read_encoder(
     if weights not in ("student", "teacher"):
         raise UserError(f"weights='{weights}': student or teacher")
     path = resolve(path)
+    held = read_all(path)
     if not path.is_dir():
-        held = read_tensors(path)
         stored = (held.get(key) for key in ("cfg", "config", "args"))
         settings = next((found for found in stored if isinstance(found, dict)), {})
         return _find(held, settings, path, weights, name)
     settings = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
-    held = _read_folder(path)
     kind, version = settings.get("format"), settings.get("version")
     if kind is None and "format" not in settings:
         return _find(held, settings, path, weights, name)
@@ -324,8 +323,11 @@ def _no_encoder(held: dict[Any, Any], settings: Mapping[str, Any], path: Path) -
     )
 
 
-def _read_folder(folder: Path) -> dict[str, Any]:
-    """Returns the tensors of ``model.safetensors``, or of the shards in the index beside it."""
+def read_all(folder: Path) -> dict[str, Any]:
+    """Returns what a weight file holds (``read_tensors``), or a folder, as ``resolve`` returns it:
+    the tensors of its ``model.safetensors``, or of the shards in the index."""
+    if folder.is_file():
+        return read_tensors(folder)
     if (folder / WEIGHTS).is_file():
         return read_tensors(folder / WEIGHTS)
     index = folder / INDEX

@@ -182,6 +182,10 @@ class Supervised:
     statistics: str | None = None
     """Data set whose mean and deviation a Kaldi front end uses; null: the checkpoint's own, or
     for EAT, SSLAM and BEATs files, which do not state it, those of the task's data set."""
+    cls: Literal["none", "mean"] | None = None
+    """Class token of ``beats``, which has none: ``mean`` makes one of each block's mean patch, as
+    its authors' code does; null: ``mean`` with ``protocol=bat`` unless ``head.cls`` is given, else
+    the checkpoint's."""
     data: Data = field(default_factory=lambda: Data(batch=48, workers=2, roll=False))
     head: Head = field(default_factory=Head)
     hardware: Hardware = field(default_factory=Hardware)

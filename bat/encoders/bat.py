@@ -139,7 +139,7 @@ class BAT(MaskableEncoder):
         self.set_drop_path(drop_path)
         init_linears(self)
 
-    def embed(self, spectrogram: Tensor) -> Tensor:
+    def embed_patches(self, spectrogram: Tensor) -> Tensor:
         """Embeds (B, 1, frames, mels) as (B, N, D) patch tokens with their position code.
 
         ``frames`` must not exceed the grid's; for fewer, the first rows of the code are used.
@@ -167,7 +167,7 @@ class BAT(MaskableEncoder):
         step = self.grid.time * self.patch
         patches, classes, entries = [], [], []
         for chunk in spectrogram.split(step, dim=2):
-            tokens = self.embed(chunk)  # (B, n, D)
+            tokens = self.embed_patches(chunk)  # (B, n, D)
             out = self._all_layers(tokens)  # (L, B, 1 + n, D)
             classes.append(out[:, :, 0])
             patches.append(out[:, :, 1:].unflatten(2, (-1, freq)))  # (L, B, t, F, D)

@@ -74,7 +74,7 @@ def load_for(config: Supervised, task: Task) -> tuple[Encoder, int | None]:
             heads=config.heads,
             trust_remote_code=config.trust_remote_code,
         )
-    backbone = _with_frontend(backbone, config, task)
+    backbone = _with_frontend(_with_class_token(backbone, config), config, task)
     if not isinstance(backbone, SpectrogramEncoder):
         frames = config.frames  # the frames of a task are those of spectrograms
     front = getattr(backbone, "frontend", None)
@@ -83,6 +83,25 @@ def load_for(config: Supervised, task: Task) -> tuple[Encoder, int | None]:
             "pad_offset=random with clips padded in the spectrogram: say pad=clip or pad=waveform"
         )
     return backbone.eval(), frames
+
+
+def _with_class_token(backbone: Encoder, config: Supervised) -> Encoder:
+    """Returns the encoder with its keyword ``cls`` as ``config`` says, built again if it differs;
+    the papers' protocol has ``mean``."""
+    keywords = backbone.config()
+    if "cls" not in keywords:
+        if config.cls is not None:
+            raise UserError(
+                f"cls={config.cls}: {type(backbone).__name__} offers no choice of its class token; "
+                "omit cls"
+            )
+        return backbone
+    papers = isinstance(config, Probe) and config.protocol.name == "bat" and not config.head.cls
+    wanted = config.cls or ("mean" if papers else keywords["cls"])
+    if wanted == keywords["cls"]:
+        return backbone
+    keywords["cls"] = wanted
+    return backbone.from_weights(backbone.state_dict(), config=keywords, heads=None)
 
 
 def _with_frontend(backbone: Encoder, config: Supervised, task: Task) -> Encoder:

@@ -405,7 +405,25 @@ def predict(
     batch: int = 32,
     device: str = "auto",
 ) -> list[dict[str, Any]]:
-    """Predicts for clips; see ``bat.predict``."""
+    """Predicts with a head of bat-probe or bat-finetune, as ``bat-predict`` (docs/embed.md).
+
+    Args:
+        clips, sample_rate: as for ``bat.embed``.
+        checkpoint: a head's folder, a fold, or a run with one head. average: the mean of folds.
+        encoder: where a probe's encoder lies, if it was moved.
+        answer: ``scores``, ``events`` or ``text``; None: as the head was trained.
+        top: the best labels only. threshold, median: of events; None: the task's.
+        window, hop: seconds; None: the clips of the head's run; ``whole``: clips are not cut.
+        average_windows: one answer a clip, its mean scores.
+
+    Returns:
+        A dict for each window, or each event: ``clip`` (its number), ``start``, ``end`` (seconds)
+        and ``scores`` (label to score, best first) or ``text``; or ``onset``, ``offset``,
+        ``label``, ``score``.
+
+    Raises:
+        UserError: unreadable or unsuitable clips, several heads, settings that do not fit.
+    """
     predictor = _loaded(
         checkpoint,
         average=average,

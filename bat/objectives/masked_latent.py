@@ -286,7 +286,7 @@ class MaskedLatent(Objective):
     def targets(self, spectrogram: Tensor) -> tuple[Tensor, Tensor]:
         """Returns targets (B, N, D) and the teacher's last class token (B, D), both float32, of
         (B, 1, frames, mels)."""
-        targets, cls, _ = self.targets_of(self.teacher.encoder.embed(spectrogram))
+        targets, cls, _ = self.targets_of(self.teacher.encoder.embed_patches(spectrogram))
         return targets, cls
 
     def targets_of(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -76,10 +76,10 @@ class SSLAM(EAT):
         """
         encoder = self.teacher.encoder
         clips = spectrogram.roll(1, 0)  # clip b - 1
-        y, _, last = self.targets_of(encoder.embed(self.with_mixtures(spectrogram, mixed)))
+        y, _, last = self.targets_of(encoder.embed_patches(self.with_mixtures(spectrogram, mixed)))
         whole = standardise(last, 2, self.eps).mean(1)
         ids = mixed_ids(mixed, encoder.grid.freq)  # (B, n)
-        seen = self.targets_of(take(encoder.embed(clips), ids))[0]  # (B, n, D)
+        seen = self.targets_of(take(encoder.embed_patches(clips), ids))[0]  # (B, n, D)
         own = y[: len(spectrogram)]
         at = ids[..., None].expand_as(seen)
         return y, whole, own.scatter(1, at, (own.gather(1, at) + seen) / 2)

@@ -42,21 +42,22 @@ STYLE: Any = {
 
 
 @contextmanager
-def figure(path: str | Path, rows: int = 1, columns: int = 1, **settings: Any) -> Iterator[Any]:
-    """Yields a figure and its (rows, columns) axes, a single one as it is; then writes the PNG."""
-    import matplotlib
+def figure(
+    path: str | Path, rows: int = 1, columns: int = 1, *, figsize: Any = None, **settings: Any
+) -> Iterator[Any]:
+    """Yields a figure and its (rows, columns) axes, a single one as it is; then writes the PNG.
 
-    matplotlib.use("Agg", force=False)
-    from matplotlib import pyplot as plt
+    Without pyplot, so a notebook keeps its backend.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(rows, columns, layout="constrained", squeeze=False, **settings)
-        try:
-            yield fig, axes if axes.size > 1 else axes[0, 0]
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            fig.savefig(path)
-        finally:
-            plt.close(fig)
+    with rc_context(STYLE):
+        fig = Figure(figsize=figsize, layout="constrained")
+        axes = fig.subplots(rows, columns, squeeze=False, **settings)
+        yield fig, axes if axes.size > 1 else axes[0, 0]
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path)
 
 
 def legend(axis: Any, **settings: Any) -> None:

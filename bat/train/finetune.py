@@ -51,11 +51,17 @@ from bat.train.supervised import Supervised
 log = logging.getLogger("bat")
 
 
-def finetune(config: schema.Finetune, *, dry_run: bool = False, force: bool = False) -> Path:
+def finetune(
+    config: schema.Finetune,
+    *,
+    dry_run: bool = False,
+    force: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
     """Fine-tunes as ``config`` says and returns the run folder. Resumes an existing run there.
 
     Raises ``Interrupted`` if the run was asked to end; it is saved and can be resumed.
-    ``force``: resume although the settings differ.
+    ``force``: resume although the settings differ. ``say``: gets the report at the end.
     """
     if takes_encoder(find_probe(config.method)):
         raise UserError(
@@ -77,7 +83,7 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False, force: bool = Fa
         train=replace(config.train, accumulate=asked.train.accumulate),
     )
     with run_folder(settled, out, force=force) as begin:
-        _run(run, out, asked, begin)
+        _run(run, out, asked, begin, say)
     return out
 
 
@@ -99,7 +105,13 @@ def _check(ready: Prepared[schema.Finetune]) -> None:
         )
 
 
-def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None]) -> None:
+def _run(
+    run: Folds,
+    out: Path,
+    asked: schema.Finetune,
+    begin: Callable[[], None],
+    say: Callable[[str], None],
+) -> None:
     config, ready = run.config, run.ready
     if all(run.read(held) is not None for held in ready.splits):
         log.info("nothing to do: %s is finished", out)
@@ -141,7 +153,7 @@ def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None
     )
     for result in results:
         log.info("held out %s: %s", result["held_out"], result["bad"])
-    print(_report(asked, run, found))
+    say(_report(asked, run, found))
 
 
 class Folds:

@@ -82,7 +82,7 @@ def test_eat__loss_is_that_of_its_code() -> None:
     model = tiny(EAT, global_weight=6.0)  # 3 clips x 2 views
     assert isinstance(model, EAT)
     x, views = clips(), model.draw_views(torch.arange(3))
-    wanted = [rule(model.teacher.encoder, t) for t in model.teacher.encoder.embed(x)]
+    wanted = [rule(model.teacher.encoder, t) for t in model.teacher.encoder.embed_patches(x)]
     torch.testing.assert_close(model.targets(x)[0], torch.stack(wanted), **CLOSE)
     local, n, global_ = eats_sums(model, x, wanted, wanted, views)
     torch.manual_seed(7)
@@ -142,7 +142,7 @@ def test_sslam__losses_are_those_of_the_loop() -> None:
         mixtures.append(torch.stack(rows)[None])
     both = torch.cat([x, torch.stack(mixtures)])
     torch.testing.assert_close(model.with_mixtures(x, mixed), both)
-    tokens = teacher.embed(both)
+    tokens = teacher.embed_patches(both)
     wanted = [rule(teacher, t) for t in tokens]
     whole = [rule(teacher, t, last=True) for t in tokens]
     sources = []
