@@ -306,5 +306,5 @@ class Finetune(Supervised):
 
 def _of_pretraining(data: Data) -> Iterator[str]:
     """Yields stream settings that do not apply to data held out by fold or split."""
-    for name in changed(data, ("labels", "mix", "windows"), Data()):
+    for name in changed(data, ("labels", "mix"), Data()):
         yield f"data.{name} is for bat-pretrain: leave it away"

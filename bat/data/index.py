@@ -89,7 +89,9 @@ class Index:
         self._keys = np.concatenate([t.keys for t in tables])
         self._key_ptr = _pointers(clips["key"])
         self._remote_shards = remote_shards
-        self._row: np.ndarray | None = None  # (n,) row of ``_keys``; None: as they stand
+        self.recordings: np.ndarray | None = None
+        """(n,) number, before cutting, of the recording that each window is cut from; None: the
+        clips are not cut into windows."""
         self.starts: np.ndarray | None = None
         """(n,) first sample of each window, at the file's rate (``bat.data.windows``); None: the
         clips are not cut into windows."""
@@ -98,7 +100,7 @@ class Index:
         """Replaces the clips by those of ``rows`` (m,), which may repeat; all but their labels."""
         for name in ("shard", "source", "offset", "size", "frames", "rate", "codec", "fold"):
             setattr(self, name, getattr(self, name)[rows])
-        self._header, self.split, self._row = self._header[rows], self.split[rows], rows
+        self._header, self.split, self.recordings = self._header[rows], self.split[rows], rows
 
     def _add_events_and_texts(self, tables: Sequence[ShardTable]) -> None:
         first = 0
@@ -156,10 +158,13 @@ class Index:
 
     def key(self, i: int) -> str:
         """Returns the key of clip ``i``; that of a window ends in ``@`` and its first sample."""
-        row = i if self._row is None else int(self._row[i])
-        key = self._keys[self._key_ptr[row] : self._key_ptr[row + 1]].tobytes().decode("ascii")
-        start = 0 if self.starts is None else int(self.starts[i])
+        key, start = self.recording_key(i), 0 if self.starts is None else int(self.starts[i])
         return f"{key}@{start}" if start else key
+
+    def recording_key(self, i: int) -> str:
+        """Returns the key of the recording that window ``i`` is cut from; else of clip ``i``."""
+        row = i if self.recordings is None else int(self.recordings[i])
+        return self._keys[self._key_ptr[row] : self._key_ptr[row + 1]].tobytes().decode("ascii")
 
     def shard_name(self, i: int) -> str:
         """Returns the name of the shard that clip ``i`` lies in, with its folders where two shards

@@ -129,7 +129,7 @@ def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None
             "task": ready.task.name,
             "data": ready.hash,
             "how": HOW,
-            "clips": len(ready.index),
+            "clips": len(ready.recordings),
             "labels": list(ready.labels),
             "bad_clips": {r["held_out"]: r["bad_clips"] for r in results},
             "held_out_bad": {r["held_out"]: r["held_out_bad"] for r in results},
