@@ -182,6 +182,9 @@ class Supervised:
     statistics: str | None = None
     """Data set whose mean and deviation a Kaldi front end uses; null: the checkpoint's own, or
     for EAT, SSLAM and BEATs files, which do not state it, those of the task's data set."""
+    window_scores: bool = False
+    """Write the probabilities of every held-out clip, or of each window of it, to a CSV in the run
+    folder (``scores/``, fine-tuning: ``fold-K/scores.csv``). For labels of whole clips."""
     data: Data = field(default_factory=lambda: Data(batch=48, workers=2, roll=False))
     head: Head = field(default_factory=Head)
     hardware: Hardware = field(default_factory=Hardware)

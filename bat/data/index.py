@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from bat.audio.decode import Source
+from bat.audio.part import FilePart
 from bat.data.manifest import Manifest, ShardInfo, joint_vocabulary
 from bat.data.sources import NotIndexable, RetryPolicy, Shard, find, names_of
 from bat.data.table import ShardTable, scan, table_places
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from bat.data.remote_shards import RemoteShards
 
 CACHE_BYTES = 100_000_000_000
+BY_SEEKING = 1 << 20
+"""Size in bytes of a clip from which its windows are read by seeking, not from the whole of it."""
 
 
 class Index:
@@ -227,21 +231,30 @@ class Index:
         else:
             assert self._remote_shards is not None
             data = self._remote_shards.pread(number, size, offset)
-        if len(data) != size:
-            name = self.shard_name(i)
-            raise OSError(5, f"{name} ends inside the clip: it was cut since it was indexed")
-        if zlib.crc32(data[:BLOCK]) != self._header[i]:
-            name = self.shard_name(i)
-            raise OSError(5, f"{name} has another clip here: it was changed since it was indexed")
+        self._check(i, data[:BLOCK], complete=len(data) == size)
         codec = AUDIO_SUFFIXES[self.codec[i]]
         return Clip(self.key(i), data[BLOCK:], codec, self.labels(i), self.shard_name(i))
 
-    def audio(self, i: int) -> bytes | Path:
-        """Returns the encoded clip ``i``, or the path of its file where only a part is read.
+    def _check(self, i: int, header: bytes, *, complete: bool) -> None:
+        """Raises ``OSError`` if a clip was cut, or its header in the tar is not the indexed one."""
+        if not complete:
+            name = self.shard_name(i)
+            raise OSError(5, f"{name} ends inside the clip: it was cut since it was indexed")
+        if zlib.crc32(header) != self._header[i]:
+            name = self.shard_name(i)
+            raise OSError(5, f"{name} has another clip here: it was changed since it was indexed")
 
-        Raises as ``read``.
+    def audio(self, i: int) -> Source:
+        """Returns the encoded clip ``i``; of a window of a large local one its place, to be read by
+        seeking. Raises as ``read``.
         """
-        return self.read(i).data
+        place, size, offset = self.paths[self.shard[i]], int(self.size[i]), int(self.offset[i])
+        if self.starts is None or size < BY_SEEKING or not isinstance(place, Path):
+            return self.read(i).data
+        with place.open("rb", buffering=0) as file:
+            header, end = os.pread(file.fileno(), BLOCK, offset - BLOCK), file.seek(0, os.SEEK_END)
+        self._check(i, header, complete=end >= offset + size)
+        return FilePart(place, offset, size)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Prefetch remote ``shards`` into the cache in the background, in order.

@@ -93,14 +93,14 @@ def write_scores(
     path: Path,
     logits: Tensor,
     keys: Sequence[str],
-    places: Places,
+    places: Places | None,
     *,
     labels: Sequence[str],
     multi_label: bool,
 ) -> None:
     """Writes the probabilities of each window to a CSV: recording, start in seconds, classes.
 
-    ``logits``: (n, C) of the windows ``keys``.
+    ``logits``: (n, C) of the clips or windows ``keys``.
     """
     scores = logits.sigmoid() if multi_label else logits.softmax(1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def write_scores(
         writer = csv.writer(file)
         writer.writerow(["recording", "start", *labels])
         for key, row in zip(keys, scores.tolist(), strict=True):
-            place = places.get(key, Window(key, 0.0))
+            place = Window(key, 0.0) if places is None else places[key]
             writer.writerow(
                 [place.recording, f"{place.start_seconds:.9g}", *(f"{p:.6g}" for p in row)]
             )

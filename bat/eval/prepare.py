@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from bat.audio.frontend import KaldiFbank
 from bat.config.schema import Finetune, Probe, Supervised
@@ -17,6 +20,7 @@ from bat.data.windows import Window, fill_lengths
 from bat.encoders.base import Encoder, SpectrogramEncoder
 from bat.errors import UserError
 from bat.eval.hardware import attention_in_words
+from bat.eval.joining import write_scores
 from bat.eval.lengths import cut_recordings, seconds_of, window
 from bat.eval.loading import check_weights, data_of_run, device_for, load_for
 from bat.eval.run_folder import open_csv, open_data
@@ -93,6 +97,11 @@ class Prepared(PreparedData[C]):
     def scorer(self) -> Scorer:
         """Returns the object that computes the task's metrics."""
         return Scorer.of(self.task, self.targets_of, self.places)
+
+    def write_scores(self, path: Path, logits: Tensor, keys: Sequence[str]) -> None:
+        """Writes the probabilities of clips ``keys``, or of their windows, to a CSV at ``path``."""
+        names, several = self.index.vocabulary, self.task.multi_label
+        write_scores(path, logits, keys, self.places, labels=names, multi_label=several)
 
     def headline(self, first: str, *more: str) -> str:
         """Returns the message that a run prints when it starts."""
@@ -276,6 +285,11 @@ def check_data(
     if task.target != "tokens":
         texts = None
     if task.target in ("events", "tokens"):
+        if config.window_scores:
+            raise UserError(
+                f"window_scores=true lists classes of whole clips, not {task.target}: leave it "
+                "away; bat-predict lists what a head says of each recording"
+            )
         for moves, name, remedy in (
             (config.data.roll, "data.roll=true", "data.roll=false"),
             (config.pad_offset == "random", "pad_offset=random", "pad_offset=start"),

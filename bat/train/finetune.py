@@ -295,6 +295,9 @@ class Folds:
         found = predictions({"head": module.head}, batches, autocast=autocast)
         bad.check(final=True)
         logits = found.logits["head", ""]
+        if config.window_scores and is_main():
+            folder = self.out / f"fold-{held.name}"
+            self.ready.write_scores(folder / "scores.csv", logits, stream.readable(held.test))
         return self.ready.scorer.values(logits, found, stream, held.test), bad
 
     def _write(self, module: Supervised, folder: Path, result: dict[str, Any]) -> None:
