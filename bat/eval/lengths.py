@@ -86,10 +86,9 @@ def cut_recordings(
         return index, list(splits), None, []
     cut = copy.copy(index)
     cut.__dict__.pop("hash", None)  # the hash covers the windows, too
-    step = hop_seconds * max(1, math.floor(data.clip_seconds / hop_seconds + 1e-6))
-    cut_into_windows(
-        cut, data.clip_seconds, step_seconds=step if in_time else None, rest_seconds=hop_seconds
-    )
+    step: float | None = hop_seconds * max(1, math.floor(data.clip_seconds / hop_seconds + 1e-6))
+    step = step if in_time else None
+    cut_into_windows(cut, data.clip_seconds, step, rest_seconds=hop_seconds)
     of_windows = [
         replace(
             held,
