@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,17 +27,14 @@ from bat.metrics.ranking import Classification
 from bat.seeding import derive_seed
 from bat.shard.rows import open_rows
 from bat.shard.write import write_shards
-from bat.tasks.events import Event
 from bat.train.finetune import finetune
 from bat.types import WaveBatch
 
 RATE, RECORDINGS, LONG = 16_000, 36, 6.0
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write(folder: Path) -> Path:
     """Noise of 6 s with a tone in the second or the last second, and every third of 0.8 s."""
-    folder = tmp_path_factory.mktemp("long")
     rng = np.random.default_rng(0)
     labels, events = ["path,label,split"], ["path,label,onset,offset,split"]
     for i in range(RECORDINGS):
@@ -58,11 +56,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def settings(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Probe]:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("long"))
+
+
+@pytest.fixture(scope="module")
+def settings(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Probe]:
     folder = tmp_path_factory.mktemp("caches")
 
     def build(*words: str, schema: type = Probe) -> Probe:
-        given = ["recipe=own", "checkpoint=random:tiny", "hardware=cpu", "data.workers=0",
+        given = ["recipe=own", f"checkpoint={encoder}", "hardware=cpu", "data.workers=0",
                  "log.progress=false", "data.clip_seconds=1", f"data.cache={folder}",
                  "train.steps=100", "data.batch=12"]  # fmt: skip
         if schema is Probe:
@@ -127,15 +130,13 @@ def test_metrics__count_a_recording_once_and_intervals_draw_recordings(from_file
     found = scores(out)
     assert sorted(map(len, found.values())) == [1] * 4 + [6] * 8
     mean = {key: p.mean(0) for key, p in found.items()}
-    index = {f"{i}-": i // 3 % 2 for i in range(RECORDINGS)}
-    true = [next(c for name, c in index.items() if key.startswith(name[:-1]) and
-                 not key[len(name) - 1].isdigit()) for key in mean]  # fmt: skip
+    true = [int(re.match(r"\d+", key)[0]) // 3 % 2 for key in mean]
     targets = torch.eye(2)[true]
     metric = Classification(multi_label=False)
     metric.update(torch.tensor(np.stack(list(mean.values()))).log(), targets)
     assert metric.compute()["map"] == pytest.approx(result["metrics"]["map"])
     draws = metric.replicates("accuracy", resamples=100, seed=derive_seed(0, "test", "resamples"))
-    assert result["replicates"] == pytest.approx(draws.tolist())
+    assert result["replicates"] == pytest.approx(draws.tolist(), abs=1e-6)
 
 
 def test_probe__shards_and_streamed_features_give_the_same_numbers(
@@ -149,8 +150,8 @@ def test_probe__shards_and_streamed_features_give_the_same_numbers(
 
 
 def test_probe__events_late_in_a_recording_are_detected(data: Path, run) -> None:
-    out, result = run(f"data.csv={data}/events.csv", "level=frame")
-    assert result["metrics"]["event_f1"] > 0.8
+    out, result = run(f"data.csv={data}/events.csv", "level=frame", "optim.lr=0.1")
+    assert result["metrics"]["segment_f1"] > 0.8
     said = json.loads((out / "summary.json").read_text())["notices"]
     assert any("joined in time" in line for line in said)
 
@@ -161,8 +162,8 @@ def test_finetune__reads_all_windows_and_evaluates_recordings(
 ) -> None:
     out, name = tmp_path / "run", "labels" if level == "clip" else "events"
     more = ["window_scores=true"] if level == "clip" else ["data.roll=false"]
-    finetune(settings(f"data.csv={data}/{name}.csv", f"out={out}", f"level={level}", "train.steps=2",
-                      "optim.warmup_steps=0", "data.batch=4", *more, schema=Finetune))  # fmt: skip
+    more += [f"data.csv={data}/{name}.csv", f"out={out}", f"level={level}", "train.steps=2"]
+    finetune(settings(*more, "optim.warmup_steps=0", "data.batch=4", schema=Finetune))
     summary = json.loads((out / "summary.json").read_text())
     assert summary["clips"] == RECORDINGS
     if level == "clip":
