@@ -186,6 +186,9 @@ class Supervised:
     """Class token of ``beats``, which has none: ``mean`` makes one of each block's mean patch, as
     its authors' code does; null: ``mean`` with ``protocol=bat`` unless ``head.cls`` is given, else
     the checkpoint's."""
+    window_scores: bool = False
+    """Write the probabilities of every held-out clip, or of each window of it, to a CSV in the run
+    folder (``scores/``, fine-tuning: ``fold-K/scores.csv``). For labels of whole clips."""
     data: Data = field(default_factory=lambda: Data(batch=48, workers=2, roll=False))
     head: Head = field(default_factory=Head)
     hardware: Hardware = field(default_factory=Hardware)
@@ -310,5 +313,5 @@ class Finetune(Supervised):
 
 def _of_pretraining(data: Data) -> Iterator[str]:
     """Yields stream settings that do not apply to data held out by fold or split."""
-    for name in changed(data, ("labels", "mix", "windows"), Data()):
+    for name in changed(data, ("labels", "mix"), Data()):
         yield f"data.{name} is for bat-pretrain: leave it away"

@@ -134,8 +134,10 @@ class Data:
     clip_seconds: PositiveFloat = 10.0
     """Length of the clips that files are cut or padded to."""
     windows: bool = False
-    """Pre-training. Cut recordings longer than ``clip_seconds`` into windows of that length, each a
-    clip of its own: an epoch hears all of every recording. false: a random crop of each."""
+    """Cut recordings longer than ``clip_seconds`` into windows of that length, each a clip of its
+    own: an epoch hears all of every recording. Probing and fine-tuning average the probabilities of
+    a recording's windows, or join their outputs in time (events), so that it counts once. false: a
+    random crop of each in training, its start where nothing is augmented and in evaluation."""
     batch: PositiveInt = 24
     """Clips per device and micro-batch; the maximum if ``global_batch`` is set."""
     global_batch: PositiveInt | None = None

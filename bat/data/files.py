@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bat.audio.decode import DecodeError, probe
+from bat.audio.decode import DecodeError, Source, probe
 from bat.audio.ffmpeg import READ, has_av
-from bat.data.index import Index
+from bat.audio.part import FilePart
+from bat.data.index import BY_SEEKING, Index
 from bat.data.sources import Shard
 from bat.data.table import CLIP, MAX_AUDIO_BYTES, ShardTable
 from bat.data.tar import escape_key
@@ -44,8 +45,6 @@ SAMPLED_BYTES = 4096
 """Bytes at the start, the middle and the end of a file that its checksum covers."""
 MAX_SPLITS = 127
 MAX_FOLD = (1 << 15) - 1
-BY_SEEKING = 1 << 20
-"""Size in bytes of a file from which its windows are read by seeking, not from the whole file."""
 PART = 1024
 """Number of files that are asked for at a time."""
 
@@ -188,15 +187,16 @@ class FileIndex(Index):
         codec = AUDIO_SUFFIXES[self.codec[i]]
         return Clip(self.key(i), data, codec, self.labels(i), self.shard_name(i))
 
-    def audio(self, i: int) -> bytes | Path:
-        """Returns clip ``i`` as ``Index.audio``: windows are read from their file by seeking."""
-        if self.starts is None or self.offset[i] != 0 or self.size[i] < BY_SEEKING:
+    def audio(self, i: int) -> Source:
+        """Returns clip ``i`` as ``Index.audio``, also where it is a file of its own."""
+        offset = int(self.offset[i])
+        if self.starts is None or offset < 0 or self.size[i] < BY_SEEKING:
             return self.read(i).data
-        path = self.place(int(self.shard[i]))
-        sampled, size = _read_parts(path, None, sampled=True)
+        path, span = self.place(int(self.shard[i])), (offset, int(self.size[i]))
+        sampled, size = _read_parts(path, span if offset else None, sampled=True)
         if size != self.size[i] or zlib.crc32(sampled) != self._header[i]:
             raise OSError(5, f"{path.name} was changed since it was indexed: start again")
-        return path
+        return FilePart(path, *span) if offset else path
 
 
 def _offset_of(row: Row) -> int:

@@ -13,7 +13,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, Required, TypedDict, Unpack
 
 import numpy as np
@@ -24,6 +23,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from bat.audio.decode import (
     MAX_FILE_SECONDS,
     DecodeError,
+    Source,
     check_length,
     decode,
     decode_into,
@@ -175,7 +175,7 @@ class ClipReader:
 
     def segment(
         self,
-        data: bytes | Path,
+        data: Source,
         position: int,
         frames: int = 0,
         rate: int = 0,

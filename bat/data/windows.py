@@ -12,14 +12,19 @@ and the overlap, less than a window altogether, is spread evenly.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bat.audio.decode import DecodeError, probe
 from bat.data.index import Index
 from bat.data.stream import CROP_SLACK
 
 Numbers = NDArray[np.int64]
 Floats = NDArray[np.float64]
+MAX_SECONDS = 14 * 86_400.0
+"""Longest recording whose length is counted where its header gives none."""
 
 
 class Windows:
@@ -28,7 +33,7 @@ class Windows:
     Args:
         lengths: (n,), in any unit; 0: unknown, one window.
         window: length of each, one or (n,); None: a recording is one window.
-        hop: from the start of one to the next; None: full windows, spread evenly.
+        hop: from the start of one to the next, one or (n,); None: full windows, spread evenly.
         rest: see above.
 
     Attributes: ``first`` (n + 1,), the number of each recording's first window.
@@ -38,7 +43,7 @@ class Windows:
         self,
         lengths: ArrayLike,
         window: float | NDArray[np.float64] | None = None,
-        hop: float | None = None,
+        hop: float | NDArray[np.float64] | None = None,
         *,
         rest: float | NDArray[np.float64] = 0.0,
     ) -> None:
@@ -74,7 +79,7 @@ class Windows:
             more = nth > 0
             start[more] = (d - w)[more] * nth[more] / (self.counts[of] - 1)[more]
         else:
-            start += nth * self.hop
+            start += nth * np.broadcast_to(self.hop, self.lengths.shape)[of]
         return start, np.minimum(start + w, np.maximum(d, start))
 
 
@@ -87,18 +92,30 @@ def spans(
     return list(zip(start.tolist(), end.tolist(), strict=True))
 
 
-def cut_into_windows(index: Index, clip_seconds: float) -> Index:
-    """Replaces each clip of ``index`` longer than ``clip_seconds`` by its full windows, in place;
+def cut_into_windows(
+    index: Index,
+    clip_seconds: float,
+    hop_seconds: float | None = None,
+    *,
+    rest_seconds: float = 0.0,
+) -> Index:
+    """Replaces each clip of ``index`` longer than ``clip_seconds`` by its windows, in place;
     returns ``index``. Clips longer by a fiftieth at most (``CROP_SLACK``), and those of unknown
     length, stay one clip. The order of the stream is then that of the windows: a pure function of
     (seed, epoch), each window once.
 
     Events and texts are dropped, since they describe whole recordings. ``index.starts`` (n,) is
-    then the first sample of each window, at the rate of its file.
+    then the first sample of each window, at the rate of its file, and ``index.recordings`` (n,) the
+    id that its recording had. ``hop_seconds`` and ``rest_seconds``: see ``Windows``.
     """
     assert index.starts is None, "cut already"
-    wide = np.ceil(clip_seconds * np.maximum(index.rate, 1) - 1e-6)  # samples that decode reads
-    windows = Windows(index.frames, wide, rest=CROP_SLACK * wide)
+    rate = np.maximum(index.rate, 1)
+    wide = _samples(index, clip_seconds)
+    rest = CROP_SLACK * wide
+    if hop_seconds is not None:
+        rest = np.where(is_long(index, clip_seconds), rest_seconds * rate, np.inf)
+    hop = None if hop_seconds is None else hop_seconds * rate
+    windows = Windows(index.frames, wide, hop, rest=rest)
     each = np.arange(len(windows))
     rows, (start, _) = windows.recording(each), windows.times(each)
     labels = index.labels_per_clip
@@ -107,6 +124,51 @@ def cut_into_windows(index: Index, clip_seconds: float) -> Index:
     within = np.arange(index.label_ptr[-1]) - np.repeat(index.label_ptr[:-1], labels[rows])
     index.label_ids = index.label_ids[np.repeat(first, labels[rows]) + within]
     index.take(rows)
-    index.starts = np.floor(start).astype(np.int64)
+    index.starts = (np.floor(start) if hop is None else np.rint(start)).astype(np.int64)
     index.events, index.texts = {}, {}
     return index
+
+
+class Window(NamedTuple):
+    """Place of a window in its recording."""
+
+    recording: str
+    """Key of the recording."""
+    start_seconds: float
+
+
+def _samples(index: Index, clip_seconds: float) -> Floats:
+    """Returns the samples that are read of ``clip_seconds``, (n,), at the rates of the files."""
+    wide: Floats = np.ceil(clip_seconds * np.maximum(index.rate, 1) - 1e-6)
+    return wide
+
+
+def is_long(index: Index, clip_seconds: float) -> NDArray[np.bool_]:
+    """Returns (n,), True for clips known to be longer than ``clip_seconds``, beyond the slack."""
+    wide = _samples(index, clip_seconds)
+    long: NDArray[np.bool_] = (index.rate > 0) & (index.frames - wide > CROP_SLACK * wide)
+    return long
+
+
+def fill_lengths(index: Index) -> None:
+    """Reads the lengths that ``index`` does not know from the headers of the clips; those that do
+    not open stay unknown."""
+    for i in np.flatnonzero((index.frames < 0) | (index.rate == 0)).tolist():
+        try:
+            found = probe(index.read(i).data, max_file_seconds=MAX_SECONDS)
+        except (DecodeError, OSError):
+            continue  # reported where it is decoded
+        index.frames[i], index.rate[i] = found.frames, found.sample_rate
+
+
+def windows_of(index: Index, recordings: Numbers) -> Numbers:
+    """Returns the ids of all windows of ``recordings`` (ids before cutting), ascending."""
+    assert index.recordings is not None, "not cut"
+    return np.flatnonzero(np.isin(index.recordings, recordings))
+
+
+def places_of(index: Index) -> dict[str, Window]:
+    """Returns the place of each window of a cut ``index``, by its key."""
+    assert index.starts is not None, "not cut"
+    starts = (index.starts / np.maximum(index.rate, 1)).tolist()
+    return {index.key(i): Window(index.recording_key(i), s) for i, s in enumerate(starts)}

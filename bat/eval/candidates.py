@@ -161,6 +161,8 @@ class Plan:
     every ``log_every`` steps."""
     on_probe: Callable[[Probe, list[FoldResult]], None] | None = None
     """Callback that receives each evaluated probe with its results."""
+    on_scores: Callable[[str, Tensor, list[str]], None] | None = None
+    """Callback that receives ``METHOD-FOLD-SEED``, logits (n, C) and keys of held-out clips."""
     on_step: Callable[[], None] = lambda: None
     """Callback after each step; it may stop the run by raising."""
     before: Sequence[FoldResult] = ()

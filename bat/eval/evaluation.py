@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from bat import __version__
 from bat.config import schema
@@ -250,6 +251,10 @@ class Evaluation:
                 self._keep(probe, first)
             self.file.add(fold_results)
 
+        def on_scores(name: str, logits: Tensor, keys: list[str]) -> None:
+            path = self.out / "scores" / self.name / f"{name}.csv"
+            self.ready.write_scores(path, logits, keys)
+
         return Plan(
             build=self.build,
             loss=self.ready.loss,
@@ -271,6 +276,7 @@ class Evaluation:
             log_every=config.train.log_every,
             on_log=on_log,
             on_probe=on_probe,
+            on_scores=on_scores if config.window_scores else None,
             before=self.file.fold_results,
             done=self.file.done,
         )

@@ -11,7 +11,7 @@ be shared among cores, and on a busy machine the cores would wait for each other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -185,6 +185,10 @@ class Predictions(NamedTuple):
     """Clip of each row, (n,), if clips have several rows."""
     total: int = 0
     """Number of clips."""
+    keys: Sequence[str] | None = None
+    """Keys of the clips, where they are recordings joined from windows (``bat.eval.joining``)."""
+    patches: Tensor | None = None
+    """Time patch of each row in its recording, (n,), where clips are joined from windows."""
 
 
 @torch.no_grad()

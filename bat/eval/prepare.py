@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from bat.audio.frontend import KaldiFbank
 from bat.config.schema import Finetune, Probe, Supervised
 from bat.data.index import Index
-from bat.data.stream import clip_samples, frames_left_out
+from bat.data.stream import clip_samples
 from bat.data.tar import escape_key
+from bat.data.windows import Window, fill_lengths
 from bat.encoders.base import Encoder, SpectrogramEncoder
 from bat.errors import UserError
 from bat.eval.hardware import attention_in_words
+from bat.eval.joining import write_scores
+from bat.eval.lengths import cut_recordings, seconds_of, window
 from bat.eval.loading import check_weights, data_of_run, device_for, load_for
 from bat.eval.run_folder import open_csv, open_data
 from bat.eval.scoring import Scorer
@@ -57,10 +63,14 @@ class PreparedData(Generic[C]):
 
     @property
     def hash(self) -> str:
-        """Hash of the clips and all their targets."""
+        """Hash of the clips, before long ones are cut into windows, and all their targets."""
         events = digest(self.events) if self.events is not None else ""
         texts = digest_texts(self.texts) if self.texts is not None else ""
-        return self.index.hash + events + texts
+        return self._recordings.hash + events + texts
+
+    @property
+    def _recordings(self) -> Index:
+        return self.index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +84,24 @@ class Prepared(PreparedData[C]):
     targets_of: FrameTargets | TokenTargets | None = None
     """Callable ``(batch, patches) -> targets``: frame labels (B, T, C) or tokens (B, U); None:
     labels of whole clips."""
+    recordings: Index
+    """The clips before long ones were cut into windows, which ``index`` and ``splits`` hold."""
+    places: dict[str, Window] | None = None
+    """Places of the windows in their recordings by key; None: nothing was cut."""
+
+    @property
+    def _recordings(self) -> Index:
+        return self.recordings
 
     @property
     def scorer(self) -> Scorer:
         """Returns the object that computes the task's metrics."""
-        return Scorer.of(self.task, self.targets_of)
+        return Scorer.of(self.task, self.targets_of, self.places)
+
+    def write_scores(self, path: Path, logits: Tensor, keys: Sequence[str]) -> None:
+        """Writes the probabilities of clips ``keys``, or of their windows, to a CSV at ``path``."""
+        names, several = self.index.vocabulary, self.task.multi_label
+        write_scores(path, logits, keys, self.places, labels=names, multi_label=several)
 
     def headline(self, first: str, *more: str) -> str:
         """Returns the message that a run prints when it starts."""
@@ -90,7 +113,7 @@ class Prepared(PreparedData[C]):
             classes = classes_in_words(self.labels[1:]).replace("classes", "tokens", 1)
         lines = [
             first,
-            f"data {len(self.index)} clips (task {self.task.name}; {classes}), encoder "
+            f"data {len(self.recordings)} clips (task {self.task.name}; {classes}), encoder "
             f"{backbone.width} wide, {backbone.depth} blocks",
             kaldi_line(front) if isinstance(front, KaldiFbank) else "",
             f"attention: {kernel}" if kernel else "",
@@ -174,8 +197,15 @@ def check_frames(backbone: Encoder, *, frames: int, clip_seconds: float) -> None
 def _joined(data: PreparedData[C], config: C, backbone: Encoder, frames: int | None) -> Prepared[C]:
     """Returns ``data`` with the encoder and the targets of its time patches."""
     targets_of: FrameTargets | TokenTargets | None = None
-    notices, splits = list(data.notices), data.splits
     hop_ms = 1000 * backbone.hop_seconds
+    index, splits, places, said = cut_recordings(
+        data.index,
+        data.splits,
+        data.config.data,
+        in_time=data.events is not None,
+        hop_seconds=backbone.hop_seconds,
+    )
+    notices = [*data.notices, *said]
     if data.texts is not None:
         targets_of = TokenTargets(data.texts, labels=data.labels, kind=data.task.tokens)
         splits, said = _without_long_texts(data, targets_of, backbone, frames)
@@ -186,6 +216,7 @@ def _joined(data: PreparedData[C], config: C, backbone: Encoder, frames: int | N
             labels=data.index.vocabulary,
             patch_hop_ms=hop_ms,
             sample_rate=backbone.sample_rate,
+            places=places,
         )
         if targets_of.missed:
             notices.append(
@@ -193,9 +224,14 @@ def _joined(data: PreparedData[C], config: C, backbone: Encoder, frames: int | N
                 f"({hop_ms:g} ms): no patch is labelled with them"
             )
     config = replace(config, task=data.config.task, data=data.config.data, head=data.config.head)
-    changed = {"config": config, "splits": splits, "notices": tuple(notices)}
+    changed = {"config": config, "index": index, "splits": splits, "notices": tuple(notices)}
     return Prepared(
-        **{**vars(data), **changed}, backbone=backbone, frames=frames, targets_of=targets_of
+        **{**vars(data), **changed},
+        backbone=backbone,
+        frames=frames,
+        targets_of=targets_of,
+        recordings=data.index,
+        places=places,
     )
 
 
@@ -209,7 +245,7 @@ def _without_long_texts(
     if frames is not None and isinstance(backbone, SpectrogramEncoder):
         fixed = backbone.patches_of(frames)
     long = np.zeros(len(index), bool)
-    for i, seconds in enumerate(_seconds(index).tolist()):
+    for i, seconds in enumerate(seconds_of(index).tolist()):
         if fixed is None and not seconds:
             continue  # unknown length: the loss counts the clip as 0 if its text does not fit
         seconds = min(seconds, data.config.data.clip_seconds)
@@ -249,18 +285,24 @@ def check_data(
     if task.target != "tokens":
         texts = None
     if task.target in ("events", "tokens"):
+        if config.window_scores:
+            raise UserError(
+                f"window_scores=true lists classes of whole clips, not {task.target}: leave it "
+                "away; bat-predict lists what a head says of each recording"
+            )
         for moves, name, remedy in (
             (config.data.roll, "data.roll=true", "data.roll=false"),
             (config.pad_offset == "random", "pad_offset=random", "pad_offset=start"),
         ):
             if moves:
                 raise UserError(f"{name} moves clips against their {task.target}: say {remedy}")
-    if own is not None:
-        if task.target == "class" and not index.labels_per_clip.all():
-            task = task.asking("tags")
-        clip_seconds, said = window(index, config.data.clip_seconds, events)
-        config = replace(config, data=replace(config.data, clip_seconds=clip_seconds))
-        notices += said
+    if own is not None and task.target == "class" and not index.labels_per_clip.all():
+        task = task.asking("tags")
+    if config.data.windows:
+        fill_lengths(index)
+    clip_seconds, said = window(index, config.data, events, texts, shorten=own is not None)
+    config = replace(config, data=replace(config.data, clip_seconds=clip_seconds))
+    notices += said
     config = replace(config, head=config.head.for_task(task.per_class))
     if texts is None:
         check_labels(task, index)
@@ -361,7 +403,7 @@ def check_events(events: Events, index: Index) -> None:
         )
     late = [
         (event.line, f"onset {event.onset_seconds:g}, {index.key(i)} has {end:.6g} s")
-        for i, end in enumerate(_seconds(index).tolist())
+        for i, end in enumerate(seconds_of(index).tolist())
         for event in by_key.get(index.key(i), ())
         if 0 < end <= event.onset_seconds
     ]
@@ -371,42 +413,6 @@ def check_events(events: Events, index: Index) -> None:
             f"{len(late)} event(s) begin after their recording has ended (the first"
             f"{f' in line {line}' if line else ''}: {said}): give times in seconds"
         )
-
-
-def window(
-    index: Index, clip_seconds: float, events: Events | None = None
-) -> tuple[float, list[str]]:
-    """Returns the seconds of every clip that an encoder sees, and lines that say so.
-
-    ``clip_seconds``, or the longest clip if that is shorter: the rest would be silence. Longer
-    clips are cut to their start, from which the times of ``events`` count.
-    """
-    longest = float(_seconds(index).max(initial=0)) or clip_seconds
-    chosen = min(clip_seconds, longest)
-    said = []
-    if chosen < clip_seconds:
-        said.append(f"window {chosen:.6g} s, the longest clip (data.clip_seconds={clip_seconds:g})")
-    longer = sum(
-        frames > 0 and rate > 0 and frames_left_out(frames, rate, chosen) > 0
-        for frames, rate in zip(index.frames.tolist(), index.rate.tolist(), strict=True)
-    )
-    if longer:
-        line = (
-            f"{longer} of {len(index)} clips are longer than the window of {chosen:g} s: only "
-            f"their start is evaluated (the longest: {longest:.6g} s; data.clip_seconds= makes the "
-            "window longer)"
-        )
-        if events is not None:
-            late = sum(e.onset_seconds >= chosen for found in events.values() for e in found)
-            line += f"; {late} event(s) begin after it"
-        said.append(line)
-    return chosen, said
-
-
-def _seconds(index: Index) -> np.ndarray:
-    """Returns the lengths of the clips, (n,); 0 if unknown."""
-    known = (index.frames > 0) & (index.rate > 0)
-    return np.where(known, index.frames / np.maximum(index.rate, 1), 0.0)
 
 
 def permuted(data: PreparedData[C], *, seed: int) -> PreparedData[C]:

@@ -93,6 +93,8 @@ def probe(
         begin()
         began = time.perf_counter() - _seconds_before(out)
         summary = _summary(config, data, methods)
+        lines = [line for e in evaluations.values() for line in e.ready.notices]
+        summary["notices"] = list(dict.fromkeys(lines))
         try:
             for number, name in enumerate(encoders, start=1):
                 evaluation = evaluations.pop(name)  # released once done
@@ -144,7 +146,6 @@ def _summary(
         "protocol": to_dict(config.protocol),
         "permute_labels": config.permute_labels,
         "how": data.how,
-        "notices": list(data.notices),
         "methods": list(methods),
         "clips": len(data.index),
         "labels": list(data.labels),

@@ -295,7 +295,9 @@ def open_csv(data: Data, *, progress: bool = True) -> tuple[Task, Index, Reading
     path = Path(data.csv)
     found, listed = csv.read(path), _listed(csv.TASK, path, data)
     vocabulary = None if data.labels == "drop" else found.vocabulary
-    index, left_out = index_files(found.rows, vocabulary, cache=listed, progress=progress)
+    index, left_out = index_files(
+        found.rows, vocabulary, cache=listed, progress=progress, windows=data.windows
+    )
     if left_out:
         shown = "; ".join(
             f"line {found.lines[entry.key]}: {entry.file}, {entry.reason.rstrip('.')}"

@@ -17,6 +17,7 @@ from torch import Tensor
 from bat.errors import UserError
 from bat.eval.features import Source
 from bat.eval.fit import Predictions
+from bat.eval.joining import Places, check_readable, join_windows
 from bat.eval.targets import FrameTargets, TokenTargets
 from bat.metrics.base import Metric, find_metric
 from bat.metrics.events import Event
@@ -35,8 +36,11 @@ class Scorer:
         multi_label: bool,
         targets_of: FrameTargets | TokenTargets | None = None,
         detection: Detection = Detection(),  # noqa: B008  (immutable)
+        places: Places | None = None,
     ) -> None:
+        """``places``: of windows in their recordings, which are evaluated as a whole."""
         self.multi_label, self.targets_of, self.detection = multi_label, targets_of, detection
+        self.places = places
         self._metrics: dict[str, type[Metric]] = {}
         for name in names:
             metric, value = find_metric(name)
@@ -52,12 +56,18 @@ class Scorer:
                 )
 
     @classmethod
-    def of(cls, task: Task, targets_of: FrameTargets | TokenTargets | None) -> Scorer:
+    def of(
+        cls,
+        task: Task,
+        targets_of: FrameTargets | TokenTargets | None,
+        places: Places | None = None,
+    ) -> Scorer:
         return cls(
             task.metrics,
             multi_label=task.multi_label,
             targets_of=targets_of,
             detection=task.detection,
+            places=places,
         )
 
     def computed(
@@ -70,6 +80,16 @@ class Scorer:
         if not logits.isfinite().all():
             raise UserError(
                 "the classifier's outputs are not finite: training diverged; lower optim.lr"
+            )
+        if self.places is not None:
+            frames = self.targets_of if isinstance(self.targets_of, FrameTargets) else None
+            logits, found = join_windows(
+                logits,
+                found,
+                source.readable(ids),
+                self.places,
+                multi_label=self.multi_label,
+                hop_seconds=None if frames is None else frames.hop_seconds,
             )
         made = {metric: self._made(metric, found) for metric in set(self._metrics.values())}
         for metric in made.values():
@@ -108,9 +128,8 @@ class Scorer:
         self, logits: Tensor, found: Predictions, source: Source, ids: NDArray[np.int64]
     ) -> Iterator[tuple[list[Event], list[Event]]]:
         assert isinstance(self.targets_of, FrameTargets)
-        keys = source.readable(ids)
-        if len(keys) != found.total:
-            raise UserError("too many clips cannot be read to tell whose events were predicted")
+        keys = source.readable(ids) if found.keys is None else found.keys
+        check_readable(keys, found)
         hop = self.targets_of.hop_seconds
         for key, rows in zip(keys, _by_clip(logits.sigmoid(), found), strict=True):
             seconds = len(rows) * hop
@@ -144,10 +163,18 @@ def greedy(best: Sequence[int]) -> list[int]:
 
 
 def _by_clip(rows: Tensor, found: Predictions) -> list[NDArray[np.float64]]:
-    """Splits the (n, C) rows of all clips into (T, C) of each."""
+    """Splits the (n, C) rows of all clips into (T, C) of each; patches that were not read are 0."""
     assert found.clips is not None
     counts = found.clips.bincount(minlength=found.total).tolist()
-    return [part.double().numpy() for part in rows.split(counts)]
+    parts = [part.double().numpy() for part in rows.split(counts)]
+    if found.patches is None:
+        return parts
+    whole = []
+    for part, at in zip(parts, found.patches.split(counts), strict=True):
+        row = np.zeros((int(at.max()) + 1 if len(at) else 0, rows.shape[1]))
+        row[at.numpy()] = part
+        whole.append(row)
+    return whole
 
 
 def detected(

@@ -261,6 +261,9 @@ class _Fold:
         plan, held, gate = self.plan, self.held, probe.layer_gate()
         assert plan.scorer is not None
         computed = plan.scorer.computed(logits, found, self.source, held.test)
+        if plan.on_scores is not None:
+            name = f"{job[0]}{answer}-{held.name}-{job[1]}"
+            plan.on_scores(name, logits, self.source.readable(held.test))
         resampled = None
         if plan.bootstrap and "@" not in answer and describe(plan.metric).bootstrap:
             seed = derive_seed(plan.seed, held.name, "resamples")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bat.data.tar import escape_key
+from bat.data.windows import Window
 from bat.errors import UserError
 from bat.nn.losses import NOTHING
 from bat.tasks import events as listed
@@ -38,14 +39,21 @@ class FrameTargets:
     """Callable ``targets_of(batch, patches)`` for events: (B, T, C) float32.
 
     ``labels``: class names in the order of their indices; ``patch_hop_ms`` and ``sample_rate`` are
-    the encoder's. Waves must begin where their recordings do: no roll, no random crop or offset.
+    the encoder's. ``places``: of windows by key; other waves must begin where their recordings do:
+    no roll, no random crop or offset.
     """
 
     def __init__(
-        self, events: Events, *, labels: Sequence[str], patch_hop_ms: float, sample_rate: int
+        self,
+        events: Events,
+        *,
+        labels: Sequence[str],
+        patch_hop_ms: float,
+        sample_rate: int,
+        places: Mapping[str, Window] | None = None,
     ) -> None:
         self.classes, self.hop_seconds = len(labels), patch_hop_ms / 1000
-        self.sample_rate = sample_rate
+        self.sample_rate, self.places = sample_rate, places or {}
         self.missed = 0
         """Number of events between the starts of two patches, which no patch's label contains."""
         number = {name: i for i, name in enumerate(labels)}
@@ -73,8 +81,10 @@ class FrameTargets:
     def __call__(self, batch: WaveBatch, patches: int) -> Tensor:
         targets = torch.zeros(len(batch.keys), patches, self.classes)
         for row, key in zip(targets, batch.keys, strict=True):
-            for first, last, label in self._spans[key]:
-                row[first : last + 1, label] = 1.0
+            name, start = self.places.get(key, Window(key, 0.0))
+            before = round(start / self.hop_seconds)  # patches of the recording before this window
+            for first, last, label in self._spans[name]:
+                row[max(first - before, 0) : max(last + 1 - before, 0), label] = 1.0
         starts = torch.arange(patches, dtype=torch.float64) * self.hop_seconds  # (T,)
         ends = batch.lengths.cpu().double() / self.sample_rate  # (B,)
         beyond = starts >= ends[:, None] - SLACK_SECONDS  # (B, T)

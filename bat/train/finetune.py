@@ -141,7 +141,7 @@ def _run(
             "task": ready.task.name,
             "data": ready.hash,
             "how": HOW,
-            "clips": len(ready.index),
+            "clips": len(ready.recordings),
             "labels": list(ready.labels),
             "bad_clips": {r["held_out"]: r["bad_clips"] for r in results},
             "held_out_bad": {r["held_out"]: r["held_out_bad"] for r in results},
@@ -307,6 +307,9 @@ class Folds:
         found = predictions({"head": module.head}, batches, autocast=autocast)
         bad.check(final=True)
         logits = found.logits["head", ""]
+        if config.window_scores and is_main():
+            folder = self.out / f"fold-{held.name}"
+            self.ready.write_scores(folder / "scores.csv", logits, stream.readable(held.test))
         return self.ready.scorer.values(logits, found, stream, held.test), bad
 
     def _write(self, module: Supervised, folder: Path, result: dict[str, Any]) -> None:
