@@ -9,6 +9,7 @@ import os
 import sys
 
 from bat.cli import args
+from bat.errors import UserError
 
 ABOUT = """\
 Probe frozen encoders: many probes, seeds and encoders under one protocol, cross-validated where
@@ -50,7 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     args.add_trust(p)
     with args.Command(p, argv) as call:
         from bat.config.schema import Probe
+        from bat.registry import known
 
+        if several := [word for word in call.options.settings if word in known("probes")]:
+            methods = ",".join([call.options.method or "", *several]).strip(",")
+            raise UserError(f"several methods are joined by commas: --method {methods}")
         extra = [] if call.options.method is None else [f"methods=[{call.options.method}]"]
         extra += [] if call.options.seeds is None else [f"seeds={call.options.seeds}"]
         extra += args.own_recipe(call.options) + args.trust(call.options)
