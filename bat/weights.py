@@ -29,7 +29,7 @@ from torch.serialization import safe_globals
 from bat import registry
 from bat.encoders.base import Encoder, find_encoder, in_short
 from bat.errors import UserError
-from bat.io import replace_durably
+from bat.io import missing, replace_durably
 
 log = logging.getLogger("bat")
 
@@ -75,7 +75,10 @@ def resolve(path: str | Path) -> Path:
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise UserError(f"checkpoint {path} does not exist: give a run, an export or a weight file")
+        raise UserError(
+            f"checkpoint {missing(path)}: give a run (bat runs lists them), an export or a weight "
+            "file"
+        )
     if path.is_file():
         return path
     for folder in (path, path / "export"):
@@ -95,8 +98,12 @@ def resolve(path: str | Path) -> Path:
             "probed (its config.yaml names it)"
         )
     unfinished = (path / "config.yaml").is_file()
-    hint = ": the run has not finished (its export is written at the end)" if unfinished else ""
-    raise UserError(f"{path} holds no {WEIGHTS}, nor does its export/ folder{hint}")
+    hint = (
+        "the run has not finished (its export is written at the end; the same command continues it)"
+        if unfinished
+        else "give a run (bat runs lists them), an export or a weight file"
+    )
+    raise UserError(f"{path} holds no {WEIGHTS}, nor does its export/ folder: {hint}")
 
 
 def is_export(path: Path) -> bool:

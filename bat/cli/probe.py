@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 from bat.cli import args
+from bat.errors import UserError
 
 ABOUT = """\
 Probe frozen encoders: many probes, seeds and encoders under one protocol, cross-validated where
@@ -45,7 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--seeds", type=int, metavar="N", help="trainings of each probe, as seeds=N")
     args.add_trust(p)
     with args.Command(p, argv) as call:
+        from bat.registry import known
+
         options, extra = call.options, args.trust(call.options)
+        if several := [word for word in options.settings if word in known("probes")]:
+            methods = ",".join([options.method or "", *several]).strip(",")
+            raise UserError(f"several methods are joined by commas: --method {methods}")
         extra += [] if options.method is None else [f"methods=[{options.method}]"]
         extra += [] if options.seeds is None else [f"seeds={options.seeds}"]
         args.run(options, "probe", extra)

@@ -76,7 +76,13 @@ def compose(schema: type[T], command: str, overrides: list[str], *, objective: b
     recipe = words.pop("recipe", None)
     if recipe is None:
         known = ", ".join(locate.known_recipes(command))
-        raise UserError(f"no recipe given: say recipe=NAME. Known: {known}")
+        own = "data.root=FOLDER" if command == "pretrain" else "data.csv=labels.csv"
+        if "data.root" in words:
+            own = "recipe=own task=folder (the names of its folders are the labels)"
+        raise UserError(
+            f"no recipe given: say recipe=toy to try it, or {own} for audio of your own. "
+            f"Known: {known}"
+        )
     path = locate.find_recipe(str(recipe), command)
     body = _read(path)
     uses = body.pop("use", None) or []
@@ -238,7 +244,7 @@ def _words(overrides: list[str], command: str) -> dict[str, Any]:
     for word in overrides:
         key, eq, text = word.partition("=")
         if not eq or not key:
-            hint = f" Did you mean recipe={word}?" if "=" not in word else ""
+            hint = f" Did you mean {_meant(word, command)}?" if "=" not in word else ""
             raise UserError(f"'{word}' is not key=value.{hint} See bat-{command} --help")
         if key in words:
             raise UserError(f"'{key}' is given twice on the command line: keep one")
@@ -247,6 +253,15 @@ def _words(overrides: list[str], command: str) -> dict[str, Any]:
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"cannot read the value of {key}={text}: {error}") from error
     return words
+
+
+def _meant(word: str, command: str) -> str:
+    """Returns the setting that a bare ``word`` was probably meant for."""
+    if Path(word).is_dir() or word.endswith("/"):
+        return f"{'data.root' if command == 'pretrain' else 'checkpoint'}={word}"
+    if "." in word and not word.endswith((".csv", ".yaml")):
+        return f"{word}=VALUE"
+    return f"{'data.csv' if word.endswith('.csv') else 'recipe'}={word}"
 
 
 def _read(path: Path) -> dict[str, Any]:

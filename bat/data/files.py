@@ -245,7 +245,8 @@ def index_files(
     if not kept:
         first = left_out[len(absent)]
         raise UserError(
-            f"none of the {len(rows)} files can be read (the first: {first.file}, {first.reason})"
+            f"none of the {len(rows)} files can be read (the first: {first.file}, "
+            f"{first.reason}): name other files, or convert them to WAV or FLAC"
         )
     numbers: dict[Path, int] = {}
     shard = [numbers.setdefault(row.path, len(numbers)) for row, _ in kept]

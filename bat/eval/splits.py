@@ -85,7 +85,10 @@ def make_splits(
     selects = protocol is not None and protocol.selection == "validation"
     if index.folds and split == "auto":
         if len(index.folds) < 2:
-            raise UserError(f"all clips are in fold {index.folds[0]}: two folds are needed")
+            raise UserError(
+                f"all clips are in fold {index.folds[0]}: two folds are needed; give some clips "
+                "another fold, or remove the column"
+            )
         splits = _by_fold(index.fold, folds, selects=selects)
     elif draw and not index.splits:
         fold = _draw_folds(index, draw, seed=seed, multi_label=multi_label)

@@ -32,6 +32,7 @@ from bat.data.sources import find
 from bat.data.table import read_contents, tabulate
 from bat.data.tar import escape_key, sample_key
 from bat.errors import UserError
+from bat.io import missing
 from bat.tasks import audioset, eat, folder, parquet
 from bat.tasks.base import LeftOut, Reading, Row, load_task
 from bat.tasks.labels import Labels, doubts, held_out_alone, labels_of, named
@@ -73,7 +74,7 @@ def open_rows(
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", str(source)):
             raise UserError(f"{str(source)!r} is not a path of this machine: download it first")
         if not glob.has_magic(str(source)) and "{" not in str(source):
-            raise UserError(f"{source} does not exist: give a folder, a CSV, parquet or shards")
+            raise UserError(f"{missing(source)}: give a folder, a CSV, parquet or shards")
     kind = detect(source) if task is None else task
     found = _read(source, kind, labels_of(labels) if labels is not None else None, split)
     if kind == "folder" and source.is_file():

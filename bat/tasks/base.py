@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from bat import registry
 from bat.errors import UserError
+from bat.io import missing
 from bat.tasks.events import Detection, Event
 
 Target = Literal["class", "tags", "events", "tokens"]
@@ -196,7 +197,7 @@ class Task:
         """
         root = Path(root)
         if not root.exists():
-            raise UserError(f"{root} does not exist: give the folder of task {self.name!r}")
+            raise UserError(f"{missing(root)}: give the folder of task {self.name!r}")
         found = self.rows(root)
         if not isinstance(found, Reading):
             labels = (label for row in found for label in row.labels)

@@ -70,8 +70,10 @@ class Fitting:
         data.on_error = lambda error: stopping.ask("the data", error)
         data.gather = lambda thing: self.ranks.gather(thing)
         self.checkpoints = Checkpoints(config.train, out, stopping=stopping, newest=self.newest)
-        most = config.health.max_skipped
-        self.guard = GuardReport(module.guard, out, most=most, metrics=metrics, stopping=stopping)
+        most, keep = config.health.max_skipped, config.health.keep_nan
+        self.guard = GuardReport(
+            module.guard, out, most=most, keep=keep, metrics=metrics, stopping=stopping
+        )
         health = HealthMonitor(
             config.health,
             metrics=metrics,

@@ -80,7 +80,7 @@ class Supervised(TrainingModule):
         _, targets, features = self.encoded(batch, seed=seed)
         loss_of = partial(against, self.loss, inside=features.inside())
         loss = self.head.training_loss(loss_of, self.head(features), targets)
-        return self.finished(batch, {"loss": loss})
+        return self.finished(batch, batch_idx, {"loss": loss})
 
     def encoded(self, batch: WaveBatch, *, seed: int) -> tuple[Tensor, Tensor, Features]:
         """Returns the augmented spectrograms, their targets and the features the head reads."""
