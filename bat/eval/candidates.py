@@ -140,6 +140,8 @@ class Plan:
     multi_label: bool
     metric: str = "accuracy"
     """Main metric."""
+    selects: str = ""
+    """Metric that selects; empty: the main metric."""
     scorer: Scorer | None = None
     """Scorer of the predictions; None: metrics of labels."""
     epochs: float = 0.0
@@ -183,7 +185,9 @@ class Plan:
     @property
     def selection_metric(self) -> str:
         """The metric by which candidates are selected."""
-        return "map" if self.protocol and self.protocol.metric == "map" else self.metric
+        if self.protocol and self.protocol.metric == "map":
+            return "map"
+        return self.selects or self.metric
 
     def grid(self, method: str) -> list[tuple[float, float]]:
         """Returns the learning rates and weight decays that are tried."""

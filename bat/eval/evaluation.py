@@ -265,6 +265,7 @@ class Evaluation:
             batch=config.data.batch,
             multi_label=task.multi_label,
             metric=task.metric,
+            selects=task.selection_metric,
             scorer=self.ready.scorer,
             seed=config.seed,
             seeds=config.seeds,

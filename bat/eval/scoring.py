@@ -21,6 +21,7 @@ from bat.eval.joining import Places, check_readable, join_windows
 from bat.eval.targets import FrameTargets, TokenTargets
 from bat.metrics.base import Metric, find_metric
 from bat.metrics.events import Event
+from bat.metrics.psds import THRESHOLDS
 from bat.nn.losses import NOTHING
 from bat.tasks.base import Task
 from bat.tasks.events import Detection
@@ -47,7 +48,8 @@ class Scorer:
             self._metrics[value] = metric
         takes = {"labels"}
         if targets_of is not None:
-            takes = {"tokens"} if isinstance(targets_of, TokenTargets) else {"labels", "events"}
+            takes = {"labels", "events", "thresholds"}
+            takes = {"tokens"} if isinstance(targets_of, TokenTargets) else takes
         for value, metric in self._metrics.items():
             if metric.takes not in takes:
                 raise UserError(
@@ -71,11 +73,17 @@ class Scorer:
         )
 
     def computed(
-        self, logits: Tensor, found: Predictions, source: Source, ids: NDArray[np.int64]
+        self,
+        logits: Tensor,
+        found: Predictions,
+        source: Source,
+        ids: NDArray[np.int64],
+        *,
+        names: Sequence[str] = (),
     ) -> dict[str, Metric]:
         """Returns the metrics by the names of their values, updated with predictions of ``ids``.
 
-        Raises ``UserError`` if outputs are not finite.
+        ``names``: only these; empty: all. Raises ``UserError`` if outputs are not finite.
         """
         if not logits.isfinite().all():
             raise UserError(
@@ -91,16 +99,24 @@ class Scorer:
                 multi_label=self.multi_label,
                 hop_seconds=None if frames is None else frames.hop_seconds,
             )
-        made = {metric: self._made(metric, found) for metric in set(self._metrics.values())}
+        asked = {v: self._metrics.get(v) or find_metric(v)[0] for v in names or self._metrics}
+        made = {metric: self._made(metric, found) for metric in set(asked.values())}
         for metric in made.values():
             if metric.takes == "labels":
                 metric.update(logits, found.targets)
-        for takes, pairs in (("events", self._events), ("tokens", self._tokens)):
+        kinds = {"events": self._events, "thresholds": self._sweep, "tokens": self._tokens}
+        for takes, pairs in kinds.items():
             wanted = [metric for metric in made.values() if metric.takes == takes]
             for pair in pairs(logits, found, source, ids) if wanted else ():
                 for metric in wanted:
                     metric.update(*pair)
-        return {value: made[metric] for value, metric in self._metrics.items()}
+        return {value: made[metric] for value, metric in asked.items()}
+
+    def value(
+        self, name: str, logits: Tensor, found: Predictions, source: Source, ids: NDArray[np.int64]
+    ) -> float:
+        """Returns the value ``name`` alone, which need not be one of the task's metrics."""
+        return float(self.computed(logits, found, source, ids, names=[name])[name].compute()[name])
 
     def values(
         self, logits: Tensor, found: Predictions, source: Source, ids: NDArray[np.int64]
@@ -117,24 +133,44 @@ class Scorer:
             settings = {"joiner": self.targets_of.joiner}
         else:
             assert isinstance(self.targets_of, FrameTargets)
-            settings = {
-                "classes": self.targets_of.classes,
-                "collar_seconds": self.detection.collar_seconds,
-                "segment_seconds": self.detection.segment_seconds,
-            }
+            settings = {"classes": self.targets_of.classes}
+            if metric.takes == "events":
+                settings["collar_seconds"] = self.detection.collar_seconds
+                settings["segment_seconds"] = self.detection.segment_seconds
         return metric(**settings)
 
-    def _events(
+    def clips(
         self, logits: Tensor, found: Predictions, source: Source, ids: NDArray[np.int64]
-    ) -> Iterator[tuple[list[Event], list[Event]]]:
+    ) -> Iterator[tuple[str, NDArray[np.float64], list[Event]]]:
+        """Yields key, probabilities (T, C) of time patches and reference events of each clip."""
         assert isinstance(self.targets_of, FrameTargets)
         keys = source.readable(ids) if found.keys is None else found.keys
         check_readable(keys, found)
         hop = self.targets_of.hop_seconds
         for key, rows in zip(keys, _by_clip(logits.sigmoid(), found), strict=True):
-            seconds = len(rows) * hop
-            true = [event for event in self.targets_of.reference(key) if event[0] < seconds]
-            yield detected(rows, self.detection, hop_seconds=hop), true
+            true = self.targets_of.reference(key)
+            yield key, rows, [event for event in true if event[0] < len(rows) * hop]
+
+    def detected(self, probabilities: NDArray[np.float64]) -> list[Event]:
+        """Returns the events in (T, C) probabilities, with the task's constants."""
+        assert isinstance(self.targets_of, FrameTargets)
+        return detected(probabilities, self.detection, hop_seconds=self.targets_of.hop_seconds)
+
+    def _events(
+        self, logits: Tensor, found: Predictions, source: Source, ids: NDArray[np.int64]
+    ) -> Iterator[tuple[list[Event], list[Event]]]:
+        for _, rows, true in self.clips(logits, found, source, ids):
+            yield self.detected(rows), true
+
+    def _sweep(
+        self, logits: Tensor, found: Predictions, source: Source, ids: NDArray[np.int64]
+    ) -> Iterator[tuple[tuple[float, list[list[Event]]], list[Event]]]:
+        assert isinstance(self.targets_of, FrameTargets)
+        hop = self.targets_of.hop_seconds
+        for _, rows, true in self.clips(logits, found, source, ids):
+            smooth = smoothed(rows, self.detection.median)
+            sweep = [runs(smooth >= t, hop_seconds=hop) for t in THRESHOLDS]
+            yield (len(rows) * hop, sweep), true
 
     def _tokens(
         self, logits: Tensor, found: Predictions, source: Source, ids: NDArray[np.int64]
@@ -181,20 +217,28 @@ def detected(
     probabilities: NDArray[np.float64], how: Detection, *, hop_seconds: float
 ) -> list[Event]:
     """Returns the events in (T, C) probabilities of time patches of ``hop_seconds``."""
-    T, C = probabilities.shape
-    side = how.median // 2
+    on = smoothed(probabilities, how.median) >= how.threshold
+    return runs(on, hop_seconds=hop_seconds, edge=how.edge)
+
+
+def smoothed(probabilities: NDArray[np.float64], median: int) -> NDArray[np.float64]:
+    """Returns the median of ``median`` time patches around each, zeros beyond the ends: (T, C)."""
+    side = median // 2
     padded = np.pad(probabilities, ((side, side), (0, 0)))  # (T + median - 1, C)
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * side + 1, axis=0)
-    on = np.zeros((T + 2, C), np.int8)
-    on[1:-1] = np.median(windows, axis=-1) >= how.threshold
+    return np.median(windows, axis=-1)
+
+
+def runs(on: NDArray[np.bool_], *, hop_seconds: float, edge: str = "end") -> list[Event]:
+    """Returns an event for each run of active patches of (T, C); ``edge``: ``Detection.edge``."""
+    later, earlier = {"start": (0.0, 1.0), "center": (0.5, 0.5), "end": (0.0, 0.0)}[edge]
+    padded = np.pad(on.astype(np.int8), ((1, 1), (0, 0)))
     found = []
-    for c in range(C):
-        turns = np.diff(on[:, c])
+    for c in range(on.shape[1]):
+        turns = np.diff(padded[:, c])
         starts, ends = np.flatnonzero(turns == 1), np.flatnonzero(turns == -1)
-        if how.edge == "start":
-            ends = ends - 1
         found += [
             (float(start * hop_seconds), float(end * hop_seconds), c)
-            for start, end in zip(starts, ends, strict=True)
+            for start, end in zip(starts + later, ends - earlier, strict=True)
         ]
     return found

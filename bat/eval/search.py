@@ -189,7 +189,7 @@ class _Fold:
             if not logits.isfinite().all():
                 scores[candidate, answer] = None
                 continue
-            value = plan.scorer.values(logits, found, self.source, valid)[plan.selection_metric]
+            value = plan.scorer.value(plan.selection_metric, logits, found, self.source, valid)
             if math.isnan(value):  # no class of the validation clips has a positive
                 value = describe(plan.selection_metric).worst
             tokens = not found.targets.is_floating_point()  # CTC needs whole clips

@@ -50,11 +50,13 @@ class Value:
 class Metric(abc.ABC):
     """Collects predictions of clips, then computes its values."""
 
-    takes: ClassVar[Literal["labels", "events", "tokens"]]
+    takes: ClassVar[Literal["labels", "events", "thresholds", "tokens"]]
     """Kind of input that ``update`` takes for each clip, predicted and true.
 
     ``labels``: logits and labels (n, C) of clips or of their time patches, all at once.
-    ``events``: lists of ``(onset_seconds, offset_seconds, class)``. ``tokens``: lists of texts.
+    ``events``: lists of ``(onset_seconds, offset_seconds, class)``. ``thresholds``: the same for
+    true; predicted ``(seconds, lists)``, the length of the clip and such a list for each threshold
+    of ``bat.metrics.psds``. ``tokens``: lists of texts.
     """
     values: ClassVar[dict[str, Value]]
     """Values by the names under which ``compute`` returns them."""

@@ -144,8 +144,9 @@ class Task:
     loss: str = ""
     """``ce``, ``bce``, ``asl`` or ``ctc``; empty: that of ``USUAL``."""
     metrics: tuple[str, ...] = ()
-    """Names of metrics (``bat.metrics.base.find_metric``); settings are selected by the first,
-    which reports also show first. Empty: those of ``USUAL``."""
+    """Names of metrics (``bat.metrics.base.find_metric``); settings are selected by the first
+    (unless ``selects`` names another), which reports also show first. Empty: those of
+    ``USUAL``."""
     frames: int | None = None
     """Spectrogram frames of every clip, as in the papers for their tasks: shorter clips are padded
     with zero frames, which the encoder attends to. None: each clip is encoded at its own length."""
@@ -164,6 +165,9 @@ class Task:
     given; writing them again gives the same bytes."""
     detection: Detection = Detection()  # noqa: RUF009  (immutable)
     """Constants of target ``events``."""
+    selects: str = ""
+    """Metric that selects settings and steps on validation clips, one of ``metrics``; empty: the
+    first of them."""
     tokens: Literal["characters", "words"] = "characters"
     """Units of the text of target ``tokens``; words are separated by blanks."""
 
@@ -178,6 +182,11 @@ class Task:
         return self.metrics[0].rpartition(".")[2]
 
     @property
+    def selection_metric(self) -> str:
+        """The name of the value that selects on validation clips."""
+        return (self.selects or self.metrics[0]).rpartition(".")[2]
+
+    @property
     def multi_label(self) -> bool:
         """True if a clip may carry several labels, or none."""
         return self.target != "class"
@@ -186,7 +195,7 @@ class Task:
         """Returns this task with another target and that target's usual loss and metrics."""
         if target == self.target:
             return self
-        return replace(self, target=target, loss="", metrics=metrics)
+        return replace(self, target=target, loss="", metrics=metrics, selects="")
 
     def open(self, root: str | Path) -> Reading:
         """Reads the data set at ``root``.

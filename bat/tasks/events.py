@@ -44,8 +44,9 @@ class Detection(NamedTuple):
     """Least probability at which a class is active in a patch."""
     median: int = 3
     """Patches of the median filter of each class before the threshold, odd; 1: none."""
-    edge: Literal["start", "end"] = "end"
-    """End of an event: at the start of its last patch, or at the end of it."""
+    edge: Literal["start", "center", "end"] = "end"
+    """End of an event: at the start of its last patch, or at the end of it; ``center``: it begins
+    and ends at the centres of its first and last patch."""
     collar_seconds: float = 0.2
     """Tolerance of an onset."""
     segment_seconds: float = 1.0

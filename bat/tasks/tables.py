@@ -11,10 +11,10 @@ from bat.errors import UserError
 from bat.io import missing
 
 
-def csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+def csv_cells(path: Path, *, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
     """Yields number and cells of each line of a CSV (the first is 1), values stripped.
 
-    Empty lines are skipped.
+    Empty lines are skipped. Cells of tables with other separators are split at ``delimiter``.
 
     Raises:
         UserError: no such file, not UTF-8 text, quotes that do not close.
@@ -34,7 +34,12 @@ def csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
             f"{path} line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): save the file as "
             "'CSV UTF-8'"
         ) from error
-    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        skipinitialspace=delimiter == ",",
+        strict=True,
+    )
     try:
         for raw in reader:
             cells = [cell.strip() for cell in raw]
@@ -44,7 +49,9 @@ def csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"{path} line {reader.line_num} is not CSV ({error})") from error
 
 
-def numbered_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+def numbered_lines(
+    path: Path, *, delimiter: str = ","
+) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Returns the columns of a CSV, and its lines with their numbers (a header is line 1).
 
     Missing cells at the end of a line are empty.
@@ -52,7 +59,7 @@ def numbered_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str
     Raises:
         UserError: as ``csv_cells``, and for a line with more cells than the header.
     """
-    cells = csv_cells(path)
+    cells = csv_cells(path, delimiter=delimiter)
     _, columns = next(cells, (0, []))
     lines = []
     for number, line in cells:
