@@ -144,9 +144,10 @@ def greedy(best: Sequence[int]) -> list[int]:
 
 
 def _by_clip(rows: Tensor, found: Predictions) -> list[NDArray[np.float64]]:
-    """Splits the (n, C) rows of all clips into (T, C) of each."""
+    """Splits the (n steps, C) rows of all clips into (T steps, C) of each."""
     assert found.clips is not None
-    counts = found.clips.bincount(minlength=found.total).tolist()
+    steps = len(rows) // len(found.clips)
+    counts = (steps * found.clips.bincount(minlength=found.total)).tolist()
     return [part.double().numpy() for part in rows.split(counts)]
 
 
