@@ -112,7 +112,7 @@ class Scorer:
         if len(keys) != found.total:
             raise UserError("too many clips cannot be read to tell whose events were predicted")
         hop = self.targets_of.hop_seconds
-        for key, rows in zip(keys, _by_clip(logits.sigmoid(), found), strict=True):
+        for key, rows in zip(keys, by_clip(logits.sigmoid(), found), strict=True):
             seconds = len(rows) * hop
             true = [event for event in self.targets_of.reference(key) if event[0] < seconds]
             yield detected(rows, self.detection, hop_seconds=hop), true
@@ -122,7 +122,7 @@ class Scorer:
     ) -> Iterator[tuple[list[str], list[str]]]:
         assert isinstance(self.targets_of, TokenTargets)
         names = self.targets_of.names
-        best = _by_clip(logits.argmax(1, keepdim=True), found)
+        best = by_clip(logits.argmax(1, keepdim=True), found)
         for rows, target in zip(best, found.targets.tolist(), strict=True):
             numbers = greedy(rows[:, 0].astype(int).tolist())
             yield [names[n] for n in numbers], [names[n] for n in target if n != NOTHING]
@@ -143,7 +143,7 @@ def greedy(best: Sequence[int]) -> list[int]:
     return [n for n in changed if n]
 
 
-def _by_clip(rows: Tensor, found: Predictions) -> list[NDArray[np.float64]]:
+def by_clip(rows: Tensor, found: Predictions) -> list[NDArray[np.float64]]:
     """Splits the (n steps, C) rows of all clips into (T steps, C) of each."""
     assert found.clips is not None
     steps = len(rows) // len(found.clips)

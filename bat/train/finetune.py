@@ -37,6 +37,8 @@ from bat.eval.prepare import Prepared, prepare
 from bat.eval.results import HOW, FoldResult, summary, table
 from bat.eval.run_folder import default_out, run_folder
 from bat.eval.splits import Split
+from bat.eval.targets import TokenTargets
+from bat.eval.transcripts import record
 from bat.io import read_jsonl, write_json
 from bat.logs import is_main, start_logging
 from bat.nn.losses import against
@@ -245,7 +247,7 @@ class Folds:
         module = self._whole(module, held).to(trainer.strategy.root_device)
         trainer.strategy.barrier()  # the first rank has written the best weights
         chosen = load_selected(module, folder) if config.validate_every else {}
-        metrics, held_out_bad = self._evaluate(module, held.test)
+        metrics, held_out_bad = self._evaluate(module, held.test, folder)
         result = {
             "held_out": held.name,
             "metrics": metrics,
@@ -310,9 +312,11 @@ class Folds:
         )
 
     def _evaluate(
-        self, module: Supervised, ids: NDArray[np.int64]
+        self, module: Supervised, ids: NDArray[np.int64], folder: Path | None = None
     ) -> tuple[dict[str, Any], BadClips]:
-        """Returns the metrics on the clips ``ids`` (each process evaluates all) and bad clips."""
+        """Returns the metrics on the clips ``ids`` (each process evaluates all) and bad clips.
+
+        ``folder``: where transcripts are listed and drawn."""
         config, autocast = self.config, autocast_for(self.config.hardware)
         bad = BadClips(max_bad=config.data.max_bad)
         stream = FeatureStream(
@@ -331,6 +335,18 @@ class Folds:
         found = predictions({"head": module.head}, batches, autocast=autocast)
         bad.check(final=True)
         logits = found.logits["head", ""]
+        targets_of = self.ready.targets_of
+        if folder is not None and isinstance(targets_of, TokenTargets) and is_main():
+            record(
+                logits,
+                found,
+                targets_of,
+                stream=stream,
+                source=stream,
+                ids=ids,
+                listed=folder / "utterances.csv",
+                picture=folder / "plots" / "transcripts.png",
+            )
         return self.ready.scorer.values(logits, found, stream, ids), bad
 
     def _write(self, module: Supervised, folder: Path, result: dict[str, Any]) -> None:
