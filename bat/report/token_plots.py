@@ -99,7 +99,7 @@ def _panel(axis: Any, item: Mapping[str, Any], begin: float, length: float) -> N
         colour = kind_of(column)
         frame = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": colour, "lw": 1.0}
         wrong = colour != RIGHT
-        for name, y in (("reference", 1.17), ("hypothesis", 1.05)):
+        for name, y in (("reference", 1.2), ("hypothesis", 1.08)):
             axis.text(
                 x,
                 y,
