@@ -295,6 +295,10 @@ class Finetune(Supervised):
 
     method: str = "linear"
     """Head on the encoder: any probe; ``linear`` is the paper's."""
+    validate_every: CountOrZero = 0
+    """Optimiser steps between validations, on the split ``valid`` or as ``bat-probe`` takes
+    validation clips (a spare fold, else a part of the training clips); the best weights are
+    evaluated, of equally good ones the later. 0: the weights after the last step."""
     drop_path: Rate = 0.1
     """Drop-path rate of the last block; rises linearly from 0 at the first."""
     augment: Augment = field(default_factory=Augment)
@@ -308,6 +312,11 @@ class Finetune(Supervised):
         collapse = ("collapse", "collapse_every", "min_rank", "min_std")
         for name in changed(self.health, collapse, Health(collapse="off")):
             yield f"health.{name} is for bat-pretrain: labels keep an encoder awake"
+        if self.validate_every and self.hardware.strategy == "fsdp":
+            yield (
+                f"validate_every={self.validate_every} with hardware.strategy=fsdp: the weights of "
+                "a step are not in one place; say hardware.strategy=ddp, or validate_every=0"
+            )
         yield from _of_pretraining(self.data)
 
 

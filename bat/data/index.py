@@ -145,6 +145,12 @@ class Index:
         return np.diff(self.label_ptr)
 
     @property
+    def seconds(self) -> np.ndarray:
+        """Length of each clip (n,), in seconds; 0 if unknown."""
+        known = (self.frames > 0) & (self.rate > 0)
+        return np.where(known, self.frames / np.maximum(self.rate, 1), 0.0)
+
+    @property
     def folds(self) -> list[int]:
         """The folds that occur, ascending; empty without folds."""
         return [int(f) for f in np.unique(self.fold) if f >= 0]

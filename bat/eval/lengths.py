@@ -35,7 +35,7 @@ def window(
     ``data.clip_seconds``; with ``shorten`` the longest clip if that is shorter: the rest would be
     silence. Raises ``UserError`` if longer recordings with ``texts`` are to be cut into windows.
     """
-    longest = float(seconds_of(index).max(initial=0)) or data.clip_seconds
+    longest = float(index.seconds.max(initial=0)) or data.clip_seconds
     chosen = min(data.clip_seconds, longest) if shorten else data.clip_seconds
     said = []
     if chosen < data.clip_seconds:
@@ -59,12 +59,6 @@ def window(
             line += f"; {late} event(s) begin after it"
         said.append(line)
     return chosen, said
-
-
-def seconds_of(index: Index) -> np.ndarray:
-    """Returns the lengths of the clips, (n,); 0 if unknown."""
-    known = (index.frames > 0) & (index.rate > 0)
-    return np.where(known, index.frames / np.maximum(index.rate, 1), 0.0)
 
 
 def cut_recordings(

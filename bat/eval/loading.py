@@ -38,7 +38,10 @@ CSV = "csv"
 """Task name of ``data.csv``."""
 PATCH = 16
 """Side of a patch of the encoders in the model fragments, in frames."""
-STATISTICS_OF = {"esc10": "esc50", "esc50": "esc50", "dcase16": "dcase16"}
+STATISTICS_OF = {
+    **{"esc10": "esc50", "esc50": "esc50", "dcase16": "dcase16"},
+    **{"librispeech": "librispeech", "scv2": "speechcommands"},
+}
 """Data set by task whose normalisation suits it (``bat.audio.frontend``); others: AudioSet's."""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from bat.audio.frontend import KaldiFbank
+from bat.config.probing import Protocol
 from bat.config.schema import Finetune, Probe, Supervised
 from bat.data.index import Index
 from bat.data.stream import clip_samples
@@ -21,13 +22,15 @@ from bat.encoders.base import Encoder, SpectrogramEncoder
 from bat.errors import UserError
 from bat.eval.hardware import attention_in_words
 from bat.eval.joining import write_scores
-from bat.eval.lengths import cut_recordings, seconds_of, window
+from bat.eval.lengths import cut_recordings, window
 from bat.eval.loading import check_weights, data_of_run, device_for, load_for
 from bat.eval.run_folder import open_csv, open_data
 from bat.eval.scoring import Scorer
 from bat.eval.splits import DRAWN_FOLDS, Split, check_labels, check_splits, how, make_splits
 from bat.eval.targets import FrameTargets, TokenTargets, digest_texts, outputs
+from bat.eval.texts import usable_texts
 from bat.nn.losses import Loss, loss_for
+from bat.probes.base import find_probe
 from bat.seeding import derive_seed
 from bat.tasks.base import Reading, Task, load_task
 from bat.tasks.events import Events, digest
@@ -208,7 +211,7 @@ def _joined(data: PreparedData[C], config: C, backbone: Encoder, frames: int | N
     notices = [*data.notices, *said]
     if data.texts is not None:
         targets_of = TokenTargets(data.texts, labels=data.labels, kind=data.task.tokens)
-        splits, said = _without_long_texts(data, targets_of, backbone, frames)
+        splits, said = usable_texts(data, targets_of, backbone, frames)
         notices += said
     if data.events is not None:
         targets_of = FrameTargets(
@@ -235,37 +238,6 @@ def _joined(data: PreparedData[C], config: C, backbone: Encoder, frames: int | N
     )
 
 
-def _without_long_texts(
-    data: PreparedData[C], targets_of: TokenTargets, backbone: Encoder, frames: int | None
-) -> tuple[list[Split], list[str]]:
-    """Returns the folds without the training clips whose text is longer than their time patches,
-    and lines that count these."""
-    index = data.index
-    fixed = None
-    if frames is not None and isinstance(backbone, SpectrogramEncoder):
-        fixed = backbone.patches_of(frames)
-    long = np.zeros(len(index), bool)
-    for i, seconds in enumerate(seconds_of(index).tolist()):
-        if fixed is None and not seconds:
-            continue  # unknown length: the loss counts the clip as 0 if its text does not fit
-        seconds = min(seconds, data.config.data.clip_seconds)
-        own = backbone.time_patches(clip_samples(seconds, backbone.sample_rate))
-        long[i] = targets_of.too_long(index.key(i), own if fixed is None else fixed)
-    if not long.any():
-        return data.splits, []
-    splits = [replace(held, train=held.train[~long[held.train]]) for held in data.splits]
-    first = index.key(int(long.argmax()))
-    why = f"longer than its clip has time patches of {1000 * backbone.hop_seconds:g} ms"
-    if not all(len(held.train) for held in splits):
-        raise UserError(
-            f"the text of every training clip is {why} (the first: {first}): cut the clips at "
-            "words, or use an encoder with shorter patches"
-        )
-    out = int(long[np.unique(np.concatenate([held.train for held in data.splits]))].sum())
-    said = f"{int(long.sum())} of {len(index)} clips have a text that is {why} (the first: {first})"
-    return splits, [f"{said}: {out} left out of training, none of the evaluation"]
-
-
 def check_data(
     config: C, task: Task, index: Index, *, note: str = "", own: Reading | None = None
 ) -> PreparedData[C]:
@@ -282,8 +254,18 @@ def check_data(
                 "clips (level=frame uses them)"
             )
             events = None
-    if task.target != "tokens":
+    if texts is not None and task.target == "tokens":
+        texts = {key: task.text_of(text) for key, text in texts.items()}
+    else:
         texts = None
+        methods = (
+            config.methods if isinstance(config, Probe) else [getattr(config, "method", "all")]
+        )
+        for method in (m for m in methods if m != "all" and find_probe(m).steps > 1):
+            raise UserError(
+                f"{method} gives {find_probe(method).steps} outputs per time patch, for texts, and "
+                f"task {task.name} is of {task.target}: name another probe"
+            )
     if task.target in ("events", "tokens"):
         if config.window_scores:
             raise UserError(
@@ -306,7 +288,7 @@ def check_data(
     config = replace(config, head=config.head.for_task(task.per_class))
     if texts is None:
         check_labels(task, index)
-    protocol = config.protocol if isinstance(config, Probe) else None
+    protocol = protocol_of(config)
     if protocol is not None and protocol.metric == "map" and texts is not None:
         raise UserError("protocol.metric=map: a task of tokens has no mAP; say =task")
     splits = make_splits(
@@ -325,7 +307,7 @@ def check_data(
     if texts is not None:
         trained = np.unique(np.concatenate([held.train for held in splits]))
         known = {escape_key(key): text for key, text in texts.items()}
-        labels = tuple(outputs((known[index.key(int(i))] for i in trained), task.tokens))
+        labels = tuple(outputs((known[index.key(int(i))] for i in trained), task))
     notices += doubts(index.vocabulary)
     without = int((index.labels_per_clip == 0).sum())
     if without and texts is None:  # refused by ``check_labels`` where each clip is of one class
@@ -350,6 +332,14 @@ def check_data(
         texts=texts,
         labels=labels,
     )
+
+
+def protocol_of(config: Supervised) -> Protocol | None:
+    """Returns how values are selected; None if fine-tuning evaluates its last step."""
+    if isinstance(config, Probe):
+        return config.protocol
+    every = config.validate_every if isinstance(config, Finetune) else 0
+    return Protocol(look_every=every) if every else None
 
 
 def _events_and_texts(
@@ -403,7 +393,7 @@ def check_events(events: Events, index: Index) -> None:
         )
     late = [
         (event.line, f"onset {event.onset_seconds:g}, {index.key(i)} has {end:.6g} s")
-        for i, end in enumerate(seconds_of(index).tolist())
+        for i, end in enumerate(index.seconds.tolist())
         for event in by_key.get(index.key(i), ())
         if 0 < end <= event.onset_seconds
     ]

@@ -147,7 +147,7 @@ class Scorer:
         keys = source.readable(ids) if found.keys is None else found.keys
         check_readable(keys, found)
         hop = self.targets_of.hop_seconds
-        for key, rows in zip(keys, _by_clip(logits.sigmoid(), found), strict=True):
+        for key, rows in zip(keys, by_clip(logits.sigmoid(), found), strict=True):
             true = self.targets_of.reference(key)
             yield key, rows, [event for event in true if event[0] < len(rows) * hop]
 
@@ -177,7 +177,7 @@ class Scorer:
     ) -> Iterator[tuple[list[str], list[str]]]:
         assert isinstance(self.targets_of, TokenTargets)
         names = self.targets_of.names
-        best = _by_clip(logits.argmax(1, keepdim=True), found)
+        best = by_clip(logits.argmax(1, keepdim=True), found)
         for rows, target in zip(best, found.targets.tolist(), strict=True):
             numbers = greedy(rows[:, 0].astype(int).tolist())
             yield [names[n] for n in numbers], [names[n] for n in target if n != NOTHING]
@@ -198,15 +198,18 @@ def greedy(best: Sequence[int]) -> list[int]:
     return [n for n in changed if n]
 
 
-def _by_clip(rows: Tensor, found: Predictions) -> list[NDArray[np.float64]]:
-    """Splits the (n, C) rows of all clips into (T, C) of each; patches that were not read are 0."""
+def by_clip(rows: Tensor, found: Predictions) -> list[NDArray[np.float64]]:
+    """Splits the rows of all clips, one or several a time patch, into those of each; patches that
+    were not read are 0."""
     assert found.clips is not None
-    counts = found.clips.bincount(minlength=found.total).tolist()
-    parts = [part.double().numpy() for part in rows.split(counts)]
+    steps = len(rows) // len(found.clips)
+    counts = found.clips.bincount(minlength=found.total)
+    parts = [part.double().numpy() for part in rows.split((steps * counts).tolist())]
     if found.patches is None:
         return parts
+    assert steps == 1
     whole = []
-    for part, at in zip(parts, found.patches.split(counts), strict=True):
+    for part, at in zip(parts, found.patches.split(counts.tolist()), strict=True):
         row = np.zeros((int(at.max()) + 1 if len(at) else 0, rows.shape[1]))
         row[at.numpy()] = part
         whole.append(row)

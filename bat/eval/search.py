@@ -239,6 +239,8 @@ class _Fold:
                 elif job not in diverged:
                     fold_result = self._fold_result(job, answer, best, probes[key], logits, found)
                     fold_results[job].append(fold_result)
+                    if plan.on_result is not None:
+                        plan.on_result(fold_result, logits, found, held)
         for job in jobs:
             if job in diverged:
                 plan.diverged.append((job[0], held.name, job[1]))
@@ -261,9 +263,6 @@ class _Fold:
         plan, held, gate = self.plan, self.held, probe.layer_gate()
         assert plan.scorer is not None
         computed = plan.scorer.computed(logits, found, self.source, held.test)
-        if plan.on_scores is not None:
-            name = f"{job[0]}{answer}-{held.name}-{job[1]}"
-            plan.on_scores(name, logits, self.source.readable(held.test))
         resampled = None
         if plan.bootstrap and "@" not in answer and describe(plan.metric).bootstrap:
             seed = derive_seed(plan.seed, held.name, "resamples")

@@ -119,16 +119,17 @@ class Predictor:
                 total = p if total is None else total + p
         assert total is not None
         p = (total / len(self.models)).double().cpu().numpy()  # (B, C) or (B, T, C)
-        return [self._answer(row, t) for row, t in zip(p, own, strict=True)]
+        steps = self.models[0].head.steps  # outputs per time patch
+        return [self._answer(row, t * steps) for row, t in zip(p, own, strict=True)]
 
     @property
     def _exclusive(self) -> bool:
         return self.target == "tokens" or (self.target == "class" and self.answer == "scores")
 
-    def _answer(self, p: Floats, patches: int) -> NDArray[Any]:
+    def _answer(self, p: Floats, outputs: int) -> NDArray[Any]:
         if self.answer == "scores":
             return p[None]
-        p = p[:patches]
+        p = p[:outputs]
         if self.answer == "text":
             numbers = greedy(p.argmax(1).tolist())
             said = self.joiner.join(self.labels[n] for n in numbers)

@@ -52,6 +52,7 @@ CAPTIONS = {
     "layer-curve": "A linear probe on each block alone",
     "layer-gates": "Layer gates",
     "norms-ranks": "Token norms and effective rank, block by block",
+    "transcripts": "Worst transcripts",
 }
 COMPARISONS = ("attention-sinks", "comparison", "gates", "layer-curve", "norms-ranks")
 """Names of plots that show all encoders together, without ``.png``."""
