@@ -122,6 +122,8 @@ class Evaluation:
             clip_seconds=data.clip_seconds,
             roll=data.roll,
             random_offset=config.pad_offset == "random",
+            noise=data.noise,
+            order={"balance": data.balance, "epoch_clips": data.epoch_clips},
             min_seconds=data.min_seconds,
             max_seconds=data.max_seconds,
             workers=data.workers,
