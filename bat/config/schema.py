@@ -168,9 +168,19 @@ class Supervised:
     whole clips."""
     loss: Literal["task", "ce", "bce", "asl"] = "task"
     """``task``: the task's own; cross-entropy, binary cross-entropy, asymmetric loss."""
+    shots: PositiveInt | None = None
+    """Train on at most so many clips of each class, counted by a clip's first label and drawn by
+    ``seed``, those of at most ``data.clip_seconds`` before longer ones; null: on all."""
     frames: PositiveInt | None = None
     """Frames of every clip; null: the task's number, or for custom data, which has none, each
     clip's own (padding is not attended to, and results do not depend on the batch)."""
+    sample_rate: PositiveInt | None = None
+    """Sample rate at which the encoder's weights are run; null: the checkpoint's."""
+    n_fft: PositiveInt | None = None
+    """Window and length of the Fourier transform in samples; null: the checkpoint's. A Kaldi front
+    end has windows of 25 ms every 10 ms at any rate and does not use it."""
+    hop_length: PositiveInt | None = None
+    """Hop from frame to frame in samples; null: the checkpoint's."""
     pad: Literal["checkpoint", "spectrogram", "waveform", "clip", "fbank"] = "checkpoint"
     """Padding of short clips: zero frames (``spectrogram``; ``fbank``: before a Kaldi front end
     standardises, as EAT, SSLAM, AudioMAE and AST were trained), zero samples to the last frame
@@ -236,11 +246,16 @@ class Probe(Supervised):
         if 0 < self.bootstrap < 100:
             yield f"bootstrap={self.bootstrap} must be at least 100, or 0 for none"
         yield from self._overridden()
-        if self.features.cache in ("memory", "disk") and self.data.roll:
-            yield (
-                f"features.cache={self.features.cache} with data.roll=true: rolled clips differ "
-                "each time; say data.roll=false, or features.cache=off"
-            )
+        if self.features.cache in ("memory", "disk"):
+            for moving, remedy in (
+                ("data.roll=true" if self.data.roll else "", "data.roll=false"),
+                (f"data.noise={self.data.noise:g}" if self.data.noise else "", "data.noise=0"),
+            ):
+                if moving:
+                    yield (
+                        f"features.cache={self.features.cache} with {moving}: training clips "
+                        f"differ each time; say {remedy}, or features.cache=off"
+                    )
         if self.optim.layer_decay != 1:
             yield "optim.layer_decay is for bat-finetune; a probe has one rate"
         hardware = self.hardware
@@ -254,12 +269,8 @@ class Probe(Supervised):
             yield "hardware.activation_checkpointing: a frozen encoder has no backward pass"
         if self.log.wandb != "off":
             yield "log.wandb is for bat-pretrain and bat-finetune"
-        stream = ("shuffle", "window", "balance", "epoch_clips", "global_batch")
-        for name in changed(self.data, stream, Data()):
-            yield (
-                f"data.{name} is for bat-pretrain and bat-finetune: a probe is trained on all "
-                "clips of its folds, evenly"
-            )
+        for name in changed(self.data, ("shuffle", "window", "global_batch"), Data()):
+            yield f"data.{name} is for bat-pretrain and bat-finetune: leave it away"
         yield from _of_pretraining(self.data)
 
     def _overridden(self) -> Iterator[str]:

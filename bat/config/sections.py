@@ -127,10 +127,11 @@ class Data:
     shuffled within a window (slow disks); ``auto``: ``exact`` unless shards are remote."""
     window: PositiveInt = 8192
     """Clips per shuffle window."""
-    balance: Literal["none", "class"] = "none"
-    """``class``: clips drawn with inverse class frequency (docs/method.md 5)."""
+    balance: Literal["none", "class", "first_label"] = "none"
+    """``class``: clips drawn with inverse class frequency, none twice an epoch (docs/method.md 5);
+    ``first_label``: drawn with replacement, weight 1 / clips with the same first label."""
     epoch_clips: PositiveInt | None = None
-    """Clips per epoch, drawn without replacement; null: all."""
+    """Clips per epoch; null: all, with ``balance=first_label`` as many draws as there are clips."""
     clip_seconds: PositiveFloat = 10.0
     """Length of the clips that files are cut or padded to."""
     windows: bool = False
@@ -147,6 +148,9 @@ class Data:
     """Loader processes per device; 0 decodes in the training process."""
     roll: bool = True
     """Circular roll of each training clip by a random offset."""
+    noise: NonNegativeFloat = 0.0
+    """Deviation of normal noise added to every sample of a training clip, with
+    ``pad_offset=random`` of the silence around it too; never to a clip that is evaluated."""
     min_seconds: NonNegativeFloat = 0.0
     """Minimum clip length; shorter clips count as unreadable."""
     max_seconds: PositiveFloat = 3600.0

@@ -127,6 +127,8 @@ class Evaluation:
             clip_seconds=data.clip_seconds,
             roll=data.roll,
             random_offset=config.pad_offset == "random",
+            noise=data.noise,
+            order={"balance": data.balance, "epoch_clips": data.epoch_clips},
             min_seconds=data.min_seconds,
             max_seconds=data.max_seconds,
             workers=data.workers,
@@ -283,8 +285,8 @@ class Evaluation:
         )
 
     def _list(self, result: FoldResult, logits: Tensor, found: Predictions, held: Split) -> None:
-        """Lists a result's scores, if ``window_scores`` asks for them, and transcripts, of which the
-        worst of the first seed in the last fold are drawn."""
+        """Lists a result's scores, if ``window_scores`` asks for them, and its transcripts, whose
+        worst are drawn for the first seed in the last fold."""
         targets_of, config = self.ready.targets_of, self.config
         assert self.opened is not None
         name = f"{result.method}-{held.name}-{result.seed}.csv"

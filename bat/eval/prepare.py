@@ -299,7 +299,14 @@ def check_data(
         multi_label=task.multi_label,
         draw=DRAWN_FOLDS if own is not None else 0,
         split=config.data.split,
+        shots=config.shots,
+        clip_seconds=config.data.clip_seconds,
     )
+    if config.shots is not None:
+        notices.append(
+            f"shots={config.shots}: {len(splits[0].train)} training clip(s) in {splits[0].in_words}"
+            ", counted by first label"
+        )
     if config.data.split != "auto":
         notices.append(f"trained on split {config.data.split}; {index.counted_splits()}")
     notices += check_splits(splits, index, multi_label=task.multi_label, labelled=texts is None)

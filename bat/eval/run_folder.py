@@ -265,6 +265,8 @@ def open_data(
         if not (data.root or data.csv):
             (task.make or make_toy)(root)
         found = task.open(root)
+        for note in found.notes if warn else ():
+            log.info("%s", note)
         index, left_out = index_files(
             found.rows,
             None if data.labels == "drop" else found.vocabulary,

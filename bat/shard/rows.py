@@ -6,6 +6,7 @@ read here) and names the labels. Layouts are tested in this order:
 ==========  ============================================================================
 shards      ``.tar``: in the folder or its sub-folders (then these are the splits), a tar, a glob
 audioset    ``*_segments.csv``: in the folder, or the file itself
+hsn ...     ``HSN_metadata_train.parquet`` (BirdSet): in the folder, before shards
 eat         ``X.tsv`` with ``path<TAB>samples`` lines: in the folder, or the file itself
 parquet     ``.parquet``: in the folder or up to two levels below, the file itself, a glob
 esc50 ...   ``meta.csv`` or ``meta/esc50.csv`` beside ``audio/``, with the published classes
@@ -33,7 +34,7 @@ from bat.data.table import read_contents, tabulate
 from bat.data.tar import escape_key, sample_key
 from bat.errors import UserError
 from bat.io import missing
-from bat.tasks import audioset, eat, folder, parquet
+from bat.tasks import audioset, birdset, eat, folder, parquet
 from bat.tasks.base import LeftOut, Reading, Row, load_task
 from bat.tasks.labels import Labels, doubts, held_out_alone, labels_of, named
 from bat.tasks.tables import read_csv
@@ -129,6 +130,9 @@ def detect(source: Path) -> str:
         return "parquet" if source.suffix == ".parquet" else "shards"
     if source.is_file() and source.suffix.lower() in (".tar", ".gz", ".tgz"):
         return "shards"
+    bird_set = birdset.set_in(source)  # its shards beside it are no WebDataset
+    if bird_set is not None:
+        return bird_set
     depths = _depths(source) if source.is_dir() else set()
     if {("tar", 0), ("tar", 1)} & depths:
         return "shards"

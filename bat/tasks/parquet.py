@@ -216,6 +216,27 @@ def read(
     return replace(reading, vocabulary=order) if order and fits else reading
 
 
+def read_columns(
+    path: Path, columns: Sequence[str], *, label: str
+) -> tuple[list[dict[str, Any]], list[str] | None]:
+    """Returns the rows of some columns of a table, and the names of the ClassLabel ``label``.
+
+    Raises:
+        UserError: pyarrow missing, a damaged file, a column that it lacks.
+    """
+    arrow = _pyarrow()
+    try:
+        with arrow.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            missing = [name for name in columns if name not in schema.names]
+            if missing:
+                has = ", ".join(schema.names)
+                raise UserError(f"{path} lacks column {missing[0]!r}; it has: {has}")
+            return file.read(columns=list(columns)).to_pylist(), _class_names(schema, label)
+    except (arrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable parquet file ({error})") from error
+
+
 class _Cells:
     """The cells of one row group, read in parts: memory for ``MAX_BATCH_BYTES`` or one cell."""
 
