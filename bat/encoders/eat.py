@@ -86,8 +86,10 @@ class EAT(BAT):
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        patches = self.patch_embed.proj
+        nn.init.xavier_uniform_(patches.weight.flatten(1))
+        assert patches.bias is not None
+        nn.init.zeros_(patches.bias)
         nn.init.normal_(self.cls_token)
 
 

@@ -164,7 +164,7 @@ def transformer_decoder(encoder: MaskableEncoder, *, cross: bool, **sizes: Any) 
 
     ``sizes``: keywords that both take (width, depth, heads, mlp_ratio, out_width).
     """
-    kind = {"pos_layout": encoder.pos_layout, "attention": encoder.attention}
+    kind: dict[str, Any] = {"pos_layout": encoder.pos_layout, "attention": encoder.attention}
     if cross:
         return CrossDecoder(encoder.width, encoder.depth, encoder.grid, **kind, **sizes)
     return ViTDecoder(encoder.width, encoder.grid, gate=encoder.gate, **kind, **sizes)

@@ -94,7 +94,8 @@ class SSLAM(EAT):
         sources: Tensor,
     ) -> dict[str, Tensor]:
         """Computes the losses of ``forward`` from the targets of ``mixture_targets``."""
-        both = Views(*(None if ids is None else ids.repeat(2, 1) for ids in views))
+        chosen = None if views.chosen is None else views.chosen.repeat(2, 1)
+        both = Views(views.keep_ids.repeat(2, 1), views.mask.repeat(2, 1), chosen)
         cls, predictions = self.student.predict(self.with_mixtures(spectrogram, mixed), both)
         predictions = predictions.float()  # (2 B V, m, D)
         local = F.mse_loss(predictions.flatten(0, 1), gather_patches(y, both.predict_ids))
