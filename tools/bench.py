@@ -2,7 +2,7 @@
 
     uv run python tools/bench.py masks cgp --json out.json
 
-Parts (``tools/benchmarks/``): ``step``, ``changes`` (our step with one thing done the plain way),
+Parts (``tools/benchmarks/``): ``step``, ``changes`` (our step with one thing done the plain way), ``decoders`` (cheaper ones),
 ``masks``, ``cgp``, ``laboratory`` (all probes at once), ``frontend``, ``stream``, ``reliability``
 (checkpoints, and what is watched).
 Each case is timed alternately, *ours* and *plain*, after a warm-up; numbers are medians over the
@@ -30,7 +30,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where bat is only checked out
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
-PARTS = ("step", "changes", "masks", "cgp", "laboratory", "frontend", "stream", "reliability")
+PARTS = (
+    *("step", "changes", "decoders", "masks", "cgp", "laboratory", "frontend", "stream"),
+    "reliability",
+)
 PACKAGES = (
     "torch",
     "torchaudio",

@@ -232,6 +232,15 @@ def test_step__variants_start_from_the_same_weights_and_masks(bench: ModuleType)
     assert eager["held_mb"] > 4 * parameters / 1e6  # the weights, and AdamW's two moments
 
 
+def test_decoders__cheaper_ones_are_compared_with_the_papers(bench: ModuleType, tmp_path) -> None:
+    rows = rows_of(bench, tmp_path / "out.json", "decoders")
+    assert [row["case"] for row in rows] == list(load("decoders").WAYS)
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["plain_ms"] / row["ours_ms"])
+    flop = [row["tflop"] for row in rows]
+    assert rows[0]["plain_tflop"] > flop[0] > flop[1] > flop[2] > flop[3]
+
+
 # --- changes
 
 
