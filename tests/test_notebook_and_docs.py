@@ -67,13 +67,17 @@ def test_page__its_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         write_wav(tmp_path / "recordings" / f"{name}.wav", wave * rng.uniform(0.5, 1.0))
     rows = [f"recordings/{name}.wav,{name[0]},{i // 2 % 2}" for i, name in enumerate(names)]
     (tmp_path / "labels.csv").write_text("\n".join(["path,label,fold", *rows]))
-    _with(monkeypatch, "pretrain", {"model.width": 48, "model.depth": 2, "model.heads": 2,
-                                    "data.batch": 4, "train.steps": 2})  # fmt: skip
-    short = {"train.min_steps": 2, "head.prototypes": 8, "data.workers": 0,
-             "data.clip_seconds": 2, "protocol": "bat"}  # fmt: skip
+    tiny = {"model.width": 48, "model.depth": 2, "model.heads": 2, "objective.mask.views": 1,
+            "objective.decoder_depth": 1, "data.clip_seconds": 1, "data.batch": 4,
+            "data.workers": 0, "train.steps": 2}  # fmt: skip
+    short = {"train.epochs": 1, "train.min_steps": 2, "head.prototypes": 8, "data.workers": 0,
+             "data.clip_seconds": 1, "protocol.lrs": [1e-3], "protocol.prototype_lrs": [],
+             "folds": [0], "diagnostics.encoder": False}  # fmt: skip
+    tuned = {"train.steps": 2, "data.workers": 0, "data.batch": 4, "data.clip_seconds": 1,
+             "folds": [0]}  # fmt: skip
+    _with(monkeypatch, "pretrain", tiny)
     _with(monkeypatch, "probe", short)
-    _with(monkeypatch, "finetune", {"train.steps": 2, "data.workers": 0, "head.prototypes": 8},
-          drop=("train",))  # fmt: skip
+    _with(monkeypatch, "finetune", tuned, drop=("train",))
     found: dict[str, Any] = {"wave": wave, "torch": torch}
     for block in re.findall(r"```python\n(.*?)```", _page("python.md"), re.DOTALL):
         exec(block, found)
