@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bat.errors import Interrupted
+from bat.errors import Interrupted, UserError
 
 log = logging.getLogger("bat")
 
@@ -97,8 +97,6 @@ def _for_one_process(command: str, config: Any, words: list[str]) -> list[str]:
         ["torchrun", f"--nproc-per-node={max(2, world)}", "-m", f"bat.cli.{command}", *words]
     )
     if hardware.strategy == "fsdp" or (world > 1 and hardware.devices != "auto"):
-        from bat.errors import UserError
-
         raise UserError(
             f"hardware.devices={hardware.devices} hardware.strategy={hardware.strategy}: "
             f"bat.{command} trains in this process alone, on one device: say hardware.devices=1 "
@@ -246,10 +244,18 @@ def _run(command: str, given: Iterable[Mapping[str, Any]], *, dry_run: bool, **h
     from bat.config.compose import words_from
 
     said: list[str] = []
-    with _contained():
-        words = [word for settings in given for word in words_from(_as_flags(command, settings))]
-        config = settle(command, words, alone=True)
-        out = start(command, config, dry_run=dry_run, say=said.append, **how)
+    try:
+        with _contained():
+            flags = [_as_flags(command, settings) for settings in given]
+            words = [word for settings in flags for word in words_from(settings)]
+            config = settle(command, words, alone=True)
+            out = start(command, config, dry_run=dry_run, say=said.append, **how)
+    except UserError as error:  # the message is enough
+        raise error.with_traceback(None) from None
+    except Interrupted as error:
+        if not str(error).startswith("SIGINT"):
+            raise
+        raise KeyboardInterrupt(f"{error}: saved, the same call continues") from None
     if dry_run:
         return Result(command, out, {}, [], [], None, "dry run: nothing was trained")
     return _read(command, out, "\n".join(said).strip())
@@ -270,10 +276,7 @@ def _as_flags(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _contained() -> Iterator[None]:
-    """Leaves log handlers, warning filters and child processes as they were, shortens the traceback
-    of a ``UserError``, and raises ``KeyboardInterrupt`` for a run that a Ctrl-C ended."""
-    from bat.errors import UserError
-
+    """Leaves log handlers, warning filters and child processes as they were."""
     logger = logging.getLogger("bat")
     handlers, level, propagate = logger.handlers, logger.level, logger.propagate
     logger.handlers = []
@@ -282,12 +285,6 @@ def _contained() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             yield
-    except UserError as error:
-        raise error.with_traceback(None) from None
-    except Interrupted as error:
-        if not str(error).startswith("SIGINT"):
-            raise
-        raise KeyboardInterrupt(f"{error}: saved, the same call continues") from None
     finally:
         for handler in logger.handlers:
             handler.close()
