@@ -273,7 +273,7 @@ def check_data(
         protocol=protocol,
         seed=config.seed,
         multi_label=task.multi_label,
-        draw=DRAWN_FOLDS if own is not None else 0,
+        draw=DRAWN_FOLDS if own is not None or task.name == "folder" else 0,
         split=config.data.split,
     )
     if config.data.split != "auto":
