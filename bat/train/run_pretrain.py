@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import statistics
 from functools import partial
 from pathlib import Path
@@ -232,6 +233,7 @@ def _print_outputs(
         f"  encoder   {out}/export      ({names}; bat.load_encoder('{out}'))",
         f"  metrics   {out}/metrics.jsonl, {out}/summary.json",
         f"  pictures  {out}/plots/",
+        f"  one page  bat runs report {shlex.quote(str(out))}",
         f"  resume    {out}/checkpoints/last.ckpt (had it been interrupted: the same command)",
     ]
     task, index = source.task, source.index
