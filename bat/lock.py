@@ -28,6 +28,8 @@ from bat.errors import UserError
 log = logging.getLogger("bat")
 
 LOCK = ".lock"
+ATTEMPTS = 100
+"""Tries to lock a folder that others create and remove meanwhile."""
 _held: set[str] = set()  # a record lock does not exclude its own process
 
 
@@ -86,13 +88,13 @@ def is_held(folder: Path) -> bool:
 def _lock(folder: Path) -> BinaryIO | None:
     """Returns the open, locked file; None if the file system has no locks."""
     path = folder / LOCK
-    while True:
+    for attempt in range(ATTEMPTS):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file: BinaryIO = path.open("a+b", buffering=0)
-        except FileNotFoundError:
-            continue  # another holder ended and removed the empty folder
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and attempt < ATTEMPTS - 1:
+                continue  # another holder ended and removed the empty folder
             raise UserError(f"cannot write to out={folder}: {error}; choose another") from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,6 +110,7 @@ def _lock(folder: Path) -> BinaryIO | None:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         file.close()  # its holder ended and removed it between the two calls
+    raise UserError(f"out={folder} cannot be locked: give another out=")
 
 
 def _in_use(folder: Path, said: bytes) -> str:

@@ -27,10 +27,22 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         for word in message.split()[2:] if message.startswith("unrecognized arguments") else []:
-            close = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions)
-            if word.startswith("-") and close:
+            flag = word.partition("=")[0]
+            close = difflib.get_close_matches(flag, self._option_string_actions)
+            near = difflib.get_close_matches(flag, close, cutoff=0.85)
+            if word.startswith("-") and not near and flag.lstrip("-") in self._settings():
+                message += f". Settings have no dashes: {flag.lstrip('-')}=VALUE"
+            elif word.startswith("-") and close:
                 message += f". Did you mean {close[0]}?"
         super().error(message)
+
+    def _settings(self) -> set[str]:
+        from bat.cli import describe
+
+        command = self.prog.removeprefix("bat-")
+        if command not in describe.SCHEMAS:
+            return set()
+        return {"recipe", *(setting.key for setting in describe.settings(command))}
 
     lists: dict[str, Callable[[], dict[str, str]]]
     """Names with a line each that the help ends with, by heading."""
@@ -185,6 +197,10 @@ def _code_of(error: BaseException, prog: str, debug: bool) -> int | None:
     if isinstance(error, BrokenPipeError):  # `| head` closed the output
         _close_output()
         return 0
+    if (remedy := _remedy(error)) and not debug:
+        first = shown(str(error) or type(error).__name__).splitlines()[0]
+        print(f"{prog}: error: {remedy} ({first})", file=sys.stderr)
+        return 2
     if isinstance(error, OSError) and not debug:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             print(
@@ -201,6 +217,25 @@ def _code_of(error: BaseException, prog: str, debug: bool) -> int | None:
             )
             return 2
     return None
+
+
+def _remedy(error: BaseException) -> str:
+    """Returns what to do about an error of the machine or of a service; empty for others."""
+    name, text = type(error).__name__, str(error)
+    if name == "DistNetworkError" and "EADDRINUSE" in text:
+        port = os.environ.get("MASTER_PORT", "?")
+        return (
+            f"port {port} is in use by another program: set MASTER_PORT={29500 + os.getpid() % 999}"
+            ", or torchrun --master-port"
+        )
+    if name == "UsageError" and type(error).__module__.startswith("wandb"):
+        return "log.wandb=online needs an account: type wandb login, or say log.wandb=offline"
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "t allocate memory" in text:
+        return (
+            "there is too little memory: lower data.batch (commands without settings: --batch), "
+            "take a smaller model (model=S), or say hardware.activation_checkpointing=true"
+        )
+    return ""
 
 
 def _close_output() -> None:

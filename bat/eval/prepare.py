@@ -297,7 +297,7 @@ def check_data(
         protocol=protocol,
         seed=config.seed,
         multi_label=task.multi_label,
-        draw=DRAWN_FOLDS if own is not None else 0,
+        draw=DRAWN_FOLDS if own is not None or task.name == "folder" else 0,
         split=config.data.split,
         shots=config.shots,
         clip_seconds=config.data.clip_seconds,

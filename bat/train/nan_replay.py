@@ -82,6 +82,7 @@ class Finding:
 class Replay:
     """What a step gave when it was computed again."""
 
+    folder: Path
     record: dict[str, Any]
     config: Pretrain | Finetune
     losses: list[tuple[int, int, float | None, float | None]] = field(default_factory=list)
@@ -94,9 +95,7 @@ class Replay:
     def lines(self) -> list[str]:
         """Returns all of it for printing."""
         fold = f", fold {self.record['fold']}" if self.record["fold"] else ""
-        lines = [
-            f"step      {self.record['step']}{fold}, {self.record['kind']} {self.config.out or ''}"
-        ]
+        lines = [f"step      {self.record['step']}{fold}, {self.record['kind']} ({self.folder})"]
         for rank, index, loss, then in self.losses:
             same = "as recorded" if loss == then else f"recorded: {_number(then)}"
             lines.append(f"loss      {_number(loss)} ({same}), micro-batch {index} of rank {rank}")
@@ -117,8 +116,15 @@ def replay(folder: Path) -> Replay:
     """
     record = _record(folder)
     module = _module(record, folder)
-    found = Replay(record, module.config)
-    module.load_state_dict(read_tensors(folder / "weights.safetensors"))
+    found = Replay(folder, record, module.config)
+    try:
+        module.load_state_dict(read_tensors(folder / "weights.safetensors"))
+    except RuntimeError as error:
+        version = record["versions"]["bat"]
+        raise UserError(
+            f"{folder} was kept by bat {version} and does not fit this version ({error}): replay "
+            f"it with pip install bat-audio=={version}"
+        ) from error
     device = torch.device(record["device"])
     if device.type == "cuda" and not torch.cuda.is_available():
         device = torch.device("cpu")
@@ -181,8 +187,12 @@ def _module(record: dict[str, Any], folder: Path) -> Any:
     if isinstance(config, Pretrain):
         return Pretraining(config)
     ready = prepare(config)
-    (held,) = [split for split in ready.splits if split.name == record["fold"]]
-    return Folds(ready, Path(config.out)).module(held)
+    held = next((split for split in ready.splits if split.name == record["fold"]), None)
+    if held is None:
+        raise UserError(
+            f"{folder} is of fold {record['fold']}, which the data no longer have: put them back"
+        )
+    return Folds(ready, folder).module(held)
 
 
 def _step(

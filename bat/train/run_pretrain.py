@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -240,6 +241,7 @@ def _report(module: Pretraining, out: Path, source: PretrainData, probe: OnlineP
         f"  encoder   {out}/export      ({names}; bat.load_encoder('{out}'))",
         f"  metrics   {out}/metrics.jsonl, {out}/summary.json",
         f"  pictures  {out}/plots/",
+        f"  one page  bat runs report {shlex.quote(str(out))}",
         f"  resume    {out}/checkpoints/last.ckpt (had it been interrupted: the same command)",
     ]
     task, index = source.task, source.index

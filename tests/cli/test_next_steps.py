@@ -87,7 +87,7 @@ def test_after_pretraining__probe_and_finetune_run(here, capsys):
 
 
 @pytest.mark.parametrize(
-    ("below", "labelled"), [("{kind}", False), ("{split}/{kind}", True), ("", False)]
+    ("below", "labelled"), [("{kind}", True), ("{split}/{kind}", True), ("", False)]
 )
 def test_after_pretraining__on_a_folder_nothing_that_fails_is_advised(here, below, labelled):
     words = ["recipe=esc10", "task=folder", f"data.root={sounds(here / 'own', below=below)}"]

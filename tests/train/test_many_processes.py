@@ -22,6 +22,7 @@ from bat.data.toy import make_toy, toy_wave
 from bat.io import read_jsonl
 from bat.shard.write import write_shards
 from bat.tasks.base import Row
+from bat.train.nan_replay import replay
 from tests.train.processes import Job, run, seen
 
 pytestmark = pytest.mark.slow
@@ -264,6 +265,10 @@ def test_guard__nan_on_one_rank_skips_the_step_on_all(runs: Path):
         assert furthest(moments, two["optimizer_states"][0]["state"][number]) == 0
     assert furthest(two["state_dict"], three["state_dict"]) > 0
     assert all(torch.isfinite(t).all() for t in three["state_dict"].values())
+    kept = replay(runs / "poisoned" / "nan" / "2")  # the loss became NaN after it was recorded
+    assert [rank for rank, *_ in kept.losses] == [0, 1]
+    for _, _, loss, then in kept.losses:
+        assert abs(loss - then) <= LOSS * then
 
 
 def test_finetune__fsdp_gives_the_head_and_encoder_of_one_process(runs: Path):
