@@ -3,7 +3,7 @@
     python tools/make_digit_strings.py FSDD OUT [--seed 0] [--train 600] [--valid 80] [--test 120]
 
 FSDD is the Free Spoken Digit Dataset with ``labels.csv`` (``path,label,fold``; a fold is a
-speaker). A sentence is three to six recordings of one speaker with pauses of 0.05 to 0.3 s in weak
+speaker). A sentence is two to four recordings of one speaker with pauses of 0.05 to 0.3 s in weak
 noise; speakers of ``test`` (the last) and ``valid`` (the one before) are in no training sentence.
 OUT gets ``audio/*.flac`` (8 kHz, 16 bits) and ``strings.csv`` (``path,split,text``, digits in
 words), which ``bat-probe data.csv=OUT/strings.csv level=frame`` reads. The same seed gives the same
@@ -60,7 +60,7 @@ def sentence(
     parts: list[np.ndarray] = []
     words: list[str] = []
     rate = 0
-    for k in rng.integers(len(clips), size=rng.integers(3, 7)):
+    for k in rng.integers(len(clips), size=rng.integers(2, 5)):
         path, digit = clips[k]
         wave, rate = soundfile.read(path, dtype="float32")
         parts += [

@@ -85,7 +85,8 @@ class Fitting:
             objective=module.objective if isinstance(module, Pretraining) else None,
             cost=Cost(config, self.checkpoints.training_seconds),
         )
-        self.online = online(metrics=metrics, stopping=stopping) if online else None
+        watcher = online(metrics=metrics, stopping=stopping) if online else None
+        self.online = watcher if isinstance(watcher, OnlineProbe) else None
         self.trainer: pl.Trainer = build_trainer(
             hardware=config.hardware,
             train=config.train,
@@ -96,7 +97,7 @@ class Fitting:
                 health,
                 metrics,
                 self.guard,
-                *([self.online] if self.online else []),
+                *([watcher] if watcher else []),
                 stopping,
                 self.checkpoints,
             ],

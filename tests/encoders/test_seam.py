@@ -71,7 +71,7 @@ def test_probes__take_every_kind_of_encoder(example: type[Encoder]) -> None:
         shape = {"width": encoder.width, "depth": encoder.depth, "has_cls": encoder.has_cls}
         for name, cls in known_probes().items():
             for level in cls.levels:
-                head = {"classes": 3, "level": level, "prototypes": 5, **shape}
+                head = {"classes": 3, "level": level, "prototypes": 5, "hidden": 6, **shape}
                 if takes_encoder(cls):
                     with pytest.raises(UserError, match="vqt"):
                         build_probe(name, encoder=encoder, **head)

@@ -1,5 +1,7 @@
 """Every head of the paper, and CTC, against its own code: logits and every gradient."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -104,9 +106,11 @@ def test_asr__equals_the_reference_and_padding_changes_nothing(heads):
     array = _arrays(heads, "asr")
     patches = torch.from_numpy(heads["patch_tokens"]).requires_grad_()  # (L, B, D, T, F)
     probe = build_probe("asr", classes=5, width=16, depth=3, has_cls=True, level="frame", hidden=8)
-    theirs = {"norm": "ln", "layer_logits": "block_attention"}
-    names = {n: n.replace(n.split(".")[0], theirs.get(n.split(".")[0], n.split(".")[0]))
+    names = {n: n.replace("norm", "ln").replace("layer_logits", "block_attention")
              for n in probe.state_dict()}  # fmt: skip
+    for layer, (part, end) in itertools.product((0, 1), (("onward", ""), ("back", "_reverse"))):
+        for own in probe.lstm[layer].get_submodule(part).state_dict():
+            names[f"lstm.{layer}.{part}.{own}"] = f"lstm.{own[:-1]}{layer}{end}"
     assert probe.layer_logits.tolist() == [1, 1, 1]
     probe.load_state_dict({own: array[f"w/{name}"] for own, name in names.items()})
     tokens = patches.permute(0, 1, 3, 4, 2)  # (L, B, T, F, D)
