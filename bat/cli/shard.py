@@ -153,6 +153,7 @@ def _index(args: argparse.Namespace) -> None:
 def _pack(args: argparse.Namespace) -> None:
     from bat.data.manifest import Manifest
     from bat.shard.info import summarise
+    from bat.shard.listing import NAME, write_listing
     from bat.shard.pack import Recipe
     from bat.shard.rows import open_rows
     from bat.shard.write import write_shards
@@ -207,6 +208,9 @@ def _pack(args: argparse.Namespace) -> None:
             print(line + f" in {args.out}" * line.startswith("shards"))
     where = args.out / "manifest.json" if args.out in folders else f"manifest.json of {args.out}/*"
     print(f"left out  {f'{len(entries)} ({_kinds(entries)}): listed in {where}' if entries else 0}")
+    if args.clip_seconds is None and any(row.listed_seconds for row in found.rows):
+        for line in write_listing(args.out, folders, found.left_out):
+            print(f"listing   {line} ({args.out / NAME})")
     print(f"next      {next_command(summary, args.out, found.kind)}")
 
 

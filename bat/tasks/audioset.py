@@ -5,6 +5,7 @@ The folder holds AudioSet's own files as they are downloaded: one or more segmen
 of the classes and the clips, anywhere below: ``YTID.ext``, ``YYTID.ext`` or either with ``_START``
 (seconds, or milliseconds as some downloaders write) before the suffix. Segments without a file are
 left out and listed (much of AudioSet is no longer available); no file at all is an error.
+``bat-shard`` also writes which clips are damaged or shorter than their segment.
 
 Names: ``class_labels_indices.csv`` (``index,mid,display_name``), which has the official order; with
 ``ontology.json`` alone the classes are those that the segments name, sorted.
@@ -16,6 +17,7 @@ Split: ``train-balanced`` for ``balanced_train_segments.csv``, ``train-unbalance
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from bat.errors import UserError
@@ -28,15 +30,15 @@ NO_FILE = "no file"
 """Reason given for a segment that is left out."""
 
 
-def read_segments(path: Path) -> list[tuple[str, float, list[str]]]:
-    """Reads ``[(YTID, start_seconds, mids), ...]`` from a segments CSV."""
+def read_segments(path: Path) -> list[tuple[str, float, float, list[str]]]:
+    """Reads ``[(YTID, start_seconds, end_seconds, mids), ...]`` from a segments CSV."""
     found = []
     for number, line in csv_cells(path):
         if line[0].startswith("#"):
             continue
         try:
-            name, start, _end, mids = line
-            found.append((name, float(start), [m.strip() for m in mids.split(",")]))
+            name, start, end, mids = line
+            found.append((name, float(start), float(end), [m.strip() for m in mids.split(",")]))
         except ValueError:
             raise UserError(
                 f"{path} line {number}: {','.join(line)!r} is not 'YTID, start, end, \"mid,mid\"'"
@@ -88,7 +90,7 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
     listed = 0
     for table in tables:
         split = split_of_table(table)
-        for name, start, mids in read_segments(table):
+        for name, start, end, mids in read_segments(table):
             listed += 1
             met.update(mids)
             key = f"Y{name}"
@@ -98,7 +100,8 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
             if file is None:
                 absent.setdefault(key, LeftOut(key, key, NO_FILE, split))
             elif key not in found:
-                found[key] = Row(file, key, tuple(mids), split=split, start_seconds=start)
+                row = Row(file, key, tuple(mids), split=split, start_seconds=start)
+                found[key] = replace(row, listed_seconds=max(0.0, end - start))
             elif found[key].split != split:
                 again.add(key)
     if not found:

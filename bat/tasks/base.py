@@ -85,6 +85,8 @@ class Row:
     """Sounds with onset and offset; ``labels`` is then the union of their labels. None: unknown."""
     text: str | None = None
     """The transcript; None: there is none."""
+    listed_seconds: float = 0.0
+    """Length of the clip that the source states; 0: none."""
     line: int = 0
     """Line of the CSV that lists it first; 0: none."""
 

@@ -23,7 +23,7 @@ SPECIES = {"gcrfin": 700.0, "yerwar": 6_000.0, "norfli": 13_000.0}
 def song(species: Sequence[str], seconds: float, seed: int) -> np.ndarray:
     """Returns tones of ``species`` in weak noise: (S,) at 32 kHz."""
     t = np.arange(round(seconds * RATE)) / RATE
-    wave = 0.01 * np.random.default_rng(seed).standard_normal(len(t))
+    wave = 0.05 * np.random.default_rng(seed).standard_normal(len(t))
     return sum((0.3 * np.sin(2 * np.pi * SPECIES[name] * t) for name in species), wave)
 
 
