@@ -52,7 +52,7 @@ def header(path: Path) -> tuple[str, dict[str, str], str]:
 def linked(text: str) -> str:
     """Returns ``text`` with ``docs/PAGE.md`` as a link and ``key=value`` as code."""
     text = html.escape(text, quote=False)
-    text = re.sub(r"(?<![\w`.])([a-z][\w.]*=[^\s,;:)]*[^\s,;:).])", r"`\1`", text)
+    text = re.sub(r"(?<![\w`.])([a-z][\w.]*=(?:[^\s;:)]*[^\s,;:).])?)", r"`\1`", text)
     return re.sub(r"docs/((\w+)\.md)", r"[\2](\1)", text)
 
 
@@ -86,7 +86,7 @@ def settings(command: str) -> str:
         "--print-config`.\n"
     ]
     last = None
-    for setting in describe.settings(command):
+    for setting in sorted(describe.settings(command), key=lambda s: "." in s.key):  # the run first
         section = setting.key.partition(".")[0] if "." in setting.key else "the run"
         if section != last:
             parts.append(f"\n## {section}\n")

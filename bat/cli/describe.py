@@ -123,17 +123,41 @@ def _settings(section: Any, prefix: str) -> Iterator[Setting]:
 def _from_source(
     node: ast.ClassDef, classes: dict[str, ast.ClassDef], prefix: str
 ) -> Iterator[Setting]:
-    """Yields the settings of a dataclass that cannot be imported without torch."""
-    shared = _meanings(_classes(registry.PACKAGE / "objectives/base.py")["Config"])
-    meanings = shared | {name: said for name, said in _meanings(node).items() if said}
+    """Yields the settings of a dataclass that cannot be imported without torch; of those that it
+    inherits, the ones with another default."""
+    meanings = _inherited(node) | {name: said for name, said in _meanings(node).items() if said}
     for line in node.body:
         if isinstance(line, ast.AnnAssign) and line.value is not None:
             name, hint = ast.unparse(line.target), ast.unparse(line.annotation)
             if hint in classes:
                 yield from _from_source(classes[hint], classes, f"{prefix}{name}.")
+            elif hint in (others := _objective_of(hint)):
+                words = [k for call in ast.walk(line.value) if isinstance(call, ast.Call)
+                         for k in call.keywords if k.arg != "default_factory"]  # fmt: skip
+                given = {f"{prefix}{name}.{k.arg}": ast.literal_eval(k.value) for k in words}
+                for found in _from_source(others[hint], others, f"{prefix}{name}."):
+                    if found.key in given:
+                        yield found._replace(default=json.dumps(given[found.key]))
             else:
                 value = ast.literal_eval(line.value)
                 yield _setting(f"{prefix}{name}", hint, value, meanings[name])
+
+
+def _objective_of(name: str) -> dict[str, ast.ClassDef]:
+    """Returns the classes of the objective's file that has a class of this name; else none."""
+    for file in (registry.PACKAGE / "objectives").glob("*.py"):
+        if name in (classes := _classes(file)):
+            return classes
+    return {}
+
+
+def _inherited(node: ast.ClassDef) -> dict[str, str]:
+    """Returns the meanings of the fields that a Config inherits: ``class Config(MAE.Config)``."""
+    found: dict[str, str] = {}
+    for base in map(ast.unparse, node.bases):
+        if config := _objective_of(base.partition(".")[0]).get("Config"):
+            found |= _inherited(config) | _meanings(config)
+    return found
 
 
 def _setting(key: str, hint: str, value: Any, meaning: str) -> Setting:

@@ -42,7 +42,7 @@ class Hardware:
     """Passed to Lightning's Trainer."""
 
     accelerator: str = "auto"
-    """``cpu``, ``gpu`` or ``auto``, as Lightning names them."""
+    """``cpu``, ``gpu`` or ``auto``, as Lightning names them; in place of Apple's GPU the CPU."""
     devices: str = "auto"
     """A number, a list such as ``0,1`` or ``auto``."""
     num_nodes: CountOrZero = 1

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -61,7 +61,23 @@ def normal(n: int, bits: np.random.Philox) -> np.ndarray:
     return pairs.ravel()[:n].astype(np.float32)
 
 
-class Plan:
+class Remembering:
+    """Base of what keeps results of its methods, and is sent to spawned loader processes without
+    them."""
+
+    def remember(self) -> None:
+        """Wraps the methods whose results are kept."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: v for name, v in vars(self).items() if not hasattr(v, "cache_clear")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.remember()
+
+
+class Plan(Remembering):
     """The stream over ``clips``.
 
     Args:
@@ -109,6 +125,9 @@ class Plan:
                 f"epoch_clips={epoch_clips}: an epoch takes 1 to {usable} of {len(ids)} clips "
                 f"({len(ids) - usable} have no weight)"
             )
+        self.remember()
+
+    def remember(self) -> None:
         self.order = functools.lru_cache(maxsize=2)(self._order)  # batches may span two epochs
 
     def __len__(self) -> int:
@@ -185,7 +204,7 @@ class Plan:
         return text
 
 
-class MixedPlan:
+class MixedPlan(Remembering):
     """Interleaves the plans of several data sets by ``weights`` (any positive numbers).
 
     Raises:
@@ -206,6 +225,9 @@ class MixedPlan:
             raise UserError(f"mix={list(weights)}: the least share is below a thousandth")
         self.plans, self.counts, self.seed = list(plans), counts, seed
         self.ids = np.unique(np.concatenate([plan.ids for plan in plans]))
+        self.remember()
+
+    def remember(self) -> None:
         self._block = functools.lru_cache(maxsize=64)(self._draw_block)
 
     def __len__(self) -> int:

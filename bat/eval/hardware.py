@@ -27,12 +27,13 @@ C = TypeVar("C", bound=Pretrain | Supervised)
 
 
 def with_precision(config: C, out: Path) -> C:
-    """Returns ``config`` with ``hardware.precision=auto`` resolved.
+    """Returns ``config`` with ``hardware.precision=auto`` resolved, on the CPU in place of MPS.
 
     The precision is that with which the run in ``out`` began, else bfloat16 if the device has
     instructions for it, else float32. An unexpected choice is logged, and so is a slow one that was
     set explicitly.
     """
+    config = _without_mps(config)
     on_cpu = config.hardware.accelerator == "cpu" or not torch.cuda.is_available()
     fast = has_fast_bfloat16("cpu" if on_cpu else "cuda")
     asked = config.hardware.precision
@@ -51,6 +52,16 @@ def with_precision(config: C, out: Path) -> C:
             "hardware.precision=32-true is faster"
         )
     return config
+
+
+def _without_mps(config: C) -> C:
+    """Returns ``config`` on the CPU if Lightning would choose Apple's GPU, and says so."""
+    wanted = config.hardware.accelerator
+    chosen = wanted in ("auto", "gpu") and not torch.cuda.is_available()
+    if wanted != "mps" and not (chosen and torch.backends.mps.is_available()):
+        return config
+    log.warning("hardware.accelerator=%s: MPS is not supported, the CPU is used", wanted)
+    return replace(config, hardware=replace(config.hardware, accelerator="cpu"))
 
 
 def has_fast_bfloat16(device: str) -> bool:

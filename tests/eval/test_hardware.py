@@ -209,6 +209,20 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
     return caplog
 
 
+@pytest.mark.parametrize("wanted", ["auto", "gpu", "mps"])
+def test_with_precision__cpu_in_place_of_mps_with_a_word(
+    cpu, said, tmp_path, monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    cpu(False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    words = ["recipe=toy", f"hardware.accelerator={wanted}"]
+    for config in (compose(Pretrain, "pretrain", words), compose(Probe, "probe", words)):
+        said.clear()
+        assert with_precision(config, tmp_path).hardware.accelerator == "cpu"
+        assert f"hardware.accelerator={wanted}: MPS" in said.text
+
+
 def test_with_precision__slow_bfloat16_is_warned_of(cpu, said, tmp_path) -> None:
     words = ["recipe=esc10", "hardware.precision=bf16-mixed"]
     config = compose(Pretrain, "pretrain", words)
