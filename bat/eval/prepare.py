@@ -276,6 +276,8 @@ def check_data(
         draw=DRAWN_FOLDS if own is not None else 0,
         split=config.data.split,
     )
+    if events is not None:
+        check_timed(splits, index)
     if config.data.split != "auto":
         notices.append(f"trained on split {config.data.split}; {index.counted_splits()}")
     notices += check_splits(splits, index, multi_label=task.multi_label, labelled=texts is None)
@@ -370,6 +372,19 @@ def check_events(events: Events, index: Index) -> None:
         raise UserError(
             f"{len(late)} event(s) begin after their recording has ended (the first"
             f"{f' in line {line}' if line else ''}: {said}): give times in seconds"
+        )
+
+
+def check_timed(splits: list[Split], index: Index) -> None:
+    """Raise ``UserError`` if clips of ``splits`` have labels whose times are not known."""
+    parts = [ids for held in splits for ids in (held.train, held.test, held.valid)]
+    used = np.unique(np.concatenate([ids for ids in parts if ids is not None])).tolist()
+    bare = [i for i in used if index.labels_per_clip[i] and i not in index.events]
+    if bare:
+        raise UserError(
+            f"{len(bare)} of {len(used)} clips have labels, but no events (the first: "
+            f"{index.key(bare[0])}): at level=frame they would be taken for silence. Leave their "
+            "split out (data.split=NAME), or say level=clip"
         )
 
 

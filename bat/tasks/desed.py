@@ -8,7 +8,7 @@ at the same place below ``audio/``: ``metadata/train/weak.tsv`` lists ``audio/tr
 ======================================  =========  ==============================================
 table                                   split      columns
 ======================================  =========  ==============================================
-``train/weak``                          ``weak``   ``filename, event_labels`` (with commas); no times
+``train/weak``                          ``weak``   ``filename, event_labels`` (commas), no times
 ``train/`` synthetic soundscapes        ``train``  ``filename, onset, offset, event_label``; a line
                                                    with a name alone is a clip without events
 ``validation/`` synthetic soundscapes   ``valid``  the same
