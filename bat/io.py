@@ -1,7 +1,9 @@
-"""Writes files atomically; reads and filters JSON lines."""
+"""Writes files atomically, reads JSON lines, guesses which file a misspelt path means."""
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import json
 import os
 import re
@@ -11,6 +13,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+
+def missing(path: str | Path) -> str:
+    """Returns "PATH does not exist", with the name beside it that was probably meant."""
+    asked = Path(path).expanduser()
+    with suppress(OSError), os.scandir(asked.parent) as entries:
+        names = [entry.name for entry in itertools.islice(entries, 1000)]
+        if close := difflib.get_close_matches(asked.name, names, n=1):
+            return f"{path} does not exist (did you mean {asked.parent / close[0]}?)"
+    return f"{path} does not exist"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

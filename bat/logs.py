@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -30,6 +31,12 @@ def is_main() -> bool:
         names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
         rank = next((int(os.environ[name]) for name in names if os.environ.get(name)), 0)
     return rank == 0
+
+
+def bar_seconds() -> float:
+    """Returns the seconds between two updates of a progress bar: few where somebody watches (a
+    terminal, a notebook), many where the lines of a file would pile up."""
+    return 0.5 if sys.stderr.isatty() or "ipykernel" in sys.modules else 15.0
 
 
 class _LogFile(logging.FileHandler):

@@ -113,6 +113,13 @@ class Views(NamedTuple):
     """(rows, n) int64, ascending: the visible tokens."""
     mask: Tensor
     """(rows, N) bool: True where the token is removed."""
+    chosen: Tensor | None = None
+    """(rows, m) int64, ascending: the removed tokens that are predicted; None: all."""
+
+    @property
+    def predict_ids(self) -> Tensor:
+        """(rows, m) int64, ascending: the removed tokens that a decoder predicts."""
+        return self.masked_ids if self.chosen is None else self.chosen
 
     @property
     def masked_ids(self) -> Tensor:
@@ -145,6 +152,13 @@ class Features(NamedTuple):
     valid: Tensor | None = None
     """(B,) int64, valid time patches of each clip in a batch of several lengths; later tokens are
     zero padding, to be excluded from means, extremes and attention. None: all T are valid."""
+
+    def __repr__(self) -> str:
+        """Returns the shapes, not the numbers."""
+        axes = ("L, B, T, F, D", "L, B, D", "B, T, F, D", "L, B, P, D", "B")
+        found = zip(self._fields, axes, self, strict=True)
+        said = [f"{name} ({of}) = {tuple(t.shape)}" for name, of, t in found if t is not None]
+        return f"Features({', '.join(said)}, {self.patches.dtype}, {self.patches.device})"
 
     def inside(self) -> Tensor | None:
         """(B, T) bool, True for valid time patches; None: all."""

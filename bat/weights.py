@@ -29,7 +29,7 @@ from torch.serialization import safe_globals
 from bat import registry
 from bat.encoders.base import Encoder, find_encoder, in_short
 from bat.errors import UserError
-from bat.io import replace_durably
+from bat.io import missing, replace_durably
 
 log = logging.getLogger("bat")
 
@@ -75,7 +75,10 @@ def resolve(path: str | Path) -> Path:
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise UserError(f"checkpoint {path} does not exist: give a run, an export or a weight file")
+        raise UserError(
+            f"checkpoint {missing(path)}: give a run (bat runs lists them), an export or a weight "
+            "file"
+        )
     if path.is_file():
         return path
     for folder in (path, path / "export"):
@@ -95,8 +98,12 @@ def resolve(path: str | Path) -> Path:
             "probed (its config.yaml names it)"
         )
     unfinished = (path / "config.yaml").is_file()
-    hint = ": the run has not finished (its export is written at the end)" if unfinished else ""
-    raise UserError(f"{path} holds no {WEIGHTS}, nor does its export/ folder{hint}")
+    hint = (
+        "the run has not finished (its export is written at the end; the same command continues it)"
+        if unfinished
+        else "give a run (bat runs lists them), an export or a weight file"
+    )
+    raise UserError(f"{path} holds no {WEIGHTS}, nor does its export/ folder: {hint}")
 
 
 def is_export(path: Path) -> bool:
@@ -153,13 +160,12 @@ def read_encoder(
     if weights not in ("student", "teacher"):
         raise UserError(f"weights='{weights}': student or teacher")
     path = resolve(path)
+    held = read_all(path)
     if not path.is_dir():
-        held = read_tensors(path)
         stored = (held.get(key) for key in ("cfg", "config", "args"))
         settings = next((found for found in stored if isinstance(found, dict)), {})
         return _find(held, settings, path, weights, name)
     settings = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
-    held = _read_folder(path)
     kind, version = settings.get("format"), settings.get("version")
     if kind is None and "format" not in settings:
         return _find(held, settings, path, weights, name)
@@ -324,8 +330,11 @@ def _no_encoder(held: dict[Any, Any], settings: Mapping[str, Any], path: Path) -
     )
 
 
-def _read_folder(folder: Path) -> dict[str, Any]:
-    """Returns the tensors of ``model.safetensors``, or of the shards in the index beside it."""
+def read_all(folder: Path) -> dict[str, Any]:
+    """Returns what a weight file holds (``read_tensors``), or a folder, as ``resolve`` returns it:
+    the tensors of its ``model.safetensors``, or of the shards in the index."""
+    if folder.is_file():
+        return read_tensors(folder)
     if (folder / WEIGHTS).is_file():
         return read_tensors(folder / WEIGHTS)
     index = folder / INDEX

@@ -1,14 +1,16 @@
 """Augments whole batches on the device (docs/method.md 5).
 
 Mixup, SpecAugment, colour noise, time roll. Every random number is drawn from the given
-``torch.Generator``, on the generator's own device: with one on the GPU no data leave it, with a CPU
-one the draws are the same on every machine. Each clip has its own draws, except in ``time_roll``;
-there is no loop over clips and no host synchronisation. Random draws and computation are separate:
-``mix`` and ``add_noise`` are the deterministic parts, which the golden vectors cover.
+``torch.Generator``, on the generator's own device (shares of ``mixup``: from its seed, on the CPU):
+with one on the GPU no data leave it, with a CPU one the draws are the same on every machine. Each
+clip has its own draws, except in ``time_roll``; there is no loop over clips and no host
+synchronisation. Random draws and computation are separate: ``mix`` and ``add_noise`` are the
+deterministic parts, which the golden vectors cover.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,10 +32,9 @@ def mixup(
     """
     assert 0.0 <= p <= 1.0, p
     assert alpha > 0, alpha
-    shape = torch.full((len(x), 2), alpha, dtype=torch.float64, device=generator.device)
-    # torch.distributions takes no generator; this is the call beneath its Gamma (torch 2.11)
-    gamma = torch._standard_gamma(shape, generator=generator)  # (B, 2)
-    weight = gamma[:, 0] / gamma.sum(1).clamp(min=torch.finfo(torch.float64).tiny)  # (B,)
+    # torch.distributions takes no generator: NumPy draws, from the generator's seed
+    drawn = np.random.default_rng(generator.initial_seed()).beta(alpha, alpha, len(x))  # (B,)
+    weight = torch.from_numpy(drawn).to(generator.device, non_blocking=True)
     chosen = _uniform(len(x), generator=generator) < p
     return mix(x, y, torch.where(chosen, weight, 0.0).to(x.device, non_blocking=True))
 

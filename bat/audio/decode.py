@@ -29,8 +29,11 @@ import soxr
 
 from bat.audio.encode import encode as encode
 from bat.audio.ffmpeg import SLACK_FRAMES, AvFile, open_av
+from bat.audio.part import FilePart
 from bat.errors import UserError
 
+Source = bytes | Path | FilePart
+"""A file's bytes, its path, or its place in a file that holds others."""
 Kind = Literal["corrupt", "empty", "short", "mismatch", "long", "nan", "range", "rate", "brief"]
 
 BLOCK_SAMPLES = 2**22  # samples (all channels) read at once: 16 MiB
@@ -96,7 +99,7 @@ class Segment(TypedDict, total=False):
     """Shortest usable clip (the whole of it, not the segment)."""
 
 
-def decode(data: bytes | Path, **segment: Unpack[Segment]) -> np.ndarray:
+def decode(data: Source, **segment: Unpack[Segment]) -> np.ndarray:
     """Decodes a clip (the whole file's bytes, or its path), or a segment of it, to mono float32.
 
     Channels are mixed with equal weights.
@@ -112,14 +115,14 @@ def decode(data: bytes | Path, **segment: Unpack[Segment]) -> np.ndarray:
     return _decode(data, mono=True, **segment)
 
 
-def decode_channels(data: bytes | Path, **segment: Unpack[Segment]) -> np.ndarray:
+def decode_channels(data: Source, **segment: Unpack[Segment]) -> np.ndarray:
     """Decodes as ``decode``, with channels kept: (S, channels) float32."""
     return _decode(data, mono=False, **segment)
 
 
 def decode_into(
     row: np.ndarray,
-    data: bytes | Path,
+    data: Source,
     *,
     place: Callable[[int], tuple[int, int]],
     **segment: Unpack[Segment],
@@ -146,7 +149,7 @@ def write_rolled(row: np.ndarray, wave: np.ndarray, roll: int) -> None:
     row[:roll] = wave[n - roll :]
 
 
-def probe(data: bytes | Path, *, max_file_seconds: float = MAX_FILE_SECONDS) -> AudioInfo:
+def probe(data: Source, *, max_file_seconds: float = MAX_FILE_SECONDS) -> AudioInfo:
     """Returns length, rate, channels and codec of a file (its bytes or its path), from its header.
 
     Args:
@@ -201,7 +204,7 @@ def samples_of(seconds: float, rate: int) -> int:
 
 
 def _decode(
-    data: bytes | Path,
+    data: Source,
     *,
     mono: bool,
     sample_rate: int,
@@ -292,14 +295,18 @@ class _File(soundfile.SoundFile):
         return False
 
 
-def _open(data: bytes | Path) -> _File | AvFile:
+def _open(data: Source) -> _File | AvFile:
     file: _File | AvFile
     try:
         # the absolute path: libsndfile takes "-" for its standard input; its bytes: any name
-        source = os.fsencode(data.absolute()) if isinstance(data, Path) else io.BytesIO(data)
+        source: bytes | io.BytesIO | io.BufferedReader
+        if isinstance(data, Path):
+            source = os.fsencode(data.absolute())
+        else:
+            source = data.open() if isinstance(data, FilePart) else io.BytesIO(data)
         file = _File(source)
     except (soundfile.SoundFileError, RuntimeError, TypeError, UnicodeError) as error:
-        if isinstance(data, Path):
+        if not isinstance(data, bytes):
             data.open("rb").close()  # raises the specific error, not "System error"
         try:
             other = open_av(data)

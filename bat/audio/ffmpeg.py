@@ -23,6 +23,8 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
+from bat.audio.part import FilePart
+
 PREROLL_SECONDS = 0.5
 SLACK_FRAMES = 3 * 2048
 """Samples by which the length in a header may differ from what decodes (encoder delay, padding)."""
@@ -51,14 +53,14 @@ def container_of(head: bytes) -> tuple[str, str] | None:
     return None
 
 
-def open_av(data: bytes | Path) -> AvFile | None:
+def open_av(data: bytes | Path | FilePart) -> AvFile | None:
     """Opens a file (its bytes or its path); None without PyAV, or if it is none of the containers.
 
     Raises ``RuntimeError`` if it is damaged or has no audio, ``OSError`` if it cannot be opened.
     """
     if not has_av():
         return None
-    file: BinaryIO = data.open("rb") if isinstance(data, Path) else io.BytesIO(data)
+    file: BinaryIO = io.BytesIO(data) if isinstance(data, bytes) else data.open("rb")
     found = container_of(file.read(16))
     file.seek(0)
     if found is None:

@@ -115,12 +115,6 @@ def trust(options: argparse.Namespace) -> list[str]:
     return ["trust_remote_code=true"] if options.trust_remote_code else []
 
 
-def own_recipe(options: argparse.Namespace, *, among: tuple[str, ...] = ("data.csv",)) -> list[str]:
-    """Returns ``recipe=own`` if one of ``among`` is given without a recipe."""
-    words = {word.partition("=")[0] for word in options.settings}
-    return ["recipe=own"] if words.intersection(among) and "recipe" not in words else []
-
-
 class Command(AbstractContextManager["Command"]):
     """One call of a command, with the parsed ``options`` and the exit ``code``.
 
@@ -214,12 +208,14 @@ def _close_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def configure(args: argparse.Namespace, schema: Any, command: str, extra: list[str]) -> Any:
-    """Returns the resolved configuration, or None after ``--print-config`` printed it."""
-    from bat.config.compose import compose, to_yaml
+def run(options: argparse.Namespace, command: str, extra: list[str], **how: Any) -> None:
+    """Runs ``bat-COMMAND`` with the settings of ``options`` and ``extra``, or prints them."""
+    from bat import api
 
-    config = compose(schema, command, [*args.settings, *extra])
-    if args.print_config:
-        print(to_yaml(redact_tree(config)), end="")
-        return None
-    return config
+    config = api.settle(command, [*options.settings, *extra], check=not options.print_config)
+    if not options.print_config:
+        api.start(command, config, dry_run=options.dry_run, force=options.force, **how)
+        return
+    from bat.config.compose import to_yaml
+
+    print(to_yaml(redact_tree(config)), end="")

@@ -25,18 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     p = args.recipe_parser("finetune", ABOUT, EPILOG)
     args.add_trust(p)
     with args.Command(p, argv) as call:
-        from bat.config.schema import Finetune
-
-        extra = args.own_recipe(call.options) + args.trust(call.options)
-        config = args.configure(call.options, Finetune, "finetune", extra)
-        if config is None:
-            return call.code
-        from bat.eval.run_folder import check_first
-
-        check_first(config)
-        from bat.train.finetune import finetune
-
-        finetune(config, dry_run=call.options.dry_run, force=call.options.force)
+        args.run(call.options, "finetune", args.trust(call.options))
     return call.code
 
 

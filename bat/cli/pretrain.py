@@ -28,33 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         "--allow-pipe", action="store_true", help="run the commands of data.shards=pipe:COMMAND"
     )
     with args.Command(p, argv) as call:
-        from bat.config.schema import Pretrain
-
-        options = call.options
-        options.settings += args.own_recipe(options, among=("data.root", "data.csv"))
-        proposed = []
-        from bat.config.compose import compose_early
-
-        # before torch is imported, for the objective's settings
-        if (early := compose_early(Pretrain, "pretrain", options.settings)) is not None:
-            if not options.print_config:
-                from bat.eval.run_folder import check_first
-
-                check_first(early)
-            if early.recipe == "own":
-                from bat.logs import start_logging
-                from bat.train.proposals import propose
-
-                start_logging()
-                proposed = propose(early, options.settings)
-        config = args.configure(options, Pretrain, "pretrain", proposed)
-        if config is None:
-            return call.code
-        from bat.data.pipes import allow_pipes
-        from bat.train.run_pretrain import pretrain
-
-        allow_pipes(options.allow_pipe)
-        pretrain(config, dry_run=options.dry_run, force=options.force)
+        args.run(call.options, "pretrain", [], allow_pipe=call.options.allow_pipe)
     return call.code
 
 

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from bat.cli import args
+from bat.errors import UserError
 
 ABOUT = """\
 Probe frozen encoders: many probes, seeds and encoders under one protocol, cross-validated where
@@ -39,9 +39,6 @@ def main(argv: list[str] | None = None) -> int:
         from bat.cli.probe_report import main as report
 
         return report(given[1:])
-    # read when torch is imported: idle threads sleep. By default they spin, and while other
-    # programs use the cores a small step on two threads takes ten times as long
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     p = args.recipe_parser("probe", ABOUT, EPILOG)
     p.add_argument(
         "--method", metavar="NAME[,NAME]", help="probes to train, or all; as methods=[...]"
@@ -49,20 +46,15 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--seeds", type=int, metavar="N", help="trainings of each probe, as seeds=N")
     args.add_trust(p)
     with args.Command(p, argv) as call:
-        from bat.config.schema import Probe
+        from bat.registry import known
 
-        extra = [] if call.options.method is None else [f"methods=[{call.options.method}]"]
-        extra += [] if call.options.seeds is None else [f"seeds={call.options.seeds}"]
-        extra += args.own_recipe(call.options) + args.trust(call.options)
-        config = args.configure(call.options, Probe, "probe", extra)
-        if config is None:
-            return call.code
-        from bat.eval.run_folder import check_first
-
-        check_first(config)
-        from bat.eval.probe import probe
-
-        probe(config, dry_run=call.options.dry_run, force=call.options.force)
+        options, extra = call.options, args.trust(call.options)
+        if several := [word for word in options.settings if word in known("probes")]:
+            methods = ",".join([options.method or "", *several]).strip(",")
+            raise UserError(f"several methods are joined by commas: --method {methods}")
+        extra += [] if options.method is None else [f"methods=[{options.method}]"]
+        extra += [] if options.seeds is None else [f"seeds={options.seeds}"]
+        args.run(options, "probe", extra)
     return call.code
 
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,7 +76,13 @@ def compose(schema: type[T], command: str, overrides: list[str], *, objective: b
     recipe = words.pop("recipe", None)
     if recipe is None:
         known = ", ".join(locate.known_recipes(command))
-        raise UserError(f"no recipe given: say recipe=NAME. Known: {known}")
+        own = "data.root=FOLDER" if command == "pretrain" else "data.csv=labels.csv"
+        if "data.root" in words:
+            own = "recipe=own task=folder (the names of its folders are the labels)"
+        raise UserError(
+            f"no recipe given: say recipe=toy to try it, or {own} for audio of your own. "
+            f"Known: {known}"
+        )
     path = locate.find_recipe(str(recipe), command)
     body = _read(path)
     uses = body.pop("use", None) or []
@@ -95,8 +102,9 @@ def compose(schema: type[T], command: str, overrides: list[str], *, objective: b
     late = fragments([f"{g}/{leaf}" for g, leaf in picked.items() if g in LATE])
     line = ("command line", words)
 
-    bare: Any = schema  # a schema with a section objective
-    config = OmegaConf.structured(schema if objective else bare(objective={}))
+    kind: Any = schema
+    bare = not objective and "objective" in kind.__dataclass_fields__
+    config = OmegaConf.structured(kind(objective={}) if bare else schema)
     if objective and "objective" in config:
         first = _objective([*fragments(replaced), *base, own]) or OBJECTIVE
         chosen = _objective([*new, line]) or first
@@ -176,6 +184,35 @@ def word(key: str, value: Any) -> str:
     return f"{key}={text}"
 
 
+def words_from(settings: Mapping[str, Any]) -> list[str]:
+    """Returns the words ``key=value`` of the command line for settings from Python.
+
+    A mapping is a section (``{"data": {"csv": "a.csv"}}`` is ``data.csv=a.csv``; an empty one sets
+    nothing). Values are text, numbers, None, paths, NumPy's scalars and arrays, and lists of these.
+    Raises ``UserError`` for each value of another type.
+    """
+    words, problems = [], []
+    for key, value in _leaves(settings):
+        try:
+            if not isinstance(value, Mapping):
+                words.append(word(key, _plain(value)))
+        except (yaml.YAMLError, TypeError):
+            kind = type(value).__name__
+            problems.append(f"{key} is a {kind}: give text, a number, None, a path or a list")
+    if problems:
+        raise UserError("; ".join(problems))
+    return words
+
+
+def _plain(value: Any) -> Any:
+    """Returns ``value`` as YAML can write it."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # NumPy, torch
+        value = value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def to_yaml(config: Any) -> str:
     """Returns the resolved configuration as YAML with every value written out."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
@@ -207,7 +244,7 @@ def _words(overrides: list[str], command: str) -> dict[str, Any]:
     for word in overrides:
         key, eq, text = word.partition("=")
         if not eq or not key:
-            hint = f" Did you mean recipe={word}?" if "=" not in word else ""
+            hint = f" Did you mean {_meant(word, command)}?" if "=" not in word else ""
             raise UserError(f"'{word}' is not key=value.{hint} See bat-{command} --help")
         if key in words:
             raise UserError(f"'{key}' is given twice on the command line: keep one")
@@ -216,6 +253,15 @@ def _words(overrides: list[str], command: str) -> dict[str, Any]:
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"cannot read the value of {key}={text}: {error}") from error
     return words
+
+
+def _meant(word: str, command: str) -> str:
+    """Returns the setting that a bare ``word`` was probably meant for."""
+    if Path(word).is_dir() or word.endswith("/"):
+        return f"{'data.root' if command == 'pretrain' else 'checkpoint'}={word}"
+    if "." in word and not word.endswith((".csv", ".yaml")):
+        return f"{word}=VALUE"
+    return f"{'data.csv' if word.endswith('.csv') else 'recipe'}={word}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -229,9 +275,9 @@ def _read(path: Path) -> dict[str, Any]:
     return {str(k): v for k, v in plain.items()}
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, Mapping) and value:
             yield from _leaves({str(k): v for k, v in value.items()}, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -43,7 +43,8 @@ class Head:
     vqt_norm: bool | None = None
     """The same for ``vqt`` alone; null: as ``norm``."""
     hidden: PositiveInt | None = None
-    """Hidden width of ``mlp``; null: the encoder's width."""
+    """Hidden width of ``mlp`` (null: the encoder's width), and of each direction of the LSTM of
+    ``asr`` (null: 512)."""
     attention_heads: PositiveInt | None = None
     """Heads of ``mhca``; null: 12, 16 for an encoder 1024 wide, else width / 64."""
     pool_queries: PositiveInt = 32

@@ -79,6 +79,8 @@ class Health:
 
     max_skipped: CountOrZero = 5
     """Steps of non-finite loss or gradient skipped among 100; one more stops the run."""
+    keep_nan: CountOrZero = 2
+    """First skipped steps kept in ``out/nan`` for ``bat debug``, each as large as the weights."""
     collapse: Literal["off", "warn", "stop"] = "warn"
     """Pre-training: action if teacher or student gives all clips the same representation."""
     collapse_every: PositiveInt = 200

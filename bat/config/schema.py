@@ -168,9 +168,19 @@ class Supervised:
     whole clips."""
     loss: Literal["task", "ce", "bce", "asl"] = "task"
     """``task``: the task's own; cross-entropy, binary cross-entropy, asymmetric loss."""
+    shots: PositiveInt | None = None
+    """Train on at most so many clips of each class, counted by a clip's first label and drawn by
+    ``seed``, those of at most ``data.clip_seconds`` before longer ones; null: on all."""
     frames: PositiveInt | None = None
     """Frames of every clip; null: the task's number, or for custom data, which has none, each
     clip's own (padding is not attended to, and results do not depend on the batch)."""
+    sample_rate: PositiveInt | None = None
+    """Sample rate at which the encoder's weights are run; null: the checkpoint's."""
+    n_fft: PositiveInt | None = None
+    """Window and length of the Fourier transform in samples; null: the checkpoint's. A Kaldi front
+    end has windows of 25 ms every 10 ms at any rate and does not use it."""
+    hop_length: PositiveInt | None = None
+    """Hop from frame to frame in samples; null: the checkpoint's."""
     pad: Literal["checkpoint", "spectrogram", "waveform", "clip", "fbank"] = "checkpoint"
     """Padding of short clips: zero frames (``spectrogram``; ``fbank``: before a Kaldi front end
     standardises, as EAT, SSLAM, AudioMAE and AST were trained), zero samples to the last frame
@@ -182,6 +192,13 @@ class Supervised:
     statistics: str | None = None
     """Data set whose mean and deviation a Kaldi front end uses; null: the checkpoint's own, or
     for EAT, SSLAM and BEATs files, which do not state it, those of the task's data set."""
+    cls: Literal["none", "mean"] | None = None
+    """Class token of ``beats``, which has none: ``mean`` makes one of each block's mean patch, as
+    its authors' code does; null: ``mean`` with ``protocol=bat`` unless ``head.cls`` is given, else
+    the checkpoint's."""
+    window_scores: bool = False
+    """Write the probabilities of every held-out clip, or of each window of it, to a CSV in the run
+    folder (``scores/``, fine-tuning: ``fold-K/scores.csv``). For labels of whole clips."""
     data: Data = field(default_factory=lambda: Data(batch=48, workers=2, roll=False))
     head: Head = field(default_factory=Head)
     hardware: Hardware = field(default_factory=Hardware)
@@ -229,11 +246,16 @@ class Probe(Supervised):
         if 0 < self.bootstrap < 100:
             yield f"bootstrap={self.bootstrap} must be at least 100, or 0 for none"
         yield from self._overridden()
-        if self.features.cache in ("memory", "disk") and self.data.roll:
-            yield (
-                f"features.cache={self.features.cache} with data.roll=true: rolled clips differ "
-                "each time; say data.roll=false, or features.cache=off"
-            )
+        if self.features.cache in ("memory", "disk"):
+            for moving, remedy in (
+                ("data.roll=true" if self.data.roll else "", "data.roll=false"),
+                (f"data.noise={self.data.noise:g}" if self.data.noise else "", "data.noise=0"),
+            ):
+                if moving:
+                    yield (
+                        f"features.cache={self.features.cache} with {moving}: training clips "
+                        f"differ each time; say {remedy}, or features.cache=off"
+                    )
         if self.optim.layer_decay != 1:
             yield "optim.layer_decay is for bat-finetune; a probe has one rate"
         hardware = self.hardware
@@ -247,12 +269,8 @@ class Probe(Supervised):
             yield "hardware.activation_checkpointing: a frozen encoder has no backward pass"
         if self.log.wandb != "off":
             yield "log.wandb is for bat-pretrain and bat-finetune"
-        stream = ("shuffle", "window", "balance", "epoch_clips", "global_batch")
-        for name in changed(self.data, stream, Data()):
-            yield (
-                f"data.{name} is for bat-pretrain and bat-finetune: a probe is trained on all "
-                "clips of its folds, evenly"
-            )
+        for name in changed(self.data, ("shuffle", "window", "global_batch"), Data()):
+            yield f"data.{name} is for bat-pretrain and bat-finetune: leave it away"
         yield from _of_pretraining(self.data)
 
     def _overridden(self) -> Iterator[str]:
@@ -288,6 +306,10 @@ class Finetune(Supervised):
 
     method: str = "linear"
     """Head on the encoder: any probe; ``linear`` is the paper's."""
+    validate_every: CountOrZero = 0
+    """Optimiser steps between validations, on the split ``valid`` or as ``bat-probe`` takes
+    validation clips (a spare fold, else a part of the training clips); the best weights are
+    evaluated, of equally good ones the later. 0: the weights after the last step."""
     drop_path: Rate = 0.1
     """Drop-path rate of the last block; rises linearly from 0 at the first."""
     augment: Augment = field(default_factory=Augment)
@@ -301,10 +323,15 @@ class Finetune(Supervised):
         collapse = ("collapse", "collapse_every", "min_rank", "min_std")
         for name in changed(self.health, collapse, Health(collapse="off")):
             yield f"health.{name} is for bat-pretrain: labels keep an encoder awake"
+        if self.validate_every and self.hardware.strategy == "fsdp":
+            yield (
+                f"validate_every={self.validate_every} with hardware.strategy=fsdp: the weights of "
+                "a step are not in one place; say hardware.strategy=ddp, or validate_every=0"
+            )
         yield from _of_pretraining(self.data)
 
 
 def _of_pretraining(data: Data) -> Iterator[str]:
     """Yields stream settings that do not apply to data held out by fold or split."""
-    for name in changed(data, ("labels", "mix", "windows"), Data()):
+    for name in changed(data, ("labels", "mix"), Data()):
         yield f"data.{name} is for bat-pretrain: leave it away"

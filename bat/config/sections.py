@@ -40,8 +40,9 @@ class Model:
     """Gated attention, BAT's; false: EAT's block."""
     norm_order: Literal["post", "pre"] = "post"
     """LayerNorm after the residual sum (``post``, the paper's) or before attention and MLP."""
-    pos_layout: Literal["reference", "grid"] = "reference"
-    """Order of the axes in the fixed sin-cos position code; ``reference``: the paper's files."""
+    pos_layout: Literal["reference", "grid", "eat"] = "reference"
+    """Order of the axes in the fixed sin-cos position code; ``reference``: the paper's files,
+    ``eat``: EAT's and SSLAM's."""
     drop_path: Rate = 0.0
     """Drop-path rate of the last block; rises linearly from 0 at the first."""
     attention: Literal["auto", "flash", "cudnn", "sdpa", "eager"] = "auto"
@@ -126,15 +127,18 @@ class Data:
     shuffled within a window (slow disks); ``auto``: ``exact`` unless shards are remote."""
     window: PositiveInt = 8192
     """Clips per shuffle window."""
-    balance: Literal["none", "class"] = "none"
-    """``class``: clips drawn with inverse class frequency (docs/method.md 5)."""
+    balance: Literal["none", "class", "first_label"] = "none"
+    """``class``: clips drawn with inverse class frequency, none twice an epoch (docs/method.md 5);
+    ``first_label``: drawn with replacement, weight 1 / clips with the same first label."""
     epoch_clips: PositiveInt | None = None
-    """Clips per epoch, drawn without replacement; null: all."""
+    """Clips per epoch; null: all, with ``balance=first_label`` as many draws as there are clips."""
     clip_seconds: PositiveFloat = 10.0
     """Length of the clips that files are cut or padded to."""
     windows: bool = False
-    """Pre-training. Cut recordings longer than ``clip_seconds`` into windows of that length, each a
-    clip of its own: an epoch hears all of every recording. false: a random crop of each."""
+    """Cut recordings longer than ``clip_seconds`` into windows of that length, each a clip of its
+    own: an epoch hears all of every recording. Probing and fine-tuning average the probabilities of
+    a recording's windows, or join their outputs in time (events), so that it counts once. false: a
+    random crop of each in training, its start where nothing is augmented and in evaluation."""
     batch: PositiveInt = 24
     """Clips per device and micro-batch; the maximum if ``global_batch`` is set."""
     global_batch: PositiveInt | None = None
@@ -144,6 +148,9 @@ class Data:
     """Loader processes per device; 0 decodes in the training process."""
     roll: bool = True
     """Circular roll of each training clip by a random offset."""
+    noise: NonNegativeFloat = 0.0
+    """Deviation of normal noise added to every sample of a training clip, with
+    ``pad_offset=random`` of the silence around it too; never to a clip that is evaluated."""
     min_seconds: NonNegativeFloat = 0.0
     """Minimum clip length; shorter clips count as unreadable."""
     max_seconds: PositiveFloat = 3600.0

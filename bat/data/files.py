@@ -1,10 +1,11 @@
 """Reads audio files where they lie: the index of a folder or a CSV, without shards.
 
 ``index_files`` makes a ``FileIndex`` of a task's rows; order, exact resume, caches, bad clips and
-metrics work as with shards. A row is a file, a member of an uncompressed tar (``Row.span``) or a
-cell of a parquet file (``Row.cell``). Lengths and sample rates are read once from the files'
-headers: they are kept in the cache folder by path, size and modification time, with a checksum of a
-few kilobytes, which ``read`` compares and ``hash`` includes. Audio is decoded only when it is read.
+metrics work as with shards. A row is a file, a part of one (``Row.seconds``), a member of an
+uncompressed tar (``Row.span``) or a cell of a parquet file (``Row.cell``). Lengths and sample rates
+are read once from the files' headers: they are kept in the cache folder by path, size and
+modification time, with a checksum of a few kilobytes, which ``read`` compares and ``hash``
+includes. Audio is decoded only when it is read.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bat.audio.decode import DecodeError, probe
+from bat.audio.decode import DecodeError, Source, decode_channels, probe
+from bat.audio.encode import encode
 from bat.audio.ffmpeg import READ, has_av
-from bat.data.index import Index
+from bat.audio.part import FilePart
+from bat.data.index import BY_SEEKING, Index
 from bat.data.sources import Shard
 from bat.data.table import CLIP, MAX_AUDIO_BYTES, ShardTable
 from bat.data.tar import escape_key
@@ -44,8 +47,6 @@ SAMPLED_BYTES = 4096
 """Bytes at the start, the middle and the end of a file that its checksum covers."""
 MAX_SPLITS = 127
 MAX_FOLD = (1 << 15) - 1
-BY_SEEKING = 1 << 20
-"""Size in bytes of a file from which its windows are read by seeking, not from the whole file."""
 PART = 1024
 """Number of files that are asked for at a time."""
 
@@ -61,7 +62,8 @@ class Header(NamedTuple):
 
 
 def read_row(row: Row) -> bytes:
-    """Reads the encoded file of ``row``: a file, a member of a tar, or a cell of a parquet file.
+    """Reads the encoded file of ``row``: a file, a part of one, a member of a tar, or a cell of a
+    parquet file.
 
     Raises:
         OSError: missing or unreadable.
@@ -70,6 +72,8 @@ def read_row(row: Row) -> bytes:
     """
     if row.cell is not None:
         return _read_cell(row.path, *row.cell)
+    if row.place is not None:
+        return _read_part(row.path, *row.place)
     return _read_parts(row.path, row.span)[0]
 
 
@@ -79,6 +83,19 @@ def _read_cell(path: Path, group: int, row: int) -> bytes:
         raise DecodeError("empty", "no bytes in this cell: the file is kept elsewhere")
     _check_size(len(data))
     return data
+
+
+def _read_part(path: Path, start_seconds: float, seconds: float) -> bytes:
+    """Reads ``seconds`` of a recording by seeking; returns them as a WAV file of 16 bits."""
+    rate = probe(path, max_file_seconds=MAX_SECONDS).sample_rate
+    wave = decode_channels(
+        path,
+        sample_rate=rate,
+        start_seconds=start_seconds,
+        max_seconds=seconds,
+        max_file_seconds=MAX_SECONDS,
+    )
+    return encode(wave, sample_rate=rate, codec="wav")
 
 
 def _read_parts(
@@ -156,6 +173,8 @@ class FileIndex(Index):
         self._path_ptr = np.cumsum([0, *map(len, names)], dtype=np.int64)
         self.shard = np.array(shard, np.int32)
         self.shard_bytes = np.bincount(self.shard, self.size).astype(np.int64)
+        self.parts: dict[int, tuple[float, float]] = {}
+        """Start and length in seconds of the clips that are parts of their files."""
 
     def place(self, number: int) -> Path:
         """Returns the path of file ``number``."""
@@ -165,6 +184,12 @@ class FileIndex(Index):
     def shard_name(self, i: int) -> str:
         """Returns the path of the file that clip ``i`` lies in."""
         return as_text(str(self.place(int(self.shard[i]))))
+
+    def take(self, rows: np.ndarray) -> None:
+        super().take(rows)
+        if self.parts:
+            old = enumerate(rows.tolist())
+            self.parts = {i: self.parts[row] for i, row in old if row in self.parts}
 
     @functools.cached_property
     def hash(self) -> str:
@@ -179,7 +204,9 @@ class FileIndex(Index):
             DecodeError: it is truncated, empty, or no longer a regular file.
         """
         path, offset, size = self.place(int(self.shard[i])), int(self.offset[i]), int(self.size[i])
-        if offset < 0:
+        if i in self.parts:
+            data = _read_part(path, *self.parts[i])
+        elif offset < 0:
             data = _read_cell(path, *divmod(-1 - offset, 1 << 32))
         else:
             data, _ = _read_parts(path, (offset, size) if offset else None)
@@ -188,15 +215,16 @@ class FileIndex(Index):
         codec = AUDIO_SUFFIXES[self.codec[i]]
         return Clip(self.key(i), data, codec, self.labels(i), self.shard_name(i))
 
-    def audio(self, i: int) -> bytes | Path:
-        """Returns clip ``i`` as ``Index.audio``: windows are read from their file by seeking."""
-        if self.starts is None or self.offset[i] != 0 or self.size[i] < BY_SEEKING:
+    def audio(self, i: int) -> Source:
+        """Returns clip ``i`` as ``Index.audio``, also where it is a file of its own."""
+        offset = int(self.offset[i])
+        if self.starts is None or offset < 0 or i in self.parts or self.size[i] < BY_SEEKING:
             return self.read(i).data
-        path = self.place(int(self.shard[i]))
-        sampled, size = _read_parts(path, None, sampled=True)
+        path, span = self.place(int(self.shard[i])), (offset, int(self.size[i]))
+        sampled, size = _read_parts(path, span if offset else None, sampled=True)
         if size != self.size[i] or zlib.crc32(sampled) != self._header[i]:
             raise OSError(5, f"{path.name} was changed since it was indexed: start again")
-        return path
+        return FilePart(path, *span) if offset else path
 
 
 def _offset_of(row: Row) -> int:
@@ -245,12 +273,14 @@ def index_files(
     if not kept:
         first = left_out[len(absent)]
         raise UserError(
-            f"none of the {len(rows)} files can be read (the first: {first.file}, {first.reason})"
+            f"none of the {len(rows)} files can be read (the first: {first.file}, "
+            f"{first.reason}): name other files, or convert them to WAV or FLAC"
         )
     numbers: dict[Path, int] = {}
     shard = [numbers.setdefault(row.path, len(numbers)) for row, _ in kept]
     table = _table(kept, list(vocabulary or ()))
     index = FileIndex(list(numbers), shard, table, vocabulary=vocabulary)
+    index.parts = {i: row.place for i, (row, _) in enumerate(kept) if row.place is not None}
     if vocabulary is not None:
         clips = [row for row, _ in kept]
         index.events = {i: r.events for i, r in enumerate(clips) if r.events is not None}
@@ -363,13 +393,13 @@ def _entry(row: Row, known: list[Any]) -> list[Any]:
 
 def _name(row: Row) -> str:
     """Returns the name of the file of ``row`` in the cache."""
-    place = row.span or row.cell
+    place = row.span or row.cell or row.place
     return f"{os.path.abspath(row.path)}{f'|{place[0]},{place[1]}' if place else ''}"
 
 
 def _header_of(row: Row) -> Header:
     """Reads the header of the file of ``row``; raises as ``read_row``."""
-    if row.span is None and row.cell is None:
+    if row.span is None and row.cell is None and row.place is None:
         sampled, size = _read_parts(row.path, None, sampled=True)
         info, checksum = probe(row.path, max_file_seconds=MAX_SECONDS), zlib.crc32(sampled)
     else:

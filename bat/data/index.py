@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from bat.audio.decode import Source
+from bat.audio.part import FilePart
 from bat.data.manifest import Manifest, ShardInfo, joint_vocabulary
 from bat.data.sources import NotIndexable, RetryPolicy, Shard, find, names_of
 from bat.data.table import ShardTable, scan, table_places
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from bat.data.remote_shards import RemoteShards
 
 CACHE_BYTES = 100_000_000_000
+BY_SEEKING = 1 << 20
+"""Size in bytes of a clip from which its windows are read by seeking, not from the whole of it."""
 
 
 class Index:
@@ -89,7 +93,9 @@ class Index:
         self._keys = np.concatenate([t.keys for t in tables])
         self._key_ptr = _pointers(clips["key"])
         self._remote_shards = remote_shards
-        self._row: np.ndarray | None = None  # (n,) row of ``_keys``; None: as they stand
+        self.recordings: np.ndarray | None = None
+        """(n,) number, before cutting, of the recording that each window is cut from; None: the
+        clips are not cut into windows."""
         self.starts: np.ndarray | None = None
         """(n,) first sample of each window, at the file's rate (``bat.data.windows``); None: the
         clips are not cut into windows."""
@@ -98,7 +104,7 @@ class Index:
         """Replaces the clips by those of ``rows`` (m,), which may repeat; all but their labels."""
         for name in ("shard", "source", "offset", "size", "frames", "rate", "codec", "fold"):
             setattr(self, name, getattr(self, name)[rows])
-        self._header, self.split, self._row = self._header[rows], self.split[rows], rows
+        self._header, self.split, self.recordings = self._header[rows], self.split[rows], rows
 
     def _add_events_and_texts(self, tables: Sequence[ShardTable]) -> None:
         first = 0
@@ -139,6 +145,12 @@ class Index:
         return np.diff(self.label_ptr)
 
     @property
+    def seconds(self) -> np.ndarray:
+        """Length of each clip (n,), in seconds; 0 if unknown."""
+        known = (self.frames > 0) & (self.rate > 0)
+        return np.where(known, self.frames / np.maximum(self.rate, 1), 0.0)
+
+    @property
     def folds(self) -> list[int]:
         """The folds that occur, ascending; empty without folds."""
         return [int(f) for f in np.unique(self.fold) if f >= 0]
@@ -156,10 +168,13 @@ class Index:
 
     def key(self, i: int) -> str:
         """Returns the key of clip ``i``; that of a window ends in ``@`` and its first sample."""
-        row = i if self._row is None else int(self._row[i])
-        key = self._keys[self._key_ptr[row] : self._key_ptr[row + 1]].tobytes().decode("ascii")
-        start = 0 if self.starts is None else int(self.starts[i])
+        key, start = self.recording_key(i), 0 if self.starts is None else int(self.starts[i])
         return f"{key}@{start}" if start else key
+
+    def recording_key(self, i: int) -> str:
+        """Returns the key of the recording that window ``i`` is cut from; else of clip ``i``."""
+        row = i if self.recordings is None else int(self.recordings[i])
+        return self._keys[self._key_ptr[row] : self._key_ptr[row + 1]].tobytes().decode("ascii")
 
     def shard_name(self, i: int) -> str:
         """Returns the name of the shard that clip ``i`` lies in, with its folders where two shards
@@ -222,21 +237,30 @@ class Index:
         else:
             assert self._remote_shards is not None
             data = self._remote_shards.pread(number, size, offset)
-        if len(data) != size:
-            name = self.shard_name(i)
-            raise OSError(5, f"{name} ends inside the clip: it was cut since it was indexed")
-        if zlib.crc32(data[:BLOCK]) != self._header[i]:
-            name = self.shard_name(i)
-            raise OSError(5, f"{name} has another clip here: it was changed since it was indexed")
+        self._check(i, data[:BLOCK], complete=len(data) == size)
         codec = AUDIO_SUFFIXES[self.codec[i]]
         return Clip(self.key(i), data[BLOCK:], codec, self.labels(i), self.shard_name(i))
 
-    def audio(self, i: int) -> bytes | Path:
-        """Returns the encoded clip ``i``, or the path of its file where only a part is read.
+    def _check(self, i: int, header: bytes, *, complete: bool) -> None:
+        """Raises ``OSError`` if a clip was cut, or its header in the tar is not the indexed one."""
+        if not complete:
+            name = self.shard_name(i)
+            raise OSError(5, f"{name} ends inside the clip: it was cut since it was indexed")
+        if zlib.crc32(header) != self._header[i]:
+            name = self.shard_name(i)
+            raise OSError(5, f"{name} has another clip here: it was changed since it was indexed")
 
-        Raises as ``read``.
+    def audio(self, i: int) -> Source:
+        """Returns the encoded clip ``i``; of a window of a large local one its place, to be read by
+        seeking. Raises as ``read``.
         """
-        return self.read(i).data
+        place, size, offset = self.paths[self.shard[i]], int(self.size[i]), int(self.offset[i])
+        if self.starts is None or size < BY_SEEKING or not isinstance(place, Path):
+            return self.read(i).data
+        with place.open("rb", buffering=0) as file:
+            header, end = os.pread(file.fileno(), BLOCK, offset - BLOCK), file.seek(0, os.SEEK_END)
+        self._check(i, header, complete=end >= offset + size)
+        return FilePart(place, offset, size)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Prefetch remote ``shards`` into the cache in the background, in order.

@@ -229,7 +229,7 @@ def source_hash(rows: Sequence[Row], *, vocabulary: Sequence[str], **options: An
     for row in rows:
         place = [row.path.name, *state(row.path), row.span, row.cell, row.codec]
         said: list[Any] = [row.labels, row.mids, row.fold, row.split, row.start_seconds]
-        said += [part for part in (row.events, row.text) if part is not None]
+        said += [part for part in (row.events, row.text, row.seconds) if part is not None]
         digest.update(json.dumps([row.key, *place, *said]).encode())
     return digest.hexdigest()
 

@@ -6,7 +6,8 @@ position p is clip ``order(p // n)[p % n]``. There is no cursor.
 
 An epoch is first selected, then arranged. The selection is all clips, or ``epoch_clips`` of them
 without replacement, uniformly or by weight (Gumbel top-k: the k largest of ``log w + G``;
-``multinomial`` ends at 2^24 items). The arrangement is a permutation, or, for slow disks and small
+``multinomial`` ends at 2^24 items), or ``epoch_clips`` draws with replacement by weight. The
+arrangement is a permutation, or, for slow disks and small
 caches, the shards in a random order and the clips shuffled within windows of it, so that a window
 touches few shards.
 
@@ -29,7 +30,7 @@ from bat.errors import UserError
 if TYPE_CHECKING:
     from bat.data.index import Index
 
-ORDER, CROP, ROLL, STAND_IN, OFFSET, CHOICE, SHARDS, MIX = range(8)
+ORDER, CROP, ROLL, STAND_IN, OFFSET, CHOICE, SHARDS, MIX, NOISE = range(9)
 """Independent random streams of one seed."""
 
 MIX_BLOCK = 1000
@@ -51,6 +52,15 @@ def below(n: int, bits: np.random.Philox) -> int:
     return int(bits.random_raw()) * n >> 64
 
 
+def normal(n: int, bits: np.random.Philox) -> np.ndarray:
+    """Draws from N(0, 1), two of 64 bits (Box-Muller): (n,) float32."""
+    raw = bits.random_raw((n + 1) // 2)
+    radius = np.sqrt(-2.0 * np.log(((raw >> np.uint64(32)) + 0.5) * 2.0**-32))
+    angle = (raw & np.uint64(0xFFFFFFFF)) * (np.pi * 2.0**-31)
+    pairs = radius * np.array([np.cos(angle), np.sin(angle)])
+    return pairs.ravel()[:n].astype(np.float32)
+
+
 class Plan:
     """The stream over ``clips``.
 
@@ -59,6 +69,7 @@ class Plan:
         weights: (n,) of the clips of an epoch, zero or more; needs ``epoch_clips``. A clip of
             weight zero never occurs.
         epoch_clips: clips of an epoch, each at most once; None: all.
+        replace: ``weights`` draw with replacement: a clip may occur several times an epoch.
         window: number of clips that are shuffled together, in a random order of shards; None: all
             of an epoch, uniformly.
         shard: (ids.max() + 1,) or longer, the shard of each clip id; ``window`` needs it.
@@ -74,6 +85,7 @@ class Plan:
         seed: int,
         weights: np.ndarray | None = None,
         epoch_clips: int | None = None,
+        replace: bool = False,
         window: int | None = None,
         shard: np.ndarray | None = None,
     ) -> None:
@@ -86,11 +98,13 @@ class Plan:
             raise UserError(f"window={window} clips: at least 1")
         assert (window is None) or (shard is not None and len(shard) > ids.max())
         assert (weights is None) or epoch_clips is not None
+        assert weights is not None or not replace
         self.ids, self.seed, self.window, self.shard = ids, seed, window, shard
+        self.replace = replace
         self.weights = None if weights is None else np.asarray(weights, np.float64)
         self.epoch_clips = len(ids) if epoch_clips is None else epoch_clips
         usable = len(ids) if self.weights is None else int((self.weights > 0).sum())
-        if not 1 <= self.epoch_clips <= usable:
+        if not 1 <= self.epoch_clips <= (self.epoch_clips if replace and usable else usable):
             raise UserError(
                 f"epoch_clips={epoch_clips}: an epoch takes 1 to {usable} of {len(ids)} clips "
                 f"({len(ids) - usable} have no weight)"
@@ -103,7 +117,8 @@ class Plan:
 
     def _order(self, epoch: int) -> np.ndarray:
         """Returns the clip ids of ``epoch`` in their order: (len(self),) int64."""
-        ids = self.ids if self.epoch_clips == len(self.ids) else self.ids[self._chosen(epoch)]
+        everything = self.epoch_clips == len(self.ids) and not self.replace
+        ids = self.ids if everything else self.ids[self._chosen(epoch)]
         bits = philox(self.seed, epoch, ORDER).random_raw(len(ids))
         if self.window is None or self.shard is None:
             return ids[np.argsort(bits, kind="stable")]
@@ -113,9 +128,13 @@ class Plan:
         return ids[np.lexsort((bits, np.arange(len(ids)) // self.window))]
 
     def _chosen(self, epoch: int) -> np.ndarray:
-        """Returns the rows of ``ids`` that are in ``epoch``, ascending."""
-        bits = philox(self.seed, epoch, CHOICE).random_raw(len(self.ids))
+        """Returns the rows of ``ids`` that are in ``epoch``, ascending, or drawn one by one."""
+        number = self.epoch_clips if self.replace else len(self.ids)
+        bits = philox(self.seed, epoch, CHOICE).random_raw(number)
         uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        if self.replace and self.weights is not None:
+            edges = np.cumsum(self.weights)
+            return np.searchsorted(edges, uniform * edges[-1], side="right")
         wait = -np.log(uniform)  # exponential; the k shortest of wait / w are Gumbel's top k
         if self.weights is not None:
             with np.errstate(divide="ignore"):
@@ -156,7 +175,8 @@ class Plan:
         text = f"{len(self.ids)} clips ({chosen})"
         if self.weights is not None:
             digest = hashlib.sha256(self.weights.tobytes()).hexdigest()[:8]
-            text = f"{self.epoch_clips} an epoch by weight ({digest}) of {text}"
+            drawn = " with replacement" * self.replace
+            text = f"{self.epoch_clips} an epoch by weight{drawn} ({digest}) of {text}"
         elif self.epoch_clips < len(self.ids):
             text = f"{self.epoch_clips} an epoch of {text}"
         if self.window is not None and self.shard is not None:
@@ -255,6 +275,28 @@ def class_balance(label_ids: np.ndarray, label_ptr: np.ndarray, ids: np.ndarray)
     return weights
 
 
+def first_labels(index: Index, ids: np.ndarray) -> np.ndarray:
+    """Returns the number of the first label of each of ``ids``, (n,); -1 without a label."""
+    found = np.full(len(ids), -1)
+    has = index.labels_per_clip[ids] > 0
+    found[has] = index.label_ids[index.label_ptr[ids[has]]]
+    return found
+
+
+def first_label_balance(index: Index, ids: np.ndarray) -> np.ndarray:
+    """Returns ``1 / (clips of ids with the same first label + 1e-8)``, (n,) float64, as BirdSet is
+    sampled; 0 for clips without a label.
+
+    Raises:
+        UserError: no clip has a label.
+    """
+    first = first_labels(index, ids)
+    if (first < 0).all():
+        raise UserError("balance=first_label needs labels, and no clip has any: balance=none")
+    counts = np.bincount(first[first >= 0], minlength=index.classes)
+    return np.where(first >= 0, 1.0 / (counts[first] + 1e-8), 0.0)
+
+
 def make_plan(
     index: Index,
     ids: np.ndarray | None = None,
@@ -262,7 +304,7 @@ def make_plan(
     seed: int,
     shuffle: Literal["auto", "exact", "window"] = "auto",
     window: int = 8192,
-    balance: Literal["none", "class"] = "none",
+    balance: Literal["none", "class", "first_label"] = "none",
     epoch_clips: int | None = None,
     mix: Sequence[float] = (),
 ) -> Plan | MixedPlan:
@@ -272,8 +314,9 @@ def make_plan(
         shuffle: ``exact``: a uniform permutation of an epoch; ``window``: shards in a random order,
             clips shuffled within ``window`` of them; ``auto``: ``window`` where shards are remote
             (a uniform order needs all of them at once), else ``exact``.
-        balance: ``class``: weights of docs/method.md 5; needs ``epoch_clips``.
-        epoch_clips: clips of an epoch, without replacement; None: all.
+        balance: ``class``: weights of docs/method.md 5; needs ``epoch_clips``. ``first_label``:
+            with replacement, see ``first_label_balance``.
+        epoch_clips: clips of an epoch; None: all, or as many draws as there are clips.
         mix: shares of the sources that the index was opened with; empty: one set of all of them.
 
     Raises:
@@ -292,14 +335,17 @@ def make_plan(
     ids = np.arange(len(index)) if ids is None else np.asarray(ids, np.int64)
 
     def plan(chosen: np.ndarray, number: int) -> Plan:
-        weights = None
+        weights, draws = None, epoch_clips
         if balance == "class":
             weights = class_balance(index.label_ids, index.label_ptr, chosen)
+        elif balance == "first_label":
+            weights, draws = first_label_balance(index, chosen), epoch_clips or len(chosen)
         return Plan(
             chosen,
             seed=(seed + (number << 40)) % (1 << 63),  # sources are shuffled independently
             weights=weights,
-            epoch_clips=epoch_clips,
+            epoch_clips=draws,
+            replace=balance == "first_label",
             window=window if windowed else None,
             shard=index.shard,
         )

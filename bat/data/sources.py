@@ -162,7 +162,7 @@ def _local(path: Path, text: str) -> list[Shard]:
         below = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         tars += [Shard(p, split_of(folder.name)) for folder in below for p in _tars(folder)]
         if not tars:
-            raise UserError(f"{path} holds no .tar shards: bat-shard makes some")
+            raise UserError(f"{path} holds no .tar shards: bat-shard {path} OUT makes some")
         return _one_kind(str(path), tars)
     if not path.exists():
         found = [Path(p) for p in sorted(glob.glob(text))] if glob.has_magic(text) else []

@@ -13,7 +13,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, Required, TypedDict, Unpack
 
 import numpy as np
@@ -24,6 +23,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from bat.audio.decode import (
     MAX_FILE_SECONDS,
     DecodeError,
+    Source,
     check_length,
     decode,
     decode_into,
@@ -32,7 +32,7 @@ from bat.audio.decode import (
 )
 from bat.data.index import Index
 from bat.data.loader import IDLE, Heartbeat, Loader
-from bat.data.plan import CROP, OFFSET, ROLL, MixedPlan, Plan, below, philox
+from bat.data.plan import CROP, NOISE, OFFSET, ROLL, MixedPlan, Plan, below, normal, philox
 from bat.errors import UserError
 from bat.types import Skipped, WaveBatch
 
@@ -132,6 +132,8 @@ class ClipSettings(TypedDict, total=False):
     random_offset: bool
     """Put a clip shorter than ``clip_seconds`` at a random place of a silent wave of that length,
     all of which counts as signal; False: waves keep their own length."""
+    noise: float
+    """Deviation of normal noise added to each sample that counts as signal; 0: none."""
     min_seconds: float
     """Clips shorter than this are unreadable ("brief")."""
     max_seconds: float
@@ -162,6 +164,7 @@ class ClipReader:
         self.sample_rate, self.clip_seconds = settings["sample_rate"], settings["clip_seconds"]
         self.roll = settings.get("roll", False)
         self.random_offset = settings.get("random_offset", False)
+        self.noise = settings.get("noise", 0.0)
         self.min_seconds = settings.get("min_seconds", 0.0)
         self.max_seconds = settings.get("max_seconds", MAX_FILE_SECONDS)
         if self.clip_seconds <= 0 or self.sample_rate < 1:
@@ -175,7 +178,7 @@ class ClipReader:
 
     def segment(
         self,
-        data: bytes | Path,
+        data: Source,
         position: int,
         frames: int = 0,
         rate: int = 0,
@@ -264,6 +267,9 @@ class ClipDataset(ClipReader, Dataset[WaveBatch]):
                     skipped.append(self._skipped(candidate, position, error))
                     continue
                 rows.keep(offset, samples, whole=self.random_offset)
+                if self.noise:
+                    wave = rows.last
+                    wave += self.noise * normal(len(wave), philox(self.seed, position, NOISE))
                 kept.append((position, candidate))
                 break
         if self.heartbeat is not None:
@@ -354,10 +360,8 @@ class BatchRows:
     """Up to ``rows`` waves of up to ``samples`` samples; filled from the top, see ``next``."""
 
     def __init__(self, rows: int, samples: int) -> None:
-        if get_worker_info() is not None:  # as torch's own default_collate does
-            empty = torch.empty(0, dtype=torch.float32)
-            storage = empty._typed_storage()._new_shared(rows * samples, device=empty.device)
-            self._tensor = empty.new(storage).view(rows, samples)
+        if get_worker_info() is not None:  # written where the other process reads it
+            self._tensor = torch.empty(rows, samples, dtype=torch.float32).share_memory_()
         else:  # numpy asks for huge pages: page faults cost a twentieth of a FLAC clip
             self._tensor = torch.from_numpy(np.empty((rows, samples), np.float32))
         self._waves = self._tensor.numpy()
@@ -367,6 +371,12 @@ class BatchRows:
     def next(self) -> np.ndarray:
         """Returns the next free row, (S,) float32, to be filled; then ``keep`` it."""
         row: np.ndarray = self._waves[len(self._lengths)]
+        return row
+
+    @property
+    def last(self) -> np.ndarray:
+        """Returns the samples of the latest row that count as signal, to be changed."""
+        row: np.ndarray = self._waves[len(self._lengths) - 1][: self._lengths[-1]]
         return row
 
     def keep(self, offset: int, samples: int, *, whole: bool = False) -> None:

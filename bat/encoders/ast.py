@@ -113,7 +113,7 @@ class AST(ViT, SpectrogramEncoder):
         for token in (self.pos_embed, self.cls_token, self.dist_token):
             nn.init.trunc_normal_(token, std=0.02)
 
-    def embed(self, inputs: Tensor) -> Tensor:
+    def embed_patches(self, inputs: Tensor) -> Tensor:
         x = self.patch_embed(inputs)  # (B, t, F, D)
         table = self.pos_embed[:, 2:].transpose(1, 2).unflatten(2, (FREQ, -1))  # (1, D, F, T)
         t, T = x.shape[1], self.grid.time

@@ -77,7 +77,7 @@ class AudioMAE(ViT, SpectrogramEncoder):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         init_linears(self)
 
-    def embed(self, inputs: Tensor) -> Tensor:
+    def embed_patches(self, inputs: Tensor) -> Tensor:
         x = self.patch_embed(inputs)  # (B, N, D), time-major
         x = x + self.pos_embed[:, 1 : 1 + x.shape[1]]  # type: ignore[index]
         return x.unflatten(1, (-1, self.grid.freq))

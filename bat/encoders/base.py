@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bat import registry
 from bat.audio.frontend import KaldiFbank, LogMel, Pad, at_least
 from bat.errors import UserError
-from bat.nn.attention import Backend
+from bat.nn.attention import Backend, take
 from bat.nn.embed import PosLayout
 from bat.types import Features, Grid, Views
 
@@ -164,6 +164,35 @@ class Encoder(nn.Module, abc.ABC):
         own = self.time_patches(lengths.clamp(1, S))
         return self.features_alone(inputs, own, total=self.time_patches(S))
 
+    def embed(self, clips: Any, *, sample_rate: int | None = None, **how: Any) -> Any:
+        """Embeds clips where the encoder is, without gradient, batched by itself: ``bat.embed``.
+
+        Args:
+            clips: NumPy or torch: one clip (S,), a batch (B, S), or a list of clips (S,) of any
+                lengths, floats in [-1, 1]; or paths.
+            sample_rate: of waveforms, Hz; they are resampled to the encoder's.
+            how: as for ``bat.embed``: ``level="frame"``, ``layer="all"``, ``pool="mean"``,
+                ``window=10.0``, ``batch=32``, ...
+
+        Returns:
+            (n, D) float32 NumPy, (n, L, D) for all blocks; a list of (T_i, D) at frame level or
+            with windows.
+
+        Raises:
+            UserError: naming clips that are stereo, not finite, of unknown rate or unreadable.
+        """
+        import bat
+
+        return bat.embed(clips, self, sample_rate=sample_rate, **how)
+
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.parameters())
+        return (
+            f"{type(self).__name__}({in_units(size)} parameters, {self.sample_rate / 1000:g} kHz, "
+            f"{self.depth} blocks x {self.width}, {1 / self.hop_seconds:.4g} frames/s, "
+            f"{'' if self.has_cls else 'no '}class token)"
+        )
+
     def features_alone(
         self, inputs: Tensor, patches: Tensor, *, total: int | None = None, entry: bool = False
     ) -> Features:
@@ -300,7 +329,7 @@ class MaskableEncoder(SpectrogramEncoder):
     attention: Backend = "auto"
 
     @abc.abstractmethod
-    def embed(self, spectrogram: Tensor) -> Tensor:
+    def embed_patches(self, spectrogram: Tensor) -> Tensor:
         """Embeds (B, 1, frames, mels) as (B, N, D) patch tokens with their position code."""
 
     @abc.abstractmethod
@@ -311,10 +340,24 @@ class MaskableEncoder(SpectrogramEncoder):
         (B, 1 + n, D), so that a caller keeps only what it needs.
         """
 
-    @abc.abstractmethod
+    def view_layers(self, spectrogram: Tensor, views: Views) -> Iterator[Tensor]:
+        """Yields the tokens (rows, 1 + n, D) of masked views after each block, class token first.
+
+        ``spectrogram``: (B, 1, frames, mels); ``views``: ``rows = B * V`` masks, clip-major.
+        Patches are embedded once a clip and gathered for each view.
+        """
+        tokens = self.embed_patches(spectrogram)  # (B, N, D)
+        rows, n = views.keep_ids.shape
+        visible = take(tokens, views.keep_ids.view(len(tokens), -1))  # (B, V n, D)
+        for out, _mlp in self.layers(visible.view(rows, n, -1)):
+            yield out
+
     def encode_views(self, spectrogram: Tensor, views: Views) -> tuple[Tensor, Tensor]:
-        """Encodes masked views: (B, 1, frames, mels) and ``rows = B * V`` masks, clip-major ->
-        last-block class tokens (rows, D) and visible patch tokens (rows, n, D)."""
+        """Returns the last block's class tokens (rows, D) and visible patch tokens (rows, n, D) of
+        ``view_layers``."""
+        for out in self.view_layers(spectrogram, views):  # only the last one is used
+            last = out
+        return last[:, 0], last[:, 1:]
 
 
 MAX_DEPTH = 512
@@ -363,6 +406,11 @@ def make_frontend(
             "every 10 ms; omit both"
         )
     return KaldiFbank(kind=kind, statistics=statistics, **common)
+
+
+def in_units(number: int) -> str:
+    """Formats a number of parameters: ``86.9 M``, ``12.3 k``."""
+    return f"{number / 1e6:.1f} M" if number >= 100_000 else f"{number / 1e3:.1f} k"
 
 
 def find_encoder(name: str) -> type[Encoder]:

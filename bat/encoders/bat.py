@@ -5,8 +5,6 @@ kept -> class token (no code) -> LayerNorm -> L gated blocks. State-dict names a
 Clips longer than the position table are cut into chunks of its length, each encoded separately from
 position 0; patch tokens are concatenated along time, class tokens averaged (unweighted).
 
-Patches are embedded once per clip and gathered per view: V views cost one embedding, not V.
-
 ``query_blocks`` runs a few learned tokens through the frozen blocks. They attend to the tokens and
 no token attends to them, so the tokens are not recomputed. Keys and values are not computed either:
 ``q . (W_k z) = (W_k^T q) . z`` and ``sum_i w_i W_v z_i = W_v sum_i w_i z_i``, which is
@@ -39,11 +37,11 @@ from bat.encoders.base import (
     make_frontend,
 )
 from bat.errors import UserError
-from bat.nn.attention import Backend, take
+from bat.nn.attention import Backend
 from bat.nn.block import EPS, Block, init_linears
 from bat.nn.decoder import TOKEN_STD
 from bat.nn.embed import PatchEmbed, PosLayout, position_code
-from bat.types import Features, Grid, Views
+from bat.types import Features, Grid
 
 HEAD_WIDTH = 64
 """Channels per head for files that do not state the number of heads."""
@@ -141,7 +139,7 @@ class BAT(MaskableEncoder):
         self.set_drop_path(drop_path)
         init_linears(self)
 
-    def embed(self, spectrogram: Tensor) -> Tensor:
+    def embed_patches(self, spectrogram: Tensor) -> Tensor:
         """Embeds (B, 1, frames, mels) as (B, N, D) patch tokens with their position code.
 
         ``frames`` must not exceed the grid's; for fewer, the first rows of the code are used.
@@ -163,22 +161,13 @@ class BAT(MaskableEncoder):
             x, mlp = block(x)
             yield x, mlp
 
-    def encode_views(self, spectrogram: Tensor, views: Views) -> tuple[Tensor, Tensor]:
-        tokens = self.embed(spectrogram)  # (B, N, D), once a clip
-        rows, n = views.keep_ids.shape
-        x = take(tokens, views.keep_ids.view(len(tokens), -1))  # (B, V n, D)
-        x = x.view(rows, n, -1)
-        for out, _mlp in self.layers(x):
-            x = out  # only the last block's output is used
-        return x[:, 0], x[:, 1:]
-
     def features(self, spectrogram: Tensor, *, entry: bool = False) -> Features:
         """Maps (B, 1, frames, mels) of any length to ``Features`` of all blocks."""
         _, freq = self._patches(spectrogram)
         step = self.grid.time * self.patch
         patches, classes, entries = [], [], []
         for chunk in spectrogram.split(step, dim=2):
-            tokens = self.embed(chunk)  # (B, n, D)
+            tokens = self.embed_patches(chunk)  # (B, n, D)
             out = self._all_layers(tokens)  # (L, B, 1 + n, D)
             classes.append(out[:, :, 0])
             patches.append(out[:, :, 1:].unflatten(2, (-1, freq)))  # (L, B, t, F, D)

@@ -125,7 +125,7 @@ class Dasheng(ViT):
     def first(self, inputs: Tensor, patches: int) -> Tensor:
         return inputs[:, :, : patches * STEP]
 
-    def embed(self, inputs: Tensor) -> Tensor:
+    def embed_patches(self, inputs: Tensor) -> Tensor:
         x = self.init_bn["1"](inputs[:, 0].transpose(1, 2))  # (B, 64, frames)
         x = self.patch_embed(x.transpose(1, 2)[:, None])  # (B, T, 1, D)
         code = self.time_pos_embed[..., : x.shape[1]] + self.freq_pos_embed  # (1, D, 1, T)

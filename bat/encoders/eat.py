@@ -2,6 +2,7 @@
 
 Patches and post-norm blocks are the same; the front end is the legacy Kaldi filter bank with the
 data set's statistics. The file's position table may be longer than the 512 rows that are used.
+Fresh weights are drawn as EAT draws them: linears N(0, 0.02), the class token N(0, 1).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bat.encoders.base import demand
 from bat.encoders.bat import BAT
@@ -78,9 +79,16 @@ class EAT(BAT):
 
     def __init__(self, **keywords: Any) -> None:
         keywords.setdefault("gate", False)
+        keywords.setdefault("pos_layout", "eat")
         if keywords.get("frontend") is None:
             keywords["frontend"] = {"kind": "eat"}
         super().__init__(**keywords)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.normal_(self.cls_token)
 
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,35 +2,43 @@
 
 ``hf:FOLDER_OR_NAME``: a folder saved by ``save_pretrained``, or the name of a hub repository, the
 only case in which anything is fetched. Blocks are what the model returns as ``hidden_states``,
-without the first entry. Two kinds are known:
+without the first entry. Two kinds of input are known:
 
-    waves   Wav2Vec2, HuBERT, WavLM and others with ``conv_kernel`` and ``conv_stride``: F = 1, one
-            time patch a ``hop`` of samples, T = 1 + (S - field) // hop
-    fixed   AST (patch grid; class token: the mean of its two, as its own pooling) and Whisper's
-            encoder (F = 1), whose input always has the same number of frames. Each clip is padded
-            to it as its extractor does, encoded whole, and the tokens of its own time are
-            returned; longer clips are cut into chunks
+    own length  Wav2Vec2, HuBERT, Wav2Vec2-BERT, Moonshine, ... and models with code of their own:
+                any whose hidden states are (B, T, D), T in even steps of time; F = 1
+    fixed       AST (patch grid; class token: the mean of its two, as its own pooling) and Whisper's
+                encoder (F = 1), whose input always has the same number of frames. Each clip is
+                padded to it as its extractor does, encoded whole, and the tokens of its own time
+                are returned; longer clips are cut into chunks
 
-Departures: up to one hop of samples at the end, which make no token, is left out (a group norm
-over time would see them); dropout is the file's, but layer drop and SpecAugment on hidden states
-are off. A decoder and heads beside the encoder are set aside.
+The steps of the first kind are measured when the model is loaded (``_steps``): extractor and model
+are each a map of lengths, n -> 1 + (n - field) // hop, as any stack of windows and strided
+convolutions is. Clips are extracted one by one, and run with those of as many tokens, without
+padding and so without masks. Other models are refused with the reason.
 
-``inputs`` of the fixed kind are rows of frames, (B, rows, mels): for each chunk one row that is
-the padding of that clip, then the frames of the time patches.
+Departures: up to one hop at the end, which makes no token, is left out (a norm over time would see
+it); dropout is the file's, but layer drop and SpecAugment on hidden states are off. Set aside are a
+decoder, heads, and an adapter, which would shorten the last block's output.
+
+``inputs`` of the first kind are samples (B, S) or frames (B, n, K); of the second, rows of frames
+(B, rows, mels): for each chunk one row that is the padding of that clip, then the frames of the
+time patches.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from bat.encoders.base import Encoder, Samples, keywords_of, load_strictly
 from bat.errors import UserError
@@ -43,6 +51,9 @@ HUB = True
 OFF = {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "apply_spec_augment": False}
 UNUSED = ("masked_spec_embed",)
 """Parameters that act in the model's own pre-training alone; published files lack them."""
+PARTS = ("speech_encoder", "audio_encoder", "audio_tower", "audio_model")
+"""Names of the audio encoder in models of text, images and audio."""
+HEADS = ("num_attention_heads", "encoder_attention_heads", "speech_encoder_attention_heads")
 
 
 class Fixed(NamedTuple):
@@ -96,32 +107,83 @@ class HF(Encoder):
         self._set(net, front, code, trust_remote_code)
 
     def _set(self, net: Any, front: Any, code: str | None, trusted: bool) -> None:
-        self.net: Any = net.get_encoder() if net.config.is_encoder_decoder else net
-        if hasattr(self.net, "masked_spec_embed"):
-            self.net.masked_spec_embed = None
+        self.whole_config, self.net = net.config, _audio_part(net)
+        for name in ("masked_spec_embed", "adapter"):
+            if hasattr(self.net, name):
+                setattr(self.net, name, None)
         self.extractor, self.code, self.trusted = front, code, trusted
-        own = net.config
+        own = self.net.config
         self.sample_rate = int(front.sampling_rate)
-        self.width, self.depth = int(own.hidden_size), int(own.num_hidden_layers)
-        self.heads = int(own.num_attention_heads)
+        self.heads = next((int(getattr(own, name)) for name in HEADS if hasattr(own, name)), None)
         self.fixed = _fixed(own, front)
         self.max_patches = None if self.fixed is None else self.fixed.time
         self.has_cls = hasattr(own, "time_stride")
-        self.field, self.hop = 1, 1
+        self.mels_first = self.net.main_input_name == "input_features"
         if self.fixed is not None:
             self.field, self.hop = self.fixed.window, self.fixed.step * self.fixed.hop
-        elif hasattr(own, "conv_kernel"):
-            for kernel, stride in zip(
-                reversed(own.conv_kernel), reversed(own.conv_stride), strict=True
-            ):
-                self.field = (self.field - 1) * stride + kernel
-                self.hop *= stride
+            self.width, self.depth = int(own.hidden_size), int(own.num_hidden_layers)
         else:
-            raise UserError(
-                f"hf: an encoder of the kind '{own.model_type}' ({type(front).__name__}) is not "
-                "known here: those of waves with convolutions, AST and Whisper are. "
-                "docs/add_an_encoder.md says how to write one"
+            self._measure()
+
+    def _measure(self) -> None:
+        """Finds the steps of extractor and model, width and depth; ``UserError`` without any."""
+        rate = self.sample_rate
+        self.mels_first, self.field, self.hop, self.shortest = False, 1, 1, 1
+        training = self.net.training
+        self.net.eval()
+        try:
+            one, two = (self._extract(torch.zeros(n * rate)) for n in (1, 2))
+            if len(one) == len(two):
+                self.mels_first, one, two = True, one.T, two.T
+            if len(one) >= len(two):
+                raise UserError("its extractor makes as much of one second as of two")
+            steps = (1, 1, 1)
+            if one.dim() > 1:
+                steps = _steps(lambda n: len(self._extract(torch.zeros(n))), rate)
+            shapes = self._shapes(one[None])
+            if len({*shapes}) > 1 or len(shapes[0]) != 3:
+                raise UserError(f"its hidden_states are {shapes}, not (B, T, D) all")
+            self.depth, self.width = len(shapes) - 1, shapes[0][2]
+            own: Any = getattr(self.net, "_get_feat_extract_output_lengths", None)
+            field, hop, least = _steps(
+                lambda n: self._shapes(one.new_zeros(1, n, *one.shape[1:]))[0][1],
+                len(one),
+                own and (lambda n: int(own(torch.tensor([n]))[0])),
             )
+        except Exception as error:  # any, of its many models
+            why = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"hf: '{self.whole_config.model_type}' with {type(self.extractor).__name__} cannot "
+                f"be read: {why}. docs/add_an_encoder.md says how to write an encoder"
+            ) from error
+        finally:
+            self.net.train(training)
+        self.units = (field, hop, least)
+        self.shortest = max(steps[2], steps[0] + (least - 1) * steps[1])
+        self.field, self.hop = steps[0] + (field - 1) * steps[1], hop * steps[1]
+
+    def _shapes(self, x: Tensor) -> list[tuple[int, ...]]:
+        """Returns the shapes of the model's hidden states for ``x``, computed without its numbers
+        where its code allows that."""
+        state = dict([*self.net.named_parameters(), *self.net.named_buffers()])
+        empty = {name: tensor.to("meta") for name, tensor in state.items()}
+        with torch.no_grad():
+            try:
+                found = functional_call(
+                    self.net,
+                    empty,
+                    (self._given(x.to("meta")),),
+                    {"output_hidden_states": True},
+                )
+            except (NotImplementedError, RuntimeError, ValueError):
+                found = self.net(self._given(x), output_hidden_states=True)
+        if getattr(found, "hidden_states", None) is None:
+            raise UserError("it returns no hidden_states")
+        return [tuple(block.shape) for block in found.hidden_states]
+
+    def _given(self, x: Tensor) -> Tensor:
+        """Returns ``x`` with the axes that the model takes."""
+        return x.transpose(1, 2) if self.mels_first else x
 
     @property
     def hop_seconds(self) -> float:
@@ -130,7 +192,7 @@ class HF(Encoder):
     def time_patches(self, samples: Samples) -> Samples:
         one = self.fixed
         if one is None:
-            return 1 + _at_least(samples - self.field, 0) // self.hop
+            return 1 + (_at_least(samples, self.shortest) - self.field) // self.hop
         chunk = one.time * self.hop
         whole, rest = samples // chunk, samples % chunk
         if one.centred:
@@ -164,17 +226,21 @@ class HF(Encoder):
     def _extract(self, wave: Tensor) -> Tensor:
         """Maps one clip (S,) to its input for ``features``, without a batch axis."""
         chunk = len(wave) if self.fixed is None else self.fixed.time * self.hop
+        least = self.shortest if self.fixed is None else self.field
         parts = []
         for part in wave.split(chunk):
-            part = F.pad(part, (0, max(0, self.field - len(part))))
+            part = F.pad(part, (0, max(0, least - len(part))))
             with torch.autocast("cpu", enabled=False):  # some extractors are written in torch
                 held = self.extractor(
                     part.numpy(), sampling_rate=self.sample_rate, return_tensors="np"
                 )
-            x = torch.as_tensor(held[self.net.main_input_name][0]).float()
+            mask = held.pop("attention_mask", None)
+            name = self.net.main_input_name
+            x = torch.as_tensor(held[name if name in held else next(iter(held))][0]).float()
+            x = x.T if self.mels_first else x  # (frames, mels)
             if self.fixed is None:
-                return x
-            x = x if len(x) == self.fixed.frames else x.T  # (frames, mels)
+                own = len(x) if mask is None or len(mask[0]) != len(x) else int(mask[0].sum())
+                return x[:own]
             if len(x) != self.fixed.frames:
                 raise UserError(
                     f"hf: the extractor makes {tuple(x.shape)}, the model takes "
@@ -188,7 +254,8 @@ class HF(Encoder):
     def first(self, inputs: Tensor, patches: int) -> Tensor:
         one = self.fixed
         if one is None:
-            return inputs[:, : (patches - 1) * self.hop + self.field]
+            field, hop, least = self.units
+            return inputs[:, : max(least, (patches - 1) * hop + field)]
         whole = (patches - 1) // one.time
         rest = patches - whole * one.time
         return inputs[:, : whole * (1 + one.need(one.time)) + 1 + one.need(rest)]
@@ -197,9 +264,10 @@ class HF(Encoder):
         """Returns the hidden states of all blocks, (L, B, T, F, D)."""
         assert not entry, "has_queries is False"
         if self.fixed is None:
+            field, hop, _ = self.units
             x = self._blocks(inputs)
-            if x.shape[2] != 1 + (inputs.shape[1] - self.field) // self.hop:
-                raise UserError("hf: the model's blocks have another length than its convolutions")
+            if x.shape[2] != 1 + (inputs.shape[1] - field) // hop:
+                raise UserError(f"hf: {x.shape[2]} tokens of an input of {inputs.shape[1]} steps")
             return Features(x.unsqueeze(3), None)
         one = self.fixed
         patches, classes = [], []
@@ -208,9 +276,7 @@ class HF(Encoder):
             T = (x.shape[1] - one.rows) // one.step
             x = torch.cat([x, pad.expand(-1, max(0, one.frames - x.shape[1]), -1)], dim=1)
             x = x[:, : one.frames]  # (B, frames, mels)
-            out = self._blocks(
-                x.transpose(1, 2) if self.net.main_input_name != "input_values" else x
-            )
+            out = self._blocks(x)
             tokens = one.time * one.freq
             grid = out[:, :, -tokens:].unflatten(2, (one.freq, one.time))  # frequency-major
             patches.append(grid.transpose(2, 3)[:, :, :T])  # (L, B, T, F, D)
@@ -221,7 +287,7 @@ class HF(Encoder):
 
     def _blocks(self, x: Tensor) -> Tensor:
         """Runs the model -> (L, B, N, D)."""
-        found = self.net(x, output_hidden_states=True).hidden_states
+        found = self.net(self._given(x), output_hidden_states=True).hidden_states
         if found is None or len(found) != self.depth + 1:
             raise UserError(f"hf: the model returns no hidden_states of its {self.depth} blocks")
         return torch.stack(found[1:])
@@ -234,7 +300,7 @@ class HF(Encoder):
 
     def config(self) -> dict[str, Any]:
         return {
-            "config": json.loads(self.net.config.to_json_string(use_diff=False)),
+            "config": json.loads(self.whole_config.to_json_string(use_diff=False)),
             "extractor": json.loads(self.extractor.to_json_string()),
             "code": self.code,
             "trust_remote_code": self.trusted,
@@ -278,7 +344,9 @@ class HF(Encoder):
         encoder = cls.__new__(cls)
         Encoder.__init__(encoder)
         encoder._set(net, front, code, trust_remote_code)
-        part = "encoder." if net.config.is_encoder_decoder else ""
+        part = next(
+            (f"{name}." for name, m in net.named_modules() if name and m is encoder.net), ""
+        )
         odd = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
         lost = {*info["missing_keys"], *odd}
         lost = {n for n in lost if n.startswith(part) and not n.endswith(UNUSED)}
@@ -290,6 +358,55 @@ class HF(Encoder):
         if aside := sorted(info["unexpected_keys"]):
             log.warning("%s: set aside, no part of the encoder: %s", where, ", ".join(aside[:10]))
         return encoder
+
+
+def _audio_part(net: Any) -> Any:
+    """Returns the audio encoder in a model: a part of that name, or the encoder of two."""
+    for name in PARTS:
+        if hasattr(net, name):
+            return getattr(net, name)
+    return net.get_encoder() if net.config.is_encoder_decoder else net
+
+
+def _steps(
+    count: Callable[[int], int], near: int, guess: Callable[[int], int] | None = None
+) -> tuple[int, int, int]:
+    """Returns field, hop and least n with ``count(n) = 1 + (n - field) // hop`` for all n from
+    ``least`` on, judged by values of n to three times ``near``. ``guess``: a function that may be
+    the same and is cheaper."""
+    count(near)  # an error here is the user's to read
+    count = _counted(count)
+    for one in (count,) if guess is None else (_counted(guess), count):
+        k = one(near)
+        first = _least(one, k, 0, near)
+        hop = _least(one, k + 1, near, 2 * near) - first
+        field = first - (k - 1) * hop
+        start = _least(one, 1, max(field, 1) - 1, first)
+        sizes = (start, near // 2 + 1, near * 4 // 3, 3 * near - 1)
+        if all(count(n) == 1 + (n - field) // hop for n in sizes if n >= start):
+            return field, hop, start
+    raise UserError("its tokens are not even steps of time: a grid of patches, or tokens beside")
+
+
+def _counted(count: Callable[[int], int]) -> Callable[[int], int]:
+    """Returns ``count`` with a memory, 0 for what it does not take (less than one token)."""
+
+    @functools.cache
+    def at(n: int) -> int:
+        try:
+            return count(n)
+        except Exception:
+            return 0
+
+    return at
+
+
+def _least(count: Callable[[int], int], k: int, low: int, high: int) -> int:
+    """Returns the smallest n in (low, high] with ``count(n) >= k``."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if count(middle) >= k else (middle, high)
+    return high
 
 
 def _transformers() -> Any:

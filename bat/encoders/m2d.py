@@ -101,7 +101,7 @@ class M2D(ViT, SpectrogramEncoder):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         init_linears(self)
 
-    def embed(self, inputs: Tensor) -> Tensor:
+    def embed_patches(self, inputs: Tensor) -> Tensor:
         x = self.patch_embed(inputs)  # (B, T, F, D)
         code = self.pos_embed[:, 1:].unflatten(1, (self.grid.freq, -1)).transpose(1, 2)  # type: ignore[index]
         return x + code[:, : x.shape[1]]

@@ -72,7 +72,7 @@ class ViT(Encoder):
         self.set_drop_path(drop_path)
 
     @abc.abstractmethod
-    def embed(self, inputs: Tensor) -> Tensor:
+    def embed_patches(self, inputs: Tensor) -> Tensor:
         """Embeds the input of one chunk as (B, T, F, D) with position codes."""
 
     def leading(self) -> Tensor | None:
@@ -88,7 +88,7 @@ class ViT(Encoder):
     def features(self, inputs: Tensor, *, entry: bool = False) -> Features:
         """Maps inputs of clips of one length to ``Features`` of all blocks."""
         assert not entry, "no query_blocks here"
-        found = [self._layers(self.embed(chunk)) for chunk in self.chunks(inputs)]
+        found = [self._layers(self.embed_patches(chunk)) for chunk in self.chunks(inputs)]
         patches = [p for p, _ in found]
         cls = torch.stack([lead.mean(2) for _, lead in found]).mean(0) if self.has_cls else None
         return Features(patches[0] if len(found) == 1 else torch.cat(patches, dim=2), cls)

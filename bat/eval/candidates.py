@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from bat.config.probing import Protocol
 from bat.config.sections import Optim
-from bat.eval.fit import preserve_rng_state
+from bat.eval.fit import Predictions, preserve_rng_state
 from bat.eval.results import FoldResult
 from bat.eval.scoring import Scorer
 from bat.eval.splits import Split
@@ -163,6 +163,8 @@ class Plan:
     every ``log_every`` steps."""
     on_probe: Callable[[Probe, list[FoldResult]], None] | None = None
     """Callback that receives each evaluated probe with its results."""
+    on_result: Callable[[FoldResult, Tensor, Predictions, Split], None] | None = None
+    """Callback that receives each result with the logits (n, C) that it is of."""
     on_step: Callable[[], None] = lambda: None
     """Callback after each step; it may stop the run by raising."""
     before: Sequence[FoldResult] = ()

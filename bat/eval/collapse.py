@@ -74,7 +74,7 @@ def representation(encoder: nn.Module, spectrogram: Tensor, clips: int = 8) -> d
     unknown = {"rank": math.nan, "std": math.nan}
     with plain_float32(encoder, x.device.type):
         y: Tensor = x
-        for out, _mlp in encoder.layers(encoder.embed(x)):  # type: ignore[operator]
+        for out, _mlp in encoder.layers(encoder.embed_patches(x)):  # type: ignore[operator]
             y = out  # only the last block's output is needed
         y = y[:, 1:].float()  # (B, N, D)
     # the forward pass comes first: every rank of a sharded encoder must run it

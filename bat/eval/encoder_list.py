@@ -18,6 +18,7 @@ from bat import registry
 from bat.config.locate import known_fragments
 from bat.config.schema import Probe, Supervised
 from bat.errors import UserError
+from bat.io import missing
 
 RANDOM = "random"
 """Checkpoint name of the random-init baseline; ``random:RUN`` or ``random:S``: its architecture."""
@@ -84,7 +85,8 @@ def check_there(config: Supervised) -> None:
             continue
         if not name.startswith(f"{RANDOM}:"):
             raise UserError(
-                f"checkpoint {shape} does not exist: give a run, an export or a weight file"
+                f"checkpoint {missing(shape)}: give a run (bat runs lists them), an export or a "
+                "weight file"
             )
         fragments, encoders = known_fragments("model"), registry.known("encoders")
         if shape not in (*fragments, *encoders) and not registry.DOTTED.fullmatch(shape):

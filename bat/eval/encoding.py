@@ -7,7 +7,6 @@ not finite is an error that names the clip and the block where it first occurs.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from bat.data.bad_clips import BadClips
 from bat.encoders.base import Encoder
 from bat.errors import UserError
+from bat.logs import bar_seconds
 from bat.redact import one_line
 from bat.types import Features, Needs, WaveBatch
 
@@ -146,5 +146,5 @@ def progress_bar(total: int, what: str, *, unit: str, show: bool) -> tqdm[Any]:
         leave=False,
         disable=not show,
         dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 15,
+        mininterval=bar_seconds(),
     )

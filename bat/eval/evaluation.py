@@ -5,6 +5,7 @@ A run's folder holds, besides what every run has:
     results.jsonl               a result per line, as soon as it is available (``results.py``)
     metrics.jsonl               training losses
     heads/ENCODER/METHOD-FOLD-SEED/    trained heads
+    utterances/ENCODER/METHOD-FOLD-SEED.csv  transcripts, of tasks of tokens
     diagnostics/ENCODER.json        sinks, norms and ranks of every block (``diagnostics.py``)
     plots/ENCODER/              its gates, folds and maps
     summary.json                all of it together; plots/: the comparison
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from bat import __version__
 from bat.config import schema
@@ -35,14 +37,17 @@ from bat.eval.candidates import Plan
 from bat.eval.diagnostics import best_clips, encoder_statistics, prototype_maps
 from bat.eval.feature_cache import Opened, open_features
 from bat.eval.features import FeatureStream, Source, progress_bar
-from bat.eval.fit import predictions
+from bat.eval.fit import Predictions, predictions
 from bat.eval.hardware import speed_up
 from bat.eval.heads import load_head, save_head
 from bat.eval.loading import autocast_for, device_for, registered_name, weights_digest
 from bat.eval.prepare import Prepared
-from bat.eval.results import FoldResult, ResultsFile, summary
+from bat.eval.results import FoldResult, ResultsFile, read_recorded, recorded, summary
 from bat.eval.search import cross_validate
-from bat.io import filter_jsonl, write_json
+from bat.eval.splits import Split
+from bat.eval.targets import TokenTargets
+from bat.eval.transcripts import TRANSCRIPTS, record
+from bat.io import filter_jsonl
 from bat.probes.base import Probe, build_probe, find_probe, takes_encoder
 from bat.probes.cgp import check_cls
 from bat.probes.curve import LinearCurve
@@ -122,6 +127,8 @@ class Evaluation:
             clip_seconds=data.clip_seconds,
             roll=data.roll,
             random_offset=config.pad_offset == "random",
+            noise=data.noise,
+            order={"balance": data.balance, "epoch_clips": data.epoch_clips},
             min_seconds=data.min_seconds,
             max_seconds=data.max_seconds,
             workers=data.workers,
@@ -272,8 +279,34 @@ class Evaluation:
             log_every=config.train.log_every,
             on_log=on_log,
             on_probe=on_probe,
+            on_result=self._list,
             before=self.file.fold_results,
             done=self.file.done,
+        )
+
+    def _list(self, result: FoldResult, logits: Tensor, found: Predictions, held: Split) -> None:
+        """Lists a result's scores, if ``window_scores`` asks for them, and its transcripts, whose
+        worst are drawn for the first seed in the last fold."""
+        targets_of, config = self.ready.targets_of, self.config
+        assert self.opened is not None
+        name = f"{result.method}-{held.name}-{result.seed}.csv"
+        if config.window_scores:
+            keys = self.opened.source.readable(held.test)
+            self.ready.write_scores(self.out / "scores" / self.name / name, logits, keys)
+        if not isinstance(targets_of, TokenTargets):
+            return
+        drawn = held is self.ready.splits[-1] and result.seed == config.seed
+        plots = self.out / "plots" / self.name
+        record(
+            logits,
+            found,
+            targets_of,
+            stream=self.stream(),
+            source=self.opened.source,
+            ids=held.test,
+            listed=self.out / "utterances" / self.name / name,
+            picture=plots / f"{TRANSCRIPTS}{result.method}.png" if drawn else None,
+            count=config.diagnostics.maps,
         )
 
     def _forget_unfinished(self) -> None:
@@ -350,11 +383,11 @@ class Evaluation:
         run with nothing left to do, as recorded before."""
         file = self.out / "diagnostics" / f"{self.name}-features.json"
         if self.opened is None:
-            found = _read_recorded(file, self.made_from)
+            found = read_recorded(file, self.made_from)
             return found or {"features": None, "bad_clips": self.bad.state_dict()}
         features = {k: v for k, v in self.opened._asdict().items() if k != "source"}
         content = {"features": features, "bad_clips": self.bad.state_dict()}
-        return _recorded(file, self.made_from, content)
+        return recorded(file, self.made_from, content)
 
     def _curve(self, results: dict[str, Any]) -> dict[str, list[float]]:
         """Returns the main metric of the linear probe on each block, and its deviation."""
@@ -373,13 +406,13 @@ class Evaluation:
         clips = self.config.diagnostics.clips
         file = self.out / "diagnostics" / f"{self.name}.json"
         made_from = {**self.made_from, "clips": clips}
-        if (kept := _read_recorded(file, made_from)) is not None:
+        if (kept := read_recorded(file, made_from)) is not None:
             return kept
         held = np.unique(np.concatenate([r.test for r in self.ready.splits]))
         drawn = np.random.default_rng(self.config.seed).permutation(held)[:clips]
         waves = self.stream().loader(np.sort(drawn), batch=8, workers=0)
         found = encoder_statistics(self.ready.backbone, waves, frames=self.ready.frames)
-        return _recorded(file, made_from, found)
+        return recorded(file, made_from, found)
 
     def maps(self) -> tuple[str, list[dict[str, Any]]]:
         """Returns a probe's name and what its prototypes select in held-out clips of the last fold.
@@ -419,20 +452,4 @@ class Evaluation:
             folder = self._head_folder(name, self.ready.splits[-1].name, self.config.seed)
             if folder.is_dir():
                 return name, load_head(folder)[0].to(self.device)
-        return None
-
-
-def _recorded(file: Path, made_from: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
-    """Writes ``content`` with what it depends on, for a resumed run; returns ``content``."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"made_from": made_from, "content": content})
-    return content
-
-
-def _read_recorded(file: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the content; None if the file is missing, damaged, or made from something else."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return dict(found["content"]) if found["made_from"] == made_from else None
-    except (OSError, ValueError, TypeError, KeyError):
         return None

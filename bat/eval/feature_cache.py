@@ -4,7 +4,8 @@
 Base: 9.4 MB in bfloat16), counting only what the probes need. Memory is used if the features fit
 ``features.memory_gb``. On a CPU, where the encoder is the expensive part, the disk is used if they
 fit ``features.disk_gb``; a GPU computes the features of a batch faster than a disk reads them.
-Clips that differ from epoch to epoch (``data.roll``, ``pad_offset=random``) are never stored.
+Clips that differ from epoch to epoch (``data.roll``, ``pad_offset=random``, ``data.noise``) are
+never stored.
 
 The batches are the same wherever they are (``features.py``).
 """
@@ -68,6 +69,7 @@ def open_features(
     if moving and stream.targets_of is not None:
         raise UserError(f"{moving} moves the clips against their labels in time: omit it, or say "
                         "level=clip")  # fmt: skip
+    moving = moving or (f"data.noise={stream.noise:g}" if stream.noise else "")
     device, bad_clips = device_of(stream.backbone), stream.bad_clips
     facts = _facts(stream, ids, digest=digest, device=device)
     folder = disk.folder_for(Path(store.folder), facts)
@@ -217,6 +219,7 @@ def _from_disk(found: disk.Stored, stream: FeatureStream, ids: np.ndarray, why: 
         keys=keys,
         skipped=found.bad_clips["keys"],
         index=index,
+        order=stream.order,
     )
     stream.bad_clips.load_state_dict(
         merged_states([stream.bad_clips.state_dict(), found.bad_clips])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class FeatureBank:
     (n, L, P, D), each None if absent; ``valid`` (n,) number of time patches within each clip,
     None: all; ``targets`` (n, C) or (n, T, C); ``ids`` (n,) clip ids of the index; ``keys`` (n);
     ``skipped`` ``{key: reason}``. ``index``: its plan gives the order of training (remote shards
-    are read in windows); None: a uniform shuffle.
+    are read in windows) with the keywords ``order``; None: a uniform shuffle.
     """
 
     def __init__(
@@ -91,11 +91,12 @@ class FeatureBank:
         pieces: Tensor | None = None,
         valid: Tensor | None = None,
         index: Index | None = None,
+        order: Mapping[str, Any] | None = None,
     ) -> None:
         self.patches, self.cls, self.entry, self.pieces = patches, cls, entry, pieces
         all_own = valid is None or bool((valid == patches.shape[2]).all())
         self.valid = None if all_own else valid
-        self.targets, self.index = targets, index
+        self.targets, self.index, self.order = targets, index, dict(order or {})
         self.ids, self.keys, self.skipped = np.asarray(ids, np.int64), list(keys), dict(skipped)
         self._row_of = {int(clip): row for row, clip in enumerate(self.ids)}
 
@@ -143,6 +144,7 @@ class FeatureBank:
             keys=keys,
             skipped=stream.bad_clips.keys,
             index=index,
+            order=stream.order,
         )
 
     def training(self, ids: np.ndarray, *, batch: int, steps: int, seed: int) -> Batches:
@@ -150,7 +152,7 @@ class FeatureBank:
             raise UserError(f"none of the {len(ids)} clips to train on can be read")
         plan: Plan | MixedPlan = Plan(ids, seed=seed)
         if self.index is not None:
-            plan = make_plan(self.index, ids, seed=seed)
+            plan = make_plan(self.index, ids, seed=seed, **self.order)
         for k in range(steps):
             positions = np.arange(k * batch, (k + 1) * batch)
             rows = [
@@ -195,9 +197,8 @@ class FeatureBank:
 class FeatureStream:
     """Features computed anew for each batch, for data sets too large to store and augmented clips.
 
-    Training clips differ from epoch to epoch with ``roll`` or ``random_offset``; long clips are
-    then also cropped at random. Without these two it yields what the bank does: long clips from
-    their start.
+    Training clips differ from epoch to epoch with ``roll``, ``random_offset`` or ``noise``; long
+    clips are cropped at random with the first two, else read from their start, as for the bank.
     """
 
     backbone: Encoder
@@ -208,6 +209,9 @@ class FeatureStream:
     clip_seconds: float
     roll: bool = False
     random_offset: bool = False
+    noise: float = 0.0
+    order: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of ``make_plan`` for the training clips: ``balance``, ``epoch_clips``."""
     min_seconds: float = 0.0
     max_seconds: float = MAX_FILE_SECONDS
     workers: int = 0
@@ -228,10 +232,11 @@ class FeatureStream:
             batches=steps,
             sample_rate=self.backbone.sample_rate,
             clip_seconds=self.clip_seconds,
-            plan=make_plan(self.index, ids, seed=seed),
+            plan=make_plan(self.index, ids, seed=seed, **self.order),
             seed=seed,
             roll=self.roll,
             random_offset=self.random_offset,
+            noise=self.noise,
             min_seconds=self.min_seconds,
             max_seconds=self.max_seconds,
             workers=self.workers,

@@ -11,7 +11,7 @@ be shared among cores, and on a busy machine the cores would wait for each other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -72,13 +72,12 @@ def fit(
     with preserve_rng_state(device), _threads(device) as pool:
         for step, (features, targets) in zip(range(steps), batches, strict=False):
             features, targets = to_device(features, device), targets.to(device)
-            inside = features.inside() if targets.ndim < 3 else None
             train = partial(
                 _backward,
                 step=step,
                 features=features,
                 targets=targets,
-                loss=partial(against, loss, inside=inside),
+                loss=loss,
                 autocast=autocast,
             )
             optimizer.zero_grad()  # without a gradient, stopped probes are not updated
@@ -133,7 +132,8 @@ def _backward(
         logits = probe(features)
     for dropout in dropouts:
         dropout.seed = None
-    value = probe.training_loss(loss, logits, targets)
+    against_inside = partial(against, loss, inside=probe.inside(features))
+    value = probe.training_loss(against_inside, logits, targets)
     value.backward()
     if optim.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(probe.parameters(), optim.clip_norm)
@@ -178,13 +178,18 @@ class Predictions(NamedTuple):
     """Predictions of n rows: clips, or with frame labels or tokens the patches of all clips."""
 
     logits: dict[tuple[Hashable, str], Tensor]
-    """Logits (n, C) by probe and answer (``Probe.answers``), float32, on the CPU."""
+    """Logits (n, C) by probe and answer (``Probe.answers``), float32, on the CPU; (n steps, C) of
+    a probe with several outputs per patch."""
     targets: Tensor
     """Targets (n, C); for tokens (clips, U)."""
     clips: Tensor | None
     """Clip of each row, (n,), if clips have several rows."""
     total: int = 0
     """Number of clips."""
+    keys: Sequence[str] | None = None
+    """Keys of the clips, where they are recordings joined from windows (``bat.eval.joining``)."""
+    patches: Tensor | None = None
+    """Time patch of each row in its recording, (n,), where clips are joined from windows."""
 
 
 @torch.no_grad()
@@ -219,7 +224,11 @@ def predictions(
             for answer, own in probe.answers(out).items():
                 if not wanted(key, answer):
                     continue
-                rows = own[kept.to(device)] if kept is not None else to_clip(own, inside)
+                if kept is None:
+                    rows = to_clip(own, inside)
+                else:  # several rows per patch where a probe has several outputs
+                    steps = own.shape[1] // kept.shape[1]
+                    rows = own[kept.to(device).repeat_interleave(steps, dim=1)]
                 logits.setdefault((key, answer), []).append(rows.float().cpu())
         if kept is not None:
             number = torch.arange(seen, seen + len(labels))[:, None].expand_as(kept)

@@ -57,8 +57,9 @@ def has_fast_bfloat16(device: str) -> bool:
     """Return True if ``device`` (``cpu`` or ``cuda``) has instructions for bfloat16 products."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and bool(
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    able = torch.cpu.get_capabilities()  # avx512_bf16, amx_bf16; other names on ARM
+    return torch.backends.mkldnn.is_available() and any(
+        there for name, there in able.items() if name.endswith("bf16")
     )
 
 

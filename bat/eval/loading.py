@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import bat
 from bat import registry
-from bat.audio.frontend import KaldiFbank
+from bat.audio.frontend import KaldiFbank, LogMel
 from bat.config.compose import from_yaml
 from bat.config.locate import find_fragment, known_fragments
 from bat.config.schema import Finetune, Hardware, Pretrain, Probe, Supervised
@@ -31,6 +31,7 @@ from bat.eval.encoder_list import RANDOM, check_there, given, path_of, several
 from bat.redact import HIDDEN
 from bat.seeding import derive_seed
 from bat.tasks.base import Task
+from bat.tasks.birdset import SETS as BIRDSET
 from bat.types import Grid
 from bat.weights import is_export, resolve
 
@@ -38,7 +39,11 @@ CSV = "csv"
 """Task name of ``data.csv``."""
 PATCH = 16
 """Side of a patch of the encoders in the model fragments, in frames."""
-STATISTICS_OF = {"esc10": "esc50", "esc50": "esc50", "dcase16": "dcase16"}
+STATISTICS_OF = {
+    **{"esc10": "esc50", "esc50": "esc50", "dcase16": "dcase16"},
+    **{"librispeech": "librispeech", "scv2": "speechcommands"},
+    **dict.fromkeys(BIRDSET, "hsn"),
+}
 """Data set by task whose normalisation suits it (``bat.audio.frontend``); others: AudioSet's."""
 
 
@@ -74,7 +79,7 @@ def load_for(config: Supervised, task: Task) -> tuple[Encoder, int | None]:
             heads=config.heads,
             trust_remote_code=config.trust_remote_code,
         )
-    backbone = _with_frontend(backbone, config, task)
+    backbone = _with_frontend(_with_class_token(backbone, config), config, task)
     if not isinstance(backbone, SpectrogramEncoder):
         frames = config.frames  # the frames of a task are those of spectrograms
     front = getattr(backbone, "frontend", None)
@@ -85,9 +90,28 @@ def load_for(config: Supervised, task: Task) -> tuple[Encoder, int | None]:
     return backbone.eval(), frames
 
 
+def _with_class_token(backbone: Encoder, config: Supervised) -> Encoder:
+    """Returns the encoder with its keyword ``cls`` as ``config`` says, built again if it differs;
+    the papers' protocol has ``mean``."""
+    keywords = backbone.config()
+    if "cls" not in keywords:
+        if config.cls is not None:
+            raise UserError(
+                f"cls={config.cls}: {type(backbone).__name__} offers no choice of its class token; "
+                "omit cls"
+            )
+        return backbone
+    papers = isinstance(config, Probe) and config.protocol.name == "bat" and not config.head.cls
+    wanted = config.cls or ("mean" if papers else keywords["cls"])
+    if wanted == keywords["cls"]:
+        return backbone
+    keywords["cls"] = wanted
+    return backbone.from_weights(backbone.state_dict(), config=keywords, heads=None)
+
+
 def _with_frontend(backbone: Encoder, config: Supervised, task: Task) -> Encoder:
-    """Returns the encoder with ``pad`` and ``statistics`` as ``config`` says; ``pad=clip`` pads to
-    ``data.clip_seconds``.
+    """Returns the encoder with the sample rate, window, hop, ``pad`` and ``statistics`` that
+    ``config`` asks of its front end; ``pad=clip`` pads to ``data.clip_seconds``.
 
     It is built again if they differ, so that its exports record what it was used with.
     """
@@ -95,15 +119,16 @@ def _with_frontend(backbone: Encoder, config: Supervised, task: Task) -> Encoder
         f"pad={config.pad}, statistics={config.statistics}: the front end of "
         f"{type(backbone).__name__} is fixed; omit both"
     )
+    changes = _rate_changes(backbone, config)
     if not isinstance(backbone, SpectrogramEncoder):
         if config.pad != "checkpoint" or config.statistics is not None:
             raise UserError(fixed)
         return backbone
     front: Any = backbone.frontend
-    changes = dict[str, Any]()
+    rate = changes.get("sample_rate", backbone.sample_rate)
     pad = front.pad if config.pad == "checkpoint" else config.pad
     seconds = config.data.clip_seconds if pad == "clip" else None
-    samples = 0 if seconds is None else clip_samples(seconds, backbone.sample_rate)
+    samples = 0 if seconds is None else clip_samples(seconds, rate)
     if (pad, samples) != (front.pad, getattr(front, "clip_samples", 0)):
         changes |= {"pad": pad, "clip_seconds": seconds}
     if isinstance(front, KaldiFbank):
@@ -126,6 +151,33 @@ def _with_frontend(backbone: Encoder, config: Supervised, task: Task) -> Encoder
         raise UserError(fixed)
     keywords["frontend"] = {**(keywords["frontend"] or {}), **changes}
     return backbone.from_weights(backbone.state_dict(), config=keywords, heads=None)
+
+
+def _rate_changes(backbone: Encoder, config: Supervised) -> dict[str, Any]:
+    """Returns the rate, window and hop of ``config`` that the front end does not have.
+
+    A Kaldi one follows the sample rate. Raises ``UserError`` where they cannot be changed.
+    """
+    front = getattr(backbone, "frontend", None)
+    asked = {name: getattr(config, name) for name in ("sample_rate", "n_fft", "hop_length")}
+    if isinstance(front, KaldiFbank):
+        rate = asked["sample_rate"] or front.sample_rate
+        if asked["hop_length"] not in (None, rate // 100):
+            raise UserError(
+                f"hop_length={config.hop_length}: a Kaldi front end has frames every 10 ms, "
+                f"{rate // 100} samples at {rate} Hz; omit hop_length"
+            )
+        asked = {"sample_rate": rate}
+    now = {"sample_rate": backbone.sample_rate}
+    now |= {name: getattr(front, name, None) for name in ("n_fft", "hop_length")}
+    changes = {n: value for n, value in asked.items() if value not in (None, now[n])}
+    if changes and not isinstance(front, (LogMel, KaldiFbank)):
+        said = " ".join(f"{n}={value}" for n, value in changes.items())
+        raise UserError(
+            f"{said}: the front end of {type(backbone).__name__} is fixed at "
+            f"{backbone.sample_rate} Hz; say {' '.join(f'{n}=null' for n in changes)}"
+        )
+    return changes
 
 
 def registered_name(backbone: Encoder) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from bat.eval.encoder_list import RANDOM
 from bat.eval.evaluation import Evaluation
+from bat.eval.transcripts import TRANSCRIPTS
 from bat.metrics.base import describe
 from bat.report.page import COMPARISONS
 from bat.report.plots import COLOURS, chance_of, plot_folds, plot_layer_gates
@@ -27,7 +28,7 @@ from bat.report.probe_plots import (
 from bat.report.sections import TITLES
 
 MAPS = "prototype-maps-"
-OF_ENCODER = ("layer-gates", "folds", f"{MAPS}*")
+OF_ENCODER = ("layer-gates", "folds", f"{MAPS}*", f"{TRANSCRIPTS}*")
 
 
 def draw_encoder(folder: Path, evaluation: Evaluation, entry: dict[str, Any]) -> None:
@@ -37,9 +38,10 @@ def draw_encoder(folder: Path, evaluation: Evaluation, entry: dict[str, Any]) ->
     """
     results, metric = entry["results"], evaluation.ready.task.metric
     name, maps = evaluation.maps()
-    valid = []  # of heads that were not kept
+    valid = [f"{TRANSCRIPTS}{method}" for method in results]  # drawn with the results
+    # of heads that were not kept
     if evaluation.config.diagnostics.maps and not maps:
-        valid = [f"{MAPS}{method}" for method in results]
+        valid += [f"{MAPS}{method}" for method in results]
     _remove(folder, OF_ENCODER, but=valid)
     if maps:
         plot_prototype_maps(maps, folder / f"{MAPS}{name}.png")

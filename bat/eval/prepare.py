@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from bat.audio.frontend import KaldiFbank
+from bat.config.probing import Protocol
 from bat.config.schema import Finetune, Probe, Supervised
 from bat.data.index import Index
-from bat.data.stream import clip_samples, frames_left_out
+from bat.data.stream import clip_samples
 from bat.data.tar import escape_key
+from bat.data.windows import Window, fill_lengths
 from bat.encoders.base import Encoder, SpectrogramEncoder
 from bat.errors import UserError
 from bat.eval.hardware import attention_in_words
+from bat.eval.joining import write_scores
+from bat.eval.lengths import cut_recordings, window
 from bat.eval.loading import check_weights, data_of_run, device_for, load_for
 from bat.eval.run_folder import open_csv, open_data
 from bat.eval.scoring import Scorer
 from bat.eval.splits import DRAWN_FOLDS, Split, check_labels, check_splits, how, make_splits
 from bat.eval.targets import FrameTargets, TokenTargets, digest_texts, outputs
+from bat.eval.texts import usable_texts
 from bat.nn.losses import Loss, loss_for
+from bat.probes.base import find_probe
 from bat.seeding import derive_seed
 from bat.tasks.base import Reading, Task, load_task
 from bat.tasks.events import Events, digest
@@ -57,10 +66,14 @@ class PreparedData(Generic[C]):
 
     @property
     def hash(self) -> str:
-        """Hash of the clips and all their targets."""
+        """Hash of the clips, before long ones are cut into windows, and all their targets."""
         events = digest(self.events) if self.events is not None else ""
         texts = digest_texts(self.texts) if self.texts is not None else ""
-        return self.index.hash + events + texts
+        return self._recordings.hash + events + texts
+
+    @property
+    def _recordings(self) -> Index:
+        return self.index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +87,24 @@ class Prepared(PreparedData[C]):
     targets_of: FrameTargets | TokenTargets | None = None
     """Callable ``(batch, patches) -> targets``: frame labels (B, T, C) or tokens (B, U); None:
     labels of whole clips."""
+    recordings: Index
+    """The clips before long ones were cut into windows, which ``index`` and ``splits`` hold."""
+    places: dict[str, Window] | None = None
+    """Places of the windows in their recordings by key; None: nothing was cut."""
+
+    @property
+    def _recordings(self) -> Index:
+        return self.recordings
 
     @property
     def scorer(self) -> Scorer:
         """Returns the object that computes the task's metrics."""
-        return Scorer.of(self.task, self.targets_of)
+        return Scorer.of(self.task, self.targets_of, self.places)
+
+    def write_scores(self, path: Path, logits: Tensor, keys: Sequence[str]) -> None:
+        """Writes the probabilities of clips ``keys``, or of their windows, to a CSV at ``path``."""
+        names, several = self.index.vocabulary, self.task.multi_label
+        write_scores(path, logits, keys, self.places, labels=names, multi_label=several)
 
     def headline(self, first: str, *more: str) -> str:
         """Returns the message that a run prints when it starts."""
@@ -90,7 +116,7 @@ class Prepared(PreparedData[C]):
             classes = classes_in_words(self.labels[1:]).replace("classes", "tokens", 1)
         lines = [
             first,
-            f"data {len(self.index)} clips (task {self.task.name}; {classes}), encoder "
+            f"data {len(self.recordings)} clips (task {self.task.name}; {classes}), encoder "
             f"{backbone.width} wide, {backbone.depth} blocks",
             kaldi_line(front) if isinstance(front, KaldiFbank) else "",
             f"attention: {kernel}" if kernel else "",
@@ -174,11 +200,18 @@ def check_frames(backbone: Encoder, *, frames: int, clip_seconds: float) -> None
 def _joined(data: PreparedData[C], config: C, backbone: Encoder, frames: int | None) -> Prepared[C]:
     """Returns ``data`` with the encoder and the targets of its time patches."""
     targets_of: FrameTargets | TokenTargets | None = None
-    notices, splits = list(data.notices), data.splits
     hop_ms = 1000 * backbone.hop_seconds
+    index, splits, places, said = cut_recordings(
+        data.index,
+        data.splits,
+        data.config.data,
+        in_time=data.events is not None,
+        hop_seconds=backbone.hop_seconds,
+    )
+    notices = [*data.notices, *said]
     if data.texts is not None:
         targets_of = TokenTargets(data.texts, labels=data.labels, kind=data.task.tokens)
-        splits, said = _without_long_texts(data, targets_of, backbone, frames)
+        splits, said = usable_texts(data, targets_of, backbone, frames)
         notices += said
     if data.events is not None:
         targets_of = FrameTargets(
@@ -186,6 +219,7 @@ def _joined(data: PreparedData[C], config: C, backbone: Encoder, frames: int | N
             labels=data.index.vocabulary,
             patch_hop_ms=hop_ms,
             sample_rate=backbone.sample_rate,
+            places=places,
         )
         if targets_of.missed:
             notices.append(
@@ -193,41 +227,15 @@ def _joined(data: PreparedData[C], config: C, backbone: Encoder, frames: int | N
                 f"({hop_ms:g} ms): no patch is labelled with them"
             )
     config = replace(config, task=data.config.task, data=data.config.data, head=data.config.head)
-    changed = {"config": config, "splits": splits, "notices": tuple(notices)}
+    changed = {"config": config, "index": index, "splits": splits, "notices": tuple(notices)}
     return Prepared(
-        **{**vars(data), **changed}, backbone=backbone, frames=frames, targets_of=targets_of
+        **{**vars(data), **changed},
+        backbone=backbone,
+        frames=frames,
+        targets_of=targets_of,
+        recordings=data.index,
+        places=places,
     )
-
-
-def _without_long_texts(
-    data: PreparedData[C], targets_of: TokenTargets, backbone: Encoder, frames: int | None
-) -> tuple[list[Split], list[str]]:
-    """Returns the folds without the training clips whose text is longer than their time patches,
-    and lines that count these."""
-    index = data.index
-    fixed = None
-    if frames is not None and isinstance(backbone, SpectrogramEncoder):
-        fixed = backbone.patches_of(frames)
-    long = np.zeros(len(index), bool)
-    for i, seconds in enumerate(_seconds(index).tolist()):
-        if fixed is None and not seconds:
-            continue  # unknown length: the loss counts the clip as 0 if its text does not fit
-        seconds = min(seconds, data.config.data.clip_seconds)
-        own = backbone.time_patches(clip_samples(seconds, backbone.sample_rate))
-        long[i] = targets_of.too_long(index.key(i), own if fixed is None else fixed)
-    if not long.any():
-        return data.splits, []
-    splits = [replace(held, train=held.train[~long[held.train]]) for held in data.splits]
-    first = index.key(int(long.argmax()))
-    why = f"longer than its clip has time patches of {1000 * backbone.hop_seconds:g} ms"
-    if not all(len(held.train) for held in splits):
-        raise UserError(
-            f"the text of every training clip is {why} (the first: {first}): cut the clips at "
-            "words, or use an encoder with shorter patches"
-        )
-    out = int(long[np.unique(np.concatenate([held.train for held in data.splits]))].sum())
-    said = f"{int(long.sum())} of {len(index)} clips have a text that is {why} (the first: {first})"
-    return splits, [f"{said}: {out} left out of training, none of the evaluation"]
 
 
 def check_data(
@@ -246,25 +254,41 @@ def check_data(
                 "clips (level=frame uses them)"
             )
             events = None
-    if task.target != "tokens":
+    if texts is not None and task.target == "tokens":
+        texts = {key: task.text_of(text) for key, text in texts.items()}
+    else:
         texts = None
+        methods = (
+            config.methods if isinstance(config, Probe) else [getattr(config, "method", "all")]
+        )
+        for method in (m for m in methods if m != "all" and find_probe(m).steps > 1):
+            raise UserError(
+                f"{method} gives {find_probe(method).steps} outputs per time patch, for texts, and "
+                f"task {task.name} is of {task.target}: name another probe"
+            )
     if task.target in ("events", "tokens"):
+        if config.window_scores:
+            raise UserError(
+                f"window_scores=true lists classes of whole clips, not {task.target}: leave it "
+                "away; bat-predict lists what a head says of each recording"
+            )
         for moves, name, remedy in (
             (config.data.roll, "data.roll=true", "data.roll=false"),
             (config.pad_offset == "random", "pad_offset=random", "pad_offset=start"),
         ):
             if moves:
                 raise UserError(f"{name} moves clips against their {task.target}: say {remedy}")
-    if own is not None:
-        if task.target == "class" and not index.labels_per_clip.all():
-            task = task.asking("tags")
-        clip_seconds, said = window(index, config.data.clip_seconds, events)
-        config = replace(config, data=replace(config.data, clip_seconds=clip_seconds))
-        notices += said
+    if own is not None and task.target == "class" and not index.labels_per_clip.all():
+        task = task.asking("tags")
+    if config.data.windows:
+        fill_lengths(index)
+    clip_seconds, said = window(index, config.data, events, texts, shorten=own is not None)
+    config = replace(config, data=replace(config.data, clip_seconds=clip_seconds))
+    notices += said
     config = replace(config, head=config.head.for_task(task.per_class))
     if texts is None:
         check_labels(task, index)
-    protocol = config.protocol if isinstance(config, Probe) else None
+    protocol = protocol_of(config)
     if protocol is not None and protocol.metric == "map" and texts is not None:
         raise UserError("protocol.metric=map: a task of tokens has no mAP; say =task")
     splits = make_splits(
@@ -275,9 +299,16 @@ def check_data(
         multi_label=task.multi_label,
         draw=DRAWN_FOLDS if own is not None else 0,
         split=config.data.split,
+        shots=config.shots,
+        clip_seconds=config.data.clip_seconds,
     )
     if events is not None:
         check_timed(splits, index)
+    if config.shots is not None:
+        notices.append(
+            f"shots={config.shots}: {len(splits[0].train)} training clip(s) in {splits[0].in_words}"
+            ", counted by first label"
+        )
     if config.data.split != "auto":
         notices.append(f"trained on split {config.data.split}; {index.counted_splits()}")
     notices += check_splits(splits, index, multi_label=task.multi_label, labelled=texts is None)
@@ -285,7 +316,7 @@ def check_data(
     if texts is not None:
         trained = np.unique(np.concatenate([held.train for held in splits]))
         known = {escape_key(key): text for key, text in texts.items()}
-        labels = tuple(outputs((known[index.key(int(i))] for i in trained), task.tokens))
+        labels = tuple(outputs((known[index.key(int(i))] for i in trained), task))
     notices += doubts(index.vocabulary)
     without = int((index.labels_per_clip == 0).sum())
     if without and texts is None:  # refused by ``check_labels`` where each clip is of one class
@@ -310,6 +341,14 @@ def check_data(
         texts=texts,
         labels=labels,
     )
+
+
+def protocol_of(config: Supervised) -> Protocol | None:
+    """Returns how values are selected; None if fine-tuning evaluates its last step."""
+    if isinstance(config, Probe):
+        return config.protocol
+    every = config.validate_every if isinstance(config, Finetune) else 0
+    return Protocol(look_every=every) if every else None
 
 
 def _events_and_texts(
@@ -363,7 +402,7 @@ def check_events(events: Events, index: Index) -> None:
         )
     late = [
         (event.line, f"onset {event.onset_seconds:g}, {index.key(i)} has {end:.6g} s")
-        for i, end in enumerate(_seconds(index).tolist())
+        for i, end in enumerate(index.seconds.tolist())
         for event in by_key.get(index.key(i), ())
         if 0 < end <= event.onset_seconds
     ]
@@ -386,42 +425,6 @@ def check_timed(splits: list[Split], index: Index) -> None:
             f"{index.key(bare[0])}): at level=frame they would be taken for silence. Leave their "
             "split out (data.split=NAME), or say level=clip"
         )
-
-
-def window(
-    index: Index, clip_seconds: float, events: Events | None = None
-) -> tuple[float, list[str]]:
-    """Returns the seconds of every clip that an encoder sees, and lines that say so.
-
-    ``clip_seconds``, or the longest clip if that is shorter: the rest would be silence. Longer
-    clips are cut to their start, from which the times of ``events`` count.
-    """
-    longest = float(_seconds(index).max(initial=0)) or clip_seconds
-    chosen = min(clip_seconds, longest)
-    said = []
-    if chosen < clip_seconds:
-        said.append(f"window {chosen:.6g} s, the longest clip (data.clip_seconds={clip_seconds:g})")
-    longer = sum(
-        frames > 0 and rate > 0 and frames_left_out(frames, rate, chosen) > 0
-        for frames, rate in zip(index.frames.tolist(), index.rate.tolist(), strict=True)
-    )
-    if longer:
-        line = (
-            f"{longer} of {len(index)} clips are longer than the window of {chosen:g} s: only "
-            f"their start is evaluated (the longest: {longest:.6g} s; data.clip_seconds= makes the "
-            "window longer)"
-        )
-        if events is not None:
-            late = sum(e.onset_seconds >= chosen for found in events.values() for e in found)
-            line += f"; {late} event(s) begin after it"
-        said.append(line)
-    return chosen, said
-
-
-def _seconds(index: Index) -> np.ndarray:
-    """Returns the lengths of the clips, (n,); 0 if unknown."""
-    known = (index.frames > 0) & (index.rate > 0)
-    return np.where(known, index.frames / np.maximum(index.rate, 1), 0.0)
 
 
 def permuted(data: PreparedData[C], *, seed: int) -> PreparedData[C]:

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,16 @@ FEW = 3
 """Most methods of one encoder for which results are printed fold by fold."""
 
 
-def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -> Path:
+def probe(
+    config: schema.Probe,
+    *,
+    dry_run: bool = False,
+    force: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
     """Probes frozen encoders as ``config`` says; returns the run folder.
 
-    ``force``: write to a folder of other settings, too.
+    ``force``: write to a folder of other settings, too. ``say``: gets the report at the end.
     """
     start_logging()
     asked = config
@@ -87,6 +93,8 @@ def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -
         begin()
         began = time.perf_counter() - _seconds_before(out)
         summary = _summary(config, data, methods)
+        lines = [line for e in evaluations.values() for line in e.ready.notices]
+        summary["notices"] = list(dict.fromkeys(lines))
         try:
             for number, name in enumerate(encoders, start=1):
                 evaluation = evaluations.pop(name)  # released once done
@@ -110,7 +118,7 @@ def probe(config: schema.Probe, *, dry_run: bool = False, force: bool = False) -
             )
             raise
         draw_comparison(out / "plots", summary)
-        print(_report(after_probing(asked, out, data), summary, out))
+        say(_report(after_probing(asked, out, data), summary, out))
     return out
 
 
@@ -138,7 +146,6 @@ def _summary(
         "protocol": to_dict(config.protocol),
         "permute_labels": config.permute_labels,
         "how": data.how,
-        "notices": list(data.notices),
         "methods": list(methods),
         "clips": len(data.index),
         "labels": list(data.labels),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bat.errors import UserError
-from bat.io import filter_jsonl, read_jsonl
+from bat.io import filter_jsonl, read_jsonl, write_json
 from bat.metrics.base import describe, rank_key
 from bat.metrics.bootstrap import interval
 from bat.metrics.ranking import summarise
@@ -88,6 +88,22 @@ class ResultsFile:
             file.write("".join(lines))
         self.fold_results += fold_results
         self.written |= {(o.probe, o.fold, o.seed) for o in fold_results}
+
+
+def recorded(file: Path, made_from: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """Writes ``content`` with what it depends on, for a resumed run; returns ``content``."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"made_from": made_from, "content": content})
+    return content
+
+
+def read_recorded(file: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the content; None if the file is missing, damaged, or made from something else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return dict(found["content"]) if found["made_from"] == made_from else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def summary(

@@ -21,7 +21,7 @@ from bat.data.index import Index, open_index
 from bat.data.toy import make_toy
 from bat.errors import UserError
 from bat.eval.encoder_list import RANDOM, check_there, checkpoint_name, encoders_of
-from bat.io import write_atomic
+from bat.io import missing, write_atomic
 from bat.lock import LOCK, check_free, hold
 from bat.redact import redact_tree
 from bat.registry import split_checkpoint
@@ -129,7 +129,7 @@ def check_first(config: Pretrain | Supervised) -> None:
     elif config.init and not (default_out(config) / "checkpoints").is_dir():
         path = split_checkpoint(config.init)[1]
         if not Path(path).expanduser().exists():
-            raise UserError(f"init={path} does not exist: give a run, an export or a weight file")
+            raise UserError(f"init={missing(path)}: give a run, an export or a weight file")
     if data.csv:
         csv.read(Path(data.csv), labelled=isinstance(config, Supervised))
     elif data.root or isinstance(config, Pretrain):
@@ -265,6 +265,8 @@ def open_data(
         if not (data.root or data.csv):
             (task.make or make_toy)(root)
         found = task.open(root)
+        for note in found.notes if warn else ():
+            log.info("%s", note)
         index, left_out = index_files(
             found.rows,
             None if data.labels == "drop" else found.vocabulary,
@@ -295,7 +297,9 @@ def open_csv(data: Data, *, progress: bool = True) -> tuple[Task, Index, Reading
     path = Path(data.csv)
     found, listed = csv.read(path), _listed(csv.TASK, path, data)
     vocabulary = None if data.labels == "drop" else found.vocabulary
-    index, left_out = index_files(found.rows, vocabulary, cache=listed, progress=progress)
+    index, left_out = index_files(
+        found.rows, vocabulary, cache=listed, progress=progress, windows=data.windows
+    )
     if left_out:
         shown = "; ".join(
             f"line {found.lines[entry.key]}: {entry.file}, {entry.reason.rstrip('.')}"
@@ -327,7 +331,7 @@ def _check_given(task: Task, data: Data) -> None:
     if data.root and task.name == csv.TASK.name:
         raise UserError(f"data.root={data.root} with task=csv: name its CSV, data.csv=FILE")
     if data.root and not Path(data.root).exists():
-        raise UserError(f"data.root={data.root} does not exist: name the data of task {task.name}")
+        raise UserError(f"data.root={missing(data.root)}: name the data of task {task.name}")
     makes_its_own = task.make is not None or task.name == "toy"
     if not (data.root or data.csv or data.shards or makes_its_own):
         raise UserError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from bat.errors import UserError
 from bat.eval.features import Source
 from bat.eval.fit import Predictions
+from bat.eval.joining import Places, check_readable, join_windows
 from bat.eval.targets import FrameTargets, TokenTargets
 from bat.metrics.base import Metric, find_metric
 from bat.metrics.events import Event
@@ -36,8 +37,11 @@ class Scorer:
         multi_label: bool,
         targets_of: FrameTargets | TokenTargets | None = None,
         detection: Detection = Detection(),  # noqa: B008  (immutable)
+        places: Places | None = None,
     ) -> None:
+        """``places``: of windows in their recordings, which are evaluated as a whole."""
         self.multi_label, self.targets_of, self.detection = multi_label, targets_of, detection
+        self.places = places
         self._metrics: dict[str, type[Metric]] = {}
         for name in names:
             metric, value = find_metric(name)
@@ -54,12 +58,18 @@ class Scorer:
                 )
 
     @classmethod
-    def of(cls, task: Task, targets_of: FrameTargets | TokenTargets | None) -> Scorer:
+    def of(
+        cls,
+        task: Task,
+        targets_of: FrameTargets | TokenTargets | None,
+        places: Places | None = None,
+    ) -> Scorer:
         return cls(
             task.metrics,
             multi_label=task.multi_label,
             targets_of=targets_of,
             detection=task.detection,
+            places=places,
         )
 
     def computed(
@@ -78,6 +88,16 @@ class Scorer:
         if not logits.isfinite().all():
             raise UserError(
                 "the classifier's outputs are not finite: training diverged; lower optim.lr"
+            )
+        if self.places is not None:
+            frames = self.targets_of if isinstance(self.targets_of, FrameTargets) else None
+            logits, found = join_windows(
+                logits,
+                found,
+                source.readable(ids),
+                self.places,
+                multi_label=self.multi_label,
+                hop_seconds=None if frames is None else frames.hop_seconds,
             )
         asked = {v: self._metrics.get(v) or find_metric(v)[0] for v in names or self._metrics}
         made = {metric: self._made(metric, found) for metric in set(asked.values())}
@@ -124,11 +144,10 @@ class Scorer:
     ) -> Iterator[tuple[str, NDArray[np.float64], list[Event]]]:
         """Yields key, probabilities (T, C) of time patches and reference events of each clip."""
         assert isinstance(self.targets_of, FrameTargets)
-        keys = source.readable(ids)
-        if len(keys) != found.total:
-            raise UserError("too many clips cannot be read to tell whose events were predicted")
+        keys = source.readable(ids) if found.keys is None else found.keys
+        check_readable(keys, found)
         hop = self.targets_of.hop_seconds
-        for key, rows in zip(keys, _by_clip(logits.sigmoid(), found), strict=True):
+        for key, rows in zip(keys, by_clip(logits.sigmoid(), found), strict=True):
             true = self.targets_of.reference(key)
             yield key, rows, [event for event in true if event[0] < len(rows) * hop]
 
@@ -158,7 +177,7 @@ class Scorer:
     ) -> Iterator[tuple[list[str], list[str]]]:
         assert isinstance(self.targets_of, TokenTargets)
         names = self.targets_of.names
-        best = _by_clip(logits.argmax(1, keepdim=True), found)
+        best = by_clip(logits.argmax(1, keepdim=True), found)
         for rows, target in zip(best, found.targets.tolist(), strict=True):
             numbers = greedy(rows[:, 0].astype(int).tolist())
             yield [names[n] for n in numbers], [names[n] for n in target if n != NOTHING]
@@ -179,11 +198,22 @@ def greedy(best: Sequence[int]) -> list[int]:
     return [n for n in changed if n]
 
 
-def _by_clip(rows: Tensor, found: Predictions) -> list[NDArray[np.float64]]:
-    """Splits the (n, C) rows of all clips into (T, C) of each."""
+def by_clip(rows: Tensor, found: Predictions) -> list[NDArray[np.float64]]:
+    """Splits the rows of all clips, one or several a time patch, into those of each; patches that
+    were not read are 0."""
     assert found.clips is not None
-    counts = found.clips.bincount(minlength=found.total).tolist()
-    return [part.double().numpy() for part in rows.split(counts)]
+    steps = len(rows) // len(found.clips)
+    counts = found.clips.bincount(minlength=found.total)
+    parts = [part.double().numpy() for part in rows.split((steps * counts).tolist())]
+    if found.patches is None:
+        return parts
+    assert steps == 1
+    whole = []
+    for part, at in zip(parts, found.patches.split(counts.tolist()), strict=True):
+        row = np.zeros((int(at.max()) + 1 if len(at) else 0, rows.shape[1]))
+        row[at.numpy()] = part
+        whole.append(row)
+    return whole
 
 
 def detected(

@@ -239,6 +239,8 @@ class _Fold:
                 elif job not in diverged:
                     fold_result = self._fold_result(job, answer, best, probes[key], logits, found)
                     fold_results[job].append(fold_result)
+                    if plan.on_result is not None:
+                        plan.on_result(fold_result, logits, found, held)
         for job in jobs:
             if job in diverged:
                 plan.diverged.append((job[0], held.name, job[1]))

@@ -12,6 +12,7 @@ a counter-based generator, the same in every numpy.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,7 +21,7 @@ import numpy as np
 
 from bat.config.probing import Protocol
 from bat.data.index import Index
-from bat.data.plan import philox
+from bat.data.plan import first_labels, philox
 from bat.errors import UserError
 from bat.seeding import derive_seed
 from bat.tasks.base import Task
@@ -61,6 +62,8 @@ def make_splits(
     multi_label: bool = False,
     draw: int = 0,
     split: str = "auto",
+    shots: int | None = None,
+    clip_seconds: float = 0.0,
 ) -> list[Split]:
     """Returns the folds or splits of ``index``, in order.
 
@@ -72,6 +75,8 @@ def make_splits(
         draw: folds to draw if the data has neither folds nor splits: at most so many, no more
             than the rarest class has clips (single label); 0: such data is an error.
         split: split to train on if there are splits (several: ``a,b``); ``auto``: ``train``.
+        shots: training clips of each class at most, see ``few_shots``; None: all.
+        clip_seconds: length up to which ``shots`` prefers clips.
 
     Raises:
         UserError: nothing to hold out, a fold or split that does not exist, a class with a single
@@ -85,7 +90,10 @@ def make_splits(
     selects = protocol is not None and protocol.selection == "validation"
     if index.folds and split == "auto":
         if len(index.folds) < 2:
-            raise UserError(f"all clips are in fold {index.folds[0]}: two folds are needed")
+            raise UserError(
+                f"all clips are in fold {index.folds[0]}: two folds are needed; give some clips "
+                "another fold, or remove the column"
+            )
         splits = _by_fold(index.fold, folds, selects=selects)
     elif draw and not index.splits:
         fold = _draw_folds(index, draw, seed=seed, multi_label=multi_label)
@@ -94,6 +102,9 @@ def make_splits(
         raise UserError(f"folds={list(folds)}: the data has no folds; omit folds")
     else:
         splits = [_by_split(index, split, selects=selects)]
+    if shots is not None:
+        few = functools.partial(few_shots, index, shots=shots, clip_seconds=clip_seconds, seed=seed)
+        splits = [replace(held, train=few(held.train)) for held in splits]
     if protocol is None or not selects:
         return splits
     if protocol.fraction != Protocol().fraction and all(r.valid is not None for r in splits):
@@ -173,6 +184,23 @@ def _with_part(index: Index, held: Split, fraction: float, seed: int) -> Split:
     valid = np.sort(free[places])
     train = np.setdiff1d(held.train, valid)
     return replace(held, train=train, valid=valid, valid_is="part")
+
+
+def few_shots(
+    index: Index, ids: np.ndarray, shots: int, *, clip_seconds: float, seed: int
+) -> np.ndarray:
+    """Returns at most ``shots`` of ``ids`` for each class, ascending.
+
+    A clip counts for its first label. They are drawn by ``seed``, but clips of at most
+    ``clip_seconds`` come before longer ones; clips without a label are left out.
+    """
+    first = first_labels(index, ids)
+    long = index.frames[ids] > np.ceil(clip_seconds * index.rate[ids])
+    bits = philox(derive_seed(seed, "shots"), 0, 0).random_raw(len(index))[ids]
+    order = np.lexsort((bits, long, first))
+    ordered = first[order]
+    rank = np.arange(len(ids)) - np.searchsorted(ordered, ordered)  # within its class
+    return np.sort(ids[order[(rank < shots) & (ordered >= 0)]])
 
 
 def _draw_folds(index: Index, folds: int, *, seed: int, multi_label: bool) -> np.ndarray:

@@ -4,9 +4,9 @@ Frame labels (docs/method.md 5, ``dcase16``): patch t stands for its start, ``t 
 active if that time lies in ``[onset, offset]`` of one of its events. Patches that start at or
 beyond a clip's end are NaN, which loss and metrics leave out.
 
-Tokens, for CTC: output 0 is the blank, the others are the tokens that occur in training texts,
-sorted. Tokens that occur only in other texts are numbered after them: no output stands for them, so
-they always count as errors.
+Tokens, for CTC: output 0 is the blank, the others are the task's symbols, or the tokens that occur
+in training texts, sorted. Tokens that occur only in other texts are numbered after them: no output
+stands for them, so they always count as errors.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from bat.data.tar import escape_key
+from bat.data.windows import Window
 from bat.errors import UserError
 from bat.nn.losses import NOTHING
 from bat.tasks import events as listed
+from bat.tasks.base import Task
 from bat.tasks.events import Events
 from bat.types import WaveBatch
 
@@ -38,14 +40,21 @@ class FrameTargets:
     """Callable ``targets_of(batch, patches)`` for events: (B, T, C) float32.
 
     ``labels``: class names in the order of their indices; ``patch_hop_ms`` and ``sample_rate`` are
-    the encoder's. Waves must begin where their recordings do: no roll, no random crop or offset.
+    the encoder's. ``places``: of windows by key; other waves must begin where their recordings do:
+    no roll, no random crop or offset.
     """
 
     def __init__(
-        self, events: Events, *, labels: Sequence[str], patch_hop_ms: float, sample_rate: int
+        self,
+        events: Events,
+        *,
+        labels: Sequence[str],
+        patch_hop_ms: float,
+        sample_rate: int,
+        places: Mapping[str, Window] | None = None,
     ) -> None:
         self.classes, self.hop_seconds = len(labels), patch_hop_ms / 1000
-        self.sample_rate = sample_rate
+        self.sample_rate, self.places = sample_rate, places or {}
         self.missed = 0
         """Number of events between the starts of two patches, which no patch's label contains."""
         number = {name: i for i, name in enumerate(labels)}
@@ -73,8 +82,10 @@ class FrameTargets:
     def __call__(self, batch: WaveBatch, patches: int) -> Tensor:
         targets = torch.zeros(len(batch.keys), patches, self.classes)
         for row, key in zip(targets, batch.keys, strict=True):
-            for first, last, label in self._spans[key]:
-                row[first : last + 1, label] = 1.0
+            name, start = self.places.get(key, Window(key, 0.0))
+            before = round(start / self.hop_seconds)  # patches of the recording before this window
+            for first, last, label in self._spans[name]:
+                row[max(first - before, 0) : max(last + 1 - before, 0), label] = 1.0
         starts = torch.arange(patches, dtype=torch.float64) * self.hop_seconds  # (T,)
         ends = batch.lengths.cpu().double() / self.sample_rate  # (B,)
         beyond = starts >= ends[:, None] - SLACK_SECONDS  # (B, T)
@@ -104,9 +115,13 @@ class TokenTargets:
             row[: len(self._numbers[key])] = self._numbers[key]
         return torch.from_numpy(made)
 
-    def too_long(self, key: str, patches: int) -> bool:
-        """Return True if the text of clip ``key`` does not fit into ``patches`` time patches."""
-        return steps_needed(self._numbers[key]) > patches
+    def too_long(self, key: str, outputs: int) -> bool:
+        """Return True if the text of clip ``key`` does not fit into ``outputs`` steps of CTC."""
+        return steps_needed(self._numbers[key]) > outputs
+
+    def is_empty(self, key: str) -> bool:
+        """Return True if the text of clip ``key`` has no token."""
+        return not self._numbers[key]
 
 
 def tokens_of(text: str, kind: Kind) -> list[str]:
@@ -114,9 +129,12 @@ def tokens_of(text: str, kind: Kind) -> list[str]:
     return list(text) if kind == "characters" else text.split()
 
 
-def outputs(texts: Iterable[str], kind: Kind) -> list[str]:
-    """Returns the names of a head's outputs: the blank, then the tokens of training ``texts``."""
-    return [BLANK, *sorted({token for text in texts for token in tokens_of(text, kind)})]
+def outputs(texts: Iterable[str], task: Task) -> list[str]:
+    """Returns the names of a head's outputs: the blank, then the symbols of ``task``, or the tokens
+    of training ``texts`` if it has none."""
+    if task.symbols:
+        return [BLANK, *task.symbols]
+    return [BLANK, *sorted({token for text in texts for token in tokens_of(text, task.tokens)})]
 
 
 def digest_texts(texts: Mapping[str, str]) -> str:
@@ -125,5 +143,5 @@ def digest_texts(texts: Mapping[str, str]) -> str:
 
 
 def steps_needed(tokens: Sequence[object]) -> int:
-    """Returns the time patches that CTC needs: one per token, and one between two equal ones."""
+    """Returns the steps that CTC needs: one per token, and one between two equal ones."""
     return len(tokens) + sum(a == b for a, b in pairwise(tokens))

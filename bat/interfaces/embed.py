@@ -15,11 +15,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import soxr
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,8 +27,9 @@ from torch import Tensor
 import bat
 from bat.encoders.base import Encoder
 from bat.errors import UserError
-from bat.eval.encoding import encode
+from bat.eval.encoding import device_of, encode, evaluating
 from bat.eval.loading import weights_digest
+from bat.eval.waveforms import waveforms
 from bat.interfaces.models import device_named, find_heads, load_model, trained_window
 from bat.interfaces.parts import Job, Output, run
 from bat.interfaces.recordings import (
@@ -174,6 +175,7 @@ def _loaded(
         digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     elif isinstance(checkpoint, Encoder):
         backbone = checkpoint
+        where = device_of(backbone) if device == "auto" else where
     else:
         backbone = bat.load_encoder(checkpoint, weights=weights)
     autocast = torch.bfloat16 if bf16 else None
@@ -284,22 +286,51 @@ def embed(
     batch: int = 32,
     device: str = "auto",
 ) -> Floats | list[Floats]:
-    """Embeds clips; see ``bat.embed``."""
+    """Embeds clips with a frozen encoder; ``bat-embed`` does so for many files (docs/embed.md).
+
+    ``encoder.embed(clips, ...)`` is the same for an encoder that is loaded.
+
+    Args:
+        clips: a path or several (files, folders, CSVs, shards), or waveforms, NumPy or torch,
+            floats in [-1, 1]: one (S,), a batch (B, S), or several (S,) of any lengths. What is
+            longer than the encoder takes is chunked by it.
+        checkpoint: an encoder, or what ``bat.load_encoder`` takes.
+        sample_rate: of waveforms, Hz; they are resampled. Not needed for files.
+        level: ``clip``, or ``frame``: a vector each ``encoder.hop_seconds``.
+        layer: ``last``, ``all``, a block from 1 on, or ``gate``: mixed as ``head`` weights them.
+        pool: ``cls``, ``mean`` or ``cgp`` (what ``head``, a CGP, reads); None: ``cls`` if any.
+        head: a head's folder in a run of bat-probe.
+        weights: ``student`` or ``teacher``, if the checkpoint holds both.
+        window, hop: seconds; ``whole``: clips are not cut; None: the longest that fits at once.
+        batch: clips at once; those of similar length are batched, which changes no result.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``; an encoder stays where it is with ``auto``.
+
+    Returns:
+        (n, D) float32, or (n, L, D) for all blocks; a list of (rows, ...) a clip at frame level or
+        with windows.
+
+    Raises:
+        UserError: clips that are unreadable, not finite, not mono, or of unknown rate (all of them
+            are named); settings that do not fit.
+    """
     how = {"level": level, "layer": layer, "pool": pool}
-    embedder, _ = _loaded(checkpoint, weights=weights, head=head, device=device, bf16=False, **how)
-    backbone = embedder.backbone
-    reader = clip_reader(
-        clips,
-        sample_rate=sample_rate,
-        to_rate=backbone.sample_rate,
-        window=_window(window, backbone),
-        hop=hop,
-        rest=backbone.hop_seconds,
-    )
-    found: list[Any] = [None] * len(reader.windows)
-    for part in read_batches(reader, batch):
-        for row, values in zip(part.positions.tolist(), embedder(part), strict=True):
-            found[row] = values
+    with evaluating(checkpoint) if isinstance(checkpoint, Encoder) else nullcontext():
+        embedder, _ = _loaded(
+            checkpoint, weights=weights, head=head, device=device, bf16=False, **how
+        )
+        backbone = embedder.backbone
+        reader = clip_reader(
+            clips,
+            sample_rate=sample_rate,
+            to_rate=backbone.sample_rate,
+            window=_window(window, backbone),
+            hop=hop,
+            rest=backbone.hop_seconds,
+        )
+        found: list[Any] = [None] * len(reader.windows)
+        for part in read_batches(reader, batch):
+            for row, values in zip(part.positions.tolist(), embedder(part), strict=True):
+                found[row] = values
     first = reader.windows.first.tolist()
     each = [np.concatenate(found[a:b]) for a, b in itertools.pairwise(first)]
     return np.concatenate(each) if level == "clip" and reader.windows.window is None else each
@@ -332,44 +363,23 @@ def clip_reader(
 ) -> ArrayReader | WindowReader:
     """Returns a reader of paths or arrays, for ``bat.embed`` and ``bat.predict``.
 
-    ``clips``: a path or several, a waveform (S,), a batch (B, S), or several waveforms.
+    ``clips``: a path or several, or waveforms (``bat.eval.waveforms``).
     """
     how: dict[str, Any] = {"window": window, "hop": hop, "rest": rest}
-    given = [clips] if isinstance(clips, (str, Path)) or getattr(clips, "ndim", 0) == 1 else clips
-    given = list(given)
-    if given and all(isinstance(clip, (str, Path)) for clip in given):
+    given = [clips] if isinstance(clips, (str, Path)) else clips
+    numbers = isinstance(given, np.ndarray) and given.dtype.kind not in "OU"
+    if not (numbers or isinstance(given, Tensor)):
+        given = list(given)
+    if isinstance(given, list) and given and all(isinstance(c, (str, Path)) for c in given):
         recordings = list_recordings(given, repeats=True)
         if recordings.left_out:
             raise UserError(
                 "; ".join(f"{bad.name}: {bad.reason}" for bad in recordings.left_out[:10])
             )
         return WindowReader(recordings, Windows(recordings.seconds, **how), sample_rate=to_rate)
-    waves = _waves(given, sample_rate or to_rate, to_rate)
+    waves = waveforms(given, sample_rate=sample_rate, to_rate=to_rate)
     seconds = np.array([len(wave) for wave in waves]) / to_rate
     return ArrayReader(waves, Windows(seconds, **how), sample_rate=to_rate)
-
-
-def _waves(given: list[Any], rate: int, to_rate: int) -> list[Floats]:
-    """Returns the waveforms at ``to_rate``; ``UserError`` names every unsuitable one."""
-    waves, problems = [], []
-    for number, clip in enumerate(given):
-        wave = clip.detach().cpu().numpy() if isinstance(clip, Tensor) else np.asarray(clip)
-        if wave.dtype.kind != "f":
-            problems.append(f"clip {number} has type {wave.dtype}: floats within -1 and 1")
-        elif wave.ndim != 1:
-            problems.append(f"clip {number} has shape {wave.shape}: (S,), channels averaged")
-        elif not wave.size:
-            problems.append(f"clip {number} has no samples")
-        elif not np.isfinite(wave).all():
-            problems.append(f"clip {number} has samples that are not finite (NaN, inf)")
-        else:
-            wave = wave.astype(np.float32, copy=False)
-            waves.append(soxr.resample(wave, rate, to_rate, "HQ") if rate != to_rate else wave)
-    if not given:
-        problems.append("no clips")
-    if problems:
-        raise UserError("; ".join(problems[:10]))
-    return waves
 
 
 def read_batches(reader: ArrayReader | WindowReader, batch: int) -> Iterable[WaveBatch]:

@@ -25,6 +25,7 @@ from bat.errors import UserError
 from bat.eval.encoder_list import RANDOM, path_of
 from bat.eval.heads import FORMAT, load_head
 from bat.eval.loading import CSV, load_for
+from bat.io import missing
 from bat.probes import base
 from bat.tasks.base import Task, load_task
 from bat.weights import CONFIG, read_json
@@ -86,7 +87,7 @@ def find_heads(checkpoint: str | Path, *, average: bool = False) -> list[Path]:
     if not path.exists():
         places = [Path(p) for p in sorted(glob.glob(str(path)))]
         if not places:
-            raise UserError(f"checkpoint {path} does not exist: give a run, a fold or a head")
+            raise UserError(f"checkpoint {missing(path)}: give a run, a fold or a head")
     found = list(dict.fromkeys(head for place in places for head in _heads_in(place)))
     if not found:
         raise UserError(

@@ -96,7 +96,7 @@ class Graph(nn.Module):
         t = torch.sym_min(T, time)
         P = (T + t - 1) // t  # chunks of t time patches
         x = F.pad(spectrogram, (0, 0, 0, (P * t - T) * patch))
-        tokens = encoder.enter(encoder.embed(x.reshape(B * P, 1, t * patch, mels)))
+        tokens = encoder.enter(encoder.embed_patches(x.reshape(B * P, 1, t * patch, mels)))
         inside = torch.arange(P * t, device=x.device) < own[:, None]  # (B, P t)
         keys = inside.reshape(B * P, t, 1).expand(-1, -1, freq).flatten(1)
         keys = F.pad(keys, (1, 0), value=True)[:, None, None]  # (B P, 1, 1, 1 + t F)

@@ -119,16 +119,17 @@ class Predictor:
                 total = p if total is None else total + p
         assert total is not None
         p = (total / len(self.models)).double().cpu().numpy()  # (B, C) or (B, T, C)
-        return [self._answer(row, t) for row, t in zip(p, own, strict=True)]
+        steps = self.models[0].head.steps  # outputs per time patch
+        return [self._answer(row, t * steps) for row, t in zip(p, own, strict=True)]
 
     @property
     def _exclusive(self) -> bool:
         return self.target == "tokens" or (self.target == "class" and self.answer == "scores")
 
-    def _answer(self, p: Floats, patches: int) -> NDArray[Any]:
+    def _answer(self, p: Floats, outputs: int) -> NDArray[Any]:
         if self.answer == "scores":
             return p[None]
-        p = p[:patches]
+        p = p[:outputs]
         if self.answer == "text":
             numbers = greedy(p.argmax(1).tolist())
             said = self.joiner.join(self.labels[n] for n in numbers)
@@ -405,7 +406,25 @@ def predict(
     batch: int = 32,
     device: str = "auto",
 ) -> list[dict[str, Any]]:
-    """Predicts for clips; see ``bat.predict``."""
+    """Predicts with a head of bat-probe or bat-finetune, as ``bat-predict`` (docs/embed.md).
+
+    Args:
+        clips, sample_rate: as for ``bat.embed``.
+        checkpoint: a head's folder, a fold, or a run with one head. average: the mean of folds.
+        encoder: where a probe's encoder lies, if it was moved.
+        answer: ``scores``, ``events`` or ``text``; None: as the head was trained.
+        top: the best labels only. threshold, median: of events; None: the task's.
+        window, hop: seconds; None: the clips of the head's run; ``whole``: clips are not cut.
+        average_windows: one answer a clip, its mean scores.
+
+    Returns:
+        A dict for each window, or each event: ``clip`` (its number), ``start``, ``end`` (seconds)
+        and ``scores`` (label to score, best first) or ``text``; or ``onset``, ``offset``,
+        ``label``, ``score``.
+
+    Raises:
+        UserError: unreadable or unsuitable clips, several heads, settings that do not fit.
+    """
     predictor = _loaded(
         checkpoint,
         average=average,

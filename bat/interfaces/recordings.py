@@ -31,6 +31,7 @@ from bat.data.files import MAX_SECONDS, FileIndex, index_files
 from bat.data.index import Index, open_index
 from bat.data.sources import SUFFIXES, is_url
 from bat.errors import UserError
+from bat.io import missing
 from bat.tasks.base import AUDIO_SUFFIXES, Row, as_text
 from bat.tasks.csv import ALSO_CALLED
 from bat.tasks.folder import find_audio, keys_of
@@ -182,7 +183,10 @@ def _find(given: str | Path, left_out: list[LeftOut]) -> list[Path] | str:
             return files
         if any(file.name.endswith(SUFFIXES) for file in (*path.glob("*"), *path.glob("*/*"))):
             return text
-        raise UserError(f"{path} holds no audio ({', '.join(AUDIO_SUFFIXES[:5])}, ...) and no tars")
+        raise UserError(
+            f"{path} holds no audio ({', '.join(AUDIO_SUFFIXES[:5])}, ...) and no tars: "
+            "name another folder"
+        )
     if path.is_file():
         if path.name.endswith(SUFFIXES):
             return text
@@ -192,7 +196,7 @@ def _find(given: str | Path, left_out: list[LeftOut]) -> list[Path] | str:
         return text
     if is_url(given):
         raise UserError(f"{text}: of URLs, those of .tar shards are read; fetch other files first")
-    raise UserError(f"{path} does not exist: name audio files, folders, CSVs or shards")
+    raise UserError(f"{missing(path)}: name audio files, folders, CSVs or shards")
 
 
 def _listed(path: Path) -> list[Path]:

@@ -32,6 +32,35 @@ def edits(predicted: Sequence[Hashable], true: Sequence[Hashable]) -> int:
     return int(row[-1])
 
 
+def align(predicted: Sequence[str], true: Sequence[str]) -> list[tuple[str | None, str | None]]:
+    """Returns pairs (true, predicted) of an alignment with the fewest edits, from left to right.
+
+    A pair of two different ones is a substitution; None as the first an insertion, as the second a
+    deletion. Of equally good alignments the one with most substitutions is taken, from the end.
+    """
+    n, m = len(true), len(predicted)
+    cost = np.zeros((n + 1, m + 1), np.int64)
+    cost[:, 0], cost[0] = np.arange(n + 1), np.arange(m + 1)
+    for i in range(1, n + 1):
+        for j in range(1, m + 1):
+            differs = int(true[i - 1] != predicted[j - 1])
+            cost[i, j] = min(cost[i - 1, j - 1] + differs, cost[i - 1, j] + 1, cost[i, j - 1] + 1)
+    pairs: list[tuple[str | None, str | None]] = []
+    i, j = n, m
+    while i or j:
+        both = i > 0 and j > 0
+        if both and cost[i, j] == cost[i - 1, j - 1] + (true[i - 1] != predicted[j - 1]):
+            i, j = i - 1, j - 1
+            pairs.append((true[i], predicted[j]))
+        elif i and cost[i, j] == cost[i - 1, j] + 1:
+            i -= 1
+            pairs.append((true[i], None))
+        else:
+            j -= 1
+            pairs.append((None, predicted[j]))
+    return pairs[::-1]
+
+
 def _rate(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     """Returns the error rate of counts (R, 2), edits and lengths -> (R,)."""
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -4,6 +4,7 @@ The position code: half of the channels encode time, half frequency, each half `
 D/4 frequencies ``10000^(-k / (D/4))``.
 
 ``grid``: token (t, f) has the code of (t, f).
+``eat``: as ``grid``, but the first half of the channels encodes frequency, as in EAT and SSLAM.
 ``reference``: the paper's released code generates the table on an (F, T) grid flattened
 frequency-major and adds it to *time-major* tokens, so row n has time ``n mod T`` and frequency
 ``n div T``. Its checkpoints depend on this bijection (docs/method.md 2).
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from bat.types import Grid
 
-PosLayout = Literal["reference", "grid"]
+PosLayout = Literal["reference", "grid", "eat"]
 
 
 class PatchEmbed(nn.Module):
@@ -67,14 +68,15 @@ def position_code(width: int, grid: Grid, layout: PosLayout = "reference") -> Te
     row = torch.arange(grid.tokens, dtype=torch.float64)
     if layout == "reference":
         time, freq = row % grid.time, row // grid.time
-    elif layout == "grid":
+    elif layout in ("grid", "eat"):
         time, freq = row // grid.freq, row % grid.freq
     else:
-        raise ValueError(f"unknown pos_layout '{layout}': 'reference' or 'grid'")
+        raise ValueError(f"unknown pos_layout '{layout}': 'reference', 'grid' or 'eat'")
     omega = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
 
     def code(at: Tensor) -> Tensor:  # (N,) -> (N, D/2)
         angle = at[:, None] * omega
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
-    return torch.cat([code(time), code(freq)], dim=1)[None].float()  # (1, N, D)
+    halves = [code(freq), code(time)] if layout == "eat" else [code(time), code(freq)]
+    return torch.cat(halves, dim=1)[None].float()  # (1, N, D)

@@ -73,6 +73,20 @@ def inverse_block_mask(
     return Views(keep_ids, mask.scatter_(1, keep_ids, False))
 
 
+def choose_predicted(views: Views, share: float, seeds: Tensor) -> Views:
+    """Returns ``views`` with ``int(share * masked)`` of the masked tokens chosen to be predicted.
+
+    At least one; drawn uniformly, for each view by its seed in ``seeds`` (rows,) int64.
+    ``share`` 1: all of them.
+    """
+    if share == 1:
+        return views
+    masked = views.masked_ids  # (rows, N - n)
+    bits = splitmix64(seeds, (masked.shape[1] + 1) // 2).view(torch.int32)[:, : masked.shape[1]]
+    drawn = bits.topk(max(1, int(share * masked.shape[1])), dim=1, sorted=False).indices
+    return views._replace(chosen=masked.gather(1, drawn.sort(dim=1).values))
+
+
 def splitmix64(seeds: Tensor, count: int) -> Tensor:
     """Returns the first ``count`` numbers of each seed: (rows,) int64 -> (rows, count) int64, all
     bits random. Sums and products wrap at 64 bits."""

@@ -24,7 +24,8 @@ from bat import registry
 from bat.encoders.base import Encoder, MaskableEncoder, SpectrogramEncoder
 from bat.errors import UserError
 from bat.nn.block import blocks_of
-from bat.types import WaveBatch
+from bat.nn.decoder import CrossDecoder, ViTDecoder
+from bat.types import Views, WaveBatch
 
 
 class Objective(nn.Module, abc.ABC):
@@ -147,6 +148,26 @@ class Student(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
+
+    def predict(self, spectrogram: Tensor, views: Views) -> tuple[Tensor, Tensor]:
+        """Returns the class tokens (rows, D) of masked views and the predictions (rows, m, P) of
+        ``views.predict_ids``. ``spectrogram``: (B, 1, frames, mels); ``rows = B * V``."""
+        if isinstance(self.decoder, CrossDecoder):
+            layers = torch.stack([*self.encoder.view_layers(spectrogram, views)])
+            return layers[-1, :, 0], self.decoder(layers, views)
+        cls, visible = self.encoder.encode_views(spectrogram, views)
+        return cls, self.decoder(visible, views)
+
+
+def transformer_decoder(encoder: MaskableEncoder, *, cross: bool, **sizes: Any) -> nn.Module:
+    """Builds a ``ViTDecoder`` of the encoder's kind of blocks, or a ``CrossDecoder``.
+
+    ``sizes``: keywords that both take (width, depth, heads, mlp_ratio, out_width).
+    """
+    kind = {"pos_layout": encoder.pos_layout, "attention": encoder.attention}
+    if cross:
+        return CrossDecoder(encoder.width, encoder.depth, encoder.grid, **kind, **sizes)
+    return ViTDecoder(encoder.width, encoder.grid, gate=encoder.gate, **kind, **sizes)
 
 
 def maskable(encoder: Encoder, objective: str) -> MaskableEncoder:

@@ -13,6 +13,8 @@ copy of the encoder run on the clean spectrogram, gives the targets:
 ``target_centering="batch"`` removes the mean over the batch at each position before the last
 standardisation. This is not in the paper, but on small data the position code is most of the target
 and its easiest part to predict. Under several processes that mean is each process's own.
+``decoder="cross"`` and ``predict`` below 1 are not in the paper either: a cheaper step
+(``bat.nn.decoder.CrossDecoder``; the loss is the mean over the patches that are predicted).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +30,11 @@ from torch import Tensor, nn
 
 from bat.encoders.base import Encoder, MaskableEncoder
 from bat.nn.block import blocks_of
-from bat.nn.decoder import CNNDecoder, ViTDecoder
+from bat.nn.decoder import CNNDecoder
 from bat.nn.ema import ema_decay, ema_update
-from bat.nn.masking import inverse_block_mask, row_seeds
-from bat.objectives.base import Objective, Student, maskable
-from bat.ranges import Fraction, NonNegativeFloat, OpenFraction, PositiveInt
+from bat.nn.masking import choose_predicted, inverse_block_mask, row_seeds
+from bat.objectives.base import Objective, Student, maskable, transformer_decoder
+from bat.ranges import DecayFactor, Fraction, NonNegativeFloat, OpenFraction, PositiveInt
 from bat.seeding import derive_seed
 from bat.types import Views, WaveBatch
 
@@ -41,6 +43,7 @@ EPS = 1e-6
 DECODERS: dict[str, dict[str, Any]] = {
     "vit12h": {"heads": 12, "mlp_ratio": 4.0},
     "vit6h": {"heads": 6, "mlp_ratio": 2.0},
+    "cross": {"heads": 12, "mlp_ratio": 4.0},
 }
 """Heads and MLP ratio of the transformer decoders (docs/method.md 3, ablations)."""
 WIDEST = 768
@@ -118,12 +121,16 @@ class MaskedLatent(Objective):
         paper)."""
         global_target: Literal["patch_mean", "cls", "none"] = "patch_mean"
         """Target of the class token: the patches' mean target, or the teacher's class token."""
-        decoder: Literal["vit12h", "vit6h", "cnn"] = "vit12h"
-        """Transformer of 12 or 6 heads, or the convolutions of EAT."""
+        decoder: Literal["vit12h", "vit6h", "cnn", "cross"] = "vit12h"
+        """Transformer of 12 or 6 heads, the convolutions of EAT, or cross-attention to the visible
+        patches alone (not in the paper)."""
         decoder_depth: PositiveInt = 6
         """Blocks of the decoder."""
         decoder_width: PositiveInt | None = None
         """None: as wide as the encoder, at most 768."""
+        predict: DecayFactor = 1.0
+        """Share of the masked patches that is predicted, drawn anew for each view (the paper: all).
+        """
         mask: Mask = field(default_factory=Mask)
         ema: Ema = field(default_factory=Ema)
 
@@ -160,6 +167,8 @@ class MaskedLatent(Objective):
             return self.decoder_width or min(width, WIDEST)
 
     graphs = ("targets", "compare")
+    eps: ClassVar[float] = EPS
+    """Epsilon of the targets' standardisation."""
     collapse_advice = "objective.ema.start nearer to 1, objective.target_centering=batch"
 
     def __init__(
@@ -172,6 +181,7 @@ class MaskedLatent(Objective):
         global_target: Literal["patch_mean", "cls", "none"] = "patch_mean",
         mask: Mask | None = None,
         ema: Ema | None = None,
+        predict: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -180,36 +190,24 @@ class MaskedLatent(Objective):
         self.target = target
         self.target_centering = target_centering
         self.global_target = global_target
-        self.mask, self.ema, self.seed = mask or Mask(), ema or Ema(), seed
+        self.mask, self.ema, self.share = mask or Mask(), ema or Ema(), predict
+        self.seed = seed
 
     @classmethod
     def build(cls, config: Config, encoder: Encoder, *, seed: int) -> Self:
         encoder = maskable(encoder, config.name)
-        width = config.width_in(encoder.width)
-        sizes: dict[str, Any] = {"width": width, "depth": config.decoder_depth}
-        decoder: nn.Module
+        names = ("target", "target_centering", "global_target", "mask", "ema", "predict")
+        how = {name: getattr(config, name) for name in names}
+        return cls(encoder, cls.decoder_of(config, encoder), seed=seed, **how)
+
+    @staticmethod
+    def decoder_of(config: Config, encoder: MaskableEncoder) -> nn.Module:
+        """Builds the decoder that ``config`` describes."""
+        sizes = {"width": config.width_in(encoder.width), "depth": config.decoder_depth}
         if config.decoder == "cnn":
-            decoder = CNNDecoder(encoder.width, encoder.grid, **sizes)
-        else:
-            decoder = ViTDecoder(
-                encoder.width,
-                encoder.grid,
-                gate=encoder.gate,
-                pos_layout=encoder.pos_layout,
-                attention=encoder.attention,
-                **sizes,
-                **DECODERS[config.decoder],
-            )
-        return cls(
-            encoder,
-            decoder,
-            target=config.target,
-            target_centering=config.target_centering,
-            global_target=config.global_target,
-            mask=config.mask,
-            ema=config.ema,
-            seed=seed,
-        )
+            return CNNDecoder(encoder.width, encoder.grid, **sizes)
+        cross = config.decoder == "cross"
+        return transformer_decoder(encoder, cross=cross, **sizes, **DECODERS[config.decoder])
 
     def encoders(self) -> dict[str, Encoder]:
         return {"student": self.student.encoder, "teacher": self.teacher.encoder}
@@ -238,16 +236,22 @@ class MaskedLatent(Objective):
 
         A clip's masks depend on (seed, position) alone, not on the batch, the rank or the reader.
         """
-        mask = self.mask
-        seeds = row_seeds(derive_seed(self.seed, "masks"), positions, mask.views)
-        return inverse_block_mask(
+        mask, device = self.mask, next(self.parameters()).device
+        seeds, other = (
+            row_seeds(derive_seed(self.seed, name), positions, mask.views).to(
+                device, non_blocking=True
+            )
+            for name in ("masks", "predict")
+        )
+        views = inverse_block_mask(
             len(seeds),
             self.student.encoder.grid,
             keep_ratio=1 - mask.ratio,
             block=mask.block,
             adjust=mask.adjust,
-            seeds=seeds.to(next(self.parameters()).device, non_blocking=True),
+            seeds=seeds,
         )
+        return choose_predicted(views, self.share, other)
 
     def example_masks(self, batch: WaveBatch) -> Tensor:
         return self.draw_views(batch.positions).mask[:: self.mask.views]
@@ -260,10 +264,8 @@ class MaskedLatent(Objective):
         self, spectrogram: Tensor, views: Views, targets: Tensor, teacher_cls: Tensor
     ) -> Losses:
         """Computes the student's losses against the teacher's targets (B, N, D) and (B, D)."""
-        cls, visible = self.student.encoder.encode_views(spectrogram, views)
-        predictions = self.student.decoder(visible, views)  # (B V, N - n, D)
-
-        wanted = gather_patches(targets, views.masked_ids)
+        cls, predictions = self.student.predict(spectrogram, views)  # (B V, m, D)
+        wanted = gather_patches(targets, views.predict_ids)
         local = F.mse_loss(predictions.flatten(0, 1).float(), wanted)
         if self.global_target == "none":
             global_ = torch.zeros_like(local)
@@ -273,17 +275,27 @@ class MaskedLatent(Objective):
         one = targets.shape[0] == 1
         position_only = targets.new_full((), torch.nan) if one else targets.var(0).mean()
         spread = targets.flatten(0, 1).std(0, unbiased=False).mean()
-        return Losses(local + global_, local, global_, position_only, spread)
+        total = self.total(local, global_)
+        return Losses(total, local, global_, position_only, spread)
+
+    def total(self, local: Tensor, global_: Tensor) -> Tensor:
+        """Returns the loss that is minimised."""
+        return local + global_
 
     @torch.no_grad()
     def targets(self, spectrogram: Tensor) -> tuple[Tensor, Tensor]:
         """Returns targets (B, N, D) and the teacher's last class token (B, D), both float32, of
-        (B, 1, frames, mels). Layers are summed one at a time, never stacked."""
-        encoder = self.teacher.encoder
+        (B, 1, frames, mels)."""
+        targets, cls, _ = self.targets_of(self.teacher.encoder.embed_patches(spectrogram))
+        return targets, cls
+
+    def targets_of(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns ``targets`` of embedded patches (B, n, D), all or some of a clip's, and the last
+        block's h (B, n, D). Layers are summed one at a time, never stacked."""
         total, cls, depth = None, None, 0
-        for out, mlp in encoder.layers(encoder.embed(spectrogram)):
+        for out, mlp in self.teacher.encoder.layers(tokens):
             layer = (out if self.target == "eob" else mlp)[:, 1:].float()
-            layer = standardise(layer, dim=1)  # per channel over the patches
+            layer = standardise(layer, 1, self.eps)  # per channel over the patches
             total = layer if total is None else total + layer
             cls, depth = out[:, 0].float(), depth + 1
         assert total is not None
@@ -291,7 +303,7 @@ class MaskedLatent(Objective):
         mean = total / depth  # (B, N, D)
         if self.target_centering == "batch":
             mean = mean - mean.mean(0, keepdim=True)
-        return standardise(mean, dim=2), cls
+        return standardise(mean, 2, self.eps), cls, layer
 
     def after_step(self, step: int, *, skip: Tensor) -> None:
         ema = self.ema

@@ -25,9 +25,9 @@ Level = Literal["clip", "frame"]
 
 ORDER = (
     *("linear", "mlp", "lcgp", "h2t", "mhca", "ep", "simpool", "abmilp", "vqt"),
-    *("proto", "protofloat", "protobin", "cgp"),
+    *("proto", "protofloat", "protobin", "cgp", "asr"),
 )
-"""Order of the probes in ``all``: class tokens, attention over patches, prototypes."""
+"""Order of the probes in ``all``: class tokens, attention over patches, prototypes, sequences."""
 
 
 class Probe(nn.Module):
@@ -40,6 +40,8 @@ class Probe(nn.Module):
 
     levels: ClassVar[tuple[Level, ...]] = ("clip", "frame")
     """Levels at which the probe is defined."""
+    steps: ClassVar[int] = 1
+    """Outputs per time patch at frame level; more than one: for targets of tokens alone."""
     has_prototypes: ClassVar[bool] = False
     """True for probes with prototypes: they need a higher learning rate and a grid of their own."""
 
@@ -57,12 +59,17 @@ class Probe(nn.Module):
         self.level = level
 
     def forward(self, features: Features) -> Tensor:
-        """Computes logits (B, C) at clip level, (B, T, C) at frame level.
+        """Computes logits (B, C) at clip level, (B, T * steps, C) at frame level.
 
         They depend only on a clip's own patches (``features.inside()``), however much padding the
         batch has; at frame level the answers in padding are not used.
         """
         raise NotImplementedError
+
+    def inside(self, features: Features) -> Tensor | None:
+        """(B, T * steps) bool, True for outputs within each clip; None: all."""
+        inside = features.inside()
+        return None if inside is None else inside.repeat_interleave(self.steps, dim=1)
 
     @classmethod
     def needs(cls, *, has_cls: bool, level: Level) -> Needs:
@@ -164,12 +171,17 @@ def expand(methods: Sequence[str], *, level: Level, encoder: bool = True) -> lis
     """Returns ``methods`` with ``all`` replaced by every probe of this folder defined at ``level``.
 
     ``encoder``: a frozen encoder is available; without one ``all`` omits the probes built from it
-    (``vqt``). Raises ``UserError`` for one named twice.
+    (``vqt``). Probes of several outputs a patch (``asr``) are for tokens and must be named. Raises
+    ``UserError`` for one named twice.
     """
     known = known_probes()
     ordered = [n for n in ORDER if n in known] + [n for n in known if n not in ORDER]
     everything = [
-        n for n in ordered if level in known[n].levels and (encoder or not takes_encoder(known[n]))
+        n
+        for n in ordered
+        if level in known[n].levels
+        and known[n].steps == 1
+        and (encoder or not takes_encoder(known[n]))
     ]
     named = [n for method in methods for n in (everything if method == "all" else [method])]
     twice = [n for n, count in Counter(named).items() if count > 1]

@@ -52,6 +52,7 @@ CAPTIONS = {
     "layer-curve": "A linear probe on each block alone",
     "layer-gates": "Layer gates",
     "norms-ranks": "Token norms and effective rank, block by block",
+    "transcripts": "Worst transcripts",
 }
 COMPARISONS = ("attention-sinks", "comparison", "gates", "layer-curve", "norms-ranks")
 """Names of plots that show all encoders together, without ``.png``."""
@@ -68,6 +69,10 @@ BLOCKS = (
 )
 
 
+WIDE_PIXELS = 1700
+"""Pictures wider than this take the width of the page."""
+
+
 class Picture(NamedTuple):
     """A PNG file of a run."""
 
@@ -81,6 +86,11 @@ class Picture(NamedTuple):
         words = re.sub(r"[-_]+", " ", self.path.stem).strip()
         text = CAPTIONS.get(self.path.stem, words[:1].upper() + words[1:])
         return f"{text}: {self.encoder}" if self.encoder else text
+
+    @property
+    def wide(self) -> bool:
+        """True if its text would be too small in half of the page."""
+        return int.from_bytes(self.path.read_bytes()[16:20], "big") > WIDE_PIXELS  # a PNG's width
 
     @property
     def base64(self) -> str:

@@ -42,21 +42,22 @@ STYLE: Any = {
 
 
 @contextmanager
-def figure(path: str | Path, rows: int = 1, columns: int = 1, **settings: Any) -> Iterator[Any]:
-    """Yields a figure and its (rows, columns) axes, a single one as it is; then writes the PNG."""
-    import matplotlib
+def figure(
+    path: str | Path, rows: int = 1, columns: int = 1, *, figsize: Any = None, **settings: Any
+) -> Iterator[Any]:
+    """Yields a figure and its (rows, columns) axes, a single one as it is; then writes the PNG.
 
-    matplotlib.use("Agg", force=False)
-    from matplotlib import pyplot as plt
+    Without pyplot, so a notebook keeps its backend.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(rows, columns, layout="constrained", squeeze=False, **settings)
-        try:
-            yield fig, axes if axes.size > 1 else axes[0, 0]
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            fig.savefig(path)
-        finally:
-            plt.close(fig)
+    with rc_context(STYLE):
+        fig = Figure(figsize=figsize, layout="constrained")
+        axes = fig.subplots(rows, columns, squeeze=False, **settings)
+        yield fig, axes if axes.size > 1 else axes[0, 0]
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path)
 
 
 def legend(axis: Any, **settings: Any) -> None:
@@ -192,21 +193,23 @@ def plot_series(
 ) -> Path:
     """Plots panels below each other over the same steps: title -> name of a line -> (step, value).
 
-    Lines without values and panels without lines are omitted; a name has one colour in all panels.
+    Lines without values and panels without lines are omitted. A name has one colour in all panels,
+    and ``NAME: MORE`` has that of ``NAME``.
     """
     some = {title: {n: xy for n, xy in lines.items() if xy} for title, lines in panels.items()}
     some = {title: lines for title, lines in some.items() if lines}
     names = list(dict.fromkeys(name for lines in some.values() for name in lines))
+    heads = list(dict.fromkeys(name.partition(": ")[0] for name in names))
     n = max(1, len(some))
     with figure(path, n, 1, figsize=(9, 0.6 + 2.1 * n), sharex=True) as (_, axes):
         column = np.ravel(axes)
         for axis, (title, lines) in zip(column, some.items(), strict=False):
             for name, points in lines.items():
                 x, y = np.array(points, dtype=float).T
-                i = names.index(name)
+                i, colour = names.index(name), heads.index(name.partition(": ")[0]) % 7
                 style: Any = {"marker": MARKERS[i % 7], "ms": 3.5} if len(x) <= 30 else {}
                 dash = "-" if i < 7 else "--"
-                axis.plot(x, y, dash, color=COLOURS[i % 7], lw=1.5, label=short(name), **style)
+                axis.plot(x, y, dash, color=COLOURS[colour], lw=1.5, label=short(name), **style)
             axis.set_title(title)
             if len(lines) > 1:
                 legend(axis)

@@ -90,9 +90,10 @@ def _pictures(run: Run, scratch: Path) -> list[Picture]:
         ("model FLOPs utilisation", "mfu"),
     ):
         panels[title] = {key: run.series(key)}
-    made.append(plot_series(panels, scratch / "health-and-speed.png"))
     own = [run.path / "plots" / f"{name}.png" for name in ("masks", "layer_gate", "folds")]
-    return [Picture(path) for path in [*made, *(path for path in own if path.is_file())]]
+    made += [path for path in own if path.is_file()]
+    made.append(plot_series(panels, scratch / "health-and-speed.png"))  # tall, so last
+    return [Picture(path) for path in made]
 
 
 def _lines(run: Run) -> Table:

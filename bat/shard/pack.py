@@ -249,7 +249,7 @@ def _encoded(
 
 def _file_of(row: Row) -> Path | bytes:
     """Returns the path of a row that can be read by seeking, else its bytes."""
-    if row.span is None and row.cell is None and row.path.is_file():
+    if row.span is None and row.cell is None and row.place is None and row.path.is_file():
         return row.path
     return _held(row)
 

@@ -6,6 +6,7 @@ read here) and names the labels. Layouts are tested in this order:
 ==========  ============================================================================
 shards      ``.tar``: in the folder or its sub-folders (then these are the splits), a tar, a glob
 audioset    ``*_segments.csv``: in the folder, or the file itself
+hsn ...     ``HSN_metadata_train.parquet`` (BirdSet): in the folder, before shards
 eat         ``X.tsv`` with ``path<TAB>samples`` lines: in the folder, or the file itself
 parquet     ``.parquet``: in the folder or up to two levels below, the file itself, a glob
 esc50 ...   ``meta.csv`` or ``meta/esc50.csv`` beside ``audio/``, with the published classes
@@ -32,7 +33,8 @@ from bat.data.sources import find
 from bat.data.table import read_contents, tabulate
 from bat.data.tar import escape_key, sample_key
 from bat.errors import UserError
-from bat.tasks import audioset, eat, folder, parquet
+from bat.io import missing
+from bat.tasks import audioset, birdset, eat, folder, parquet
 from bat.tasks.base import LeftOut, Reading, Row, load_task
 from bat.tasks.labels import Labels, doubts, held_out_alone, labels_of, named
 from bat.tasks.tables import read_csv
@@ -73,7 +75,7 @@ def open_rows(
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", str(source)):
             raise UserError(f"{str(source)!r} is not a path of this machine: download it first")
         if not glob.has_magic(str(source)) and "{" not in str(source):
-            raise UserError(f"{source} does not exist: give a folder, a CSV, parquet or shards")
+            raise UserError(f"{missing(source)}: give a folder, a CSV, parquet or shards")
     kind = detect(source) if task is None else task
     found = _read(source, kind, labels_of(labels) if labels is not None else None, split)
     if kind == "folder" and source.is_file():
@@ -128,6 +130,9 @@ def detect(source: Path) -> str:
         return "parquet" if source.suffix == ".parquet" else "shards"
     if source.is_file() and source.suffix.lower() in (".tar", ".gz", ".tgz"):
         return "shards"
+    bird_set = birdset.set_in(source)  # its shards beside it are no WebDataset
+    if bird_set is not None:
+        return bird_set
     depths = _depths(source) if source.is_dir() else set()
     if {("tar", 0), ("tar", 1)} & depths:
         return "shards"

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from bat import registry
 from bat.errors import UserError
+from bat.io import missing
 from bat.tasks.events import Detection, Event
 
 Target = Literal["class", "tags", "events", "tokens"]
@@ -69,6 +70,9 @@ class Row:
     """``train``, ``test`` or any other name of the source."""
     start_seconds: float = 0.0
     """Start of the clip in the recording it was cut from."""
+    seconds: float | None = None
+    """The clip is this much of ``path`` from ``start_seconds`` on, read by seeking, as 16-bit PCM;
+    None: the file is the clip."""
     mids: tuple[str, ...] = ()
     """Machine ids of ``labels`` where the source has them (AudioSet)."""
     span: tuple[int, int] | None = None
@@ -85,14 +89,19 @@ class Row:
     """Line of the CSV that lists it first; 0: none."""
 
     @property
+    def place(self) -> tuple[float, float] | None:
+        """Start and length of the clip in its file, seconds; None: the file is the clip."""
+        return None if self.seconds is None else (self.start_seconds, self.seconds)
+
+    @property
     def suffix(self) -> str:
         """The suffix in lower case without a dot: ``flac``, ``wav``, ..."""
-        return self.codec or self.path.suffix[1:].lower()
+        return "wav" if self.seconds is not None else self.codec or self.path.suffix[1:].lower()
 
     @property
     def name(self) -> str:
         """The name of the file for messages."""
-        inside = self.span is not None or self.cell is not None
+        inside = any(x is not None for x in (self.span, self.cell, self.seconds))
         name = as_text(self.path.name)
         return f"{name}/{self.key}" if inside else name
 
@@ -169,6 +178,9 @@ class Task:
     first of them."""
     tokens: Literal["characters", "words"] = "characters"
     """Units of the text of target ``tokens``; words are separated by blanks."""
+    symbols: str = ""
+    """Characters that a head gives, in the order of its outputs from 1 on: texts are lower-cased,
+    others in them dropped. Empty: those of the training texts, sorted."""
 
     def __post_init__(self) -> None:
         loss, metrics = USUAL[self.target]
@@ -196,6 +208,10 @@ class Task:
             return self
         return replace(self, target=target, loss="", metrics=metrics, selects="")
 
+    def text_of(self, text: str) -> str:
+        """Returns ``text`` as it is asked for: of ``symbols`` alone, if the task has some."""
+        return "".join(c for c in text.lower() if c in self.symbols) if self.symbols else text
+
     def open(self, root: str | Path) -> Reading:
         """Reads the data set at ``root``.
 
@@ -205,7 +221,7 @@ class Task:
         """
         root = Path(root)
         if not root.exists():
-            raise UserError(f"{root} does not exist: give the folder of task {self.name!r}")
+            raise UserError(f"{missing(root)}: give the folder of task {self.name!r}")
         found = self.rows(root)
         if not isinstance(found, Reading):
             labels = (label for row in found for label in row.labels)

@@ -102,7 +102,9 @@ def read(path: Path, labels: Labels | None = None, *, labelled: bool = True) -> 
         rows = _join(lines, rows, path, timed=timed)
         if len(reading.vocabulary) < 2 and "text" not in columns:
             only = f"one class, {reading.vocabulary[0]!r}" if reading.vocabulary else "no labels"
-            raise UserError(f"{path} has {only}: a classifier needs two classes or more")
+            raise UserError(
+                f"{path} has {only}: a classifier needs two classes or more; add clips of another"
+            )
     return replace(reading, rows=rows, notes=notes + reading.notes)
 
 
@@ -242,7 +244,7 @@ def _check_columns(columns: list[str], lines: Sequence[Line], path: Path) -> Non
     if not has_labels and "text" not in columns:
         raise UserError(
             f"{head}: no column 'label' (one a line) or 'labels' (several, 'a;b'), nor columns of "
-            "0 and 1, a class each"
+            "0 and 1, a class each: add one (bat-pretrain and bat-embed need no labels)"
         )
 
 

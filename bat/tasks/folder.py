@@ -120,7 +120,9 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
     """
     if not source.is_dir():
         if source.suffix.lower() != ".csv":
-            raise UserError(f"{source} is neither a folder nor a .csv file")
+            raise UserError(
+                f"{source} is neither a folder nor a .csv file: name the folder, {source.parent}"
+            )
         from bat.tasks import csv  # not at the top: it imports this file
 
         return csv.read(source, labels, labelled=False)
@@ -129,7 +131,7 @@ def read(source: Path, labels: Labels | None = None) -> Reading:
         first = f"; left out: {left_out[0].file} ({left_out[0].reason})" if left_out else ""
         raise UserError(
             f"{source} has no audio (looked for {', '.join('.' + s for s in AUDIO_SUFFIXES)}, "
-            f"sub-folders included{first})"
+            f"sub-folders included{first}): name another folder"
         )
     names = [file.relative_to(source).as_posix() for file in files]
     splits = all(name.partition("/")[0].lower() in SPLITS for name in names)

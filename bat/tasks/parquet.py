@@ -2,9 +2,10 @@
 
 Columns: ``audio`` (bytes, or a struct with ``bytes`` and optionally ``path``); ``labels``,
 ``label`` or ``label_id`` (names, mids or numbers, one or a list); where labels are mids,
-``human_labels`` are their names; a key from ``id``, ``video_id``, ``key``, ``filename``; optionally
-``fold`` and ``split``. Others are not read. Numbers are named by the ClassLabel that the hub's own
-libraries write into the schema, or by a label file (``bat.tasks.labels``).
+``human_labels`` are their names; ``text`` (a transcript); a key from ``id``, ``video_id``, ``key``,
+``filename``; optionally ``fold`` and ``split``. Others are not read. Numbers are named by the
+ClassLabel that the hub's own libraries write into the schema, or by a label file
+(``bat.tasks.labels``).
 
 A file called ``train-00000-of-00042.parquet``, or in a folder of its own (``data/eval/``), has
 that split (``folder.SPLITS``: ``eval`` and ``validation`` are ``test`` and ``valid``).
@@ -100,7 +101,7 @@ def _sniff(data: bytes | None) -> str:
 
 
 def _split(path: Path, source: Path) -> str | None:
-    shard = re.fullmatch(r"(\w+?)-\d+-of-\d+(-[0-9a-f]+)?", path.stem, re.ASCII)
+    shard = re.fullmatch(r"([\w.]+?)-\d+-of-\d+(-[0-9a-f]+)?", path.stem, re.ASCII)
     if shard:
         return split_of(shard[1])
     folder = path.parent.name
@@ -125,7 +126,7 @@ def _read_file(path: Path, source: Path) -> tuple[list[Cells], list[str] | None]
         leaf = _audio_column(schema, path)
         label = next((c for c in LABELS if c in schema.names), None)
         key = next((c for c in KEYS if c in schema.names), None)
-        wanted = (label, key, "label_id", "human_labels", "fold", "split")
+        wanted = (label, key, "label_id", "human_labels", "fold", "split", "text")
         columns = [c for c in dict.fromkeys(wanted) if c in schema.names]
         if leaf != "audio" and schema.field("audio").type.get_field_index("path") >= 0:
             columns.append("audio.path")
@@ -152,6 +153,7 @@ def _read_file(path: Path, source: Path) -> tuple[list[Cells], list[str] | None]
                     split=str(cells.get("split") or "") or split,
                     cell=(group, i),
                     codec=suffix if suffix in (*AUDIO_SUFFIXES, *UNDECODED_SUFFIXES) else codec,
+                    text=text if isinstance(text := cells.get("text"), str) else None,
                 )
                 numbers, human = _listed(cells.get("label_id")), _listed(cells.get("human_labels"))
                 found.append(Cells(row, numbers, human))
@@ -212,6 +214,27 @@ def read(
         order = by_number({pair for several in pairs for pair in several})
     fits = order is not None and set(reading.vocabulary) <= set(order)
     return replace(reading, vocabulary=order) if order and fits else reading
+
+
+def read_columns(
+    path: Path, columns: Sequence[str], *, label: str
+) -> tuple[list[dict[str, Any]], list[str] | None]:
+    """Returns the rows of some columns of a table, and the names of the ClassLabel ``label``.
+
+    Raises:
+        UserError: pyarrow missing, a damaged file, a column that it lacks.
+    """
+    arrow = _pyarrow()
+    try:
+        with arrow.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            missing = [name for name in columns if name not in schema.names]
+            if missing:
+                has = ", ".join(schema.names)
+                raise UserError(f"{path} lacks column {missing[0]!r}; it has: {has}")
+            return file.read(columns=list(columns)).to_pylist(), _class_names(schema, label)
+    except (arrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable parquet file ({error})") from error
 
 
 class _Cells:

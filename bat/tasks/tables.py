@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bat.errors import UserError
+from bat.io import missing
 
 
 def csv_cells(path: Path, *, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
@@ -23,7 +24,7 @@ def csv_cells(path: Path, *, delimiter: str = ",") -> Iterator[tuple[int, list[s
             f"{path} is a folder: name the CSV in it, or say task=folder data.root={path}"
         )
     if not path.is_file():
-        raise UserError(f"{path} does not exist: name a CSV")
+        raise UserError(f"{missing(path)}: name a CSV")
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")

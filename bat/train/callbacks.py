@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from math import nan
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
+from bat.logs import bar_seconds
 from bat.train.processes import Ranks, ranks_of
 from bat.train.trainer import JsonLines
 
@@ -105,7 +105,7 @@ class Metrics(StepCallback):
                 unit="step",
                 desc="training",
                 dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 15,
+                mininterval=bar_seconds(),
             )
         self._reset()
         if self._resumed:

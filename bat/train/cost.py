@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bat.config.schema import Finetune, Pretrain
@@ -36,6 +35,8 @@ PEAK = {
 
 def clip_flop(config: Pretrain) -> int:
     """Returns the FLOP of a training step for one clip."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # no public name: without it, no MFU
+
     config = copy.deepcopy(config)
     config.model.attention = "eager"
     with torch.random.fork_rng(), torch.device("meta"):

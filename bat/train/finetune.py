@@ -12,10 +12,13 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bat import __version__
 from bat import weights as checkpoint
@@ -34,6 +37,8 @@ from bat.eval.prepare import Prepared, prepare
 from bat.eval.results import HOW, FoldResult, summary, table
 from bat.eval.run_folder import default_out, run_folder
 from bat.eval.splits import Split
+from bat.eval.targets import TokenTargets
+from bat.eval.transcripts import record
 from bat.io import read_jsonl, write_json
 from bat.logs import is_main, start_logging
 from bat.nn.losses import against
@@ -42,20 +47,29 @@ from bat.redact import redact_tree
 from bat.report.plots import chance_of, plot_curves, plot_folds
 from bat.report.sections import TITLES
 from bat.seeding import derive_seed
+from bat.train.callbacks import Metrics
 from bat.train.fitting import Fitting, dry_step
 from bat.train.pretrain_data import audio_stream
 from bat.train.processes import with_batch
+from bat.train.selection import WEIGHTS as BEST
+from bat.train.selection import Selection, load_selected
 from bat.train.sharding import full_state, is_sharded
 from bat.train.supervised import Supervised
 
 log = logging.getLogger("bat")
 
 
-def finetune(config: schema.Finetune, *, dry_run: bool = False, force: bool = False) -> Path:
+def finetune(
+    config: schema.Finetune,
+    *,
+    dry_run: bool = False,
+    force: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
     """Fine-tunes as ``config`` says and returns the run folder. Resumes an existing run there.
 
     Raises ``Interrupted`` if the run was asked to end; it is saved and can be resumed.
-    ``force``: resume although the settings differ.
+    ``force``: resume although the settings differ. ``say``: gets the report at the end.
     """
     if takes_encoder(find_probe(config.method)):
         raise UserError(
@@ -77,7 +91,7 @@ def finetune(config: schema.Finetune, *, dry_run: bool = False, force: bool = Fa
         train=replace(config.train, accumulate=asked.train.accumulate),
     )
     with run_folder(settled, out, force=force) as begin:
-        _run(run, out, asked, begin)
+        _run(run, out, asked, begin, say)
     return out
 
 
@@ -99,7 +113,13 @@ def _check(ready: Prepared[schema.Finetune]) -> None:
         )
 
 
-def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None]) -> None:
+def _run(
+    run: Folds,
+    out: Path,
+    asked: schema.Finetune,
+    begin: Callable[[], None],
+    say: Callable[[str], None],
+) -> None:
     config, ready = run.config, run.ready
     if all(run.read(held) is not None for held in ready.splits):
         log.info("nothing to do: %s is finished", out)
@@ -128,8 +148,8 @@ def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None
             "weights": config.weights,
             "task": ready.task.name,
             "data": ready.hash,
-            "how": HOW,
-            "clips": len(ready.index),
+            "how": run.how,
+            "clips": len(ready.recordings),
             "labels": list(ready.labels),
             "bad_clips": {r["held_out"]: r["bad_clips"] for r in results},
             "held_out_bad": {r["held_out"]: r["held_out_bad"] for r in results},
@@ -141,7 +161,7 @@ def _run(run: Folds, out: Path, asked: schema.Finetune, begin: Callable[[], None
     )
     for result in results:
         log.info("held out %s: %s", result["held_out"], result["bad"])
-    print(_report(asked, run, found))
+    say(_report(asked, run, found))
 
 
 class Folds:
@@ -221,7 +241,14 @@ class Folds:
         module, data = self.module(held), self.data(held)
         name = f"finetune-{config.recipe}-{held.name}"
         fitting = Fitting(
-            config, folder, module=module, data=data, name=name, force=self.force, begin=begin_fold
+            config,
+            folder,
+            module=module,
+            data=data,
+            name=name,
+            force=self.force,
+            begin=begin_fold,
+            online=partial(self._selection, held, folder) if config.validate_every else None,
         )
         trainer, newest = fitting.trainer, fitting.newest
         start = f"continuing from {newest}" if newest else "starting"
@@ -230,11 +257,14 @@ class Folds:
             trainer.fit(module, datamodule=data, ckpt_path=fitting.resume_from)
         begin()  # a training that was finished before had no start
         module = self._whole(module, held).to(trainer.strategy.root_device)
-        metrics, held_out_bad = self._evaluate(module, held)
+        trainer.strategy.barrier()  # the first rank has written the best weights
+        chosen = load_selected(module, folder) if config.validate_every else {}
+        metrics, held_out_bad = self._evaluate(module, held.test, folder)
         result = {
             "held_out": held.name,
             "metrics": metrics,
-            "how": HOW,
+            "how": self.how,
+            "selected": chosen,
             "steps": trainer.global_step,
             **fitting.facts(),
             "bad_clips": data.bad_clips.state_dict(),
@@ -244,6 +274,7 @@ class Folds:
         }
         if trainer.is_global_zero:
             self._write(module.cpu(), folder, result)
+            (folder / BEST).unlink(missing_ok=True)
         trainer.strategy.barrier()  # all ranks wait until the result is written
         return result
 
@@ -275,8 +306,29 @@ class Folds:
         whole.load_state_dict(state)
         return whole
 
-    def _evaluate(self, module: Supervised, held: Split) -> tuple[dict[str, Any], BadClips]:
-        """Returns the metrics on the held-out clips (each process evaluates all) and bad clips."""
+    @property
+    def how(self) -> str:
+        """Returns how the results are obtained, a sentence."""
+        return self.ready.how if self.config.validate_every else HOW
+
+    def _selection(self, held: Split, folder: Path, *, metrics: Metrics, **_: Any) -> Selection:
+        """Returns the callback that selects a step on the validation clips of ``held``."""
+        valid = held.valid
+        assert valid is not None
+        return Selection(
+            folder,
+            every=self.config.validate_every,
+            metric=self.task.metric,
+            evaluate=lambda module: self._evaluate(module, valid)[0],
+            metrics=metrics,
+        )
+
+    def _evaluate(
+        self, module: Supervised, ids: NDArray[np.int64], folder: Path | None = None
+    ) -> tuple[dict[str, Any], BadClips]:
+        """Returns the metrics on the clips ``ids`` (each process evaluates all) and bad clips.
+
+        ``folder``: where transcripts are listed and drawn."""
         config, autocast = self.config, autocast_for(self.config.hardware)
         bad = BadClips(max_bad=config.data.max_bad)
         stream = FeatureStream(
@@ -291,11 +343,25 @@ class Folds:
             targets_of=self.ready.targets_of,
             bad_clips=bad,
         )
-        batches = stream.once(held.test, batch=config.data.batch)
+        batches = stream.once(ids, batch=config.data.batch)
         found = predictions({"head": module.head}, batches, autocast=autocast)
         bad.check(final=True)
         logits = found.logits["head", ""]
-        return self.ready.scorer.values(logits, found, stream, held.test), bad
+        if config.window_scores and folder is not None and is_main():
+            self.ready.write_scores(folder / "scores.csv", logits, stream.readable(ids))
+        targets_of = self.ready.targets_of
+        if folder is not None and isinstance(targets_of, TokenTargets) and is_main():
+            record(
+                logits,
+                found,
+                targets_of,
+                stream=stream,
+                source=stream,
+                ids=ids,
+                listed=folder / "utterances.csv",
+                picture=folder / "plots" / "transcripts.png",
+            )
+        return self.ready.scorer.values(logits, found, stream, ids), bad
 
     def _write(self, module: Supervised, folder: Path, result: dict[str, Any]) -> None:
         """Writes encoder, head and curves of a finished fold; ``result.json`` last."""
@@ -331,7 +397,7 @@ def _dry_run(run: Folds) -> None:
     with dry_step(run.config, module, data) as batch:
         spectrogram, targets, features = module.encoded(batch, seed=0)
         logits = module.head(features)
-        loss = against(module.loss, logits, targets, inside=features.inside())
+        loss = against(module.loss, logits, targets, inside=module.head.inside(features))
     if loss.is_cuda:
         loss.backward()
     size = sum(p.numel() for p in module.parameters())
@@ -350,7 +416,7 @@ def _report(asked: schema.Finetune, run: Folds, results: dict[str, dict[str, Any
     others = f" (and of {', '.join(folds[1:])})" if folds[1:] else ""
     parts = [
         table(results),
-        f"({HOW}; computed in {run.config.hardware.precision})",
+        f"({run.how}; computed in {run.config.hardware.precision})",
         "Where everything is:\n"
         f"  results   {out}/summary.json, {out}/{folds[0]}/metrics.jsonl{others}\n"
         f"  encoders  {out}/{folds[0]}/export{others}; bat.load_encoder reads one\n"

@@ -4,6 +4,7 @@ HealthMonitor  collapse, a stalled loader, throughput, memory; its scalars join 
 Metrics        means, events, progress bar
 GuardReport    steps skipped by the NaN guard
 OnlineProbe    probes on the encoder along a pre-training
+Selection      validation steps of a fine-tuning
 Stopping       resumable shutdown, agreed among the ranks
 Checkpoints    last, since Lightning runs it after the others
 """
@@ -33,6 +34,7 @@ from bat.train.health import HealthMonitor
 from bat.train.online import OnlineProbe
 from bat.train.pretrain import Pretraining
 from bat.train.processes import Ranks, leave_quietly, ranks_of
+from bat.train.selection import Selection
 from bat.train.stopping import Stopping
 from bat.train.supervised import Supervised
 from bat.train.trainer import build_trainer
@@ -48,7 +50,8 @@ class Fitting:
         name: name of the run for Weights & Biases.
         force: start from scratch if there are checkpoints and none loads.
         begin: called after the checkpoint is restored, before the first step.
-        online: makes the online probes, given ``metrics=`` and ``stopping=``; None: there are none.
+        online: makes what evaluates the encoder along the training (online probes, selection of a
+            step), given ``metrics=`` and ``stopping=``; None: nothing does.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Fitting:
         name: str,
         force: bool = False,
         begin: Callable[[], None] = lambda: None,
-        online: Callable[..., OnlineProbe] | None = None,
+        online: Callable[..., OnlineProbe | Selection] | None = None,
     ) -> None:
         self.module, self.data = module, data
         self.newest = last_checkpoint(out, force=force)
@@ -70,8 +73,10 @@ class Fitting:
         data.on_error = lambda error: stopping.ask("the data", error)
         data.gather = lambda thing: self.ranks.gather(thing)
         self.checkpoints = Checkpoints(config.train, out, stopping=stopping, newest=self.newest)
-        most = config.health.max_skipped
-        self.guard = GuardReport(module.guard, out, most=most, metrics=metrics, stopping=stopping)
+        most, keep = config.health.max_skipped, config.health.keep_nan
+        self.guard = GuardReport(
+            module.guard, out, most=most, keep=keep, metrics=metrics, stopping=stopping
+        )
         health = HealthMonitor(
             config.health,
             metrics=metrics,

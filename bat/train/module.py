@@ -33,14 +33,21 @@ class TrainingModule(pl.LightningModule):
         self.clips = 0
         """Clips of the latest micro-batch."""
         self.guard = Guard(config.optim.clip_norm)
+        self.replayed_rank: int | None = None
+        """Rank whose step is computed again; None: the process's own."""
 
-    def finished(self, batch: WaveBatch, scalars: dict[str, Tensor]) -> Tensor:
-        """Records the scalars of a micro-batch; returns its loss for the backward pass."""
+    @property
+    def global_rank(self) -> int:
+        """Rank that seeds the step."""
+        return super().global_rank if self.replayed_rank is None else self.replayed_rank
+
+    def finished(self, batch: WaveBatch, index: int, scalars: dict[str, Tensor]) -> Tensor:
+        """Records the scalars of micro-batch ``index``; returns its loss for the backward pass."""
         loss = scalars["loss"]
         self.clips = batch.waves.shape[0]
         self.scalars = {name: scalar.detach() for name, scalar in scalars.items()}
         self.scalars["grad_norm"] = torch.full_like(loss, torch.nan)  # known before the step
-        self.guard.note(batch, loss)
+        self.guard.note(batch, index, loss)
         return spread_nan(loss)
 
     def optimizer_step(

@@ -26,6 +26,7 @@ from bat.config.sections import Optim
 from bat.data.bad_clips import BadClips
 from bat.data.index import Index
 from bat.data.sources import TRAIN
+from bat.data.windows import is_long
 from bat.encoders.base import Encoder
 from bat.errors import UserError
 from bat.eval.candidates import Plan
@@ -104,6 +105,12 @@ class OnlineProbe(StepCallback):
         )
         self.ids = np.unique(np.concatenate([[*r.train, *r.test] for r in self.splits]))
         log.info("online probe: %d clips, %s", len(self.ids), classes_in_words(index.vocabulary))
+        if index.starts is None and (long := int(is_long(index, config.data.clip_seconds).sum())):
+            log.info(
+                "online probe: %d clips are longer than %g s: their start is read",
+                long,
+                config.data.clip_seconds,
+            )
         odd = check_splits(self.splits, index, multi_label=True) + doubts(index.vocabulary)
         for line in odd:
             log.warning("online probe: %s", line)

@@ -72,7 +72,8 @@ class Pretraining(TrainingModule):
         torch.manual_seed(seed)  # drop path
         if self.config.hardware.compile == "cudagraphs":
             torch.compiler.cudagraph_mark_step_begin()
-        return self.finished(batch, check_scalars(self.objective, self.objective(batch)))
+        scalars = check_scalars(self.objective, self.objective(batch))
+        return self.finished(batch, batch_idx, scalars)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optim = self.config.optim

@@ -30,7 +30,9 @@ from bat.tasks.labels import classes_in_words
 
 log = logging.getLogger("bat")
 
-NEEDS_AN_INDEX = ("windows", "mix", "shuffle", "window", "balance", "epoch_clips", "cache_waves_gb")
+NEEDS_AN_INDEX = (
+    *("windows", "mix", "shuffle", "window", "balance", "epoch_clips", "noise", "cache_waves_gb"),
+)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def audio_stream(
         ),
         seed=seed,
         roll=data.roll,
+        noise=data.noise,
         random_offset=random_offset,
         min_seconds=data.min_seconds,
         max_seconds=data.max_seconds,

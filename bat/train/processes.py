@@ -38,6 +38,11 @@ def _launched(slurm: str, torchrun: str) -> int | None:
     return None
 
 
+def launched() -> bool:
+    """Returns True if torchrun or Slurm started this process as one of a run."""
+    return _launched("SLURM_NTASKS", "WORLD_SIZE") is not None
+
+
 def devices(hardware: Hardware) -> int | str:
     """Returns ``devices`` for the Trainer; ``auto``: as many as torchrun or Slurm started here."""
     if hardware.devices == "auto":

@@ -126,7 +126,7 @@ def proposal(
     ``given``: keys that the user sets, whose values in ``config`` are built upon.
     """
     given, gpu = given or set(), machine.gpu_gib > 0
-    seconds = seconds_of(index)
+    seconds = index.seconds
     values: dict[str, Any] = {}
     clip = next((c for c in CLIPS if c >= np.quantile(seconds, 0.9)), CLIPS[-1] if gpu else 5.0)
     clip = clip if gpu else min(clip, 5.0)
@@ -200,13 +200,6 @@ def _of_file(init: str) -> dict[str, Any]:
     return values
 
 
-def seconds_of(index: Index) -> np.ndarray:
-    """Returns the length of each clip (n,), in seconds; 0 where it is unknown."""
-    known = (index.frames > 0) & (index.rate > 0)
-    found: np.ndarray = np.where(known, index.frames / np.maximum(index.rate, 1), 0.0)
-    return found
-
-
 def _rounded(steps: float) -> int:
     """Rounds to two digits, at least 20."""
     size = 10 ** max(0, int(math.log10(max(steps, 1))) - 1)
@@ -215,7 +208,7 @@ def _rounded(steps: float) -> int:
 
 def in_words(values: dict[str, Any], config: Pretrain, index: Index, machine: Machine) -> list[str]:
     """Returns three lines about the proposal: data, model, steps."""
-    seconds, devices = seconds_of(index), machine.devices
+    seconds, devices = index.seconds, machine.devices
     clip = values.get("data.clip_seconds", config.data.clip_seconds)
     batch = values.get("data.batch", config.data.batch)
     steps = values.get("train.steps", config.train.steps)

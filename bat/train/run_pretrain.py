@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -38,11 +39,17 @@ from bat.train.start import start_from
 log = logging.getLogger("bat")
 
 
-def pretrain(config: Pretrain, *, dry_run: bool = False, force: bool = False) -> Path:
+def pretrain(
+    config: Pretrain,
+    *,
+    dry_run: bool = False,
+    force: bool = False,
+    say: Callable[[str], None] = tqdm.write,
+) -> Path:
     """Pre-trains as ``config`` says and returns the run folder. Resumes an existing run there.
 
     Raises ``Interrupted`` if the run was asked to end; it is saved and can be resumed.
-    ``force``: resume although the settings differ.
+    ``force``: resume although the settings differ. ``say``: gets the report at the end.
     """
     out = default_out(config)
     start_logging()
@@ -74,7 +81,9 @@ def pretrain(config: Pretrain, *, dry_run: bool = False, force: bool = False) ->
         with fitting.running():
             fitting.trainer.fit(module, datamodule=source.data, ckpt_path=fitting.resume_from)
         begin()  # a training that was finished before had no start
-        _finish(config, out, module, source, fitting)
+        report = _finish(config, out, module, source, fitting)
+        if report:
+            say(report)
     return out
 
 
@@ -113,13 +122,14 @@ def _is_finished(config: Pretrain, out: Path, fitting: Fitting) -> bool:
 
 def _finish(
     config: Pretrain, out: Path, module: Pretraining, source: PretrainData, fitting: Fitting
-) -> None:
-    """Writes export, plots and summary after the last training step."""
+) -> str:
+    """Writes export, plots and summary after the last training step; returns the report, empty on
+    other processes than the first."""
     data, trainer, probe = source.data, fitting.trainer, fitting.online
     bad_clips_all_ranks = data.bad_clips_all_ranks()
     state = full_state(module)
     if not trainer.is_global_zero:
-        return
+        return ""
     if not _is_finished(config, out, fitting):
         export(module, out, step=trainer.global_step, data=data, state=state)
         draw(module, data, out)
@@ -141,7 +151,7 @@ def _finish(
         }
         write_json(out / "summary.json", summary)
         log.info("%s", data.bad_clips.summary())
-    _print_outputs(module, out, source, probe)
+    return _report(module, out, source, probe)
 
 
 def device_name(device: torch.device) -> str:
@@ -222,9 +232,7 @@ def _dry_run(config: Pretrain, module: Pretraining, source: PretrainData) -> Non
     print("dry run: nothing was trained, nothing was written but shards and their index")
 
 
-def _print_outputs(
-    module: Pretraining, out: Path, source: PretrainData, probe: OnlineProbe | None
-) -> None:
+def _report(module: Pretraining, out: Path, source: PretrainData, probe: OnlineProbe | None) -> str:
     config, names = module.config, " and ".join(module.objective.encoders())
     lines = [
         "",
@@ -239,4 +247,4 @@ def _print_outputs(
         lines += ["", probe.table(), f"(computed in {config.hardware.precision})"]
         task, index = probe.task, probe.index
     lines += ["", "Next:", *(f"  {c}" for c in after_pretraining(config, out, task, index))]
-    tqdm.write("\n".join(lines))
+    return "\n".join(lines)

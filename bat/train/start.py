@@ -23,7 +23,7 @@ from bat.encoders.base import Encoder, load_strictly
 from bat.errors import UserError
 from bat.eval.loading import registered_name, weights_digest
 from bat.objectives.base import Objective
-from bat.weights import WEIGHTS, read_tensors, resolve
+from bat.weights import read_all, resolve
 
 log = logging.getLogger("bat")
 
@@ -76,8 +76,7 @@ def _load(config: Pretrain, weights: str) -> Encoder:
 
 def _holds_teacher(init: str) -> bool:
     """Returns True if the file has the weights of a teacher, in any of the known layouts."""
-    path = resolve(registry.split_checkpoint(init)[1])
-    held: dict[Any, Any] = read_tensors(path / WEIGHTS if path.is_dir() else path)
+    held: dict[Any, Any] = read_all(resolve(registry.split_checkpoint(init)[1]))
     parts = [held, *(part for part in held.values() if isinstance(part, dict))]
     names = [str(name) for part in parts for name in part]
     return any(n == "ema_encoder" or n.endswith("_ema") or "teacher.encoder." in n for n in names)

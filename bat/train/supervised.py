@@ -78,9 +78,9 @@ class Supervised(TrainingModule):
         seed = derive_seed(self.config.seed, self.fold, "step", batch_idx, self.global_rank)
         torch.manual_seed(seed)  # dropout, drop path
         _, targets, features = self.encoded(batch, seed=seed)
-        loss_of = partial(against, self.loss, inside=features.inside())
+        loss_of = partial(against, self.loss, inside=self.head.inside(features))
         loss = self.head.training_loss(loss_of, self.head(features), targets)
-        return self.finished(batch, {"loss": loss})
+        return self.finished(batch, batch_idx, {"loss": loss})
 
     def encoded(self, batch: WaveBatch, *, seed: int) -> tuple[Tensor, Tensor, Features]:
         """Returns the augmented spectrograms, their targets and the features the head reads."""
@@ -102,10 +102,11 @@ class Supervised(TrainingModule):
         A mixed clip has the time patches of the longer one; None with a fixed number of frames.
         """
         own = self.config.augment
-        waves, targets = batch.waves, batch.targets
+        waves, lengths, targets = batch.waves, batch.lengths, batch.targets
         if own.noise_p:
-            waves = colour_noise(waves, generator=generator, p=own.noise_p, lengths=batch.lengths)
-        x = self.backbone.inputs(waves, batch.lengths, frames=self.frames)
+            lengths = self.signal_samples(waves, lengths)
+            waves = colour_noise(waves, generator=generator, p=own.noise_p, lengths=lengths)
+        x = self.backbone.inputs(waves, lengths, frames=self.frames)
         if own.time_roll:
             front: Any = self.backbone.frontend
             samples = front.padded_samples(batch.lengths)
@@ -140,6 +141,17 @@ class Supervised(TrainingModule):
                 repeats=own.spec_repeats,
             )
         return x, targets, patches
+
+    def signal_samples(self, waves: Tensor, lengths: Tensor) -> Tensor:
+        """Returns the samples of each wave (B,) that noise is added to: the clip and the zeros that
+        pad the waveform (``pad=clip``, ``waveform``), as in the reference."""
+        front: Any = getattr(self.backbone, "frontend", None)
+        pad, most = getattr(front, "pad", None), waves.shape[1]
+        if pad == "clip":
+            return torch.as_tensor(front.padded_samples(lengths)).clamp(max=most)
+        if pad == "waveform" and self.frames is not None:
+            return lengths.clamp(min=min(most, (self.frames - 1) * front.hop_length))
+        return lengths
 
     def layer_of(self, name: str) -> int:
         """Returns the layer of parameter ``name`` for layer-wise decay; L + 1 for head and rest."""

@@ -11,7 +11,7 @@ from bat.data.files import FileIndex, index_files
 from bat.data.index import open_index
 from bat.data.plan import make_plan
 from bat.data.stream import ClipDataset
-from bat.data.windows import cut_into_windows
+from bat.data.windows import cut_into_windows, spans
 from bat.tasks.base import Row, load_task
 
 RATE, CLIP = 16_000, 5.0
@@ -134,3 +134,12 @@ def test_files__larger_than_memory_are_left_out_unless_cut(
     for windows, gone in ((True, []), (False, ["long.wav"]), (True, [])):
         _, left_out = index_files(rows, None, cache=cache, windows=windows)
         assert [entry.file for entry in left_out] == gone
+
+
+def test_spans__last_is_shifted_back_or_short() -> None:
+    assert spans(25, 10) == [(0, 10), (7.5, 17.5), (15, 25)]
+    assert spans(25, 10, 10) == [(0, 10), (10, 20), (20, 25)]
+    assert spans(25, 10, 5) == [(0, 10), (5, 15), (10, 20), (15, 25)]
+    assert spans(20.1, 10, 10, rest=0.16) == [(0, 10), (10, 20)]
+    assert spans(10.1, 10, rest=0.2) == [(0, 10)]
+    assert spans(3, 10) == spans(3, 10, 10) == [(0, 3)]

@@ -116,7 +116,7 @@ def test_ast__positions_of_other_lengths(seconds: float, t: int) -> None:
     x = encoder.inputs(clip(seconds))
     table = encoder.pos_embed[0, 2:].unflatten(0, (12, 9))
     with torch.no_grad():
-        found = encoder.embed(x) - encoder.patch_embed(x)  # (1, t, 12, D)
+        found = encoder.embed_patches(x) - encoder.patch_embed(x)  # (1, t, 12, D)
     for j in range(t):
         if t < 9:
             wanted = table[:, 4 - t // 2 + j]

@@ -33,7 +33,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def hidden(folder: Path, wave: Tensor) -> Tensor:
     """(L + 1, N, D) of transformers' own classes for one clip."""
     model = transformers.AutoModel.from_pretrained(folder).eval()
-    model = model.get_encoder() if model.config.is_encoder_decoder else model
+    model = getattr(model, "speech_encoder", model)
+    model = model.get_encoder() if hasattr(model, "decoder") else model
+    if hasattr(model, "adapter"):
+        model.adapter = None  # its output would be the last hidden state
     front = transformers.AutoFeatureExtractor.from_pretrained(folder)
     given = front(wave.numpy(), sampling_rate=16000, return_tensors="pt")
     with torch.no_grad():
@@ -53,23 +56,42 @@ def test_whisper__a_clip_that_ends_with_its_last_token(folders: dict[str, Path])
     torch.testing.assert_close(found, hidden(folders["whisper"], wave)[1:, :60], atol=1e-5, rtol=0)
 
 
+HOPS = {"ast": 0.1, "sew": 0.04, "s2t": 0.04, "moonshine": 0.024, "parakeet": 0.08}
+
+
 @pytest.mark.parametrize("kind", HF_KINDS)
 def test_features__are_the_models_own_hidden_states(folders: dict[str, Path], kind: str) -> None:
     encoder: Any = bat.load_encoder(f"hf:{folders[kind]}")
     assert (encoder.sample_rate, encoder.width, encoder.depth) == (16000, 32, 2)
+    assert encoder.hop_seconds == HOPS.get(kind, 0.02)
+    wave = WAVE if encoder.fixed else WAVE[: encoder.field + 13 * encoder.hop]  # all are used
     with torch.no_grad():
-        found = encoder(WAVE)
-    wanted = hidden(folders[kind], WAVE)[1:]  # (L, N, D)
+        found = encoder(wave)
+    wanted = hidden(folders[kind], wave)[1:]  # (L, N, D)
     T = found.patches.shape[2]
     if kind == "ast":  # 123 complete frames; 20 x 12 patches, the frequencies one after another
         assert (T, encoder.has_cls) == (12, True)
         torch.testing.assert_close(found.cls[:, 0], wanted[:, :2].mean(1))
         wanted = wanted[:, 2:].unflatten(1, (12, 20)).transpose(1, 2)[:, :T]  # (L, T, F, D)
     else:
-        assert (T, encoder.has_cls) == ({"whisper": 63}.get(kind, 62), False)
+        assert (T, encoder.has_cls) == ({"whisper": 63}.get(kind, 14), False)
         wanted = wanted[:, :T, None]
     torch.testing.assert_close(found.patches[:, 0], wanted, atol=1e-5, rtol=1e-5)
-    assert encoder.hop_seconds == {"ast": 0.1}.get(kind, 0.02)
+
+
+def test_features__of_other_kinds_are_refused_with_the_reason(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "patch_embeds_hidden_size": 8, "depths": [1, 1], "spec_size": 64}
+    sizes |= {"num_attention_heads": [2, 2], "num_mel_bins": 32, "num_hidden_layers": 2}
+    clap = transformers.ClapAudioModel(transformers.ClapAudioConfig(**sizes))
+    clap.save_pretrained(tmp_path)
+    transformers.ClapFeatureExtractor(feature_size=32).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"'clap_audio_model' with ClapFeatureExtractor.*as of two"):
+        bat.load_encoder(f"hf:{tmp_path}")
+    codec = transformers.EncodecModel(transformers.EncodecConfig(num_filters=4, hidden_size=16))
+    codec.save_pretrained(tmp_path)
+    transformers.EncodecFeatureExtractor(sampling_rate=16000).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"'encodec' with Encodec.* cannot be read"):
+        bat.load_encoder(f"hf:{tmp_path}")
 
 
 def test_ast__axes_are_time_and_frequency(folders: dict[str, Path]) -> None:

@@ -140,7 +140,9 @@ def _probe(name: str, level: str, encoder: Encoder, **head: Any) -> Probe:
     shape = {"classes": C, "width": D, "depth": L, "has_cls": encoder.has_cls, "level": level}
     if name == "curve":
         return LinearCurve(**shape).eval()
-    return build_probe(name, **shape, encoder=encoder, **{"prototypes": K, **head}).eval()
+    return build_probe(
+        name, **shape, encoder=encoder, **{"prototypes": K, "hidden": D, **head}
+    ).eval()
 
 
 def _cases() -> list[tuple[str, str, str, dict[str, Any]]]:
@@ -160,7 +162,7 @@ def test_probe__clips_of_several_lengths_are_what_they_are_alone(kind, name, lev
     encoder, batch, alone = _made(kind)
     probe = _probe(name, level, encoder, **head)
     labels = nn.functional.one_hot(torch.arange(len(LENGTHS)) % C, C).float()
-    loss = partial(against, cross_entropy, inside=batch.inside())
+    loss = partial(against, cross_entropy, inside=probe.inside(batch))
     probe.training_loss(loss, probe(batch), labels).backward()
     found = {n: p.grad.clone() for n, p in probe.named_parameters() if p.grad is not None}
     probe.zero_grad()
@@ -168,9 +170,9 @@ def test_probe__clips_of_several_lengths_are_what_they_are_alone(kind, name, lev
     for row, one in enumerate(alone):
         T = one.patches.shape[2]
         for block, wanted in zip(blocks, probe.answers(probe(one)).values(), strict=True):
-            own = block[row, :T] if level == "frame" else block[row]
+            own = block[row, : T * probe.steps] if level == "frame" else block[row]
             torch.testing.assert_close(own, wanted[0], **CLOSE)
-            clip = to_clip(block, batch.inside())[row]
+            clip = to_clip(block, probe.inside(batch))[row]
             torch.testing.assert_close(clip, to_clip(wanted)[0], **CLOSE)
         target = labels[row : row + 1]
         value = probe.training_loss(partial(against, cross_entropy), probe(one), target)

@@ -78,7 +78,10 @@ def test_probes__take_every_kind_of_encoder(example: type[Encoder]) -> None:
                     continue
                 made = build_probe(name, **head)
                 logits = made(features)
-                assert logits.shape == ((3, 3) if level == "clip" else (3, 50, 3)), (kind, name)
+                assert logits.shape == ((3, 3) if level == "clip" else (3, 50 * cls.steps, 3)), (
+                    kind,
+                    name,
+                )
                 logits.sum().backward()
                 moved = any(p.grad is not None and p.grad.any() for p in made.parameters())
                 assert moved, (kind, name)

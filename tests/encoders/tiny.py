@@ -20,7 +20,11 @@ TINY: dict[str, dict[str, Any]] = {
     "m2d": {"width": 48, "depth": 2, "heads": 2, "grid": Grid(4, 5)},
 }
 """Constructor keywords, by encoder; ``hf`` is made by ``tiny_hf``."""
-HF_KINDS = ("ast", "wav2vec2", "hubert", "wavlm", "whisper")
+HF_WAVES = {
+    **{"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM", "sew": "SEW"},
+    **{"unispeech-sat": "UniSpeechSat", "data2vec": "Data2VecAudio"},
+}
+HF_KINDS = ("ast", "whisper", *HF_WAVES, "w2v-bert", "s2t", "moonshine", "parakeet", "seamless")
 
 
 def tiny(name: str, *, seed: int = 0, **words: Any) -> Encoder:
@@ -51,9 +55,44 @@ def tiny_hf(kind: str, folder: Path, *, task: str | None = None, **words: Any) -
             **{"decoder_start_token_id": 1, **words},
         )
         front = t.WhisperFeatureExtractor(chunk_length=2)
+    elif kind == "w2v-bert":
+        config = t.Wav2Vec2BertConfig(**size, conv_depthwise_kernel_size=7)
+        front = t.SeamlessM4TFeatureExtractor()
+    elif kind == "seamless":
+        config = t.SeamlessM4TConfig(
+            **{"hidden_size": 32, "speech_encoder_layers": 2, "speech_encoder_attention_heads": 2},
+            **{"speech_encoder_intermediate_dim": 48, "encoder_layers": 1, "decoder_layers": 1},
+            **{"encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": 9, "t2u_vocab_size": 9},
+            **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "t2u_decoder_layers": 1},
+            **{"t2u_encoder_layers": 1, "t2u_encoder_ffn_dim": 8, "t2u_decoder_ffn_dim": 8},
+            **{"t2u_encoder_attention_heads": 2, "t2u_decoder_attention_heads": 2},
+            **{"upsample_initial_channel": 16, "unit_hifi_gan_vocab_size": 9, "unit_embed_dim": 4},
+            **{"lang_embed_dim": 4, "spkr_embed_dim": 4, "upsample_rates": [2, 2]},
+            **{"upsample_kernel_sizes": [4, 4], "variance_predictor_hidden_dim": 4},
+        )
+        front = t.SeamlessM4TFeatureExtractor()
+    elif kind == "s2t":
+        config = t.Speech2TextConfig(
+            **{"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "vocab_size": 20},
+            **{"decoder_layers": 1, "decoder_attention_heads": 2, "encoder_ffn_dim": 48},
+            **{"decoder_ffn_dim": 48, "conv_channels": 16},
+        )
+        front = t.Speech2TextFeatureExtractor()
+    elif kind == "moonshine":
+        config = t.MoonshineConfig(
+            **{"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 1, "hidden_size": 32},
+            **{"encoder_num_attention_heads": 2, "decoder_num_attention_heads": 2},
+            **{"encoder_num_key_value_heads": 2, "decoder_num_key_value_heads": 2},
+            **{"intermediate_size": 48, "vocab_size": 20},
+        )
+        front = t.Wav2Vec2FeatureExtractor(do_normalize=False)
+    elif kind == "parakeet":
+        config = t.ParakeetEncoderConfig(**size, subsampling_conv_channels=16, conv_kernel_size=5)
+        front = t.ParakeetFeatureExtractor()
     else:
-        names = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM"}
-        config = getattr(t, f"{names[kind]}Config")(**{**waves, **words})
+        own = {"squeeze_factor": 2, "conv_kernel": (10, 3, 3, 3, 3, 2, 2)} if kind == "sew" else {}
+        own |= {"conv_stride": (5, 2, 2, 2, 2, 2, 2)} if kind == "sew" else {}
+        config = getattr(t, f"{HF_WAVES[kind]}Config")(**{**waves, **own, **words})
         front = t.Wav2Vec2FeatureExtractor(do_normalize=True)
     model = t.AutoModel.from_config(config)
     noise = torch.Generator().manual_seed(2)

@@ -78,7 +78,7 @@ def test_representation__constant_tokens_have_collapsed() -> None:
 class Positional(torch.nn.Module):
     """Rich in what it says of the position; of the clip it says one number, its mean level."""
 
-    def embed(self, spectrogram: Tensor) -> Tensor:
+    def embed_patches(self, spectrogram: Tensor) -> Tensor:
         position = torch.randn(104, 48, generator=torch.Generator().manual_seed(4))
         return position + spectrogram.mean((1, 2, 3))[:, None, None]
 

@@ -83,7 +83,7 @@ def test_encoder_statistics__equal_the_plain_formulas() -> None:
 @torch.no_grad()
 def shares(backbone: BAT, sound: Tensor) -> list[float]:
     """Sink shares by hand, block after block."""
-    x = backbone.enter(backbone.embed(backbone.eval().inputs(sound, frames=FRAMES)))
+    x = backbone.enter(backbone.embed_patches(backbone.eval().inputs(sound, frames=FRAMES)))
     found = []
     for block in backbone.blocks:
         seen = x if block.norm_order == "post" else block.norm1(x)

@@ -83,7 +83,7 @@ def test_ctc__a_text_that_does_not_fit_counts_as_nothing() -> None:
 
 
 def test_tokens__outputs_are_those_of_training_and_others_are_errors() -> None:
-    labels = outputs(["ab", "ba"], "characters")
+    labels = outputs(["ab", "ba"], toy_tokens.TASK)
     assert labels == ["<blank>", "a", "b"]
     made = TokenTargets({"x": "abba", "y.z": "c"}, labels=labels, kind="characters")
     batch = WaveBatch(torch.zeros(2, 8), torch.tensor([8, 8]), torch.zeros(2, 0), ["x", "y_z"],
@@ -95,7 +95,8 @@ def test_tokens__outputs_are_those_of_training_and_others_are_errors() -> None:
     assert made.too_long("x", 4)
     assert not made.too_long("x", 5)
     assert greedy([0, 1, 1, 0, 1, 2, 2, 0]) == [1, 1, 2]
-    assert outputs(["do re", "mi do"], "words") == ["<blank>", "do", "mi", "re"]
+    words = replace(toy_tokens.TASK, tokens="words")
+    assert outputs(["do re", "mi do"], words) == ["<blank>", "do", "mi", "re"]
 
 
 def test_detected__runs_above_the_threshold_after_the_median_are_events() -> None:
@@ -317,7 +318,7 @@ def test_cross_validate__the_rate_with_the_lowest_error_is_chosen() -> None:
         spread = [n for token in row for n in (0, token)] + [0]
         patches[i, 0, torch.arange(11), 0, torch.tensor(spread)] = 5.0
     texts = {f"k{i}": "".join("abc"[n - 1] for n in row) for i, row in enumerate(tokens.tolist())}
-    labels = outputs(texts.values(), "characters")
+    labels = outputs(texts.values(), toy_tokens.TASK)
     targets_of = TokenTargets(texts, labels=labels, kind="characters")
     bank = FeatureBank(patches=patches, cls=None, targets=tokens, ids=np.arange(12),
                        keys=list(texts), skipped={})  # fmt: skip

@@ -13,7 +13,7 @@ from bat.eval.loading import weights_digest
 from bat.probes.base import build_probe, known_probes
 from bat.types import Features, Grid
 
-HEAD = {"prototypes": 6, "dropout": 0.1, "norm": False}
+HEAD = {"hidden": 6, "prototypes": 6, "dropout": 0.1, "norm": False}
 
 
 def _encoder(seed=0):

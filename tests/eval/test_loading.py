@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bat.config.compose import to_yaml
+from bat.config.probing import Head, Protocol
 from bat.config.schema import Finetune, Hardware, Pretrain, Probe
 from bat.config.sections import Data
 from bat.encoders.audiomae import AudioMAE
@@ -18,6 +19,7 @@ from bat.eval.prepare import check_frames, kaldi_line
 from bat.tasks.base import load_task
 from bat.types import Grid
 from bat.weights import export
+from tests.encoders.tiny import tiny
 
 
 @pytest.fixture
@@ -216,3 +218,34 @@ def test_device_for__unavailable_device_is_an_error():
             device_for(Hardware(accelerator="gpu"))
     assert autocast_for(Hardware(precision="32-true")) is None
     assert autocast_for(Hardware(precision="bf16-mixed")) is torch.bfloat16
+
+
+CLS = {
+    "default": ({}, False),
+    "asked": ({"cls": "mean"}, True),
+    "protocol": ({"protocol": Protocol(name="bat")}, True),
+    "not": ({"protocol": Protocol(name="bat"), "cls": "none"}, False),
+    "head": ({"protocol": Protocol(name="bat"), "head": Head(cls="patches")}, False),
+}
+
+
+@pytest.mark.parametrize("case", CLS)
+def test_load_for__class_token_of_beats(tmp_path, case):
+    words, has_cls = CLS[case]
+    model = tiny("beats")
+    state = {"student": model.state_dict()}
+    export(tmp_path / "b", backbone="beats", encoder=model.config(), weights=state, meta={})
+    encoder, _ = _load(tmp_path / "b", **words)
+    assert encoder.has_cls == has_cls
+    with torch.no_grad():
+        cls, patches = encoder(torch.randn(2, 11 * 16000))[1::-1]
+    if has_cls:  # the mean over chunks of 64 time patches, as published
+        means = torch.stack([part.mean((2, 3)) for part in patches.split(64, dim=2)])
+        torch.testing.assert_close(cls, means.mean(0))
+    else:
+        assert cls is None
+
+
+def test_load_for__cls_of_another_encoder_is_refused(run):
+    with pytest.raises(UserError, match="cls=mean: BAT"):
+        _load(run, cls="mean")

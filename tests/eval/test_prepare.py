@@ -125,7 +125,7 @@ def test_window__is_the_longest_clip(own):
     assert ready.frames is None
     assert ready.notices[0] == "window 1 s, the longest clip (data.clip_seconds=10)"
     assert "\n  window 1 s, the longest clip" in ready.headline("first")
-    ready = prepare(own(PLAIN, "data.clip_seconds=0.6"))
+    ready = prepare(own(PLAIN, "data.clip_seconds=0.6", "data.windows=false"))
     assert (ready.config.data.clip_seconds, ready.frames) == (0.6, None)
     assert "6 of 9 clips are longer than the window of 0.6 s: only their start" in ready.notices[0]
     assert prepare(own(PLAIN, "frames=208")).frames == 208
@@ -343,7 +343,7 @@ def test_open_probing__what_moves_events_is_refused(own, word):
 
 
 def test_window__longer_clips_are_noted(own):
-    data = open_probing(own(EVENTS, "level=frame", "data.clip_seconds=0.5"))
+    data = open_probing(own(EVENTS, "level=frame", "data.clip_seconds=0.5", "data.windows=false"))
     said = next(line for line in data.notices if "the window of 0.5 s" in line)
     assert said.startswith("4 of 6 clips are longer")
     assert "only their start is evaluated (the longest: 1 s;" in said

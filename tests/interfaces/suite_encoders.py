@@ -30,7 +30,7 @@ class Steps(Encoder):
     def __init__(self, *, width: int = 16, hop: int = 320, sample_rate: int = 16000) -> None:
         super().__init__()
         self.width, self.hop, self.sample_rate = width, hop, sample_rate
-        self.embed = nn.Linear(hop, width)
+        self.project = nn.Linear(hop, width)
         self.block = nn.TransformerEncoderLayer(width, 2, 32, dropout=0.0, batch_first=True)
 
     @property
@@ -51,7 +51,7 @@ class Steps(Encoder):
         return nn.functional.pad(waveform, (0, more)).unflatten(1, (-1, self.hop))
 
     def features(self, inputs: Tensor, *, entry: bool = False) -> Features:
-        return Features(self.block(self.embed(inputs))[None, :, :, None], None)
+        return Features(self.block(self.project(inputs))[None, :, :, None], None)
 
     def first(self, inputs: Tensor, patches: int) -> Tensor:
         return inputs[:, :patches]

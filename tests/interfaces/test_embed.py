@@ -273,16 +273,18 @@ def test_embed__gate_and_cgp_are_what_the_head_reads(encoder, checkpoint, tmp_pa
         cls = torch.nn.functional.normalize(features.cls, dim=-1)  # (L, 1, D)
         want = (alpha[:, None, None] * cls).sum(0)[0]
         scores = probe(features)
-    gated = bat.embed(waves, checkpoint, layer="gate", head=folder)
+    gated = bat.embed(waves, checkpoint, layer="gate", head=folder, sample_rate=RATE)
     np.testing.assert_allclose(gated[0], want, atol=1e-6)
-    read = bat.embed(waves, checkpoint, pool="cgp", head=folder)
+    read = bat.embed(waves, checkpoint, pool="cgp", head=folder, sample_rate=RATE)
     assert read.shape == (2, 12)
     with torch.no_grad():
         np.testing.assert_allclose(probe.fc(torch.from_numpy(read[:1])), scores, atol=1e-5)
     with pytest.raises(UserError, match="weights=teacher"):
-        bat.embed(waves, checkpoint, layer="gate", head=folder, weights="teacher")
+        bat.embed(waves, checkpoint, layer="gate", head=folder, weights="teacher", sample_rate=RATE)
     frame, probe = _head(tmp_path / "other/heads/tiny/cgp-1-0", encoder, level="frame")
-    (long, short) = bat.embed(waves, checkpoint, pool="cgp", head=frame, level="frame")
+    (long, short) = bat.embed(
+        waves, checkpoint, pool="cgp", head=frame, level="frame", sample_rate=RATE
+    )
     with torch.no_grad():
         np.testing.assert_allclose(probe.fc(torch.from_numpy(long)), probe(features)[0], atol=1e-5)
     assert len(short) == encoder.time_patches(4800)
@@ -290,22 +292,24 @@ def test_embed__gate_and_cgp_are_what_the_head_reads(encoder, checkpoint, tmp_pa
 
 def test_embed_python__arrays_rates_windows_and_paths(encoder, checkpoint, audio):
     waves = [_wave(seconds, seed) for seed, seconds in enumerate(SECONDS.values())]
-    found = bat.embed(waves, encoder)
+    found = bat.embed(waves, encoder, sample_rate=RATE)
     for row, name in zip(found, SECONDS, strict=True):
         np.testing.assert_allclose(row, _reference(encoder, name)[-1], atol=1e-5)
     paths = [str(audio / f"{name}.wav") for name in (*SECONDS, "a")]
     np.testing.assert_allclose(bat.embed(paths, checkpoint)[:4], found, atol=1e-5)
     assert len(bat.embed(paths, checkpoint)) == 5  # the last is named twice
-    (frames,) = bat.embed(waves[0], encoder, level="frame", layer="all")
+    (frames,) = bat.embed(waves[0], encoder, level="frame", layer="all", sample_rate=RATE)
     assert frames.shape == (encoder.time_patches(80_000), L, D)
-    (windows, _) = bat.embed(waves[:2], encoder, window=2.0)
+    (windows, _) = bat.embed(waves[:2], encoder, window=2.0, sample_rate=RATE)
     np.testing.assert_allclose(
-        windows[1], bat.embed(waves[0][32_000:64_000], encoder)[0], atol=1e-5
+        windows[1], bat.embed(waves[0][32_000:64_000], encoder, sample_rate=RATE)[0], atol=1e-5
     )
     tone = np.sin(2 * np.pi * 440 * np.arange(44_100) / 44_100).astype(np.float32)
     same = np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE).astype(np.float32)
-    one, two = bat.embed(tone, encoder, sample_rate=44_100), bat.embed(same, encoder)
-    assert np.abs(one - two).max() < 0.1 < np.abs(one - bat.embed(tone, encoder)).max()
+    one = bat.embed(tone, encoder, sample_rate=44_100)
+    two = bat.embed(same, encoder, sample_rate=RATE)
+    taken_for_16 = bat.embed(tone, encoder, sample_rate=RATE)
+    assert np.abs(one - two).max() < 0.1 < np.abs(one - taken_for_16).max()
 
 
 BAD_CLIPS = {
@@ -322,7 +326,7 @@ BAD_CLIPS = {
 def test_embed_python__bad_clips_are_named(encoder, case):
     clips, match = BAD_CLIPS[case]
     with pytest.raises(UserError, match=match):
-        bat.embed(clips, encoder)
+        bat.embed(clips, encoder, sample_rate=RATE)
 
 
 BAD_SETTINGS = {
@@ -354,7 +358,7 @@ def test_embed__cls_needs_a_class_token(encoder, audio, tmp_path):
 
     bare = Bare(width=D, depth=L, heads=2, grid=Grid(13, 8))
     with pytest.raises(UserError, match="pool=cls"):
-        bat.embed(_wave(1.0), bare, pool="cls")
+        bat.embed(_wave(1.0), bare, pool="cls", sample_rate=RATE)
 
 
 def test_embed__bad_paths_and_outputs_are_named(run, audio, tmp_path):
@@ -405,6 +409,6 @@ def test_embed__eat_and_short_clips(tmp_path):
     torch.manual_seed(0)
     eat = EAT(width=D, depth=L, heads=2, grid=Grid(13, 8)).eval()
     waves = [_wave(seconds, 3) for seconds in (0.3, 1.0, 5.0, 0.01)]
-    together = bat.embed(waves, eat)
+    together = bat.embed(waves, eat, sample_rate=RATE)
     for wave, row in zip(waves, together, strict=True):
-        np.testing.assert_allclose(bat.embed(wave, eat)[0], row, atol=1e-5)
+        np.testing.assert_allclose(bat.embed(wave, eat, sample_rate=RATE)[0], row, atol=1e-5)

@@ -109,7 +109,7 @@ def test_predict__short_clips_are_padded_as_in_the_run(probed):
         features = model.backbone(torch.from_numpy(wave)[None], frames=208)
         want = model.head(features).softmax(1)[0].tolist()
     assert features.patches.shape[2] == 13
-    (answer,) = bat.predict(wave, probed / "heads/tiny/cgp-1-0")
+    (answer,) = bat.predict(wave, probed / "heads/tiny/cgp-1-0", sample_rate=16_000)
     assert [answer["scores"][label] for label in model.meta["labels"]] == pytest.approx(want)
 
 
@@ -212,10 +212,10 @@ def test_predict__events_do_not_break_between_windows(detector):
     with torch.no_grad():
         p = model.head(model.backbone(torch.from_numpy(wave[None, :40_960])))[0].sigmoid()  # (T, C)
     assert len(p) == 17  # the last patch starts where the clip ends
-    found = bat.predict(wave[:40_960], detector[0], threshold=0.0)
+    found = bat.predict(wave[:40_960], detector[0], threshold=0.0, sample_rate=16_000)
     scores = {event["label"]: event["score"] for event in found}
     assert list(map(scores.get, toy_events.CLASSES)) == pytest.approx(p[:16].mean(0).tolist())
-    scores = bat.predict(wave, detector[0], answer="scores", window=3.0)
+    scores = bat.predict(wave, detector[0], answer="scores", window=3.0, sample_rate=16_000)
     assert [(s["start"], s["end"]) for s in scores] == [(0, 3), (3, 6), (6, 9)]
 
 
@@ -253,7 +253,7 @@ def test_predict__text_is_the_best_output_of_each_patch(checkpoint, tmp_path):
         soundfile.write(tmp_path / f"{number}.wav", wave, 16_000, subtype="FLOAT")
     predict_files([tmp_path], tmp_path / "text.csv", checkpoint=folder)
     assert [line["text"] for line in _read(tmp_path / "text.csv")] == want
-    assert [answer["text"] for answer in bat.predict(waves, folder)] == want
+    assert [answer["text"] for answer in bat.predict(waves, folder, sample_rate=16_000)] == want
 
 
 def test_predict__resumes_and_two_processes_agree(probed, work, tmp_path, monkeypatch):

@@ -1,9 +1,10 @@
-"""Linear, LCGP, H2T, CGP and ProtoBin against the paper's own heads: logits and every gradient."""
+"""Every head of the paper, and CTC, against its own code: logits and every gradient."""
 
 import numpy as np
 import pytest
 import torch
 
+from bat.nn.losses import NOTHING, ctc
 from bat.probes.base import build_probe
 from bat.probes.extremes import signs_of
 from bat.types import Features
@@ -96,3 +97,49 @@ def test_signs_are_the_reference_s_and_never_zero(heads):
     x = torch.from_numpy(heads["protobin_sign/in"])
     assert torch.equal(signs_of(x), torch.from_numpy(heads["protobin_sign/out"]))
     assert signs_of(torch.tensor([0.0, -0.0])).tolist() == [1, 1]
+
+
+def test_asr__equals_the_reference_and_padding_changes_nothing(heads):
+    """The paper's head, whose LSTM is 8 wide in the golden file: log-probabilities, gradients."""
+    array = _arrays(heads, "asr")
+    patches = torch.from_numpy(heads["patch_tokens"]).requires_grad_()  # (L, B, D, T, F)
+    probe = build_probe("asr", classes=5, width=16, depth=3, has_cls=True, level="frame", hidden=8)
+    theirs = {"norm": "ln", "layer_logits": "block_attention"}
+    names = {n: n.replace(n.split(".")[0], theirs.get(n.split(".")[0], n.split(".")[0]))
+             for n in probe.state_dict()}  # fmt: skip
+    assert probe.layer_logits.tolist() == [1, 1, 1]
+    probe.load_state_dict({own: array[f"w/{name}"] for own, name in names.items()})
+    tokens = patches.permute(0, 1, 3, 4, 2)  # (L, B, T, F, D)
+    found = probe.eval()(Features(tokens, None)).log_softmax(-1)  # (B, 8 T, C)
+    torch.testing.assert_close(found.transpose(0, 1), array["log_probs"], atol=1e-5, rtol=1e-5)
+    (found.transpose(0, 1) * array["probe"]).sum().backward()
+    for own, parameter in probe.named_parameters():
+        wanted = array[f"grad/{names[own]}"]
+        torch.testing.assert_close(parameter.grad, wanted, atol=1e-5, rtol=1e-4, msg=own)
+    wanted = array["grad_in/patch_tokens"]
+    torch.testing.assert_close(patches.grad, wanted, atol=1e-5, rtol=1e-4)
+
+    with torch.no_grad():
+        padded = torch.nn.functional.pad(tokens, (0, 0, 0, 0, 0, 3))  # 3 patches of padding
+        padded[:, 1, 2:] = 7.0  # the second clip has two patches, its padding any value
+        features = Features(padded, None, valid=torch.tensor([4, 2]))
+        batch = probe(features)
+        torch.testing.assert_close(batch[:1, :32], probe(Features(tokens[:, :1], None)))
+        torch.testing.assert_close(batch[1:, :16], probe(Features(tokens[:, 1:, :2], None)))
+    assert probe.inside(features).sum(1).tolist() == [32, 16]
+
+
+def test_ctc__equals_the_reference(golden):
+    file = np.load(golden / "losses.npz", allow_pickle=False)
+    array = {k: torch.from_numpy(np.asarray(file[f"ctc/{k}"])) for k in (
+        "logits", "targets", "input_lengths", "target_lengths", "loss", "grad_logits")}  # fmt: skip
+    logits = array["logits"].transpose(0, 1).requires_grad_()  # (B, T, C)
+    inside = torch.arange(24) < array["input_lengths"][:, None]
+    targets = array["targets"].masked_fill(
+        torch.arange(5) >= array["target_lengths"][:, None], NOTHING
+    )
+    loss = ctc(logits, targets, inside=inside)
+    torch.testing.assert_close(loss, array["loss"], atol=1e-5, rtol=1e-5)
+    loss.backward()
+    wanted = array["grad_logits"].transpose(0, 1)
+    torch.testing.assert_close(logits.grad, wanted, atol=1e-5, rtol=1e-4)

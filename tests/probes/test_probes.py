@@ -31,8 +31,10 @@ def _features(seed: int = 0, dtype: torch.dtype = torch.float32) -> Features:
     )
 
 
-def _probe(name: str, *, level: str = "clip", has_cls: bool = True, **head: object) -> Probe:
+def _probe(name: str, *, level: str = "", has_cls: bool = True, **head: object) -> Probe:
     torch.manual_seed(0)
+    level = level or ("frame" if name == "asr" else "clip")
+    head = {"hidden": 6, **head} if name == "asr" else head
     encoder = BAT(width=D, depth=L, heads=2, grid=Grid(T, FREQ)) if name == "vqt" else None
     words = {"classes": C, "width": D, "depth": L, "has_cls": has_cls, "level": level}
     return build_probe(name, **words, encoder=encoder, **{"prototypes": K, **head})
@@ -141,7 +143,7 @@ def test_no_probe_asks_for_more_than_it_needs():
         wants = "none" if has_cls and level == "clip" else None
         if name in ("linear", "mlp"):
             assert needs == Needs(wants or "last"), (name, level, has_cls)
-        elif name in ("lcgp", "h2t"):
+        elif name in ("lcgp", "h2t", "asr"):
             assert needs == Needs(wants or "all"), (name, level, has_cls)
         else:
             blocks = "all" if name in ("cgp", "vqt") else "last"
@@ -162,7 +164,7 @@ def test_bf16_features_under_autocast_stay_near_float32(name, level):
     probe = _probe(name, level=level).eval()
     with torch.autocast("cpu", torch.bfloat16):
         out = probe(rough)
-    assert out.shape == ((B, T, C) if level == "frame" else (B, C))
+    assert out.shape == ((B, T * probe.steps, C) if level == "frame" else (B, C))
     torch.testing.assert_close(out.float(), probe(exact).detach(), atol=0.05, rtol=0.05)
     out.float().square().sum().backward()
     for parameter in probe.parameters():
@@ -250,7 +252,9 @@ def test_matrices_decay_and_nothing_else():
     for name in known_probes():
         probe = _probe(name)
         own = {n: p for n, p in probe.named_parameters() if p.ndim > 1}
-        linear = {f"{n}.weight" for n, m in probe.named_modules() if isinstance(m, nn.Linear)}
+        kinds = (nn.Linear, nn.ConvTranspose1d)
+        linear = {f"{n}.weight" for n, m in probe.named_modules() if isinstance(m, kinds)}
+        linear |= {n for n in own if n.startswith("lstm.")}
         assert probe.no_weight_decay() == spared.get(name, set())
         assert set(own) - probe.no_weight_decay() == linear, name
 
@@ -267,11 +271,11 @@ def test_prototypes_a_class_or_in_total():
 
 def test_all_is_every_probe_of_the_level_in_a_fixed_order():
     assert set(ORDER) == set(known_probes())
-    assert expand(["all"], level="clip") == list(ORDER)
+    assert expand(["all"], level="clip") == [name for name in ORDER if name != "asr"]
     frame = ["linear", "mlp", "lcgp", "h2t", "proto", "protofloat", "protobin", "cgp"]
     assert expand(["all"], level="frame") == frame
     assert "vqt" not in expand(["all"], level="clip", encoder=False)
-    assert len(expand(["all"], level="clip", encoder=False)) == len(ORDER) - 1
+    assert len(expand(["all"], level="clip", encoder=False)) == len(ORDER) - 2
     assert expand(["cgp", "mlp", "x.Y"], level="frame") == ["cgp", "mlp", "x.Y"]
     for methods in (["cgp", "cgp"], ["all", "cgp"]):
         with pytest.raises(UserError, match="names cgp more than once"):
@@ -290,5 +294,6 @@ def test_parameter_counts_are_those_of_the_file_heads(name):
     with torch.device("meta"):
         words = {"classes": 527, "width": 768, "depth": 12, "has_cls": True}
         encoder = BAT(depth=1) if name == "vqt" else None
+        words["level"] = cls.levels[0]
         probe = build_probe(name, **words, encoder=encoder, **asdict(Head()))
     assert sum(p.numel() for p in probe.parameters()) == count

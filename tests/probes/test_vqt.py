@@ -73,7 +73,7 @@ def test_golden_features_of_some_tokens_only(golden, gate):
     data = Golden(golden / "heads_tiny.npz")
     encoder = _golden_encoder(data, gate)
     with torch.no_grad():
-        tokens = take(encoder.embed(data["vit/x_short"]), data["vit/ids_keep_sorted_short"])
+        tokens = take(encoder.embed_patches(data["vit/x_short"]), data["vit/ids_keep_sorted_short"])
         layers = torch.stack([x for x, _ in encoder.layers(tokens)])  # (L, B, 21, D)
         entry = encoder.enter(tokens)[:, 1:]
         features = Features(layers[:, :, 1:, None], layers[:, :, 0], entry[:, :, None])

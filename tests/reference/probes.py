@@ -186,7 +186,7 @@ def query_blocks(encoder: nn.Module, spectrogram: Tensor, queries: Tensor) -> Te
     """Learned tokens (L, q, D) beside the encoder's own, from the spectrogram: (L, B, q, D)."""
     chunks = []
     for chunk in spectrogram.split(encoder.grid.time * encoder.patch, dim=2):
-        tokens = encoder.embed(chunk)
+        tokens = encoder.embed_patches(chunk)
         cls = encoder.cls_token.expand(len(tokens), -1, -1)
         x = encoder.pre_norm(torch.cat([cls, tokens], 1))
         became = []

@@ -12,13 +12,15 @@ import pytest
 
 from bat import registry
 from bat.errors import UserError
+from bat.tasks import birdset
 from bat.tasks.base import LeftOut, load_task
 from tests.shard.files import lay
 
 
 def test_load_task__every_file_of_the_room_is_a_task_named_like_it() -> None:
     names = ["audioset", "csv", "dcase16", "desed", "eat", "esc10", "esc50", "folder", "fsd50k"]
-    names += ["parquet", "spass", "toy", "toy_events", "toy_tokens", "urban_sed"]
+    names += ["librispeech", "parquet", "scv2", "spass", "toy", "toy_events", "toy_tokens"]
+    names = sorted([*names, "urban_sed", *birdset.SETS])
     assert registry.known("tasks") == names
     for name in names:
         assert load_task(name).name == name

@@ -14,9 +14,11 @@ from bat.nn.optim import adamw, param_groups
 from bat.objectives.masked_latent import MaskedLatent
 from bat.train.callbacks import Metrics
 from bat.train.guard import Guard, GuardReport, spread_nan
+from bat.train.nan_record import MicroBatch
 from bat.train.pretrain import Pretraining
 from bat.train.run_pretrain import pretrain
 from bat.train.stopping import Stopping
+from bat.types import WaveBatch
 from tests.train.runs import run_and_cut
 
 
@@ -171,10 +173,15 @@ def test_guard_report__skips_far_apart_do_not_end_a_run(tmp_path: Path) -> None:
 
     def report() -> GuardReport:
         metrics = Metrics(every=1, progress=False)
-        return GuardReport(Guard(None), tmp_path, most=1, metrics=metrics, stopping=Stopping())
+        return GuardReport(
+            Guard(None), tmp_path, most=1, keep=0, metrics=metrics, stopping=Stopping()
+        )
+
+    one = torch.ones(1, dtype=torch.int64)
+    batch = WaveBatch(torch.zeros(1, 9), 9 * one, torch.zeros(1, 0), ["a"], one, [])
 
     def skip(at: GuardReport, step: int) -> None:
-        at._unread.append((step, torch.tensor(1.0), None, [(["a"], torch.tensor(1.0))]))
+        at._unread.append((step, torch.tensor(1.0), None, [MicroBatch(batch, 0, one.float())]))
 
     first = report()
     for step in (10, 110, 210):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import bat
 from bat.encoders.bat import BAT
@@ -82,6 +83,22 @@ def test_init__first_loss_is_that_of_the_weights_put_in_by_hand(
     assert summary["init"] == meta["init"]
     assert summary["init"]["checkpoint"] == meta["training"]["init"] == str(file)
     assert summary["init"]["teacher"] == ("of the file" if teacher else "a copy of the student")
+
+
+def test_init__sharded_folder_has_both_encoders(small, tmp_path: Path) -> None:
+    config = small(out=tmp_path)
+    file, student, other = saved(tmp_path / "export", config, teacher=True)
+    tensors = load_file(file / "model.safetensors")
+    places = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for part in set(places.values()):
+        save_file({n: t for n, t in tensors.items() if places[n] == part}, file / part)
+    (file / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (file / "model.safetensors").unlink()
+    module, facts = started(small(f"init={file}", out=tmp_path / "run"))
+    assert facts["teacher"] == "of the file"
+    encoders = module.objective.encoders()
+    for who, want in (("student", student), ("teacher", other)):
+        assert torch.equal(encoders[who].cls_token, want.cls_token), who
 
 
 def test_init__resumed_run_does_not_read_the_file_again(

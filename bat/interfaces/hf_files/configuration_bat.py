@@ -19,8 +19,8 @@ class BatConfig(PretrainedConfig):
         layer_norm_first: blocks are pre-norm instead of post-norm.
         init_scale_values: initial value of the blocks' layer scale; None: no layer scale.
         use_gate: attention outputs are multiplied by a sigmoid gate of the block's input.
-        pos_layout: ``grid``, or ``reference``, the order of the paper's table (which the weights
-            contain).
+        pos_layout: ``grid``, ``eat`` (halves of the channels exchanged), or ``reference``, the
+            order of the paper's table (which the weights contain).
         chunk_time_patches: time patches of one chunk.
         frontend: settings of the feature extractor; ``sample_rate`` to ``feature_normalization``
             describe it.

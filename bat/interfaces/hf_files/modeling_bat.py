@@ -287,5 +287,5 @@ def position_code(width: int, time: int, freq: int, layout: str) -> Tensor:
     row = torch.arange(time * freq, dtype=torch.float64)
     at = (row % time, row // time) if layout == "reference" else (row // freq, row % freq)
     omega = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = [x[:, None] * omega for x in at]
+    angles = [x[:, None] * omega for x in (reversed(at) if layout == "eat" else at)]
     return torch.cat([f for a in angles for f in (a.sin(), a.cos())], dim=1)[None].float()

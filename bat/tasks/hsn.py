@@ -1,0 +1,5 @@
+"""BirdSet HSN (High Sierra Nevada, California); see ``bat.tasks.birdset``."""
+
+from bat.tasks.birdset import birdset
+
+TASK = birdset("HSN")
