@@ -28,6 +28,8 @@ def plot_events(items: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     ``seconds``, and ``reference`` and ``predicted``: ``(onset, offset, class name, matched)``.
     """
     lanes = [_lanes(item) for item in items]
+    every = sorted({name for names in lanes for name in names})
+    colours = {name: COLOURS[i % (len(COLOURS) - 1)] for i, name in enumerate(every)}
     heights = [
         size
         for names in lanes
@@ -46,7 +48,7 @@ def plot_events(items: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
             middle.grid(False)
             above.set_title(item["title"])
             for axis, side in ((above, "reference"), (below, "predicted")):
-                _strip(axis, item[side], names, seconds)
+                _strip(axis, item[side], names, seconds, colours)
                 axis.set_ylabel(side)
             for axis in (above, middle):
                 axis.tick_params(labelbottom=False)
@@ -68,12 +70,17 @@ def _lanes(item: Mapping[str, Any]) -> list[str]:
     return sorted(most)
 
 
-def _strip(axis: Any, events: Sequence[Any], names: Sequence[str], seconds: float) -> None:
+def _strip(
+    axis: Any,
+    events: Sequence[Any],
+    names: Sequence[str],
+    seconds: float,
+    colours: Mapping[str, str],
+) -> None:
     for onset, offset, name, matched in events:
         if name not in names:
             continue
-        lane = names.index(name)
-        colour = COLOURS[lane % (len(COLOURS) - 1)]
+        lane, colour = names.index(name), colours[name]
         width = max(offset - onset, THINNEST * seconds)
         axis.barh(
             lane,
