@@ -48,8 +48,8 @@ def find_recipe(name: str, command: str) -> Path:
         if not path.is_file():
             raise UserError(f"recipe file {name} does not exist")
         return path
-    for folder in recipe_folders(command):
-        path = folder / f"{name}.yaml"
+    names = dict.fromkeys((name, name.replace("-", "_")))  # urban-sed is urban_sed
+    for path in (f / f"{n}.yaml" for n in names for f in recipe_folders(command)):
         if path.is_file():
             return path
     known = known_recipes(command)

@@ -35,6 +35,7 @@ from bat.data.bad_clips import BadClips
 from bat.errors import UserError
 from bat.eval.candidates import Plan
 from bat.eval.diagnostics import best_clips, encoder_statistics, prototype_maps
+from bat.eval.event_pictures import EVENTS, draw_events
 from bat.eval.feature_cache import Opened, open_features
 from bat.eval.features import FeatureStream, Source, progress_bar
 from bat.eval.fit import Predictions, predictions
@@ -45,7 +46,7 @@ from bat.eval.prepare import Prepared
 from bat.eval.results import FoldResult, ResultsFile, read_recorded, recorded, summary
 from bat.eval.search import cross_validate
 from bat.eval.splits import Split
-from bat.eval.targets import TokenTargets
+from bat.eval.targets import FrameTargets, TokenTargets
 from bat.eval.transcripts import TRANSCRIPTS, record
 from bat.io import filter_jsonl
 from bat.probes.base import Probe, build_probe, find_probe, takes_encoder
@@ -285,18 +286,29 @@ class Evaluation:
         )
 
     def _list(self, result: FoldResult, logits: Tensor, found: Predictions, held: Split) -> None:
-        """Lists a result's scores, if ``window_scores`` asks for them, and its transcripts, whose
-        worst are drawn for the first seed in the last fold."""
+        """Lists a result's scores, if ``window_scores`` asks for them, and its transcripts; draws
+        the worst of these, or the best and worst events, of the first seed in the last fold."""
         targets_of, config = self.ready.targets_of, self.config
         assert self.opened is not None
         name = f"{result.method}-{held.name}-{result.seed}.csv"
         if config.window_scores:
             keys = self.opened.source.readable(held.test)
             self.ready.write_scores(self.out / "scores" / self.name / name, logits, keys)
-        if not isinstance(targets_of, TokenTargets):
-            return
         drawn = held is self.ready.splits[-1] and result.seed == config.seed
         plots = self.out / "plots" / self.name
+        if isinstance(targets_of, FrameTargets) and drawn and config.diagnostics.maps:
+            draw_events(
+                logits,
+                found,
+                self.ready.scorer,
+                labels=self.ready.labels,
+                stream=self.stream(),
+                source=self.opened.source,
+                ids=held.test,
+                picture=plots / f"{EVENTS}{result.method}.png",
+            )
+        if not isinstance(targets_of, TokenTargets):
+            return
         record(
             logits,
             found,

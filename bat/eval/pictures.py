@@ -14,6 +14,7 @@ import numpy as np
 
 from bat.eval.encoder_list import RANDOM
 from bat.eval.evaluation import Evaluation
+from bat.eval.event_pictures import EVENTS
 from bat.eval.transcripts import TRANSCRIPTS
 from bat.metrics.base import describe
 from bat.report.page import COMPARISONS
@@ -28,7 +29,7 @@ from bat.report.probe_plots import (
 from bat.report.sections import TITLES
 
 MAPS = "prototype-maps-"
-OF_ENCODER = ("layer-gates", "folds", f"{MAPS}*", f"{TRANSCRIPTS}*")
+OF_ENCODER = ("layer-gates", "folds", f"{MAPS}*", f"{TRANSCRIPTS}*", f"{EVENTS}*")
 
 
 def draw_encoder(folder: Path, evaluation: Evaluation, entry: dict[str, Any]) -> None:
@@ -38,7 +39,8 @@ def draw_encoder(folder: Path, evaluation: Evaluation, entry: dict[str, Any]) ->
     """
     results, metric = entry["results"], evaluation.ready.task.metric
     name, maps = evaluation.maps()
-    valid = [f"{TRANSCRIPTS}{method}" for method in results]  # drawn with the results
+    # drawn with the results
+    valid = [f"{kind}{method}" for method in results for kind in (TRANSCRIPTS, EVENTS)]
     # of heads that were not kept
     if evaluation.config.diagnostics.maps and not maps:
         valid += [f"{MAPS}{method}" for method in results]

@@ -302,6 +302,8 @@ def check_data(
         shots=config.shots,
         clip_seconds=config.data.clip_seconds,
     )
+    if events is not None:
+        check_timed(splits, index)
     if config.shots is not None:
         notices.append(
             f"shots={config.shots}: {len(splits[0].train)} training clip(s) in {splits[0].in_words}"
@@ -409,6 +411,19 @@ def check_events(events: Events, index: Index) -> None:
         raise UserError(
             f"{len(late)} event(s) begin after their recording has ended (the first"
             f"{f' in line {line}' if line else ''}: {said}): give times in seconds"
+        )
+
+
+def check_timed(splits: list[Split], index: Index) -> None:
+    """Raise ``UserError`` if clips of ``splits`` have labels whose times are not known."""
+    parts = [ids for held in splits for ids in (held.train, held.test, held.valid)]
+    used = np.unique(np.concatenate([ids for ids in parts if ids is not None])).tolist()
+    bare = [i for i in used if index.labels_per_clip[i] and i not in index.events]
+    if bare:
+        raise UserError(
+            f"{len(bare)} of {len(used)} clips have labels, but no events (the first: "
+            f"{index.key(bare[0])}): at level=frame they would be taken for silence. Leave their "
+            "split out (data.split=NAME), or say level=clip"
         )
 
 

@@ -89,16 +89,7 @@ class Scorer:
             raise UserError(
                 "the classifier's outputs are not finite: training diverged; lower optim.lr"
             )
-        if self.places is not None:
-            frames = self.targets_of if isinstance(self.targets_of, FrameTargets) else None
-            logits, found = join_windows(
-                logits,
-                found,
-                source.readable(ids),
-                self.places,
-                multi_label=self.multi_label,
-                hop_seconds=None if frames is None else frames.hop_seconds,
-            )
+        logits, found = self.joined(logits, found, source, ids)
         asked = {v: self._metrics.get(v) or find_metric(v)[0] for v in names or self._metrics}
         made = {metric: self._made(metric, found) for metric in set(asked.values())}
         for metric in made.values():
@@ -111,6 +102,22 @@ class Scorer:
                 for metric in wanted:
                     metric.update(*pair)
         return {value: made[metric] for value, metric in asked.items()}
+
+    def joined(
+        self, logits: Tensor, found: Predictions, source: Source, ids: NDArray[np.int64]
+    ) -> tuple[Tensor, Predictions]:
+        """Returns the predictions of recordings, whose windows are joined if they were cut."""
+        if self.places is None:
+            return logits, found
+        frames = self.targets_of if isinstance(self.targets_of, FrameTargets) else None
+        return join_windows(
+            logits,
+            found,
+            source.readable(ids),
+            self.places,
+            multi_label=self.multi_label,
+            hop_seconds=None if frames is None else frames.hop_seconds,
+        )
 
     def value(
         self, name: str, logits: Tensor, found: Predictions, source: Source, ids: NDArray[np.int64]

@@ -27,18 +27,29 @@ Event = tuple[float, float, int]
 Floats = NDArray[np.float64]
 
 
-def matches(estimated: Sequence[float], reference: Sequence[float], collar: float) -> int:
-    """Counts pairs of onsets at most ``collar`` apart in the largest one-to-one matching."""
-    found = i = j = 0
-    one, other = sorted(estimated), sorted(reference)
+def pairs(
+    estimated: Sequence[float], reference: Sequence[float], collar: float
+) -> list[tuple[int, int]]:
+    """Returns pairs (estimated, reference) of the indices of onsets at most ``collar`` apart, the
+    largest one-to-one matching."""
+    one, other = (sorted(range(len(x)), key=x.__getitem__) for x in (estimated, reference))
+    found = []
+    i = j = 0
     while i < len(one) and j < len(other):  # pairing the earliest is optimal
-        if math.fabs(one[i] - other[j]) <= collar:
-            found, i, j = found + 1, i + 1, j + 1
-        elif one[i] < other[j]:
+        a, b = estimated[one[i]], reference[other[j]]
+        if math.fabs(a - b) <= collar:
+            found.append((one[i], other[j]))
+            i, j = i + 1, j + 1
+        elif a < b:
             i += 1
         else:
             j += 1
     return found
+
+
+def matches(estimated: Sequence[float], reference: Sequence[float], collar: float) -> int:
+    """Counts the ``pairs``."""
+    return len(pairs(estimated, reference, collar))
 
 
 def _f1(counts: Floats) -> Floats:

@@ -47,6 +47,7 @@ RUN = (
 CAPTIONS = {
     "attention-sinks": "Share of attention on the most attended token, block by block",
     "comparison": "Every probe of every encoder",
+    "events": "Events of the best and the worst clips",
     "folds": "Results by held-out fold",
     "gates": "Weight that each layer gate gives to each block",
     "layer-curve": "A linear probe on each block alone",

@@ -26,7 +26,7 @@ class Mistakes:
         self._found: dict[str, list[str]] = {}
 
     def add(self, kind: str, place: str) -> None:
-        """Adds a mistake; ``kind``: what is wrong and the remedy, as in ``KINDS``."""
+        """Adds a mistake; ``kind``: what is wrong, a colon, and the remedy, as ``MISSING``."""
         self._found.setdefault(kind, []).append(place)
 
     def event(
@@ -61,8 +61,9 @@ class Mistakes:
         said = []
         for kind, places in self._found.items():
             more = f"; and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
-            said.append(f"{len(places)} {kind} ({'; '.join(places[:SHOWN])}{more})")
-        raise UserError(f"{self.published}, in {self.root}: " + ".\n  ".join(said))
+            what, _, remedy = kind.partition(": ")
+            said.append(f"{len(places)} {what} ({'; '.join(places[:SHOWN])}{more}): {remedy}")
+        raise UserError("\n  ".join([f"{self.published}, in {self.root}:", *said]))
 
 
 MISSING = "listed audio file(s) do not exist: complete the download"

@@ -27,6 +27,7 @@ from bat.config.compose import to_dict
 from bat.data.bad_clips import BadClips
 from bat.data.module import AudioData
 from bat.errors import UserError
+from bat.eval.event_pictures import draw_events
 from bat.eval.features import FeatureStream
 from bat.eval.fit import predictions, preserve_rng_state
 from bat.eval.hardware import speed_up, with_precision
@@ -37,7 +38,7 @@ from bat.eval.prepare import Prepared, prepare
 from bat.eval.results import HOW, FoldResult, summary, table
 from bat.eval.run_folder import default_out, run_folder
 from bat.eval.splits import Split
-from bat.eval.targets import TokenTargets
+from bat.eval.targets import FrameTargets, TokenTargets
 from bat.eval.transcripts import record
 from bat.io import read_jsonl, write_json
 from bat.logs import is_main, start_logging
@@ -318,7 +319,7 @@ class Folds:
         return Selection(
             folder,
             every=self.config.validate_every,
-            metric=self.task.metric,
+            metric=self.task.selection_metric,
             evaluate=lambda module: self._evaluate(module, valid)[0],
             metrics=metrics,
         )
@@ -328,7 +329,7 @@ class Folds:
     ) -> tuple[dict[str, Any], BadClips]:
         """Returns the metrics on the clips ``ids`` (each process evaluates all) and bad clips.
 
-        ``folder``: where transcripts are listed and drawn."""
+        ``folder``: where transcripts are listed, and transcripts or events drawn."""
         config, autocast = self.config, autocast_for(self.config.hardware)
         bad = BadClips(max_bad=config.data.max_bad)
         stream = FeatureStream(
@@ -350,6 +351,17 @@ class Folds:
         if config.window_scores and folder is not None and is_main():
             self.ready.write_scores(folder / "scores.csv", logits, stream.readable(ids))
         targets_of = self.ready.targets_of
+        if folder is not None and isinstance(targets_of, FrameTargets) and is_main():
+            draw_events(
+                logits,
+                found,
+                self.ready.scorer,
+                labels=self.ready.labels,
+                stream=stream,
+                source=stream,
+                ids=ids,
+                picture=folder / "plots" / "events.png",
+            )
         if folder is not None and isinstance(targets_of, TokenTargets) and is_main():
             record(
                 logits,
