@@ -17,6 +17,7 @@ from bat.config.compose import compose
 from bat.config.schema import Finetune, Probe
 from bat.data.index import open_index
 from bat.data.windows import Window, cut_into_windows
+from bat.encoders.bat import BAT
 from bat.errors import UserError
 from bat.eval.fit import Predictions
 from bat.eval.joining import join_windows
@@ -28,7 +29,8 @@ from bat.seeding import derive_seed
 from bat.shard.rows import open_rows
 from bat.shard.write import write_shards
 from bat.train.finetune import finetune
-from bat.types import WaveBatch
+from bat.types import Grid, WaveBatch
+from bat.weights import export
 
 RATE, RECORDINGS, LONG = 16_000, 36, 6.0
 
@@ -61,6 +63,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = BAT(width=48, depth=2, heads=2, grid=Grid(8, 8))
+    folder = tmp_path_factory.mktemp("encoder") / "export"
+    weights = {"student": model.state_dict()}
+    return export(folder, backbone="bat", encoder=model.config(), weights=weights, meta={})
+
+
+@pytest.fixture(scope="module")
 def settings(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Probe]:
     folder = tmp_path_factory.mktemp("caches")
 
@@ -69,7 +80,7 @@ def settings(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
                  "log.progress=false", "data.clip_seconds=1", f"data.cache={folder}",
                  "train.steps=100", "data.batch=12"]  # fmt: skip
         if schema is Probe:
-            given += ["protocol=bat", "optim.lr=0.01", "optim.warmup_steps=0", "methods=[cgp]",
+            given += ["protocol=bat", "optim.lr=0.03", "optim.warmup_steps=0", "methods=[cgp]",
                       "head.prototypes=50",
                       "diagnostics.encoder=false", "diagnostics.maps=0", "bootstrap=100",
                       "train.epochs=0", f"features.folder={folder}"]  # fmt: skip
