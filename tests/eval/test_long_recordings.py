@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,12 @@ import pytest
 import soundfile
 import torch
 
+from bat.audio.decode import decode
 from bat.config.compose import compose
 from bat.config.schema import Finetune, Probe
+from bat.data.files import index_files
 from bat.data.index import open_index
+from bat.data.stream import eval_loader
 from bat.data.windows import Window, cut_into_windows
 from bat.encoders.bat import BAT
 from bat.errors import UserError
@@ -261,8 +265,6 @@ def test_index__windows_in_a_tar_are_read_by_seeking(data: Path) -> None:
         assert file.read(4) == b"fLaC"
         assert file.seek(-4, 2) == part.size - 4
         assert len(file.read()) == 4
-    from bat.audio.decode import decode
-
     start = int(index.starts[3])
     window = decode(part, sample_rate=RATE, start_seconds=start / RATE, max_seconds=5.0)
     np.testing.assert_array_equal(window, whole[start : start + 5 * RATE])
@@ -271,3 +273,28 @@ def test_index__windows_in_a_tar_are_read_by_seeking(data: Path) -> None:
         tar.write(b"other")
     with pytest.raises(OSError, match="another clip"):
         index.audio(3)
+
+
+@pytest.mark.parametrize("place", ["file", "tar"])
+def test_eval_loader__memory_does_not_grow_with_the_recording(tmp_path: Path, place: str) -> None:
+    """Ten minutes are 38 MB decoded and 19 MB as a file; two windows of 10 s 1.3 MB."""
+    (tmp_path / "big").mkdir()
+    rng = np.random.default_rng(0)
+    wave = rng.integers(-9_000, 9_000, 600 * RATE, dtype=np.int16)
+    soundfile.write(tmp_path / "big" / "x.wav", wave, RATE)
+    found = open_rows(tmp_path / "big")
+    if place == "tar":
+        write_shards(found.rows, tmp_path / "tar", vocabulary=found.vocabulary)
+        index = open_index(tmp_path / "tar")
+    else:
+        index, _ = index_files(found.rows, found.vocabulary, windows=True)
+    cut_into_windows(index, 10.0)
+    tracemalloc.start()
+    heard = 0
+    for batch in eval_loader(index, batch=2, sample_rate=RATE, clip_seconds=10.0):
+        assert not batch.skipped
+        heard += int(batch.lengths.sum())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert heard == len(wave)
+    assert peak < 6e6
