@@ -40,19 +40,21 @@ RATE, RECORDINGS, LONG = 16_000, 36, 6.0
 
 
 def write(folder: Path) -> Path:
-    """Noise of 6 s with a tone in the second or the last second, and every third of 0.8 s."""
+    """Weak noise of 6 s, a tone or loud noise in the second or the last; every third of 0.8 s."""
     rng = np.random.default_rng(0)
     labels, events = ["path,label,split"], ["path,label,onset,offset,split"]
     for i in range(RECORDINGS):
         seconds, c = (0.8 if i % 3 == 2 else LONG), i // 3 % 2
-        onset = (1.2, 5.2, 0.1)[i % 3]
+        onset = (1.12, 5.12, 0.0)[i % 3]  # whole patches of 0.16 s
         wave = 0.01 * rng.standard_normal(round(seconds * RATE))
-        at = slice(round(onset * RATE), round((onset + 0.6) * RATE))
-        wave[at] += 0.5 * np.sin(2 * np.pi * (600, 3_000)[c] * np.arange(at.stop - at.start) / RATE)
+        at = slice(round(onset * RATE), round((onset + 0.8) * RATE))
+        times = np.arange(at.stop - at.start) / RATE
+        tone, burst = 0.5 * np.sin(2 * np.pi * 600 * times), 0.3 * rng.standard_normal(len(times))
+        wave[at] += (tone, burst)[c]
         soundfile.write(folder / f"{i}.wav", wave, RATE)
         split = ("train", "train", "test")[i // 3 % 3]
         labels.append(f"{i}.wav,{'ab'[c]},{split}")
-        events.append(f"{i}.wav,{'ab'[c]},{onset},{onset + 0.6},{split}")
+        events.append(f"{i}.wav,{'ab'[c]},{onset},{onset + 0.79:.2f},{split}")
     (folder / "labels.csv").write_text("\n".join(labels))
     (folder / "events.csv").write_text("\n".join(events))
     for name in ("labels", "events"):
@@ -126,7 +128,7 @@ def scores(out: Path) -> dict[str, np.ndarray]:
     return {key: np.array(rows) for key, rows in found.items()}
 
 
-def test_probe__a_tone_in_one_window_is_found(data: Path, from_files, run) -> None:
+def test_probe__a_sound_in_one_window_is_found(data: Path, from_files, run) -> None:
     out, result = from_files
     assert result["metrics"]["map"] > 0.99
     summary = json.loads((out / "summary.json").read_text())
