@@ -153,11 +153,15 @@ def open_probing(config: C) -> PreparedData[C]:
     check_weights(config)  # before audio is read
     data, note = data_of_run(config)
     config = replace(config, data=data)
+    own: Reading | None = None
     if data.csv:
         task, index, own = open_csv(data, progress=config.log.progress)
-        return check_data(replace(config, task=task.name), task, index, note=note, own=own)
-    task, index = open_data(config.task, data, progress=config.log.progress)
-    return check_data(config, task, index, note=note)
+        config = replace(config, task=task.name)
+    else:
+        task, index = open_data(config.task, data, progress=config.log.progress)
+    if data.windows:
+        fill_lengths(index)
+    return check_data(config, task, index, note=note, own=own)
 
 
 def with_encoder(data: PreparedData[C], config: C, checkpoint: str | None = None) -> Prepared[C]:
@@ -280,8 +284,6 @@ def check_data(
                 raise UserError(f"{name} moves clips against their {task.target}: say {remedy}")
     if own is not None and task.target == "class" and not index.labels_per_clip.all():
         task = task.asking("tags")
-    if config.data.windows:
-        fill_lengths(index)
     clip_seconds, said = window(index, config.data, events, texts, shorten=own is not None)
     config = replace(config, data=replace(config.data, clip_seconds=clip_seconds))
     notices += said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +14,14 @@ import pytest
 import soundfile
 import torch
 
+from bat.audio.decode import decode
 from bat.config.compose import compose
 from bat.config.schema import Finetune, Probe
+from bat.data.files import index_files
 from bat.data.index import open_index
+from bat.data.stream import eval_loader
 from bat.data.windows import Window, cut_into_windows
+from bat.encoders.bat import BAT
 from bat.errors import UserError
 from bat.eval.fit import Predictions
 from bat.eval.joining import join_windows
@@ -28,25 +33,28 @@ from bat.seeding import derive_seed
 from bat.shard.rows import open_rows
 from bat.shard.write import write_shards
 from bat.train.finetune import finetune
-from bat.types import WaveBatch
+from bat.types import Grid, WaveBatch
+from bat.weights import export
 
 RATE, RECORDINGS, LONG = 16_000, 36, 6.0
 
 
 def write(folder: Path) -> Path:
-    """Noise of 6 s with a tone in the second or the last second, and every third of 0.8 s."""
+    """Weak noise of 6 s, a tone or loud noise in the second or the last; every third of 0.8 s."""
     rng = np.random.default_rng(0)
     labels, events = ["path,label,split"], ["path,label,onset,offset,split"]
     for i in range(RECORDINGS):
         seconds, c = (0.8 if i % 3 == 2 else LONG), i // 3 % 2
-        onset = (1.2, 5.2, 0.1)[i % 3]
+        onset = (1.12, 5.12, 0.0)[i % 3]  # whole patches of 0.16 s
         wave = 0.01 * rng.standard_normal(round(seconds * RATE))
-        at = slice(round(onset * RATE), round((onset + 0.6) * RATE))
-        wave[at] += 0.5 * np.sin(2 * np.pi * (600, 3_000)[c] * np.arange(at.stop - at.start) / RATE)
+        at = slice(round(onset * RATE), round((onset + 0.8) * RATE))
+        times = np.arange(at.stop - at.start) / RATE
+        tone, burst = 0.5 * np.sin(2 * np.pi * 600 * times), 0.3 * rng.standard_normal(len(times))
+        wave[at] += (tone, burst)[c]
         soundfile.write(folder / f"{i}.wav", wave, RATE)
         split = ("train", "train", "test")[i // 3 % 3]
         labels.append(f"{i}.wav,{'ab'[c]},{split}")
-        events.append(f"{i}.wav,{'ab'[c]},{onset},{onset + 0.6},{split}")
+        events.append(f"{i}.wav,{'ab'[c]},{onset},{onset + 0.79:.2f},{split}")
     (folder / "labels.csv").write_text("\n".join(labels))
     (folder / "events.csv").write_text("\n".join(events))
     for name in ("labels", "events"):
@@ -61,6 +69,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = BAT(width=48, depth=2, heads=2, grid=Grid(8, 8))
+    folder = tmp_path_factory.mktemp("encoder") / "export"
+    weights = {"student": model.state_dict()}
+    return export(folder, backbone="bat", encoder=model.config(), weights=weights, meta={})
+
+
+@pytest.fixture(scope="module")
 def settings(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Probe]:
     folder = tmp_path_factory.mktemp("caches")
 
@@ -69,7 +86,7 @@ def settings(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
                  "log.progress=false", "data.clip_seconds=1", f"data.cache={folder}",
                  "train.steps=100", "data.batch=12"]  # fmt: skip
         if schema is Probe:
-            given += ["protocol=bat", "optim.lr=0.01", "optim.warmup_steps=0", "methods=[cgp]",
+            given += ["protocol=bat", "optim.lr=0.03", "optim.warmup_steps=0", "methods=[cgp]",
                       "head.prototypes=50",
                       "diagnostics.encoder=false", "diagnostics.maps=0", "bootstrap=100",
                       "train.epochs=0", f"features.folder={folder}"]  # fmt: skip
@@ -111,7 +128,7 @@ def scores(out: Path) -> dict[str, np.ndarray]:
     return {key: np.array(rows) for key, rows in found.items()}
 
 
-def test_probe__a_tone_in_one_window_is_found(data: Path, from_files, run) -> None:
+def test_probe__a_sound_in_one_window_is_found(data: Path, from_files, run) -> None:
     out, result = from_files
     assert result["metrics"]["map"] > 0.99
     summary = json.loads((out / "summary.json").read_text())
@@ -250,8 +267,6 @@ def test_index__windows_in_a_tar_are_read_by_seeking(data: Path) -> None:
         assert file.read(4) == b"fLaC"
         assert file.seek(-4, 2) == part.size - 4
         assert len(file.read()) == 4
-    from bat.audio.decode import decode
-
     start = int(index.starts[3])
     window = decode(part, sample_rate=RATE, start_seconds=start / RATE, max_seconds=5.0)
     np.testing.assert_array_equal(window, whole[start : start + 5 * RATE])
@@ -260,3 +275,28 @@ def test_index__windows_in_a_tar_are_read_by_seeking(data: Path) -> None:
         tar.write(b"other")
     with pytest.raises(OSError, match="another clip"):
         index.audio(3)
+
+
+@pytest.mark.parametrize("place", ["file", "tar"])
+def test_eval_loader__memory_does_not_grow_with_the_recording(tmp_path: Path, place: str) -> None:
+    """Ten minutes are 38 MB decoded and 19 MB as a file; two windows of 10 s 1.3 MB."""
+    (tmp_path / "big").mkdir()
+    rng = np.random.default_rng(0)
+    wave = rng.integers(-9_000, 9_000, 600 * RATE, dtype=np.int16)
+    soundfile.write(tmp_path / "big" / "x.wav", wave, RATE)
+    found = open_rows(tmp_path / "big")
+    if place == "tar":
+        write_shards(found.rows, tmp_path / "tar", vocabulary=found.vocabulary)
+        index = open_index(tmp_path / "tar")
+    else:
+        index, _ = index_files(found.rows, found.vocabulary, windows=True)
+    cut_into_windows(index, 10.0)
+    tracemalloc.start()
+    heard = 0
+    for batch in eval_loader(index, batch=2, sample_rate=RATE, clip_seconds=10.0):
+        assert not batch.skipped
+        heard += int(batch.lengths.sum())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert heard == len(wave)
+    assert peak < 6e6
