@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,8 @@ from bat.encoders.base import (
     keywords_of,
     make_frontend,
 )
-from bat.encoders.vit import ViT, make_grid, shape_of, without
+from bat.encoders.vit import Shape, ViT, make_grid, shape_of, without
 from bat.errors import UserError
-from bat.nn.attention import Backend
 from bat.nn.block import init_linears
 from bat.nn.embed import BandEmbed
 from bat.types import Grid
@@ -82,33 +81,27 @@ class AST(ViT, SpectrogramEncoder):
     def __init__(
         self,
         *,
-        width: int = 768,
-        depth: int = 12,
-        heads: int = 12,
         grid: Grid = Grid(101, FREQ),  # noqa: B008  (frozen)
-        mlp_ratio: float = 4.0,
         eps: float = 1e-12,
-        drop_path: float = 0.0,
-        attention: Backend = "auto",
         frontend: dict[str, Any] | None = None,
+        **shape: Unpack[Shape],
     ) -> None:
         """``grid``: patches of the position table. ``eps``: of the norms. ``frontend``: keywords of
         ``make_frontend``. Raises ``UserError`` for settings of the wrong type or out of range.
         """
-        keywords = dict(locals())
-        super().__init__()
         check_settings("encoder", {"eps": eps}, {"eps": (float, 0, 1)})
-        self._make(keywords, eps=eps)
+        own = {"grid": grid, "eps": eps, "frontend": frontend}
+        super().__init__(own=own, norm_eps=eps, **shape)
         self.patch, self.grid = PATCH, make_grid(grid)
         given = keywords_of(make_frontend, {**FRONTEND, **(frontend or {})}, "frontend")
         self.frontend = make_frontend(**given)
         if (self.grid.freq, self.frontend.n_mels) != (FREQ, MELS):
             raise UserError(f"encoder: {MELS} mel bins are {FREQ} patches, not {self.grid.freq}")
         self.sample_rate = int(self.frontend.sample_rate)  # type: ignore[arg-type]
-        self.patch_embed = BandEmbed((PATCH, PATCH), width, stride=(STRIDE, STRIDE))
-        self.pos_embed = nn.Parameter(torch.empty(1, 2 + self.grid.tokens, width))
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.dist_token = nn.Parameter(torch.empty(1, 1, width))
+        self.patch_embed = BandEmbed((PATCH, PATCH), self.width, stride=(STRIDE, STRIDE))
+        self.pos_embed = nn.Parameter(torch.empty(1, 2 + self.grid.tokens, self.width))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, self.width))
+        self.dist_token = nn.Parameter(torch.empty(1, 1, self.width))
         init_linears(self)
         for token in (self.pos_embed, self.cls_token, self.dist_token):
             nn.init.trunc_normal_(token, std=0.02)

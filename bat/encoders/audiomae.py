@@ -17,15 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from bat.encoders.base import SpectrogramEncoder, build_strictly, keywords_of, make_frontend
-from bat.encoders.vit import ViT, make_grid, shape_of, without
+from bat.encoders.vit import Shape, ViT, make_grid, shape_of, without
 from bat.errors import UserError
-from bat.nn.attention import Backend
 from bat.nn.block import init_linears
 from bat.nn.embed import PatchEmbed, position_code
 from bat.types import Grid
@@ -49,32 +48,27 @@ class AudioMAE(ViT, SpectrogramEncoder):
     def __init__(
         self,
         *,
-        width: int = 768,
-        depth: int = 12,
-        heads: int = 12,
         grid: Grid = Grid(64, 8),  # noqa: B008  (frozen)
-        mlp_ratio: float = 4.0,
         norm: bool = True,
-        drop_path: float = 0.0,
-        attention: Backend = "auto",
         frontend: dict[str, Any] | None = None,
+        **shape: Unpack[Shape],
     ) -> None:
         """``grid``: patches of one chunk. ``norm``: a last norm over tokens. ``frontend``: keywords
         of ``make_frontend``. Raises ``UserError`` for settings of the wrong type or out of range.
         """
-        keywords = dict(locals())
-        super().__init__()
-        self._make(keywords, norm=norm)
+        super().__init__(
+            own={"grid": grid, "norm": norm, "frontend": frontend}, last_norm=norm, **shape
+        )
         self.patch, self.grid = PATCH, make_grid(grid)
         given = {**FRONTEND, "n_mels": self.grid.freq * PATCH, **(frontend or {})}
         self.frontend = make_frontend(**keywords_of(make_frontend, given, "frontend"))
         if self.frontend.n_mels != self.grid.freq * PATCH:
             raise UserError(f"encoder: n_mels={self.frontend.n_mels} for {self.grid}: omit n_mels")
         self.sample_rate = int(self.frontend.sample_rate)  # type: ignore[arg-type]
-        self.patch_embed = PatchEmbed(PATCH, width)
-        code = position_code(width, self.grid, "reference")
-        self.register_buffer("pos_embed", torch.cat([torch.zeros(1, 1, width), code], dim=1))
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.patch_embed = PatchEmbed(PATCH, self.width)
+        code = position_code(self.width, self.grid, "reference")
+        self.register_buffer("pos_embed", torch.cat([torch.zeros(1, 1, self.width), code], dim=1))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, self.width))
         init_linears(self)
 
     def embed_patches(self, inputs: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from bat.audio.frontend import DbMel
 from bat.encoders.base import Samples, build_strictly, check_settings, demand
 from bat.encoders.bat import MAX_TOKENS
-from bat.encoders.vit import ViT, shape_of, without
+from bat.encoders.vit import Shape, ViT, shape_of, without
 from bat.errors import UserError
-from bat.nn.attention import Backend
 from bat.nn.block import init_linears
 from bat.nn.embed import BandEmbed
 
@@ -73,19 +72,12 @@ class Dasheng(ViT):
     def __init__(
         self,
         *,
-        width: int = 768,
-        depth: int = 12,
-        heads: int = 12,
         tokens: int = 252,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        attention: Backend = "auto",
+        **shape: Unpack[Shape],
     ) -> None:
         """``tokens``: of one chunk. Raises ``UserError`` for settings of the wrong type or out of
         range."""
-        keywords = dict(locals())
-        super().__init__()
-        self._make(keywords)
+        super().__init__(own={"tokens": tokens}, **shape)
         check_settings("encoder", {"tokens": tokens}, {"tokens": (int, 1, MAX_TOKENS)})
         self.max_patches = tokens
         self.frontend = DbMel(
@@ -96,9 +88,9 @@ class Dasheng(ViT):
             crop="spectrogram",
         )
         self.init_bn = nn.ModuleDict({"1": RunningNorm(MELS)})
-        self.patch_embed = BandEmbed((MELS, STEP), width)
-        self.time_pos_embed = nn.Parameter(0.02 * torch.randn(1, width, 1, tokens))
-        self.freq_pos_embed = nn.Parameter(0.02 * torch.randn(1, width, 1, 1))
+        self.patch_embed = BandEmbed((MELS, STEP), self.width)
+        self.time_pos_embed = nn.Parameter(0.02 * torch.randn(1, self.width, 1, tokens))
+        self.freq_pos_embed = nn.Parameter(0.02 * torch.randn(1, self.width, 1, 1))
         init_linears(self)
 
     @property

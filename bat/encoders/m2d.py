@@ -19,16 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from bat.audio.frontend import LnMel
 from bat.encoders.base import SpectrogramEncoder, build_strictly, check_settings
-from bat.encoders.vit import ViT, make_grid, make_pad, shape_of, without
+from bat.encoders.vit import Shape, ViT, make_grid, make_pad, shape_of, without
 from bat.errors import UserError
-from bat.nn.attention import Backend
 from bat.nn.block import init_linears
 from bat.nn.embed import BandEmbed, position_code
 from bat.types import Grid
@@ -54,29 +53,23 @@ class M2D(ViT, SpectrogramEncoder):
     def __init__(
         self,
         *,
-        width: int = 768,
-        depth: int = 12,
-        heads: int = 12,
         grid: Grid = Grid(38, 5),  # noqa: B008  (frozen)
         patch: Sequence[int] = (16, 16),
-        mlp_ratio: float = 4.0,
         norm_stats: Sequence[float] = NORM_STATS,
         sample_rate: int = 16000,
-        drop_path: float = 0.0,
-        attention: Backend = "auto",
         frontend: dict[str, Any] | None = None,
+        **shape: Unpack[Shape],
     ) -> None:
         """``grid``: patches of one chunk. ``patch``: mel bins and frames of a patch.
         ``norm_stats``: mean and deviation of the front end. ``frontend``: its ``pad`` and
         ``clip_seconds``. Raises ``UserError`` for settings of the wrong type or out of range.
         """
-        keywords = dict(locals())
-        super().__init__()
+        own: dict[str, Any] = {"grid": grid, "sample_rate": sample_rate, "frontend": frontend}
         for name, pair, kind in (("patch", patch, int), ("norm_stats", norm_stats, float)):
             if not isinstance(pair, list | tuple) or [type(x) for x in pair] != [kind, kind]:
                 raise UserError(f"encoder: {name}={pair!r}: two numbers ({kind.__name__})")
-            keywords[name] = list(pair)
-        self._make(keywords)
+            own[name] = list(pair)
+        super().__init__(own=own, **shape)
         self.grid, (bins, self.patch) = make_grid(grid), patch
         check_settings("encoder", {"sample_rate": sample_rate}, {"sample_rate": (int, 8000, 96000)})
         if min(patch) < 1 or self.grid.freq * bins != MELS:
@@ -93,12 +86,12 @@ class M2D(ViT, SpectrogramEncoder):
             slaney=True,
             **make_pad(frontend),
         )
-        self.patch_embed = BandEmbed((bins, self.patch), width)
+        self.patch_embed = BandEmbed((bins, self.patch), self.width)
         T, F = self.grid.time, self.grid.freq
-        code = position_code(width, self.grid, "grid").unflatten(1, (T, F))  # (1, T, F, D)
-        code = torch.cat([torch.zeros(1, 1, width), code.transpose(1, 2).flatten(1, 2)], dim=1)
+        code = position_code(self.width, self.grid, "grid").unflatten(1, (T, F))  # (1, T, F, D)
+        code = torch.cat([torch.zeros(1, 1, self.width), code.transpose(1, 2).flatten(1, 2)], dim=1)
         self.register_buffer("pos_embed", code)  # (1, 1 + F T, D), frequency-major
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, self.width))
         init_linears(self)
 
     def embed_patches(self, inputs: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ each from position 0, the last one shorter; class tokens are averaged over the c
 from __future__ import annotations
 
 import abc
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -33,42 +34,77 @@ from bat.nn.attention import Backend
 from bat.nn.block import EPS, Block
 from bat.types import Features, Grid
 
-SHARED = ("width", "depth", "heads", "mlp_ratio", "drop_path", "attention")
+OWN = ("own", "norm_eps", "last_norm")
+"""Keywords of ``ViT`` that subclasses set; the others are theirs too."""
+
+
+class Shape(TypedDict, total=False):
+    """Keywords that the subclasses of ``ViT`` pass on to it."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    drop_path: float
+    attention: Backend
 
 
 class ViT(Encoder):
-    """Base class: blocks and their features. Subclasses have ``embed``, and ``leading`` tokens.
+    """Base class: blocks and their features. Subclasses have ``embed_patches`` and ``leading``.
 
     Attributes: ``learned``, the parameters beside the blocks that never decay.
     """
 
     learned: ClassVar[tuple[str, ...]] = ("cls_token", "pos_embed")
-    _config: dict[str, Any]
 
-    def _make(self, keywords: dict[str, Any], *, eps: float = EPS, norm: bool = True) -> None:
-        """Makes blocks and last norm from the constructor's ``keywords``, kept for ``config``.
+    def __init_subclass__(cls) -> None:
+        """The signature of a subclass names the shared keywords beside its own."""
+        super().__init_subclass__()
+        both = (
+            *inspect.signature(ViT.__init__).parameters.values(),
+            *inspect.signature(cls.__init__).parameters.values(),
+        )
+        named = [p for p in both if p.kind is p.KEYWORD_ONLY and p.name not in OWN]
+        cls.__signature__ = inspect.Signature(list({p.name: p for p in named}.values()))  # type: ignore[attr-defined]
+
+    def __init__(
+        self,
+        *,
+        own: dict[str, Any],
+        norm_eps: float = EPS,
+        last_norm: bool = True,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        attention: Backend = "auto",
+    ) -> None:
+        """Makes blocks and last norm. ``own``: the subclass's own keywords, kept for ``config``.
 
         Raises ``UserError`` for a setting of the wrong type or out of range.
         """
-        own = {k: v for k, v in keywords.items() if k not in ("self", "__class__")}
-        shape = {name: own[name] for name in SHARED}
+        super().__init__()
+        shape: dict[str, Any] = {"width": width, "depth": depth, "heads": heads}
+        shape |= {"mlp_ratio": mlp_ratio, "drop_path": drop_path, "attention": attention}
         check_settings("encoder", shape, SETTINGS)
-        width, depth, heads, ratio, drop_path, attention = shape.values()
         if width % heads or width % 4:
             raise UserError(f"encoder: width={width}: a multiple of heads={heads} and of 4")
         if "grid" in own:
-            own["grid"] = make_grid(own["grid"])
-        self._config = own
+            own = {**own, "grid": make_grid(own["grid"])}
+        self._config: dict[str, Any] = {**shape, **own}
         self.width, self.depth, self.heads = width, depth, heads
         self.attention: Backend = attention
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio=ratio, gate=False, norm_order="pre", attention=attention)
+            Block(
+                width, heads, mlp_ratio=mlp_ratio, gate=False, norm_order="pre", attention=attention
+            )
             for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
+        self.norm = nn.LayerNorm(width) if last_norm else nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
-                module.eps = eps
+                module.eps = norm_eps
         self.set_drop_path(drop_path)
 
     @abc.abstractmethod

@@ -12,6 +12,7 @@ A clip is encoded at its own length: what it becomes does not depend on the othe
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
@@ -29,18 +30,10 @@ from bat.encoders.base import Encoder
 from bat.errors import UserError
 from bat.eval.encoding import device_of, encode, evaluating
 from bat.eval.loading import weights_digest
-from bat.eval.waveforms import waveforms
 from bat.interfaces.models import device_named, find_heads, load_model, trained_window
-from bat.interfaces.parts import Job, Output, run
-from bat.interfaces.recordings import (
-    WindowReader,
-    Windows,
-    batches_of,
-    list_recordings,
-    stack,
-)
-from bat.interfaces.tables import writer_for
-from bat.logs import is_main
+from bat.interfaces.parts import run
+from bat.interfaces.recordings import WHOLE, compute_clips, window_seconds
+from bat.interfaces.tables import check_format, write_table
 from bat.probes.base import Probe, mean_patch
 from bat.probes.cgp import CGP
 from bat.probes.mixing import mix_normalised
@@ -49,13 +42,12 @@ from bat.weights import WEIGHTS
 
 Level = Literal["clip", "frame"]
 Floats = NDArray[np.float32]
-WHOLE = "whole"
 
 
 class Embedder:
     """Computes the embeddings of the clips of a batch.
 
-    Attributes: ``size``, numbers of one embedding; ``pool``, settled.
+    Attributes: ``width``, numbers of one embedding; ``pool``, settled.
     """
 
     def __init__(
@@ -80,10 +72,10 @@ class Embedder:
         patches = "none" if self.pool == "cls" else "last" if layer == "last" else "all"
         self.needs = Needs(patches)
         blocks = backbone.depth if layer == "all" else 1
-        self.size = blocks * backbone.width
+        self.width = blocks * backbone.width
         if self.pool == "cgp":
             assert isinstance(head, CGP)
-            self.size = 3 * len(head.prototypes)
+            self.width = 3 * len(head.prototypes)
 
     def _problems(self) -> Iterable[str]:
         depth, layer = self.backbone.depth, self.layer
@@ -150,46 +142,58 @@ class Embedder:
             rows = tokens if self.pool == "cls" else mean_patch(tokens, features)  # (l, B, D)
         return rows.movedim(0, -2) if self.layer == "all" else rows[0]
 
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path | Encoder,
+        *,
+        weights: str = "student",
+        head: str | Path | None = None,
+        device: str = "auto",
+        bf16: bool = False,
+        **how: Any,
+    ) -> Embedder:
+        """Loads encoder and head onto the device; ``how``: ``level``, ``layer``, ``pool``."""
+        where = device_named(device)
+        digest, probe = "", None
+        if head is not None:
+            if isinstance(checkpoint, Encoder):
+                raise UserError("head= with an encoder object: name its checkpoint")
+            (folder,) = find_heads(head)
+            model = load_model(folder, encoder=str(checkpoint))
+            own = (model.meta.get("encoder") or {}).get("weights", "student")
+            if weights == "teacher" != own:
+                raise UserError(f"weights=teacher: {folder} was trained on the {own}; omit weights")
+            backbone, probe = model.backbone, model.head.to(where)
+            digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        elif isinstance(checkpoint, Encoder):
+            backbone = checkpoint
+            where = device_of(backbone) if device == "auto" else where
+        else:
+            backbone = bat.load_encoder(checkpoint, weights=weights)
+        autocast = torch.bfloat16 if bf16 else None
+        made = cls(backbone.to(where).eval(), head=probe, autocast=autocast, **how)
+        made.settings["head"] = digest
+        return made
 
-def _loaded(
-    checkpoint: str | Path | Encoder,
-    *,
-    weights: str,
-    head: str | Path | None,
-    device: str,
-    bf16: bool,
-    **how: Any,
-) -> tuple[Embedder, str]:
-    """Returns the embedder on its device, and the SHA-256 of the head's weights (empty: none)."""
-    where = device_named(device)
-    digest, probe = "", None
-    if head is not None:
-        if isinstance(checkpoint, Encoder):
-            raise UserError("head= with an encoder object: name its checkpoint")
-        (folder,) = find_heads(head)
-        model = load_model(folder, encoder=str(checkpoint))
-        own = (model.meta.get("encoder") or {}).get("weights", "student")
-        if weights == "teacher" != own:
-            raise UserError(f"weights=teacher: {folder} was trained on the {own}; omit weights")
-        backbone, probe = model.backbone, model.head.to(where)
-        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    elif isinstance(checkpoint, Encoder):
-        backbone = checkpoint
-        where = device_of(backbone) if device == "auto" else where
-    else:
-        backbone = bat.load_encoder(checkpoint, weights=weights)
-    autocast = torch.bfloat16 if bf16 else None
-    return Embedder(backbone.to(where).eval(), head=probe, autocast=autocast, **how), digest
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """See ``bat.interfaces.parts.Compute``."""
+        return {
+            **{"command": "embed", "encoder": weights_digest(self.backbone), "head": ""},
+            **{"level": self.level, "layer": str(self.layer), "pool": self.pool},
+            **{"bf16": self.autocast is not None},
+        }
 
+    def window(self, value: float | str | None) -> float | None:
+        """Returns the seconds of a window; None as ``value``: the longest clip that the encoder
+        takes at once."""
+        return window_seconds(value, trained_window(self.backbone))
 
-def _window(value: float | str | None, backbone: Encoder) -> float | None:
-    """Returns the seconds of a window, None for whole recordings."""
-    if value == WHOLE:
-        return None
-    try:
-        return trained_window(backbone) if value is None else float(value)
-    except ValueError:
-        raise UserError(f"window={value}: seconds, or {WHOLE}") from None
+    def size(self, seconds: float) -> float:
+        """Returns the bytes of the embeddings of a window."""
+        T = seconds / self.backbone.hop_seconds if self.level == "frame" else 1
+        return 4.0 * self.width * T
 
 
 def embed_files(
@@ -197,78 +201,41 @@ def embed_files(
     out: str | Path,
     *,
     checkpoint: str | Path | Encoder,
-    weights: str = "student",
     level: str = "clip",
     layer: str | int = "last",
     pool: str | None = None,
     head: str | Path | None = None,
-    window: float | str | None = None,
-    hop: float | None = None,
-    batch: int = 32,
-    workers: int = 0,
+    weights: str = "student",
     device: str = "auto",
     bf16: bool = False,
-    progress: bool = False,
-    stop_after: int | None = None,
+    **reading: Any,
 ) -> None:
     """Embeds the audio at ``paths`` into ``out``; continues what was interrupted (docs/embed.md).
 
     Args:
-        paths: files, folders, CSVs, shards; see ``list_recordings``.
         out: ``.parquet``, ``.npz``, ``.csv``, or a folder of ``.npy``; see ``tables``.
-        checkpoint: as ``bat.load_encoder``. weights: ``student`` or ``teacher``.
-        level, layer, pool: see above. head: of a probe run, for ``gate`` and ``cgp``.
-        window: seconds; ``whole``; None: the longest clip that the encoder takes at once.
-        hop: seconds from one window to the next; None: ``window``.
-        stop_after: return after this many parts (tests).
+        checkpoint, level, layer, pool, head, weights, device: see ``embed``.
+        reading: see ``run``.
 
     Raises:
         UserError: whatever is wrong with these; nothing readable; ``out`` is of another command.
     """
+    how: dict[str, Any] = {
+        "level": level,
+        "layer": layer,
+        "pool": pool,
+        "head": head,
+        "weights": weights,
+    }
     out = Path(out)
-    if batch < 1 or workers < 0:
-        raise UserError(f"batch={batch}, workers={workers}: at least 1, and 0")
-    output = Output(out)
-    writer_for(out, hop_seconds=None)
-    with output.checked():
-        how = {"level": level, "layer": layer, "pool": pool}
-        embedder, digest = _loaded(
-            checkpoint, weights=weights, head=head, device=device, bf16=bf16, **how
-        )
-        backbone = embedder.backbone
-        show = progress and is_main()
-        recordings = list_recordings(paths, cache=output.headers, progress=show)
-        windows = Windows(
-            recordings.seconds,
-            window=_window(window, backbone),
-            hop=hop,
-            rest=backbone.hop_seconds,
-        )
-        hop_seconds = backbone.hop_seconds if level == "frame" else None
-        longest = windows.window or float(recordings.seconds.max(initial=1.0))
-        job = Job(
-            recordings,
-            windows,
-            sample_rate=backbone.sample_rate,
-            compute=embedder,
-            settings={
-                "command": "embed",
-                "encoder": weights_digest(backbone),
-                "head": digest,
-                "level": level,
-                "layer": str(embedder.layer),
-                "pool": embedder.pool,
-                "window": windows.window,
-                "hop": windows.hop,
-                "bf16": bf16,
-                "format": out.suffix or "folder",
-            },
-            batch=batch,
-            window_bytes=4.0 * embedder.size * (longest / hop_seconds if hop_seconds else 1),
-            workers=workers,
-            progress=show,
-        )
-        run(job, out, writer_for(out, hop_seconds=hop_seconds), stop_after=stop_after)
+    check_format(out)
+
+    def load() -> Embedder:
+        made = Embedder.load(checkpoint, device=device, bf16=bf16, **how)
+        made.settings["format"] = out.suffix or "folder"
+        return made
+
+    run(paths, out, load, write_table, **reading)
 
 
 def embed(
@@ -313,82 +280,17 @@ def embed(
         UserError: clips that are unreadable, not finite, not mono, or of unknown rate (all of them
             are named); settings that do not fit.
     """
-    how = {"level": level, "layer": layer, "pool": pool}
+    how: dict[str, Any] = {
+        "level": level,
+        "layer": layer,
+        "pool": pool,
+        "head": head,
+        "weights": weights,
+    }
+    reading: dict[str, Any] = {"sample_rate": sample_rate, "window": window, "hop": hop}
     with evaluating(checkpoint) if isinstance(checkpoint, Encoder) else nullcontext():
-        embedder, _ = _loaded(
-            checkpoint, weights=weights, head=head, device=device, bf16=False, **how
-        )
-        backbone = embedder.backbone
-        reader = clip_reader(
-            clips,
-            sample_rate=sample_rate,
-            to_rate=backbone.sample_rate,
-            window=_window(window, backbone),
-            hop=hop,
-            rest=backbone.hop_seconds,
-        )
-        found: list[Any] = [None] * len(reader.windows)
-        for part in read_batches(reader, batch):
-            for row, values in zip(part.positions.tolist(), embedder(part), strict=True):
-                found[row] = values
-    first = reader.windows.first.tolist()
-    each = [np.concatenate(found[a:b]) for a, b in itertools.pairwise(first)]
-    return np.concatenate(each) if level == "clip" and reader.windows.window is None else each
-
-
-class ArrayReader:
-    """Windows of waveforms in memory, as ``WindowReader`` gives those of recordings."""
-
-    def __init__(self, waves: Sequence[Floats], windows: Windows, *, sample_rate: int) -> None:
-        self.waves, self.windows, self.sample_rate = waves, windows, sample_rate
-
-    def __getitems__(self, rows: list[int]) -> WaveBatch:
-        numbers = np.array(rows, np.int64)
-        of = self.windows.recording(numbers).tolist()
-        start, end = (
-            (t * self.sample_rate).round().astype(int) for t in self.windows.times(numbers)
-        )
-        waves = [self.waves[i][a:b] for i, a, b in zip(of, start, end, strict=True)]
-        return stack(waves, [f"array {i}" for i in of], rows, [])
-
-
-def clip_reader(
-    clips: Any,
-    *,
-    sample_rate: int | None,
-    to_rate: int,
-    window: float | None,
-    hop: float | None,
-    rest: float,
-) -> ArrayReader | WindowReader:
-    """Returns a reader of paths or arrays, for ``bat.embed`` and ``bat.predict``.
-
-    ``clips``: a path or several, or waveforms (``bat.eval.waveforms``).
-    """
-    how: dict[str, Any] = {"window": window, "hop": hop, "rest": rest}
-    given = [clips] if isinstance(clips, (str, Path)) else clips
-    numbers = isinstance(given, np.ndarray) and given.dtype.kind not in "OU"
-    if not (numbers or isinstance(given, Tensor)):
-        given = list(given)
-    if isinstance(given, list) and given and all(isinstance(c, (str, Path)) for c in given):
-        recordings = list_recordings(given, repeats=True)
-        if recordings.left_out:
-            raise UserError(
-                "; ".join(f"{bad.name}: {bad.reason}" for bad in recordings.left_out[:10])
-            )
-        return WindowReader(recordings, Windows(recordings.seconds, **how), sample_rate=to_rate)
-    waves = waveforms(given, sample_rate=sample_rate, to_rate=to_rate)
-    seconds = np.array([len(wave) for wave in waves]) / to_rate
-    return ArrayReader(waves, Windows(seconds, **how), sample_rate=to_rate)
-
-
-def read_batches(reader: ArrayReader | WindowReader, batch: int) -> Iterable[WaveBatch]:
-    """Yields all windows, those of similar length together; ``UserError`` if one is unreadable."""
-    start, end = reader.windows.times(np.arange(len(reader.windows)))
-    for rows in batches_of(end - start, batch):
-        made = reader.__getitems__(rows)
-        if made.skipped:
-            (i,) = reader.windows.recording(np.array([made.skipped[0].position])).tolist()
-            assert isinstance(reader, WindowReader)
-            raise UserError(f"{reader.recordings.name(i)}: {made.skipped[0].why}")
-        yield made
+        embedder = Embedder.load(checkpoint, device=device, **how)
+        windows, found = compute_clips(embedder, clips, batch=batch, **reading)
+    bounds = itertools.pairwise(windows.first.tolist())
+    each = [np.concatenate([found[row] for row in range(a, b)]) for a, b in bounds]
+    return np.concatenate(each) if level == "clip" and window == WHOLE else each

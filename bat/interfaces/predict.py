@@ -10,7 +10,6 @@ overlap where windows do are joined, their score the mean weighted by duration.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import math
@@ -24,16 +23,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bat.data.windows import Windows
 from bat.encoders.base import Encoder
 from bat.errors import UserError
 from bat.eval.encoding import encode
 from bat.eval.loading import weights_digest
 from bat.eval.scoring import detected, greedy
-from bat.interfaces.embed import clip_reader, read_batches
 from bat.interfaces.models import Model, device_named, find_heads, load_models, trained_window
-from bat.interfaces.parts import Block, Job, Output, Parts, run
-from bat.interfaces.recordings import Windows, list_recordings
-from bat.logs import is_main
+from bat.interfaces.parts import Parts, Results, open_csv, run
+from bat.interfaces.recordings import WHOLE, compute_clips, window_seconds
 from bat.nn.losses import to_clip
 from bat.tasks.events import Detection
 from bat.types import Needs, WaveBatch
@@ -43,14 +41,13 @@ Answer = Literal["scores", "events", "text"]
 Floats = NDArray[np.float64]
 JOIN_SECONDS = 1e-6
 """Greatest gap between two events that are joined."""
-WHOLE = "whole"
 
 
 class Predictor:
     """Computes the answers of one head, or of the folds of one, for the clips of a batch.
 
     ``answer``: ``scores`` (1, C) of each clip; ``events`` (E, 4): onset, offset, class, score;
-    ``text`` (bytes,) UTF-8. None: events and text for heads trained on them, else scores.
+    ``text`` (1,) of str. None: events and text for heads trained on them, else scores.
     """
 
     def __init__(
@@ -76,6 +73,11 @@ class Predictor:
         )
         if problems := list(self._problems(threshold, median)):
             raise UserError("; ".join(problems))
+        self.backbone = first.backbone
+        self.settings: dict[str, Any] = {
+            **{"command": "predict", "answer": self.answer, "bf16": autocast is not None},
+            **self.detection._asdict(),
+        }
         self.encoders: dict[int, tuple[Encoder, list[Model]]] = {}
         for model in models:
             self.encoders.setdefault(id(model.backbone), (model.backbone, []))[1].append(model)
@@ -133,7 +135,7 @@ class Predictor:
         if self.answer == "text":
             numbers = greedy(p.argmax(1).tolist())
             said = self.joiner.join(self.labels[n] for n in numbers)
-            return np.frombuffer(said.encode(), np.uint8)
+            return np.array([said])
         hop = self.models[0].backbone.hop_seconds
         events = []
         for onset, offset, c in sorted(detected(p, self.detection, hop_seconds=hop)):
@@ -142,104 +144,129 @@ class Predictor:
             events.append((onset, offset, c, score))
         return np.array(events, float).reshape(-1, 4)
 
-    @property
-    def window_bytes(self) -> float:
-        """Size of an answer, about."""
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        *,
+        average: bool = False,
+        encoder: str | None = None,
+        device: str = "auto",
+        bf16: bool = False,
+        **how: Any,
+    ) -> Predictor:
+        """Loads the head, or the heads of several folds, onto the device; ``how``: see above."""
+        where = device_named(device)
+        models = [
+            model._replace(backbone=model.backbone.to(where), head=model.head.to(where))
+            for model in load_models(checkpoint, average=average, encoder=encoder)
+        ]
+        made = cls(models, autocast=torch.bfloat16 if bf16 else None, **how)
+        heads = find_heads(checkpoint, average=average)
+        digest = hashlib.sha256(b"".join((head / WEIGHTS).read_bytes() for head in heads))
+        for used, _ in made.encoders.values():
+            digest.update(weights_digest(used).encode())
+        made.settings["models"] = digest.hexdigest()
+        return made
+
+    def window(self, value: float | str | None) -> float | None:
+        """Returns the seconds of a window; None as ``value``: those of the head's run. Raises
+        ``UserError`` if its frames would be cut."""
+        model, frames = self.models[0], self.models[0].frames
+        seconds = window_seconds(value, model.clip_seconds or trained_window(self.backbone))
+        front: Any = getattr(self.backbone, "frontend", None)
+        if frames is None or value is None or front is None:
+            return seconds
+        if seconds is None:
+            raise UserError(
+                f"window={WHOLE}: this head was trained on clips of {frames} frames, and a longer "
+                "recording would be cut; give seconds"
+            )
+        samples = seconds * self.backbone.sample_rate
+        made = int(front.valid_frames(int(samples))) if 0 < samples < math.inf else 0
+        if made > frames + 1:
+            raise UserError(
+                f"window={seconds:g} makes {made} frames, and this head was trained on clips of "
+                f"{frames}: the rest would be cut; give a shorter window"
+            )
+        return seconds
+
+    def size(self, seconds: float) -> float:
+        """Returns the bytes of the answer for a window, about."""
         return 8.0 * len(self.labels) if self.answer == "scores" else 4096.0
 
 
 def answers(
-    predictor: Predictor, parts: Iterable[Block], windows: Windows, *, average: bool = False
+    predictor: Predictor, parts: Iterable[Results], windows: Windows, *, average: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (recording, answer) in order: ``start``, ``end`` and ``scores`` (C,) or ``text`` of
     each window; or ``onset``, ``offset``, ``label``, ``score`` of each event of a recording.
 
     ``average``: the mean scores of all windows of a recording.
     """
-    each = _windows_of(parts, windows)
-    if predictor.answer == "events":
-        for i, found in itertools.groupby(each, key=lambda window: window[0]):
-            for event in _joined(found):
-                onset, offset, c, score = event
+    for i, rows in itertools.groupby(_rows(parts, windows), key=lambda row: row[0]):
+        if predictor.answer == "events":
+            for onset, offset, c, score in _joined(rows):
                 label = predictor.labels[int(c)]
                 yield i, {"onset": onset, "offset": offset, "label": label, "score": score}
-    elif predictor.answer == "text":
-        for i, start, end, values in each:
-            yield i, {"start": start, "end": end, "text": values.tobytes().decode()}
-    elif average:
-        for i, found in itertools.groupby(each, key=lambda window: window[0]):
-            ends, scores = zip(*((end, values[0]) for _, _, end, values in found), strict=True)
+        elif average:
+            ends, scores = zip(*((end, value) for _, _, end, value in rows), strict=True)
             yield i, {"start": 0.0, "end": ends[-1], "scores": np.mean(scores, axis=0)}
-    else:
-        for i, start, end, values in each:
-            yield i, {"start": start, "end": end, "scores": values[0]}
+        else:
+            for _, start, end, value in rows:
+                said = {"text": str(value)} if predictor.answer == "text" else {"scores": value}
+                yield i, {"start": start, "end": end, **said}
 
 
-def _windows_of(
-    parts: Iterable[Block], windows: Windows
+def _rows(
+    parts: Iterable[Results], windows: Windows
 ) -> Iterator[tuple[int, float, float, NDArray[Any]]]:
-    """Yields recording, start, end and values of each window."""
-    for block in parts:
-        start, end = (times.tolist() for times in windows.times(block.rows))
-        values = np.split(block.values, np.cumsum(block.counts)[:-1])
-        yield from zip(windows.recording(block.rows).tolist(), start, end, values, strict=True)
+    """Yields recording, start and end of the window, and value of each result."""
+    for window, values in parts:
+        times = (t.tolist() for t in windows.times(window))
+        yield from zip(windows.recording(window).tolist(), *times, values, strict=True)
 
 
 def _joined(found: Iterable[tuple[int, float, float, Floats]]) -> list[list[float]]:
     """Returns the events of a recording by onset, those that meet where windows do joined."""
     by_class: dict[float, list[list[float]]] = {}
-    for _, start, end, values in found:
-        for onset, offset, c, score in values.tolist():
-            onset, offset = start + onset, min(start + offset, end)
-            known = by_class.setdefault(c, [])
-            if known and known[-1][1] >= onset - JOIN_SECONDS and known[-1][4] < start:
-                last = known[-1]
-                one, two = max(last[1] - last[0], 1e-9), max(offset - onset, 1e-9)
-                last[3] = (last[3] * one + score * two) / (one + two)
-                last[1], last[4] = max(last[1], offset), start
-            else:
-                known.append([onset, offset, c, score, start])
+    for _, start, end, event in found:
+        onset, offset, c, score = event.tolist()
+        onset, offset = start + onset, min(start + offset, end)
+        known = by_class.setdefault(c, [])
+        if known and known[-1][1] >= onset - JOIN_SECONDS and known[-1][4] < start:
+            last = known[-1]
+            one, two = max(last[1] - last[0], 1e-9), max(offset - onset, 1e-9)
+            last[3] = (last[3] * one + score * two) / (one + two)
+            last[1], last[4] = max(last[1], offset), start
+        else:
+            known.append([onset, offset, c, score, start])
     return sorted(event[:4] for events in by_class.values() for event in events)
 
 
-class _Table:
+def _write(predictor: Predictor, parts: Parts, path: Path) -> None:
     """Writes the answers as CSV."""
-
-    def __init__(self, predictor: Predictor, *, top: int | None, average: bool) -> None:
-        self.predictor, self.top, self.average = predictor, top, average
-
-    def __call__(self, parts: Parts, path: Path) -> None:
-        names, windows, labels = parts.job.recordings, parts.job.windows, self.predictor.labels
-        found = answers(self.predictor, parts, windows, average=self.average)
-        with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(self.header)
-            for i, answer in found:
-                if self.predictor.answer == "events":
-                    onset, offset = f"{answer['onset']:.6g}", f"{answer['offset']:.6g}"
-                    cells = [onset, offset, answer["label"], f"{answer['score']:.6g}"]
-                    writer.writerow((names.name(i), *cells))
-                    continue
-                times = (names.name(i), f"{answer['start']:.9g}", f"{answer['end']:.9g}")
-                if self.predictor.answer == "text":
-                    writer.writerow((*times, answer["text"]))
-                elif self.top is None:
-                    writer.writerow((*times, *(f"{s:.6g}" for s in answer["scores"].tolist())))
-                else:
-                    for rank, (label, score) in enumerate(best(answer, labels, self.top), 1):
-                        writer.writerow((*times, rank, label, f"{score:.6g}"))
-
-    @property
-    def header(self) -> list[str]:
-        if self.predictor.answer == "events":
-            return ["path", "onset", "offset", "label", "score"]
-        times = ["path", "start", "end"]
-        if self.predictor.answer == "text":
-            return [*times, "text"]
-        return [
-            *times,
-            *(self.predictor.labels if self.top is None else ("rank", "label", "score")),
-        ]
+    top, average = (predictor.settings[name] for name in ("top", "average_windows"))
+    names, labels = parts.job.recordings.names, predictor.labels
+    if predictor.answer == "events":
+        header = ["path", "onset", "offset", "label", "score"]
+    elif predictor.answer == "text":
+        header = ["path", "start", "end", "text"]
+    else:
+        scores = labels if top is None else ["rank", "label", "score"]
+        header = ["path", "start", "end", *scores]
+    with open_csv(path, *header) as table:
+        for i, answer in answers(predictor, parts, parts.job.windows, average=average):
+            times = [f"{answer[name]:.9g}" for name in header[1:3]]
+            if predictor.answer == "events":
+                table.writerow((names[i], *times, answer["label"], f"{answer['score']:.6g}"))
+            elif predictor.answer == "text":
+                table.writerow((names[i], *times, answer["text"]))
+            elif top is None:
+                table.writerow((names[i], *times, *(f"{s:.6g}" for s in answer["scores"].tolist())))
+            else:
+                for rank, (label, score) in enumerate(best(answer, labels, top), 1):
+                    table.writerow((names[i], *times, rank, label, f"{score:.6g}"))
 
 
 def best(answer: dict[str, Any], labels: Sequence[str], top: int) -> list[tuple[str, float]]:
@@ -248,145 +275,51 @@ def best(answer: dict[str, Any], labels: Sequence[str], top: int) -> list[tuple[
     return [(labels[c], float(answer["scores"][c])) for c in order]
 
 
-def _loaded(
-    checkpoint: str | Path,
-    *,
-    average: bool,
-    encoder: str | None,
-    device: str,
-    bf16: bool,
-    **how: Any,
-) -> Predictor:
-    where = device_named(device)
-    models = [
-        model._replace(backbone=model.backbone.to(where), head=model.head.to(where))
-        for model in load_models(checkpoint, average=average, encoder=encoder)
-    ]
-    return Predictor(models, autocast=torch.bfloat16 if bf16 else None, **how)
-
-
-def _window(value: float | str | None, model: Model) -> float | None:
-    """Returns the seconds of a window, None for whole recordings."""
-    if value == WHOLE:
-        if model.frames is not None:
-            raise UserError(
-                f"window={WHOLE}: this head was trained on clips of {model.frames} frames, and a "
-                "longer recording would be cut; give seconds"
-            )
-        return None
-    try:
-        if value is None:
-            return model.clip_seconds or trained_window(model.backbone)
-        seconds = float(value)
-    except ValueError:
-        raise UserError(f"window={value}: seconds, or {WHOLE}") from None
-    if model.frames is not None:
-        samples = seconds * model.backbone.sample_rate
-        front: Any = getattr(model.backbone, "frontend", None)
-        if math.isfinite(samples) and front is not None and samples > 0:
-            frames = int(front.valid_frames(int(samples)))
-            if frames > model.frames + 1:
-                raise UserError(
-                    f"window={seconds:g} makes {frames} frames, and this head was trained on clips "
-                    f"of {model.frames}: the rest would be cut; give a shorter window"
-                )
-    return seconds
-
-
 def predict_files(
     paths: Sequence[str | Path],
     out: str | Path,
     *,
     checkpoint: str | Path,
+    top: int | None = None,
+    average_windows: bool = False,
     average: bool = False,
     encoder: str | None = None,
     answer: Answer | None = None,
-    top: int | None = None,
     threshold: float | None = None,
     median: int | None = None,
-    window: float | str | None = None,
-    hop: float | None = None,
-    average_windows: bool = False,
-    batch: int = 32,
-    workers: int = 0,
     device: str = "auto",
     bf16: bool = False,
-    progress: bool = False,
-    stop_after: int | None = None,
+    **reading: Any,
 ) -> None:
     """Predicts for the audio at ``paths`` into the CSV ``out``; continues what was interrupted.
 
     Args:
-        paths: files, folders, CSVs, shards; see ``list_recordings``.
-        checkpoint: a head, a fold, or a run with one head. average: the mean of several folds.
-        encoder: where the encoder lies, if not where the head's run had it.
-        answer, threshold, median: see ``Predictor``. top: the best labels only, a line each.
-        window, hop: seconds; ``whole``: whole recordings. average_windows: a line a recording.
-        stop_after: return after this many parts (tests).
+        checkpoint, ...: see ``predict``. reading: see ``run``.
 
     Raises:
         UserError: whatever is wrong with these; nothing readable; ``out`` is of another command.
     """
     out = Path(out)
-    problems = []
     if out.suffix != ".csv":
-        problems.append(f"--out {out}: a .csv")
-    if batch < 1 or workers < 0:
-        problems.append(f"batch={batch}, workers={workers}: at least 1, and 0")
+        raise UserError(f"--out {out}: a .csv")
+    how: dict[str, Any] = {"answer": answer, "threshold": threshold, "median": median}
+    how |= {"average": average, "encoder": encoder, "device": device, "bf16": bf16}
+
+    def load() -> Predictor:
+        made = Predictor.load(checkpoint, **how)
+        check_answer(made, top=top, average_windows=average_windows)
+        made.settings |= {"top": top, "average_windows": average_windows}
+        return made
+
+    run(paths, out, load, _write, **reading)
+
+
+def check_answer(predictor: Predictor, *, top: int | None, average_windows: bool) -> None:
+    """Raises ``UserError`` for settings of scores with other answers, and ``top`` below 1."""
+    if predictor.answer != "scores" and (top is not None or average_windows):
+        raise UserError(f"top and average-windows are for scores; this gives {predictor.answer}")
     if top is not None and top < 1:
-        problems.append(f"top={top}: at least 1")
-    if problems:
-        raise UserError("; ".join(problems))
-    output = Output(out)
-    with output.checked():
-        predictor = _loaded(
-            checkpoint,
-            average=average,
-            encoder=encoder,
-            device=device,
-            bf16=bf16,
-            answer=answer,
-            threshold=threshold,
-            median=median,
-        )
-        if predictor.answer != "scores" and (top is not None or average_windows):
-            raise UserError(
-                f"top and average-windows are for scores; this gives {predictor.answer}"
-            )
-        first = predictor.models[0]
-        backbone = first.backbone
-        show = progress and is_main()
-        recordings = list_recordings(paths, cache=output.headers, progress=show)
-        seconds = _window(window, first)
-        windows = Windows(recordings.seconds, window=seconds, hop=hop, rest=backbone.hop_seconds)
-        heads = find_heads(checkpoint, average=average)
-        digest = hashlib.sha256(b"".join((head / WEIGHTS).read_bytes() for head in heads))
-        for encoder_used, _ in predictor.encoders.values():
-            digest.update(weights_digest(encoder_used).encode())
-        job = Job(
-            recordings,
-            windows,
-            sample_rate=backbone.sample_rate,
-            compute=predictor,
-            settings={
-                "command": "predict",
-                "models": digest.hexdigest(),
-                "answer": predictor.answer,
-                "top": top,
-                "threshold": predictor.detection.threshold,
-                "median": predictor.detection.median,
-                "window": windows.window,
-                "hop": windows.hop,
-                "average_windows": average_windows,
-                "bf16": bf16,
-            },
-            batch=batch,
-            window_bytes=predictor.window_bytes,
-            workers=workers,
-            progress=show,
-        )
-        table = _Table(predictor, top=top, average=average_windows)
-        run(job, out, table, stop_after=stop_after)
+        raise UserError(f"top={top}: at least 1")
 
 
 def predict(
@@ -425,33 +358,14 @@ def predict(
     Raises:
         UserError: unreadable or unsuitable clips, several heads, settings that do not fit.
     """
-    predictor = _loaded(
-        checkpoint,
-        average=average,
-        encoder=encoder,
-        device=device,
-        bf16=False,
-        answer=answer,
-        threshold=threshold,
-        median=median,
-    )
-    first = predictor.models[0]
-    reader = clip_reader(
-        clips,
-        sample_rate=sample_rate,
-        to_rate=first.backbone.sample_rate,
-        window=_window(window, first),
-        hop=hop,
-        rest=first.backbone.hop_seconds,
-    )
-    found: dict[int, NDArray[Any]] = {}
-    for part in read_batches(reader, batch):
-        found |= dict(zip(part.positions.tolist(), predictor(part), strict=True))
-    rows = np.arange(len(reader.windows))
-    values = [found[row] for row in rows.tolist()]
-    block = Block(rows, np.array([len(v) for v in values], np.int64), np.concatenate(values))
+    how: dict[str, Any] = {"answer": answer, "threshold": threshold, "median": median}
+    how |= {"average": average, "encoder": encoder, "device": device}
+    reading: dict[str, Any] = {"sample_rate": sample_rate, "window": window, "hop": hop}
+    predictor = Predictor.load(checkpoint, **how)
+    check_answer(predictor, top=top, average_windows=average_windows)
+    windows, found = compute_clips(predictor, clips, batch=batch, **reading)
     made = []
-    for i, said in answers(predictor, [block], reader.windows, average=average_windows):
+    for i, said in answers(predictor, [Results.of(found)], windows, average=average_windows):
         if "scores" in said:
             some = len(predictor.labels) if top is None else top
             said["scores"] = dict(best(said, predictor.labels, some))

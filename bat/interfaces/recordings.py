@@ -2,35 +2,34 @@
 
 The order is that of the paths as given: a folder's files sorted, a CSV's lines and a shard's clips
 as they stand; a file that is named again counts once. Lengths come from the files' headers, so the
-windows of all recordings are known before any audio is decoded:
-
-    window k of a recording of d seconds covers [k hop, min(k hop + window, d)),
-    k = 0 .. ceil((d - window - rest) / hop),   rest = one time patch of the encoder
-
-The last window is as short as it is; a rest shorter than one time patch is not a window of its own.
+windows of all recordings (``bat.data.windows``) are known before any audio is decoded.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import math
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, Sampler
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
 
 from bat.audio.decode import DecodeError, decode, probe
 from bat.data.files import MAX_SECONDS, FileIndex, index_files
 from bat.data.index import Index, open_index
 from bat.data.sources import SUFFIXES, is_url
+from bat.data.windows import Windows
 from bat.errors import UserError
+from bat.eval.waveforms import waveforms
 from bat.io import missing
 from bat.tasks.base import AUDIO_SUFFIXES, Row, as_text
 from bat.tasks.csv import ALSO_CALLED
@@ -40,6 +39,7 @@ from bat.types import Skipped, WaveBatch
 
 BATCH_SECONDS = 30.0
 """Seconds of audio, times clips of a batch, that a batch holds with its padding."""
+WHOLE = "whole"
 
 
 class LeftOut(NamedTuple):
@@ -53,35 +53,21 @@ class LeftOut(NamedTuple):
 class Recordings:
     """The n recordings of several indexes, one after another; made by ``list_recordings``.
 
-    Attributes: ``seconds`` (n,), 0 where a length cannot be read; ``left_out``: what is listed and
-    cannot be read.
+    Attributes: ``names`` (n), paths as given, or shard and key; ``seconds`` (n,), 0 where a length
+    cannot be read; ``left_out``: what is listed and cannot be read.
     """
 
     def __init__(
-        self,
-        indexes: Sequence[Index],
-        names: Sequence[Sequence[str] | None],
-        left_out: Sequence[LeftOut],
+        self, indexes: Sequence[Index], names: list[str], left_out: Sequence[LeftOut]
     ) -> None:
-        """``names`` of the recordings of each index; None: shard and key."""
-        self.indexes, self._names, self.left_out = list(indexes), list(names), list(left_out)
+        self.indexes, self.names, self.left_out = indexes, names, left_out
         self._first = np.cumsum([0, *map(len, indexes)])
         self.seconds = np.concatenate([_seconds(index) for index in indexes])
-
-    def __len__(self) -> int:
-        return len(self.seconds)
 
     def place(self, i: int) -> tuple[Index, int]:
         """Returns the index that holds recording ``i``, and its number there."""
         number = int(np.searchsorted(self._first, i, side="right")) - 1
         return self.indexes[number], i - int(self._first[number])
-
-    def name(self, i: int) -> str:
-        """Returns the path of recording ``i`` as given, or its shard and key."""
-        number = int(np.searchsorted(self._first, i, side="right")) - 1
-        names, j = self._names[number], i - int(self._first[number])
-        index = self.indexes[number]
-        return f"{index.shard_name(j)}/{index.key(j)}" if names is None else names[j]
 
     def key(self, i: int) -> str:
         """Returns the key of recording ``i``, ASCII, without slashes."""
@@ -92,9 +78,8 @@ class Recordings:
     def hash(self) -> str:
         """Hash over names, lengths and checksums."""
         digest = hashlib.sha256("".join(index.hash for index in self.indexes).encode())
-        for names in self._names:
-            for name in names or ():
-                digest.update(f"{name}\0".encode(errors="backslashreplace"))
+        for name in self.names:
+            digest.update(f"{name}\0".encode(errors="backslashreplace"))
         return digest.hexdigest()
 
 
@@ -112,18 +97,13 @@ def _seconds(index: Index) -> NDArray[np.float64]:
 
 
 def list_recordings(
-    paths: Sequence[str | Path],
-    *,
-    cache: Path | None = None,
-    repeats: bool = False,
-    progress: bool = False,
+    paths: Sequence[str | Path], *, repeats: bool = False, progress: bool = False
 ) -> Recordings:
     """Returns the recordings at ``paths``: audio files, folders of audio, CSVs, shards.
 
     Args:
         paths: a folder is read recursively (one with tars and no audio: as shards); a CSV has a
             column ``path`` (or a synonym), relative to it; shards as ``bat.data.index.open_index``.
-        cache: JSON file that keeps the headers of audio files, for a command that continues.
         repeats: a file that is named again counts again.
         progress: show a bar while headers are read.
 
@@ -132,45 +112,31 @@ def list_recordings(
     """
     groups: list[list[Path] | str] = []
     left_out: list[LeftOut] = []
-    problems: list[str] = []
+    problems = [] if paths else ["no paths: name audio files, folders, CSVs or shards"]
     for given in paths:
         try:
-            found = _find(given, left_out)
+            groups.append(_find(given, left_out))
         except UserError as error:
             problems.append(str(error))
-            continue
-        if isinstance(found, list) and groups and isinstance(groups[-1], list):
-            groups[-1] += found
-        else:
-            groups.append(found)
-    if not paths:
-        problems.append("no paths: name audio files, folders, CSVs or shards")
     if problems:
         raise UserError("; ".join(problems))
     indexes: list[Index] = []
-    names: list[list[str] | None] = []
-    seen: set[str] = set()
-    for number, group in enumerate(groups):
-        if isinstance(group, str):
-            index = open_index(group, labels="drop")
-            left_out += [LeftOut(name, 0.0, reason) for name, reason in index.left_out.items()]
-            indexes.append(index)
-            names.append(None)
+    names: list[str] = []
+    seen: dict[str, Path] = {}
+    for shards, several in itertools.groupby(groups, key=lambda group: isinstance(group, str)):
+        if shards:
+            for text in several:
+                index = open_index(str(text), labels="drop")
+                left_out += [LeftOut(name, 0.0, why) for name, why in index.left_out.items()]
+                names += [f"{index.shard_name(j)}/{index.key(j)}" for j in range(len(index))]
+                indexes.append(index)
             continue
-        files = [f for f in group if repeats or not _again(seen, os.path.abspath(f))]
+        files = [Path(file) for group in several for file in group]
+        if not repeats:
+            files = [f for f in files if seen.setdefault(os.path.abspath(f), f) is f]
         if files:
-            place = None if cache is None else cache.with_name(f"{cache.stem}-{number}.json")
-            listed, said = _index_files(files, place, left_out, progress)
-            indexes.append(listed)
-            names.append(said)
+            indexes.append(_index(files, names, left_out, progress))
     return Recordings(indexes, names, left_out)
-
-
-def _again(seen: set[str], name: str) -> bool:
-    """Returns True if ``name`` is in ``seen``, and adds it."""
-    before = name in seen
-    seen.add(name)
-    return before
 
 
 def _find(given: str | Path, left_out: list[LeftOut]) -> list[Path] | str:
@@ -217,176 +183,172 @@ def _listed(path: Path) -> list[Path]:
     return [path.parent / cells[found[0]] for _, cells in lines]
 
 
-def _index_files(
-    files: list[Path], cache: Path | None, left_out: list[LeftOut], progress: bool
-) -> tuple[FileIndex, list[str]]:
-    """Returns the index of the readable ones of ``files`` and their names."""
+def _index(
+    files: list[Path], names: list[str], left_out: list[LeftOut], progress: bool
+) -> FileIndex:
+    """Returns the index of the readable ones of ``files``; adds to ``names`` and ``left_out``."""
     absolute = [os.path.abspath(file) for file in files]
     common = os.path.commonpath([os.path.dirname(file) for file in absolute])
     keys = keys_of([os.path.relpath(file, common) for file in absolute])
     rows = [Row(path=file, key=key, labels=()) for file, key in zip(files, keys, strict=True)]
-    index, others = index_files(rows, None, cache=cache, progress=progress)
+    index, others = index_files(rows, None, progress=progress)
     reasons = {entry.key: entry.reason for entry in others}
-    names = []
     for row in rows:
         name = as_text(str(row.path))
         if row.key in reasons:
             left_out.append(LeftOut(name, 0.0, reasons[row.key]))
         else:
             names.append(name)
-    return index, names
+    return index
 
 
-class Windows:
-    """The windows of recordings of ``seconds`` (n,), numbered over all recordings.
+def window_seconds(value: float | str | None, default: float | None) -> float | None:
+    """Returns the seconds of a window: ``value``, ``default`` for None, and None for ``whole``."""
+    try:
+        return None if value == WHOLE else default if value is None else float(value)
+    except ValueError:
+        raise UserError(f"window={value}: seconds, or {WHOLE}") from None
 
-    ``window``: seconds of each; None: a recording is one window. ``hop``: seconds from one to the
-    next; None: ``window``. ``rest``: seconds at the end that are no window of their own.
+
+def cut(
+    seconds: NDArray[np.float64], *, window: float | None, hop: float | None, rest: float
+) -> Windows:
+    """Returns the windows of recordings of ``seconds`` (n,), None: whole ones; ``hop`` None: as
+    long as the window."""
+    if window is None and hop is not None:
+        raise UserError(f"hop={hop:g}: without windows there is none; give a window too")
+    if window is not None and not 0 < window <= MAX_SECONDS:
+        raise UserError(f"window={window:g}: seconds, more than 0")
+    if hop is not None and window is not None and not 0 < hop <= window:
+        raise UserError(f"hop={hop:g}: more than 0 and at most the window, {window:g} seconds")
+    return Windows(seconds, window, window if hop is None else hop, rest=rest)
+
+
+class Reader(Dataset[WaveBatch]):
+    """Dataset of the windows of recordings, or of waveforms (S_i,) at ``sample_rate``.
+
+    ``__getitems__(rows)`` reads a batch. A window that cannot be decoded is in ``skipped``, with
+    its row as ``position``.
     """
 
     def __init__(
         self,
-        seconds: NDArray[np.float64],
+        source: Recordings | list[NDArray[np.float32]],
+        windows: Windows,
         *,
-        window: float | None,
-        hop: float | None,
-        rest: float,
+        sample_rate: int,
     ) -> None:
-        if window is None and hop is not None:
-            raise UserError(f"hop={hop:g}: without windows there is none; give a window too")
-        if window is not None and not 0 < window <= MAX_SECONDS:
-            raise UserError(f"window={window:g}: seconds, more than 0")
-        if hop is not None and window is not None and not 0 < hop <= window:
-            raise UserError(f"hop={hop:g}: more than 0 and at most the window, {window:g} seconds")
-        self.seconds, self.window = seconds, window
-        self.hop = window if hop is None else hop
-        counts = np.ones(len(seconds), np.int64)
-        if self.window is not None and self.hop is not None:
-            beyond = np.ceil((seconds - self.window - rest) / self.hop - 1e-9)
-            counts += np.maximum(beyond, 0).astype(np.int64)
-        self.first = np.concatenate([[0], np.cumsum(counts)])  # (n + 1,)
-
-    def __len__(self) -> int:
-        return int(self.first[-1])
-
-    def recording(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the recordings of windows ``rows``."""
-        return np.searchsorted(self.first, rows, side="right") - 1
-
-    def times(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Returns start and end of windows ``rows`` in their recordings, seconds."""
-        of = self.recording(rows)
-        if self.window is None:
-            return np.zeros(len(rows)), self.seconds[of]
-        assert self.hop is not None
-        start = (rows - self.first[of]) * self.hop
-        return start, np.minimum(start + self.window, np.maximum(self.seconds[of], start))
-
-
-class WindowReader(Dataset[WaveBatch]):
-    """Dataset of windows; ``__getitems__(rows)`` decodes a batch at ``sample_rate``.
-
-    A window that cannot be decoded is in ``skipped``, with its row as ``position``.
-    """
-
-    def __init__(self, recordings: Recordings, windows: Windows, *, sample_rate: int) -> None:
-        self.recordings, self.windows, self.sample_rate = recordings, windows, sample_rate
+        self.source, self.windows, self.sample_rate = source, windows, sample_rate
         self._last: tuple[int, bytes] = (-1, b"")
-
-    def __getitems__(self, rows: list[int]) -> WaveBatch:
-        waves: list[NDArray[np.float32]] = []
-        kept: list[int] = []
-        skipped: list[Skipped] = []
-        for row in rows:
-            try:
-                waves.append(self._wave(row))
-                kept.append(row)
-            except (DecodeError, OSError) as error:
-                kind = error.kind if isinstance(error, DecodeError) else "unreadable"
-                why = str(error) if isinstance(error, DecodeError) else error.strerror
-                skipped.append(Skipped("", "", kind, f"{kind}: {why}", row))
-        names = [self.recordings.name(i) for i in self._of(kept)]
-        return stack(waves, names, kept, skipped)
 
     def __getitem__(self, row: int) -> WaveBatch:
         return self.__getitems__([row])
 
-    def _of(self, rows: Sequence[int]) -> list[int]:
-        return self.windows.recording(np.array(rows, np.int64)).tolist()
+    def __getitems__(self, rows: list[int]) -> WaveBatch:
+        numbers = np.array(rows, np.int64)
+        start, end = (times.tolist() for times in self.windows.times(numbers))
+        made: list[tuple[int, str, NDArray[np.float32]]] = []
+        skipped: list[Skipped] = []
+        for row, i, a, b in zip(
+            rows, self.windows.recording(numbers).tolist(), start, end, strict=True
+        ):
+            if isinstance(self.source, list):
+                first, last = (round(t * self.sample_rate) for t in (a, b))
+                made.append((row, f"array {i}", self.source[i][first:last]))
+                continue
+            try:
+                made.append((row, self.source.names[i], self._decode(i, a)))
+            except (DecodeError, OSError) as error:
+                kind = error.kind if isinstance(error, DecodeError) else "unreadable"
+                why = str(error) if isinstance(error, DecodeError) else error.strerror
+                skipped.append(Skipped("", "", kind, f"{kind}: {why}", row))
+        waves = [torch.from_numpy(wave) for *_, wave in made]
+        return WaveBatch(
+            pad_sequence(waves, batch_first=True) if waves else torch.zeros(0, 0),
+            torch.tensor([len(wave) for wave in waves], dtype=torch.int64),
+            torch.zeros(len(made), 0),
+            [name for _, name, _ in made],
+            torch.tensor([row for row, *_ in made], dtype=torch.int64),
+            skipped,
+        )
 
-    def _wave(self, row: int) -> NDArray[np.float32]:
-        (i,) = self._of([row])
-        (start,), _ = self.windows.times(np.array([row], np.int64))
-        index, j = self.recordings.place(i)
-        several = self.windows.first[i + 1] - self.windows.first[i] > 1
+    def _decode(self, i: int, start: float) -> NDArray[np.float32]:
+        assert isinstance(self.source, Recordings)
+        index, j = self.source.place(i)
+        several = self.windows.counts[i] > 1
+        data: bytes | Path
+        if several and isinstance(index, FileIndex):  # read by seeking
+            data = index.place(int(index.shard[j]))
+        else:
+            if self._last[0] != i:  # the windows of a recording in a shard share its bytes
+                self._last = i, index.read(j).data
+            data = self._last[1]
+        window = float(self.windows.window[i])
         return decode(
-            self._source(i, index, j, several),
+            data,
             sample_rate=self.sample_rate,
-            start_seconds=float(start),
-            max_seconds=self.windows.window,
+            start_seconds=start,
+            max_seconds=window if np.isfinite(window) else None,
             max_file_seconds=MAX_SECONDS,
             expected_frames=int(index.frames[j]) if index.frames[j] > 0 else None,
             expected_rate=int(index.rate[j]) if index.rate[j] > 0 else None,
         )
 
-    def _source(self, i: int, index: Index, j: int, several: bool) -> bytes | Path:
-        """Returns the path of a long recording in a file of its own, the bytes of others."""
-        if several and isinstance(index, FileIndex):
-            return index.place(int(index.shard[j]))
-        if self._last[0] != i:
-            self._last = i, index.read(j).data
-        data = self._last[1]
-        if not several:
-            self._last = -1, b""
-        return data
 
-
-def stack(
-    waves: Sequence[NDArray[np.float32]],
-    keys: list[str],
-    positions: Sequence[int],
-    skipped: list[Skipped],
-) -> WaveBatch:
-    """Returns the batch of ``waves`` (S_i,), zero-padded on the right."""
-    lengths = [len(wave) for wave in waves]
-    padded = np.zeros((len(waves), max(lengths, default=0)), np.float32)
-    for row, wave in zip(padded, waves, strict=True):
-        row[: len(wave)] = wave
-    return WaveBatch(
-        torch.from_numpy(padded),
-        torch.tensor(lengths, dtype=torch.int64),
-        torch.zeros(len(waves), 0),
-        keys,
-        torch.tensor(positions, dtype=torch.int64),
-        skipped,
-    )
-
-
-def batches_of(seconds: NDArray[np.float64], batch: int) -> Iterator[list[int]]:
-    """Yields batches of indices into ``seconds``, similar lengths together, the longest first.
+def batches_of(windows: Windows, rows: range, batch: int) -> Iterator[list[int]]:
+    """Yields batches of windows ``rows``, similar lengths together, the longest first.
 
     A batch has at most ``batch`` clips and ``batch x BATCH_SECONDS`` with padding, or one clip.
     """
-    order = np.argsort(-seconds, kind="stable").tolist()
-    while order:
-        most = max(1, math.floor(batch * BATCH_SECONDS / max(float(seconds[order[0]]), 1e-3)))
-        taken = min(batch, most)
-        yield order[:taken]
+    start, end = windows.times(np.arange(rows.start, rows.stop))
+    yield from by_length(end - start, batch, batch * BATCH_SECONDS, first=rows.start)
+
+
+def by_length(
+    seconds: NDArray[np.float64], batch: int, total: float, *, first: int = 0
+) -> Iterator[list[int]]:
+    """Yields batches of numbers from ``first`` on, the longest first: of ``batch`` clips at most
+    that take ``total`` seconds with padding, or of one."""
+    order = np.argsort(-seconds, kind="stable")
+    while len(order):
+        taken = max(1, min(batch, int(total // max(float(seconds[order[0]]), 1e-3))))
+        yield (first + order[:taken]).tolist()
         order = order[taken:]
 
 
-class Batches(Sampler[list[int]]):
-    """Yields the batches of several ranges of windows, one range after another."""
-
-    def __init__(self, windows: Windows, ranges: Sequence[range], *, batch: int) -> None:
-        self.windows, self.ranges, self.batch = windows, ranges, batch
-
-    def of(self, rows: range) -> Iterator[list[int]]:
-        """Yields the batches of one range."""
-        start, end = self.windows.times(np.arange(rows.start, rows.stop))
-        for found in batches_of(end - start, self.batch):
-            yield [rows.start + i for i in found]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for rows in self.ranges:
-            yield from self.of(rows)
+def compute_clips(
+    compute: Any,
+    clips: Any,
+    *,
+    sample_rate: int | None,
+    window: float | str | None,
+    hop: float | None,
+    batch: int,
+) -> tuple[Windows, dict[int, Any]]:
+    """Returns the windows of paths or waveforms (``bat.eval.waveforms``), and what ``compute``
+    (``bat.interfaces.parts.Compute``) gives for each. ``UserError`` if one is unreadable."""
+    rate = compute.backbone.sample_rate
+    given = [clips] if isinstance(clips, (str, Path)) else clips
+    numbers = isinstance(given, np.ndarray) and given.dtype.kind not in "OU"
+    if not (numbers or isinstance(given, Tensor)):
+        given = list(given)
+    source: Recordings | list[NDArray[np.float32]]
+    if isinstance(given, list) and given and all(isinstance(c, (str, Path)) for c in given):
+        source = list_recordings(given, repeats=True)
+        if bad := source.left_out[:10]:
+            raise UserError("; ".join(f"{one.name}: {one.reason}" for one in bad))
+        seconds = source.seconds
+    else:
+        source = waveforms(given, sample_rate=sample_rate, to_rate=rate)
+        seconds = np.array([len(wave) for wave in source]) / rate
+    rest = compute.backbone.hop_seconds
+    windows = cut(seconds, window=compute.window(window), hop=hop, rest=rest)
+    reader = Reader(source, windows, sample_rate=rate)
+    found: dict[int, Any] = {}
+    for rows in batches_of(windows, range(len(windows)), batch):
+        made = reader.__getitems__(rows)
+        if made.skipped:
+            (i,) = windows.recording(np.array([made.skipped[0].position])).tolist()
+            raise UserError(f"{source.names[i]}: {made.skipped[0].why}")  # type: ignore[union-attr]
+        found |= dict(zip(made.positions.tolist(), compute(made), strict=True))
+    return windows, found

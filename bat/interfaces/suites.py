@@ -15,7 +15,6 @@ A suite hands over waveforms and takes one vector a clip, or one a time step. Ru
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -26,12 +25,16 @@ import numpy as np
 import soxr
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import bat
 from bat import registry
 from bat.encoders.base import Encoder
 from bat.errors import UserError
 from bat.eval.encoding import device_of
+from bat.eval.loading import weights_digest
+from bat.interfaces.embed import Embedder
+from bat.interfaces.recordings import by_length
 
 PIECE_SECONDS = 60.0
 """Longest sound that is encoded at once."""
@@ -60,18 +63,13 @@ def embed(encoder: Encoder, clips: Sequence[Tensor], *, blocks: int = 1) -> list
     pieces = [  # (clip, piece, time steps)
         (row, *piece) for row, clip in enumerate(clips) for piece in _pieces(clip, encoder)
     ]
-    found: list[list[Embedded]] = [[] for _ in clips]
+    seconds = np.array([len(piece) for _, piece, _ in pieces]) / encoder.sample_rate
     done: dict[int, Embedded] = {}
-    most = BATCH_SECONDS * encoder.sample_rate
-    by_length = sorted(range(len(pieces)), key=lambda i: -len(pieces[i][1]))
-    while by_length:
-        count = max(1, int(most // len(pieces[by_length[0]][1])))
-        group, by_length = by_length[:count], by_length[count:]
+    for group in by_length(seconds, len(pieces), BATCH_SECONDS):
         made = _batch(encoder, [pieces[i][1] for i in group], blocks)
-        done.update(
-            (i, Embedded(fit(e.frames, pieces[i][2]), e.clip))
-            for i, e in zip(group, made, strict=True)
-        )
+        for i, one in zip(group, made, strict=True):
+            done[i] = Embedded(fit(one.frames, pieces[i][2]), one.clip)
+    found: list[list[Embedded]] = [[] for _ in clips]
     for i, (row, _, _) in enumerate(pieces):
         found[row].append(done[i])
     return [_joined(parts) for parts in found]
@@ -93,18 +91,13 @@ def _batch(encoder: Encoder, clips: list[Tensor], blocks: int) -> list[Embedded]
     """Embeds clips in one call, each as it is alone; ``frames`` as many as the encoder gives."""
     device = device_of(encoder)
     lengths = torch.tensor([len(clip) for clip in clips])
-    waves = torch.zeros(len(clips), int(lengths.max()))
-    for wave, clip in zip(waves, clips, strict=True):
-        wave[: len(clip)] = clip
-    features = encoder(waves.to(device), lengths.to(device))
-    frames = features.patches[-blocks:].mean(3)  # (blocks, B, T, D)
-    T = frames.shape[2]
+    features = encoder(pad_sequence(clips, batch_first=True).to(device), lengths.to(device))
+    frames = Embedder(encoder, level="frame", layer="all").rows(features)  # (B, T, L, D)
+    clip = Embedder(encoder).rows(features)  # (B, D)
+    T = frames.shape[1]
     valid = [T] * len(clips) if features.valid is None else features.valid.tolist()
     return [
-        Embedded(
-            frames[:, row, :own],
-            frames[-1, row, :own].mean(0) if features.cls is None else features.cls[-1, row],
-        )
+        Embedded(frames[row, :own, -blocks:].transpose(0, 1), clip[row])
         for row, own in enumerate(valid)
     ]
 
@@ -195,12 +188,8 @@ def source_of(checkpoint: str) -> str:
 
 def load_named(checkpoint: str) -> tuple[Encoder, str]:
     """Loads an encoder and returns it with a name for it, a Python identifier: the run's or file's,
-    and eight digits of the SHA-256 of its weights. Suites keep results by name."""
+    and eight digits of its ``weights_digest``. Suites keep results by name."""
     encoder = bat.load_encoder(checkpoint)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     path = Path(registry.split_checkpoint(source_of(checkpoint))[1])
     path = path.with_suffix("") if path.suffix in WEIGHT_FILES else path
     parts = list(path.parts)
@@ -208,7 +197,7 @@ def load_named(checkpoint: str) -> tuple[Encoder, str]:
         parts.pop()
     last = parts[-2:] if parts[-1].startswith("fold-") else parts[-1:]
     words = re.sub(r"[^0-9A-Za-z]+", "_", "_".join(last)).strip("_").lower() or "encoder"
-    return encoder, f"{'bat_' if words[0].isdigit() else ''}{words}_{digest.hexdigest()[:8]}"
+    return encoder, f"{'bat_' if words[0].isdigit() else ''}{words}_{weights_digest(encoder)[:8]}"
 
 
 def write(file: Path, text: str) -> None:

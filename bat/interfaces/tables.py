@@ -13,7 +13,7 @@ a folder      ``KEY.npy`` (rows, ...) of each recording, and ``index.csv``: a li
 
 from __future__ import annotations
 
-import csv
+import importlib.util
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,9 +24,8 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from bat.errors import UserError
-from bat.interfaces.parts import Block, Parts
+from bat.interfaces.parts import Parts, open_csv
 
-FORMATS = (".parquet", ".npz", ".csv")
 NAMES_AT_ONCE = 4096
 
 
@@ -36,45 +35,41 @@ class Rows(NamedTuple):
     recording: NDArray[np.int64]  # (R,)
     start: NDArray[np.float64]  # (R,)
     end: NDArray[np.float64]  # (R,)
-    values: NDArray[np.float32]  # (R, ...)
+    embedding: NDArray[np.float32]  # (R, ...)
 
 
-def writer_for(out: Path, *, hop_seconds: float | None) -> Callable[[Parts, Path], None]:
-    """Returns the function that writes ``out``; ``hop_seconds`` of time patches at frame level.
-
-    Raises ``UserError`` for an unknown suffix or if pyarrow is missing.
-    """
-    if not out.suffix:
-        return lambda parts, path: _folder(parts, path)
-    if out.suffix not in FORMATS:
+def check_format(out: Path) -> None:
+    """Raises ``UserError`` for an ``out`` with an unknown suffix, or if pyarrow is missing."""
+    if out.suffix and out.suffix not in WRITERS:
         raise UserError(
-            f"--out {out}: known are {', '.join(FORMATS)}, or a name without suffix: a folder"
+            f"--out {out}: known are {', '.join(WRITERS)}, or a name without suffix: a folder"
         )
-    if out.is_dir():
+    if out.suffix and out.is_dir():
         raise UserError(f"--out {out} is a folder: its name must have no suffix")
-    if out.suffix == ".parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError as error:
-            raise UserError(
-                f"--out {out} needs pyarrow: pip install 'bat-audio[parquet]'"
-            ) from error
-    write = {".parquet": _parquet, ".npz": _npz, ".csv": _csv}[out.suffix]
-    return lambda parts, path: write(parts, path, hop_seconds)
+    if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UserError(f"--out {out} needs pyarrow: pip install 'bat-audio[parquet]'")
 
 
-def rows_of(parts: Parts, block: Block, hop_seconds: float | None) -> Rows:
-    """Returns the output rows of a block; without ``hop_seconds`` one a window."""
+def write_table(compute: Any, parts: Parts, path: Path) -> None:
+    """Writes embeddings (of an ``Embedder``) in the format that the settings name."""
+    hop_seconds = compute.backbone.hop_seconds if compute.level == "frame" else None
+    kind = parts.job.settings["format"]
+    if kind == "folder":
+        _folder(parts, path)
+    else:
+        WRITERS[kind](parts, path, hop_seconds)
+
+
+def rows_of(parts: Parts, hop_seconds: float | None) -> Iterator[Rows]:
+    """Yields the output rows of each part; without ``hop_seconds`` one a window."""
     windows = parts.job.windows
-    start, end = windows.times(block.rows)
-    recording = windows.recording(block.rows)
-    if hop_seconds is None:
-        return Rows(recording, start, end, block.values)
-    recording = np.repeat(recording, block.counts)
-    start, end = np.repeat(start, block.counts), np.repeat(end, block.counts)
-    first = np.repeat(np.cumsum(block.counts) - block.counts, block.counts)
-    start = start + (np.arange(len(start)) - first) * hop_seconds
-    return Rows(recording, start, np.minimum(start + hop_seconds, end), block.values)
+    for window, values in parts:
+        start, end = windows.times(window)
+        if hop_seconds is not None:
+            nth = np.arange(len(window)) - np.searchsorted(window, window)  # patch of its window
+            start = start + nth * hop_seconds
+            end = np.minimum(start + hop_seconds, end)
+        yield Rows(windows.recording(window), start, end, values)
 
 
 def _parquet(parts: Parts, path: Path, hop_seconds: float | None) -> None:
@@ -83,18 +78,14 @@ def _parquet(parts: Parts, path: Path, hop_seconds: float | None) -> None:
 
     writer = None
     try:
-        for block in parts:
-            rows = rows_of(parts, block, hop_seconds)
-            columns: dict[str, Any] = {
-                "path": pa.array([parts.job.recordings.name(i) for i in rows.recording.tolist()]),
-                "start": pa.array(rows.start),
-                "end": pa.array(rows.end),
-            }
-            blocks = rows.values[:, None] if rows.values.ndim == 2 else rows.values
-            for number in range(blocks.shape[1]):
-                name = "embedding" if rows.values.ndim == 2 else f"layer_{number + 1}"
-                flat = pa.array(np.ascontiguousarray(blocks[:, number]).reshape(-1))
-                columns[name] = pa.FixedSizeListArray.from_arrays(flat, blocks.shape[2])
+        for recording, start, end, values in rows_of(parts, hop_seconds):
+            names = [parts.job.recordings.names[i] for i in recording.tolist()]
+            columns: dict[str, Any] = {"path": names, "start": start, "end": end}
+            one = values.ndim == 2
+            for number, block in enumerate(np.moveaxis(values[:, None] if one else values, 1, 0)):
+                flat = pa.array(np.ascontiguousarray(block).reshape(-1))
+                made = pa.FixedSizeListArray.from_arrays(flat, block.shape[1])
+                columns["embedding" if one else f"layer_{number + 1}"] = made
             table = pa.table(columns)
             writer = writer or pq.ParquetWriter(path, table.schema)
             writer.write_table(table)
@@ -104,41 +95,30 @@ def _parquet(parts: Parts, path: Path, hop_seconds: float | None) -> None:
 
 
 def _csv(parts: Parts, path: Path, hop_seconds: float | None) -> None:
-    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        writer = csv.writer(file)
-        header = False
-        for block in parts:
-            rows = rows_of(parts, block, hop_seconds)
-            if not header:
-                D = rows.values.shape[-1]
-                each = [f"e{d}" for d in range(1, D + 1)]
-                if rows.values.ndim == 3:
-                    blocks = range(1, rows.values.shape[1] + 1)
-                    each = [f"l{block}_{name}" for block in blocks for name in each]
-                writer.writerow(("path", "start", "end", *each))
-                header = True
-            for i, start, end, values in zip(*rows, strict=True):
-                numbers = (f"{x:.9g}" for x in values.reshape(-1).tolist())
-                name = parts.job.recordings.name(int(i))
-                writer.writerow((name, f"{start:.9g}", f"{end:.9g}", *numbers))
+    blocks = rows_of(parts, hop_seconds)
+    first = next(blocks)
+    each = [f"e{d}" for d in range(1, first.embedding.shape[-1] + 1)]
+    if first.embedding.ndim == 3:
+        each = [f"l{b}_{name}" for b in range(1, first.embedding.shape[1] + 1) for name in each]
+    with open_csv(path, "path", "start", "end", *each) as table:
+        for block in (first, *blocks):
+            for i, start, end, values in zip(*block, strict=True):
+                numbers = (f"{x:.9g}" for x in (start, end, *values.reshape(-1).tolist()))
+                table.writerow((parts.job.recordings.names[i], *numbers))
 
 
 def _npz(parts: Parts, path: Path, hop_seconds: float | None) -> None:
-    total = sum(int(count.sum()) for _, count in parts.counts())
+    names = parts.job.recordings.names
+    text = f"U{max(map(len, names))}"
+    paths = (
+        np.array(names[at : at + NAMES_AT_ONCE], text) for at in range(0, len(names), NAMES_AT_ONCE)
+    )
+    total = sum(map(len, parts.windows()))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        _add(archive, "path", _names(parts), len(parts.job.recordings))
-        for name in ("recording", "start", "end", "values"):
-            arrays = (getattr(rows_of(parts, block, hop_seconds), name) for block in parts)
-            _add(archive, "embedding" if name == "values" else name, arrays, total)
-
-
-def _names(parts: Parts) -> Iterator[NDArray[np.str_]]:
-    recordings = parts.job.recordings
-    n = len(recordings)
-    longest = max(len(recordings.name(i)) for i in range(n))
-    for at in range(0, n, NAMES_AT_ONCE):
-        names = [recordings.name(i) for i in range(at, min(at + NAMES_AT_ONCE, n))]
-        yield np.array(names, f"U{longest}")
+        _add(archive, "path", paths, len(names))
+        for name in Rows._fields:
+            arrays = (getattr(rows, name) for rows in rows_of(parts, hop_seconds))
+            _add(archive, name, arrays, total)
 
 
 def _add(archive: zipfile.ZipFile, name: str, arrays: Iterator[NDArray[Any]], total: int) -> None:
@@ -160,35 +140,33 @@ def _header(file: Any, array: NDArray[Any], total: int) -> None:
 def _folder(parts: Parts, folder: Path) -> None:
     """Writes ``KEY.npy`` of each recording, opened where its first window is."""
     recordings, windows = parts.job.recordings, parts.job.windows
-    totals = np.zeros(len(recordings), np.int64)
-    for rows, count in parts.counts():
-        np.add.at(totals, windows.recording(rows), count)
+    totals = np.zeros(len(recordings.names), np.int64)
+    for window in parts.windows():
+        np.add.at(totals, windows.recording(window), 1)
     used: set[str] = set()
     last, name, row = -1, "", 0
-    index = folder / "index.csv"
-    with index.open("w", encoding="utf-8", errors="backslashreplace", newline="") as table:
-        writer = csv.writer(table)
-        writer.writerow(("file", "path", "row", "rows", "start", "end"))
-        for block in parts:
-            of = windows.recording(block.rows).tolist()
-            begin = (np.cumsum(block.counts) - block.counts).tolist()
-            times = zip(*windows.times(block.rows), strict=True)
-            for i, at, count, (start, end) in zip(
-                of, begin, block.counts.tolist(), times, strict=True
-            ):
-                values = block.values[at : at + count]
+    header = ("file", "path", "row", "rows", "start", "end")
+    with open_csv(folder / "index.csv", *header) as table:
+        for window, values in parts:
+            own, at = np.unique(window, return_index=True)
+            times = (t.tolist() for t in windows.times(own))
+            of = windows.recording(own).tolist()
+            for i, part, start, end in zip(of, np.split(values, at[1:]), *times, strict=True):
                 if i != last:
-                    last, name, row = i, _file_name(recordings.key(i), i, used), 0
-                with (folder / name).open("ab" if row else "wb") as file:
+                    last, row, key = i, 0, recordings.key(i)
+                    name = key if len(key) <= 200 and key not in used else f"{key[-190:]}#{i}"
+                    used.add(name)
+                with (folder / f"{name}.npy").open("ab" if row else "wb") as file:
                     if not row:
-                        _header(file, values, int(totals[i]))
-                    file.write(np.ascontiguousarray(values).tobytes())
-                path = recordings.name(i)
-                writer.writerow((name, path, row, count, f"{start:.9g}", f"{end:.9g}"))
-                row += count
+                        _header(file, part, int(totals[i]))
+                    file.write(np.ascontiguousarray(part).tobytes())
+                place = (f"{name}.npy", recordings.names[i], row, len(part))
+                table.writerow((*place, f"{start:.9g}", f"{end:.9g}"))
+                row += len(part)
 
 
-def _file_name(key: str, i: int, used: set[str]) -> str:
-    name = key if len(key) <= 200 and key not in used else f"{key[-190:]}#{i}"
-    used.add(name)
-    return f"{name}.npy"
+WRITERS: dict[str, Callable[[Parts, Path, float | None], None]] = {
+    ".parquet": _parquet,
+    ".npz": _npz,
+    ".csv": _csv,
+}
