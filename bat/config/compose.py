@@ -76,11 +76,11 @@ def compose(schema: type[T], command: str, overrides: list[str], *, objective: b
     recipe = words.pop("recipe", None)
     if recipe is None:
         known = ", ".join(locate.known_recipes(command))
-        own = "data.root=FOLDER" if command == "pretrain" else "data.csv=labels.csv"
+        yours = "data.root=FOLDER" if command == "pretrain" else "data.csv=labels.csv"
         if "data.root" in words:
-            own = "recipe=own task=folder (the names of its folders are the labels)"
+            yours = "recipe=own task=folder (the names of its folders are the labels)"
         raise UserError(
-            f"no recipe given: say recipe=toy to try it, or {own} for audio of your own. "
+            f"no recipe given: say recipe=toy to try it, or {yours} for audio of your own. "
             f"Known: {known}"
         )
     path = locate.find_recipe(str(recipe), command)

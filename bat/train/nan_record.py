@@ -47,7 +47,7 @@ class MicroBatch(NamedTuple):
     """A micro-batch of the current step."""
 
     batch: WaveBatch
-    index: int
+    number: int
     """Lightning's ``batch_idx``: it seeds the step."""
     loss: Tensor
 
@@ -84,7 +84,7 @@ def keep(
         }
         _save(folder / f"{name}.safetensors", snapshot(tensors))
         rows = [
-            {"micro_batch": m.index, "keys": m.batch.keys, "loss": finite(float(m.loss))}
+            {"micro_batch": m.number, "keys": m.batch.keys, "loss": finite(float(m.loss))}
             for m in batches
         ]
         write_json(folder / f"{name}.json", {"rank": rank, "micro_batches": rows})
