@@ -17,9 +17,8 @@ from tests.shard.files import lay
 
 
 def test_load_task__every_file_of_the_room_is_a_task_named_like_it() -> None:
-    names = ["audioset", "csv", "eat", "esc10", "esc50", "folder", "parquet"]
-    names += ["toy", "toy_events", "toy_tokens"]
-    assert registry.known("tasks") == names
+    names = registry.known("tasks")
+    assert {"audioset", "csv", "esc50", "folder", "librispeech", "scv2", "toy_tokens"} <= {*names}
     for name in names:
         assert load_task(name).name == name
 
