@@ -5,9 +5,9 @@
 FSDD is the Free Spoken Digit Dataset with ``labels.csv`` (``path,label,fold``; a fold is a
 speaker). A sentence is two to four recordings of one speaker with pauses of 0.05 to 0.3 s in weak
 noise; speakers of ``test`` (the last) and ``valid`` (the one before) are in no training sentence.
-OUT gets ``audio/*.flac`` (8 kHz, 16 bits) and ``strings.csv`` (``path,split,text``, digits in
-words), which ``bat-probe data.csv=OUT/strings.csv level=frame`` reads. The same seed gives the same
-files.
+OUT gets ``audio/*.flac`` (8 kHz, 16 bits) and ``strings.csv`` (``path,split,text``; a digit is a
+figure, or with ``--spelled`` its English name), which ``bat-probe data.csv=OUT/strings.csv
+level=frame`` reads. The same seed gives the same files.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def main() -> None:
     p.add_argument("source", type=Path, help="folder with labels.csv")
     p.add_argument("out", type=Path, help="folder for the sentences")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--spelled", action="store_true", help="texts 'five two', not '5 2'")
     for split, count in (("train", 600), ("valid", 80), ("test", 120)):
         p.add_argument(f"--{split}", type=int, default=count, metavar="N")
     args = p.parse_args()
@@ -44,21 +45,22 @@ def main() -> None:
         for i in range(getattr(args, split)):
             rng = np.random.default_rng([args.seed, number, i])
             clips = by_speaker[own[rng.integers(len(own))]]
-            wave, rate, text = sentence(rng, clips)
+            wave, rate, digits = sentence(rng, clips)
+            text = " ".join(WORDS[d] if args.spelled else str(d) for d in digits)
             path = f"audio/{split}-{i:04d}.flac"
             soundfile.write(args.out / path, wave, rate)
             lines.append([path, split, text])
     with (args.out / "strings.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(lines)
+        csv.writer(file, lineterminator="\n").writerows(lines)
     print(f"{len(lines) - 1} sentences: {args.out / 'strings.csv'}")
 
 
 def sentence(
     rng: np.random.Generator, clips: list[tuple[Path, int]]
-) -> tuple[np.ndarray, int, str]:
-    """Returns the wave (S,) of a sentence, its rate and its text."""
+) -> tuple[np.ndarray, int, list[int]]:
+    """Returns the wave (S,) of a sentence, its rate and its digits."""
     parts: list[np.ndarray] = []
-    words: list[str] = []
+    digits: list[int] = []
     rate = 0
     for k in rng.integers(len(clips), size=rng.integers(2, 5)):
         path, digit = clips[k]
@@ -67,9 +69,9 @@ def sentence(
             np.zeros(round(rng.uniform(0.05, 0.3) * rate)),
             wave / max(np.abs(wave).max(), 1e-3),
         ]
-        words.append(WORDS[digit])
+        digits.append(digit)
     wave = np.concatenate([*parts, np.zeros(round(0.1 * rate))])
-    return 0.5 * wave + NOISE * rng.standard_normal(len(wave)), rate, " ".join(words)
+    return 0.5 * wave + NOISE * rng.standard_normal(len(wave)), rate, digits
 
 
 if __name__ == "__main__":
