@@ -168,7 +168,7 @@ def _rate_changes(backbone: Encoder, config: Supervised) -> dict[str, Any]:
                 f"{rate // 100} samples at {rate} Hz; omit hop_length"
             )
         asked = {"sample_rate": rate}
-    now = {"sample_rate": backbone.sample_rate}
+    now: dict[str, Any] = {"sample_rate": backbone.sample_rate}
     now |= {name: getattr(front, name, None) for name in ("n_fft", "hop_length")}
     changes = {n: value for n, value in asked.items() if value not in (None, now[n])}
     if changes and not isinstance(front, (LogMel, KaldiFbank)):

@@ -18,6 +18,8 @@ from bat.config.schema import Finetune, Probe
 from bat.data.files import read_row
 from bat.data.plan import OFFSET, below, make_plan, philox
 from bat.errors import UserError
+from bat.eval.evaluation import Evaluation
+from bat.eval.features import FeatureBank
 from bat.eval.loading import load_for
 from bat.eval.prepare import open_probing, prepare
 from bat.shard.rows import detect, open_rows
@@ -25,19 +27,28 @@ from bat.tasks.base import LeftOut, load_task
 from bat.train.pretrain_data import audio_stream
 from bat.weights import export
 from tests.encoders.tiny import tiny
+from tests.golden_files import Golden
 from tests.tasks.birds import CLIPS, RATE, write_set
 
-WORDS = ("recipe=hsn", "hardware=cpu", "data.workers=0", "log.progress=false", "checkpoint=random")
+WORDS = ("recipe=hsn", "hardware=cpu", "data.workers=0", "log.progress=false")
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     write_set(tmp_path / "sets/HSN", CLIPS)
+    save(tmp_path / "encoder", "bat")
     return tmp_path / "sets"
 
 
+def save(folder: Path, name: str) -> None:
+    model = tiny(name)
+    state = {"student": model.state_dict()}
+    export(folder, backbone=name, encoder=model.config(), weights=state, meta={})
+
+
 def words(root: Path, *more: str) -> list[str]:
-    return [*WORDS, f"data.root={root}", f"data.cache={root.parent / 'cache'}", *more]
+    own = [f"data.root={root}", f"data.cache={root.parent / 'cache'}"]
+    return [*WORDS, *own, f"checkpoint={root.parent / 'encoder'}", *more]
 
 
 def test_hsn__reads_its_published_layout_with_its_classes_in_their_order(root: Path) -> None:
@@ -152,11 +163,9 @@ def test_front_end__rate_of_legacy_encoders_and_of_those_that_cannot_change(
     tmp_path: Path,
 ) -> None:
     def front(name: str, *more: str):
-        model = tiny(name)
-        state = {"student": model.state_dict()}
         folder = tmp_path / f"{name}{len(more)}"
-        export(folder, backbone=name, encoder=model.config(), weights=state, meta={})
-        config = compose(Probe, "probe", [*WORDS[:-1], f"checkpoint={folder}", *more])
+        save(folder, name)
+        config = compose(Probe, "probe", [*WORDS, f"checkpoint={folder}", *more])
         return load_for(config, load_task("hsn"))[0].frontend
 
     eat = front("eat", "statistics=hsn")
@@ -183,6 +192,39 @@ def test_sampling__is_with_replacement_by_the_first_label(root: Path) -> None:
         assert count[key] / 6_000 == pytest.approx(1 / share, abs=0.02)
     assert any(len(set(keys[i : i + 6])) < 6 for i in range(0, 6_000, 6))
     assert "with replacement" in plan.identity()
+    index = data.index
+    bank = FeatureBank(  # probes on stored features
+        patches=torch.zeros(6, 1, 1, 1, 1),
+        cls=None,
+        targets=torch.from_numpy(np.stack([index.targets(int(i)) for i in held.train])),
+        ids=held.train,
+        keys=[index.key(int(i)) for i in held.train],
+        skipped={},
+        index=index,
+        order={"balance": "first_label"},
+    )
+    drawn = torch.cat([y for _, y in bank.training(held.train, batch=60, steps=50, seed=1)])
+    assert drawn[:, 20].mean() == pytest.approx(1 / 3, abs=0.03)  # norfli, one of six clips
+
+
+def test_probing__its_stream_has_noise_places_and_sampling_of_the_recipe(
+    root: Path, tmp_path: Path
+) -> None:
+    ready = prepare(compose(Probe, "probe", words(root)))
+    stream = Evaluation(ready, tmp_path, name="narrow", methods=["linear"]).stream()
+    assert (stream.noise, stream.random_offset, stream.frames) == (0.02, True, 512)
+    assert stream.order == {"balance": "first_label", "epoch_clips": None}
+    (held,) = ready.splits
+    batches = stream.training(held.train, batch=30, steps=2, seed=0)
+    drawn = torch.cat([y for _, y in batches])
+    assert drawn[:, 20].mean() == pytest.approx(1 / 3, abs=0.15)
+
+
+def test_front_end__equals_the_reference_at_32_khz(golden: Path, root: Path) -> None:
+    file = Golden(golden / "frontend.npz")
+    encoder = prepare(compose(Probe, "probe", words(root))).backbone
+    found = encoder.inputs(file["wave_32k_5s"][None], frames=512)[0, 0]
+    torch.testing.assert_close(found, file["out_sup_32k_5s_T512"], atol=1e-4, rtol=0)
 
 
 def test_shots__at_most_so_many_of_a_class_and_short_recordings_first(root: Path) -> None:
