@@ -420,7 +420,8 @@ def check_timed(splits: list[Split], index: Index) -> None:
     """Raise ``UserError`` if clips of ``splits`` have labels whose times are not known."""
     parts = [ids for held in splits for ids in (held.train, held.test, held.valid)]
     used = np.unique(np.concatenate([ids for ids in parts if ids is not None])).tolist()
-    bare = [i for i in used if index.labels_per_clip[i] and i not in index.events]
+    labels = index.labels_per_clip
+    bare = [i for i in used if labels[i] and i not in index.events]
     if bare:
         raise UserError(
             f"{len(bare)} of {len(used)} clips have labels, but no events (the first: "

@@ -82,20 +82,24 @@ class Psds(Metric):
         if not any(self.counts.values()):
             empty = np.zeros((self.classes, 2 + self.classes))
             self.counts = {name: [empty.copy() for _ in sweep] for name in self.scenarios}
+        every = np.concatenate(spans)  # (m, 2), events of all classes
+        owner = np.repeat(np.arange(self.classes), [len(span) for span in spans])
+        of_class = (owner[:, None] == np.arange(self.classes)).astype(np.float64)  # (m, C)
         for t, events in enumerate(sweep):
             for c in {event[2] for event in events}:
                 found = np.array([e[:2] for e in events if e[2] == c])  # (n, 2)
-                shared = [overlaps(found, span) for span in spans]  # each (n, events of its class)
-                own, long = shared[c], found[:, 1] - found[:, 0]
-                parts = np.stack([each.sum(1) / long for each in shared], 1)  # (n, C)
-                span = spans[c][:, 1] - spans[c][:, 0]
+                shared = overlaps(found, every)  # (n, m)
+                parts = shared @ of_class / (found[:, 1] - found[:, 0])[:, None]  # (n, C)
+                own = shared[:, owner == c]
                 for name, at in self.scenarios.items():
                     relevant = parts[:, c] >= at.dtc
-                    count = self.counts[name][t][c]
-                    count[0] += (own[relevant].sum(0) / span >= at.gtc).sum() if len(span) else 0
-                    count[1] += (~relevant).sum()
+                    covered = own[relevant].sum(0) / (spans[c][:, 1] - spans[c][:, 0])
                     crossed = (parts >= at.cttc) & (parts > 0) & ~relevant[:, None]
-                    count[2:] += crossed.sum(0) * (np.arange(self.classes) != c)
+                    crossed[:, c] = False
+                    count = self.counts[name][t][c]
+                    count[0] += (covered >= at.gtc).sum()
+                    count[1] += (~relevant).sum()
+                    count[2:] += crossed.sum(0)
 
     def compute(self) -> dict[str, Any]:
         return {name: self._score(name, at) for name, at in self.scenarios.items()}

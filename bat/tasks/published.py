@@ -78,8 +78,14 @@ def find_root(root: Path, needed: Sequence[str], published: str) -> Path:
     Raises:
         UserError: none does; the message names what is missing and where the set is published.
     """
+
+    def lacks(place: Path) -> list[str]:
+        return [name for name in needed if not (place / name).exists()]
+
+    if not lacks(root):
+        return root
     places = [root, *sorted(path for at in ("*", "*/*") for path in root.glob(at) if path.is_dir())]
-    lacking = {place: [name for name in needed if not (place / name).exists()] for place in places}
+    lacking = {place: lacks(place) for place in places}
     best = min(places, key=lambda place: len(lacking[place]))  # the first of equals
     if lacking[best]:
         raise UserError(

@@ -120,3 +120,21 @@ def test_psds__equals_psds_eval(scenario: Scenario) -> None:
             alpha_ct=scenario.alpha_ct, alpha_st=scenario.alpha_st, max_efpr=most
         ).value
         assert ours.compute()["psds1"] == pytest.approx(value, abs=1e-9), case
+
+
+def test_psds__by_hand() -> None:
+    """10 s with one event of each of two classes; the second threshold finds the other event too,
+    with a false detection of its class over the first: 360 an hour, and a cross-trigger on an
+    event of 2 s: 1,800 an hour."""
+    true: list[Event] = [(1.0, 3.0, 0), (5.0, 7.0, 1), (6.0, 6.5, 1)]  # the last two are one
+    sweep = [[(1.0, 3.0, 0)], [(1.0, 3.0, 0), (5.0, 7.0, 1), (1.0, 3.0, 1)]]
+    for alpha_ct, alpha_st, value in ((0.0, 0.0, 0.75), (0.0, 1.0, 0.5), (1.0, 0.0, 0.5)):
+        metric = Psds(
+            classes=3,  # one does not occur
+            scenarios={"psds1": Scenario(0.5, 0.5, 0.5, alpha_ct, alpha_st, most_per_hour=720)},
+        )
+        metric.update((10.0, sweep), true)
+        assert metric.compute()["psds1"] == pytest.approx(value)
+    empty = Psds(classes=2)
+    empty.update((10.0, [[]]), [])
+    assert np.isnan(empty.compute()["psds2"])
