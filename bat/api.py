@@ -16,6 +16,7 @@ import logging
 import multiprocessing
 import os
 import shlex
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -276,12 +277,14 @@ def _as_flags(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _contained() -> Iterator[None]:
-    """Leaves log handlers, warning filters and child processes as they were."""
+    """Leaves log handlers, warning filters, process groups and children as they were."""
     logger = logging.getLogger("bat")
     handlers, level, propagate = logger.handlers, logger.level, logger.propagate
     logger.handlers = []
     levels = {name: logging.getLogger(name).level for name in BANNERS}
     children = set(multiprocessing.active_children())
+    dist = sys.modules.get("torch.distributed")
+    theirs = dist is not None and dist.is_available() and dist.is_initialized()
     try:
         with warnings.catch_warnings():
             yield
@@ -292,6 +295,8 @@ def _contained() -> Iterator[None]:
         logger.setLevel(level)
         for name, before in levels.items():
             logging.getLogger(name).setLevel(before)
+        if not theirs and "bat.train.processes" in sys.modules:
+            sys.modules["bat.train.processes"].destroy_groups()
         gc.collect()  # loaders end their processes
         for child in set(multiprocessing.active_children()) - children:
             child.terminate()  # a traceback holds its loader
