@@ -28,7 +28,7 @@ Everything is float32, whatever the autocast state or the precision that the mod
 of ``LogMel`` by up to 6e-5, 2e-4 for clips of little range (emulated). There is no loop over clips
 and no host synchronisation.
 
-Mel banks equal torchaudio's, on which the published checkpoints were trained; from the CPU.
+Mel banks are torchaudio's, on which the published checkpoints were trained, computed on the CPU.
 Kaldi's are computed here in the order of operations of torchaudio (2.11): equal to the last bit on
 the same machine (its own function reads a value of the bank, which meta tensors do not have).
 """
@@ -445,34 +445,22 @@ def mel_bank(
     sample_rate: int, n_fft: int, n_mels: int, *, f_min: float = 0.0, slaney: bool = False
 ) -> Tensor:
     """Returns torchaudio's triangles from ``f_min`` to sample_rate / 2, on the CPU: of height 1 on
-    the scale ``2595 log10(1 + f / 700)``, or ``slaney``'s scale (linear to 1 kHz) and equal areas.
+    the scale ``2595 log10(1 + f / 700)``, or ``slaney``'s scale and equal areas.
 
-    Equal to ``torchaudio.functional.melscale_fbanks`` to the last bit. Departure: computed here,
-    since a torchaudio loads beside some versions of torch alone, and no range of versions says so.
+    Kept, since torchaudio reads a value, which fake tensors do not have: a front end built before
+    (on any device) can then be built anew among them.
 
     Returns:
-        (n_fft / 2 + 1, n_mels) float32, not to be written to: it is kept.
+        (n_fft / 2 + 1, n_mels) float32, not to be written to.
     """
-    per_mel, log_step, edge = 200.0 / 3, math.log(6.4) / 27.0, 15.0  # slaney: edge is 1 kHz in mel
+    from torchaudio.functional import melscale_fbanks  # not at the top: it takes a while
 
-    def to_mel(hz: float) -> float:
-        if not slaney:
-            return 2595.0 * math.log10(1.0 + hz / 700.0)
-        return hz / per_mel if hz < 1000.0 else edge + math.log(hz / 1000.0) / log_step
-
+    style = ("slaney", "slaney") if slaney else (None, "htk")
     with torch.device("cpu"):
-        bins = torch.linspace(0, sample_rate // 2, n_fft // 2 + 1)
-        mel = torch.linspace(to_mel(f_min), to_mel(sample_rate / 2), n_mels + 2)
-        if slaney:
-            points = torch.where(
-                mel < edge, per_mel * mel, 1000.0 * torch.exp(log_step * (mel - edge))
-            )
-        else:
-            points = 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
-        gaps = points.diff()  # (n_mels + 1,)
-        away = points - bins[:, None]  # (bins, n_mels + 2)
-        bank = torch.minimum(-away[:, :-2] / gaps[:-1], away[:, 2:] / gaps[1:]).clamp(min=0.0)
-        return bank * (2.0 / (points[2:] - points[:-2])) if slaney else bank
+        bank: Tensor = melscale_fbanks(
+            n_fft // 2 + 1, f_min, sample_rate / 2, n_mels, sample_rate, *style
+        )
+    return bank
 
 
 def kaldi_bank(sample_rate: int, n_fft: int, n_mels: int, device: torch.device) -> Tensor:

@@ -220,25 +220,6 @@ def test_log_mel__equals_torchaudio(samples: int) -> None:
     assert (out - exact).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("slaney", [False, True])
-@pytest.mark.parametrize(
-    ("rate", "n_fft", "n_mels", "f_min"),
-    [
-        (16_000, 1024, 128, 0.0),
-        (16_000, 512, 64, 0.0),
-        (32_000, 2048, 128, 20.0),
-        (48_000, 400, 80, 50.0),
-    ],
-)
-def test_mel_bank__equals_torchaudio_bit_for_bit(
-    rate: int, n_fft: int, n_mels: int, f_min: float, slaney: bool
-) -> None:
-    style = ("slaney", "slaney") if slaney else (None, "htk")
-    bins = n_fft // 2 + 1
-    wanted = torchaudio.functional.melscale_fbanks(bins, f_min, rate / 2, n_mels, rate, *style)
-    assert mel_bank(rate, n_fft, n_mels, f_min=f_min, slaney=slaney).equal(wanted)
-
-
 def test_db_mel__equals_torchaudio_and_has_the_clips_own_floor() -> None:
     """A loud clip, whose floor shows, and a quiet one, which a floor of the batch would reach."""
     wave = 10 * noise(8000)
