@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -63,7 +62,7 @@ def window(
 
 def cut_recordings(
     index: Index,
-    splits: Sequence[Split],
+    splits: list[Split],
     data: Data,
     *,
     in_time: bool,
@@ -77,7 +76,7 @@ def cut_recordings(
     """
     long = is_long(index, data.clip_seconds)
     if not data.windows or not long.any():
-        return index, list(splits), None, []
+        return index, splits, None, []
     cut = copy.copy(index)
     cut.__dict__.pop("hash", None)  # the hash covers the windows, too
     step: float | None = hop_seconds * max(1, math.floor(data.clip_seconds / hop_seconds + 1e-6))
