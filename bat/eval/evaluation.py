@@ -294,7 +294,8 @@ class Evaluation:
         if config.window_scores:
             keys = self.opened.source.readable(held.test)
             self.ready.write_scores(self.out / "scores" / self.name / name, logits, keys)
-        drawn = held is self.ready.splits[-1] and result.seed == config.seed
+        last = held is self.ready.splits[-1] and result.seed == config.seed
+        drawn = last and "@" not in result.method  # not each block of a curve
         plots = self.out / "plots" / self.name
         if isinstance(targets_of, FrameTargets) and drawn and config.diagnostics.maps:
             draw_events(

@@ -34,7 +34,7 @@ SPLITS = {
     "dcase16": {"train": 4, "valid": 4, "test": 4},
     "desed": {"train": 5, "weak": 2, "valid": 5, "test": 5, "public": 5},
     "fsd50k": {"train": 6, "valid": 2, "test": 3},
-    "spass": {"train": 33, "test": 17},
+    "spass": {"train": 36, "test": 14},
     "urban_sed": {"train": 4, "valid": 4, "test": 4},
 }
 CLASSES = {
