@@ -116,7 +116,11 @@ def _panel(axis: Any, item: Mapping[str, Any], begin: float, length: float) -> N
             top = image.shape[1]
             axis.plot(column["span"], [0.965 * top] * 2, color=colour, lw=4, solid_capstyle="butt")
             axis.plot(
-                [x, sum(column["span"]) / 2], [top, 0.98 * top], color=colour, lw=0.7, clip_on=False
+                [x, min(sum(column["span"]) / 2, end)],
+                [top, 0.98 * top],
+                color=colour,
+                lw=0.7,
+                clip_on=False,
             )
 
 
