@@ -2,9 +2,9 @@
 
     uv run python tools/bench.py masks cgp --json out.json
 
-Parts (``tools/benchmarks/``): ``step``, ``changes`` (our step with one thing done the plain way), ``decoders`` (cheaper ones),
-``masks``, ``cgp``, ``laboratory`` (all probes at once), ``frontend``, ``stream``, ``reliability``
-(checkpoints, and what is watched).
+Parts (``tools/benchmarks/``): ``step``, ``changes`` (our step with one thing done the plain way),
+``decoders`` (cheaper ones), ``masks``, ``cgp``, ``laboratory`` (all probes at once), ``frontend``,
+``stream``, ``reliability`` (checkpoints, and what is watched).
 Each case is timed alternately, *ours* and *plain*, after a warm-up; numbers are medians over the
 repeats. *Plain* is an honest rendition of how the paper's implementation organises the work, held
 by tests to the same numbers. Absolute times hang on the machine; the ratios are the result. Memory
