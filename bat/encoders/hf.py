@@ -114,7 +114,8 @@ class HF(Encoder):
         self.extractor, self.code, self.trusted = front, code, trusted
         own = self.net.config
         self.sample_rate = int(front.sampling_rate)
-        self.heads = next((int(getattr(own, name)) for name in HEADS if hasattr(own, name)), None)
+        heads = (getattr(own, name, None) for name in HEADS)
+        self.heads = next((number for number in heads if isinstance(number, int)), None)
         self.fixed = _fixed(own, front)
         self.max_patches = None if self.fixed is None else self.fixed.time
         self.has_cls = hasattr(own, "time_stride")

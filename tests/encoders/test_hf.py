@@ -82,10 +82,11 @@ def test_features__are_the_models_own_hidden_states(folders: dict[str, Path], ki
 def test_features__of_other_kinds_are_refused_with_the_reason(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "patch_embeds_hidden_size": 8, "depths": [1, 1], "spec_size": 64}
     sizes |= {"num_attention_heads": [2, 2], "num_mel_bins": 32, "num_hidden_layers": 2}
-    clap = transformers.ClapAudioModel(transformers.ClapAudioConfig(**sizes))
-    clap.save_pretrained(tmp_path)
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 30}
+    config = transformers.ClapConfig(text_config=text, audio_config=sizes)
+    transformers.ClapModel(config).save_pretrained(tmp_path)
     transformers.ClapFeatureExtractor(feature_size=32).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"'clap_audio_model' with ClapFeatureExtractor.*as of two"):
+    with pytest.raises(UserError, match=r"'clap' with ClapFeatureExtractor.*as of two"):
         bat.load_encoder(f"hf:{tmp_path}")
     codec = transformers.EncodecModel(transformers.EncodecConfig(num_filters=4, hidden_size=16))
     codec.save_pretrained(tmp_path)
