@@ -168,7 +168,7 @@ def test_probe__shards_and_streamed_features_give_the_same_numbers(
 
 def test_probe__events_late_in_a_recording_are_detected(data: Path, run) -> None:
     out, result = run(f"data.csv={data}/events.csv", "level=frame", "optim.lr=0.1")
-    assert result["metrics"]["segment_f1"] > 0.8
+    assert result["metrics"]["segment_f1"] > 0.55  # at most 0.5 with the 4 short ones of 12 alone
     said = json.loads((out / "summary.json").read_text())["notices"]
     assert any("joined in time" in line for line in said)
 
