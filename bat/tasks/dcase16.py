@@ -89,8 +89,8 @@ def rows(root: Path) -> Reading:
             events = []
             for event in listed.get(name, ()):
                 ms, at = (event["start"], event["end"]), f"{split}.json, {name}"
-                seconds = (x / 1000 if isinstance(x, (int, float)) else str(x) for x in ms)
-                made = mistakes.event(*seconds, event["label"], known=classes, at=at)
+                start, end = (x / 1000 if isinstance(x, (int, float)) else str(x) for x in ms)
+                made = mistakes.event(start, end, event["label"], known=classes, at=at)
                 events += [made] if made else []
             key = f"{split}-{name.removesuffix('.wav')}"
             found.append(row_of(there[name], key, events, split=split))
