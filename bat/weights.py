@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from bat import registry
-from bat.encoders.base import Encoder, find_encoder, in_short
+from bat.encoders.base import Encoder, find_encoder
+from bat.encoders.strict import in_short
 from bat.errors import UserError
 from bat.io import missing, replace_durably
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 import bat
 from bat import weights as checkpoint
-from bat.encoders.base import load_strictly
 from bat.encoders.bat import BAT
 from bat.encoders.eat import EAT, NAMES, PREFIX
+from bat.encoders.strict import load_strictly
 from bat.errors import UserError
 from bat.types import Grid
 from tests.golden_files import Golden

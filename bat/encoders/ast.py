@@ -27,14 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bat.encoders.base import (
-    SpectrogramEncoder,
-    build_strictly,
-    check_settings,
-    demand,
-    keywords_of,
-    make_frontend,
-)
+from bat.encoders.base import SpectrogramEncoder
+from bat.encoders.strict import build_strictly, check_settings, demand, keywords_of, make_frontend
 from bat.encoders.vit import Shape, ViT, make_grid, shape_of, without
 from bat.errors import UserError
 from bat.nn.block import init_linears

@@ -22,7 +22,8 @@ from typing import Any, Self, Unpack
 import torch
 from torch import Tensor, nn
 
-from bat.encoders.base import SpectrogramEncoder, build_strictly, keywords_of, make_frontend
+from bat.encoders.base import SpectrogramEncoder
+from bat.encoders.strict import build_strictly, keywords_of, make_frontend
 from bat.encoders.vit import Shape, ViT, make_grid, shape_of, without
 from bat.errors import UserError
 from bat.nn.block import init_linears

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bat.encoders.base import (
+from bat.encoders.base import MaskableEncoder
+from bat.encoders.strict import (
     MAX_DEPTH,
-    MaskableEncoder,
     Range,
     block_count,
     check_settings,

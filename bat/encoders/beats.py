@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from bat.encoders.base import (
+from bat.encoders.base import SpectrogramEncoder
+from bat.encoders.strict import (
     Range,
-    SpectrogramEncoder,
     block_count,
     build_strictly,
     check_settings,

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bat.audio.frontend import DbMel
-from bat.encoders.base import Samples, build_strictly, check_settings, demand
+from bat.encoders.base import Samples
 from bat.encoders.bat import MAX_TOKENS
+from bat.encoders.strict import build_strictly, check_settings, demand
 from bat.encoders.vit import Shape, ViT, shape_of, without
 from bat.errors import UserError
 from bat.nn.block import init_linears

@@ -13,8 +13,8 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from bat.encoders.base import demand
 from bat.encoders.bat import BAT
+from bat.encoders.strict import demand
 from bat.errors import UserError
 
 PREFIX = "modality_encoders.IMAGE."

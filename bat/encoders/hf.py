@@ -40,7 +40,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from bat.encoders.base import Encoder, Samples, keywords_of, load_strictly
+from bat.encoders.base import Encoder, Samples
+from bat.encoders.strict import keywords_of, load_strictly
 from bat.errors import UserError
 from bat.types import Features
 

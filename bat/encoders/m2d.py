@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from bat.audio.frontend import LnMel
-from bat.encoders.base import SpectrogramEncoder, build_strictly, check_settings
+from bat.encoders.base import SpectrogramEncoder
+from bat.encoders.strict import build_strictly, check_settings
 from bat.encoders.vit import Shape, ViT, make_grid, make_pad, shape_of, without
 from bat.errors import UserError
 from bat.nn.block import init_linears

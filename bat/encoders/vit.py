@@ -20,15 +20,9 @@ from typing import Any, ClassVar, Self, TypedDict
 import torch
 from torch import Tensor, nn
 
-from bat.encoders.base import (
-    Encoder,
-    block_count,
-    build_strictly,
-    check_settings,
-    in_short,
-    keywords_of,
-)
+from bat.encoders.base import Encoder
 from bat.encoders.bat import MAX_TOKENS, SETTINGS
+from bat.encoders.strict import block_count, build_strictly, check_settings, in_short, keywords_of
 from bat.errors import UserError
 from bat.nn.attention import Backend
 from bat.nn.block import EPS, Block

@@ -11,7 +11,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from bat.encoders.base import Encoder, Range, check_settings, load_strictly
+from bat.encoders.base import Encoder
+from bat.encoders.strict import Range, check_settings, load_strictly
 from bat.errors import UserError
 from bat.eval.loading import weights_digest
 from bat.io import replace_durably, write_json

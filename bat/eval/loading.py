@@ -25,7 +25,8 @@ from bat.config.locate import find_fragment, known_fragments
 from bat.config.schema import Finetune, Hardware, Pretrain, Probe, Supervised
 from bat.config.sections import Data, Model
 from bat.data.stream import clip_samples
-from bat.encoders.base import Encoder, SpectrogramEncoder, find_encoder, make_frontend
+from bat.encoders.base import Encoder, SpectrogramEncoder, find_encoder
+from bat.encoders.strict import make_frontend
 from bat.errors import UserError
 from bat.eval.encoder_list import RANDOM, check_there, given, path_of, several
 from bat.redact import HIDDEN

@@ -19,7 +19,8 @@ import bat
 from bat import registry
 from bat.config.schema import Pretrain
 from bat.config.sections import Model
-from bat.encoders.base import Encoder, load_strictly
+from bat.encoders.base import Encoder
+from bat.encoders.strict import load_strictly
 from bat.errors import UserError
 from bat.eval.loading import registered_name, weights_digest
 from bat.objectives.base import Objective

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bat.encoders.base import Encoder, find_encoder, load_strictly
+from bat.encoders.base import Encoder, find_encoder
 from bat.encoders.bat import BAT
+from bat.encoders.strict import load_strictly
 from bat.errors import UserError
 from bat.nn.block import DropPath
 from bat.types import Grid, Views

@@ -12,8 +12,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from bat.encoders.base import Encoder, load_strictly
+from bat.encoders.base import Encoder
 from bat.encoders.bat import BAT
+from bat.encoders.strict import load_strictly
 from bat.types import Features, Grid
 from bat.weights import export
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bat.encoders.base import load_strictly
 from bat.encoders.bat import BAT
+from bat.encoders.strict import load_strictly
 from bat.nn.decoder import CNNDecoder, ViTDecoder
 from bat.nn.ema import ema_decay
 from bat.nn.masking import inverse_block_mask
