@@ -1,6 +1,6 @@
 """Composes the settings of a run and starts it, for the commands and for Python.
 
-``bat-NAME key=value ...`` and ``bat.NAME(key=value, ...)`` share ``settle`` and ``start``: the same
+``bat-NAME key=value ...`` and ``bat.NAME(key=value, ...)`` share ``settle`` and ``runner``: equal
 settings give the same run, and either continues the other's. Python gets a ``Result`` instead of
 the printed report, errors instead of exit codes, and one process: several are torchrun's.
 """
@@ -18,7 +18,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,13 +75,16 @@ def settle(command: str, words: list[str], *, check: bool = True, alone: bool = 
     return compose(kind, command, words)
 
 
-def start(command: str, config: Any, *, allow_pipe: bool = False, **how: Any) -> Path:
-    """Runs ``config`` and returns its folder. ``how``: ``dry_run``, ``force``, ``say``."""
+def runner(command: str, *, allow_pipe: bool = False) -> Callable[..., Path]:
+    """Returns the function that runs a configuration of ``command`` and returns its folder.
+
+    It takes ``dry_run``, ``force`` and ``say``, which receives the report instead of ``print``.
+    """
     from bat.data.pipes import allow_pipes
 
     allow_pipes(allow_pipe)
-    run = getattr(importlib.import_module(RUNS[command]), command)
-    return Path(run(config, **how))
+    found: Callable[..., Path] = getattr(importlib.import_module(RUNS[command]), command)
+    return found
 
 
 def _for_one_process(command: str, config: Any, words: list[str]) -> list[str]:
@@ -240,7 +243,14 @@ def finetune(
     return _run("finetune", [settings or {}, keywords], dry_run=dry_run, force=force)
 
 
-def _run(command: str, given: Iterable[Mapping[str, Any]], *, dry_run: bool, **how: Any) -> Result:
+def _run(
+    command: str,
+    given: Iterable[Mapping[str, Any]],
+    *,
+    dry_run: bool,
+    force: bool,
+    allow_pipe: bool = False,
+) -> Result:
     """Runs ``command`` with the settings ``given`` in this process."""
     from bat.config.compose import words_from
 
@@ -250,7 +260,8 @@ def _run(command: str, given: Iterable[Mapping[str, Any]], *, dry_run: bool, **h
             flags = [_as_flags(command, settings) for settings in given]
             words = [word for settings in flags for word in words_from(settings)]
             config = settle(command, words, alone=True)
-            out = start(command, config, dry_run=dry_run, say=said.append, **how)
+            run = runner(command, allow_pipe=allow_pipe)
+        out = run(config, dry_run=dry_run, force=force, say=said.append)
     except UserError as error:  # the message is enough
         raise error.with_traceback(None) from None
     except Interrupted as error:

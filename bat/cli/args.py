@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, redirect_stdout, suppress
+from functools import partial
 from typing import Any, NoReturn, Self, TextIO
 
 from bat import __version__
@@ -243,14 +244,17 @@ def _close_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run(options: argparse.Namespace, command: str, extra: list[str], **how: Any) -> None:
-    """Runs ``bat-COMMAND`` with the settings of ``options`` and ``extra``, or prints them."""
+def ready(
+    options: argparse.Namespace, command: str, extra: list[str], **how: Any
+) -> Callable[[], Any]:
+    """Returns what runs ``bat-COMMAND`` with the settings of ``options`` and ``extra``, or prints
+    them. ``how``: see ``bat.api.runner``."""
     from bat import api
 
     config = api.settle(command, [*options.settings, *extra], check=not options.print_config)
-    if not options.print_config:
-        api.start(command, config, dry_run=options.dry_run, force=options.force, **how)
-        return
-    from bat.config.compose import to_yaml
+    if options.print_config:
+        from bat.config.compose import to_yaml
 
-    print(to_yaml(redact_tree(config)), end="")
+        return partial(print, to_yaml(redact_tree(config)), end="")
+    run = api.runner(command, **how)
+    return partial(run, config, dry_run=options.dry_run, force=options.force)

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     p = args.recipe_parser("finetune", ABOUT, EPILOG)
     args.add_trust(p)
     with args.Command(p, argv) as call:
-        args.run(call.options, "finetune", args.trust(call.options))
+        args.ready(call.options, "finetune", args.trust(call.options))()
     return call.code
 
 

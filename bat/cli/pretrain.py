@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         "--allow-pipe", action="store_true", help="run the commands of data.shards=pipe:COMMAND"
     )
     with args.Command(p, argv) as call:
-        args.run(call.options, "pretrain", [], allow_pipe=call.options.allow_pipe)
+        args.ready(call.options, "pretrain", [], allow_pipe=call.options.allow_pipe)()
     return call.code
 
 

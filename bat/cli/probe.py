@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"several methods are joined by commas: --method {methods}")
         extra += [] if options.method is None else [f"methods=[{options.method}]"]
         extra += [] if options.seeds is None else [f"seeds={options.seeds}"]
-        args.run(options, "probe", extra)
+        args.ready(options, "probe", extra)()
     return call.code
 
 

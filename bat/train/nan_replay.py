@@ -80,7 +80,7 @@ class Finding:
 
 @dataclass
 class Replay:
-    """What a step gave when it was computed again."""
+    """Result of computing a step again."""
 
     folder: Path
     record: dict[str, Any]
