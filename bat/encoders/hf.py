@@ -37,7 +37,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from bat.encoders.base import Encoder, Samples
@@ -295,7 +295,12 @@ class HF(Encoder):
         return torch.stack(found[1:])
 
     def layer_of(self, name: str) -> int:
-        found = re.search(r"(?:^|\.)layers?\.(\d+)\.", name)
+        stacks = [
+            path
+            for path, part in self.named_modules()  # of lists as long, convolutions come first
+            if isinstance(part, nn.ModuleList) and len(part) == self.depth
+        ]
+        found = re.match(rf"{re.escape(stacks[-1])}\.(\d+)\.", name) if stacks else None
         if found:
             return int(found[1]) + 1
         return self.depth + 1 if name.startswith(("net.layer_norm.", "net.layernorm.")) else 0

@@ -265,10 +265,11 @@ def check_data(
         methods = (
             config.methods if isinstance(config, Probe) else [getattr(config, "method", "all")]
         )
-        for method in (m for m in methods if m != "all" and find_probe(m).steps > 1):
+        several = {m: find_probe(m).outputs_per_patch for m in methods if m != "all"}
+        for method in (m for m, outputs in several.items() if outputs > 1):
             raise UserError(
-                f"{method} gives {find_probe(method).steps} outputs per time patch, for texts, and "
-                f"task {task.name} is of {task.target}: name another probe"
+                f"{method} gives {several[method]} outputs per time patch, for texts, and task "
+                f"{task.name} is of {task.target}: name another probe"
             )
     if task.target in ("events", "tokens"):
         if config.window_scores:

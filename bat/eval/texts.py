@@ -74,4 +74,4 @@ def outputs_per_patch(config: Supervised) -> int:
     methods = [config.method] if isinstance(config, Finetune) else []
     if isinstance(config, Probe):
         methods = [*config.methods, *["linear"] * config.diagnostics.curve]
-    return min((1 if m == "all" else find_probe(m).steps for m in methods), default=1)
+    return min((1 if m == "all" else find_probe(m).outputs_per_patch for m in methods), default=1)

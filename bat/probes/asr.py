@@ -54,7 +54,7 @@ class ASR(Probe):
     """
 
     levels: ClassVar[tuple[Level, ...]] = ("frame",)
-    steps: ClassVar[int] = STEPS
+    outputs_per_patch: ClassVar[int] = STEPS
 
     def __init__(
         self,

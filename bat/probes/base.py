@@ -40,7 +40,7 @@ class Probe(nn.Module):
 
     levels: ClassVar[tuple[Level, ...]] = ("clip", "frame")
     """Levels at which the probe is defined."""
-    steps: ClassVar[int] = 1
+    outputs_per_patch: ClassVar[int] = 1
     """Outputs per time patch at frame level; more than one: for targets of tokens alone."""
     has_prototypes: ClassVar[bool] = False
     """True for probes with prototypes: they need a higher learning rate and a grid of their own."""
@@ -59,7 +59,7 @@ class Probe(nn.Module):
         self.level = level
 
     def forward(self, features: Features) -> Tensor:
-        """Computes logits (B, C) at clip level, (B, T * steps, C) at frame level.
+        """Computes logits (B, C) at clip level, (B, T * outputs_per_patch, C) at frame level.
 
         They depend only on a clip's own patches (``features.inside()``), however much padding the
         batch has; at frame level the answers in padding are not used.
@@ -67,9 +67,9 @@ class Probe(nn.Module):
         raise NotImplementedError
 
     def inside(self, features: Features) -> Tensor | None:
-        """(B, T * steps) bool, True for outputs within each clip; None: all."""
+        """(B, T * outputs_per_patch) bool, True for outputs within each clip; None: all."""
         inside = features.inside()
-        return None if inside is None else inside.repeat_interleave(self.steps, dim=1)
+        return None if inside is None else inside.repeat_interleave(self.outputs_per_patch, dim=1)
 
     @classmethod
     def needs(cls, *, has_cls: bool, level: Level) -> Needs:
@@ -180,7 +180,7 @@ def expand(methods: Sequence[str], *, level: Level, encoder: bool = True) -> lis
         n
         for n in ordered
         if level in known[n].levels
-        and known[n].steps == 1
+        and known[n].outputs_per_patch == 1
         and (encoder or not takes_encoder(known[n]))
     ]
     named = [n for method in methods for n in (everything if method == "all" else [method])]

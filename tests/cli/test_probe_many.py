@@ -49,7 +49,8 @@ def test_probe__encoders_of_several_projects_are_one_table(
         assert name in printed
         for entry in (found[name], found.get(f"random-{name}", found[name])):
             assert set(entry["results"]) == {"linear", "cgp"}
-            sizes = (encoder.width, encoder.depth, encoder.has_cls)
+            has_cls = encoder.has_cls or name == "BEATs"  # protocol=bat: its mean patch is one
+            sizes = (encoder.width, encoder.depth, has_cls)
             assert (entry["width"], entry["depth"], entry["has_cls"]) == sizes
     assert {name: entry["backbone"] for name, entry in found.items()} == {
         "ours": "bat", "EAT": "eat", "BEATs": "beats", "ast": "hf", "wav2vec2": "hf",

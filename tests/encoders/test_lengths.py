@@ -170,7 +170,7 @@ def test_probe__clips_of_several_lengths_are_what_they_are_alone(kind, name, lev
     for row, one in enumerate(alone):
         T = one.patches.shape[2]
         for block, wanted in zip(blocks, probe.answers(probe(one)).values(), strict=True):
-            own = block[row, : T * probe.steps] if level == "frame" else block[row]
+            own = block[row, : T * probe.outputs_per_patch] if level == "frame" else block[row]
             torch.testing.assert_close(own, wanted[0], **CLOSE)
             clip = to_clip(block, probe.inside(batch))[row]
             torch.testing.assert_close(clip, to_clip(wanted)[0], **CLOSE)

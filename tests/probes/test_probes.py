@@ -164,7 +164,7 @@ def test_bf16_features_under_autocast_stay_near_float32(name, level):
     probe = _probe(name, level=level).eval()
     with torch.autocast("cpu", torch.bfloat16):
         out = probe(rough)
-    assert out.shape == ((B, T * probe.steps, C) if level == "frame" else (B, C))
+    assert out.shape == ((B, T * probe.outputs_per_patch, C) if level == "frame" else (B, C))
     torch.testing.assert_close(out.float(), probe(exact).detach(), atol=0.05, rtol=0.05)
     out.float().square().sum().backward()
     for parameter in probe.parameters():

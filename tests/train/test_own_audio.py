@@ -102,6 +102,7 @@ class Clips:
     def __init__(self, *seconds: float) -> None:
         self.frames = (np.array(seconds) * 16_000).astype(int)
         self.rate = np.full(len(seconds), 16_000)
+        self.seconds = np.array(seconds)
 
     def __len__(self) -> int:
         return len(self.frames)

@@ -175,7 +175,7 @@ def test_init__starts_from_the_files_of_others(
 ) -> None:
     file = golden / f"checkpoint_{name}_tiny.pt"
     words = [*TINY, *DECODER, f"init={file}"]
-    words += ["model.gate=false", "frontend.kind=eat"] if name == "eat" else []
+    words += ["model.gate=false", "model.pos_layout=eat", "frontend.kind=eat"] * (name == "eat")
     module, facts = started(small(*words, out=tmp_path))
     assert "frontend" not in facts
     for who, ours in module.objective.encoders().items():
