@@ -121,7 +121,7 @@ class Predictor:
                 total = p if total is None else total + p
         assert total is not None
         p = (total / len(self.models)).double().cpu().numpy()  # (B, C) or (B, T, C)
-        steps = self.models[0].head.steps  # outputs per time patch
+        steps = self.models[0].head.outputs_per_patch
         return [self._answer(row, t * steps) for row, t in zip(p, own, strict=True)]
 
     @property

@@ -123,7 +123,7 @@ def test_long_clips__are_cut_into_chunks(folders: dict[str, Path], kind: str) ->
         torch.testing.assert_close(whole.cls, mean, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", HF_KINDS)
+@pytest.mark.parametrize("kind", ["ast", "wav2vec2", "data2vec", "parakeet"])
 def test_export__and_an_untrained_one_of_the_same_shape(
     folders: dict[str, Path], kind: str, tmp_path: Path
 ) -> None:
