@@ -145,7 +145,7 @@ def prototype_maps(
         for batch in batches:
             if not batch.keys:
                 continue
-            pictures, steps = _pictures(backbone, batch, frames)
+            pictures, steps = spectrograms(backbone, batch, frames)
             features = encode(backbone, batch, frames=frames, autocast=autocast)
             features = to_device(features, device_of(probe))
             with torch.autocast(device_of(probe).type, autocast, enabled=autocast is not None):
@@ -187,7 +187,7 @@ def _time_steps(
     return waves.unflatten(1, (T, hop)), inside, inside
 
 
-def _pictures(backbone: Encoder, batch: WaveBatch, frames: int | None) -> tuple[Tensor, int]:
+def spectrograms(backbone: Encoder, batch: WaveBatch, frames: int | None) -> tuple[Tensor, int]:
     """Returns spectrograms (B, frames, mels) of a batch, for pictures, and frames per time patch.
 
     The spectrogram is the encoder's own, or a log-mel if it has none.

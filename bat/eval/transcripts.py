@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bat.eval.diagnostics import _pictures as spectrograms
+from bat.eval.diagnostics import spectrograms
 from bat.eval.features import FeatureStream, Source
 from bat.eval.fit import Predictions
 from bat.eval.scoring import by_clip

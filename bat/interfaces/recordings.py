@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from bat.audio.decode import DecodeError, decode, probe
+from bat.audio.decode import DecodeError, decode
 from bat.data.files import MAX_SECONDS, FileIndex, index_files
 from bat.data.index import Index, open_index
 from bat.data.sources import SUFFIXES, is_url
-from bat.data.windows import Windows
+from bat.data.windows import Windows, fill_lengths
 from bat.errors import UserError
 from bat.eval.waveforms import waveforms
 from bat.io import missing
@@ -62,7 +62,9 @@ class Recordings:
     ) -> None:
         self.indexes, self.names, self.left_out = indexes, names, left_out
         self._first = np.cumsum([0, *map(len, indexes)])
-        self.seconds = np.concatenate([_seconds(index) for index in indexes])
+        for index in indexes:
+            fill_lengths(index)
+        self.seconds = np.concatenate([index.seconds for index in indexes])
 
     def place(self, i: int) -> tuple[Index, int]:
         """Returns the index that holds recording ``i``, and its number there."""
@@ -81,19 +83,6 @@ class Recordings:
         for name in self.names:
             digest.update(f"{name}\0".encode(errors="backslashreplace"))
         return digest.hexdigest()
-
-
-def _seconds(index: Index) -> NDArray[np.float64]:
-    """Returns the lengths of the clips; those that the index does not know are read."""
-    known = (index.frames > 0) & (index.rate > 0)
-    seconds = np.where(known, index.frames / np.maximum(index.rate, 1), 0.0)
-    for i in np.flatnonzero(~known).tolist():
-        try:
-            found = probe(index.read(i).data, max_file_seconds=MAX_SECONDS)
-            seconds[i] = found.frames / found.sample_rate
-        except (DecodeError, OSError):
-            continue  # reported where it is decoded
-    return seconds
 
 
 def list_recordings(
