@@ -261,7 +261,7 @@ def _run(
             words = [word for settings in flags for word in words_from(settings)]
             config = settle(command, words, alone=True)
             run = runner(command, allow_pipe=allow_pipe)
-        out = run(config, dry_run=dry_run, force=force, say=said.append)
+            out = run(config, dry_run=dry_run, force=force, say=said.append)
     except UserError as error:  # the message is enough
         raise error.with_traceback(None) from None
     except Interrupted as error:

@@ -342,6 +342,7 @@ def test_disk__waits_for_another_process(get, tmp_path, caplog):
             made.rename(folder)
 
     caplog.set_level(logging.INFO, "bat")
+    caplog.clear()
     threading.Thread(target=make).start()
     held.wait()
     assert get("disk").cache == "disk"
