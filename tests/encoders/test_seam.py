@@ -78,7 +78,7 @@ def test_probes__take_every_kind_of_encoder(example: type[Encoder]) -> None:
                     continue
                 made = build_probe(name, **head)
                 logits = made(features)
-                shape = (3, 3) if level == "clip" else (3, 50 * cls.outputs_per_patch, 3)
+                wanted = (3, 3) if level == "clip" else (3, 50 * cls.outputs_per_patch, 3)
                 assert logits.shape == shape, (
                     kind,
                     name,
