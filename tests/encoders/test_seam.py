@@ -79,7 +79,7 @@ def test_probes__take_every_kind_of_encoder(example: type[Encoder]) -> None:
                 made = build_probe(name, **head)
                 logits = made(features)
                 wanted = (3, 3) if level == "clip" else (3, 50 * cls.outputs_per_patch, 3)
-                assert logits.shape == shape, (
+                assert logits.shape == wanted, (
                     kind,
                     name,
                 )
