@@ -5,7 +5,8 @@ replacement; the ``block x block`` squares around them (clipped at the borders) 
 then exactly ``n = int(N r)`` are kept, by dropping uniformly from the kept set or adding uniformly
 from the rest. Both adjustments are one operation here: every patch draws a random integer, kept
 patches add a number larger than any draw, and the n largest are kept. ``tests/reference/masks.py``
-has the equivalent loop.
+has the equivalent loop. Departure from the paper, whose grids never need it: on a grid so small
+that ``c`` would be 0 the block is smaller (``block_that_fits``).
 
 Random bits come from a generator, or from a seed per row: number j of a row is splitmix64's j-th of
 that seed (Steele, Lea, Flood 2014), integer arithmetic alone, so CPU and GPU draw the same mask.
@@ -13,6 +14,8 @@ With ``row_seeds`` a clip's masks depend on its place in the stream, whichever r
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -50,6 +53,7 @@ def inverse_block_mask(
             f"keep_ratio={keep_ratio} keeps {keep} of {grid.tokens} patches "
             f"({grid.time} x {grid.freq}): give longer clips or another mask ratio"
         )
+    block = block_that_fits(grid, keep_ratio=keep_ratio, block=block, adjust=adjust)
     centres = int(grid.tokens * (keep_ratio + adjust) / block**2)
     pairs = (grid.tokens + 1) // 2  # two patches per draw
     if seeds is not None:
@@ -71,6 +75,15 @@ def inverse_block_mask(
     keep_ids = priority.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values  # (rows, n)
     mask = torch.ones(rows, grid.tokens, dtype=torch.bool, device=device)
     return Views(keep_ids, mask.scatter_(1, keep_ids, False))
+
+
+def block_that_fits(grid: Grid, *, keep_ratio: float, block: int, adjust: float) -> int:
+    """Returns ``block``, or the largest side of which one block is drawn on ``grid``, at least 1.
+
+    With 56 patches and the paper's ratios (``N (r + adjust) = 15``) no block of side 5 would be
+    drawn, and masks would be uniform without a word: side 3.
+    """
+    return min(block, max(1, math.isqrt(int(grid.tokens * (keep_ratio + adjust)))))
 
 
 def choose_predicted(views: Views, share: float, seeds: Tensor) -> Views:

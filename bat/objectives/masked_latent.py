@@ -32,7 +32,7 @@ from bat.encoders.base import Encoder, MaskableEncoder
 from bat.nn.block import blocks_of
 from bat.nn.decoder import CNNDecoder
 from bat.nn.ema import ema_decay, ema_update
-from bat.nn.masking import choose_predicted, inverse_block_mask, row_seeds
+from bat.nn.masking import block_that_fits, choose_predicted, inverse_block_mask, row_seeds
 from bat.objectives.base import Objective, Student, maskable, transformer_decoder
 from bat.ranges import DecayFactor, Fraction, NonNegativeFloat, OpenFraction, PositiveInt
 from bat.seeding import derive_seed
@@ -59,7 +59,7 @@ class Mask:
     ratio: OpenFraction = 0.8
     """Fraction of patches removed."""
     block: PositiveInt = 5
-    """Side of a kept block, in patches."""
+    """Side of a kept block, in patches; smaller on a grid on which none of this side is drawn."""
     adjust: NonNegativeFloat = 0.07
     """Extra fraction of blocks drawn, to make up for their overlap."""
 
@@ -218,7 +218,14 @@ class MaskedLatent(Objective):
         return [*(b for e in encoders for b in blocks_of(e)), self.student.decoder]
 
     def describe(self) -> str:
-        return f"masked latent regression of {self.mask.views} views a clip"
+        mask, grid = self.mask, self.student.encoder.grid
+        text = f"masked latent regression of {mask.views} views a clip"
+        block = block_that_fits(
+            grid, keep_ratio=1 - mask.ratio, block=mask.block, adjust=mask.adjust
+        )
+        if block < mask.block:
+            text += f", mask blocks of side {block} ({mask.block} is too large for its grid)"
+        return text
 
     def forward(self, batch: WaveBatch) -> dict[str, Tensor]:
         spectrogram, views = self.spectrogram(batch), self.draw_views(batch.positions)

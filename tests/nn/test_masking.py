@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bat.nn.masking import blocks_around, inverse_block_mask, row_seeds, splitmix64
+from bat.nn.masking import block_that_fits, blocks_around, inverse_block_mask, row_seeds, splitmix64
 from bat.types import Grid, Views
 from tests.reference import masks as slow
 
@@ -75,8 +75,9 @@ def test_blocks_around__equal_the_slow_version_for_random_centres() -> None:
             assert set(fast.nonzero()[:, 0].tolist()) == slow.blocks_around(centres, time, freq, 5)
 
 
-def test_masks__distribution_equals_the_slow_version(draw: Draw) -> None:
-    grid, rows = Grid(12, 8), 3000
+@pytest.mark.parametrize("grid", [Grid(12, 8), Grid(7, 8), Grid(4, 4)])
+def test_masks__distribution_equals_the_slow_version(draw: Draw, grid: Grid) -> None:
+    rows = 3000
     rng = random.Random(1)
     counts = np.zeros(grid.tokens)
     for _ in range(rows):
@@ -84,6 +85,14 @@ def test_masks__distribution_equals_the_slow_version(draw: Draw) -> None:
     fast = map_of(draw(rows, grid=grid, keep_ratio=0.2), grid).ravel()
     # two independent estimates of a frequency near 0.2: deviation of the difference 0.0103
     assert np.abs(fast - counts / rows).max() < 5 * 0.0103
+
+
+def test_masks__small_grid_keeps_neighbours_together(draw: Draw) -> None:
+    grid = Grid(7, 8)  # 56 patches: no block of side 5 would be drawn
+    assert block_that_fits(grid, keep_ratio=0.2, block=5, adjust=0.07) == 3
+    assert block_that_fits(PAPER, keep_ratio=0.2, block=5, adjust=0.07) == 5
+    uniform = (int(56 * 0.2) - 1) / 55  # chance that a neighbour of a kept patch is kept
+    assert agreement(draw(2000, grid=grid, keep_ratio=0.2).mask, grid) > 2 * uniform
 
 
 def test_masks__too_small_a_grid_is_refused(draw: Draw) -> None:

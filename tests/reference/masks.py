@@ -5,11 +5,11 @@ import random
 
 def blocks_around(centres: list[int], time: int, freq: int, block: int) -> set[int]:
     kept = set()
-    reach = block // 2
+    back, ahead = block // 2, (block - 1) // 2
     for centre in centres:
         t0, f0 = divmod(centre, freq)
-        for t in range(t0 - reach, t0 + reach + 1):
-            for f in range(f0 - reach, f0 + reach + 1):
+        for t in range(t0 - back, t0 + ahead + 1):
+            for f in range(f0 - back, f0 + ahead + 1):
                 if 0 <= t < time and 0 <= f < freq:
                     kept.add(t * freq + f)
     return kept
@@ -21,6 +21,8 @@ def inverse_block_mask(
     """Kept ids of one row, ascending."""
     patches = time * freq
     keep = int(patches * keep_ratio)
+    while block > 1 and int(patches * (keep_ratio + adjust) / block**2) == 0:
+        block -= 1
     count = int(patches * (keep_ratio + adjust) / block**2)
     kept = blocks_around([rng.randrange(patches) for _ in range(count)], time, freq, block)
     while len(kept) > keep:
