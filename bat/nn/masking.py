@@ -5,8 +5,8 @@ replacement; the ``block x block`` squares around them (clipped at the borders) 
 then exactly ``n = int(N r)`` are kept, by dropping uniformly from the kept set or adding uniformly
 from the rest. Both adjustments are one operation here: every patch draws a random integer, kept
 patches add a number larger than any draw, and the n largest are kept. ``tests/reference/masks.py``
-has the equivalent loop. Departure from the paper, whose grids never need it: on a grid so small
-that ``c`` would be 0 the block is smaller (``block_that_fits``).
+has the equivalent loop. On a grid so small that ``c`` is 0 patches are kept uniformly, as in the
+paper's code; ``block_that_fits`` gives the side of a block that is drawn there.
 
 Random bits come from a generator, or from a seed per row: number j of a row is splitmix64's j-th of
 that seed (Steele, Lea, Flood 2014), integer arithmetic alone, so CPU and GPU draw the same mask.
@@ -53,7 +53,6 @@ def inverse_block_mask(
             f"keep_ratio={keep_ratio} keeps {keep} of {grid.tokens} patches "
             f"({grid.time} x {grid.freq}): give longer clips or another mask ratio"
         )
-    block = block_that_fits(grid, keep_ratio=keep_ratio, block=block, adjust=adjust)
     centres = int(grid.tokens * (keep_ratio + adjust) / block**2)
     pairs = (grid.tokens + 1) // 2  # two patches per draw
     if seeds is not None:
@@ -80,8 +79,8 @@ def inverse_block_mask(
 def block_that_fits(grid: Grid, *, keep_ratio: float, block: int, adjust: float) -> int:
     """Returns ``block``, or the largest side of which one block is drawn on ``grid``, at least 1.
 
-    With 56 patches and the paper's ratios (``N (r + adjust) = 15``) no block of side 5 would be
-    drawn, and masks would be uniform without a word: side 3.
+    With 56 patches and the paper's ratios (``N (r + adjust) = 15``) no block of side 5 is drawn,
+    and masks are uniform: side 3.
     """
     return min(block, max(1, math.isqrt(int(grid.tokens * (keep_ratio + adjust)))))
 

@@ -192,6 +192,12 @@ class MaskedLatent(Objective):
         self.global_target = global_target
         self.mask, self.ema, self.share = mask or Mask(), ema or Ema(), predict
         self.seed = seed
+        self.block = block_that_fits(
+            encoder.grid,
+            keep_ratio=1 - self.mask.ratio,
+            block=self.mask.block,
+            adjust=self.mask.adjust,
+        )
 
     @classmethod
     def build(cls, config: Config, encoder: Encoder, *, seed: int) -> Self:
@@ -218,13 +224,10 @@ class MaskedLatent(Objective):
         return [*(b for e in encoders for b in blocks_of(e)), self.student.decoder]
 
     def describe(self) -> str:
-        mask, grid = self.mask, self.student.encoder.grid
+        mask = self.mask
         text = f"masked latent regression of {mask.views} views a clip"
-        block = block_that_fits(
-            grid, keep_ratio=1 - mask.ratio, block=mask.block, adjust=mask.adjust
-        )
-        if block < mask.block:
-            text += f", mask blocks of side {block} ({mask.block} is too large for its grid)"
+        if self.block < mask.block:
+            text += f", mask blocks of side {self.block}: {mask.block} is too large for its grid"
         return text
 
     def forward(self, batch: WaveBatch) -> dict[str, Tensor]:
@@ -254,7 +257,7 @@ class MaskedLatent(Objective):
             len(seeds),
             self.student.encoder.grid,
             keep_ratio=1 - mask.ratio,
-            block=mask.block,
+            block=self.block,
             adjust=mask.adjust,
             seeds=seeds,
         )

@@ -87,12 +87,11 @@ def test_masks__distribution_equals_the_slow_version(draw: Draw, grid: Grid) -> 
     assert np.abs(fast - counts / rows).max() < 5 * 0.0103
 
 
-def test_masks__small_grid_keeps_neighbours_together(draw: Draw) -> None:
-    grid = Grid(7, 8)  # 56 patches: no block of side 5 would be drawn
-    assert block_that_fits(grid, keep_ratio=0.2, block=5, adjust=0.07) == 3
-    assert block_that_fits(PAPER, keep_ratio=0.2, block=5, adjust=0.07) == 5
-    uniform = (int(56 * 0.2) - 1) / 55  # chance that a neighbour of a kept patch is kept
-    assert agreement(draw(2000, grid=grid, keep_ratio=0.2).mask, grid) > 2 * uniform
+def test_block_that_fits__largest_side_that_is_drawn() -> None:
+    paper = {"keep_ratio": 1 - 0.8, "block": 5, "adjust": 0.07}
+    sides = [block_that_fits(grid, **paper) for grid in (PAPER, Grid(13, 8), Grid(7, 8))]
+    assert sides == [5, 5, 3]  # of 56 patches int(15.1 / 25) = 0 centres are drawn
+    assert block_that_fits(Grid(2, 1), **paper) == 1
 
 
 def test_masks__too_small_a_grid_is_refused(draw: Draw) -> None:

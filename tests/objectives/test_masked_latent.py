@@ -8,8 +8,9 @@ from bat.encoders.bat import BAT
 from bat.encoders.strict import load_strictly
 from bat.nn.decoder import CNNDecoder, ViTDecoder
 from bat.nn.ema import ema_decay
-from bat.nn.masking import inverse_block_mask
+from bat.nn.masking import inverse_block_mask, row_seeds
 from bat.objectives.masked_latent import MaskedLatent, gather_patches, global_loss, standardise
+from bat.seeding import derive_seed
 from bat.types import Grid, Views
 from tests.golden_files import Golden, checksum
 from tests.reference import targets as slow
@@ -62,6 +63,16 @@ def test_golden_forward(golden) -> None:
     assert float(losses.local) == pytest.approx(float(data["fwd_local_loss"]), abs=1e-5)
     assert float(losses.global_) == pytest.approx(float(data["fwd_global_loss"]), abs=1e-5)
     assert float(losses.total) == pytest.approx(float(losses.local + losses.global_), abs=1e-6)
+
+
+def test_masks__on_a_small_grid_have_smaller_blocks_and_describe_says_so() -> None:
+    grid, positions = Grid(7, 8), torch.arange(3)
+    encoder = BAT(width=24, depth=1, heads=2, grid=grid)
+    objective = MaskedLatent(encoder, ViTDecoder(24, grid, depth=1, heads=2))
+    seeds = row_seeds(derive_seed(0, "masks"), positions, 16)
+    wanted = inverse_block_mask(len(seeds), grid, keep_ratio=1 - 0.8, block=3, seeds=seeds)
+    assert torch.equal(objective.draw_views(positions).keep_ids, wanted.keep_ids)
+    assert "side 3" in objective.describe()
 
 
 def test_golden_gradients(golden) -> None:

@@ -21,8 +21,6 @@ def inverse_block_mask(
     """Kept ids of one row, ascending."""
     patches = time * freq
     keep = int(patches * keep_ratio)
-    while block > 1 and int(patches * (keep_ratio + adjust) / block**2) == 0:
-        block -= 1
     count = int(patches * (keep_ratio + adjust) / block**2)
     kept = blocks_around([rng.randrange(patches) for _ in range(count)], time, freq, block)
     while len(kept) > keep:
