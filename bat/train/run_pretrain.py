@@ -152,7 +152,7 @@ def _finish(
         }
         write_json(out / "summary.json", summary)
         log.info("%s", data.bad_clips.summary())
-    return _report(module, out, source, probe)
+    return _report(module, out, source, probe, seconds=fitting.facts()["seconds"])
 
 
 def device_name(device: torch.device) -> str:
@@ -233,7 +233,9 @@ def _dry_run(config: Pretrain, module: Pretraining, source: PretrainData) -> Non
     print("dry run: nothing was trained, nothing was written but shards and their index")
 
 
-def _report(module: Pretraining, out: Path, source: PretrainData, probe: OnlineProbe | None) -> str:
+def _report(
+    module: Pretraining, out: Path, source: PretrainData, probe: OnlineProbe | None, seconds: float
+) -> str:
     config, names = module.config, " and ".join(module.objective.encoders())
     lines = [
         "",
@@ -246,7 +248,7 @@ def _report(module: Pretraining, out: Path, source: PretrainData, probe: OnlineP
     ]
     task, index = source.task, source.index
     if probe is not None:
-        lines += ["", probe.table(), f"(computed in {config.hardware.precision})"]
+        lines += ["", probe.report(seconds), f"(computed in {config.hardware.precision})"]
         task, index = probe.task, probe.index
     lines += ["", "Next:", *(f"  {c}" for c in after_pretraining(config, out, task, index))]
     return "\n".join(lines)
