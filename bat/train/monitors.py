@@ -13,7 +13,7 @@ is the random-init baseline. All is of an encoder's last block, in eval mode.
   drawn uniformly whatever the objective's own masks are; its vector is the class token.
 - ``position``: the objective's local loss, and the loss of the best prediction from position alone,
   which is the targets' variance over clips at each position (unbiased; mean over positions and
-  channels), on two micro-batches. The audio is used if the former is below the latter.
+  channels), on 16 clips. The audio is used if the former is below the latter.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ from bat.tasks.base import Task
 K = 20
 """Neighbours of ``knn`` itself; DINO's choice."""
 LIDAR_CLIPS, VIEWS, VISIBLE = 128, 4, 0.2
-BATCHES = 2
-"""Micro-batches of ``position``: less than the time of one step."""
+POSITION_CLIPS = 16
 
 
 class Monitors:
@@ -106,8 +105,8 @@ class Monitors:
         """Returns ``local_loss`` and ``position_only_loss`` by key; nothing for an objective
         without ``local_targets``. Under FSDP2 every rank must call it, within
         ``TrainingModule.within``."""
-        batch_size = self.config.data.batch
-        ids = np.sort(self.order[: BATCHES * batch_size])
+        batch_size = min(self.config.data.batch, POSITION_CLIPS)
+        ids = np.sort(self.order[:POSITION_CLIPS])
         device = device_of(objective)
         total, clips, targets = 0.0, 0, []
         with (

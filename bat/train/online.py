@@ -67,6 +67,9 @@ class _CutOff(Exception):  # noqa: N818
 class OnlineProbe(StepCallback):
     """Trains and evaluates short probes on the encoder; ``rows`` is the curve so far."""
 
+    start = "random init"
+    """Name of step 0."""
+
     def __init__(
         self,
         config: Pretrain,
@@ -91,7 +94,8 @@ class OnlineProbe(StepCallback):
         assert index is not None  # ``open_stream`` requires another set if there is no index
         self.task = task.asking("tags") if task.target == "events" else task
         self.index = index
-        self.start = "start" if config.init else "random init"
+        if config.init:
+            self.start = "start"
         self.methods = list(online.methods)
         self.splits: list[Split] = []
         if index.classes < 2 or not (index.labels_per_clip > 0).any():
@@ -126,18 +130,21 @@ class OnlineProbe(StepCallback):
         self.gates: dict[str, np.ndarray] = {}
 
     def _without_labels(self) -> None:
-        """Leaves out what needs labels. Raises ``UserError`` if labels were asked for."""
+        """Says that kNN is left out. Raises ``UserError`` if nothing is left, or probes are."""
         online = self.config.online
         remedy = (
             "give online.csv= (columns path, label), online.root= or online.shards=, or set "
             "online.every=0"
-        ) + " (data.labels=folders takes the names of the folders for classes)" * (
-            self.config.task == FOLDER.name
         )
-        if online.root or online.shards or online.csv or set(online.monitors) <= {"knn"}:
-            raise UserError(f"online probes need labelled clips, this data has none: {remedy}")
-        log.info("online probe: no labels, so no probes and no knn; for these %s", remedy)
-        self.methods = []
+        if self.methods or set(online.monitors) <= {"knn"}:
+            raise UserError(
+                f"online probes need labelled clips, this data has none: {remedy}, or "
+                "online.methods=[] for the monitors that need none"
+                + " (data.labels=folders takes the names of the folders for classes)"
+                * (self.config.task == FOLDER.name)
+            )
+        if "knn" in online.monitors:
+            log.info("online monitors: this data has no labels, knn is left out")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -331,11 +338,21 @@ class OnlineProbe(StepCallback):
         if self.gates:
             plot_layer_gates(self.gates, plots / "layer_gate.png")
 
-    def report(self, seconds: float) -> str:
-        """Returns the curve and the monitors as text; ``seconds``: of the whole run, 0 if unknown.
+    @property
+    def probe_rows(self) -> list[dict[str, Any]]:
+        """The curve without kNN."""
+        return [row for row in self.rows if "/" not in row["method"]]
 
-        Each monitor stands beside its value at step 0.
-        """
+    def cost(self, seconds: float) -> str:
+        """Returns the monitors' time as text, and their share of the ``seconds`` of the run; empty
+        if there were none."""
+        spent = sum(r.get("online/seconds") or 0.0 for r in read_jsonl(self.out / "metrics.jsonl"))
+        if not self.config.online.monitors or not spent:
+            return ""
+        return f"the monitors took {spent:.1f} s, {spent / seconds:.1%} of the run"
+
+    def report(self) -> str:
+        """Returns the curve and the monitors as text, their values beside those at step 0."""
         logged = read_jsonl(self.out / "metrics.jsonl")
         lines = [self.table()] if self.rows else []
         panels = monitor_panels(logged)
@@ -350,9 +367,6 @@ class OnlineProbe(StepCallback):
                 told = f" ({self.start} {before:.3g})" if first == 0 else ""
                 said.append(f"{name} {now:.3g}{told}")
             lines.append(f"{title}: {', '.join(said)}")
-        if spent := sum(row.get("online/seconds") or 0.0 for row in logged):
-            share = f", {spent / seconds:.1%} of the run" if seconds else ""
-            lines.append(f"the monitors took {spent:.1f} s{share} (online.monitors)")
         return "\n".join(lines)
 
     def table(self) -> str:

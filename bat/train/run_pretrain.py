@@ -145,14 +145,16 @@ def _finish(
             **fitting.facts(),
             **({"init": module.started_from} if module.started_from else {}),
             "last": rows[-1] if rows else {},
-            "online": probe.rows if probe else [],
+            "online": probe.probe_rows if probe else [],
             "version": __version__,
             "device": device_name(trainer.strategy.root_device),
             "precision": config.hardware.precision,
         }
         write_json(out / "summary.json", summary)
         log.info("%s", data.bad_clips.summary())
-    return _report(module, out, source, probe, seconds=fitting.facts()["seconds"])
+        if probe and (line := probe.cost(fitting.facts()["seconds"])):
+            log.info("%s", line)
+    return _report(module, out, source, probe)
 
 
 def device_name(device: torch.device) -> str:
@@ -233,9 +235,7 @@ def _dry_run(config: Pretrain, module: Pretraining, source: PretrainData) -> Non
     print("dry run: nothing was trained, nothing was written but shards and their index")
 
 
-def _report(
-    module: Pretraining, out: Path, source: PretrainData, probe: OnlineProbe | None, seconds: float
-) -> str:
+def _report(module: Pretraining, out: Path, source: PretrainData, probe: OnlineProbe | None) -> str:
     config, names = module.config, " and ".join(module.objective.encoders())
     lines = [
         "",
@@ -248,7 +248,7 @@ def _report(
     ]
     task, index = source.task, source.index
     if probe is not None:
-        lines += ["", probe.report(seconds), f"(computed in {config.hardware.precision})"]
+        lines += ["", probe.report(), f"(computed in {config.hardware.precision})"]
         task, index = probe.task, probe.index
     lines += ["", "Next:", *(f"  {c}" for c in after_pretraining(config, out, task, index))]
     return "\n".join(lines)
