@@ -26,16 +26,26 @@ from bat.ranges import (
     changed,
 )
 
+MONITORS = ("knn", "rankme", "lidar", "position")
+"""Monitors of a pre-training, see ``bat/train/monitors.py``."""
+MONITORED = ("teacher", "student")
+"""Encoders that an objective may have."""
+
 
 @dataclass
 class Online:
     """Online probes, trained during pre-training on the features of the objective's last encoder:
-    the EMA teacher, if there is one."""
+    the EMA teacher, if there is one; and monitors, which train nothing."""
 
     every: CountOrZero = 0
     """Optimiser steps between probe runs (also at step 0, the random-init baseline); 0 is off."""
     methods: list[str] = field(default_factory=lambda: ["cgp"])
     """Probes that are trained."""
+    monitors: list[str] = field(default_factory=lambda: list(MONITORS))
+    """Numbers without training, at the same steps: ``knn`` (labels needed), ``rankme``, ``lidar``
+    (encoders that can be masked), ``position`` (objectives with targets of patches)."""
+    encoders: list[str] = field(default_factory=lambda: list(MONITORED))
+    """Encoders of the objective that ``knn``, ``rankme`` and ``lidar`` are of."""
     root: str | None = None
     """Labelled set, read by ``online.task``; without this, ``csv`` and ``shards``: the training
     set."""
@@ -48,7 +58,7 @@ class Online:
     folds: PositiveInt = 1
     """Number of folds held out in turn (at most the task's)."""
     max_clips: PositiveInt = 2_000
-    """Most clips of the labelled set that are used."""
+    """Most clips of the labelled set that are used, by probes and monitors."""
     steps: PositiveInt = 200
     """Optimiser steps of a probe."""
     batch: PositiveInt = 48
@@ -65,8 +75,15 @@ class Online:
         given = [name for name in ("root", "csv", "shards") if getattr(self, name)]
         if len(given) > 1:
             yield f"{' and '.join(f'online.{n}' for n in given)} are given: give one of them"
-        if self.every and not self.methods:
-            yield "online.methods is empty: name a probe, or set online.every=0"
+        if self.every and not self.methods and not self.monitors:
+            yield (
+                "online.methods and online.monitors are empty: name a probe or a monitor, or set "
+                "online.every=0"
+            )
+        for key, known in (("monitors", MONITORS), ("encoders", MONITORED)):
+            for name in getattr(self, key):
+                if name not in known:
+                    yield f"online.{key} has no {name!r}: choose of {', '.join(known)}"
 
 
 OBJECTIVE = "masked_latent"

@@ -44,10 +44,11 @@ SAME = 1e-3
 are the same sound (silence) and say nothing about the encoder."""
 
 
-def effective_rank(x: Tensor) -> float:
+def effective_rank(x: Tensor, *, eps: float = 0.0) -> float:
     """Returns exp of the entropy of the normalised singular values of (n, D), in [1, min(n, D)].
 
-    ``x`` is not centred here. Returns 0 for an ``x`` of zeros, NaN if it is not finite.
+    ``x`` is not centred here. ``eps`` is added to each share of the sum, which then exceeds 1;
+    RankMe has 1e-7. Returns 0 for an ``x`` of zeros, NaN if it is not finite.
     """
     x = x.detach().double().cpu()  # a Gram matrix squares the error; not every device has float64
     if not torch.isfinite(x).all():
@@ -57,8 +58,7 @@ def effective_rank(x: Tensor) -> float:
     total = values.sum()
     if total == 0:
         return 0.0
-    p = values / total
-    return float(torch.special.entr(p).sum().exp())
+    return float(torch.special.entr(values / total + eps).sum().exp())
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Diagnostics: statistics of an encoder's blocks and the patches a probe's prototypes select.
+"""Diagnostics of encoders: statistics of the blocks, patches that prototypes select, monitors.
 
 ``sinks``: share of the attention that the most attended token receives (``nn/sinks.py``), mean over
 clips and heads; also with every gate of the encoder opened (factor 1 instead of the sigmoid), which
@@ -10,6 +10,9 @@ For clips in chunks only the first chunk is used. With a fixed number of ``frame
 begin after a clip's end are excluded from norms, rank and spread; attention includes them, so they
 count in sinks.
 Computed in float32 whatever the run's precision (see ``collapse.py`` for the reason).
+
+``knn_scores``, ``lidar`` and RankMe (``collapse.effective_rank`` with ``RANKME_EPS``) are functions
+of vectors; ``bat/train/monitors.py`` says which vectors a pre-training run gives them.
 """
 
 from __future__ import annotations
@@ -260,3 +263,63 @@ def opened(attentions: Sequence[Attention]) -> Iterator[None]:
     finally:
         for part, gate in zip(attentions, gates, strict=True):
             part.gate = gate
+
+
+KS = (10, 20, 100, 200)
+"""Neighbours of ``knn_scores``, as DINO evaluates."""
+TEMPERATURE = 0.07
+RANKME_EPS = 1e-7
+
+
+def knn_scores(
+    train: Tensor, labels: Tensor, queries: Tensor, *, ks: Sequence[int] = KS
+) -> dict[int, Tensor]:
+    """Returns for each k the label average over a query's k nearest neighbours, (m, C) float64.
+
+    Nearest by cosine; the average is weighted by ``softmax(cosine / 0.07)`` over the k neighbours
+    (Caron et al. 2021, arXiv 2104.14294), so several labels a clip give a score per class, too. A k
+    above n is n, under its own number.
+
+    Args:
+        train: vectors (n, D) of the clips with known labels.
+        labels: their labels (n, C) in [0, 1].
+        queries: vectors (m, D).
+    """
+    known, labels = F.normalize(train.double(), dim=1), labels.double()
+    found: dict[int, list[Tensor]] = {k: [] for k in ks}
+    for some in F.normalize(queries.double(), dim=1).split(1024):
+        similar, at = (some @ known.T).topk(min(max(ks), len(known)), dim=1)  # descending
+        for k, scores in found.items():
+            weights = (similar[:, :k] / TEMPERATURE).softmax(1)  # (m, k)
+            scores.append((weights[..., None] * labels[at[:, :k]]).sum(1))
+    return {k: torch.cat(scores) for k, scores in found.items()}
+
+
+def lidar(views: Tensor, *, delta: float = 1e-4, eps: float = 1e-8) -> float:
+    """Returns LiDAR (Thilak et al. 2024, arXiv 2312.04000) of views (n, q, D) of n clips.
+
+    It is the number of directions in which clips differ more than views of one clip do, the
+    effective rank of linear discriminant analysis with a class per clip; at most min(D, n - 1):
+
+        S_b = sum_i (m_i - m) (m_i - m)^T / (n - 1)             m_i: mean of clip i, m: of all
+        S_w = sum_ij (x_ij - m_i) (x_ij - m_i)^T / (n (q - 1)) + delta I
+        l   = eigenvalues of S_w^(-1/2) S_b S_w^(-1/2), at least 0;   p = (l + eps) / sum(l + eps)
+        exp(- sum p ln p)
+
+    NaN if ``views`` are not finite. Needs n >= 2 and q >= 2.
+    """
+    x = views.detach().double().cpu()
+    n, q, D = x.shape
+    if not x.isfinite().all():
+        return math.nan
+    means = x.mean(1)  # (n, D)
+    between = (means - means.mean(0)) / math.sqrt(n - 1)
+    within = (x - means[:, None]).flatten(0, 1) / math.sqrt(n * (q - 1))
+    values, vectors = torch.linalg.eigh(within.T @ within)
+    # l are the squared singular values of the root of S_b times S_w^(-1/2)
+    white = between @ (vectors * (values.clamp(min=0) + delta).rsqrt())  # (n, D)
+    share = torch.zeros(D, dtype=torch.float64)
+    found = torch.linalg.svdvals(white).square()
+    share[: len(found)] = found
+    share = (share + eps) / (share + eps).sum()
+    return float(torch.special.entr(share).sum().exp())

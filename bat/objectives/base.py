@@ -98,6 +98,16 @@ class Objective(nn.Module, abc.ABC):
         del batch
         return None
 
+    def local_targets(self, batch: WaveBatch) -> tuple[str, Tensor] | None:
+        """Returns the name of the scalar of ``forward`` that is the mean squared error to targets
+        of patches, and these targets (B, N, P), float32 without gradient, one row per position.
+
+        The online monitors compare that loss with the loss of a prediction from position alone.
+        None: an objective without such targets, no comparison.
+        """
+        del batch
+        return None
+
     def spectrogram(self, batch: WaveBatch) -> Tensor:
         """Maps (B, S) waves to (B, 1, frames, mels) float32 without gradient by the encoder's front
         end, cut or padded to the frames of its grid. Without a front end: ``encoder.inputs``."""

@@ -118,6 +118,9 @@ class MAE(Objective):
         hidden = views.predict_ids[..., None].expand_as(predicted)
         return F.mse_loss(predicted, patch_targets(spectrogram, self.patch).gather(1, hidden))
 
+    def local_targets(self, batch: WaveBatch) -> tuple[str, Tensor]:
+        return "loss", patch_targets(self.spectrogram(batch), self.patch)
+
     def draw_views(self, positions: Tensor) -> Views:
         """Draws one mask for each clip at ``positions`` (B,) of the stream, on the device; uniform
         over all sets of this size. It depends on (seed, position) alone."""

@@ -266,6 +266,9 @@ class MaskedLatent(Objective):
     def example_masks(self, batch: WaveBatch) -> Tensor:
         return self.draw_views(batch.positions).mask[:: self.mask.views]
 
+    def local_targets(self, batch: WaveBatch) -> tuple[str, Tensor]:
+        return "loss_local", self.targets(self.spectrogram(batch))[0]
+
     def losses(self, spectrogram: Tensor, views: Views) -> Losses:
         """Computes ``Losses`` of (B, 1, frames, mels) and ``B * V`` masks, clip-major."""
         return self.compare(spectrogram, views, *self.targets(spectrogram))

@@ -61,6 +61,10 @@ class SSLAM(EAT):
         targets = self.mixture_targets(spectrogram, mixed)
         return self.mixture_losses(spectrogram, mixed, views, *targets)
 
+    def local_targets(self, batch: WaveBatch) -> tuple[str, Tensor]:
+        mixed = self.draw_mixed(batch.positions)
+        return "loss_local", self.mixture_targets(self.spectrogram(batch), mixed)[0]
+
     def draw_mixed(self, positions: Tensor) -> Tensor:
         """Returns (B, T) bool on the device, True where time patches are mixed: all but two stripes
         that do not overlap, drawn from (seed, position)."""

@@ -189,10 +189,14 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
 
 
 def plot_series(
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: str | Path
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    path: str | Path,
+    *,
+    baseline: bool = False,
 ) -> Path:
     """Plots panels below each other over the same steps: title -> name of a line -> (step, value).
 
+    ``baseline``: each line's value at step 0 is dashed, and the axis begins at zero.
     Lines without values and panels without lines are omitted. A name has one colour in all panels,
     and ``NAME: MORE`` has that of ``NAME``.
     """
@@ -209,9 +213,15 @@ def plot_series(
                 i, colour = names.index(name), heads.index(name.partition(": ")[0]) % 7
                 style: Any = {"marker": MARKERS[i % 7], "ms": 3.5} if len(x) <= 30 else {}
                 dash = "-" if i < 7 else "--"
-                axis.plot(x, y, dash, color=COLOURS[colour], lw=1.5, label=short(name), **style)
+                label = short(name)
+                if baseline and x[0] == 0:
+                    axis.axhline(y[0], color=COLOURS[colour], lw=1.0, ls="--")
+                    label += f": {y[0]:.3g} at step 0, {y[-1]:.3g}"
+                axis.plot(x, y, dash, color=COLOURS[colour], lw=1.5, label=label, **style)
             axis.set_title(title)
-            if len(lines) > 1:
+            if baseline:
+                from_zero(axis)
+            if len(lines) > 1 or baseline:
                 legend(axis)
         column[-1].set_xlabel("optimiser step")
     return Path(path)
@@ -314,7 +324,7 @@ def plot_probe_curve(
             std = 100 * np.array([r.get(f"{metric}_std") or 0.0 for r in own], dtype=float)
             style: Any = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "lw": 2, "ms": 5}
             if x[0] == 0:
-                label = f"{method}, random weights ({y[0]:.1f} %)"
+                label = f"{method} at step 0 ({y[0]:.1f} %)"
                 axis.axhline(y[0], color=style["color"], lw=1.2, ls="--", label=label)
             line_with_band(axis, x, y, std, label=f"{method} (last {y[-1]:.1f} %)", **style)
         mark_chance(axis.axhline, chance)

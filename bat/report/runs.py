@@ -29,6 +29,16 @@ KINDS = {"objective": "pretrain", "methods": "probe", "method": "finetune"}
 """Commands by a section that only their settings have."""
 
 
+MONITORED = ("student", "teacher", "objective", "")
+"""First parts of the keys ``online/...`` that are no method; the last: ``online/seconds``."""
+RANKS = {"rankme": "RankMe", "lidar": "LiDAR"}
+LOSSES = {
+    "local_loss": ("local loss", "of the objective"),
+    "position_only_loss": ("local loss", "from position alone"),
+}
+"""Panel and line of the monitors of an objective."""
+
+
 class Run:
     """One run folder; everything is read when it is first asked for."""
 
@@ -127,17 +137,33 @@ class Run:
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the online probes' results in rows of a ``metrics.jsonl``, one row per step and
-    method: ``{"step", "method", METRIC: value, METRIC_std: value ...}``, the task's metric first.
+    """Returns the results of online probes and kNN in rows of a ``metrics.jsonl``, one row per step
+    and method: ``{"step", "method", METRIC: value, METRIC_std: value ...}``, the task's metric
+    first.
     """
     found: dict[tuple[int, str], dict[str, Any]] = {}
     for row in rows:
         for key, value in row.items():
-            if key.startswith("online/") and not key.endswith("/gate"):
-                _, method, name = key.split("/", 2)
+            method, _, name = key.removeprefix("online/").rpartition("/")
+            if key.startswith("online/") and method not in MONITORED and name != "gate":
                 first = {"step": row["step"], "method": method}
                 found.setdefault((row["step"], method), first)[name] = value
     return list(found.values())
+
+
+def monitor_panels(
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Returns the monitors without labels in rows of a ``metrics.jsonl``: title of a panel -> name
+    of a line -> (step, value)."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        for key, value in row.items():
+            method, _, name = key.removeprefix("online/").rpartition("/")
+            if key.startswith("online/") and method in MONITORED and method and value is not None:
+                title, line = LOSSES.get(name) or (RANKS.get(name, name), method)
+                panels.setdefault(title, {}).setdefault(line, []).append((row["step"], value))
+    return panels
 
 
 def metric_of(row: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from bat.report.page import Details, Picture, render
 from bat.report.plots import plot_curves, plot_probe_curve, plot_series
-from bat.report.runs import Run, curve, flat, in_words, metric_of
+from bat.report.runs import Run, curve, flat, in_words, metric_of, monitor_panels
 from bat.report.tables import NOTHING, Table, shown
 
 LINES = 12
@@ -77,6 +77,8 @@ def _pictures(run: Run, scratch: Path) -> list[Picture]:
         made.append(
             plot_probe_curve(probes, scratch / "online-probes.png", metric=metric_of(probes[0]))
         )
+    if monitors := monitor_panels(run.rows):
+        made.append(plot_series(monitors, scratch / "monitors.png", baseline=True))
     keys = sorted({key for row in run.rows for key in row if key.startswith("health/")})
     panels: dict[str, dict[str, Any]] = {}
     for key in keys:

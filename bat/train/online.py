@@ -11,7 +11,8 @@ and leaves the run's random state unchanged.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -32,22 +33,23 @@ from bat.errors import UserError
 from bat.eval.candidates import Plan
 from bat.eval.features import FeatureBank, FeatureStream
 from bat.eval.loading import autocast_for
-from bat.eval.results import SHOWN, summary
+from bat.eval.results import SHOWN, FoldResult, summary
 from bat.eval.run_folder import open_data
 from bat.eval.search import cross_validate
 from bat.eval.splits import Split, check_splits, make_splits
 from bat.io import read_jsonl
 from bat.nn.losses import loss_for
 from bat.probes.base import Probe, build_probe, expand, find_probe
-from bat.report.plots import chance_of, plot_layer_gates, plot_probe_curve
-from bat.report.runs import curve
+from bat.report.plots import chance_of, plot_layer_gates, plot_probe_curve, plot_series
+from bat.report.runs import curve, monitor_panels
 from bat.report.sections import TITLES
 from bat.seeding import derive_seed
 from bat.tasks.base import Task
 from bat.tasks.folder import TASK as FOLDER
 from bat.tasks.labels import classes_in_words, doubts
 from bat.train.callbacks import Metrics, StepCallback
-from bat.train.sharding import whole_encoder
+from bat.train.monitors import Monitors
+from bat.train.sharding import is_sharded, whole_encoder
 from bat.train.stopping import Stopping
 from bat.train.trainer import JsonLines
 from bat.types import Needs
@@ -64,6 +66,9 @@ class _CutOff(Exception):  # noqa: N818
 
 class OnlineProbe(StepCallback):
     """Trains and evaluates short probes on the encoder; ``rows`` is the curve so far."""
+
+    start = "random init"
+    """Name of step 0."""
 
     def __init__(
         self,
@@ -87,41 +92,65 @@ class OnlineProbe(StepCallback):
             source = replace(source, mix=[], labels="same", windows=False)
             task, index = open_data(online.task or config.task, source)
         assert index is not None  # ``open_stream`` requires another set if there is no index
-        if index.classes < 2 or not (index.labels_per_clip > 0).any():
-            raise UserError(
-                "online probes need labelled clips, this data has none: give online.csv= (columns "
-                "path, label), online.root= or online.shards=, or set online.every=0"
-                + " (data.labels=folders takes the names of the folders for classes)"
-                * (config.task == FOLDER.name)
-            )
         self.task = task.asking("tags") if task.target == "events" else task
         self.index = index
-        self.splits = choose_splits(
-            index,
-            folds=online.folds,
-            max_clips=online.max_clips,
-            seed=config.seed,
-            split=_training_split(index, split),
-        )
-        self.ids = np.unique(np.concatenate([[*r.train, *r.test] for r in self.splits]))
-        log.info("online probe: %d clips, %s", len(self.ids), classes_in_words(index.vocabulary))
+        if config.init:
+            self.start = "start"
+        self.methods = list(online.methods)
+        self.splits: list[Split] = []
+        if index.classes < 2 or not (index.labels_per_clip > 0).any():
+            self._without_labels()
+            clips = np.random.default_rng(derive_seed(config.seed, "online clips"))
+            self.ids = np.sort(clips.permutation(len(index))[: online.max_clips])
+        else:
+            self.splits = choose_splits(
+                index,
+                folds=online.folds,
+                max_clips=online.max_clips,
+                seed=config.seed,
+                split=_training_split(index, split),
+            )
+            self.ids = np.unique(np.concatenate([[*r.train, *r.test] for r in self.splits]))
+            classes = classes_in_words(index.vocabulary)
+            log.info("online probe: %d clips, %s", len(self.ids), classes)
+        self.monitors = Monitors(config, task=self.task, splits=self.splits, ids=self.ids)
         if index.starts is None and (long := int(is_long(index, config.data.clip_seconds).sum())):
             log.info(
                 "online probe: %d clips are longer than %g s: their start is read",
                 long,
                 config.data.clip_seconds,
             )
-        odd = check_splits(self.splits, index, multi_label=True) + doubts(index.vocabulary)
-        for line in odd:
-            log.warning("online probe: %s", line)
-        self.rows = curve(read_jsonl(out / "metrics.jsonl"))  # of a resumed or finished run
+        if self.splits:
+            odd = check_splits(self.splits, index, multi_label=True) + doubts(index.vocabulary)
+            for line in odd:
+                log.warning("online probe: %s", line)
+        logged = read_jsonl(out / "metrics.jsonl")  # of a resumed or finished run
+        self.rows = curve(logged)
+        self.evaluated = {r["step"] for r in logged if any(k.startswith("online/") for k in r)}
         self.gates: dict[str, np.ndarray] = {}
+
+    def _without_labels(self) -> None:
+        """Says that kNN is left out. Raises ``UserError`` if nothing is left, or probes are."""
+        online = self.config.online
+        remedy = (
+            "give online.csv= (columns path, label), online.root= or online.shards=, or set "
+            "online.every=0"
+        )
+        if self.methods or set(online.monitors) <= {"knn"}:
+            raise UserError(
+                f"online probes need labelled clips, this data has none: {remedy}, or "
+                "online.methods=[] for the monitors that need none"
+                + " (data.labels=folders takes the names of the folders for classes)"
+                * (self.config.task == FOLDER.name)
+            )
+        if "knn" in online.monitors:
+            log.info("online monitors: this data has no labels, knn is left out")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         done = trainer.global_step
         self.rows = [r for r in self.rows if done and r["step"] <= done]
-        if not done or (self._due(trainer, done) and all(r["step"] != done for r in self.rows)):
+        if not done or (self._due(trainer, done) and done not in self.evaluated):
             self._probe(trainer, pl_module, done)  # the baseline, or one interrupted before
 
     def after_step(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
@@ -131,7 +160,7 @@ class OnlineProbe(StepCallback):
     def _due(self, trainer: pl.Trainer, step: int) -> bool:
         return step % self.config.online.every == 0 or step == trainer.max_steps
 
-    def _probe(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
+    def _probe(self, trainer: pl.Trainer, module: Any, step: int) -> None:
         last = step == trainer.max_steps
 
         def on_step() -> None:
@@ -139,20 +168,37 @@ class OnlineProbe(StepCallback):
             if not last and self.stopping is not None and self.stopping.wanted:
                 raise _CutOff
 
-        *_, evaluated = module.objective.encoders().values()  # type: ignore[union-attr, operator]
-        encoder = whole_encoder(evaluated)  # the same on all ranks
+        began = time.perf_counter()
+        objective = module.objective
+        *_, last_name = encoders = objective.encoders()
+        scalars: dict[str, float] = {}
+        if "position" in self.monitors.asked and (trainer.is_global_zero or is_sharded(objective)):
+            stream = self._stream(encoders[last_name], Needs("none"))
+            scalars = module.within(lambda: self.monitors.of_objective(objective, stream))
+        scalars["online/seconds"] = time.perf_counter() - began
+        whole = {  # the same on all ranks
+            name: whole_encoder(encoder)
+            for name, encoder in encoders.items()
+            if name in self.config.online.encoders or (self.methods and name == last_name)
+        }
         if trainer.is_global_zero:
-            assert encoder is not None
             try:
-                self._record(trainer, self.probe(encoder, module.device, on_step), step)
+                results = self.evaluate(whole, last_name, module.device, scalars, on_step)
+                self._record(trainer, results, scalars, step)
             except _CutOff:
                 self.metrics.say(f"step {step}: the online probes are cut off, to be repeated")
         trainer.strategy.barrier("online probe")
         self.metrics.pause()
 
-    def _record(self, trainer: pl.Trainer, results: dict[str, dict[str, Any]], step: int) -> None:
+    def _record(
+        self,
+        trainer: pl.Trainer,
+        results: dict[str, dict[str, Any]],
+        scalars: dict[str, float],
+        step: int,
+    ) -> None:
         """Writes the results to the metrics, the plots and the log."""
-        row: dict[str, Any] = {}
+        row: dict[str, Any] = dict(scalars)
         for method, entry in results.items():
             scores: dict[str, Any] = {}
             for name, mean in entry["mean"].items():
@@ -167,36 +213,81 @@ class OnlineProbe(StepCallback):
         for logger in trainer.loggers:  # lists are for our file alone
             logger.log_metrics(row | gates if isinstance(logger, JsonLines) else row, step=step)
         self.draw()
-        name = self.task.metric
-        shown = ", ".join(f"{m} {100 * e['mean'][name]:.1f} %" for m, e in results.items())
-        self.metrics.say(f"step {step}: held-out {TITLES[name]} {shown}")
+        said = []
+        if results:
+            name = self.task.metric
+            shown = ", ".join(f"{m} {100 * e['mean'][name]:.1f} %" for m, e in results.items())
+            said.append(f"held-out {TITLES[name]} {shown}")
+        said += [
+            f"{key.removeprefix('online/')} {value:.3g}"
+            for key, value in scalars.items()
+            if key != "online/seconds"
+        ]
+        self.metrics.say(f"step {step}: {', '.join(said)}")
 
-    def probe(
-        self, encoder: Encoder, device: torch.device, on_step: Callable[[], None] = lambda: None
+    def evaluate(
+        self,
+        encoders: Mapping[str, Encoder | None],
+        probed: str,
+        device: torch.device,
+        scalars: dict[str, float],
+        on_step: Callable[[], None] = lambda: None,
     ) -> dict[str, dict[str, Any]]:
-        """Trains and evaluates once; returns ``{method: {"mean", "std", "folds", "gate"}}``."""
-        online, data = self.config.online, self.config.data
-        autocast = autocast_for(self.config.hardware)
-        bad = BadClips(max_bad=data.max_bad)
-        methods = expand(online.methods, level="clip", encoder=encoder.has_queries)
-        needs = Needs("none")
-        for method in methods:
-            needs |= find_probe(method).needs(has_cls=encoder.has_cls, level="clip")
-        stream = FeatureStream(
+        """Trains and evaluates once; returns ``{method: {"mean", "std", "folds", "gate"}}``.
+
+        ``probed``: name of the encoder that the probes are trained on. The monitors' values and
+        seconds are added to ``scalars``.
+        """
+        online = self.config.online
+        results: list[FoldResult] = []
+        probes: list[FoldResult] = []  # the last rows of the curve
+        for name, encoder in encoders.items():
+            assert encoder is not None
+            methods = self.methods if name == probed else []
+            methods = expand(methods, level="clip", encoder=encoder.has_queries)
+            monitored = name in online.encoders
+            needs = Needs("last" if monitored and self.monitors.reads_features else "none")
+            for method in methods:
+                needs |= find_probe(method).needs(has_cls=encoder.has_cls, level="clip")
+            stream = self._stream(encoder, needs)
+            source: FeatureStream | FeatureBank = stream
+            if methods:
+                source = FeatureBank.extract(stream, self.ids, batch=online.batch, device=device)
+                if stream.bad_clips.bad:
+                    log.warning("online probe: %s", stream.bad_clips.summary())
+                probes += self._trained(source, encoder, methods, device, on_step)
+            began = time.perf_counter()
+            if monitored:
+                found, values = self.monitors.of_encoder(name, encoder, source, stream, on_step)
+                results += found
+                scalars |= values
+            scalars["online/seconds"] += time.perf_counter() - began
+        return summary([*results, *probes])
+
+    def _stream(self, encoder: Encoder, needs: Needs) -> FeatureStream:
+        data = self.config.data
+        return FeatureStream(
             encoder,
             self.index,
             frames=self.config.frontend.frames,
             clip_seconds=data.clip_seconds,
             min_seconds=data.min_seconds,
             max_seconds=data.max_seconds,
-            autocast=autocast,
+            autocast=autocast_for(self.config.hardware),
             needs=needs,
-            bad_clips=bad,
+            bad_clips=BadClips(max_bad=data.max_bad),
         )
-        bank = FeatureBank.extract(stream, self.ids, batch=online.batch, device=device)
-        if bad.bad:
-            log.warning("online probe: %s", bad.summary())
-        warmup = min(online.steps // 10, 50)
+
+    def _trained(
+        self,
+        bank: FeatureBank,
+        encoder: Encoder,
+        methods: Sequence[str],
+        device: torch.device,
+        on_step: Callable[[], None],
+    ) -> list[FoldResult]:
+        """Trains the probes on the features of ``bank`` and returns their results."""
+        online = self.config.online
         plan = Plan(
             build=partial(self.build, encoder=encoder),
             loss=loss_for(self.task),
@@ -205,14 +296,14 @@ class OnlineProbe(StepCallback):
                 betas=[0.9, 0.999],
                 weight_decay=online.weight_decay,
                 decay="matrices",
-                warmup_steps=warmup,
+                warmup_steps=min(online.steps // 10, 50),
             ),
             steps=online.steps,
             batch=online.batch,
             multi_label=self.task.multi_label,
             metric=self.task.metric,
             seed=derive_seed(self.config.seed, "online"),
-            autocast=autocast,
+            autocast=autocast_for(self.config.hardware),
             device=device,
             on_step=on_step,
         )
@@ -220,7 +311,7 @@ class OnlineProbe(StepCallback):
         if plan.diverged:
             log.warning("online probe: %s", plan.diverged_line().replace("optim.lr", "online.lr"))
         broken = {method for method, _, _ in plan.diverged}
-        return summary([o for o in fold_results if o.method not in broken])
+        return [o for o in fold_results if o.method not in broken]
 
     def build(self, method: str, *, encoder: Encoder) -> Probe:
         """Returns a fresh probe for the encoder."""
@@ -236,15 +327,50 @@ class OnlineProbe(StepCallback):
         )
 
     def draw(self) -> None:
-        """Writes ``plots/probe_curve.png`` and ``plots/layer_gate.png``."""
-        chance = chance_of(self.task.metric, self.index.classes)
-        file = self.out / "plots" / "probe_curve.png"
-        plot_probe_curve(self.rows, file, metric=self.task.metric, chance=chance)
+        """Writes ``plots/``: ``probe_curve.png``, ``monitors.png`` and ``layer_gate.png``."""
+        plots = self.out / "plots"
+        if self.rows:
+            chance = chance_of(self.task.metric, self.index.classes)
+            file, metric = plots / "probe_curve.png", self.task.metric
+            plot_probe_curve(self.rows, file, metric=metric, chance=chance)
+        if panels := monitor_panels(read_jsonl(self.out / "metrics.jsonl")):
+            plot_series(panels, plots / "monitors.png", baseline=True)
         if self.gates:
-            plot_layer_gates(self.gates, self.out / "plots" / "layer_gate.png")
+            plot_layer_gates(self.gates, plots / "layer_gate.png")
+
+    @property
+    def probe_rows(self) -> list[dict[str, Any]]:
+        """The curve without kNN."""
+        return [row for row in self.rows if "/" not in row["method"]]
+
+    def cost(self, seconds: float) -> str:
+        """Returns the monitors' time as text, and their share of the ``seconds`` of the run; empty
+        if there were none."""
+        spent = sum(r.get("online/seconds") or 0.0 for r in read_jsonl(self.out / "metrics.jsonl"))
+        if not self.config.online.monitors or not spent:
+            return ""
+        return f"the monitors took {spent:.1f} s, {spent / seconds:.1%} of the run"
+
+    def report(self) -> str:
+        """Returns the curve and the monitors as text, their values beside those at step 0."""
+        logged = read_jsonl(self.out / "metrics.jsonl")
+        lines = [self.table()] if self.rows else []
+        panels = monitor_panels(logged)
+        metric = self.task.metric
+        for row in self.rows:
+            own = panels.setdefault(f"held-out {TITLES[metric]}, %", {})
+            own.setdefault(row["method"], []).append((row["step"], 100 * row[metric]))
+        for title, curves in panels.items():
+            said = []
+            for name, points in curves.items():
+                (first, before), (_, now) = points[0], points[-1]
+                told = f" ({self.start} {before:.3g})" if first == 0 else ""
+                said.append(f"{name} {now:.3g}{told}")
+            lines.append(f"{title}: {', '.join(said)}")
+        return "\n".join(lines)
 
     def table(self) -> str:
-        """Returns the curve as text: a line per probe run, mean and deviation over folds."""
+        """Returns the curve as text: a line per evaluation, mean and deviation over folds."""
         methods = list(dict.fromkeys(r["method"] for r in self.rows))
         cells = {(r["step"], r["method"]): r for r in self.rows}
         names = [n for n in SHOWN if any(n in r for r in self.rows)]
@@ -253,7 +379,7 @@ class OnlineProbe(StepCallback):
         for step in sorted({r["step"] for r in self.rows}):
             rows = [cells.get((step, method), {}) for method in methods]
             shown = [" / ".join(_percent(r, n) for n in names) if r else "-" for r in rows]
-            name = "random weights (step 0)" if step == 0 else f"step {step}"
+            name = f"{self.start} (step 0)" if step == 0 else f"step {step}"
             lines.append(f"  {name} | " + " | ".join(shown))
         return "\n".join(lines)
 

@@ -145,13 +145,15 @@ def _finish(
             **fitting.facts(),
             **({"init": module.started_from} if module.started_from else {}),
             "last": rows[-1] if rows else {},
-            "online": probe.rows if probe else [],
+            "online": probe.probe_rows if probe else [],
             "version": __version__,
             "device": device_name(trainer.strategy.root_device),
             "precision": config.hardware.precision,
         }
         write_json(out / "summary.json", summary)
         log.info("%s", data.bad_clips.summary())
+        if probe and (line := probe.cost(fitting.facts()["seconds"])):
+            log.info("%s", line)
     return _report(module, out, source, probe)
 
 
@@ -246,7 +248,7 @@ def _report(module: Pretraining, out: Path, source: PretrainData, probe: OnlineP
     ]
     task, index = source.task, source.index
     if probe is not None:
-        lines += ["", probe.table(), f"(computed in {config.hardware.precision})"]
+        lines += ["", probe.report(), f"(computed in {config.hardware.precision})"]
         task, index = probe.task, probe.index
     lines += ["", "Next:", *(f"  {c}" for c in after_pretraining(config, out, task, index))]
     return "\n".join(lines)

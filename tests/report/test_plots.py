@@ -149,7 +149,7 @@ def test_plot_probe_curve__baseline_is_step_zero_and_bands_end_at_100(
     plots.plot_probe_curve(ROWS, tmp_path / "c.png", chance=0.1)
     drawn = lines(axes[0])
     assert drawn["cgp (last 70.0 %)"] == [(0, 50), (100, 60), (200, 70)]
-    assert {y for _, y in drawn["cgp, random weights (50.0 %)"]} == {50}
+    assert {y for _, y in drawn["cgp at step 0 (50.0 %)"]} == {50}
     assert {y for _, y in drawn["chance"]} == {10}
     rows = [{"step": s, "method": "cgp", "accuracy": 0.95, "accuracy_std": 0.1} for s in (1, 2)]
     plots.plot_probe_curve(rows, tmp_path / "c.png")

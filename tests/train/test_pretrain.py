@@ -40,6 +40,7 @@ def test_pretrain__leaves_exactly_these_files(small, tmp_path: Path) -> None:
         "plots/curves.png",
         "plots/layer_gate.png",
         "plots/masks.png",
+        "plots/monitors.png",
         "plots/probe_curve.png",
         "summary.json",
         "train.log",
