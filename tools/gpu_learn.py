@@ -358,14 +358,16 @@ class Study:
 
     def _timed(self, words: list[str], bank: Bank) -> tuple[Learner, float]:
         """A learner after a few steps, and the seconds of one."""
-        torch.compiler.reset()  # graphs of earlier runs count towards a limit
+        config = compose(Pretrain, "pretrain", words)
+        if config.hardware.compile != "off":
+            torch.compiler.reset()  # graphs of earlier runs count towards a limit
         try:
-            learner = Learner(compose(Pretrain, "pretrain", words), bank, self.device)
+            learner = Learner(config, bank, self.device)
             for k in range(WARM_UP):
                 learner.step(k)
             self._wait()
         except Exception as error:
-            if "hardware.compile=off" in words:
+            if config.hardware.compile == "off":
                 raise
             print(f"not compiled: {type(error).__name__}: {error}"[:400], flush=True)
             return self._timed(latest([*words, "hardware.compile=off"]), bank)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import re
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, NamedTuple, get_args
@@ -30,6 +29,7 @@ from torch.nn.attention import (
     current_flash_attention_impl,
     sdpa_kernel,
 )
+from torch.torch_version import TorchVersion
 
 from bat.errors import UserError
 from bat.nn.blocked import blocked_attention
@@ -127,18 +127,14 @@ def choose(backend: Backend, facts: Facts, dtype: torch.dtype, head_width: int) 
             f"lengths not divisible by 128 (right from {cudnn_version(CUDNN)} on): say "
             "attention=auto, or let PyTorch find its own cuDNN (LD_LIBRARY_PATH may name another)"
         )
-    if package and (backend == "flash" or (backend == "auto" and not _prefers_cudnn(facts))):
+    cudnn = facts.capability in (9, 10) and not facts.wrong_cudnn  # PyTorch prefers it, and it fits
+    if package and (backend == "flash" or (backend == "auto" and not cudnn)):
         return "package"
     if backend not in ("auto", "sdpa"):
         return backend
     if backend == "auto" and facts.device == "cpu" and dtype == torch.bfloat16:
         return "blocked"
     return "not_cudnn" if facts.wrong_cudnn else "sdpa"
-
-
-def _prefers_cudnn(facts: Facts) -> bool:
-    """Returns True where PyTorch's choice is cuDNN's kernel and right for any length."""
-    return facts.capability in (9, 10) and not facts.wrong_cudnn
 
 
 def _check_flash4(facts: Facts, dtype: torch.dtype, head_width: int) -> None:
@@ -151,7 +147,7 @@ def _check_flash4(facts: Facts, dtype: torch.dtype, head_width: int) -> None:
         )
     if not facts.flash4:
         problems.append(f"flash-attn-4 is not installed: pip install flash-attn-4=={FLASH4}")
-    elif _order(facts.flash4) > _order(FLASH4):
+    elif TorchVersion(facts.flash4) > FLASH4:
         problems.append(
             f"flash-attn-4 {facts.flash4} returns more than the two results that PyTorch's hook "
             f"unpacks: pip install flash-attn-4=={FLASH4}"
@@ -164,12 +160,6 @@ def _check_flash4(facts: Facts, dtype: torch.dtype, head_width: int) -> None:
         )
     if problems:
         raise UserError(f"attention=flash4: {'; '.join(problems)}; or say attention=auto")
-
-
-def _order(number: str) -> tuple[int, ...]:
-    """Returns the numbers of a version such as 4.0.0b19; a final release follows its betas."""
-    beta = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)(?:\.?(?:a|b|beta)(\d+))?.*", number)
-    return tuple(int(n) if n else 10**6 for n in beta.groups()) if beta else (10**6,)
 
 
 def cudnn_version(number: int) -> str:

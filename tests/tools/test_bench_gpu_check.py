@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-DRY = ["--device", "cpu", "--size", "test"]
 
 
 @pytest.fixture
@@ -24,27 +23,27 @@ def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("gpu_check")
 
 
-def test_items__all_run_at_tiny_sizes(gpu_check: ModuleType, capsys) -> None:
-    names = [name for name in gpu_check.ITEMS if name != "tests"]  # another process, tried by hand
+def test_items__run_at_tiny_sizes(gpu_check: ModuleType, capsys) -> None:
+    names = ["attention", "cgp", "variants"]  # the others are parts of bench.py, with their tests
     gpu_check.work(names, repeats=1, quick=True)
     printed = capsys.readouterr().out.splitlines()
     first, *messages = [json.loads(line) for line in printed if line.startswith("{")]
-    assert first["machine"]["peak_tflops"] is None  # a CPU's is in no table
     assert first["machine"]["versions"]["torch"].startswith("2.11")
     assert [m["end"] for m in messages if "end" in m] == names
     rows = [m["row"] for m in messages if "row" in m]
     assert {row["part"] for row in rows} == set(names)
-    steps = [row for row in rows if "clips_per_second" in row]
-    assert {row["part"] for row in steps} >= {"step", "step-S", "decoders", "variants"}
-    assert all(row["mfu_peak"] is None and row["ours_peak_mb"] > 0 for row in steps)
     assert not [row for row in rows if "error" in row]
     kernels = [row for row in rows if row["part"] == "attention" and "refused" not in row]
-    assert {row["case"].split(", ")[-1] for row in kernels} == {"auto", "sdpa", "flash"}
+    assert {row["case"].split(", ")[-1] for row in kernels} >= {"auto", "sdpa"}
     for row in kernels:
         assert row["difference"] < 1e-5
         assert row["ratio"] == pytest.approx(row["plain_ms"] / row["ours_ms"])
+    assert {row["case"].split()[0] for row in rows if row["part"] == "cgp"} == {"cgp"}
     small, large, fit = [row for row in rows if row["part"] == "variants"]
-    assert large["held_mb"] == small["held_mb"] + 2 * 2 * 16_000 * 4 / 1e6  # two waves of 2 s
+    waves = 2 * 2 * 16_000 * 4 / 1e6  # two more of 2 s
+    assert large["held_mb"] == pytest.approx(small["held_mb"] + waves)
+    assert small["clips_per_second"] == pytest.approx(2e3 / small["ours_ms"])
+    assert "mfu_peak" in small
     assert fit["largest_batch_80_gb"] > fit["largest_batch_24_gb"] > 0
 
 
@@ -58,7 +57,7 @@ def test_largest_batch__by_the_line_through_two(gpu_check: ModuleType) -> None:
 FAKE = """
 import json, os, sys, time
 say = lambda **m: print(json.dumps(m), flush=True)
-say(machine={"device": "a", "gpu": False})
+say(machine={"device": "a", "gpu": True})
 print("a remark of a library")
 for name in sys.argv[1].split(","):
     say(begin=name)
@@ -80,7 +79,7 @@ def report_of(gpu_check: ModuleType, monkeypatch, out: Path, *words: str) -> dic
     monkeypatch.setattr(
         gpu_check, "command_of", lambda names, args: [sys.executable, "-c", FAKE, ",".join(names)]
     )
-    assert gpu_check.main([*DRY, "--json", str(out), *words]) == 1
+    assert gpu_check.main(["--json", str(out), *words]) == 1
     assert [path.name for path in out.parent.iterdir()] == [out.name]  # replaced, nothing beside
     return json.loads(out.read_text())
 
@@ -116,7 +115,7 @@ def test_check__what_no_time_is_left_for_is_named(
     assert report["not_run"] == ["decoders"]
     assert [row["part"] for row in report["results"]] == ["attention", "step"]
     with pytest.raises(SystemExit):
-        gpu_check.main([*DRY, "--items", "steps"])
+        gpu_check.main(["--items", "steps"])
     with pytest.raises(SystemExit):
         gpu_check.main(["--device", "cpu"])  # real sizes take days there
 
@@ -126,7 +125,7 @@ def test_check__sigterm_keeps_what_was_measured(gpu_check: ModuleType, tmp_path:
     script = (
         f"import sys, gpu_check; fake = {FAKE!r}\n"
         "gpu_check.command_of = lambda n, a: [sys.executable, '-c', fake, ','.join(n)]\n"
-        f"sys.exit(gpu_check.main({[*DRY, '--json', str(out), '--items=attention,step']!r}))"
+        f"sys.exit(gpu_check.main({['--json', str(out), '--items=attention,step']!r}))"
     )
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, cwd=TOOLS, stdout=subprocess.PIPE, text=True) as process:

@@ -122,33 +122,34 @@ def compare(shape: Shape, *, device: torch.device, repeats: int) -> Iterator[dic
                     "kernel": describe(name, facts_of(device), dtype, shape.channels),
                     "device_kernel": device_kernel(call),
                 }
-                graphs |= {name: graphed(call)} if gpu else {}
                 calls[name] = call
             except UserError as error:
                 yield case | {"refused": str(error)}
             except Exception as error:  # the other backends still count
                 yield case | {"error": error_line(error)}
+        for name in calls if gpu else ():
+            try:
+                graphs[f"{name}, graph"] = graphed(calls[name])
+            except Exception as error:
+                rows[name]["note"] = f"no CUDA graph: {error_line(error)}"
         if calls:
             many = {
                 name: lambda call=call: [call() for _ in range(CALLS)]
-                for name, call in ({"eager": eager} | calls | _named(graphs)).items()
+                for name, call in ({"eager": eager} | calls | graphs).items()
             }
             taken = medians(many, repeats=repeats, title=shape.name, device=device)
             for name in calls:
                 seconds, plain = taken[name] / CALLS, taken["eager"] / CALLS
+                graph = taken.get(f"{name}, graph")
                 yield rows[name] | {
                     "ours_ms": 1e3 * seconds,
                     "plain_ms": 1e3 * plain,
                     "ratio": plain / seconds,
-                    "graph_ms": 1e3 * taken[f"{name}, graph"] / CALLS if gpu else None,
+                    "graph_ms": 1e3 * graph / CALLS if graph else None,
                     "tflops": shape.flop() / seconds / 1e12,
                 }
         if current_flash_attention_impl() is not None:
             restore_flash_attention_impl()
-
-
-def _named(graphs: dict[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:
-    return {f"{name}, graph": replay for name, replay in graphs.items()}
 
 
 def run(*, repeats: int, quick: bool) -> Iterator[dict[str, Any]]:
