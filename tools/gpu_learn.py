@@ -10,7 +10,8 @@ steps ``train.steps`` is set to what fits (unless given), warm-up and EMA in pro
 on held-out folds, speakers in FSDD, against its own random initial weights; no step or rate is
 selected on them:
 
-    x      = mean of the last block's patch tokens, standardised over the training clips
+    x      = mean of the last block's patch tokens within the clip, standardised over the
+             training clips
     knn    = vote of the 10 nearest training clips by cosine
     linear = argmax of a ridge regression of x on the labels
 
@@ -20,7 +21,7 @@ schedule, NaN guard. Only the loop is not Lightning's: a step of a small model t
 less than a loader needs to decode, roll and copy hundreds of clips for it.
 
 Written to ``--out``: ``learn.json`` after every evaluation (``complete`` is false if cut off),
-``learn.png``, and each run's encoders as an export folder for ``bat-probe checkpoint=``.
+``learn-SET.png``, and each run's encoders as an export folder for ``bat-probe checkpoint=``.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ from bat.eval.run_folder import open_data
 from bat.eval.splits import Split, make_splits
 from bat.io import write_json
 from bat.nn.optim import set_lr
+from bat.report.plots import plot_probe_curve
 from bat.seeding import derive_seed
 from bat.train.guard import spread_nan
 from bat.train.pretrain import Pretraining
@@ -201,8 +203,11 @@ class Learner:
         with evaluating(encoder), torch.compiler.set_stance("force_eager"):
             for start in range(0, len(self.bank.waves), AT_ONCE):
                 how = {"frames": frames, "autocast": self.bf16, "needs": Needs("last")}
-                found = encode(encoder, self.bank.part(start), **how)
-                parts.append(found.patches[-1].float().mean((1, 2)))  # (B, D)
+                batch = self.bank.part(start)
+                patches = encode(encoder, batch, **how).patches[-1].float().mean(2)  # (B, T, D)
+                at = torch.arange(patches.shape[1], device=self.device)
+                inside = (at < encoder.time_patches(batch.lengths)[:, None]).float()[..., None]
+                parts.append((patches * inside).sum(1) / inside.sum(1))  # (B, D)
         return accuracies(torch.cat(parts), self.bank.labels, self.bank.splits, self.bank.classes)
 
     def save(self, folder: Path, steps: int) -> None:
@@ -300,7 +305,7 @@ class Study:
             self.report["cut_off"] = str(stopped) or "interrupted"
         finally:
             self.write()
-            plot(self.report, self.args.out / "learn.png")
+            plot(self.report, self.args.out)
 
     def one(self, name: str, seed: int, seconds: float) -> None:
         """One run of so many seconds, setting up included."""
@@ -387,43 +392,22 @@ def shown(row: dict[str, float]) -> str:
     return f"knn {100 * row['knn']:.1f} %, linear {100 * row['linear']:.1f} %" + "".join(losses)
 
 
-def plot(report: dict[str, Any], file: Path) -> None:
-    """Accuracy by step, a panel a set and measure; dashed: random weights, dotted: chance."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    sets = list(dict.fromkeys(run["set"] for run in report["runs"]))
-    if not sets:
-        return
-    names = {"linear": "linear (ridge)", "knn": f"{NEIGHBOURS} nearest neighbours"}
-    fig, axes = plt.subplots(
-        len(sets),
-        2,
-        figsize=(10, 1 + 3.2 * len(sets)),
-        squeeze=False,
-        layout="constrained",
-        dpi=130,
-    )
-    for line, of_set in zip(axes, sets, strict=True):
-        for ax, (name, title) in zip(line, names.items(), strict=True):
-            runs = [run for run in report["runs"] if run["set"] == of_set]
-            for number, run in enumerate(runs):
-                rows, colour = run["evaluations"], f"C{number}"
-                values = np.array([[r["step"], r[name], r[f"{name}_std"]] for r in rows]).T
-                steps, mean, std = values * np.array([[1.0], [100.0], [100.0]])
-                ax.plot(steps, mean, "o-", ms=3, color=colour, label=f"seed {run['seed']}")
-                ax.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.12, lw=0)
-                ax.axhline(mean[0], ls="--", lw=1, color=colour)
-            ax.axhline(100 * runs[0]["chance"], ls=":", lw=1, color="grey")
-            ax.set(title=f"{of_set}: {title}", xlabel="step", ylabel="held-out accuracy, %")
-            ax.legend(loc="lower right", frameon=False)
-    cut = "" if report["complete"] else ", cut off"
-    fig.suptitle(f"{report['device']}, {report['minutes']:g} min for all, {report['date'][:10]}"
-                 f"{cut}; dashed: random weights; band: deviation over folds")  # fmt: skip
-    fig.savefig(file)
-    plt.close(fig)
+def plot(report: dict[str, Any], out: Path) -> None:
+    """Writes ``learn-SET.png``: held-out accuracy by step; dashed: random weights."""
+    for of_set in {run["set"]: run for run in report["runs"]}.values():
+        rows = [
+            {
+                "step": row["step"],
+                "method": f"{title}, seed {run['seed']}",
+                "accuracy": row[name],
+                "accuracy_std": row[f"{name}_std"],
+            }
+            for run in report["runs"]
+            if run["set"] == of_set["set"]
+            for row in run["evaluations"]
+            for name, title in {"knn": "kNN", "linear": "ridge"}.items()
+        ]
+        plot_probe_curve(rows, out / f"learn-{of_set['set']}.png", chance=of_set["chance"])
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -456,7 +440,7 @@ def main(argv: list[str] | None = None) -> int:
     study.all()
     why = study.report["cut_off"] or study.report["failed"] or "all ran"
     done = study.report["complete"]
-    print(f"written: {args.out}/learn.json, learn.png; complete: {done} ({why})", flush=True)
+    print(f"written: {args.out}/learn.json, learn-*.png; complete: {done} ({why})", flush=True)
     return 0 if done else 1
 
 

@@ -85,7 +85,7 @@ def test_learn__writes_curve_picture_and_encoders(
     assert all(0 <= row[name] <= 1 for row in rows for name in ("knn", "linear"))
     assert all(row["loss"] > 0 for row in rows[1:])
     assert not any(str(tmp_path) in word for word in run["words"])
-    assert (out / "learn.png").is_file()
+    assert (out / "learn-fsdd.png").is_file()
     encoder = load_encoder(out / "fsdd-0")
     assert (encoder.width, encoder.depth) == (48, 2)
     assert "fsdd, seed 0, step 3: knn" in capsys.readouterr().out
