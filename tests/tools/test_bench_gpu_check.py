@@ -47,6 +47,13 @@ def test_items__run_at_tiny_sizes(gpu_check: ModuleType, capsys) -> None:
     assert fit["largest_batch_80_gb"] > fit["largest_batch_24_gb"] > 0
 
 
+def test_peak__is_looked_up_by_the_name_of_the_device(gpu_check: ModuleType) -> None:
+    peak_of = importlib.import_module("benchmarks.flops").peak_of
+    assert peak_of("NVIDIA H100 80GB HBM3") == peak_of("NVIDIA H200") == 989e12
+    assert peak_of("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_of("AMD EPYC") is None
+
+
 def test_largest_batch__by_the_line_through_two(gpu_check: ModuleType) -> None:
     largest_batch = importlib.import_module("gpu_items").largest_batch
     # 2,000 MB and 500 MB a clip; 24 GB less 1 GB kept free
