@@ -3,8 +3,8 @@
     uv run python tools/bench.py masks cgp --json out.json
 
 Parts (``tools/benchmarks/``): ``step``, ``changes`` (our step with one thing done the plain way),
-``decoders`` (cheaper ones), ``masks``, ``cgp``, ``laboratory`` (all probes at once), ``frontend``,
-``stream``, ``reliability`` (checkpoints, and what is watched).
+``decoders`` (cheaper ones), ``attention`` (kernels), ``masks``, ``cgp``, ``laboratory`` (all probes
+at once), ``frontend``, ``stream``, ``reliability`` (checkpoints, and what is watched).
 Each case is timed alternately, *ours* and *plain*, after a warm-up; numbers are medians over the
 repeats. *Plain* is an honest rendition of how the paper's implementation organises the work, held
 by tests to the same numbers. Absolute times hang on the machine; the ratios are the result. Memory
@@ -31,13 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where bat is on
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 PARTS = (
-    *("step", "changes", "decoders", "masks", "cgp", "laboratory", "frontend", "stream"),
-    "reliability",
+    *("step", "changes", "decoders", "attention", "masks", "cgp", "laboratory", "frontend"),
+    *("stream", "reliability"),
 )
 PACKAGES = (
     "torch",
     "torchaudio",
     "flash-attn",
+    "flash-attn-4",
     "lightning",
     "numpy",
     "soundfile",
@@ -47,7 +48,7 @@ PACKAGES = (
 )
 WIDEST = 130
 """Characters of a table's line."""
-TOLD = ("error", "note")
+TOLD = ("error", "refused", "note")
 """Sentences of a row: below the table."""
 
 

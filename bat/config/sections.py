@@ -45,8 +45,8 @@ class Model:
     ``eat``: EAT's and SSLAM's."""
     drop_path: Rate = 0.0
     """Drop-path rate of the last block; rises linearly from 0 at the first."""
-    attention: Literal["auto", "flash", "cudnn", "sdpa", "eager"] = "auto"
-    """Attention kernel; ``auto``: the fastest that is there."""
+    attention: Literal["auto", "flash", "flash4", "cudnn", "sdpa", "eager"] = "auto"
+    """Attention kernel; ``auto``: the fastest that is there and right (docs/performance.md)."""
 
     def problems(self) -> Iterator[str]:
         if self.width % max(1, self.heads):

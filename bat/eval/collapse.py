@@ -201,7 +201,7 @@ def plain_float32(encoder: nn.Module, device: str) -> Iterator[None]:
     try:
         encoder.eval()
         for part, backend in kernels:
-            part.backend = "auto" if backend in ("flash", "cudnn") else backend
+            part.backend = "auto" if backend in ("flash", "flash4", "cudnn") else backend
         with torch.autocast(device, enabled=False), torch.compiler.set_stance("force_eager"):
             yield
     finally:

@@ -18,7 +18,7 @@ from torch import nn
 
 from bat.config.schema import Hardware, Pretrain, Supervised
 from bat.eval.run_folder import settings_of
-from bat.nn.attention import describe
+from bat.nn.attention import describe, facts_of
 from bat.nn.block import blocks_of
 
 log = logging.getLogger("bat")
@@ -90,4 +90,4 @@ def attention_in_words(module: nn.Module, hardware: Hardware, device: torch.devi
     attention = blocks[0].attn
     dtype = torch.bfloat16 if hardware.precision == "bf16-mixed" else torch.float32
     head_width = attention.proj.in_features // attention.heads
-    return describe(attention.backend, device.type, dtype, head_width)
+    return describe(attention.backend, facts_of(device), dtype, head_width)

@@ -14,75 +14,185 @@ whose outputs are computed; all tokens stay keys and values.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
-from typing import Literal, get_args
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    sdpa_kernel,
+)
+from torch.torch_version import TorchVersion
 
 from bat.errors import UserError
 from bat.nn.blocked import blocked_attention
 
-Backend = Literal["auto", "flash", "cudnn", "sdpa", "eager"]
-Kernel = Literal["package", "blocked", "sdpa", "flash", "cudnn", "eager"]
+Backend = Literal["auto", "flash", "flash4", "cudnn", "sdpa", "eager"]
+Kernel = Literal["package", "blocked", "sdpa", "not_cudnn", "flash", "flash4", "cudnn", "eager"]
 
-_INSISTED = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+_ALLOWED = {
+    "not_cudnn": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "flash": [SDPBackend.FLASH_ATTENTION],
+    "flash4": [SDPBackend.FLASH_ATTENTION],
+    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+}
+"""Kernels among which ``scaled_dot_product_attention`` chooses; ``sdpa``: among all."""
 PACKAGES = ("flash_attn_interface", "flash_attn")
 """FlashAttention packages, newest first: version 3 (built from source), version 2 (``[flash]``)."""
+CUDNN = 91501
+"""Oldest cuDNN, as PyTorch numbers it, whose attention is right for any length on compute
+capabilities 9 and 10: earlier ones are wrong for lengths not divisible by 128."""
+FLASH4 = "4.0.0b19"
+"""Newest flash-attn-4 whose forward returns two results, as many as PyTorch's hook unpacks
+(``torch.nn.attention._fa4``); from 4.0.0b20 on it returns four."""
 
 
 def find_flash() -> tuple[Callable[..., Tensor] | None, str]:
-    """Returns ``flash_attn_func`` of the first package that has it, and the package's name."""
+    """Returns ``flash_attn_func`` of the first package that has it, and the package's name and
+    version."""
     for name in PACKAGES:
         try:
             module = importlib.import_module(name)
         except (ImportError, OSError):  # absent, or built for another torch
             continue
         if hasattr(module, "flash_attn_func"):  # a placeholder package of that name is empty
-            return module.flash_attn_func, name
+            return module.flash_attn_func, f"{name} {getattr(module, '__version__', '')}".strip()
     return None, ""
 
 
 FLASH, FLASH_NAME = find_flash()
 
 
-def choose(backend: Backend, device: str, dtype: torch.dtype, head_width: int) -> Kernel:
+class Facts(NamedTuple):
+    """The properties of a device and its software on which the choice of a kernel depends."""
+
+    device: str
+    """``cpu``, ``cuda`` (also AMD's) or another type."""
+    capability: int = 0
+    """Major compute capability of an NVIDIA GPU: 9 Hopper, 10 Blackwell; else 0."""
+    cudnn: int = 0
+    """The *loaded* cuDNN as PyTorch numbers it (91501 is 9.15.1), which is not the installed one if
+    ``LD_LIBRARY_PATH`` names another; 0: none."""
+    package: str = ""
+    """FlashAttention package with its version; empty: none is installed."""
+    flash4: str = ""
+    """Version of flash-attn-4; empty: not installed."""
+
+    @property
+    def wrong_cudnn(self) -> bool:
+        """True if cuDNN's attention is wrong for lengths that are not divisible by 128."""
+        return self.capability in (9, 10) and self.cudnn < CUDNN
+
+
+@functools.cache
+def facts_of(device: torch.device) -> Facts:
+    """Returns the facts of ``device``."""
+    if device.type != "cuda" or torch.version.hip:
+        return Facts(device.type, package=FLASH_NAME)
+    try:
+        flash4 = version("flash-attn-4")
+    except PackageNotFoundError:
+        flash4 = ""
+    cudnn = torch.backends.cudnn.version() or 0
+    return Facts("cuda", torch.cuda.get_device_capability(device)[0], cudnn, FLASH_NAME, flash4)
+
+
+def choose(backend: Backend, facts: Facts, dtype: torch.dtype, head_width: int) -> Kernel:
     """Returns the kernel that ``backend`` selects for tensors of this kind.
 
-    ``auto``: the FlashAttention package if installed and applicable (CUDA, 16 bits), the blocked
-    kernel on a CPU in bfloat16, else PyTorch's choice (``sdpa``), which falls back to plain
-    operations if no fused kernel applies. ``flash``: the package, else PyTorch's FlashAttention,
-    which raises an error if it does not apply, as ``cudnn`` does.
+    On compute capabilities 9 and 10 ``auto`` is PyTorch's choice, which prefers cuDNN there, or
+    with a cuDNN older than ``CUDNN`` the FlashAttention package, else PyTorch's choice without
+    cuDNN. On other GPUs it is the package if installed and applicable (16 bits), on a CPU in
+    bfloat16 the blocked kernel, else PyTorch's choice. ``flash``: the package, else PyTorch's
+    FlashAttention, which raises an error if it does not apply, as ``cudnn`` does. ``flash4``: the
+    package flash-attn-4 in place of PyTorch's FlashAttention, for the whole process.
+
+    Raises ``UserError`` for ``cudnn`` where it would be wrong (``Facts.wrong_cudnn``: lengths are
+    not known here) and for ``flash4`` where it does not apply.
     """
-    half = dtype in (torch.float16, torch.bfloat16)
-    package = (
-        FLASH is not None
-        and device == "cuda"
-        and half
-        and head_width % 8 == 0
-        and head_width <= 256
-    )
-    if backend in ("auto", "flash") and package:
+    fits = dtype in (torch.float16, torch.bfloat16) and head_width % 8 == 0 and head_width <= 256
+    package = fits and facts.device == "cuda" and facts.package != ""
+    if backend == "flash4":
+        _check_flash4(facts, dtype, head_width)
+    if backend == "cudnn" and facts.wrong_cudnn:
+        raise UserError(
+            f"attention=cudnn: cuDNN {cudnn_version(facts.cudnn)} is loaded, which is wrong for "
+            f"lengths not divisible by 128 (right from {cudnn_version(CUDNN)} on): say "
+            "attention=auto, or let PyTorch find its own cuDNN (LD_LIBRARY_PATH may name another)"
+        )
+    cudnn = facts.capability in (9, 10) and not facts.wrong_cudnn  # PyTorch prefers it, and it fits
+    if package and (backend == "flash" or (backend == "auto" and not cudnn)):
         return "package"
-    if backend != "auto":
+    if backend not in ("auto", "sdpa"):
         return backend
-    return "blocked" if device == "cpu" and dtype == torch.bfloat16 else "sdpa"
+    if backend == "auto" and facts.device == "cpu" and dtype == torch.bfloat16:
+        return "blocked"
+    return "not_cudnn" if facts.wrong_cudnn else "sdpa"
 
 
-def describe(backend: Backend, device: str, dtype: torch.dtype, head_width: int) -> str:
-    """Returns the result of ``choose`` in words, for a run's log."""
-    return {
-        "package": f"FlashAttention ({FLASH_NAME})",
+def _check_flash4(facts: Facts, dtype: torch.dtype, head_width: int) -> None:
+    """Raises ``UserError`` naming all reasons for which flash-attn-4 does not apply."""
+    problems = []
+    if facts.capability not in (9, 10):
+        problems.append(
+            f"it needs a GPU of compute capability 9 or 10, not {facts.device}"
+            + f" {facts.capability}" * bool(facts.capability)
+        )
+    if not facts.flash4:
+        problems.append(f"flash-attn-4 is not installed: pip install flash-attn-4=={FLASH4}")
+    elif TorchVersion(facts.flash4) > FLASH4:
+        problems.append(
+            f"flash-attn-4 {facts.flash4} returns more than the two results that PyTorch's hook "
+            f"unpacks: pip install flash-attn-4=={FLASH4}"
+        )
+    if dtype not in (torch.float16, torch.bfloat16):
+        problems.append(f"it computes in 16 bits, not {dtype}: say hardware.precision=bf16-mixed")
+    if head_width % 8 or head_width > 128:
+        problems.append(
+            f"{head_width} channels a head are no multiple of 8 up to 128: choose model.heads"
+        )
+    if problems:
+        raise UserError(f"attention=flash4: {'; '.join(problems)}; or say attention=auto")
+
+
+def cudnn_version(number: int) -> str:
+    """Formats PyTorch's number of a cuDNN: 91501 is 9.15.1, 8902 is 8.9.2."""
+    size = 10_000 if number >= 90_000 else 1000
+    return f"{number // size}.{number % size // 100}.{number % 100}" if number else "none"
+
+
+def describe(backend: Backend, facts: Facts, dtype: torch.dtype, head_width: int) -> str:
+    """Returns the result of ``choose`` in words, with versions, for a run's log."""
+    said = {
+        "package": f"FlashAttention ({facts.package})",
         "blocked": "a few heads at a time (bat.nn.blocked)",
-        "sdpa": "PyTorch's scaled_dot_product_attention"
-        + (", no flash_attn package here" if device == "cuda" and FLASH is None else ""),
+        "sdpa": "PyTorch's scaled_dot_product_attention",
+        "not_cudnn": "PyTorch's scaled_dot_product_attention without cuDNN, which is too old",
         "flash": "PyTorch's FlashAttention, nothing else",
+        "flash4": f"FlashAttention 4 (flash-attn-4 {facts.flash4})",
         "cudnn": "cuDNN's, nothing else",
         "eager": "matmul, softmax, matmul",
-    }[choose(backend, device, dtype, head_width)]
+    }[choose(backend, facts, dtype, head_width)]
+    if facts.device != "cuda":
+        return said
+    more = "" if facts.package else ", no flash_attn package here"
+    return f"{said}; torch {torch.__version__}, cuDNN {cudnn_version(facts.cudnn)}{more}"
+
+
+@torch.compiler.assume_constant_result
+def _kernel(backend: Backend, device: torch.device, dtype: torch.dtype, head_width: int) -> Kernel:
+    """Returns the kernel for tensors on ``device``; makes flash-attn-4 PyTorch's FlashAttention."""
+    kernel = choose(backend, facts_of(device), dtype, head_width)
+    if kernel == "flash4" and current_flash_attention_impl() != "FA4":
+        activate_flash_attention_impl("FA4")
+    return kernel
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Tensor:
@@ -90,7 +200,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Tensor
 
     ``backend``: see ``choose``; ``eager`` is matmul-softmax-matmul.
     """
-    kernel = choose(backend, q.device.type, q.dtype, q.shape[-1])
+    kernel = _kernel(backend, q.device, q.dtype, q.shape[-1])
     if kernel == "package":
         assert FLASH is not None
         out = FLASH(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, m, H, d)
@@ -104,7 +214,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Tensor
     if kernel == "sdpa":
         return F.scaled_dot_product_attention(q, k, v)
     try:
-        with sdpa_kernel(_INSISTED[kernel]):
+        with sdpa_kernel(_ALLOWED[kernel]):
             return F.scaled_dot_product_attention(q, k, v)
     except RuntimeError as error:
         if "No available kernel" not in str(error) and "No viable backend" not in str(error):

@@ -254,14 +254,18 @@ def cases(*, gpu: bool, quick: bool) -> list[Case]:
     return [*found, *(Case(what, large, "bf16") for what in alone)]
 
 
-def run(*, repeats: int, quick: bool) -> Iterator[dict[str, Any]]:
+def run(*, repeats: int, quick: bool, only: str = "") -> Iterator[dict[str, Any]]:
     """The rows of this machine, CPU or GPU, each as soon as it is measured.
 
-    A case that raises becomes ``{"case", "error"}``.
+    A case that raises becomes ``{"case", "error"}``. ``only``: the cases of this probe, the large
+    ones first.
     """
     device = here()
     features, made = None, None
-    for case in cases(gpu=device.type == "cuda", quick=quick):
+    found = cases(gpu=device.type == "cuda", quick=quick)
+    if only:
+        found = sorted((c for c in found if c.what == only), key=lambda c: -c.sizes.clips)
+    for case in found:
         try:
             if features is None or made != (case.sizes, case.kind):
                 features = None  # room for the next

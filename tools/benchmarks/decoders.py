@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.flops import counted_tflop
 from benchmarks.memory import peak_mb
-from benchmarks.step import QUICK, OursStep, settings
+from benchmarks.step import QUICK, OursStep, clips_and_mfu, settings
 from benchmarks.timing import here, medians
 
 ABOUT = "the pre-training step by decoder; ratio = the paper's decoder / this"
@@ -46,6 +46,7 @@ def run(*, repeats: int, quick: bool) -> Iterator[dict[str, Any]]:
             "ratio": taken["paper's"] / taken[name],
             "tflop": counted_tflop(configs[name], "ours"),
             "plain_tflop": counted_tflop(configs["paper's"], "ours"),
+            **clips_and_mfu(configs[name], taken[name]),
             "ours_peak_mb": peaks[name],
             "plain_peak_mb": peaks["paper's"],
         }

@@ -18,10 +18,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bat.config.schema import Pretrain
 from bat.objectives.masked_latent import DECODERS
+from bat.train import cost
 from bat.train.cost import clip_flop
 from benchmarks.plain_model import plain_model
 
 TERA = 1e12
+
+
+def peak_flops() -> float | None:
+    """Peak of this machine's GPU, dense bfloat16 FLOP/s; None where it is unknown."""
+    return peak_of(torch.cuda.get_device_name() if torch.cuda.is_available() else "")
+
+
+def peak_of(name: str) -> float | None:
+    """Peak of the device that CUDA calls ``name``."""
+    if hasattr(cost, "device_called"):
+        device = cost.device_called(name)
+        return device and TERA * device.tflops
+    return next((flop for part, flop in cost.PEAK.items() if part in name), None)
 
 
 def tokens_of(config: Pretrain) -> tuple[int, int]:

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from bat.config.compose import compose
 from bat.config.schema import Pretrain
+from bat.eval.hardware import attention_in_words
 from bat.train.pretrain import Pretraining
 from bat.types import WaveBatch
-from benchmarks.flops import counted_tflop, hand_tflop
+from benchmarks.flops import TERA, counted_tflop, hand_tflop, peak_flops
 from benchmarks.memory import MB, peak_mb
 from benchmarks.plain_step import PlainStep, plain_masks_of, plain_weights_of
 from benchmarks.timing import attempted, error_line, here, medians, seconds_of
@@ -249,12 +250,19 @@ def loss_difference(ours: OursStep, plain: PlainStep) -> float:
     return abs(mine - theirs) / theirs
 
 
-def rates(config: Pretrain, seconds: float, matmul: float) -> dict[str, float]:
+def clips_and_mfu(config: Pretrain, seconds: float) -> dict[str, float | None]:
+    """Clips a second, and counted FLOP over the device's peak."""
+    per_second, peak = config.data.batch / seconds, peak_flops()
+    flop = TERA * counted_tflop(config, "ours") * per_second
+    return {"clips_per_second": per_second, "mfu_peak": flop / peak if peak else None}
+
+
+def rates(config: Pretrain, seconds: float, matmul: float) -> dict[str, float | None]:
     """What a step of ``seconds`` means; ``matmul`` in TFLOP/s."""
     per_second = config.data.batch / seconds
     hand, counted = hand_tflop(config), counted_tflop(config, "ours")
     return {
-        "clips_per_second": per_second,
+        **clips_and_mfu(config, seconds),
         "tflop_per_clip": hand,
         "counted_tflop": counted,
         "tflops": hand * per_second,
@@ -297,6 +305,7 @@ def _alone(name: str, ours: OursStep, *, repeats: int, matmul: float) -> dict[st
         "ours_peak_mb": peak,
         "held_mb": ours.held_mb(),
         "first_loss": first,
+        "kernel": attention_in_words(ours.module.objective, ours.config.hardware, ours.device),
         **rates(ours.config, taken["ours"], matmul),
     }
 
