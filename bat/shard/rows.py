@@ -179,7 +179,7 @@ def _published(source: Path) -> str | None:
     if source.is_dir():
         for name in registry.known("tasks"):
             layout = load_task(name).layout
-            if layout and all(any(source.glob(pattern)) for pattern in layout):
+            if layout and all(source.absolute().match(p) or any(source.glob(p)) for p in layout):
                 return name
     return None
 

@@ -177,8 +177,8 @@ class Task:
     """Data set whose statistics standardise the clips in a Kaldi front end, where the checkpoint
     does not record its own: a name of ``bat.audio.frontend.STATISTICS``."""
     layout: tuple[str, ...] = ()
-    """Patterns of files or folders that all lie in the folder of the published data, and nowhere
-    else: ``bat-shard`` knows the task by them. Empty: it is named there."""
+    """Patterns that match files in the folder of the published data, or the folder itself, and
+    nothing else: ``bat-shard`` knows the task by them. Empty: it is named there."""
     detection: Detection = Detection()  # noqa: RUF009  (immutable)
     """Constants of target ``events``."""
     selects: str = ""

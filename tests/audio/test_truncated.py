@@ -117,7 +117,7 @@ def test_truncated__every_command_names_and_counts_it(
     code = importlib.import_module(f"bat.cli.{command}").main(words)
     said = "".join(capfd.readouterr())
     assert code == (0 if command in ("embed", "shard") else 2)
-    listed = [path.read_text() for path in folder.glob("out*") if path.is_file()]
-    listed += [path.read_text() for path in (folder / "out").rglob("*.json*")]
+    written = [path for kind in ("json", "csv") for path in (folder / "out").rglob(f"*.{kind}")]
+    listed = [path.read_text() for path in written]
     assert any("05.wav" in text and "truncated" in text for text in [said, *listed])
-    assert re.search(r"\b1 (of|truncated|window|record|clip)|left out +1 ", said), said
+    assert re.search(r"\b1 (of|truncated|window|record|clip|file)|left out +1 ", said), said

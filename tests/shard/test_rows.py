@@ -121,6 +121,8 @@ def test_detect__a_published_layout_of_each_event_task(task: str, tmp_path: Path
     found = open_rows(tmp_path)
     assert found.kind == task
     assert any(f"those of task {task}" in note for note in found.notes)
+    for inner in tmp_path.glob("tasks/*"):  # HEAR's
+        assert detect(inner) == task
 
 
 @pytest.mark.parametrize(("task", "files"), [
