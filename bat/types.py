@@ -58,7 +58,7 @@ class Skipped(NamedTuple):
     shard: str
     """Name of the shard it lies in."""
     kind: str
-    """Reason in one word, for counting: ``corrupt``, ``short``, ``nan``, ``unreadable``, ..."""
+    """Reason in one word, for counting: ``corrupt``, ``truncated``, ``nan``, ``unreadable``, ..."""
     why: str
     position: int
     """Position in the stream."""

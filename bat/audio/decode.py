@@ -7,10 +7,10 @@ its actual content and never on its header's claims; channels are mixed and soxr
 44.1k to 16k: 90 dB of stop band). A file longer than ``max_file_seconds`` is refused by its header;
 one without a length is read no further.
 
-Damaged files: a truncated FLAC raises in libsndfile; a truncated OGG, MP3, Opus or WAV is read
-short **without an error**, and for all but MP3 the reported length shrinks with the file. So the
-frames that were read are compared with the header, and the header with ``expected_frames``, the
-length that an index recorded when the clip was whole.
+Damaged files: a truncated OGG, MP3, Opus or WAV is read short by libsndfile **without an error**,
+and for all but MP3 the reported length shrinks with the file. So the header is compared with the
+file (``bat.audio.truncated``) or with ``expected_frames``, the length that an index recorded when
+the clip was whole, and the frames that were read with the header.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ import soxr
 from bat.audio.encode import encode as encode
 from bat.audio.ffmpeg import SLACK_FRAMES, AvFile, open_av
 from bat.audio.part import FilePart
+from bat.audio.truncated import missing_end
 from bat.errors import UserError
 
 Source = bytes | Path | FilePart
 """A file's bytes, its path, or its place in a file that holds others."""
-Kind = Literal["corrupt", "empty", "short", "mismatch", "long", "nan", "range", "rate", "brief"]
+Kind = Literal["corrupt", "empty", "truncated", "mismatch", "long", "nan", "range", "rate", "brief"]
 
 BLOCK_SAMPLES = 2**22  # samples (all channels) read at once: 16 MiB
 UNKNOWN_FRAMES = 2**62  # libsndfile answers 2^63 - 1 where a header gives no length
@@ -48,11 +49,11 @@ PEAK = 1e6  # samples beyond this are no audio, and their power would overflow f
 class DecodeError(ValueError):
     """A clip that cannot be used; ``kind`` gives the reason in one word, for counting.
 
-    ``corrupt`` unreadable; ``empty`` no samples (at the requested position); ``short`` fewer frames
-    than the header or the index states; ``mismatch`` more frames than the index recorded; ``long``
-    beyond ``max_file_seconds`` or ``max_decode_seconds``; ``nan`` samples that are not finite;
-    ``range`` beyond 1e6; ``rate`` another sample rate than the index recorded; ``brief`` whole, but
-    shorter than requested.
+    ``corrupt`` unreadable; ``empty`` no samples (at the requested position); ``truncated`` fewer
+    bytes or frames than the header or the index states; ``mismatch`` more frames than the index
+    recorded; ``long`` beyond ``max_file_seconds`` or ``max_decode_seconds``; ``nan`` samples that
+    are not finite; ``range`` beyond 1e6; ``rate`` another sample rate than the index recorded;
+    ``brief`` whole, but shorter than requested.
     """
 
     def __init__(self, kind: Kind, message: str) -> None:
@@ -157,7 +158,8 @@ def probe(data: Source, *, max_file_seconds: float = MAX_FILE_SECONDS) -> AudioI
             A length that the header gives is returned, however long.
 
     Raises:
-        DecodeError: ``corrupt`` where the file is not audio; ``long`` beyond ``max_file_seconds``.
+        DecodeError: ``corrupt`` where the file is not audio; ``truncated`` where its end is
+            missing; ``long`` beyond ``max_file_seconds``.
         OSError: ``data`` is a path that cannot be opened.
     """
     with _open(data) as file:
@@ -170,6 +172,7 @@ def probe(data: Source, *, max_file_seconds: float = MAX_FILE_SECONDS) -> AudioI
         codec = {"WAVEX": "wav", "RF64": "wav"}.get(file.format, file.format.lower())
         if file.subtype == "OPUS":
             codec = "opus"
+        _check_end(file, data)
         return AudioInfo(frames, file.samplerate, file.channels, codec)
 
 
@@ -237,7 +240,7 @@ def _decode(
             check_length(frames, rate, max_file_seconds)
             if expected_frames is not None and abs(frames - expected_frames) > slack:
                 text = f"{frames} frames, but {expected_frames} when it was indexed"
-                raise DecodeError("short" if frames < expected_frames else "mismatch", text)
+                raise DecodeError("truncated" if frames < expected_frames else "mismatch", text)
             if 0 < frames < min_seconds * rate - 1e-6:
                 text = f"{frames / rate:g} s, shorter than min_seconds={min_seconds:g}"
                 raise DecodeError("brief", text)
@@ -245,6 +248,8 @@ def _decode(
         if expected_rate is not None and rate != expected_rate:
             text = f"{rate} Hz, but {expected_rate} Hz when it was indexed"
             raise DecodeError("rate", text)
+        if expected_frames is None and file.format != "FLAC":  # that fails when its end is read
+            _check_end(file, data)
         start = round(start_seconds * rate)
         total = file.frames if file.frames < UNKNOWN_FRAMES else None
         if total is None:
@@ -270,7 +275,7 @@ def _decode(
     if total is None and n < wanted and (n or not start):
         check_whole(start + n)  # read to the end: now the length is known
     if total is not None and n < min(wanted, cap) - slack:
-        raise DecodeError("short", f"only {n} of {min(wanted, cap)} frames decode")
+        raise DecodeError("truncated", f"only {n} of {min(wanted, cap)} frames decode")
     if not n:
         raise DecodeError("empty", f"no samples at {start_seconds} s")
     if not subtype.startswith("PCM_"):  # integers are always valid
@@ -323,6 +328,12 @@ def _open(data: Source) -> _File | AvFile:
     return file
 
 
+def _check_end(file: _File | AvFile, data: Source) -> None:
+    """Raises ``DecodeError`` ("truncated") if the container shows that its end is missing."""
+    if isinstance(file, _File) and (why := missing_end(file, data)):
+        raise DecodeError("truncated", why)
+
+
 def _share_read(file: _File | AvFile) -> float:
     """Returns the share of ``max_file_seconds`` that is read of a file without a length: less if
     its seconds hold more samples than those of audio."""
@@ -342,7 +353,7 @@ def _blocks(file: _File | AvFile, start: int, frames: int) -> Iterator[np.ndarra
             yield block
             frames -= len(block)
     except (soundfile.SoundFileError, RuntimeError) as error:
-        raise DecodeError("corrupt", f"damaged audio: {_reason(error)}") from error
+        raise DecodeError("corrupt", f"damaged or truncated audio: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

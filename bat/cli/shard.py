@@ -28,7 +28,8 @@ EPILOG = """\
 examples:
   bat-shard recordings/ shards/                      any folder; sub-folder names become labels
   bat-shard clips.csv shards/                        columns path, label or labels, fold, split
-  bat-shard ESC-50/ shards/ --task esc50             a data set in its published layout
+  bat-shard URBAN-SED_v2.0.0/ shards/                a data set known by its published layout
+  bat-shard FROGS/ shards/ --task my_tasks.FROGS     one that is not
   bat-shard audioset/ shards/ --codec flac --sample-rate 16000      its CSVs beside its clips
   bat-shard recordings/ shards/ --clip-seconds 10 --splits train=0.9,test=0.1
   bat-shard shards-of-others/                        index WebDataset shards where they lie
@@ -68,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.usage = "bat-shard SOURCE OUT [options] | bat-shard SHARDS | bat-shard verify|info SHARDS"
     p.add_argument("source", metavar="SOURCE", type=Path, help="where the audio is")
     p.add_argument("out", metavar="OUT", type=Path, nargs="?", help="folder for the shards")
-    p.add_argument("--task", metavar="NAME", help="how labels and folds are read (looks at SOURCE)")
+    p.add_argument("--task", metavar="NAME", help="the task that reads SOURCE (looks at its files)")
     p.add_argument(
         "--labels", metavar="FILE", type=Path, help="names the classes: CSV, ontology.json or text"
     )

@@ -117,7 +117,7 @@ class BadClips:
         return named + (f" and {more} others" if more > 0 else "")
 
     def summary(self) -> str:
-        """Returns one line: ``3 of 400 clips unreadable (2 corrupt, 1 short)``."""
+        """Returns one line: ``3 of 400 clips unreadable (2 corrupt, 1 truncated)``."""
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.kinds.items()))
         return f"{self.bad} of {self.seen} clips unreadable" + (f" ({kinds})" if kinds else "")
 

@@ -48,6 +48,8 @@ SAMPLED_BYTES = 4096
 MAX_SPLITS = 127
 MAX_FOLD = (1 << 15) - 1
 PART = 1024
+PART_SLACK_SECONDS = 0.05
+"""By so much a part of a file may end beyond the file: times are often rounded."""
 """Number of files that are asked for at a time."""
 
 
@@ -67,8 +69,8 @@ def read_row(row: Row) -> bytes:
 
     Raises:
         OSError: missing or unreadable.
-        DecodeError: ``empty``; ``long`` (over ``MAX_AUDIO_BYTES``); ``short`` where the tar ends
-            inside the member; ``corrupt`` where ``path`` is no regular file.
+        DecodeError: ``empty``; ``long`` (over ``MAX_AUDIO_BYTES``); ``truncated`` where the tar
+            ends inside the member; ``corrupt`` where ``path`` is no regular file.
     """
     if row.cell is not None:
         return _read_cell(row.path, *row.cell)
@@ -95,6 +97,10 @@ def _read_part(path: Path, start_seconds: float, seconds: float) -> bytes:
         max_seconds=seconds,
         max_file_seconds=MAX_SECONDS,
     )
+    if len(wave) < (seconds - PART_SLACK_SECONDS) * rate:
+        ends = start_seconds + len(wave) / rate
+        text = f"the file ends at {ends:g} s, its part at {start_seconds + seconds:g} s"
+        raise DecodeError("truncated", text)
     return encode(wave, sample_rate=rate, codec="wav")
 
 
@@ -118,7 +124,7 @@ def _read_parts(
     finally:
         os.close(file)
     if len(data) != size:
-        raise DecodeError("short", f"{path.name} ends inside the clip: it was cut")
+        raise DecodeError("truncated", f"{path.name} ends inside the clip: it was cut")
     return data, size
 
 

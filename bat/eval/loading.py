@@ -32,7 +32,6 @@ from bat.eval.encoder_list import RANDOM, check_there, given, path_of, several
 from bat.redact import HIDDEN
 from bat.seeding import derive_seed
 from bat.tasks.base import Task
-from bat.tasks.birdset import SETS as BIRDSET
 from bat.types import Grid
 from bat.weights import is_export, resolve
 
@@ -40,12 +39,6 @@ CSV = "csv"
 """Task name of ``data.csv``."""
 PATCH = 16
 """Side of a patch of the encoders in the model fragments, in frames."""
-STATISTICS_OF = {
-    **{"esc10": "esc50", "esc50": "esc50", "dcase16": "dcase16"},
-    **{"librispeech": "librispeech", "scv2": "speechcommands"},
-    **dict.fromkeys(BIRDSET, "hsn"),
-}
-"""Data set by task whose normalisation suits it (``bat.audio.frontend``); others: AudioSet's."""
 
 
 def check_weights(config: Supervised) -> None:
@@ -137,7 +130,7 @@ def _with_frontend(backbone: Encoder, config: Supervised, task: Task) -> Encoder
         path = Path(path_of(given(config))).expanduser()  # none of random:eat
         exported = path.exists() and is_export(resolve(path))
         recorded = exported or front.statistics != "audioset"
-        usual = front.statistics if recorded else STATISTICS_OF.get(task.name, "audioset")
+        usual = front.statistics if recorded else task.statistics
         if (config.statistics or usual) != front.statistics:
             changes["statistics"] = config.statistics or usual
     elif config.statistics is not None:

@@ -196,7 +196,7 @@ def few_shots(
     """
     first = first_labels(index, ids)
     long = index.frames[ids] > np.ceil(clip_seconds * index.rate[ids])
-    bits = philox(derive_seed(seed, "shots"), 0, 0).random_raw(len(index))[ids]
+    bits = philox(derive_seed(seed, "shots"), 0, 0).random_raw(len(ids))
     order = np.lexsort((bits, long, first))
     ordered = first[order]
     rank = np.arange(len(ids)) - np.searchsorted(ordered, ordered)  # within its class
@@ -228,8 +228,8 @@ def _draw_folds(index: Index, folds: int, *, seed: int, multi_label: bool) -> np
 
 def _even_order(index: Index, ids: np.ndarray, *, seed: int) -> np.ndarray:
     """Returns ``ids`` class by class, the rarest first, each class shuffled."""
-    bits = philox(seed, 0, 0).random_raw(len(index))
-    return ids[np.lexsort((bits[ids], _strata(index)[ids]))]
+    bits = philox(seed, 0, 0).random_raw(len(ids))
+    return ids[np.lexsort((bits, _strata(index)[ids]))]
 
 
 def _strata(index: Index) -> np.ndarray:

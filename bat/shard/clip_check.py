@@ -1,11 +1,10 @@
 """Checks one clip of a shard; used by ``verify``.
 
-*Corrupt* is a clip that training would skip: each kind of ``DecodeError``; and, where the JSON
-gives no length to compare with, a WAV or OGG whose own structure shows that its end is missing
-(libsndfile reads such files short without an error). *Silent*: no sample above -60 dBFS. *Clipped*:
-in some channel, more than 0.1 % of the samples lie in runs of three or more at full scale (one such
-sample is a loud moment, a run is a cut-off top). *Label*: the JSON contradicts the file or the set:
-a name or number outside the vocabulary, a length or a rate that is not the file's.
+*Corrupt* is a clip that training would skip: each kind of ``DecodeError``. *Silent*: no sample
+above -60 dBFS. *Clipped*: in some channel, more than 0.1 % of the samples lie in runs of three or
+more at full scale (one such sample is a loud moment, a run is a cut-off top). *Label*: the JSON
+contradicts the file or the set: a name or number outside the vocabulary, a length or a rate that is
+not the file's.
 
 Clips are decoded a minute at a time at their own rate, so memory does not grow with their length.
 The audio's hash is over the decoded samples, mixed to mono: the same sound as FLAC and as WAV, or
@@ -79,8 +78,6 @@ def check_clip(
             why = f"num_samples {frames} in its JSON, {info.frames} in the file"
             problems.append(("label", why))
             frames = None
-        if "num_samples" not in meta and (cut := missing_end(data)):
-            raise DecodeError("short", cut)
         peak, clipped, audio_hash = _listen(data, info, frames)
     except DecodeError as error:
         problems.append(("corrupt", f"{error.kind}: {error}"))
@@ -115,22 +112,6 @@ def label_faults(
         elif number not in (-1, vocabulary[name]):
             faults.append(f"label_id {number} for {name!r}, which is {vocabulary[name]}")
     return faults
-
-
-def missing_end(data: bytes) -> str | None:
-    """Returns why the file must be truncated, from its container; None if nothing shows it."""
-    if data[:4] == b"RIFF":
-        claimed = int.from_bytes(data[4:8], "little") + 8
-        streamed = claimed >= 0x7FFFF000  # a program that wrote to a pipe does not know its length
-        if len(data) < claimed and not streamed:
-            return f"{len(data)} bytes of a WAV whose header says {claimed}: cut short"
-    if data[:4] == b"OggS":
-        last = data.rfind(b"OggS")  # RFC 3533: flag 4 marks the last page of the stream
-        body = last + 27 + data[last + 26] if last + 27 <= len(data) else len(data) + 1
-        whole = body + sum(data[last + 27 : body]) <= len(data)
-        if not whole or not data[last + 5] & 4:
-            return "an OGG without its last page: cut short"
-    return None
 
 
 def _listen(data: bytes, info: AudioInfo, expected: int | None) -> tuple[float, float, int]:

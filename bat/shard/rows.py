@@ -10,6 +10,7 @@ hsn ...     ``HSN_metadata_train.parquet`` (BirdSet): in the folder, before shar
 eat         ``X.tsv`` with ``path<TAB>samples`` lines: in the folder, or the file itself
 parquet     ``.parquet``: in the folder or up to two levels below, the file itself, a glob
 esc50 ...   ``meta.csv`` or ``meta/esc50.csv`` beside ``audio/``, with the published classes
+scv2 ...    what ``Task.layout`` names, of a task of ``bat.tasks``: in the folder
 csv         a ``.csv``
 folder      any other folder
 ==========  ============================================================================
@@ -27,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bat import registry
 from bat.data.clip_json import parse_labels
 from bat.data.manifest import Manifest, joint_vocabulary
 from bat.data.sources import find
@@ -75,6 +77,11 @@ def open_rows(
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", str(source)):
             raise UserError(f"{str(source)!r} is not a path of this machine: download it first")
         if not glob.has_magic(str(source)) and "{" not in str(source):
+            if re.match(r"(recipe|task|data\.\w+)=", str(source)):
+                raise UserError(
+                    f"{str(source)!r} is a setting of a run: say bat-shard DIR OUT, and --task "
+                    "NAME where the task is not known by its files"
+                )
             raise UserError(f"{missing(source)}: give a folder, a CSV, parquet or shards")
     kind = detect(source) if task is None else task
     found = _read(source, kind, labels_of(labels) if labels is not None else None, split)
@@ -169,13 +176,19 @@ def _published(source: Path) -> str | None:
             complete = all({"filename", "fold"} <= set(line) for line in lines)
             tasks = (n for n in ("esc50", "esc10") if found in load_task(n).label_sets)
             return next(tasks, None) if complete else None
+    if source.is_dir():
+        for name in registry.known("tasks"):
+            layout = load_task(name).layout
+            if layout and all(source.absolute().match(p) or any(source.glob(p)) for p in layout):
+                return name
     return None
 
 
 def _layout_notes(source: Path, kind: str, task: str | None) -> list[str]:
     """Returns notes on label files in a folder that were found, or were not used."""
-    if kind in ("esc50", "esc10") and task is None:
-        return [f"labels and folds are those of task {kind}; --task folder reads it plainly"]
+    by_layout = kind != "shards" and (kind in ("esc50", "esc10") or load_task(kind).layout)
+    if task is None and by_layout:
+        return [f"labels and splits are those of task {kind}; --task folder reads it plainly"]
     if kind != "folder":
         return []
     for name in ("meta/esc50.csv", "meta.csv"):

@@ -173,6 +173,12 @@ class Task:
     make: Callable[[Path], None] | None = None
     """Writes the task's synthetic clips to a folder, which ``rows`` then reads, if no data are
     given; writing them again gives the same bytes."""
+    statistics: str = "audioset"
+    """Data set whose statistics standardise the clips in a Kaldi front end, where the checkpoint
+    does not record its own: a name of ``bat.audio.frontend.STATISTICS``."""
+    layout: tuple[str, ...] = ()
+    """Patterns that match files in the folder of the published data, or the folder itself, and
+    nothing else: ``bat-shard`` knows the task by them. Empty: it is named there."""
     detection: Detection = Detection()  # noqa: RUF009  (immutable)
     """Constants of target ``events``."""
     selects: str = ""

@@ -82,6 +82,7 @@ def birdset(name: str) -> Task:
         target="tags",
         metrics=("map", "f1"),
         frames=512,
+        statistics="hsn",
         label_sets=(frozenset(HSN),) if name == "HSN" else (),
     )
 

@@ -11,6 +11,8 @@ label, or labels   one, unchanged; or several, separated by ``;``, or by ``,`` w
                    of 0 and 1, a class each. If several are possible a clip may have none
 fold, or split     optional: whole numbers; or train, test and valid (or synonyms of ``SPLITS``)
 text               optional: the transcript, unchanged; a column of labels is then not needed
+clip_start,        optional: seconds; the clip is this part of the file, read by seeking, and a file
+clip_end           may have any number of them. A line without both is the whole file
 onset, offset      optional: seconds; then a line is an event, and a clip has any number of them.
                    A line with a path alone is a clip without events. A clip's labels are the
                    union of those of its events
@@ -41,7 +43,8 @@ from bat.tasks.folder import SPLITS, keys_of, split_of
 from bat.tasks.labels import MISSING, Labels, cell_names, items_of, named
 from bat.tasks.tables import numbered_lines, whole_number
 
-COLUMNS = ("path", "label", "labels", "fold", "split", "onset", "offset", "text")
+PART = ("clip_start", "clip_end")
+COLUMNS = ("path", "label", "labels", "fold", "split", "onset", "offset", "text", *PART)
 ALSO_CALLED = {
     **dict.fromkeys(("file", "filename", "filepath", "audio", "wav", "clip", "fname"), "path"),
     **dict.fromkeys(("class", "category", "target", "tag", "eventlabel", "classname"), "label"),
@@ -50,6 +53,8 @@ ALSO_CALLED = {
     **dict.fromkeys(("set", "subset", "partition"), "split"),
     **dict.fromkeys(("start", "begin", "starttime", "onsettime", "startseconds"), "onset"),
     **dict.fromkeys(("end", "stop", "endtime", "offsettime", "endseconds"), "offset"),
+    **dict.fromkeys(("clipstart", "segmentstart", "partstart"), "clip_start"),
+    **dict.fromkeys(("clipend", "segmentend", "partend"), "clip_end"),
 }
 """Other names of the columns, in lower case without ``_``, ``-`` and blanks."""
 ZEROS, ONES = ("0", "0.0", "false"), ("1", "1.0", "true")
@@ -82,6 +87,9 @@ def read(path: Path, labels: Labels | None = None, *, labelled: bool = True) -> 
         UserError: for every mistake, with its line.
     """
     columns, lines, notes = _read_lines(path)
+    parts = _check_parts(columns, path)
+    if parts and not {"fold", "split"} & set(columns):
+        notes.append("a column 'fold' or 'split' keeps parts of one file on one side of a test")
     timed = "onset" in columns
     strict = labelled or timed
     if strict:
@@ -91,7 +99,7 @@ def read(path: Path, labels: Labels | None = None, *, labelled: bool = True) -> 
     if strict:  # the part below the folder that holds all of them
         common = os.path.commonpath([os.path.dirname(line.file) for line in lines])
         names = [os.path.relpath(line.file, common) for line in lines]
-    unique = list(dict.fromkeys(names)) if timed else names
+    unique = list(dict.fromkeys(names)) if timed or parts else names
     keys = dict(zip(unique, keys_of(unique), strict=True))
     rows = [
         _row(line, keys[name], path, strict=strict) for line, name in zip(lines, names, strict=True)
@@ -207,6 +215,40 @@ def _unknown(column: str) -> str:
     return f"unknown column {column!r}{hint}; known are {', '.join(COLUMNS)}. Rename or remove it"
 
 
+def _check_parts(columns: list[str], path: Path) -> bool:
+    """Returns True if lines are parts of files; raises ``UserError`` for a column without its
+    other, or beside those of events."""
+    given = [column for column in PART if column in columns]
+    if len(given) == 1:
+        (lacks,) = set(PART) - set(given)
+        raise UserError(
+            f"{path} line 1: column {given[0]!r} without {lacks!r}: a part has both, in seconds"
+        )
+    if given and "onset" in columns:
+        raise UserError(
+            f"{path} line 1: {given[0]!r} beside 'onset': events are those of a whole file; "
+            "remove one pair of columns"
+        )
+    return bool(given)
+
+
+def _part(line: Line, path: Path) -> tuple[float, float | None]:
+    """Returns start and length, in seconds, of the part of the file that is the clip; None: all."""
+    given = [line.cells.get(column, "") for column in PART]
+    if not any(given):
+        return 0.0, None
+    try:
+        start, end = map(float, given)
+    except ValueError:
+        start = end = math.nan
+    if not 0 <= start < end < math.inf:
+        raise UserError(
+            f"{path} line {line.number}: clip_start {given[0]!r}, clip_end {given[1]!r}: seconds "
+            "from the start of the file, the end after the start"
+        )
+    return start, round(end - start, 6)
+
+
 def _labels(
     lines: Sequence[tuple[int, dict[str, str]]], path: Path
 ) -> tuple[list[tuple[str, ...]], list[str]]:
@@ -275,9 +317,14 @@ def _row(line: Line, key: str, path: Path, *, strict: bool) -> Row:
     if strict:
         _check_values(line, f"{path} line {line.number}")
     fold, split = cells.get("fold"), cells.get("split") or None
+    start, seconds = _part(line, path)
+    if seconds is not None:
+        key += f"__{round(1000 * start)}-{round(1000 * (start + seconds))}ms"
     return Row(
         path=path.parent / cells["path"],
         key=key,
+        start_seconds=start,
+        seconds=seconds,
         labels=line.labels,
         fold=whole_number(fold, column="fold", path=path) if fold else None,
         split=split_of(split) if split and strict else split,
@@ -332,14 +379,14 @@ def _check_values(line: Line, at: str) -> None:
 
 def _join(lines: Sequence[Line], rows: list[Row], path: Path, *, timed: bool) -> list[Row]:
     """Returns one row a clip, with the labels and events of all its lines."""
-    clips: dict[str, Row] = {}
+    clips: dict[tuple[str, tuple[float, float] | None], Row] = {}
     for line, row in zip(lines, rows, strict=True):
         at, name = f"{path} line {line.number}", line.cells["path"]
         if timed:
             onset, offset = line.cells["onset"], line.cells["offset"]
             event = [Event(float(onset), float(offset), row.labels, line.number)] if onset else []
             row = replace(row, events=tuple(event))
-        before = clips.setdefault(line.file, row)
+        before = clips.setdefault((line.file, row.place), row)
         if before is row:
             continue
         if not timed:
@@ -359,7 +406,7 @@ def _join(lines: Sequence[Line], rows: list[Row], path: Path, *, timed: bool) ->
                 f"{at}: {name!r} is in line {before.line} too, and one of the two is without an "
                 "event: that is for clips that have none"
             )
-        clips[line.file] = replace(
+        clips[line.file, row.place] = replace(
             before,
             labels=tuple(dict.fromkeys(before.labels + row.labels)),
             mids=tuple(dict.fromkeys(before.mids + row.mids)),

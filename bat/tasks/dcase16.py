@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from bat.errors import UserError
-from bat.tasks.base import Reading, Row, Task
+from bat.tasks.base import Reading, Row
 from bat.tasks.events import Detection
-from bat.tasks.published import MISSING, Mistakes, find_root, row_of
+from bat.tasks.published import MISSING, Mistakes, event_task, find_root, row_of
 from bat.tasks.tables import read_csv, whole_number
 
 PUBLISHED = "dcase16 (HEAR 2021, Zenodo 5887964, dcase2016_task2-hear2021-full)"
@@ -98,14 +98,14 @@ def rows(root: Path) -> Reading:
     return Reading(found, classes)
 
 
-TASK = Task(
-    name="dcase16",
-    rows=rows,
-    target="events",
-    metrics=("event_f1", "segment_f1", "psds1", "psds2", "map", "map_micro", "f1", "f1_micro"),
+TASK = event_task(
+    "dcase16",
+    rows,
+    CLASSES,
+    metrics=("map_micro", "f1", "f1_micro"),
     selects="map_micro",
     frames=12_000,
-    classes=len(CLASSES),
-    label_sets=(frozenset(CLASSES),),
+    statistics="dcase16",
+    layout=("tasks/dcase2016_task2-hear2021-full",),
     detection=Detection(threshold=0.3, median=3, edge="start"),
 )

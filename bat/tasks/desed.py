@@ -28,9 +28,9 @@ import functools
 from pathlib import Path
 
 from bat.errors import UserError
-from bat.tasks.base import LeftOut, Reading, Row, Task
+from bat.tasks.base import LeftOut, Reading, Row
 from bat.tasks.events import Event
-from bat.tasks.published import UNKNOWN, Mistakes, find_root, row_of
+from bat.tasks.published import UNKNOWN, Mistakes, event_task, find_root, row_of
 from bat.tasks.tables import numbered_lines
 
 PUBLISHED = (
@@ -113,11 +113,4 @@ def rows(root: Path) -> Reading:
     return Reading(found, list(CLASSES), notes, left_out)
 
 
-TASK = Task(
-    name="desed",
-    rows=rows,
-    target="events",
-    metrics=("event_f1", "segment_f1", "psds1", "psds2", "map"),
-    classes=len(CLASSES),
-    label_sets=(frozenset(CLASSES),),
-)
+TASK = event_task("desed", rows, CLASSES, layout=("metadata/validation/*", "audio/validation"))

@@ -76,4 +76,5 @@ TASK = Task(
     frames=512,
     classes=50,
     label_sets=(frozenset(CATEGORIES.split()),),
+    statistics="esc50",
 )

@@ -64,4 +64,11 @@ def rows(root: Path) -> Reading:
     return Reading(found, classes)
 
 
-TASK = Task(name="fsd50k", rows=rows, target="tags", loss="asl", classes=CLASSES)
+TASK = Task(
+    name="fsd50k",
+    rows=rows,
+    target="tags",
+    loss="asl",
+    classes=CLASSES,
+    layout=("FSD50K.ground_truth",),
+)

@@ -122,4 +122,6 @@ TASK = Task(
     target="tokens",
     metrics=("wer", "cer", "token_error_rate"),
     symbols=f" '{string.ascii_lowercase}",
+    statistics="librispeech",
+    layout=tuple(PARTS),
 )

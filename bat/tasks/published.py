@@ -7,11 +7,12 @@ Nothing is downloaded: where files are missing, the message says where the set i
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from bat.errors import UserError
-from bat.tasks.base import Row
+from bat.tasks.base import Reading, Row, Task
 from bat.tasks.events import Event
 
 SHOWN = 3
@@ -93,6 +94,26 @@ def find_root(root: Path, needed: Sequence[str], published: str) -> Path:
             "them, data.root=DIR; bat downloads nothing"
         )
     return best
+
+
+def event_task(
+    name: str,
+    rows: Callable[[Path], Reading],
+    classes: Sequence[str],
+    *,
+    metrics: tuple[str, ...] = (),
+    **constants: Any,
+) -> Task:
+    """Returns the task of a set with ``classes`` and strong labels; ``metrics`` after the usual."""
+    return Task(
+        name=name,
+        rows=rows,
+        target="events",
+        metrics=("event_f1", "segment_f1", "psds1", "psds2", "map", *metrics),
+        classes=len(classes),
+        label_sets=(frozenset(classes),),
+        **constants,
+    )
 
 
 def row_of(audio: Path, key: str, events: Sequence[Event], *, split: str) -> Row:

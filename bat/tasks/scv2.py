@@ -85,4 +85,6 @@ TASK = Task(
     classes=len(CLASSES),
     vocabulary=CLASSES,
     label_sets=(frozenset(CLASSES),),
+    statistics="speechcommands",
+    layout=(*LISTS, NOISE),
 )

@@ -76,4 +76,11 @@ def rows(root: Path) -> Reading:
     )
 
 
-TASK = Task(name="spass", rows=rows, target="tags", loss="asl", classes=CLASSES)
+TASK = Task(
+    name="spass",
+    rows=rows,
+    target="tags",
+    loss="asl",
+    classes=CLASSES,
+    layout=tuple(f"*MatrixLabels*{scene}.csv" for scene in SCENES),
+)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bat.tasks.base import Reading, Row, Task
-from bat.tasks.published import MISSING, Mistakes, find_root, row_of
+from bat.tasks.base import Reading, Row
+from bat.tasks.published import MISSING, Mistakes, event_task, find_root, row_of
 from bat.tasks.tables import csv_cells
 
 PUBLISHED = "urban_sed (URBAN-SED v2.0.0, Zenodo 1324404)"
@@ -49,11 +49,4 @@ def rows(root: Path) -> Reading:
     return Reading(found, list(CLASSES))
 
 
-TASK = Task(
-    name="urban_sed",
-    rows=rows,
-    target="events",
-    metrics=("event_f1", "segment_f1", "psds1", "psds2", "map"),
-    classes=len(CLASSES),
-    label_sets=(frozenset(CLASSES),),
-)
+TASK = event_task("urban_sed", rows, CLASSES, layout=("annotations/validate", "audio/validate"))

@@ -221,7 +221,7 @@ def test_files__bytes_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert read_row(Row(path, "a", ())) == b"0123456789"
     assert read_row(Row(path, "a", (), span=(2, 5))) == b"23456"
     for row, kind in (
-        (Row(path, "a", (), span=(8, 5)), "short"),
+        (Row(path, "a", (), span=(8, 5)), "truncated"),
         (Row(path, "a", (), span=(8, 0)), "empty"),
         (Row(tmp_path, "a", ()), "corrupt"),
     ):

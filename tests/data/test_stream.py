@@ -188,7 +188,7 @@ def test_clip_dataset__clip_shorter_than_indexed_is_noticed(tmp_path: Path) -> N
     write_tar(tmp_path / "a.tar", {"a.wav": WAV[:1_000], "a.json": said})
     batch = dataset(open_index(tmp_path / "a.tar"))[0, 0]
     assert batch.keys == []
-    assert [(s.key, s.kind) for s in batch.skipped] == [("a", "short")]
+    assert [(s.key, s.kind) for s in batch.skipped] == [("a", "truncated")]
 
 
 def test_clip_dataset__too_long_a_clip_is_not_read_and_a_lost_shard_is_no_crash(

@@ -20,9 +20,11 @@ from tests.reference import events as reference
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """More clips of the toy task: 96 to train, 8 to select on, 16 to judge."""
-    root = tmp_path_factory.mktemp("planted")
+    """Other clips than those of the toy task, with which the settings were tried: 96 to train, 8
+    that select the rate, 16 to evaluate once."""
+    root, clip = tmp_path_factory.mktemp("planted"), toy_events.clip
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy_events, "clip", lambda number: clip(1_000 + number))
         patch.setattr(toy_events, "CLIPS", {"train": 96, "valid": 8, "test": 16})
         toy_events.make(root)
     return root
@@ -33,7 +35,7 @@ def run(encoder: Path, root: Path, out: Path, *words: str) -> dict[str, float]:
         "recipe=toy_events", f"checkpoint={encoder}", f"data.root={root}", f"out={out}",
         f"data.cache={out.parent / 'cache'}", "log.progress=false", "bootstrap=0",
         "diagnostics.encoder=false", "head.prototypes=128", "head.dropout=0", "data.batch=16",
-        "protocol.prototype_lrs=[0.1]", "train.steps=600", *words,
+        "protocol.prototype_lrs=[0.03,0.1]", "train.steps=600", *words,
     ]  # fmt: skip
     merged = dict(word.split("=", 1) for word in given)
     probe(compose(Probe, "probe", [f"{k}={v}" for k, v in merged.items()]))

@@ -134,7 +134,8 @@ def test_pack__damage_costs_the_pieces_it_is_in(
     assert kept <= set(clips(tmp_path / "s"))
     assert least <= len(manifest.left_out) <= most
     assert manifest.clips + len(manifest.left_out) == 30
-    assert {entry["reason"].split(":")[0] for entry in manifest.left_out} <= {"corrupt", "short"}
+    kinds = {entry["reason"].split(":")[0] for entry in manifest.left_out}
+    assert kinds <= {"corrupt", "truncated"}
 
 
 @pytest.mark.parametrize("clip_seconds", [None, 10.0])

@@ -16,6 +16,7 @@ from bat.shard.rows import detect, open_rows
 from bat.tasks.base import LeftOut, load_task
 from bat.tasks.parquet import parquet_files
 from tests.shard.files import lay, write_tar
+from tests.tasks.layouts import MAKERS
 
 SEGMENTS = '# Segments\n# num\n# YTID, start\nabc, 30.000, 40.000, "/m/1"\n'
 CLASSES = "index,mid,display_name\n0,/m/0,Speech\n1,/m/1,Dog\n"
@@ -112,6 +113,29 @@ def test_open_rows__published_layouts_are_used_unless_told_otherwise(tmp_path: P
     (tmp_path / "ten.txt").write_text("\n".join(sorted({n[:-4] for n in names}, reverse=True)))
     found = open_rows(tmp_path, labels=tmp_path / "ten.txt")
     assert found.vocabulary[0] == "sneezing"
+
+
+@pytest.mark.parametrize("task", MAKERS)
+def test_detect__a_published_layout_of_each_event_task(task: str, tmp_path: Path) -> None:
+    assert detect(MAKERS[task](tmp_path)) == task
+    found = open_rows(tmp_path)
+    assert found.kind == task
+    assert any(f"those of task {task}" in note for note in found.notes)
+    for inner in tmp_path.glob("tasks/*"):  # HEAR's
+        assert detect(inner) == task
+
+
+@pytest.mark.parametrize(("task", "files"), [
+    ("scv2", ["validation_list.txt", "testing_list.txt", "_background_noise_/x.wav"]),
+    ("librispeech", ["train-clean-100/x", "dev-clean/x", "test-clean/x"]),
+])  # fmt: skip
+def test_detect__a_published_layout_of_speech(task: str, files: list[str], tmp_path: Path) -> None:
+    assert detect(lay(tmp_path, dict.fromkeys(files, ""))) == task
+
+
+def test_open_rows__a_setting_in_place_of_the_source_is_pointed_at() -> None:
+    with pytest.raises(UserError, match=r"'recipe=scv2' is a setting .*bat-shard DIR OUT"):
+        open_rows(Path("recipe=scv2"))
 
 
 def test_open_rows__csv_in_the_folder_is_pointed_at(tmp_path: Path) -> None:

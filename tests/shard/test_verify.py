@@ -76,7 +76,7 @@ def test_verify__cut_clip_is_corrupt(shards: Path, codec: str) -> None:
     report = verify(shards)
     assert not report.ok
     kind, _, _ = found(report, "corrupt")["k1"].partition(":")
-    assert kind == ("corrupt" if codec == "flac" else "short")
+    assert kind == ("corrupt" if codec == "flac" else "truncated")
     assert report.counts["label"] == report.counts["silent"] == 0
 
 

@@ -7,8 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
+from bat.audio.decode import DecodeError, decode
+from bat.data.files import index_files, read_row
 from bat.errors import UserError
 from bat.tasks import folder
 from bat.tasks.base import Reading, load_task
@@ -48,6 +52,32 @@ def test_read__several_labels_and_splits(tmp_path: Path, cells: str) -> None:
     assert [(r.labels, r.split) for r in found.rows] == [(("a", "b"), "train"), (("b",), "test")]
     task = load_task("csv").settle([len(row.labels) for row in found.rows])
     assert (task.multi_label, task.loss, task.metric) == (True, "bce", "map")
+
+
+def test_read__parts_of_a_file_are_clips_and_are_read_by_seeking(tmp_path: Path) -> None:
+    wave = np.arange(32_000) / 65536
+    soundfile.write(tmp_path / "long.wav", wave, 16_000)
+    soundfile.write(tmp_path / "b.wav", wave, 16_000)
+    lines = [
+        "path,label,clip start,clip_end",
+        "long.wav,a,0,0.5",
+        "long.wav,b,0.5,1.25",
+        "b.wav,a,,",
+    ]
+    found = read(lay(tmp_path, "\n".join([*lines, "long.wav,a,1.5,2.5"])))
+    assert [(r.key, r.labels, r.place) for r in found.rows] == [
+        ("long__0-500ms", ("a",), (0.0, 0.5)), ("long__500-1250ms", ("b",), (0.5, 0.75)),
+        ("b", ("a",), None), ("long__1500-2500ms", ("a",), (1.5, 1.0)),
+    ]  # fmt: skip
+    assert any("keeps parts of one file on one side" in note for note in found.notes)
+    part = decode(read_row(found.rows[1]), sample_rate=16_000)
+    np.testing.assert_allclose(part, wave[8_000:20_000], atol=1.01 / 32768)
+    with pytest.raises(DecodeError, match=r"ends at 2 s, its part at 2\.5 s"):
+        read_row(found.rows[3])
+    index, left_out = index_files(found.rows, found.vocabulary)
+    assert ([index.key(i) for i in range(3)], len(index)) == ([r.key for r in found.rows[:3]], 3)
+    assert left_out[0].reason.startswith("truncated")
+    assert UNLABELLED(tmp_path / "labels.csv").rows[1].place == (0.5, 0.75)
 
 
 def test_read__text_instead_of_labels(tmp_path: Path) -> None:
@@ -158,6 +188,14 @@ MISTAKES = [
     (T + "a.wav,x,0,1\nb.wav,y,2,2\n", "line 3: offset 2 is not after onset 2: .*duration"),
     (T + "a.wav,x,0,1\na.wav,,,\n", "line 3: 'a.wav' is in line 2 too, and one of the two"),
     (T + "a.wav,,,\nb.wav,,,\n", "has no label"),
+    ("path,label,clip_start\na.wav,x,1\n", "'clip_start' without 'clip_end'"),
+    ("path,label,clip_start,clip_end\na.wav,x,1,1\n", "line 2: clip_start '1', clip_end '1'"),
+    ("path,label,clip_start,clip_end\na.wav,x,,1\n", "line 2: clip_start '', clip_end '1'"),
+    (T.replace("path", "path,clip_start,clip_end") + "a.wav,0,1,x,0,1\n", "beside 'onset'"),
+    (
+        "path,label,clip_start,clip_end\na.wav,x,0,1\na.wav,y,0,1\n",
+        "line 3: 'a.wav' is there already, in line 2",
+    ),
     (
         "path,label,onset,offset,fold\na.wav,x,0,1,0\na.wav,y,0,1,2\n",
         "line 3: fold 2 of 'a.wav', which has fold 0 in line 2",

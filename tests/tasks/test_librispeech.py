@@ -18,11 +18,10 @@ from bat.eval.prepare import open_probing, prepare
 from bat.eval.scoring import greedy
 from bat.eval.targets import TokenTargets, outputs
 from bat.metrics.text import Text
-from bat.shard.rows import open_rows
-from bat.shard.write import write_shards
 from bat.tasks import librispeech
 from bat.tasks.base import load_task
 from bat.types import Grid, WaveBatch
+from tests.tasks.shards import probe_files_and_shards
 
 TEXTS = {
     "train-clean-100": {
@@ -176,23 +175,11 @@ def test_clip__wave_frames_and_target_by_hand(root: Path, settings) -> None:
 def test_probe__runs_from_folders_and_shards_with_the_same_numbers(
     root: Path, settings, tmp_path: Path
 ) -> None:
-    from bat.eval.probe import probe
-
-    found = open_rows(root, task="librispeech")
-    for split in ("train", "valid", "test"):
-        rows = [row for row in found.rows if row.split == split]
-        write_shards(rows, tmp_path / "shards" / split, vocabulary=found.vocabulary)
-    runs = {"files": f"data.root={root}", "shards": f"data.shards=[{tmp_path / 'shards'}]"}
-    results = []
-    for name, where in runs.items():
-        probe(settings(where, f"out={tmp_path / f'run-{name}'}"))
-        summary = json.loads((tmp_path / f"run-{name}" / "summary.json").read_text())
-        assert (summary["metric"], summary["target"]) == ("wer", "tokens")
-        assert "step selected on the clips of the split valid" in summary["how"]
-        (entry,) = summary["encoders"].values()
-        results.append(entry["results"]["asr"]["mean"])
-    assert results[0] == results[1]
-    assert set(results[0]) == {"wer", "cer", "token_error_rate"}
+    summary = probe_files_and_shards("librispeech", root, tmp_path, settings)
+    assert (summary["metric"], summary["target"]) == ("wer", "tokens")
+    assert "step selected on the clips of the split valid" in summary["how"]
+    (entry,) = summary["encoders"].values()
+    assert set(entry["results"]["asr"]["mean"]) == {"wer", "cer", "token_error_rate"}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -19,10 +18,9 @@ from bat.data.windows import cut_into_windows
 from bat.encoders.bat import BAT
 from bat.errors import UserError
 from bat.eval.prepare import prepare
-from bat.shard.rows import open_rows
-from bat.shard.write import write_shards
 from bat.tasks import scv2
 from bat.types import Grid
+from tests.tasks.shards import probe_files_and_shards
 
 SECONDS = {"doing_the_dishes": 10.5, "white_noise": 10.0}
 """Ten whole seconds each: 8 of training, 1 of validation, 1 of test."""
@@ -142,27 +140,15 @@ def test_clip__wave_frames_and_target_by_hand(root: Path, settings) -> None:
 def test_probe__runs_from_files_and_shards_with_the_same_numbers(
     root: Path, settings, tmp_path: Path
 ) -> None:
-    from bat.eval.probe import probe
-
-    found = open_rows(root, task="scv2")
-    for split in ("train", "valid", "test"):
-        rows = [row for row in found.rows if row.split == split]
-        write_shards(rows, tmp_path / "shards" / split, vocabulary=found.vocabulary)
-    runs = {"files": f"data.root={root}", "shards": f"data.shards=[{tmp_path / 'shards'}]"}
-    results = []
-    for name, where in runs.items():
-        probe(settings(where, f"out={tmp_path / f'run-{name}'}"))
-        summary = json.loads((tmp_path / f"run-{name}" / "summary.json").read_text())
-        assert summary["metric"] == "accuracy"
-        assert tuple(summary["labels"]) == scv2.CLASSES
-        assert "step selected on the clips of the split valid" in summary["how"]
-        (split,) = summary["splits"]
-        assert (split["train"], split["valid"], split["test"]) == (20, 6, 6)
-        (entry,) = summary["encoders"].values()
-        (chosen,) = entry["results"]["linear"]["selected"].values()
-        assert chosen["step"] in (3, 6)
-        results.append(entry["results"]["linear"]["mean"])
-    assert results[0] == results[1]
+    summary = probe_files_and_shards("scv2", root, tmp_path, settings)
+    assert summary["metric"] == "accuracy"
+    assert tuple(summary["labels"]) == scv2.CLASSES
+    assert "step selected on the clips of the split valid" in summary["how"]
+    (split,) = summary["splits"]
+    assert (split["train"], split["valid"], split["test"]) == (20, 6, 6)
+    (entry,) = summary["encoders"].values()
+    (chosen,) = entry["results"]["linear"]["selected"].values()
+    assert chosen["step"] in (3, 6)
 
 
 @pytest.mark.parametrize(
