@@ -24,81 +24,22 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from bat.data.balance import class_balance, first_label_balance
+from bat.data.columns import PIECE
+from bat.data.draws import CHOICE, MIX, ORDER, ROUNDS, SHARDS, STAND_IN, below, permuted, philox
+from bat.data.index import Index
 from bat.errors import UserError
-
-if TYPE_CHECKING:
-    from bat.data.index import Index
-
-ORDER, CROP, ROLL, STAND_IN, OFFSET, CHOICE, SHARDS, MIX, NOISE = range(9)
-"""Independent random streams of one seed."""
 
 MIX_BLOCK = 1000
 """Positions within which a mixture's shares are exact; weights are rounded to a thousandth."""
 KEYED_FROM = 1 << 23
 """Clips from which ``shuffle=auto`` takes the keyed order: the exact one would need 200 MB."""
-ROUNDS = 8
-"""Rounds of ``permuted``."""
-PIECE = 1 << 18
-"""Clips that are looked at together where a data set is gone through."""
 K, V = TypeVar("K"), TypeVar("V")
-
-
-def philox(seed: int, number: int, purpose: int, start: int = 0) -> np.random.Philox:
-    """Returns the random bits of (seed, number) for one purpose, from the ``start``-th on.
-
-    Raw bits of a counter-based generator are the same in every numpy version; its ``Generator``
-    methods are not guaranteed to be, and a resumed run must not depend on an upgrade.
-    """
-    key = np.array([seed, number], np.uint64)
-    bits = np.random.Philox(key=key, counter=np.array([start // 4, 0, 0, purpose], np.uint64))
-    bits.random_raw(start % 4, output=False)  # a count gives four numbers
-    return bits
-
-
-def below(n: int, bits: np.random.Philox) -> int:
-    """Draws uniformly from ``0 .. n - 1``."""
-    return int(bits.random_raw()) * n >> 64
-
-
-def normal(n: int, bits: np.random.Philox) -> np.ndarray:
-    """Draws from N(0, 1), two of 64 bits (Box-Muller): (n,) float32."""
-    raw = bits.random_raw((n + 1) // 2)
-    radius = np.sqrt(-2.0 * np.log(((raw >> np.uint64(32)) + 0.5) * 2.0**-32))
-    angle = (raw & np.uint64(0xFFFFFFFF)) * (np.pi * 2.0**-31)
-    pairs = radius * np.array([np.cos(angle), np.sin(angle)])
-    return pairs.ravel()[:n].astype(np.float32)
-
-
-def permuted(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Returns the images (m,) int64 of ``places`` (m,) under a bijection of ``0 .. n - 1``.
-
-    A Feistel network over pairs ``(x, y)`` of ``0 .. a - 1`` and ``0 .. b - 1``, ``a b >= n``: the
-    rounds add to x a hash of y modulo a, and to y a hash of x modulo b, in turn. What leaves
-    ``0 .. n - 1`` (fewer than one in sqrt(n)) is sent through again until it is back.
-
-    Args:
-        keys: (ROUNDS,) uint64, random.
-    """
-    b = math.isqrt(n - 1) + 1
-    wide, high = np.array([-(-n // b), b], np.uint64), np.uint64(32)
-    out, todo = np.array(places, np.uint64), np.arange(len(places))
-    while len(todo):
-        pair = list(np.divmod(out[todo], wide[1]))
-        for number, key in enumerate(keys):
-            side = number % 2
-            hashed = (pair[1 - side] ^ key) * np.uint64(0x9E3779B97F4A7C15)
-            hashed = (hashed ^ (hashed >> high)) * np.uint64(0xD6E8FEB86659FD93)
-            moved = pair[side] + ((hashed >> high) * wide[side] >> high)
-            pair[side] = np.where(moved >= wide[side], moved - wide[side], moved)
-        out[todo] = pair[0] * wide[1] + pair[1]
-        todo = todo[out[todo] >= n]
-    return out.astype(np.int64)
 
 
 class Latest(dict[K, V]):
@@ -399,52 +340,6 @@ class MixedPlan:
         """Returns the identity as ``Plan.identity``."""
         parts = zip(self.counts.tolist(), self.plans, strict=True)
         return "; ".join(f"{n} in {MIX_BLOCK} of {plan.identity()}" for n, plan in parts)
-
-
-def class_balance(label_ids: np.ndarray, label_ptr: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Returns weights of ``ids`` for class-balanced sampling (docs/method.md 5): (n,) float64.
-
-    The weight of a class is ``1 / clips that carry it`` (among ``ids``), that of a clip is the mean
-    over its labels; a clip without labels has weight zero.
-
-    Args:
-        label_ids, label_ptr: labels of all clips of an index, CSR.
-
-    Raises:
-        UserError: no clip has a label.
-    """
-    counts = np.diff(label_ptr)[ids]  # labels of each clip
-    if not counts.sum():
-        raise UserError("balance=class needs labels, and no clip has any: use balance=none")
-    rows = np.repeat(np.arange(len(ids)), counts)
-    first = np.cumsum(counts) - counts
-    flat = label_ids[np.repeat(label_ptr[ids] - first, counts) + np.arange(len(rows))]
-    per_class = np.bincount(flat).astype(np.float64)
-    total = np.bincount(rows, weights=1.0 / per_class[flat], minlength=len(ids))
-    weights: np.ndarray = total / np.maximum(counts, 1)
-    return weights
-
-
-def first_labels(index: Index, ids: np.ndarray) -> np.ndarray:
-    """Returns the number of the first label of each of ``ids``, (n,); -1 without a label."""
-    found = np.full(len(ids), -1)
-    has = index.labels_per_clip[ids] > 0
-    found[has] = index.label_ids[index.label_ptr[ids[has]]]
-    return found
-
-
-def first_label_balance(index: Index, ids: np.ndarray) -> np.ndarray:
-    """Returns ``1 / (clips of ids with the same first label + 1e-8)``, (n,) float64, as BirdSet is
-    sampled; 0 for clips without a label.
-
-    Raises:
-        UserError: no clip has a label.
-    """
-    first = first_labels(index, ids)
-    if (first < 0).all():
-        raise UserError("balance=first_label needs labels, and no clip has any: balance=none")
-    counts = np.bincount(first[first >= 0], minlength=index.classes)
-    return np.where(first >= 0, 1.0 / (counts[first] + 1e-8), 0.0)
 
 
 def make_plan(

@@ -12,15 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bat.data.plan import (
-    MIX_BLOCK,
-    MixedPlan,
-    Plan,
-    below,
-    class_balance,
-    make_plan,
-    philox,
-)
+from bat.data.balance import class_balance
+from bat.data.draws import below, philox
+from bat.data.plan import MIX_BLOCK, MixedPlan, Plan, make_plan
 from bat.data.stream import Item, PlanSampler
 from bat.errors import UserError
 
