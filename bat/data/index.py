@@ -334,9 +334,10 @@ def open_index(
     given, numbers = [shard for shard, _ in found], [i for _, i in found]
     if not found:
         raise UserError("the list of shards is empty: give a folder, a glob or shard-{0..9}.tar")
-    seen = Counter(shard.identity for shard in given)
-    for shard in given:
-        if seen[shard.identity] > 1:
+    identities = [shard.identity for shard in given]
+    seen = Counter(identities)
+    for shard, place in zip(given, identities, strict=True):
+        if seen[place] > 1:
             raise UserError(
                 f"shard {shard.name} is listed twice: each clip counts once, see data.mix"
             )
@@ -379,8 +380,8 @@ def open_index(
             joint = partial(joint_vocabulary, given=vocabularies) if labels == "same" else None
             return gather(given, numbers, made, vocabulary=joint, writer=writer)
 
-    places = "\0".join([labels, *(shard.identity for shard in given)])
-    name = f"index-{hashlib.sha256(places.encode()).hexdigest()[:16]}"
+    places = hashlib.sha256(os.fsencode("\0".join([labels, *identities]))).hexdigest()
+    name = f"index-{places[:16]}"
     head, columns = shared(cache, name, state=state, make=make)
     if not len(columns["offset"]):
         raise UserError(

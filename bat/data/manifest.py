@@ -133,9 +133,12 @@ def parse_manifest(data: bytes, folder: str) -> Manifest | None:
         raise UserError(f"{path} is damaged ({error}): write the shards again") from error
 
 
+_kinds = functools.cache(get_type_hints)
+
+
 def _checked(cls: type[T], fields: dict[str, Any]) -> T:
     """Returns ``cls(**fields)``; raises ``ValueError`` for a field that is not of its type."""
-    kinds = get_type_hints(cls)
+    kinds = _kinds(cls)
     for name, value in fields.items():
         if not _conforms(value, kinds[name]):
             raise ValueError(f"its {name} {value!r:.80} cannot be {cls.__annotations__[name]}")
