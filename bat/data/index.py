@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from bat.data.remote_shards import RemoteShards
 
 CACHE_BYTES = 100_000_000_000
+BY_CLIP_NODES = 4
+"""Machines from which clips of remote shards are read one by one (docs/scale.md)."""
 THREADS = 16
 """Threads that read tables."""
 SHARDS_AHEAD = 256
@@ -282,6 +284,13 @@ class Index:
             header, end = os.pread(file.fileno(), BLOCK, offset - BLOCK), file.seek(0, os.SEEK_END)
         self._check(i, header, complete=end >= offset + size)
         return FilePart(place, offset, size)
+
+    def share_among(self, nodes: int) -> None:
+        """Prepare for a run on so many machines, each of which reads one ``nodes``-th of every
+        shard: from ``BY_CLIP_NODES`` on, clips of remote shards that do not fit the cache are read
+        one by one, since each machine would fetch every shard in every epoch."""
+        if self._remote_shards is not None:
+            self._remote_shards.by_clip = nodes >= BY_CLIP_NODES and not self.fits
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Prefetch remote ``shards`` into the cache in the background, in order.

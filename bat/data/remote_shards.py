@@ -30,7 +30,7 @@ from urllib.parse import urlsplit, urlunsplit
 from filelock import FileLock, Timeout
 
 from bat.data.manifest import remote_manifest
-from bat.data.remote import FULL, download, read, stat
+from bat.data.remote import FULL, download, read, read_part, stat
 from bat.data.sources import NotIndexable, RetryPolicy, Shard, identity, shown
 from bat.data.table import MAX_TABLE_BYTES, ShardTable, scan
 from bat.data.tar import escape_key
@@ -277,6 +277,8 @@ class RemoteShards:
             )
         self.bytes = sum(sizes)
         self.fits = self.bytes <= cache_bytes  # whatever the disk has: this sets the order
+        self.by_clip = False
+        """Reads clips from the server one by one, not through whole shards in the cache."""
         self._prefetcher = Prefetcher(self._have)
         self._fetching, self._warned = threading.Semaphore(FETCHERS), False
 
@@ -368,8 +370,15 @@ class RemoteShards:
                 raise OSError(errno.EIO, f"{said}: copy it there again")
 
     def pread(self, number: int, size: int, offset: int) -> bytes:
-        """Reads bytes of shard ``number``, fetching it if necessary; raises ``OSError``."""
-        fd = self._open(self.shards[number])
+        """Reads bytes of shard ``number``, fetching it (``by_clip``: only these bytes) if it is not
+        in the cache; raises ``OSError``."""
+        shard = self.shards[number]
+        if self.by_clip and not self.cache.holds(shard.file, shard.size):
+            data = read_part(shard.url, offset=offset, size=size, policy=self.policy)
+            if len(data) <= size:
+                return data
+            self.by_clip = False  # the server sends whole files only
+        fd = self._open(shard)
         try:
             return os.pread(fd, size, offset)
         finally:
@@ -377,6 +386,8 @@ class RemoteShards:
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Prefetch as ``Index.prefetch``; half the cache (the rest is in use) for larger sets."""
+        if self.by_clip:
+            return
         room = self.cache.capacity()
         room //= 1 if room >= self.bytes else 2
         wanted = []
