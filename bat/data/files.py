@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from bat.audio.decode import DecodeError, Source, decode_channels, probe
 from bat.audio.encode import encode
 from bat.audio.ffmpeg import READ, has_av
 from bat.audio.part import FilePart
+from bat.data.columns import Writer, gather
 from bat.data.index import BY_SEEKING, Index
 from bat.data.sources import Shard
 from bat.data.table import CLIP, MAX_AUDIO_BYTES, ShardTable
@@ -171,9 +173,11 @@ class FileIndex(Index):
     ) -> None:
         """Make the index of n clips from ``table`` (``header`` holds checksums, ``offset`` the
         values of ``_offset_of``); ``shard`` (n): index into ``files`` of each clip's file."""
-        super().__init__(
-            shards=[Shard(files[0].parent)], tables=[table], vocabulary=vocabulary, sources=[0]
-        )
+        folder, names_of_pairs = [Shard(files[0].parent)], None
+        if vocabulary is not None:
+            names_of_pairs = partial(_as_given, list(vocabulary))
+        head, columns = gather(folder, [0], [table], vocabulary=names_of_pairs, writer=Writer())
+        super().__init__(head, columns, shards=folder)
         names = [os.fsencode(file.absolute()) for file in files]
         self._paths = np.frombuffer(b"".join(names), np.uint8)  # avoids one object per file
         self._path_ptr = np.cumsum([0, *map(len, names)], dtype=np.int64)
@@ -200,7 +204,7 @@ class FileIndex(Index):
     @functools.cached_property
     def hash(self) -> str:
         """Hash over keys, lengths, labels, folds, splits and the files' checksums."""
-        return hashlib.sha256(super().hash.encode() + self._header.tobytes()).hexdigest()
+        return hashlib.sha256(super().hash.encode() + self.header.tobytes()).hexdigest()
 
     def read(self, i: int) -> Clip:
         """Reads the encoded clip ``i``.
@@ -216,7 +220,7 @@ class FileIndex(Index):
             data = _read_cell(path, *divmod(-1 - offset, 1 << 32))
         else:
             data, _ = _read_parts(path, (offset, size) if offset else None)
-        if len(data) != size or _checksum(data) != self._header[i]:
+        if len(data) != size or _checksum(data) != self.header[i]:
             raise OSError(5, f"{path.name} was changed since it was indexed: start again")
         codec = AUDIO_SUFFIXES[self.codec[i]]
         return Clip(self.key(i), data, codec, self.labels(i), self.shard_name(i))
@@ -228,9 +232,13 @@ class FileIndex(Index):
             return self.read(i).data
         path, span = self.place(int(self.shard[i])), (offset, int(self.size[i]))
         sampled, size = _read_parts(path, span if offset else None, sampled=True)
-        if size != self.size[i] or zlib.crc32(sampled) != self._header[i]:
+        if size != self.size[i] or zlib.crc32(sampled) != self.header[i]:
             raise OSError(5, f"{path.name} was changed since it was indexed: start again")
         return FilePart(path, *span) if offset else path
+
+
+def _as_given(vocabulary: list[str], pairs: set[tuple[str, int]]) -> list[str]:
+    return vocabulary
 
 
 def _offset_of(row: Row) -> int:

@@ -1,7 +1,9 @@
 """The index of a data set: every clip of every shard, in a few numpy arrays.
 
-It takes about 70 bytes a clip and consists of arrays alone, so that forked workers share it.
-``read`` is one ``pread``, of the shard or, for a remote shard, of its copy in the local cache.
+It takes about 70 bytes a clip and consists of arrays alone (``bat.data.columns``): those of a small
+set in memory, which forked workers share; those of a large one in files in the cache folder, which
+one process writes at the first start while the others wait, and all map. ``read`` is one ``pread``,
+of the shard or, for a remote shard, of its copy in the local cache.
 Clips are ordered by the sorted shards and by the members within them; a clip's number is its id
 everywhere in ``bat.data``. ``hash`` covers the content (keys, sizes, labels, folds, vocabulary) but
 not where the shards lie: equal hashes make equal streams.
@@ -11,20 +13,35 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from bat.audio.decode import Source
 from bat.audio.part import FilePart
-from bat.data.manifest import Manifest, ShardInfo, joint_vocabulary
+from bat.data.columns import (
+    OF_TABLES,
+    PIECE,
+    Columns,
+    Mapped,
+    Writer,
+    content_hash,
+    gather,
+    portable,
+    shared,
+)
+from bat.data.local_shards import local_table, manifest_entries, stamps
+from bat.data.manifest import joint_vocabulary
 from bat.data.sources import NotIndexable, RetryPolicy, Shard, find, names_of
-from bat.data.table import ShardTable, scan, table_places
+from bat.data.table import VERSION, ShardTable
 from bat.data.tar import BLOCK
 from bat.errors import UserError
 from bat.tasks.base import AUDIO_SUFFIXES
@@ -35,6 +52,12 @@ if TYPE_CHECKING:
     from bat.data.remote_shards import RemoteShards
 
 CACHE_BYTES = 100_000_000_000
+BY_CLIP_NODES = 4
+"""Machines from which clips of remote shards are read one by one (docs/scale.md)."""
+THREADS = 16
+"""Threads that read tables."""
+SHARDS_AHEAD = 256
+"""Shards whose tables are read together."""
 BY_SEEKING = 1 << 20
 """Size in bytes of a clip from which its windows are read by seeking, not from the whole of it."""
 
@@ -44,54 +67,55 @@ class Index:
 
     ``shard, offset, size, frames, rate, codec, fold, split, source``: (n,) each; ``frames`` at the
     file's own ``rate``, -1 and 0 where unknown; ``fold`` and ``split`` (index into ``splits``) -1
-    where there is none; ``source``: index of the source given to ``open_index``. ``label_ids``
-    (flat) and ``label_ptr`` (n + 1,): labels as CSR, indices into ``vocabulary``. ``shard_bytes``:
-    (m,). ``events`` ``{clip: (Event, ...)}`` and ``texts`` ``{clip: text}`` of the clips that have
-    them.
+    where there is none; ``source``: index of the source given to ``open_index``, ascending.
+    ``label_ids`` (flat) and ``label_ptr`` (n + 1,): labels as CSR, indices into ``vocabulary``;
+    ``key_bytes`` and ``key_ptr`` likewise; ``header``: checksums. ``shard_bytes``: (m,). ``events``
+    ``{clip: (Event, ...)}`` and ``texts`` ``{clip: text}`` of the clips that have them.
+
+    Args:
+        head, columns: as ``bat.data.columns.gather`` returns them.
     """
+
+    shard: np.ndarray
+    source: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    frames: np.ndarray
+    rate: np.ndarray
+    codec: np.ndarray
+    fold: np.ndarray
+    split: np.ndarray
+    header: np.ndarray
+    label_ids: np.ndarray
+    label_ptr: np.ndarray
+    key_bytes: np.ndarray
+    key_ptr: np.ndarray
+    shard_bytes: np.ndarray
 
     def __init__(
         self,
+        head: dict[str, Any],
+        columns: Columns,
         *,
         shards: Sequence[Shard],
-        tables: Sequence[ShardTable],
-        vocabulary: Sequence[str] | None,
-        sources: Sequence[int],
         remote_shards: RemoteShards | None = None,
     ) -> None:
-        self.paths = [shard.place for shard in shards]
-        self.vocabulary = list(vocabulary or ())
-        self._names = names_of(shards)
-        self.left_out = {
-            f"{shard}/{name}": reason
-            for shard, table in zip(self._names, tables, strict=True)
-            for name, reason in table.left_out.items()
+        vars(self).update(columns)
+        self.vocabulary: list[str] = head["vocabulary"]
+        self.splits: list[str] = head["splits"]
+        self.left_out: dict[str, str] = head["left_out"]
+        self.most_labels: int = head["most_labels"]
+        """Greatest number of labels of a clip."""
+        self.events: dict[int, tuple[Event, ...]] = {
+            i: tuple(filter(None, map(from_json, events))) for i, events in head["events"].items()
         }
-        clips = np.concatenate([t.clips for t in tables])
-        counts = [len(t.clips) for t in tables]
-        self.shard = np.repeat(np.arange(len(tables), dtype=np.int32), counts)
-        self.source = np.repeat(np.asarray(sources, np.int16), counts)
-        self.shard_bytes = np.array([t.tar_bytes for t in tables], np.int64)
-        self.offset = np.ascontiguousarray(clips["offset"])
-        self.size = np.ascontiguousarray(clips["size"])
-        self.frames = np.ascontiguousarray(clips["frames"])
-        self.rate = np.ascontiguousarray(clips["rate"])
-        self.codec = np.ascontiguousarray(clips["codec"])
-        self.fold = np.ascontiguousarray(clips["fold"])
-        self._header = np.ascontiguousarray(clips["header"])
-        self.splits, self.split = _splits(shards, tables)
-        self.events: dict[int, tuple[Event, ...]] = {}
-        self.texts: dict[int, str] = {}
-        if vocabulary is None:  # labels dropped
-            self.label_ids, self.label_ptr = np.empty(0, np.int32), np.zeros(len(clips) + 1, int)
-        else:
-            numbers = {name: i for i, name in enumerate(self.vocabulary)}
-            to_global = (np.array([numbers[name] for name in t.names], np.int32) for t in tables)
-            flat = [to[table.labels] for to, table in zip(to_global, tables, strict=True)]
-            self.label_ids, self.label_ptr = np.concatenate(flat), _pointers(clips["labels"])
-            self._add_events_and_texts(tables)
-        self._keys = np.concatenate([t.keys for t in tables])
-        self._key_ptr = _pointers(clips["key"])
+        self.texts: dict[int, str] = head["texts"]
+        if "hash" in head:
+            vars(self)["hash"] = head["hash"]
+        self._paths = [
+            str(shard.place) for shard in shards
+        ]  # paths as objects take four times more
+        self._names = names_of(shards)
         self._remote_shards = remote_shards
         self.recordings: np.ndarray | None = None
         """(n,) number, before cutting, of the recording that each window is cut from; None: the
@@ -100,23 +124,19 @@ class Index:
         """(n,) first sample of each window, at the file's rate (``bat.data.windows``); None: the
         clips are not cut into windows."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: portable(value) for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            vars(self)[name] = value.open() if isinstance(value, Mapped) else value
+
     def take(self, rows: np.ndarray) -> None:
         """Replaces the clips by those of ``rows`` (m,), which may repeat; all but their labels."""
-        for name in ("shard", "source", "offset", "size", "frames", "rate", "codec", "fold"):
+        for name in ("shard", "source", "split", *OF_TABLES):
             setattr(self, name, getattr(self, name)[rows])
-        self._header, self.split, self.recordings = self._header[rows], self.split[rows], rows
-
-    def _add_events_and_texts(self, tables: Sequence[ShardTable]) -> None:
-        first = 0
-        for table in tables:
-            keys = table.key_list() if table.events or table.texts else ()
-            for i, key in enumerate(keys, start=first):
-                if key in table.events:
-                    made = map(from_json, table.events[key])
-                    self.events[i] = tuple(event for event in made if event is not None)
-                if key in table.texts:
-                    self.texts[i] = table.texts[key]
-            first += len(table.clips)
+        self.recordings = rows
+        vars(self).pop("hash", None)
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -157,14 +177,7 @@ class Index:
 
     @functools.cached_property
     def hash(self) -> str:
-        digest = hashlib.sha256("\0".join([*self.vocabulary, "", *self.splits]).encode())
-        for array in (self._keys, self._key_ptr, self.size, self.frames, self.rate, self.fold):
-            digest.update(array.tobytes())
-        for array in (self.split, self.label_ids, self.label_ptr):
-            digest.update(array.tobytes())
-        if self.starts is not None:
-            digest.update(self.starts.tobytes())
-        return digest.hexdigest()
+        return content_hash(vars(self))
 
     def key(self, i: int) -> str:
         """Returns the key of clip ``i``; that of a window ends in ``@`` and its first sample."""
@@ -174,7 +187,7 @@ class Index:
     def recording_key(self, i: int) -> str:
         """Returns the key of the recording that window ``i`` is cut from; else of clip ``i``."""
         row = i if self.recordings is None else int(self.recordings[i])
-        return self._keys[self._key_ptr[row] : self._key_ptr[row + 1]].tobytes().decode("ascii")
+        return self.key_bytes[self.key_ptr[row] : self.key_ptr[row + 1]].tobytes().decode("ascii")
 
     def shard_name(self, i: int) -> str:
         """Returns the name of the shard that clip ``i`` lies in, with its folders where two shards
@@ -211,7 +224,10 @@ class Index:
                 f"no clip has split {absent!r}: {self.counted_splits()}. data.split=NAME names one "
                 "of these, or several: A,B"
             )
-        return np.flatnonzero(np.isin(self.split, [self.splits.index(part) for part in wanted]))
+        chosen = [self.splits.index(part) for part in wanted]
+        pieces = range(0, len(self), PIECE)  # memory: the ids alone
+        found = [np.flatnonzero(np.isin(self.split[i : i + PIECE], chosen)) + i for i in pieces]
+        return np.concatenate(found)
 
     def counted_splits(self) -> str:
         """Returns ``the data has the splits test 80, train 320``."""
@@ -220,6 +236,12 @@ class Index:
         counts += [f"{bare} clips without a split"] if bare and counts else []
         given = ", ".join(counts)
         return f"the data has the splits {given}" if counts else f"none of its {bare} clips has one"
+
+    def place(self, number: int) -> Path | None:
+        """Returns the path of shard ``number``; None if it is remote."""
+        if self._remote_shards is not None and number in self._remote_shards.shards:
+            return None
+        return Path(self._paths[number])
 
     def read(self, i: int) -> Clip:
         """Reads the encoded clip ``i``.
@@ -230,8 +252,8 @@ class Index:
         """
         number, size = int(self.shard[i]), int(self.size[i]) + BLOCK
         offset = int(self.offset[i]) - BLOCK
-        place = self.paths[number]
-        if isinstance(place, Path):
+        place = self.place(number)
+        if place is not None:
             with place.open("rb", buffering=0) as file:
                 data = os.pread(file.fileno(), size, offset)
         else:
@@ -246,7 +268,7 @@ class Index:
         if not complete:
             name = self.shard_name(i)
             raise OSError(5, f"{name} ends inside the clip: it was cut since it was indexed")
-        if zlib.crc32(header) != self._header[i]:
+        if zlib.crc32(header) != self.header[i]:
             name = self.shard_name(i)
             raise OSError(5, f"{name} has another clip here: it was changed since it was indexed")
 
@@ -254,13 +276,21 @@ class Index:
         """Returns the encoded clip ``i``; of a window of a large local one its place, to be read by
         seeking. Raises as ``read``.
         """
-        place, size, offset = self.paths[self.shard[i]], int(self.size[i]), int(self.offset[i])
-        if self.starts is None or size < BY_SEEKING or not isinstance(place, Path):
+        place, size = self.place(int(self.shard[i])), int(self.size[i])
+        offset = int(self.offset[i])
+        if self.starts is None or size < BY_SEEKING or place is None:
             return self.read(i).data
         with place.open("rb", buffering=0) as file:
             header, end = os.pread(file.fileno(), BLOCK, offset - BLOCK), file.seek(0, os.SEEK_END)
         self._check(i, header, complete=end >= offset + size)
         return FilePart(place, offset, size)
+
+    def share_among(self, nodes: int) -> None:
+        """Prepare for a run on so many machines, each of which reads one ``nodes``-th of every
+        shard: from ``BY_CLIP_NODES`` on, clips of remote shards that do not fit the cache are read
+        one by one, since each machine would fetch every shard in every epoch."""
+        if self._remote_shards is not None:
+            self._remote_shards.by_clip = nodes >= BY_CLIP_NODES and not self.fits
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Prefetch remote ``shards`` into the cache in the background, in order.
@@ -271,28 +301,6 @@ class Index:
         """
         if self._remote_shards is not None:
             self._remote_shards.prefetch(shards)
-
-
-def _pointers(counts: np.ndarray) -> np.ndarray:
-    """Converts (n,) counts to (n + 1,) int64 offsets."""
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-
-
-def _splits(shards: Sequence[Shard], tables: Sequence[ShardTable]) -> tuple[list[str], np.ndarray]:
-    """Returns the names of the splits that occur, sorted, and their indices (n,) int16; the
-    sub-folder is the split where a clip's JSON names none."""
-    listed = [[*table.splits, shard.split] for shard, table in zip(shards, tables, strict=True)]
-    numbers = {name: i for i, name in enumerate(sorted({n for names in listed for n in names}))}
-    parts = [
-        np.array([numbers[name] for name in names], np.int16)[table.clips["split"]]  # -1: the last
-        for names, table in zip(listed, tables, strict=True)
-    ]
-    split = np.concatenate(parts)
-    occur = np.zeros(len(numbers), bool)
-    occur[split] = True
-    occur[[numbers[""]] if "" in numbers else []] = False
-    renumber = np.where(occur, np.cumsum(occur) - 1, -1).astype(np.int16)
-    return [name for name, i in numbers.items() if occur[i]], renumber[split]
 
 
 def open_index(
@@ -335,9 +343,10 @@ def open_index(
     given, numbers = [shard for shard, _ in found], [i for _, i in found]
     if not found:
         raise UserError("the list of shards is empty: give a folder, a glob or shard-{0..9}.tar")
-    seen = Counter(shard.identity for shard in given)
-    for shard in given:
-        if seen[shard.identity] > 1:
+    identities = [shard.identity for shard in given]
+    seen = Counter(identities)
+    for shard, place in zip(given, identities, strict=True):
+        if seen[place] > 1:
             raise UserError(
                 f"shard {shard.name} is listed twice: each clip counts once, see data.mix"
             )
@@ -345,100 +354,47 @@ def open_index(
             raise NotIndexable(f"{shard.name} is what a command writes")
         if shard.compressed:
             raise NotIndexable(f"{shard.name} is compressed: give uncompressed WebDataset shards")
-    tables, vocabularies = _local_tables(given, whole=[Path(s) for s in sources], cache=cache)
+    entries, vocabularies = manifest_entries(given, whole=[Path(s) for s in sources])
     remote_shards = None
     if any(shard.remote for shard in given):
         from bat.data.remote_shards import RemoteShards
 
         remote_shards = RemoteShards(given, cache=cache, cache_bytes=cache_bytes, policy=policy)
-        tables |= remote_shards.tables()
         vocabularies += remote_shards.vocabularies
-    ordered = [tables[i] for i in range(len(given))]
-    if not sum(len(t.clips) for t in ordered):
+    remote = {} if remote_shards is None else remote_shards.shards
+
+    def table(number: int) -> ShardTable:
+        place = given[number].place
+        if isinstance(place, Path):
+            return local_table(place, entries.get(place), cache)
+        assert remote_shards is not None
+        return remote_shards.table(number)
+
+    def state() -> str:
+        """Returns a digest of the shards and their tables as they are now."""
+        said = [
+            [source, shard.split, *([remote[i].file] if i in remote else stamps(shard.place))]
+            for i, (shard, source) in enumerate(zip(given, numbers, strict=True))
+        ]
+        text = json.dumps([VERSION, AUDIO_SUFFIXES, vocabularies, said])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def make(writer: Writer) -> tuple[dict[str, Any], Columns]:
+        with ThreadPoolExecutor(THREADS) as pool:
+            made = (
+                each
+                for i in range(0, len(given), SHARDS_AHEAD)
+                for each in pool.map(table, range(len(given))[i : i + SHARDS_AHEAD])
+            )
+            joint = partial(joint_vocabulary, given=vocabularies) if labels == "same" else None
+            return gather(given, numbers, made, vocabulary=joint, writer=writer)
+
+    places = hashlib.sha256(os.fsencode("\0".join([labels, *identities]))).hexdigest()
+    name = f"index-{places[:16]}"
+    head, columns = shared(cache, name, state=state, make=make)
+    if not len(columns["offset"]):
         raise UserError(
             f"{given[0].name}{' and the other shards' if len(given) > 1 else ''} hold no audio "
             f"({', '.join(AUDIO_SUFFIXES)})"
         )
-    names = joint_vocabulary(ordered, vocabularies) if labels == "same" else None
-    return Index(
-        shards=given, tables=ordered, vocabulary=names, sources=numbers, remote_shards=remote_shards
-    )
-
-
-def _local_tables(
-    shards: Sequence[Shard], *, whole: Sequence[Path], cache: Path | None
-) -> tuple[dict[int, ShardTable], list[list[str]]]:
-    """Returns ``{number: table}`` of the local ones of ``shards``, and their manifests'
-    vocabularies.
-
-    Args:
-        whole: folders that must hold all shards listed in their manifests, or in those below them.
-        cache: folder for a table that cannot be written beside its shard.
-
-    Raises:
-        UserError: a shard that is missing, not a tar, or different from its manifest.
-    """
-    local = {i: shard.place for i, shard in enumerate(shards) if isinstance(shard.place, Path)}
-    vocabularies: list[list[str]] = []
-    entries: dict[Path, ShardInfo] = {}
-    for folder in dict.fromkeys(path.parent for path in local.values()):
-        manifest = Manifest.load(folder)
-        if manifest is None:
-            continue
-        if manifest.vocabulary:
-            vocabularies.append(manifest.vocabulary)
-        listed = {folder / entry.name: entry for entry in manifest.shards}
-        entries |= listed
-        if folder in whole or folder.parent in whole:
-            for path in listed:
-                if not path.exists():
-                    raise UserError(
-                        f"{folder} lacks {path.name}, which its manifest.json lists: copy it "
-                        f"again, or remove the folder and run the bat-shard command that made it"
-                    )
-    return {i: _local_table(path, entries.get(path), cache) for i, path in local.items()}, (
-        vocabularies
-    )
-
-
-def _local_table(path: Path, entry: ShardInfo | None, cache: Path | None) -> ShardTable:
-    """Returns the table of a local shard, read or made, and held to its ``entry`` of a manifest.
-
-    If the tar has another modification time (a copy) but the same content, the lengths of the old
-    table are kept.
-    """
-    size = path.stat().st_size
-    if entry is not None and size != entry.bytes:
-        raise UserError(
-            f"{path} has {size} bytes, its manifest.json says {entry.bytes}: copy it again"
-        )
-    places = table_places(path, cache)
-    tables = (ShardTable.load(place, path) for place in places)
-    table = next(
-        (t for t in tables if t and (entry is None or t.sha256 in ("", entry.sha256))), None
-    )
-    if table is None:
-        table = scan(path, entry.sha256 if entry else "")
-        before = next(filter(None, (ShardTable.load(place, None) for place in places)), None)
-        if before is not None and before.agrees(table):
-            for name in ("frames", "rate"):
-                unknown = table.clips[name] <= 0
-                table.clips[name][unknown] = before.clips[name][unknown]
-        elif before is not None and entry is not None and before.sha256 == entry.sha256:
-            raise UserError(
-                f"{path} was changed since its manifest.json was written: copy it again, or remove "
-                f"the manifest and run bat-shard {path.parent}"
-            )
-        for place in places:
-            try:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                table.save(place)
-                break
-            except OSError:
-                continue
-    if entry is not None and len(table.clips) != entry.clips:
-        raise UserError(
-            f"{path} has {len(table.clips)} clips, its manifest.json says {entry.clips}: copy it "
-            "again"
-        )
-    return table
+    return Index(head, columns, shards=given, remote_shards=remote_shards)

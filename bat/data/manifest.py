@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -133,9 +133,12 @@ def parse_manifest(data: bytes, folder: str) -> Manifest | None:
         raise UserError(f"{path} is damaged ({error}): write the shards again") from error
 
 
+_kinds = functools.cache(get_type_hints)
+
+
 def _checked(cls: type[T], fields: dict[str, Any]) -> T:
     """Returns ``cls(**fields)``; raises ``ValueError`` for a field that is not of its type."""
-    kinds = get_type_hints(cls)
+    kinds = _kinds(cls)
     for name, value in fields.items():
         if not _conforms(value, kinds[name]):
             raise ValueError(f"its {name} {value!r:.80} cannot be {cls.__annotations__[name]}")
@@ -255,19 +258,25 @@ def remote_manifest(folder: str, policy: RetryPolicy) -> Manifest | None:
     return manifest
 
 
-def joint_vocabulary(tables: Sequence[ShardTable], given: Sequence[list[str]]) -> list[str]:
+def label_pairs(tables: Iterable[ShardTable]) -> set[tuple[str, int]]:
+    """Returns (name, number or -1) of the labels of ``tables``."""
+    return {pair for table in tables for pair in zip(table.names, table.ids, strict=True)}
+
+
+def joint_vocabulary(pairs: set[tuple[str, int]], given: Sequence[list[str]]) -> list[str]:
     """Returns class names in the order of their indices.
 
     They come from the manifests where there are some; else from ``label_id`` (``by_number``); else
     they are the names, sorted, numbers by value.
 
     Args:
+        pairs: see ``label_pairs``.
         given: the vocabularies of the manifests.
 
     Raises:
         UserError: manifests that disagree, a label that theirs lacks, more than ``MAX_CLASSES``.
     """
-    names = {name for table in tables for name in table.names}
+    names = {name for name, _ in pairs}
     most = max([len(names), *map(len, given)])
     if most > MAX_CLASSES:
         raise UserError(
@@ -275,7 +284,6 @@ def joint_vocabulary(tables: Sequence[ShardTable], given: Sequence[list[str]]) -
             "data.labels=drop pre-trains without labels"
         )
     if not given:
-        pairs = {pair for t in tables for pair in zip(t.names, t.ids, strict=True)}
         return by_number(pairs) or in_order(names)
     for other in given[1:]:
         if other != given[0]:

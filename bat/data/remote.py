@@ -222,6 +222,19 @@ def read(url: str, *, limit: int, policy: RetryPolicy) -> bytes:
     return data
 
 
+def read_part(url: str, *, offset: int, size: int, policy: RetryPolicy) -> bytes:
+    """Reads ``size`` bytes of a file; of a server that sends no parts, the whole file.
+
+    Raises ``OSError`` as ``attempt``.
+    """
+
+    def fetch() -> bytes:
+        system, path = _system_of(url, policy)
+        return bytes(system.cat_file(path, start=offset, end=offset + size))
+
+    return attempt(fetch, url, policy)
+
+
 def join(folder: str, name: str) -> str:
     """Returns the URL of file ``name`` in ``folder``."""
     return f"{folder}/{quote(name) if is_http(folder) else name}"

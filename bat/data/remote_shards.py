@@ -30,7 +30,7 @@ from urllib.parse import urlsplit, urlunsplit
 from filelock import FileLock, Timeout
 
 from bat.data.manifest import remote_manifest
-from bat.data.remote import FULL, download, read, stat
+from bat.data.remote import FULL, download, read, read_part, stat
 from bat.data.sources import NotIndexable, RetryPolicy, Shard, identity, shown
 from bat.data.table import MAX_TABLE_BYTES, ShardTable, scan
 from bat.data.tar import escape_key
@@ -38,9 +38,9 @@ from bat.errors import UserError
 from bat.io import write_atomic
 
 THREADS = 16
-"""Threads that read tables at the start."""
+"""Threads that ask for the sizes of shards that no manifest lists."""
 FETCHERS, PREFETCHERS = 4, 2
-"""Threads that fetch shards at the start, and during training."""
+"""Shards that are fetched at a time at the start, and threads that fetch during training."""
 POLL_SECONDS = 0.05
 log = logging.getLogger(__name__)
 
@@ -250,22 +250,25 @@ class RemoteShards:
             for entry in (manifest.shards if manifest else ())
         }
 
-        def ask(item: tuple[int, str]) -> RemoteShard:
-            number, url = item
-            name = shards[number].name
-            entry = entries.get((_folder(url), name))
+        listed = {i: entries.get((_folder(url), shards[i].name)) for i, url in urls.items()}
+        unlisted = [i for i, entry in listed.items() if entry is None]
+        with ThreadPoolExecutor(THREADS) as pool:
+            sizes_and_tags = pool.map(self._size_and_tag, (urls[i] for i in unlisted))
+            asked = dict(zip(unlisted, sizes_and_tags, strict=True))
+
+        def remote_shard(number: int, url: str) -> RemoteShard:
+            name, entry = shards[number].name, listed[number]
             if entry is not None:
                 size, tag, sha, clips = entry.bytes, "", entry.sha256, entry.clips
             else:
-                size, tag = self._size_and_tag(url)
+                size, tag = asked[number]
                 sha, clips = "", -1
             what = f"{identity(url)}\n{size}\n{sha or tag}"
             digest = hashlib.sha256(what.encode()).hexdigest()[:16]
             file = f"{escape_key(Path(name).stem)}-{digest}"
             return RemoteShard(url, name, size, tag, sha, clips, file)
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            self.shards = dict(zip(urls, pool.map(ask, urls.items()), strict=True))
+        self.shards = {number: remote_shard(number, url) for number, url in urls.items()}
         sizes = [shard.size for shard in self.shards.values()]
         if max(sizes) > cache_bytes:
             raise NotIndexable(
@@ -274,7 +277,13 @@ class RemoteShards:
             )
         self.bytes = sum(sizes)
         self.fits = self.bytes <= cache_bytes  # whatever the disk has: this sets the order
+        self.by_clip = False
+        """Reads clips from the server one by one, not through whole shards in the cache."""
         self._prefetcher = Prefetcher(self._have)
+        self._fetching, self._warned = threading.Semaphore(FETCHERS), False
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "_fetching"}
 
     def _size_and_tag(self, url: str) -> tuple[int, str]:
         try:
@@ -287,37 +296,35 @@ class RemoteShards:
             raise NotIndexable(f"the server does not tell the size of {shown(url)}")
         return size, tag
 
-    def tables(self) -> dict[int, ShardTable]:
-        """Returns ``{number: table}`` of all remote shards.
+    def table(self, number: int) -> ShardTable:
+        """Returns the table of remote shard ``number``; the shard is fetched and scanned if there
+        is none beside it.
 
         Raises:
             NotIndexable: a shard without a table beside it, and the cache cannot hold the set.
             UserError: a shard that is not a tar, differs from its manifest, or cannot be reached.
         """
-        with ThreadPoolExecutor(THREADS) as pool:
-            found = dict(zip(self.shards, pool.map(self._table, self.shards.values()), strict=True))
-        missing = {i: self.shards[i] for i, table in found.items() if table is None}
-        if missing and not self.fits:
-            shard = next(iter(missing.values()))
+        shard = self.shards[number]
+        table = self._table(shard)
+        if table is None and not self.fits:
             raise NotIndexable(
                 f"{shown(shard.url)} has no {Path(shard.name).stem}.idx.npz of this bat beside it, "
                 f"and the cache ({self.cache.max_bytes / 1e9:.3g} GB) cannot hold the set "
                 f"({self.bytes / 1e9:.3g} GB) to make it: run bat-shard where the shards lie, or "
                 f"raise data.cache_gb"
             )
-        if missing:
-            gb = sum(shard.size for shard in missing.values()) / 1e9
-            log.warning("fetching %d remote shards (%.3g GB) to index them", len(missing), gb)
-        with ThreadPoolExecutor(FETCHERS) as pool:
-            made = dict(zip(missing, pool.map(self._scan, missing.values()), strict=True))
-        tables = {i: table or made[i] for i, table in found.items()}
-        for i, shard in self.shards.items():
-            if shard.clips not in (-1, len(tables[i].clips)):
-                raise UserError(
-                    f"{shown(shard.url)} has {len(tables[i].clips)} clips, its manifest.json says "
-                    f"{shard.clips}: copy it there again"
-                )
-        return tables
+        if table is None:
+            if not self._warned:
+                log.warning("fetching remote shards that have no table beside them, to index them")
+                self._warned = True
+            with self._fetching:
+                table = self._scan(shard)
+        if shard.clips not in (-1, len(table.clips)):
+            raise UserError(
+                f"{shown(shard.url)} has {len(table.clips)} clips, its manifest.json says "
+                f"{shard.clips}: copy it there again"
+            )
+        return table
 
     def _table(self, shard: RemoteShard) -> ShardTable | None:
         """Returns the table of ``shard``: from the cache, else from beside it; None if there is
@@ -363,8 +370,15 @@ class RemoteShards:
                 raise OSError(errno.EIO, f"{said}: copy it there again")
 
     def pread(self, number: int, size: int, offset: int) -> bytes:
-        """Reads bytes of shard ``number``, fetching it if necessary; raises ``OSError``."""
-        fd = self._open(self.shards[number])
+        """Reads bytes of shard ``number``, fetching it (``by_clip``: only these bytes) if it is not
+        in the cache; raises ``OSError``."""
+        shard = self.shards[number]
+        if self.by_clip and not self.cache.holds(shard.file, shard.size):
+            data = read_part(shard.url, offset=offset, size=size, policy=self.policy)
+            if len(data) <= size:
+                return data
+            self.by_clip = False  # the server sends whole files only
+        fd = self._open(shard)
         try:
             return os.pread(fd, size, offset)
         finally:
@@ -372,6 +386,8 @@ class RemoteShards:
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Prefetch as ``Index.prefetch``; half the cache (the rest is in use) for larger sets."""
+        if self.by_clip:
+            return
         room = self.cache.capacity()
         room //= 1 if room >= self.bytes else 2
         wanted = []

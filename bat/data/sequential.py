@@ -34,10 +34,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from bat.audio.decode import DecodeError, decode_into
 from bat.data.clip_json import parse
+from bat.data.draws import ORDER, below, philox
 from bat.data.loader import IDLE, Heartbeat, Loader
 from bat.data.module import StreamData
 from bat.data.pipes import PREFIX, output_of
-from bat.data.plan import ORDER, below, philox
 from bat.data.sources import TRAIN, RetryPolicy, Shard, check_no_train, find, names_of
 from bat.data.stream import BatchRows, ClipReader, ClipSettings, clip_samples
 from bat.data.table import ITS_JSON, unusable
@@ -48,7 +48,7 @@ from bat.tasks.base import AUDIO_SUFFIXES
 from bat.types import Clip, Skipped, WaveBatch
 
 WINDOW = 100
-"""Random stream of the window's shuffling (lower numbers are those of ``bat.data.plan``)."""
+"""Random stream of the window's shuffling (lower numbers are those of ``bat.data.draws``)."""
 WINDOW_BYTES = 1 << 28
 """Bytes of encoded clips that a reader holds to mix them; fewer long recordings fit."""
 LATEST_SHARDS = 100

@@ -10,9 +10,11 @@ and so is ``pipe:`` unless ``bat.data.pipes`` allows it.
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,7 +91,9 @@ class Shard(NamedTuple):
     def identity(self) -> str:
         """The identity of the shard, which does not depend on how it was named."""
         if isinstance(self.place, Path):
-            return str(self.place.resolve())
+            folder, name = os.path.split(self.place)
+            place = f"{_resolved(folder)}/{name}"
+            return os.path.realpath(place) if os.path.islink(place) else place
         return self.place if self.command else identity(self.place)
 
     def called(self, depth: int) -> str:
@@ -102,6 +106,11 @@ class Shard(NamedTuple):
             parts = urlsplit(shown(self.place))
             folders = (parts.netloc, *unquote(parts.path).strip("/").split("/")[:-1])
         return "/".join([*folders, self.name][-depth:])
+
+
+@functools.lru_cache(maxsize=64)  # a hundred thousand shards lie in a few folders
+def _resolved(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def names_of(shards: Sequence[Shard]) -> list[str]:

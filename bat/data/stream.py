@@ -30,9 +30,10 @@ from bat.audio.decode import (
     probe,
     write_rolled,
 )
+from bat.data.draws import CROP, NOISE, OFFSET, ROLL, below, normal, philox
 from bat.data.index import Index
 from bat.data.loader import IDLE, Heartbeat, Loader
-from bat.data.plan import CROP, NOISE, OFFSET, ROLL, MixedPlan, Plan, below, normal, philox
+from bat.data.plan import MixedPlan, Plan
 from bat.errors import UserError
 from bat.types import Skipped, WaveBatch
 

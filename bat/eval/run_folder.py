@@ -284,7 +284,7 @@ def open_data(
             left_out[0].file,
             left_out[0].reason,
         )
-    return task.settle(index.labels_per_clip.tolist()), index
+    return task.settle([index.most_labels]), index
 
 
 def open_csv(data: Data, *, progress: bool = True) -> tuple[Task, Index, Reading]:
@@ -317,7 +317,7 @@ def open_csv(data: Data, *, progress: bool = True) -> tuple[Task, Index, Reading
             )
         log.warning("%s: left out", said)
         found = replace(found, notes=[*found.notes, f"{said}: left out"])
-    return csv.TASK.settle(index.labels_per_clip.tolist()), index, found
+    return csv.TASK.settle([index.most_labels]), index, found
 
 
 def _listed(task: Task, source: Path, data: Data) -> Path:

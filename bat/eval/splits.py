@@ -20,8 +20,9 @@ from typing import Literal
 import numpy as np
 
 from bat.config.probing import Protocol
+from bat.data.balance import first_labels
+from bat.data.draws import philox
 from bat.data.index import Index
-from bat.data.plan import first_labels, philox
 from bat.errors import UserError
 from bat.seeding import derive_seed
 from bat.tasks.base import Task

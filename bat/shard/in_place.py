@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from bat.audio.decode import DecodeError, probe
-from bat.data.manifest import Counts, Manifest, ShardInfo, joint_vocabulary
+from bat.data.manifest import Counts, Manifest, ShardInfo, joint_vocabulary, label_pairs
 from bat.data.table import ShardTable, ask_clips, load_table, scan, table_places
 from bat.data.tar import sample_key
 from bat.errors import UserError
@@ -85,7 +85,7 @@ def index_in_place(
     elif not is_whole:
         done.notes.append("no manifest.json: these are not the whole of a folder")
     given = [m.vocabulary for m in manifests.values() if m and m.vocabulary]
-    vocabulary = joint_vocabulary(list(tables.values()), given) if is_whole else []
+    vocabulary = joint_vocabulary(label_pairs(tables.values()), given) if is_whole else []
     for folder, manifest in manifests.items() if is_whole else ():
         path = folder / "manifest.json"
         if manifest is None and path.exists():

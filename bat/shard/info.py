@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bat.data.manifest import Counts, Manifest, joint_vocabulary
+from bat.data.manifest import Counts, Manifest, joint_vocabulary, label_pairs
 from bat.data.sources import Shard, find
 from bat.data.table import load_table, scan
 from bat.errors import UserError
@@ -139,7 +139,9 @@ def summarise(source: Path, *, index_dir: Path | None = None) -> Summary:
     tables = [load_table(tar, index_dir) or scan(tar) for tar in tars]
     found = (Manifest.load(folder) for folder in dict.fromkeys(tar.parent for tar in tars))
     manifests = [manifest for manifest in found if manifest is not None]
-    vocabulary = joint_vocabulary(tables, [m.vocabulary for m in manifests if m.vocabulary])
+    vocabulary = joint_vocabulary(
+        label_pairs(tables), [m.vocabulary for m in manifests if m.vocabulary]
+    )
     counts = Counts(vocabulary)
     for shard, table in zip(shards, tables, strict=True):
         counts.add(shard.name, table, split=shard.split)

@@ -30,7 +30,7 @@ from typing import Any
 
 from bat import registry
 from bat.data.clip_json import parse_labels
-from bat.data.manifest import Manifest, joint_vocabulary
+from bat.data.manifest import Manifest, joint_vocabulary, label_pairs
 from bat.data.sources import find
 from bat.data.table import read_contents, tabulate
 from bat.data.tar import escape_key, sample_key
@@ -266,7 +266,7 @@ def _read_shards(source: Path, labels: Labels | None) -> Reading:
     if found.rows is rows:  # the names are those of the shards
         manifests = [Manifest.load(place) for place in dict.fromkeys(t.parent for t, _ in shards)]
         given = [m.vocabulary for m in manifests if m is not None and m.vocabulary]
-        found = replace(found, vocabulary=joint_vocabulary(tables, given))
+        found = replace(found, vocabulary=joint_vocabulary(label_pairs(tables), given))
     reasons = Counter(entry.reason for entry in left_out).most_common()
     notes = [f"{n} members of the shards left out: {reason}" for reason, n in reasons]
     return replace(found, notes=notes + found.notes, left_out=left_out)

@@ -32,6 +32,8 @@ class FaultyServer:
         """(name, range) of each request."""
         self.redirects: dict[str, str] = {}
         """``{name: Location}``"""
+        self.sends_parts = False
+        """Sends the range that is asked for, not the whole file."""
         self.done = threading.Event()
 
     def __enter__(self) -> FaultyServer:
@@ -115,7 +117,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data)
             return
         data = path.read_bytes()
-        self.send_response(200)
+        part = asked if server.sends_parts else ""
+        self.send_response(206 if part else 200)
+        if part:
+            first, _, last = part.removeprefix("bytes=").partition("-")
+            data = data[int(first) : int(last) + 1]
         self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
         if kind == "short":
             data = data[: int(number)]

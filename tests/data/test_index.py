@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bat.data import index as indices
+from bat.data import local_shards
 from bat.data.index import Index, open_index
 from bat.data.table import ShardTable, scan
 from bat.data.tar import BLOCK
@@ -100,7 +100,7 @@ def test_index__read_only_folder_uses_the_cache_or_memory(
     assert len(open_index(tmp_path / "ro")) == 1
     assert len(open_index(tmp_path / "ro", cache=tmp_path / "cache")) == 1
     assert len(list((tmp_path / "cache").glob("a-*.idx.npz"))) == 1
-    monkeypatch.setattr(indices, "scan", None)  # not needed any more
+    monkeypatch.setattr(local_shards, "scan", None)  # not needed any more
     assert len(open_index(tmp_path / "ro", cache=tmp_path / "cache")) == 1
 
 

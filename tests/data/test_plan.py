@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import pickle
+import tracemalloc
+import zlib
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bat.data.plan import MIX_BLOCK, MixedPlan, Plan, below, class_balance, make_plan, philox
+from bat.data.balance import class_balance
+from bat.data.draws import below, philox
+from bat.data.plan import MIX_BLOCK, MixedPlan, Plan, make_plan
 from bat.data.stream import Item, PlanSampler
 from bat.errors import UserError
 
@@ -72,6 +77,74 @@ def test_plan__order_depends_on_seed_and_epoch_only() -> None:
     assert Plan([5, 7, 9], seed=4).order(2).tolist() == [
         [5, 7, 9][i] for i in Plan(3, seed=4).order(2)
     ]
+
+
+def test_plan__orders_of_earlier_versions_are_kept() -> None:
+    """A change here breaks running resumes."""
+    some: dict[str, Any] = {"seed": 5, "window": 64}
+    plans = [
+        Plan(1000, **some, shard=SHARD),
+        Plan(np.arange(0, 1000, 3), **some, shard=SHARD[::-1].copy(), epoch_clips=200),
+        Plan(1000, seed=5),
+        Plan(1000, seed=5, keyed=True),
+    ]
+    then = [
+        [1098260333, 1284026181, 4047089893, 52214495],
+        [2887909058, 872037189, 1732131396, 334067424],
+    ]
+    assert [[zlib.crc32(p.order(e).astype("<i8").tobytes()) for p in plans] for e in (0, 3)] == then
+    same_shards = Plan(1000, **some, shard=SHARD.astype(np.int32))
+    assert same_shards.identity() == "1000 clips (70274682), windows of 64 over shards (26c271ac)"
+
+
+def test_plan__keyed_order_is_an_even_permutation_without_memory() -> None:
+    for n in (1, 2, 3, 7, 99, 100, 101, 4097):
+        plan = Plan(n, seed=n, keyed=True)
+        assert [sorted(plan.order(e).tolist()) for e in (0, 1)] == [list(range(n))] * 2
+    found = Counter(tuple(Plan(4, seed=s, keyed=True).order(0).tolist()) for s in range(2400))
+    assert len(found) == 24
+    assert sum((k - 100) ** 2 / 100 for k in found.values()) < 60  # chi-square of 23: p = 4e-5
+    steps = np.diff(Plan(100_000, seed=0, keyed=True).order(2))
+    assert np.abs(np.corrcoef(steps[:-1], steps[1:])[0, 1] + 0.5) < 0.02  # as of independent ones
+    huge = Plan(10**12, seed=0, keyed=True)
+    tracemalloc.start()
+    clips = huge.clips(np.arange(10**12 - 500, 10**12 + 500))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert len(set(clips[:500].tolist())) == 500
+    assert np.abs(clips[500:].mean() / 10**12 - 0.5) < 0.1
+    assert len(pickle.dumps(huge)) < 1000
+
+
+def test_plan__keyed_order_of_some_clips() -> None:
+    some, few = np.arange(0, 90, 3), Plan(100, seed=1, epoch_clips=30, keyed=True)
+    assert sorted(Plan(some, seed=1, keyed=True).order(4).tolist()) == some.tolist()
+    orders = [few.order(e).tolist() for e in range(50)]
+    assert {len(set(order)) for order in orders} == {30}
+    assert set().union(*orders) == set(range(100))
+    assert set(itertools.islice(few.stand_ins(65), 300)) == set(orders[2])
+    with pytest.raises(UserError, match="shuffle=keyed and balance=class"):
+        make_plan(some_index(), seed=0, shuffle="keyed", balance="class", epoch_clips=5)
+
+
+def test_plan__large_set_takes_the_keyed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bat.data.plan.KEYED_FROM", 30)
+    assert make_plan(some_index(), seed=0).identity() == "30 clips (from 0), keyed"
+    assert "keyed" not in make_plan(some_index(), np.arange(29), seed=0).identity()
+    assert "keyed" not in make_plan(some_index(), seed=0, shuffle="exact").identity()
+    assert "windows" in make_plan(some_index(remote=True), seed=0).identity()
+    balanced = make_plan(some_index(), seed=0, balance="class", epoch_clips=5)
+    assert "keyed" not in balanced.identity()
+
+
+def test_plan__window_of_many_clips_is_made_without_the_others() -> None:
+    shard = np.repeat(np.arange(2000, dtype=np.int32), 1000)
+    plan = Plan(2_000_000, seed=0, window=512, shard=shard)
+    tracemalloc.start()
+    clips = plan.clips(np.arange(1_000_000, 1_000_100))
+    assert tracemalloc.get_traced_memory()[1] < 8 * 2_000_000  # not one array of all
+    tracemalloc.stop()
+    assert len(np.unique(shard[clips])) <= 2
 
 
 def test_plan__orders_are_uniform() -> None:

@@ -304,6 +304,39 @@ def test_remote_set__redirects_are_followed_where_the_index_is_told(
         assert open_index(f"{second.url}/set", **how).read(0).data == wave(0)
 
 
+def test_remote_set__on_many_nodes_is_read_clip_by_clip(
+    server: FaultyServer, shards: Path, tmp_path: Path
+) -> None:
+    room = int(np.sort(open_index(shards).shard_bytes)[-2:].sum())
+    there = open_index(f"{server.url}/set", cache=tmp_path / "cache", cache_bytes=room)
+    there.share_among(2)
+    there.read(0)
+    assert server.requests[-1] == ("set/shard-00000.tar", "")  # whole
+    server.sends_parts = True
+    there.share_among(64)
+    there.prefetch([1, 2])
+    server.requests.clear()
+    assert [there.read(i).data for i in range(12)] == [wave(i) for i in range(12)]
+    ranges = [
+        (int(there.offset[i]) - 512, int(there.offset[i] + there.size[i]) - 1) for i in (3, 11)
+    ]
+    asked = [f"bytes={first}-{last}" for first, last in ranges]
+    assert (server.requests[0][1], server.requests[-1][1]) == tuple(asked)
+    assert len(server.requests) == 9  # shard 0 was in the cache
+    server.faults["set/shard-00001.tar"] = ["500*"]
+    with pytest.raises(OSError, match=r"shard-00001.tar cannot be reached: HTTP 500 \(3 tri"):
+        there.read(4)
+    server.faults.clear()
+    server.sends_parts = False  # whole files again, and once each
+    server.requests.clear()
+    assert [there.read(i).data for i in (3, 4, 5)] == [wave(i) for i in (3, 4, 5)]
+    assert [name for name, _ in server.requests] == ["set/shard-00001.tar"] * 2
+    everything = open_index(f"{server.url}/set", cache=tmp_path / "large")
+    everything.share_among(64)  # it fits: whole shards, once
+    everything.read(3)
+    assert list((tmp_path / "large/remote").glob("shard-00001*.tar"))
+
+
 def test_prefetch__fetches_in_the_background_what_half_the_cache_holds(
     server: FaultyServer, shards: Path, tmp_path: Path
 ) -> None:

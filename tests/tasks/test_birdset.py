@@ -15,8 +15,9 @@ import torch
 from bat.audio.decode import decode
 from bat.config.compose import compose
 from bat.config.schema import Finetune, Probe
+from bat.data.draws import OFFSET, below, philox
 from bat.data.files import read_row
-from bat.data.plan import OFFSET, below, make_plan, philox
+from bat.data.plan import make_plan
 from bat.errors import UserError
 from bat.eval.evaluation import Evaluation
 from bat.eval.features import FeatureBank
