@@ -141,7 +141,7 @@ def find(source: str | Path, policy: RetryPolicy | None = None) -> list[Shard]:
     if is_url(source):
         if text.startswith(PREFIX) and pipes_allowed():
             return [Shard(text, command=True)]
-        text = _checked(text)
+        text = checked_url(text)
         if text.startswith("file:"):
             return find(Path(unquote(urlsplit(text).path)))
     braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
@@ -202,7 +202,7 @@ def _one_kind(folder: str, shards: list[Shard]) -> list[Shard]:
     return shards
 
 
-def _checked(url: str) -> str:
+def checked_url(url: str) -> str:
     """Returns ``url`` with its protocol in lower case; ``UserError`` if it is not allowed."""
     protocol, rest = url.split(":", 1)
     protocol = protocol.lower()
