@@ -74,7 +74,8 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path | str) -> Manifest | None:
-        """Reads the manifest of ``folder``, a URL if it is a string; None where there is none, or one of another program.
+        """Reads the manifest of ``folder``, a URL if it is a string; None where there is none, or
+        one of another program.
 
         Raises:
             UserError: it is one of bat's, but damaged, of another version, or over ``MAX_BYTES``.
@@ -93,7 +94,7 @@ class Manifest:
         write_atomic(folder / "manifest.json", self.to_bytes())
 
     def to_bytes(self) -> bytes:
-        """Returns the text of the file, one line for each clip left out (there may be a million)."""
+        """Returns the file's text, one line for each clip left out (there may be a million)."""
         said = vars(self) | {"shards": [asdict(shard) for shard in self.shards], "left_out": []}
         text = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
         if self.left_out:

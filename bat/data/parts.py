@@ -1,4 +1,4 @@
-"""Divides a job among processes and machines: ``--part 3/64``, ``--on ray`` (docs/many_machines.md).
+"""Divides a job among processes and machines: ``--part``, ``--on ray`` (docs/many_machines.md).
 
 A job has ``units`` (shards, blocks of windows): each depends on the inputs and the settings alone,
 and its result appears whole or not at all. Part k of n does the units from ``units (k - 1) / n`` to
@@ -188,8 +188,8 @@ def _await(
                     if number in left and number not in running.values():
                         why = redact(str(error)).strip().splitlines()[0][:200]
                         raise UserError(
-                            f"part {number}/{total} died {RETRIES + 1} times ({why}): run the same "
-                            f"command again, with less memory a part (--jobs, --batch) if it is short"
+                            f"part {number}/{total} died {RETRIES + 1} times ({why}): run the "
+                            "same command again, if memory is short with fewer --jobs or --batch"
                         ) from None
                     continue
                 if number in left:
@@ -239,7 +239,7 @@ def _connect(address: str) -> Any:
     own: dict[str, Any] = {} if place else {"include_dashboard": False}
     try:
         ray.init(address=place, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises many kinds
         why = redact(str(error)).strip().splitlines()[0][:200]
         raise UserError(
             f"no Ray cluster answers at {place or 'this machine'} ({why}): start one "

@@ -7,6 +7,7 @@ upload that fails is aborted; other servers get it under another name first.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from bat.data import remote
 from bat.data.sources import RetryPolicy, checked_url, is_url, shown
 from bat.errors import UserError
-from bat.io import replacing
+from bat.io import replace_durably, replacing
 
 LARGEST = 1 << 32
 """Bytes of a file that ``read`` takes into memory at most."""
@@ -85,10 +86,19 @@ class Store:
                 yield path
             return
         with tempfile.TemporaryDirectory(prefix="bat-") as folder:
-            path = Path(folder) / Path(name).name
+            path = Path(folder) / name
             yield path
-            with self._saying():
-                remote.upload(path, place, self.policy)
+            self.adopt(path, name)
+
+    def adopt(self, path: Path, name: str) -> None:
+        """Makes the file ``path`` the file ``name``; it must lie on the same disk."""
+        place = self.place_of(name)
+        if isinstance(place, Path):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            replace_durably(path, place)
+            return
+        with self._saying():
+            remote.upload(path, place, self.policy)
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes files, those that exist."""
@@ -100,11 +110,19 @@ class Store:
             with self._saying():
                 remote.remove(place, self.policy)
 
+    def sweep(self, *patterns: str) -> None:
+        """Removes what killed processes left of files whose names match ``patterns``."""
+        if isinstance(self.place, Path):
+            for pattern in patterns:
+                for path in self.place.glob(f".{pattern}.*.tmp"):
+                    path.unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Removes all files, and the folder."""
-        self.remove(self.sizes())
-        if isinstance(self.place, Path) and self.place.is_dir():
-            self.place.rmdir()
+        if isinstance(self.place, Path):
+            shutil.rmtree(self.place, ignore_errors=True)
+        else:
+            self.remove(self.sizes())
 
     @contextmanager
     def _saying(self) -> Iterator[None]:

@@ -117,8 +117,8 @@ class ShardTable:
 
     @classmethod
     def load(cls, path: Path | io.BytesIO, tar: Path | None) -> ShardTable | None:
-        """Returns the table saved at ``path`` (or in memory) if it describes the shard ``tar`` as it is now, else
-        None.
+        """Returns the table saved at ``path`` (or in memory) if it describes the shard ``tar`` as
+        it is now, else None.
 
         Checked: the range of all numbers; size and modification time of the tar; the headers of the
         first, middle and last clip. With ``tar=None`` only the numbers.

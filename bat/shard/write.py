@@ -32,6 +32,7 @@ from typing import Any, BinaryIO
 
 from bat.data.manifest import Counts, Manifest, source_hash
 from bat.data.parts import WHOLE, Part, run
+from bat.data.sources import UNFINISHED
 from bat.data.store import Store
 from bat.data.table import ShardTable, scan
 from bat.data.tar import escape_key
@@ -43,7 +44,6 @@ from bat.shard.pool import ordered_map
 from bat.tasks.base import LeftOut, Row
 from bat.tasks.events import as_json
 
-MARKER = ".bat-shard-in-progress"
 THREADS = 16
 """Threads that read records when all are joined."""
 
@@ -118,7 +118,7 @@ def write_shards(
                 finally:
                     if alone and not job.listed():
                         job.state.clear()
-            store.below(MARKER).clear()
+            store.below(UNFINISHED).clear()
             return manifest
     except OSError as error:
         raise UserError(f"{store} cannot be written: {error.strerror}") from error
@@ -133,7 +133,7 @@ def _complete(store: Store, source: str) -> Manifest | None:
     manifest, sizes = Manifest.load(store.place), store.sizes()
     if manifest is None:
         has_shards = any(name.endswith(".tar") for name in sizes) or "manifest.json" in sizes
-        if has_shards and MARKER not in sizes and not store.below(MARKER).sizes():
+        if has_shards and UNFINISHED not in sizes and not store.below(UNFINISHED).sizes():
             raise UserError(
                 f"{store} holds shards that bat-shard did not write: give another folder"
             )
@@ -155,9 +155,9 @@ def _complete(store: Store, source: str) -> Manifest | None:
 class _Shards:
     """The shards of ``rows`` as units of work (``bat.data.parts.Job``).
 
-    A finished shard has a record in the folder ``MARKER``: hash of the tar (empty: no clip of it
-    can be read, and there is none) and the clips left out. Its name has a hash of all that
-    determines the shards.
+    A finished shard has a record in the folder ``UNFINISHED``: the hash of its tar (empty where no
+    clip of it can be read, and there is none) and the clips left out. Its name has a hash of all
+    that determines the shards.
     """
 
     noun = "shards"
@@ -175,7 +175,7 @@ class _Shards:
         jobs: int,
         progress: bool,
     ) -> None:
-        self.store, self.state, self.source = store, store.below(MARKER), source
+        self.store, self.state, self.source = store, store.below(UNFINISHED), source
         self.rows, self.recipe, self.label_ids = rows, recipe, label_ids
         self.left_out, self.jobs, self.progress = left_out, jobs, progress
         self.begins = plan(rows, recipe, shard_bytes)
@@ -316,11 +316,10 @@ class _Shards:
                 f"{first['reason']})"
             )
         keep = {Path(shard.name).stem for shard in counts.shards}
-        ours = re.compile(r"\.?(shard-\d{5,})\.(tar|idx\.npz)(\..*\.tmp)?")
+        ours = re.compile(r"(shard-\d{5,})\.(tar|idx\.npz)")
         found_files = ((name, ours.fullmatch(name)) for name in self.store.sizes())
-        self.store.remove(
-            name for name, ours in found_files if ours and (ours[3] or ours[1] not in keep)
-        )
+        self.store.remove(name for name, ours in found_files if ours and ours[1] not in keep)
+        self.store.sweep("shard-*", "manifest.json")
         manifest = counts.manifest(left_out=entries, source=self.source)
         self.store.write("manifest.json", manifest.to_bytes())
         self.state.clear()

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bat import io
 from bat.audio.encode import encode
 from bat.data.index import open_index
+from bat.data.sources import UNFINISHED
 from bat.errors import UserError
 from bat.lock import hold
-from bat import io
 from bat.shard import pack, write
-from bat.shard.write import MARKER, write_shards
+from bat.shard.write import write_shards
 from bat.tasks.base import Row, load_task
 from tests.shard.files import contents
 
@@ -99,7 +100,7 @@ def test_write_shards__killed_then_run_again_gives_the_same_bytes(
     script.write_text(KILLED.replace("{options}", repr(OPTIONS)))
     call = [sys.executable, str(script), str(tmp_path / "in"), str(out), "2"]
     assert subprocess.run(call, timeout=120).returncode == -9
-    assert (out / MARKER).exists()
+    assert (out / UNFINISHED).exists()
     assert not (out / "manifest.json").exists()
     with pytest.raises(UserError, match="unfinished"):
         open_index(out)
@@ -155,10 +156,10 @@ def test_write_shards__damaged_leftovers_are_written_again(
         for end in (".tar", ".idx.npz"):
             shutil.copy(out / f"shard-00000{end}", out / f"shard-00001{end}")
     elif harm == "record":
-        next((out / MARKER).glob("shard-00001-*.json")).write_bytes(b"\xff\n[]\n")
+        next((out / UNFINISHED).glob("shard-00001-*.json")).write_bytes(b"\xff\n[]\n")
     else:  # as a bat that kept a file left it
-        shutil.rmtree(out / MARKER)
-        (out / MARKER).write_bytes(b"{}\n")
+        shutil.rmtree(out / UNFINISHED)
+        (out / UNFINISHED).write_bytes(b"{}\n")
     write_shards(rows, out, **OPTIONS)
     assert contents(out) == whole
 
@@ -186,7 +187,7 @@ def test_write_shards__full_disk_keeps_the_finished_shards(
         with pytest.raises(UserError, match="cannot be written: No space left"):
             write_shards(rows, tmp_path / "s", **OPTIONS)
     left = {path.name for path in (tmp_path / "s").iterdir()}
-    assert left == {MARKER, "shard-00000.tar", "shard-00000.idx.npz"}
+    assert left == {UNFINISHED, "shard-00000.tar", "shard-00000.idx.npz"}
     write_shards(rows, tmp_path / "s", **OPTIONS)
     assert contents(tmp_path / "s") == whole
 
