@@ -9,8 +9,8 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,16 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Replaces ``path`` by a file of ``data`` atomically: readers see the old or the new one."""
+    with replacing(path) as temp:
+        temp.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside ``path``, to which it is moved if the body succeeds."""
     temp = temporary(path)
     try:
-        temp.write_bytes(data)
+        yield temp
         replace_durably(temp, path)
     finally:
         temp.unlink(missing_ok=True)

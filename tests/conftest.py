@@ -18,6 +18,7 @@ from bat.data.index import Index, open_index
 from bat.shard.write import write_shards
 from bat.tasks.base import Row
 from tests.data.http_server import FaultyServer, wave
+from tests.stores import s3, s3_server  # noqa: F401
 from tests.toy import make_toy_shards
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")

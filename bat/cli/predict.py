@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from bat.cli import args as cli
-from bat.cli.embed import add_reading
+from bat.cli.embed import add_reading, reading
+from bat.cli.parts import spread
 
 ABOUT = """\
 Predict with a fine-tuned model or a probe: scores of its labels, events with onset and offset, or
@@ -38,14 +40,20 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--average-windows", action="store_true", help="one line a recording")
     add_reading(p)
     with cli.Command(p, argv) as call:
-        from bat.interfaces.predict import predict_files
         from bat.logs import start_logging
 
         start_logging()
-        options = vars(call.options).copy()
-        del options["debug"]
-        predict_files(options.pop("paths"), options.pop("out"), progress=True, **options)
+        options = call.options
+        gpu = not options.device.startswith("cpu")
+        spread(options, "bat.cli.predict:_predict", cpus=max(1, options.workers), gpu=gpu)
+        _predict(options)
     return call.code
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from bat.interfaces.predict import predict_files
+
+    predict_files(**reading(options))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bat.cli import args as cli
+from bat.cli.parts import add_parts, place, spread
 from bat.errors import UserError
 from bat.redact import printable
 
@@ -33,6 +34,7 @@ examples:
   bat-shard audioset/ shards/ --codec flac --sample-rate 16000      its CSVs beside its clips
   bat-shard recordings/ shards/ --clip-seconds 10 --splits train=0.9,test=0.1
   bat-shard shards-of-others/                        index WebDataset shards where they lie
+  bat-shard recordings/ s3://bucket/set --part 3/64  one of 64 parts, on any machine; --on ray: all
   bat-shard verify shards/                           read everything again, report what is wrong
   bat-shard info shards/                             totals as text, histograms as a picture
 
@@ -60,15 +62,28 @@ def main(argv: list[str] | None = None) -> int:
     if given[:1] == ["info"]:
         return _info(given[1:])
     with cli.Command(build_parser(), given) as call:
-        _index(call.options) if call.options.out is None else _pack(call.options)
+        from bat.logs import start_logging
+
+        start_logging()
+        if call.options.out is None:
+            _index(call.options)
+        else:
+            _spread(call.options, "bat.cli.shard:_pack")
+            _pack(call.options)
     return call.code
+
+
+def _spread(options: argparse.Namespace, task: str) -> None:
+    if options.jobs is None:
+        options.jobs = 1 if options.on else cores()
+    spread(options, task, cpus=max(1, options.jobs))
 
 
 def build_parser() -> argparse.ArgumentParser:
     p = cli.parser("shard", ABOUT, EPILOG)
     p.usage = "bat-shard SOURCE OUT [options] | bat-shard SHARDS | bat-shard verify|info SHARDS"
     p.add_argument("source", metavar="SOURCE", type=Path, help="where the audio is")
-    p.add_argument("out", metavar="OUT", type=Path, nargs="?", help="folder for the shards")
+    p.add_argument("out", metavar="OUT", type=place, nargs="?", help="folder or URL for the shards")
     p.add_argument("--task", metavar="NAME", help="the task that reads SOURCE (looks at its files)")
     p.add_argument(
         "--labels", metavar="FILE", type=Path, help="names the classes: CSV, ontology.json or text"
@@ -86,19 +101,24 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--min-seconds", type=float, metavar="S", help="leave out what is shorter (half a clip)"
     )
-    p.add_argument("--shard-mb", type=float, metavar="N", help="largest shard, MB (1000)")
+    p.add_argument("--shard-mb", type=float, metavar="N", help="size of a shard, MB (1000)")
     p.add_argument("--folds", type=int, metavar="N", help="deal the clips into N folds")
     p.add_argument("--splits", metavar="NAME=PART,...", help="deal them: train=0.9,test=0.1")
     p.add_argument("--dry-run", action="store_true", help="say what would be written")
     _add_jobs(p)
     _add_index_dir(p)
+    add_parts(p)
     return p
 
 
-def _add_jobs(p: argparse.ArgumentParser) -> None:
-    from bat.shard.pool import cores
+def cores() -> int:
+    from bat.shard import pool
 
-    p.add_argument("--jobs", type=int, default=cores(), metavar="N", help="processes (cores)")
+    return pool.cores()
+
+
+def _add_jobs(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--jobs", type=int, metavar="N", help="processes (cores; on Ray 1 a part)")
 
 
 def _add_index_dir(p: argparse.ArgumentParser) -> None:
@@ -125,7 +145,8 @@ def _index(args: argparse.Namespace) -> None:
     from bat.shard.rows import detect
     from bat.tasks.labels import doubts
 
-    flags = _asked(args) + ["--task"] * (args.task not in (None, "shards"))
+    flags = _asked(args) + [f"--{n}" for n in ("part", "join", "on") if getattr(args, n)]
+    flags += ["--task"] * (args.task not in (None, "shards"))
     if flags or (args.source.exists() and detect(args.source) != "shards"):
         why = f"{flags[0]} needs it" if flags else f"{args.source} holds no .tar to index in place"
         raise UserError(f"give OUT, the folder for the shards: {why}")
@@ -133,7 +154,8 @@ def _index(args: argparse.Namespace) -> None:
         print("\n".join(summarise(args.source, index_dir=args.index_dir).text()))
         print("dry run: nothing was written")
         return
-    done = index_in_place(args.source, index_dir=args.index_dir, jobs=args.jobs, progress=True)
+    jobs = cores() if args.jobs is None else args.jobs
+    done = index_in_place(args.source, index_dir=args.index_dir, jobs=jobs, progress=True)
     for note in done.notes:
         _note(note)
     summary = summarise(args.source, index_dir=args.index_dir)
@@ -153,6 +175,7 @@ def _index(args: argparse.Namespace) -> None:
 
 def _pack(args: argparse.Namespace) -> None:
     from bat.data.manifest import Manifest
+    from bat.data.store import Store
     from bat.shard.info import summarise
     from bat.shard.listing import NAME, write_listing
     from bat.shard.pack import Recipe
@@ -169,6 +192,7 @@ def _pack(args: argparse.Namespace) -> None:
         for name in ("codec", "sample_rate", "channels", "clip_seconds", "min_seconds")
     }
     Recipe(**options)  # checks them before anything is read
+    args.out = Store(args.out).place  # a URL without a slash at its end
     found = open_rows(args.source, task=args.task, labels=args.labels, split=args.split)
     if found.kind == "shards" and not _asked(args):
         raise UserError(
@@ -182,8 +206,8 @@ def _pack(args: argparse.Namespace) -> None:
         _describe(folders, found.vocabulary)
         print(f"dry run: nothing was written to {args.out}")
         return
-    first, entries = next(iter(folders)), []
-    by_split = {folder.name: folder for folder in folders}
+    first, entries, incomplete = next(iter(folders)), [], False
+    by_split = {_name(folder): folder for folder in folders}
     for folder, rows in folders.items():
         was_complete = Manifest.load(folder) is not None
         if len(folders) > 1:
@@ -198,16 +222,23 @@ def _pack(args: argparse.Namespace) -> None:
                 e for e in found.left_out if by_split.get(e.split or "", first) == folder
             ],
             jobs=args.jobs,
-            progress=True,
+            progress=args.progress,
+            part=args.part,
+            join_only=args.join,
         )
+        if manifest is None:
+            incomplete = True
+            continue
         entries += manifest.left_out
         if was_complete:
             print(f"{folder} was complete already: nothing written")
+    if incomplete:
+        return
     summary = summarise(args.out)
     for line in summary.text():
         if not line.startswith("left out"):
             print(line + f" in {args.out}" * line.startswith("shards"))
-    where = args.out / "manifest.json" if args.out in folders else f"manifest.json of {args.out}/*"
+    where = f"{args.out}/manifest.json" if args.out in folders else f"manifest.json of {args.out}/*"
     print(f"left out  {f'{len(entries)} ({_kinds(entries)}): listed in {where}' if entries else 0}")
     if args.clip_seconds is None and any(row.listed_seconds for row in found.rows):
         for line in write_listing(args.out, folders, found.left_out):
@@ -215,8 +246,13 @@ def _pack(args: argparse.Namespace) -> None:
     print(f"next      {next_command(summary, args.out, found.kind)}")
 
 
-def _folders(args: argparse.Namespace, found: Rows) -> dict[Path, list[Row]]:
+def _name(folder: Path | str) -> str:
+    return str(folder).rpartition("/")[2]
+
+
+def _folders(args: argparse.Namespace, found: Rows) -> dict[Path | str, list[Row]]:
     """Returns the rows of each output folder, with folds and splits assigned."""
+    from bat.data.store import Store
     from bat.shard.assign import assign_folds, assign_splits
 
     rows = found.rows
@@ -227,16 +263,17 @@ def _folders(args: argparse.Namespace, found: Rows) -> dict[Path, list[Row]]:
         rows = assign_splits(rows, parse_splits(args.splits))
     if args.folds is not None:
         rows = assign_folds(rows, args.folds)
+    store = Store(args.out)
     if all(row.split is None for row in rows):
-        below = next(iter(sorted(args.out.glob("*/*.tar"))), None)
+        below = next(iter(sorted(store.local.glob("*/*.tar"))), None) if store.local else None
         if below is not None:
             raise UserError(f"{args.out} holds shards in {below.parent.name}/: give another folder")
-        return {args.out: rows}
-    if any(args.out.glob("*.tar")):
+        return {store.place: rows}
+    if any(name.endswith(".tar") for name in store.sizes()):
         raise UserError(f"{args.out} holds shards without splits: give another folder")
-    folders: dict[Path, list[Row]] = {}
+    folders: dict[Path | str, list[Row]] = {}
     for row in rows:
-        folders.setdefault(args.out / (row.split or "unsplit"), []).append(row)
+        folders.setdefault(store.place_of(row.split or "unsplit"), []).append(row)
     return folders
 
 
@@ -257,7 +294,7 @@ def parse_splits(text: str) -> dict[str, float]:
     return parts
 
 
-def _describe(folders: dict[Path, list[Row]], vocabulary: list[str]) -> None:
+def _describe(folders: dict[Path | str, list[Row]], vocabulary: list[str]) -> None:
     """Prints what would be written."""
     import numpy as np
 
@@ -279,7 +316,7 @@ def _describe(folders: dict[Path, list[Row]], vocabulary: list[str]) -> None:
     folds = Counter(row.fold for row in rows if row.fold is not None)
     print(f"folds     {', '.join(f'{k} {n}' for k, n in sorted(folds.items())) or 'none'}")
     if len(folders) > 1 or rows[0].split is not None:
-        shown = ", ".join(f"{folder.name} {len(some)}" for folder, some in folders.items())
+        shown = ", ".join(f"{_name(folder)} {len(some)}" for folder, some in folders.items())
         print(f"splits    {shown}")
 
 
@@ -288,7 +325,7 @@ def _kinds(entries: Sequence[dict[str, str]]) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
 
 
-def next_command(summary: Summary, shards: Path, kind: str, *more: str) -> str:
+def next_command(summary: Summary, shards: Path | str, kind: str, *more: str) -> str:
     """Returns the suggested pre-training of ``shards``: the paper's for a large set, else that of
     ESC-50 or ESC-10 (tiny, for two cores), with online probes if clips can be held out."""
     from bat.data.sources import TRAIN
@@ -311,32 +348,56 @@ def next_command(summary: Summary, shards: Path, kind: str, *more: str) -> str:
 def _verify(argv: list[str]) -> int:
     """Reads shards, reports problems and returns 1 if any is serious."""
     p = cli.parser("shard verify", VERIFY, VERIFY_EPILOG)
-    p.add_argument("shards", metavar="SHARDS", type=Path, help="a folder, a tar or a glob")
+    p.add_argument("shards", metavar="SHARDS", type=place, help="a folder, a URL, a tar or a glob")
     p.add_argument("--json", metavar="FILE", type=Path, help="write all findings there")
     _add_jobs(p)
     _add_index_dir(p)
-    is_fit = True
+    add_parts(p)
+    is_fit: bool | None = True
     with cli.Command(p, argv) as call:
-        from bat.io import write_atomic
-        from bat.shard.verify import verify
+        from bat.logs import start_logging
 
+        start_logging()
         args = call.options
         if args.json is not None and not args.json.parent.is_dir():
             raise UserError(f"--json {args.json}: {args.json.parent} is not a folder")
-        report = verify(args.shards, index_dir=args.index_dir, jobs=args.jobs, progress=True)
-        is_fit = report.ok
-        print("\n".join(report.text()))
-        print("verdict   " + ("fit for training" if is_fit else "not fit: see above"))
-        if args.json is not None:
-            write_atomic(args.json, report.json().encode())
-            print(f"listed    {args.json}")
-    return call.code or int(not is_fit)
+        if args.json is None and (args.part or args.join or args.on):
+            raise UserError(
+                "--part, --join, --on: give --json FILE; the parts' findings lie beside it"
+            )
+        _spread(args, "bat.cli.shard:_check")
+        is_fit = _check(args)
+    return call.code or int(is_fit is False)
+
+
+def _check(args: argparse.Namespace) -> bool | None:
+    """Verifies; returns True if the shards are fit for training, None if parts are missing."""
+    from bat.io import write_atomic
+    from bat.shard.verify import verify
+
+    report = verify(
+        args.shards,
+        index_dir=args.index_dir,
+        jobs=args.jobs,
+        progress=args.progress,
+        state=args.json.with_name(f"{args.json.name}.parts") if args.json else None,
+        part=args.part,
+        join_only=args.join,
+    )
+    if report is None:
+        return None
+    print("\n".join(report.text()))
+    print("verdict   " + ("fit for training" if report.ok else "not fit: see above"))
+    if args.json is not None:
+        write_atomic(args.json, report.json().encode())
+        print(f"listed    {args.json}")
+    return report.ok
 
 
 def _info(argv: list[str]) -> int:
     """Describes shards in text and draws their histograms."""
     p = cli.parser("shard info", INFO, INFO_EPILOG)
-    p.add_argument("shards", metavar="SHARDS", type=Path, help="a folder, a tar or a glob")
+    p.add_argument("shards", metavar="SHARDS", type=place, help="a folder, a URL, a tar or a glob")
     p.add_argument("--plot", metavar="FILE", type=Path, help="the picture (SHARDS/info.png)")
     _add_index_dir(p)
     with cli.Command(p, argv) as call:
@@ -344,16 +405,16 @@ def _info(argv: list[str]) -> int:
         from bat.shard.info import summarise
 
         args = call.options
-        plot = args.plot or args.shards / "info.png"
-        if args.plot is None and not args.shards.is_dir():
+        if args.plot is None and not (isinstance(args.shards, Path) and args.shards.is_dir()):
             raise UserError("--plot FILE: say where the picture goes (SHARDS is not a folder)")
+        plot = args.plot or args.shards / "info.png"
         if plot.suffix != ".png":
             raise UserError(f"--plot {plot}: a .png")
         summary = summarise(args.shards, index_dir=args.index_dir)
         print("\n".join(summary.text()))
         plot_data(
             plot,
-            title=f"{args.shards.resolve().name}: {summary.headline}",
+            title=f"{_name(Path(args.shards).resolve())}: {summary.headline}",
             classes=dict(zip(summary.vocabulary, summary.label_counts.tolist(), strict=True)),
             seconds=summary.seconds,
             rates=summary.rates,

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -73,12 +73,15 @@ class Manifest:
     version: int = VERSION
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest | None:
-        """Reads the manifest of ``folder``; None where there is none, or one of another program.
+    def load(cls, folder: Path | str) -> Manifest | None:
+        """Reads the manifest of ``folder``, a URL if it is a string; None where there is none, or
+        one of another program.
 
         Raises:
             UserError: it is one of bat's, but damaged, of another version, or over ``MAX_BYTES``.
         """
+        if isinstance(folder, str):
+            return remote_manifest(folder, RetryPolicy())
         path = folder / "manifest.json"
         if not path.is_file():
             return None
@@ -87,21 +90,24 @@ class Manifest:
         return parse_manifest(path.read_bytes(), str(folder))
 
     def save(self, folder: Path) -> None:
-        """Write ``manifest.json``, one line for each clip left out (there may be a million)."""
+        """Write ``manifest.json``."""
+        write_atomic(folder / "manifest.json", self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Returns the file's text, one line for each clip left out (there may be a million)."""
         said = vars(self) | {"shards": [asdict(shard) for shard in self.shards], "left_out": []}
         text = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
         if self.left_out:
             lines = ",\n  ".join(json.dumps(e, ensure_ascii=False) for e in self.left_out)
             text = text.replace('"left_out": []', f'"left_out": [\n  {lines}\n ]')
-        data = text.encode("utf-8", "backslashreplace")  # a lone surrogate is escaped as in JSON
-        write_atomic(folder / "manifest.json", data)
+        return text.encode("utf-8", "backslashreplace")  # a lone surrogate is escaped as in JSON
 
-    def damage(self, folder: Path) -> str | None:
-        """Returns which shards ``folder`` lacks or has in another size; None if there are none."""
+    def damage(self, sizes: Mapping[str, int]) -> str | None:
+        """Returns which shards a folder of files of ``sizes`` lacks or has in another size; None if
+        there are none."""
         for shard in self.shards:
-            try:
-                size = (folder / shard.name).stat().st_size
-            except OSError:
+            size = sizes.get(shard.name)
+            if size is None:
                 return f"{shard.name} is missing"
             if size != shard.bytes:
                 return f"{shard.name} has {size} bytes, its manifest.json says {shard.bytes}"

@@ -50,6 +50,24 @@ class RefusedError(OSError):
 
 FINAL = (RefusedError, FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
 """Errors after which no further try is made."""
+HTTP_ERRORS = (aiohttp.ClientError, TimeoutError, OSError)
+ACCESS = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (of a store that is not "
+    "Amazon's also AWS_ENDPOINT_URL)",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS",
+}
+"""How credentials are given, by protocol."""
+_KEYS = f"the store does not accept these credentials: {ACCESS['s3']}"
+REMEDIES = {
+    "NoSuchBucket": "this bucket does not exist: make it, or correct its name; for a store that is "
+    "not Amazon's set AWS_ENDPOINT_URL",
+    "NoCredentialsError": f"there are no credentials: {ACCESS['s3']}",
+    **dict.fromkeys(("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"), _KEYS),
+    **dict.fromkeys(("InvalidToken", "InvalidClientTokenId"), _KEYS),
+}
+"""Errors of an object store that no other try mends, with what to do."""
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "memory")
+"""Protocols whose uploads appear whole or not at all."""
 _systems: dict[Any, Any] = {}
 
 
@@ -102,7 +120,9 @@ def _redirect_guard(policy: RetryPolicy) -> aiohttp.TraceConfig:
 
 def _cause(error: Exception, url: str) -> Exception:
     """Returns the actual cause of ``error``, with a message where it is final."""
-    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+    if (code := _store_code(error)) in REMEDIES:
+        return UserError(f"{shown(url)}: {REMEDIES[code]} ({code})")
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, HTTP_ERRORS):
         error = error.__cause__  # fsspec reports any failure of ``info`` like this
     if isinstance(error, aiohttp.TooManyRedirects):
         return RefusedError(errno.EIO, f"{shown(url)} leads on and on: too many redirects")
@@ -112,6 +132,23 @@ def _cause(error: Exception, url: str) -> Exception:
     if isinstance(error, (PermissionError, IsADirectoryError)) or status in (401, 403):
         return PermissionError(errno.EACCES, f"{shown(url)} is refused")
     return OSError(errno.EIO, f"HTTP {status}") if status else error
+
+
+def _store_code(error: BaseException) -> str:
+    """Returns the code of an error of botocore; empty for others."""
+    for found in (error, error.__cause__):
+        if type(found).__name__ in REMEDIES:
+            return type(found).__name__
+        response = getattr(found, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+    return ""
+
+
+def remedy(url: str) -> str:
+    """Returns how credentials for ``url`` are given."""
+    protocol = urlsplit(url).scheme
+    return ACCESS.get(protocol, f"give credentials as fsspec's {protocol} file system takes them")
 
 
 def why(error: BaseException, url: str, policy: RetryPolicy) -> str:
@@ -140,7 +177,9 @@ def attempt(action: Callable[[], T], url: str, policy: RetryPolicy) -> T:
         except Exception as raised:
             error = _cause(raised, url)
         tries += 1
-        if isinstance(error, FINAL) or (isinstance(error, OSError) and error.errno in FULL):
+        if isinstance(error, (UserError, *FINAL)) or (
+            isinstance(error, OSError) and error.errno in FULL
+        ):
             raise error
         if tries >= policy.retries:
             reason = f"{why(error, url, policy)} ({tries} tries)"
@@ -233,6 +272,42 @@ def read_part(url: str, *, offset: int, size: int, policy: RetryPolicy) -> bytes
         return bytes(system.cat_file(path, start=offset, end=offset + size))
 
     return attempt(fetch, url, policy)
+
+
+def upload(path: Path, url: str, policy: RetryPolicy) -> None:
+    """Uploads a file so that it appears at ``url`` whole or not at all; raises as ``attempt``."""
+    size = path.stat().st_size
+
+    def send() -> None:
+        system, name = _system_of(url, policy)
+        there = name if urlsplit(url).scheme in OBJECT_STORES else f"{name}.{os.getpid()}.tmp"
+        if there != name:
+            system.makedirs(system._parent(name), exist_ok=True)
+        system.put_file(os.fspath(path), there)
+        if there != name:
+            system.mv(there, name)
+        if (got := system.info(name)["size"]) != size:
+            raise OSError(errno.EIO, f"{got} bytes arrived, {size} were sent")
+
+    attempt(send, url, policy)
+
+
+def remove(url: str, policy: RetryPolicy) -> None:
+    """Removes a file if it exists; raises as ``attempt``."""
+    system, name = _system_of(url, policy)
+    with contextlib.suppress(FileNotFoundError):
+        attempt(lambda: system.rm_file(name), url, policy)
+
+
+def sizes(folder: str, policy: RetryPolicy) -> dict[str, int]:
+    """Returns ``{name: bytes}`` of the files in a remote folder, sorted; raises as ``attempt``."""
+    system, name = _system_of(folder, policy)
+    try:
+        found = attempt(lambda: system.ls(name, detail=True), folder, policy)
+    except FileNotFoundError:
+        return {}
+    files = {e["name"].rpartition("/")[2]: int(e["size"]) for e in found if e["type"] == "file"}
+    return dict(sorted(files.items()))
 
 
 def join(folder: str, name: str) -> str:

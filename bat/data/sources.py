@@ -38,6 +38,8 @@ SIGNATURE = re.compile(
     r"|sr|st|spr|awsaccesskeyid|googleaccessid",
     re.IGNORECASE,
 )
+UNFINISHED = ".bat-shard-in-progress"
+"""Folder in one of shards that is not complete."""
 TRAIN = ("train", "train-unbalanced")
 """Splits that ``auto`` takes, in order of preference; the second is the larger one of AudioSet."""
 log = logging.getLogger("bat")
@@ -150,7 +152,7 @@ def find(source: str | Path, policy: RetryPolicy | None = None) -> list[Shard]:
     if is_url(source):
         if text.startswith(PREFIX) and pipes_allowed():
             return [Shard(text, command=True)]
-        text = _checked(text)
+        text = checked_url(text)
         if text.startswith("file:"):
             return find(Path(unquote(urlsplit(text).path)))
     braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
@@ -191,9 +193,13 @@ def _local(path: Path, text: str) -> list[Shard]:
 
 def _tars(folder: Path) -> list[Path]:
     """Returns the tars of ``folder``, sorted."""
-    if (folder / ".bat-shard-in-progress").exists() and not (folder / "manifest.json").exists():
-        raise UserError(f"{folder} is unfinished: run the bat-shard command that made it again")
+    if (folder / UNFINISHED).exists() and not (folder / "manifest.json").exists():
+        raise _unfinished(str(folder))
     return sorted(p for suffix in SUFFIXES for p in folder.glob("*" + suffix))
+
+
+def _unfinished(folder: str) -> UserError:
+    return UserError(f"{folder} is unfinished: run the bat-shard command that made it again")
 
 
 def _one_kind(folder: str, shards: list[Shard]) -> list[Shard]:
@@ -211,7 +217,7 @@ def _one_kind(folder: str, shards: list[Shard]) -> list[Shard]:
     return shards
 
 
-def _checked(url: str) -> str:
+def checked_url(url: str) -> str:
     """Returns ``url`` with its protocol in lower case; ``UserError`` if it is not allowed."""
     protocol, rest = url.split(":", 1)
     protocol = protocol.lower()
@@ -250,6 +256,8 @@ def _remote(url: str, policy: RetryPolicy) -> list[Shard]:
     manifest = remote_manifest(folder, policy)
     if manifest is not None:
         return [Shard(join(folder, entry.name)) for entry in manifest.shards]
+    if listing(f"{folder}/{UNFINISHED}", policy):
+        raise _unfinished(shown(folder))
     found = []
     for name in listing(folder, policy):
         if name.endswith(SUFFIXES):

@@ -98,6 +98,10 @@ class ShardTable:
 
     def save(self, path: Path) -> None:
         """Write atomically (temporary file, fsync, ``os.replace``)."""
+        write_atomic(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Returns the content of the table's file."""
         names = ["tar_bytes", "mtime_ns", "names", "ids", "splits", "left_out", "sha256"]
         names += [name for name in ("events", "texts") if getattr(self, name)]
         text = json.dumps({"version": VERSION, **{name: getattr(self, name) for name in names}})
@@ -109,12 +113,12 @@ class ShardTable:
             labels=self.labels,
             keys=self.keys,
         )
-        write_atomic(path, buffer.getvalue())
+        return buffer.getvalue()
 
     @classmethod
-    def load(cls, path: Path, tar: Path | None) -> ShardTable | None:
-        """Returns the table saved at ``path`` if it describes the shard ``tar`` as it is now, else
-        None.
+    def load(cls, path: Path | io.BytesIO, tar: Path | None) -> ShardTable | None:
+        """Returns the table saved at ``path`` (or in memory) if it describes the shard ``tar`` as
+        it is now, else None.
 
         Checked: the range of all numbers; size and modification time of the tar; the headers of the
         first, middle and last clip. With ``tar=None`` only the numbers.
@@ -123,6 +127,8 @@ class ShardTable:
             with zipfile.ZipFile(path) as packed:  # checked before numpy unpacks anything
                 if sum(member.file_size for member in packed.infolist()) > MAX_TABLE_BYTES:
                     return None
+            if isinstance(path, io.BytesIO):
+                path.seek(0)
             with np.load(path, allow_pickle=False) as file:
                 head = json.loads(file["head"].tobytes())
                 clips, labels, keys = file["clips"], file["labels"], file["keys"]

@@ -213,7 +213,8 @@ def embed_files(
     """Embeds the audio at ``paths`` into ``out``; continues what was interrupted (docs/embed.md).
 
     Args:
-        out: ``.parquet``, ``.npz``, ``.csv``, or a folder of ``.npy``; see ``tables``.
+        out: ``.parquet``, ``.npz``, ``.csv``, or a folder of ``.npy`` (see ``tables``); here, or a
+            URL that fsspec can write.
         checkpoint, level, layer, pool, head, weights, device: see ``embed``.
         reading: see ``run``.
 
@@ -227,12 +228,11 @@ def embed_files(
         "head": head,
         "weights": weights,
     }
-    out = Path(out)
     check_format(out)
 
     def load() -> Embedder:
         made = Embedder.load(checkpoint, device=device, bf16=bf16, **how)
-        made.settings["format"] = out.suffix or "folder"
+        made.settings["format"] = Path(out).suffix or "folder"
         return made
 
     run(paths, out, load, write_table, **reading)

@@ -299,8 +299,7 @@ def predict_files(
     Raises:
         UserError: whatever is wrong with these; nothing readable; ``out`` is of another command.
     """
-    out = Path(out)
-    if out.suffix != ".csv":
+    if Path(out).suffix != ".csv":
         raise UserError(f"--out {out}: a .csv")
     how: dict[str, Any] = {"answer": answer, "threshold": threshold, "median": median}
     how |= {"average": average, "encoder": encoder, "device": device, "bf16": bf16}

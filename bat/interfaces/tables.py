@@ -38,15 +38,16 @@ class Rows(NamedTuple):
     embedding: NDArray[np.float32]  # (R, ...)
 
 
-def check_format(out: Path) -> None:
+def check_format(out: str | Path) -> None:
     """Raises ``UserError`` for an ``out`` with an unknown suffix, or if pyarrow is missing."""
-    if out.suffix and out.suffix not in WRITERS:
+    suffix = Path(out).suffix
+    if suffix and suffix not in WRITERS:
         raise UserError(
             f"--out {out}: known are {', '.join(WRITERS)}, or a name without suffix: a folder"
         )
-    if out.suffix and out.is_dir():
+    if suffix and Path(out).is_dir():
         raise UserError(f"--out {out} is a folder: its name must have no suffix")
-    if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+    if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise UserError(f"--out {out} needs pyarrow: pip install 'bat-audio[parquet]'")
 
 

@@ -59,7 +59,7 @@ def index_in_place(
     """
     from tqdm import tqdm
 
-    tars = [Path(shard.place) for shard in local_shards(source)]
+    tars = local_shards(source)
     manifests = {folder: Manifest.load(folder) for folder in dict.fromkeys(t.parent for t in tars)}
     for folder in manifests if index_dir is None else ():
         if not os.access(folder, os.W_OK):

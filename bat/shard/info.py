@@ -8,18 +8,27 @@ the same numbers.
 
 from __future__ import annotations
 
+import io
+import itertools
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from bat.data.manifest import Counts, Manifest, joint_vocabulary, label_pairs
-from bat.data.sources import Shard, find
-from bat.data.table import load_table, scan
+from bat.data.sources import RetryPolicy, Shard, find
+from bat.data.store import Store
+from bat.data.table import ShardTable, load_table, scan
 from bat.errors import UserError
 from bat.tasks.base import AUDIO_SUFFIXES
+
+THREADS = 16
+"""Threads that read tables of remote shards."""
 
 
 @dataclass
@@ -114,7 +123,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def local_shards(source: Path) -> list[Shard]:
+def plain_shards(source: Path | str) -> list[Shard]:
     """Returns the tars of a folder, of its sub-folders (``train/``, ``test/``), one tar, or a glob.
 
     Raises:
@@ -127,17 +136,65 @@ def local_shards(source: Path) -> list[Shard]:
     return shards
 
 
-def summarise(source: Path, *, index_dir: Path | None = None) -> Summary:
+def local_shards(source: Path) -> list[Path]:
+    """Returns the paths of ``plain_shards``."""
+    return [Path(shard.place) for shard in plain_shards(source)]
+
+
+def folder_of(place: Path | str) -> Path | str:
+    """Returns the folder of a shard."""
+    return place.parent if isinstance(place, Path) else place.rpartition("/")[0]
+
+
+def table_of(place: Path | str, index_dir: Path | None = None) -> ShardTable:
+    """Returns the table of a shard, saved or made; a remote shard is fetched if it has none."""
+    if isinstance(place, Path):
+        return load_table(place, index_dir) or scan(place)
+    if (table := saved_table(place)) is not None:
+        return table
+    with fetched(place) as tar:
+        return scan(tar)
+
+
+def saved_table(url: str) -> ShardTable | None:
+    """Returns the table beside a remote shard."""
+    folder, _, name = url.rpartition("/")
+    try:
+        saved = Store(folder).read(name.removesuffix(".tar") + ".idx.npz")
+    except FileNotFoundError:
+        return None
+    return ShardTable.load(io.BytesIO(saved), None)
+
+
+@contextmanager
+def fetched(place: Path | str) -> Iterator[Path]:
+    """Gives the path of a shard; a remote one is fetched for as long as the body runs. ``OSError``
+    if it cannot be read."""
+    if isinstance(place, Path):
+        yield place
+        return
+    from bat.data.remote import download, stat
+
+    policy = RetryPolicy()
+    with tempfile.TemporaryDirectory(prefix="bat-") as folder:
+        path = Path(folder) / "shard.tar"
+        found = stat(place, policy)
+        download(place, path, size=found.size, tag=found.tag, policy=policy)
+        yield path
+
+
+def summarise(source: Path | str, *, index_dir: Path | None = None) -> Summary:
     """Returns the summary of a folder of shards (or of its sub-folders, whose names are then
     splits).
 
     Raises:
         UserError: nothing found, or not shards.
     """
-    shards = local_shards(source)
-    tars = [Path(shard.place) for shard in shards]
-    tables = [load_table(tar, index_dir) or scan(tar) for tar in tars]
-    found = (Manifest.load(folder) for folder in dict.fromkeys(tar.parent for tar in tars))
+    shards = plain_shards(source)
+    with ThreadPoolExecutor(THREADS if any(shard.remote for shard in shards) else 1) as pool:
+        tables = list(pool.map(table_of, (s.place for s in shards), itertools.repeat(index_dir)))
+    folders = dict.fromkeys(folder_of(shard.place) for shard in shards)
+    found = (Manifest.load(folder) for folder in folders)
     manifests = [manifest for manifest in found if manifest is not None]
     vocabulary = joint_vocabulary(
         label_pairs(tables), [m.vocabulary for m in manifests if m.vocabulary]

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bat.data.manifest import Manifest
-from bat.data.table import ShardTable, load_table
+from bat.data.store import Store
+from bat.data.table import ShardTable
 from bat.data.tar import escape_key
-from bat.io import write_atomic
+from bat.shard.info import table_of
 from bat.tasks.base import LeftOut, Row
 
 NAME = "listing.csv"
@@ -27,7 +28,7 @@ COLUMNS = ("split", "key", "state", "seconds", "listed_seconds", "file", "reason
 
 
 def write_listing(
-    out: Path, folders: Mapping[Path, Sequence[Row]], absent: Iterable[LeftOut]
+    out: Path | str, folders: Mapping[Path | str, Sequence[Row]], absent: Iterable[LeftOut]
 ) -> list[str]:
     """Writes ``out/listing.csv`` of the shards in ``folders``; returns a line for each split.
 
@@ -47,8 +48,8 @@ def write_listing(
     for folder, rows in folders.items():
         manifest = Manifest.load(folder)
         assert manifest is not None, "written before"
-        tables = (load_table(folder / shard.name) for shard in manifest.shards)
-        seconds = {key: s for table in tables if table for key, s in _seconds(table)}
+        tables = (table_of(Store(folder).place_of(shard.name)) for shard in manifest.shards)
+        seconds = {key: s for table in tables for key, s in _seconds(table)}
         reasons = {entry["key"]: entry for entry in manifest.left_out}
         for row in rows:
             if (said := reasons.get(row.key)) is not None:
@@ -61,7 +62,7 @@ def write_listing(
             add(row.split, row.key, state, f"{found or 0:.3f}", f"{wanted:g}", row.name, "")
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *lines])
-    write_atomic(out / NAME, text.getvalue().encode("utf-8", "backslashreplace"))
+    Store(out).write(NAME, text.getvalue().encode("utf-8", "backslashreplace"))
     return [
         f"{split or 'clips'}: {sum(count.values())} listed, "
         + ", ".join(f"{count[state]} {state}" for state in ("whole", "missing", "damaged", "short"))

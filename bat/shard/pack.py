@@ -114,7 +114,7 @@ def works_of(row: Row, recipe: Recipe) -> Iterator[Work]:
     info, seconds = None, recipe.clip_seconds
     if seconds is not None:
         with suppress(DecodeError, OSError):  # packing it gives the same error
-            info = _probed(_file_of(row))
+            info = probed(row)
     if info is None or seconds is None or info.frames <= seconds * info.sample_rate * (1 + SLACK):
         yield Work(row)
         return
@@ -124,8 +124,9 @@ def works_of(row: Row, recipe: Recipe) -> Iterator[Work]:
         yield Work(row, info, first, min(first + step, count), count)
 
 
-def _probed(file: Path | bytes) -> AudioInfo:
+def probed(recording: Row | bytes) -> AudioInfo:
     """Returns the properties of a recording; ``DecodeError`` ("long") beyond ``MAX_SECONDS``."""
+    file = recording if isinstance(recording, bytes) else _file_of(recording)
     info = probe(file, max_file_seconds=MAX_SECONDS)
     check_length(info.frames, info.sample_rate, MAX_SECONDS)
     return info
@@ -150,7 +151,7 @@ def pack(work: Work, *, recipe: Recipe) -> list[Packed | LeftOut]:
 
 def _whole(row: Row, recipe: Recipe) -> Packed | LeftOut:
     data = read_row(row)
-    info = _probed(data)
+    info = probed(data)
     rate = recipe.sample_rate or info.sample_rate
     suffix = info.codec if info.codec in AUDIO_SUFFIXES else row.suffix
     same_codec = recipe.codec in ("keep", info.codec) and suffix in AUDIO_SUFFIXES

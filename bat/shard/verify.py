@@ -13,13 +13,14 @@ false duplicate). The tables, keys and hashes of the whole set are kept in memor
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +28,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bat.data.manifest import Counts, Manifest, ShardInfo
+from bat.data.parts import WHOLE, Part, run
+from bat.data.sources import shown
+from bat.data.store import Store
 from bat.data.table import ITS_JSON, ShardTable, read_contents, table_places, tabulate
 from bat.errors import UserError
 from bat.redact import one_line
 from bat.shard.clip_check import Kind, check_clip
-from bat.shard.info import duration, local_shards
+from bat.shard.info import duration, fetched, folder_of, plain_shards, saved_table
 from bat.shard.pool import ordered_map
 
 KEPT = 10_000
@@ -108,70 +112,150 @@ class Report:
 
 
 def verify(
-    source: Path, *, index_dir: Path | None = None, jobs: int = 1, progress: bool = False
-) -> Report:
-    """Check the shards of a folder, of its sub-folders, of one tar, or of a glob.
+    source: Path | str,
+    *,
+    index_dir: Path | None = None,
+    jobs: int = 1,
+    progress: bool = False,
+    state: Path | str | None = None,
+    part: Part = WHOLE,
+    join_only: bool = False,
+) -> Report | None:
+    """Check the shards of a folder, of its sub-folders, of one tar, or of a glob, here or remote.
 
     Args:
         index_dir: folder of the tables of read-only shards.
         jobs: processes; each takes a shard at a time.
+        state: folder for the findings of the parts; needed with these.
+        part, join_only: see ``bat.data.parts.run``.
+
+    Returns:
+        The report; None if shards of other parts are missing.
 
     Raises:
         UserError: no shards found.
     """
-    from tqdm import tqdm
+    job = _Checks(source, index_dir=index_dir, jobs=jobs, progress=progress)
+    if part == WHOLE and not join_only:
+        return job.report(job.check(range(job.units)))
+    assert state is not None
+    job.state = Store(state)
+    return run(job, part, join_only=join_only)
 
-    tars = [Path(shard.place) for shard in local_shards(source)]
-    report = Report(source=str(source))
-    manifests = _manifests(report, tars, is_whole=source.is_dir())
-    vocabulary = next((m.vocabulary for m in manifests.values() if m.vocabulary), None)
-    label_ids = None if vocabulary is None else {name: i for i, name in enumerate(vocabulary)}
-    entries = {f / entry.name: entry for f, m in manifests.items() for entry in m.shards}
-    counts = {folder: Counts(manifest.vocabulary) for folder, manifest in manifests.items()}
-    several = len({tar.parent for tar in tars}) > 1
-    clips = _Clips()
-    results = ordered_map(partial(_check_shard, vocabulary=label_ids), tars, jobs=jobs)
-    with closing(results):
-        shown = tqdm(results, total=len(tars), unit="shard", disable=not progress)
-        for tar, checked in zip(tars, shown, strict=True):
-            name = f"{tar.parent.name}/{tar.name}" if several else tar.name
-            entry, table = entries.get(tar), checked.table
+
+class _Checks:
+    """The shards of ``source`` as units of work (``bat.data.parts.Job``)."""
+
+    noun = "shards"
+
+    def __init__(
+        self, source: Path | str, *, index_dir: Path | None, jobs: int, progress: bool
+    ) -> None:
+        self.shards = plain_shards(source)
+        self.places = [shard.place for shard in self.shards]
+        self.jobs, self.progress, self.index_dir = jobs, progress, index_dir
+        self.state = Store("")
+        self.before = Report(source=shown(str(source)))
+        is_whole = not isinstance(source, Path) or source.is_dir()
+        self.sizes = {f: Store(f).sizes() for f in dict.fromkeys(map(folder_of, self.places))}
+        self.manifests = _manifests(self.before, self.sizes, is_whole=is_whole)
+        found = (m.vocabulary for m in self.manifests.values() if m.vocabulary)
+        self.vocabulary = next(found, None)
+
+    @property
+    def units(self) -> int:
+        return len(self.shards)
+
+    def check(self, units: Sequence[int]) -> Iterator[_Checked]:
+        """Yields the findings in each of ``units``."""
+        from tqdm import tqdm
+
+        ids = self.vocabulary and {name: i for i, name in enumerate(self.vocabulary)}
+        look = partial(_check_shard, vocabulary=ids, index_dir=self.index_dir)
+        places = [self.places[unit] for unit in units]
+        with closing(ordered_map(look, places, jobs=self.jobs)) as results:
+            yield from tqdm(results, total=len(units), unit="shard", disable=not self.progress)
+
+    def _file(self, unit: int) -> str:
+        """Returns the name of the findings in a shard as it is now."""
+        place = self.places[unit]
+        found = place.stat() if isinstance(place, Path) else None
+        size = self.sizes[folder_of(place)].get(self.shards[unit].name)
+        said = [str(place), size, found.st_mtime_ns if found else 0, self.vocabulary]
+        return f"{unit:05d}-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}.npz"
+
+    def finished(self) -> Report | None:
+        return None
+
+    def listed(self) -> set[int]:
+        names = self.state.sizes()
+        return {unit for unit in range(self.units) if self._file(unit) in names}
+
+    def intact(self, unit: int) -> bool:
+        return True
+
+    def do(self, units: Sequence[int]) -> None:
+        for unit, checked in zip(units, self.check(units), strict=True):
+            self.state.write(self._file(unit), checked.to_bytes())
+
+    def join(self) -> Report:
+        files = map(self._file, range(self.units))
+        report = self.report(_Checked.of(self.state.read(file)) for file in files)
+        self.state.clear()
+        return report
+
+    def report(self, found: Iterable[_Checked]) -> Report:
+        """Joins the findings in all shards."""
+        report, manifests = self.before, self.manifests
+        entries = {(f, entry.name): entry for f, m in manifests.items() for entry in m.shards}
+        counts = {folder: Counts(manifest.vocabulary) for folder, manifest in manifests.items()}
+        several, clips = len(self.sizes) > 1, _Clips()
+        for shard, checked in zip(self.shards, found, strict=True):
+            folder = folder_of(shard.place)
+            name = f"{_name(folder)}/{shard.name}" if several else shard.name
+            entry, table, problems = (
+                entries.get((folder, shard.name)),
+                checked.table,
+                checked.problems,
+            )
             report.shards += 1
             report.hashed += entry is not None
-            problems = checked.problems
-            if entry is None and tar.parent in manifests:
+            if entry is None and folder in manifests:
                 problems.append(("shard", "", "the manifest does not list it"))
             if entry is not None:
-                problems += _contradictions(entry, tar, checked)
+                problems += _contradictions(entry, checked)
             if table is not None:
                 report.clips += len(table.clips)
                 report.seconds += checked.seconds
-                if _is_stale(table_places(tar, index_dir), table):
-                    why = "the table beside it (.idx.npz) tells otherwise: remove the table"
-                    problems.append(("shard", "", why))
-                if tar.parent in counts:
-                    counts[tar.parent].add(tar.name, table)
+                if folder in counts:
+                    counts[folder].add(shard.name, table)
                 clips.add(name, checked, table)
             for kind, key, why in problems:
                 report.add(kind, name, key, why)
-    for folder, manifest in manifests.items():
-        if [s.name for s in counts[folder].shards] != [s.name for s in manifest.shards]:
-            continue  # shards missing or not listed: reported already
-        found = counts[folder].manifest(left_out=[], source="")
-        for name in ("label_counts", "splits", "folds"):
-            if getattr(found, name) != getattr(manifest, name):
-                why = f"its {name} are not those of the clips"
-                report.add("shard", f"{folder.name}/manifest.json", "", why)
-    clips.compare(report, has_vocabulary=vocabulary is not None)
-    return report
+        for folder, manifest in manifests.items():
+            if [s.name for s in counts[folder].shards] != [s.name for s in manifest.shards]:
+                continue  # shards missing or not listed: reported already
+            total = counts[folder].manifest(left_out=[], source="")
+            for name in ("label_counts", "splits", "folds"):
+                if getattr(total, name) != getattr(manifest, name):
+                    why = f"its {name} are not those of the clips"
+                    report.add("shard", f"{_name(folder)}/manifest.json", "", why)
+        clips.compare(report, has_vocabulary=self.vocabulary is not None)
+        return report
 
 
-def _manifests(report: Report, tars: Sequence[Path], *, is_whole: bool) -> dict[Path, Manifest]:
-    """Returns the manifests of the folders of ``tars``; reports those that contradict one another,
-    and missing shards."""
-    manifests: dict[Path, Manifest] = {}
+def _name(folder: Path | str) -> str:
+    return str(folder).rpartition("/")[2]
+
+
+def _manifests(
+    report: Report, sizes: Mapping[Path | str, Mapping[str, int]], *, is_whole: bool
+) -> dict[Path | str, Manifest]:
+    """Returns the manifests of folders with files of ``sizes``; reports those that contradict one
+    another, and missing shards."""
+    manifests: dict[Path | str, Manifest] = {}
     vocabulary: list[str] = []
-    for folder in dict.fromkeys(tar.parent for tar in tars):
+    for folder, files in sizes.items():
         try:
             manifest = Manifest.load(folder)
         except UserError as error:
@@ -183,9 +267,9 @@ def _manifests(report: Report, tars: Sequence[Path], *, is_whole: bool) -> dict[
         vocabulary = vocabulary or manifest.vocabulary
         if manifest.vocabulary not in ([], vocabulary):
             why = "its vocabulary is not that of the other folders"
-            report.add("shard", f"{folder.name}/manifest.json", "", why)
+            report.add("shard", f"{_name(folder)}/manifest.json", "", why)
         for entry in manifest.shards if is_whole else ():
-            if not (folder / entry.name).exists():
+            if entry.name not in files:
                 report.add("shard", entry.name, "", "missing: the manifest lists it")
     return manifests
 
@@ -197,6 +281,7 @@ class _Checked:
     problems: list[tuple[Kind, str, str]] = field(default_factory=list)
     """``(kind, key, why)``"""
     sha256: str = ""
+    size: int = 0
     table: ShardTable | None = None
     """Table made from the present tar; None: it cannot be read."""
     seconds: float = 0.0
@@ -204,12 +289,52 @@ class _Checked:
     label_ids: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     """``{(label, label_id): [number of clips, index of the first]}``"""
 
+    def to_bytes(self) -> bytes:
+        """Returns the content of a file that ``of`` reads."""
+        head = [self.problems, self.sha256, self.size, self.seconds, [*self.label_ids.items()]]
+        table = b"" if self.table is None else self.table.to_bytes()
+        file = io.BytesIO()
+        texts = {"head": json.dumps(head).encode(), "table": table}
+        arrays = {name: np.frombuffer(data, np.uint8) for name, data in texts.items()}
+        np.savez(file, audio=np.array(self.audio, np.uint64), **arrays)
+        return file.getvalue()
 
-def _check_shard(tar: Path, *, vocabulary: Mapping[str, int] | None) -> _Checked:
+    @classmethod
+    def of(cls, data: bytes) -> _Checked:
+        with np.load(io.BytesIO(data)) as held:
+            problems, sha256, size, seconds, labels = json.loads(held["head"].tobytes())
+            saved = held["table"].tobytes()
+            return cls(
+                problems=[(kind, key, why) for kind, key, why in problems],
+                sha256=sha256,
+                size=size,
+                table=ShardTable.load(io.BytesIO(saved), None) if saved else None,
+                seconds=seconds,
+                audio=held["audio"].tolist(),
+                label_ids={(name, number): counts for (name, number), counts in labels},
+            )
+
+
+def _check_shard(
+    place: Path | str, *, vocabulary: Mapping[str, int] | None, index_dir: Path | None
+) -> _Checked:
     """Reads one shard, in one process; damage is returned in ``problems``."""
     checked = _Checked()
     try:
+        with fetched(place) as tar:
+            _check_tar(checked, tar, vocabulary)
+            if checked.table is not None and _is_stale(place, index_dir, checked.table):
+                why = "the table beside it (.idx.npz) tells otherwise: remove the table"
+                checked.problems.append(("shard", "", why))
+    except (UserError, OSError) as error:
+        checked.problems.append(("shard", "", str(error)))
+    return checked
+
+
+def _check_tar(checked: _Checked, tar: Path, vocabulary: Mapping[str, int] | None) -> None:
+    try:
         with tar.open("rb") as file:
+            checked.size = os.fstat(file.fileno()).st_size
             checked.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             found = read_contents(tar)
             for name, why in found.left_out.items():
@@ -227,7 +352,6 @@ def _check_shard(tar: Path, *, vocabulary: Mapping[str, int] | None) -> _Checked
         checked.table = tabulate(found)
     except (UserError, OSError) as error:
         checked.problems.append(("shard", "", str(error)))
-    return checked
 
 
 def _kind_of(member: str, why: str) -> Kind:
@@ -239,21 +363,24 @@ def _kind_of(member: str, why: str) -> Kind:
     return "label" if member.endswith(".json") or why.startswith(ITS_JSON) else "corrupt"
 
 
-def _contradictions(
-    entry: ShardInfo, tar: Path, checked: _Checked
-) -> Iterator[tuple[Kind, str, str]]:
+def _contradictions(entry: ShardInfo, checked: _Checked) -> Iterator[tuple[Kind, str, str]]:
     """Yields the problems of a shard that is not as its manifest says."""
     if checked.sha256 not in ("", entry.sha256):
-        size = tar.stat().st_size
+        size = checked.size
         sizes = f"; {size} bytes, not {entry.bytes}" if size != entry.bytes else ""
         yield "shard", "", f"its sha256 is not the manifest's: it was changed{sizes}"
     if checked.table is not None and entry.clips != len(checked.table.clips):
         yield "shard", "", f"{len(checked.table.clips)} clips, the manifest says {entry.clips}"
 
 
-def _is_stale(places: Sequence[Path], table: ShardTable) -> bool:
+def _is_stale(place: Path | str, index_dir: Path | None, table: ShardTable) -> bool:
     """Returns True if a table was saved for this very tar and differs from ``table``."""
-    saved = next(filter(None, (ShardTable.load(place, None) for place in places)), None)
+    if isinstance(place, Path):
+        places = table_places(place, index_dir)
+        saved = next(filter(None, (ShardTable.load(path, None) for path in places)), None)
+    else:
+        saved = saved_table(place)
+        table = replace(table, mtime_ns=saved.mtime_ns) if saved else table
     if saved is None or (saved.tar_bytes, saved.mtime_ns) != (table.tar_bytes, table.mtime_ns):
         return False
     same_headers = np.array_equal(saved.clips["header"], table.clips["header"])

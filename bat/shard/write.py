@@ -6,43 +6,51 @@ index (``table.py``). ``manifest.json`` is written last, so a set that has one i
 clip is decoded once before it is written (``pack.py``), so a shard holds only readable clips; the
 others are listed in the manifest with their reasons.
 
-The same files and options give the same bytes, with any number of processes and after any
-interruption. Until the manifest is there, ``.bat-shard-in-progress`` marks the folder as unfinished
-and is a journal: its first line describes what is written, each later one a finished shard and
-where the next one starts. A line is written when its shard and the shard's index are on disk, so
-the finished shards of a killed run are kept.
+Which rows go into which shard is planned before (``plan.py``), so the same files and options give
+the same bytes, with any number of processes and parts and after any interruption. A shard of which
+no clip can be read is not written: its number is missing. Until the manifest is there, the folder
+``.bat-shard-in-progress`` marks the set as unfinished and holds a record of each shard that is
+finished, written when its tar and index are on disk.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from bat.data.manifest import Counts, Manifest, source_hash
+from bat.data.parts import WHOLE, Part, run
+from bat.data.sources import UNFINISHED
+from bat.data.store import Store
 from bat.data.table import ShardTable, scan
-from bat.data.tar import BLOCK, escape_key
+from bat.data.tar import escape_key
 from bat.errors import UserError
-from bat.io import replace_durably, write_atomic
 from bat.lock import hold
-from bat.shard.pack import Channels, Codec, Packed, Recipe, Work, pack, works_of
+from bat.shard.pack import Channels, Codec, Packed, Recipe, Work, pack
+from bat.shard.plan import numbered, plan, works_between
 from bat.shard.pool import ordered_map
 from bat.tasks.base import LeftOut, Row
 from bat.tasks.events import as_json
 
-MARKER = ".bat-shard-in-progress"
+THREADS = 16
+"""Threads that read records when all are joined."""
 
 
 def write_shards(
     rows: Sequence[Row],
-    out: Path,
+    out: Path | str,
     *,
     codec: Codec = "keep",
     sample_rate: int | None = None,
@@ -54,10 +62,13 @@ def write_shards(
     left_out: Sequence[LeftOut] = (),
     jobs: int = 1,
     progress: bool = False,
-) -> Manifest:
-    """Write ``rows`` to ``out`` as shards of at most ``shard_bytes`` (one clip at least).
+    part: Part = WHOLE,
+    join_only: bool = False,
+) -> Manifest | None:
+    """Write ``rows`` to ``out`` as shards of about ``shard_bytes`` (one clip at least).
 
     Args:
+        out: a folder, or the URL of one.
         codec: ``keep`` the files as they are, or re-encode (16-bit for FLAC and WAV).
         sample_rate: Hz of the stored clips; None: unchanged.
         channels: ``mono`` mixes, ``keep`` does not; None: mono where a clip is encoded, and no
@@ -69,10 +80,11 @@ def write_shards(
         vocabulary: class names in the order of their ids; None: the labels that occur, sorted.
         left_out: clips that the source lists and does not hold, for the manifest's list.
         jobs: processes that decode and encode.
+        part, join_only: see ``bat.data.parts.run``.
 
     Returns:
-        The manifest; that of ``out`` itself if the same set is already complete. Shards that an
-        interrupted call finished are kept.
+        The manifest; that of ``out`` itself if the same set is already complete; None if shards of
+        other parts are missing. Shards that an interrupted call finished are kept.
 
     Raises:
         UserError: nothing readable, a label outside the vocabulary, ``out`` in use otherwise or
@@ -90,210 +102,232 @@ def write_shards(
             raise UserError(f"label {label!r} is not among the {len(label_ids)} classes given")
     options = asdict(recipe) | {"shard_bytes": shard_bytes}
     source = source_hash(rows, vocabulary=list(label_ids), **options)
+    store = Store(out)
+    alone = part == WHOLE and not join_only and store.local is not None
     try:
-        with hold(out):
-            manifest = _complete(out, source)
+        with hold(store.local) if alone and store.local is not None else nullcontext():
+            manifest = _complete(store, source)
             if manifest is None:
-                writer = _Writer(out, source, recipe, shard_bytes, label_ids)
-                manifest = writer.write(rows, left_out, jobs, progress)
-            (out / MARKER).unlink(missing_ok=True)
+                job = _Shards(
+                    *(store, rows, recipe, label_ids),
+                    **{"source": source, "shard_bytes": shard_bytes, "left_out": left_out},
+                    **{"jobs": jobs, "progress": progress},
+                )
+                try:
+                    return run(job, part, join_only=join_only)
+                finally:
+                    if alone and not job.listed():
+                        job.state.clear()
+            store.below(UNFINISHED).clear()
             return manifest
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from error
+        raise UserError(f"{store} cannot be written: {error.strerror}") from error
 
 
-def _complete(out: Path, source: str) -> Manifest | None:
-    """Returns the manifest of ``out`` if it holds this set already; None if it is to be written.
+def _complete(store: Store, source: str) -> Manifest | None:
+    """Returns the manifest of a folder if it holds this set already; None if it is to be written.
 
     Raises:
         UserError: it holds another set, a damaged one, or shards of another program.
     """
-    manifest = Manifest.load(out)
+    manifest, sizes = Manifest.load(store.place), store.sizes()
     if manifest is None:
-        has_shards = any(out.glob("*.tar")) or (out / "manifest.json").exists()
-        if has_shards and not (out / MARKER).exists():
-            raise UserError(f"{out} holds shards that bat-shard did not write: give another folder")
+        has_shards = any(name.endswith(".tar") for name in sizes) or "manifest.json" in sizes
+        if has_shards and UNFINISHED not in sizes and not store.below(UNFINISHED).sizes():
+            raise UserError(
+                f"{store} holds shards that bat-shard did not write: give another folder"
+            )
         return None
     if manifest.source != source:
         raise UserError(
-            f"{out} already holds a complete set of {manifest.clips} clips from other files or "
+            f"{store} already holds a complete set of {manifest.clips} clips from other files or "
             f"options: give another folder, or remove it"
         )
-    damage = manifest.damage(out)
+    damage = manifest.damage(sizes)
     if damage is not None:
         raise UserError(
-            f"{out} holds this set, but {damage}: copy it again, or remove the folder and run "
+            f"{store} holds this set, but {damage}: copy it again, or remove the folder and run "
             f"the same command to write it anew"
         )
     return manifest
 
 
-class _Place(NamedTuple):
-    """The first clip that is not in the finished shards."""
+class _Shards:
+    """The shards of ``rows`` as units of work (``bat.data.parts.Job``).
 
-    row: int = 0
-    work: int = 0
-    """Number of the work within the row (``pack.works_of``)."""
-    clip: int = 0
-    """Number of the clip within the work (``pack.pack``), counting those left out."""
+    A finished shard has a record in the folder ``UNFINISHED``: the hash of its tar (empty where no
+    clip of it can be read, and there is none) and the clips left out. Its name has a hash of all
+    that determines the shards.
+    """
 
-
-class _Writer:
-    """Fills one shard after the other, from the position in the journal."""
+    noun = "shards"
 
     def __init__(
-        self, out: Path, source: str, recipe: Recipe, shard_bytes: int, label_ids: dict[str, int]
+        self,
+        store: Store,
+        rows: Sequence[Row],
+        recipe: Recipe,
+        label_ids: dict[str, int],
+        *,
+        source: str,
+        shard_bytes: int,
+        left_out: Sequence[LeftOut],
+        jobs: int,
+        progress: bool,
     ) -> None:
-        self.out, self.source, self.recipe = out, source, recipe
-        self.shard_bytes, self.label_ids = shard_bytes, label_ids
-        self.counts = Counts(list(label_ids))
-        self.keys: set[str] = set()
-        self.left_out: list[dict[str, str]] = []
-        self.tar: Any = None
-        """webdataset's ``TarWriter`` of the shard that is being written."""
-        self.tar_bytes = 0
-        self.start = _Place()
-        self._resume()
-        self.journalled = len(self.left_out)
+        self.store, self.state, self.source = store, store.below(UNFINISHED), source
+        self.rows, self.recipe, self.label_ids = rows, recipe, label_ids
+        self.left_out, self.jobs, self.progress = left_out, jobs, progress
+        self.begins = plan(rows, recipe, shard_bytes)
+        self.numbered = numbered(rows, recipe)
+        said = json.dumps([source, self.begins])
+        self.id = hashlib.sha256(said.encode()).hexdigest()[:16]
+        self._check_others()
 
-    def _resume(self) -> None:
-        """Takes over the finished shards of an interrupted run and removes what it left unfinished.
-
-        Raises:
-            UserError: they were made from other files or with other options.
-        """
-        theirs, kept = None, []
-        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged from here on
-            head, *lines = (self.out / MARKER).read_bytes().splitlines()
-            theirs = json.loads(head)["source"]
-            for line in lines:
-                entry, tar = json.loads(line), self._path()
-                table = ShardTable.load(tar.with_suffix(".idx.npz"), tar)
-                place, left_out = _Place(*map(int, entry["next"])), list(entry["left_out"])
-                if table is None or table.sha256 != entry["sha256"]:
-                    break
-                kept.append(line)
-                self.start = place
-                self.left_out += left_out
-                self.counts.add(tar.name, table)
-                self.keys.update(table.key_list())
-        if kept and theirs != self.source:
+    def _check_others(self) -> None:
+        """Raises ``UserError`` for finished shards of another set."""
+        if self.state.local is not None and self.state.local.is_file():  # of an older bat
+            self.state.local.unlink()
+            self.state.write("begun", b"")
+        names = [name for name in self.state.sizes() if name.endswith(".json")]
+        if others := sum(not name.endswith(f"-{self.id}.json") for name in names):
             raise UserError(
-                f"{self.out} holds {len(kept)} finished shards of an interrupted run with other "
+                f"{self.store} holds {others} finished shards of an interrupted run with other "
                 f"files or options: run that command again, or remove the folder"
             )
-        self._sweep()
-        head = json.dumps({"source": self.source}).encode()
-        write_atomic(self.out / MARKER, b"".join(line + b"\n" for line in [head, *kept]))
 
-    def _path(self) -> Path:
-        """Returns the path of the shard that comes next."""
-        return self.out / f"shard-{len(self.counts.shards):05d}.tar"
+    @property
+    def units(self) -> int:
+        return len(self.begins) - 1
 
-    def _sweep(self) -> None:
-        """Removes files of unfinished shards."""
-        keep = {Path(shard.name).stem for shard in self.counts.shards}
-        for pattern in ("shard-*.tar", "shard-*.idx.npz", ".*.tmp"):
-            for path in self.out.glob(pattern):
-                if path.name.split(".")[0] not in keep:
-                    path.unlink()
+    def finished(self) -> Manifest | None:
+        return _complete(self.store, self.source)
 
-    def write(
-        self, rows: Sequence[Row], left_out: Sequence[LeftOut], jobs: int, progress: bool
-    ) -> Manifest:
-        """Writes the shards and the manifest. A failure leaves finished shards or nothing."""
+    def _record(self, unit: int) -> str:
+        return f"{_name(unit)}-{self.id}.json"
+
+    def listed(self) -> set[int]:
+        names = self.state.sizes()
+        return {unit for unit in range(self.units) if self._record(unit) in names}
+
+    def intact(self, unit: int) -> bool:
+        return self._read(unit) is not None
+
+    def _read(self, unit: int) -> tuple[list[dict[str, str]], ShardTable | None] | None:
+        """Returns the clips left out of a shard and its table, None if it is empty; None if it is
+        not as it was written."""
         try:
-            self._fill(rows, jobs, progress)
-            if not self.counts.shards:
-                first = self.left_out[0]
-                raise UserError(
-                    f"none of the {len(rows)} clips can be read (the first: {first['file']}, "
-                    f"{first['reason']})"
-                )
-            entries = [*map(_listed, left_out), *self.left_out]
-            manifest = self.counts.manifest(left_out=entries, source=self.source)
-            manifest.save(self.out)
-            return manifest
-        except BaseException:
-            if self.tar is not None:
-                with suppress(OSError):
-                    self.tar.close()
-                with suppress(OSError):
-                    self.tar.stream.close()
-            self._sweep()
-            if not self.counts.shards:
-                (self.out / MARKER).unlink(missing_ok=True)
-            raise
+            record = json.loads(self.state.read(self._record(unit)))
+            left_out, sha256 = list(record["left_out"]), record["sha256"]
+            if not sha256:
+                return left_out, None
+            saved = io.BytesIO(self.store.read(f"{_name(unit)}.idx.npz"))
+            tar = None if self.store.local is None else self.store.local / f"{_name(unit)}.tar"
+            table = ShardTable.load(saved, tar)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return (left_out, table) if table is not None and table.sha256 == sha256 else None
 
-    def _fill(self, rows: Sequence[Row], jobs: int, progress: bool) -> None:
+    def do(self, units: Sequence[int]) -> None:
+        """Writes shards; a failure leaves finished ones."""
         from tqdm import tqdm
 
+        if units:
+            self.state.write("begun", b"")
         sent: deque[tuple[int, int, Work]] = deque()  # to the processes, and not yet returned
 
         def works() -> Iterator[Work]:
-            for r in range(self.start.row, len(rows)):
-                for w, work in enumerate(works_of(rows[r], self.recipe)):
-                    if (r, w) >= self.start[:2]:
-                        sent.append((r, w, work))
-                        yield work
+            for unit in units:
+                places = self.begins[unit : unit + 2]
+                for r, work in works_between(self.rows, self.recipe, *places):
+                    sent.append((unit, r, work))
+                    yield work
 
+        ends = (self.begins[unit : unit + 2] for unit in units)
+        total = sum(max(1, end.row - begin.row) for begin, end in ends)
         form = "{l_bar}{bar}| {elapsed}<{remaining}"
-        first = self.start
-        bar = tqdm(total=len(rows), initial=first.row, bar_format=form, disable=not progress)
-        results = ordered_map(partial(pack, recipe=self.recipe), works(), jobs=jobs)
+        bar = tqdm(total=total, bar_format=form, disable=not self.progress)
+        results = ordered_map(partial(pack, recipe=self.recipe), works(), jobs=self.jobs)
+
+        def clips() -> Iterator[tuple[int, int, Work, list[Packed | LeftOut]]]:
+            for found in results:
+                unit, r, work = sent.popleft()
+                bar.update(min((work.stop - work.first) / work.count, total - bar.n))
+                yield unit, r, work, found
+            bar.update(total - bar.n)
+
         with closing(results), bar:
-            for clips in results:
-                r, w, work = sent.popleft()
-                skip = first.clip if (r, w) == first[:2] else 0
-                for i, clip in enumerate(clips[skip:], start=skip):
-                    if isinstance(clip, Packed):
-                        clip = _with_events_inside(clip, work)
-                    if isinstance(clip, LeftOut):
-                        self.left_out.append(_listed(clip))
-                    else:
-                        self._add(clip, work.row, _Place(r, w, i))
-                share = (work.stop - work.first) / work.count
-                bar.update(min(share, len(rows) - bar.n))  # rounding of the sum
-        if self.tar is not None:
-            self._finish(_Place(len(rows)))
+            for unit, found in itertools.groupby(clips(), key=lambda item: item[0]):
+                self._write(unit, ((r, work, clip) for _, r, work, some in found for clip in some))
 
-    def _add(self, clip: Packed, row: Row, place: _Place) -> None:
-        text = json.dumps(_meta(clip, row, self.label_ids), ensure_ascii=False)
-        meta = text.encode("utf-8", "backslashreplace")  # a lone surrogate is escaped as in JSON
-        size = sum(-(-len(part) // BLOCK) * BLOCK + BLOCK for part in (clip.data, meta))
-        if self.tar is not None and self.tar_bytes + size > self.shard_bytes:
-            self._finish(place)
-        key = escape_key(clip.id)
-        if key in self.keys:
-            key = escape_key(f"{clip.id}#{len(self.keys)}")
-        self.keys.add(key)
-        if self.tar is None:
-            temporary = self._path().with_name(f".{self._path().name}.tmp")
-            self.tar, self.tar_bytes = _tar_writer(temporary.open("wb")), 0
-        self.tar.write({"__key__": key, clip.suffix: clip.data, "json": meta})
-        self.tar_bytes += size
+    def _write(self, unit: int, clips: Iterator[tuple[int, Work, Packed | LeftOut]]) -> None:
+        """Writes one shard: the tar, its table, its record."""
+        left_out, name, table = [], _name(unit), None
+        with ExitStack() as stack:
+            tar: Any = None
+            for r, work, clip in clips:
+                if isinstance(clip, Packed):
+                    clip = _with_events_inside(clip, work)
+                if isinstance(clip, LeftOut):
+                    left_out.append(_listed(clip))
+                    continue
+                if tar is None:
+                    path = stack.enter_context(self.store.put(f"{name}.tar"))
+                    tar = _tar_writer(stack.enter_context(path.open("wb")))
+                    stack.callback(tar.tarstream.close)
+                text = json.dumps(_meta(clip, work.row, self.label_ids), ensure_ascii=False)
+                meta = text.encode("utf-8", "backslashreplace")  # a lone surrogate as in JSON
+                key = escape_key(f"{clip.id}#{r}" if r in self.numbered else clip.id)
+                tar.write({"__key__": key, clip.suffix: clip.data, "json": meta})
+            if tar is not None:
+                tar.close()
+                tar.stream.close()
+                with path.open("rb") as file:
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                table = scan(path, sha256)
+        if table is not None:
+            if self.store.local is None:
+                table.mtime_ns = 0  # known to the store alone
+            self.store.write(f"{name}.idx.npz", table.to_bytes())
+        record = {"sha256": table.sha256 if table else "", "left_out": left_out}
+        self.state.write(self._record(unit), json.dumps(record).encode())
 
-    def _finish(self, place: _Place) -> None:
-        """Closes and indexes the shard, then records it; ``place``: of the first clip after it."""
-        assert self.tar is not None
-        self.tar.close()
-        self.tar.stream.close()
-        self.tar = None
-        path = self._path()
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        table = scan(temporary, sha256)
-        replace_durably(temporary, path)
-        table.save(path.with_suffix(".idx.npz"))
-        new = self.left_out[self.journalled :]
-        line = json.dumps({"next": place, "sha256": sha256, "left_out": new})
-        with (self.out / MARKER).open("ab") as journal:
-            journal.write(line.encode() + b"\n")
-            journal.flush()
-            os.fsync(journal.fileno())
-        self.journalled = len(self.left_out)
-        self.counts.add(path.name, table)
+    def join(self) -> Manifest:
+        """Writes the manifest, and removes records and files of shards that never were finished."""
+        counts, entries = Counts(list(self.label_ids)), [*map(_listed, self.left_out)]
+        listed = len(entries)
+        with ThreadPoolExecutor(THREADS) as pool:
+            for unit, found in enumerate(pool.map(self._read, range(self.units))):
+                if found is None and self.finished() is None:
+                    self.state.remove([self._record(unit)])
+                    raise UserError(
+                        f"{self.store}: {_name(unit)} is not as it was written: run the same "
+                        "command, it is made anew"
+                    )
+                left_out, table = found or ([], None)
+                entries += left_out
+                if table is not None:
+                    counts.add(f"{_name(unit)}.tar", table)
+        if not counts.shards:
+            self.state.clear()
+            first = entries[listed]
+            raise UserError(
+                f"none of the {len(self.rows)} clips can be read (the first: {first['file']}, "
+                f"{first['reason']})"
+            )
+        keep = {Path(shard.name).stem for shard in counts.shards}
+        ours = re.compile(r"(shard-\d{5,})\.(tar|idx\.npz)")
+        found_files = ((name, ours.fullmatch(name)) for name in self.store.sizes())
+        self.store.remove(name for name, ours in found_files if ours and ours[1] not in keep)
+        self.store.sweep("shard-*", "manifest.json")
+        manifest = counts.manifest(left_out=entries, source=self.source)
+        self.store.write("manifest.json", manifest.to_bytes())
+        self.state.clear()
+        return manifest
+
+
+def _name(unit: int) -> str:
+    return f"shard-{unit:05d}"
 
 
 def _tar_writer(file: BinaryIO) -> Any:

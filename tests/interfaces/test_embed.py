@@ -10,6 +10,7 @@ import torch
 
 import bat
 from bat.cli import embed as cli
+from bat.data.parts import Part
 from bat.encoders.bat import BAT
 from bat.encoders.eat import EAT
 from bat.errors import UserError
@@ -163,19 +164,23 @@ def test_embed__is_independent_of_the_batch(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["e.npz", "e.parquet", "folder"])
 def test_embed__resumes_to_the_same_bytes(run, tmp_path, name, monkeypatch, audio):
-    monkeypatch.setattr(parts, "MOST_PARTS", 3)
+    monkeypatch.setattr(parts, "MOST_BLOCKS", 3)
     (audio / "b/broken.wav").write_bytes(b"RIFF0000WAVEfmt ")
     how = {"batch": 1, "window": 1.0}
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
     run(tmp_path / "whole" / name, **how)
-    run(tmp_path / "killed" / name, stop_after=2, **how)
+    for k in (1, 2):
+        run(tmp_path / "killed" / name, part=Part(k, 3), **how)
     left = tmp_path / "killed" / f"{name}.parts"
-    assert sorted(file.name for file in left.glob("part-*")) == ["part-00000.npz", "part-00001.npz"]
+    assert sorted(file.name for file in left.glob("block-*")) == [
+        "block-00000.npz",
+        "block-00001.npz",
+    ]
     assert not (tmp_path / "killed" / name).exists()
-    stamp = (left / "part-00000.npz").stat().st_mtime_ns
-    run(tmp_path / "killed" / name, stop_after=1, **how)
-    assert (left / "part-00000.npz").stat().st_mtime_ns == stamp
+    stamp = (left / "block-00000.npz").stat().st_mtime_ns
+    run(tmp_path / "killed" / name, part=Part(1, 3), **how)
+    assert (left / "block-00000.npz").stat().st_mtime_ns == stamp
     run(tmp_path / "killed" / name, **how)
     (audio / "b/broken.wav").unlink()
     found = [
@@ -192,8 +197,8 @@ def test_embed__two_processes_make_the_same_file(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     run(tmp_path / "two.npz", batch=1)
-    made = sorted(file.name for file in (tmp_path / "two.npz.parts").glob("part-*"))
-    assert made == ["part-00002.npz", "part-00003.npz"]
+    made = sorted(file.name for file in (tmp_path / "two.npz.parts").glob("block-*"))
+    assert made == ["block-00002.npz", "block-00003.npz"]
     assert not (tmp_path / "two.npz").exists()
     monkeypatch.setenv("RANK", "0")
     run(tmp_path / "two.npz", batch=1)
@@ -388,7 +393,7 @@ def test_embed__bad_paths_and_outputs_are_named(run, audio, tmp_path):
     with pytest.raises(UserError, match="layer is 1, there last"):
         run(tmp_path / "e.npz", layer=1)
     assert not (tmp_path / "e.npz.parts").exists()
-    run(tmp_path / "p.npz", batch=1, stop_after=1)
+    run(tmp_path / "p.npz", batch=1, part=Part(1, 2))
     with pytest.raises(UserError, match="windows is 6, there 4"):
         run(tmp_path / "p.npz", batch=1, window=2.0)
 

@@ -13,6 +13,7 @@ import torch
 import bat
 from bat.cli import finetune, probe
 from bat.cli import predict as cli
+from bat.data.parts import Part
 from bat.data.toy import make_toy
 from bat.encoders.bat import BAT
 from bat.errors import UserError
@@ -259,7 +260,7 @@ def test_predict__text_is_the_best_output_of_each_patch(checkpoint, tmp_path):
 def test_predict__resumes_and_two_processes_agree(probed, work, tmp_path, monkeypatch):
     how = {"checkpoint": probed / "heads/tiny/cgp-1-0", "batch": 8}
     predict_files([work / "toy"], tmp_path / "one.csv", **how)
-    predict_files([work / "toy"], tmp_path / "two.csv", stop_after=1, **how)
+    predict_files([work / "toy"], tmp_path / "two.csv", part=Part(1, 2), **how)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "10":
         monkeypatch.setenv("RANK", rank)

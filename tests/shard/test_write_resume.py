@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bat import io
 from bat.audio.encode import encode
 from bat.data.index import open_index
+from bat.data.sources import UNFINISHED
 from bat.errors import UserError
 from bat.lock import hold
 from bat.shard import pack, write
-from bat.shard.write import MARKER, write_shards
+from bat.shard.write import write_shards
 from bat.tasks.base import Row, load_task
 from tests.shard.files import contents
 
@@ -97,8 +99,8 @@ def test_write_shards__killed_then_run_again_gives_the_same_bytes(
     script, out = tmp_path / "run.py", tmp_path / "killed"
     script.write_text(KILLED.replace("{options}", repr(OPTIONS)))
     call = [sys.executable, str(script), str(tmp_path / "in"), str(out), "2"]
-    assert subprocess.run(call, timeout=60).returncode == -9
-    assert (out / MARKER).exists()
+    assert subprocess.run(call, timeout=120).returncode == -9
+    assert (out / UNFINISHED).exists()
     assert not (out / "manifest.json").exists()
     with pytest.raises(UserError, match="unfinished"):
         open_index(out)
@@ -115,6 +117,8 @@ def test_write_shards__stopped_at_every_clip_gives_the_same_bytes(
     rows: list[Row], whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pack, "CHUNK_SECONDS", 0.3)
+    write_shards(rows, tmp_path / "cut_finely", **OPTIONS)
+    whole = contents(tmp_path / "cut_finely")
     real, room = write.escape_key, [0]
 
     def escape_key(name: str) -> str:
@@ -137,7 +141,7 @@ def test_write_shards__stopped_at_every_clip_gives_the_same_bytes(
     assert contents(out) == whole
 
 
-@pytest.mark.parametrize("harm", ["tar", "idx", "swapped", "journal", "line"])
+@pytest.mark.parametrize("harm", ["tar", "idx", "swapped", "record", "older"])
 def test_write_shards__damaged_leftovers_are_written_again(
     rows: list[Row], whole: dict[str, str], tmp_path: Path, harm: str
 ) -> None:
@@ -151,11 +155,11 @@ def test_write_shards__damaged_leftovers_are_written_again(
     elif harm == "swapped":
         for end in (".tar", ".idx.npz"):
             shutil.copy(out / f"shard-00000{end}", out / f"shard-00001{end}")
-    elif harm == "journal":
-        (out / MARKER).write_bytes(b"\xff\n[]\n")
-    else:
-        lines = (out / MARKER).read_bytes()
-        (out / MARKER).write_bytes(lines[: lines.rindex(b"{") + 9])
+    elif harm == "record":
+        next((out / UNFINISHED).glob("shard-00001-*.json")).write_bytes(b"\xff\n[]\n")
+    else:  # as a bat that kept a file left it
+        shutil.rmtree(out / UNFINISHED)
+        (out / UNFINISHED).write_bytes(b"{}\n")
     write_shards(rows, out, **OPTIONS)
     assert contents(out) == whole
 
@@ -171,21 +175,19 @@ def test_write_shards__full_disk_keeps_the_finished_shards(
         with pytest.raises(UserError, match="cannot be written: No space left"):
             write_shards(rows, tmp_path / "s", **OPTIONS)
     assert not (tmp_path / "s").exists()
-    real = write.replace_durably
-    finished: list[int] = []
+    real = io.replace_durably
 
-    def replace(*paths: Path) -> None:
-        if finished:
+    def replace(temporary: Path, target: Path) -> None:
+        if target.name == "shard-00001.tar":
             full()
-        finished.append(1)
-        real(*paths)
+        real(temporary, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(write, "replace_durably", replace)
+        patch.setattr(io, "replace_durably", replace)
         with pytest.raises(UserError, match="cannot be written: No space left"):
             write_shards(rows, tmp_path / "s", **OPTIONS)
     left = {path.name for path in (tmp_path / "s").iterdir()}
-    assert left == {MARKER, "shard-00000.tar", "shard-00000.idx.npz"}
+    assert left == {UNFINISHED, "shard-00000.tar", "shard-00000.idx.npz"}
     write_shards(rows, tmp_path / "s", **OPTIONS)
     assert contents(tmp_path / "s") == whole
 

@@ -74,6 +74,24 @@ def test_slurm_requeues_what_says_resume_me_and_nothing_else(stub: Path, code: i
     assert (said.read_text() if said.exists() else "") == ("requeue 4242\n" if code == 75 else "")
 
 
+def test_slurm_array_gives_each_job_its_part(stub: Path):
+    (stub / "srun").write_text('#!/bin/sh\nshift\n"$@"\n')
+    command = ["bash", LAUNCH / "array.sbatch", "echo", "bat-shard", "in", "out"]
+    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MAX": "64", "SLURM_ARRAY_JOB_ID": "7"}
+
+    def run(**more: str) -> subprocess.CompletedProcess[str]:
+        own = environment(stub, **array, **more)
+        return subprocess.run(command, env=own, capture_output=True, text=True, timeout=30)
+
+    done = run(SLURM_ARRAY_TASK_COUNT="64")
+    assert (done.returncode, done.stdout) == (0, "bat-shard in out --part 3/64\n")
+    assert run(SLURM_ARRAY_TASK_COUNT="2").returncode == 2  # how many parts there were is unknown
+    assert run(SLURM_ARRAY_TASK_COUNT="2", PARTS="80").stdout == "bat-shard in out --part 3/80\n"
+    (stub / "srun").write_text("#!/bin/sh\nexit 75\n")
+    assert run(SLURM_ARRAY_TASK_COUNT="64").returncode == 75
+    assert (stub / "scontrol-said").read_text() == "requeue 7_3\n"
+
+
 STAND_IN = """
 import os, signal, sys, time
 asked = []

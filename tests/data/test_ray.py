@@ -1,0 +1,89 @@
+"""Parts on Ray: a worker that is killed, a mistake of the user, Ray missing."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from bat.cli import shard as cli
+from bat.data.parts import on_ray
+from bat.errors import UserError
+from bat.shard.write import write_shards
+from bat.tasks.base import load_task
+from tests.shard.files import contents, noise, recording
+
+ROOT = Path(__file__).parents[2]
+TASK = """
+import os, signal
+from pathlib import Path
+from bat.cli.shard import _pack
+from bat.errors import UserError
+
+def pack(options):
+    mark = Path(options.marks) / f"{options.part}".replace("/", "-")
+    if options.part.number in options.killed and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    _pack(options)
+
+def refuse(options):
+    raise UserError("clips.csv has no column path")
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Ray cluster on this machine whose workers find the module ``ray_tasks``."""
+    ray = pytest.importorskip("ray", reason="needs ray")
+    folder = tmp_path_factory.mktemp("ray")
+    (folder / "ray_tasks.py").write_text(TASK)
+    own = {"PYTHONPATH": f"{folder}:{ROOT}", "RAY_USAGE_STATS_ENABLED": "0"}
+    with mock.patch.dict(os.environ, own):
+        given = os.environ.get("RAY_ADDRESS")
+        how = {} if given else {"num_cpus": 2, "include_dashboard": False}
+        context = ray.init(log_to_driver=False, **how)
+        with mock.patch.dict(os.environ, {"RAY_ADDRESS": context.address_info["gcs_address"]}):
+            yield folder
+        ray.shutdown()
+
+
+def options(source: Path, out: Path, **more: object) -> argparse.Namespace:
+    made = cli.build_parser().parse_args([str(source), str(out), "--shard-mb", "0.011"])
+    return argparse.Namespace(**{**vars(made), "jobs": 1, "progress": False, **more})
+
+
+def test_on_ray__killed_workers_parts_are_done_again_and_mistakes_are_said(
+    cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(14):
+        recording(tmp_path / f"in/c{i % 2}/{i:02d}.wav", noise(i, 0.05))
+    (tmp_path / "in/c1/03.wav").write_bytes(b"no audio")
+    rows, names = load_task("folder").read(tmp_path / "in")
+    write_shards(rows, tmp_path / "whole", vocabulary=names, shard_bytes=11_000)
+    given = options(tmp_path / "in", tmp_path / "s", marks=str(tmp_path), killed=[1, 3])
+    how = {"address": "ray", "cpus": 1, "gpu": False}
+    with pytest.raises(UserError, match=r"part 1/1: clips.csv has no column path"):
+        on_ray("ray_tasks:refuse", given, count=1, **how)
+    on_ray("ray_tasks:pack", given, count=4, **how)
+    assert {path.name for path in tmp_path.glob("*-4")} == {"1-4", "3-4"}
+    assert not (tmp_path / "s/manifest.json").exists()
+    call = [str(tmp_path / "in"), str(tmp_path / "s"), "--shard-mb", "0.011", "--join"]
+    assert cli.main(call) == 0
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+
+
+def test_on_ray__missing_ray_and_other_engines_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = options(tmp_path, tmp_path / "s")
+    with pytest.raises(UserError, match="--on spark: ray"):
+        on_ray("x:y", given, address="spark", count=1, cpus=1, gpu=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"pip install 'bat-audio\[ray\]'"):
+        on_ray("x:y", given, address="ray", count=1, cpus=1, gpu=False)
