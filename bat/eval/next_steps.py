@@ -46,10 +46,11 @@ def after_pretraining(config: Pretrain, out: Path, task: Task, index: Index | No
         try:
             if index is None:
                 raise UserError("without an index nothing is held out")
-            check_data(compose(SCHEMAS[command], command, words), task, index)
+            usual = compose(SCHEMAS[command], command, words)
+            check_data(usual, task, index)
         except UserError:
             continue
-        found.append(_command(command, [*words, word("checkpoint", out), *more]))
+        found.append(_command(usual, [*words, word("checkpoint", out), *more]))
     return found or [
         f"# this data has no labels, or nothing to hold out: list labelled audio in a CSV (columns "
         f"path, label) and give it to bat-probe as data.csv, with checkpoint={out}"
@@ -61,27 +62,28 @@ def after_probing(config: Probe, out: Path, data: PreparedData[Probe]) -> list[s
     names = several(config)
     found = []
     alone = len(names) == 1 and RANDOM not in names[0]
-    if alone and (words := words_of(config, "probe")):
-        words = [w for w in words if not w.startswith("checkpoint=")]
-        baseline = _command("probe", [*words, word("checkpoint", f"{names[0]},{RANDOM}")])
+    given = words_of(config, "probe")
+    if alone and given:
+        words = [w for w in given if not w.startswith("checkpoint=")]
+        baseline = _command(config, [*words, word("checkpoint", f"{names[0]},{RANDOM}")])
         found.append(f"{baseline}   # and the same encoder untrained")
     found.append(f"bat-probe report {shlex.quote(str(out))}   # one page with all of it")
     trained = next((name for name in names if not name.startswith(RANDOM)), names[0])
-    if words := _carried(config, "probe", to="finetune"):
-        source = data.config.data
+    if carried := _carried(config, given, to="finetune"):
         if len(names) > 1 and not (config.data.root or config.data.csv or config.data.shards):
-            given = replace(config, data=source)  # independent of which encoder's run it came from
-            words = _carried(given, "probe", to="finetune") or words
+            # independent of which encoder's run it came from
+            given = words_of(replace(config, data=data.config.data), "probe")
+            carried = _carried(config, given, to="finetune") or carried
+        words, tuned = carried
         if data.events is not None or data.texts is not None:
-            words = [*words, *_in_place(words, texts=data.texts is not None)]
-        found.append(_command("finetune", [*words, word("checkpoint", trained)]))
+            words = [*words, *_in_place(tuned, texts=data.texts is not None)]
+        found.append(_command(tuned, [*words, word("checkpoint", trained)]))
     return found
 
 
-def _in_place(words: list[str], *, texts: bool) -> list[str]:
-    """Returns the settings a fine-tuning with ``words`` must omit to keep clips aligned with their
-    times; with ``texts`` also those that mix clips."""
-    config = compose(Finetune, "finetune", words)
+def _in_place(config: Finetune, *, texts: bool) -> list[str]:
+    """Returns the settings that the fine-tuning must omit to keep clips aligned with their times;
+    with ``texts`` also those that mix clips."""
     found = ["data.roll=false"] if config.data.roll else []
     found += ["augment.time_roll=false"] if config.augment.time_roll else []
     return found + (["augment.mixup_p=0"] if texts and config.augment.mixup_p else [])
@@ -89,34 +91,35 @@ def _in_place(words: list[str], *, texts: bool) -> list[str]:
 
 def after_finetuning(config: Finetune, out: Path) -> list[str]:
     """Suggests probing of the encoder it began with. ``config``: as the user gave it."""
-    words = _carried(config, "finetune", to="probe")
-    if words is None:
+    carried = _carried(config, words_of(config, "finetune"), to="probe")
+    if carried is None:
         return []
+    words, probe = carried
     words += [word("checkpoint", config.checkpoint), word("finetuned", out)]
     words.append("methods=[cgp,linear]")
-    return [f"{_command('probe', words)}   # the same encoder frozen, and the gap"]
+    return [f"{_command(probe, words)}   # the same encoder frozen, and the gap"]
 
 
-def _carried(config: Supervised, command: str, *, to: str) -> list[str] | None:
-    """Returns the words that give ``bat-TO`` the data and encoder settings of ``config``, which is
-    of ``bat-COMMAND``; None if it has no such recipe."""
-    words = words_of(config, command)
+def _carried(
+    config: Supervised, words: list[str] | None, *, to: str
+) -> tuple[list[str], Any] | None:
+    """Returns those of ``words``, which make ``config``, that give ``bat-TO`` its data and encoder
+    settings, and what they compose to; None if it has no such recipe."""
     if words is None or config.recipe not in locate.known_recipes(to):
         return None
     shared = [w for w in words if w.partition("=")[0] in CARRIED]
     for kept in (shared, [w for w in shared if not w.startswith("hardware=")]):
         try:
-            compose(SCHEMAS[to], to, kept)
+            return kept, compose(SCHEMAS[to], to, kept)
         except UserError:
             continue
-        return kept
     return None
 
 
-def _command(command: str, words: list[str]) -> str:
-    """Returns ``bat-COMMAND`` with ``words``, on the CPU if its recipe's GPU is missing."""
-    wanted = compose(SCHEMAS[command], command, words).hardware.accelerator
-    if wanted in ("gpu", "cuda") and not torch.cuda.is_available():
+def _command(config: Supervised, words: list[str]) -> str:
+    """Returns the command of ``config`` with ``words``, on the CPU if its GPU is missing."""
+    command = next(name for name, schema in SCHEMAS.items() if isinstance(config, schema))
+    if config.hardware.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         words = [*words, "hardware=cpu"]
     methods = [w for w in words if w.startswith("methods=")]
     words = [w for w in words if w not in methods]

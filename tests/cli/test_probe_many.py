@@ -19,9 +19,10 @@ QUICK = ["recipe=toy", "log.progress=false", "hardware.precision=32-true", "data
 QUICK += ["train.steps=2", "train.log_every=1"]
 
 
-@pytest.fixture
-def checkpoints(tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A file or folder of each kind, by its name in results."""
+    tmp_path = tmp_path_factory.mktemp("checkpoints")
     pytest.importorskip("transformers", reason="the extra [hf] is not installed")
     torch.save({"args": {"num_heads": 2}, "model": tiny("bat").state_dict()}, tmp_path / "ours.pt")
     torch.save({"model": fairseq_names(eat())}, tmp_path / "EAT.pt")

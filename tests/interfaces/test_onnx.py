@@ -22,21 +22,22 @@ from tests.interfaces.test_readme_examples import example
 SMALL = {"width": 48, "depth": 2, "heads": 2, "grid": Grid(16, 8)}  # chunks of 2.56 s
 LABELS = ["ant", "bee", "cat"]
 KINDS = {
-    "bat": {"encoder": BAT, "level": "clip", "target": "class", "frames": None},
-    "eat": {"encoder": EAT, "level": "frame", "target": "events", "frames": 208},
+    "bat": {"encoder": BAT, "depth": 2, "level": "clip", "target": "class", "frames": None},
+    "eat": {"encoder": EAT, "depth": 1, "level": "frame", "target": "events", "frames": 208},
 }
 LENGTHS = [1, 4800, 16_000, 40_960, 130_000]  # to four chunks
 
 
 def fold(folder, kind, *, head="linear"):
-    encoder = KINDS[kind]["encoder"](**SMALL)
+    depth = KINDS[kind]["depth"]
+    encoder = KINDS[kind]["encoder"](**{**SMALL, "depth": depth})
     training = {"frames": KINDS[kind]["frames"]}
     meta = {"labels": LABELS, "target": KINDS[kind]["target"], "training": training}
     state = {"student": encoder.state_dict()}
     weights.export(
         folder / "export", backbone=kind, encoder=encoder.config(), weights=state, meta=meta
     )
-    shape = {"classes": 3, "width": 48, "depth": 2, "has_cls": True}
+    shape = {"classes": 3, "width": 48, "depth": depth, "has_cls": True}
     probe = build_probe(head, **shape, level=KINDS[kind]["level"], prototypes=5)
     save_head(folder / "head", probe, name=head, head={"prototypes": 5}, meta=meta)
     return folder

@@ -63,8 +63,8 @@ def test_pretrain__leaves_exactly_these_files(small, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cut", "words"),
     [
-        (3, ["model.drop_path=0.3"]),  # before the second checkpoint, dropout at work
-        (9, ["train.accumulate=2", "data.batch=2"]),  # within an accumulation
+        # before the second checkpoint, within an accumulation, dropout at work
+        (5, ["train.accumulate=2", "data.batch=2", "model.drop_path=0.3"]),
         (5, ["data.workers=1", "online.every=2", "online.steps=2", "online.batch=4"]),
         (1, ["online.every=3", "online.steps=2"]),  # before the first checkpoint: it begins anew
     ],
