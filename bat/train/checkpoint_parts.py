@@ -91,7 +91,7 @@ def read_parts(folder: Path, like: Callable[[str], Tensor | None] = lambda name:
     tensors = {}
     for name in names:
         part, found = like(name), stored[name]
-        if hasattr(part, "to_local") and part.shape == found.size:
+        if part is not None and hasattr(part, "to_local") and part.shape == found.size:
             tensors[name] = torch.empty_like(part)
         else:
             tensors[name] = torch.empty(found.size, dtype=found.properties.dtype)
