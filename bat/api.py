@@ -100,7 +100,7 @@ def _for_one_process(command: str, config: Any, words: list[str]) -> list[str]:
     remedy = shlex.join(
         ["torchrun", f"--nproc-per-node={max(2, world)}", "-m", f"bat.cli.{command}", *words]
     )
-    if hardware.strategy == "fsdp" or (world > 1 and hardware.devices != "auto"):
+    if hardware.shards or (world > 1 and hardware.devices != "auto"):
         raise UserError(
             f"hardware.devices={hardware.devices} hardware.strategy={hardware.strategy}: "
             f"bat.{command} trains in this process alone, on one device: say hardware.devices=1 "

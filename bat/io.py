@@ -69,12 +69,17 @@ def temporary(path: Path) -> Path:
 
 
 def replace_durably(temporary: Path, target: Path) -> None:
-    """Flushes ``temporary`` to disk, then renames it to ``target`` (same folder); atomic, even in
-    a power failure."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    """Flushes ``temporary``, a file or folder, to disk, then renames it to ``target`` beside it;
+    atomic, even in a power failure."""
+    _flush(temporary)
     os.replace(temporary, target)
-    folder = os.open(target.parent, os.O_RDONLY)
     with suppress(OSError):  # not supported by the file system; the file itself is complete
-        os.fsync(folder)
-    os.close(folder)
+        _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -47,8 +47,12 @@ class Hardware:
     """A number, a list such as ``0,1`` or ``auto``."""
     num_nodes: CountOrZero = 1
     """Number of nodes; 0: as many as Slurm allocated (``SLURM_NNODES``)."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """``fsdp``: FSDP2, which shards weights, gradients, optimiser and teacher over the devices."""
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """``fsdp``: FSDP2, which shards weights, gradients, optimiser and teacher over all devices;
+    ``hsdp``: over those of a node, and every node holds everything."""
+    checkpoint: Literal["whole", "sharded"] = "whole"
+    """``sharded``: every process writes its part of a checkpoint, for models whose state does not
+    fit the memory of one host; with ``strategy=fsdp`` or ``hsdp``."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """``auto``: ``bf16-mixed`` on a GPU or CPU with bfloat16 arithmetic, else ``32-true``; a
     resumed run keeps the precision it began with."""
@@ -59,17 +63,26 @@ class Hardware:
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing its activations."""
 
+    @property
+    def shards(self) -> bool:
+        """True if each process holds only a part of the model."""
+        return self.strategy in ("fsdp", "hsdp")
+
     def problems(self) -> Iterator[str]:
-        sharded = ("auto", "cpu", "gpu", "cuda")
-        if self.strategy == "fsdp" and self.accelerator not in sharded:
+        if self.shards and self.accelerator not in ("auto", "cpu", "gpu", "cuda"):
             yield (
-                f"hardware.strategy=fsdp splits a model among GPUs or CPU processes, not on "
-                f"accelerator={self.accelerator}: say hardware.strategy=auto"
+                f"hardware.strategy={self.strategy} splits a model among GPUs or CPU processes, "
+                f"not on accelerator={self.accelerator}: say hardware.strategy=auto"
             )
-        if self.strategy == "fsdp" and self.compile in ("whole", "cudagraphs"):
+        if self.shards and self.compile in ("whole", "cudagraphs"):
             yield (
-                f"hardware.compile={self.compile} with strategy=fsdp: weights are gathered block "
-                "by block; say hardware.compile=blocks"
+                f"hardware.compile={self.compile} with strategy={self.strategy}: weights are "
+                "gathered block by block; say hardware.compile=blocks"
+            )
+        if self.checkpoint == "sharded" and not self.shards:
+            yield (
+                f"hardware.checkpoint=sharded with strategy={self.strategy}: every process holds "
+                "everything; say hardware.checkpoint=whole, or hardware.strategy=fsdp"
             )
 
 

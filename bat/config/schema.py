@@ -340,10 +340,11 @@ class Finetune(Supervised):
         collapse = ("collapse", "collapse_every", "min_rank", "min_std")
         for name in changed(self.health, collapse, Health(collapse="off")):
             yield f"health.{name} is for bat-pretrain: labels keep an encoder awake"
-        if self.validate_every and self.hardware.strategy == "fsdp":
+        if self.validate_every and self.hardware.shards:
             yield (
-                f"validate_every={self.validate_every} with hardware.strategy=fsdp: the weights of "
-                "a step are not in one place; say hardware.strategy=ddp, or validate_every=0"
+                f"validate_every={self.validate_every} with hardware.strategy="
+                f"{self.hardware.strategy}: the weights of a step are not in one place; say "
+                "hardware.strategy=ddp, or validate_every=0"
             )
         yield from _of_pretraining(self.data)
 

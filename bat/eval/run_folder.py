@@ -39,6 +39,7 @@ SAFE = (
     "hardware.devices:",
     "hardware.num_nodes:",
     "hardware.strategy:",
+    "hardware.checkpoint:",
     "hardware.compile:",
     "hardware.activation_checkpointing:",
     "log.",

@@ -1,10 +1,11 @@
-"""Writes checkpoints atomically in a background thread while training continues.
+"""Writes checkpoints atomically, whole files in a background thread while training continues.
 
 A checkpoint is copied to host memory (training waits for this alone), then a separate thread writes
 it under a temporary name beside its final one, reads it back (the CRC-32 of every record), flushes,
 renames it, points ``last.ckpt`` at it and only then removes older ones. Whenever the process is
 killed, the newest file under a final name is complete. A failed write (a full disk) ends the run
-with an error that names the newest valid checkpoint.
+with an error that names the newest valid checkpoint. ``hardware.checkpoint=sharded``: a folder to
+which every process writes its part (``checkpoint_parts.py``), renamed once all have.
 
 Lightning 2.6.6 stages in ``$TMPDIR`` and moves, which across file systems is neither atomic nor
 flushed; its ``AsyncCheckpointIO`` reports an error only at the next save.
@@ -16,10 +17,12 @@ import copy
 import logging
 import os
 import re
+import shutil
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,8 @@ from bat.config.running import Train
 from bat.errors import UserError
 from bat.io import replace_durably
 from bat.train.callbacks import StepCallback
-from bat.train.processes import ranks_of
+from bat.train.checkpoint_parts import REST, damaged_part, read_parts, together, write_parts
+from bat.train.processes import Ranks, ranks_of
 from bat.train.stopping import Stopping
 
 log = logging.getLogger("bat")
@@ -88,9 +92,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
         began = time.perf_counter()
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+        with self._writing(target) as temporary:
             torch.save(checkpoint, temporary)
             damage = damaged(temporary)
             if damage:
@@ -98,6 +100,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             replace_durably(temporary, target)
             if self.written is not None:
                 self.written(target, time.perf_counter() - began)
+
+    def save_parts(self, checkpoint: dict[str, Any], target: Path, ranks: Ranks) -> None:
+        """Writes ``checkpoint``, whose tensors are split, as a folder, while training waits.
+        **Every rank must call it.**"""
+        began = time.perf_counter()
+
+        def finish() -> None:
+            if ranks.rank == 0:
+                replace_durably(temporary, target)
+                if self.written is not None:
+                    self.written(target, time.perf_counter() - began)
+
+        with self._writing(target, clean=ranks.rank == 0) as temporary:
+            write_parts(checkpoint, temporary, ranks)
+            together(ranks, finish)
+
+    @contextmanager
+    def _writing(self, target: Path, *, clean: bool = True) -> Iterator[Path]:
+        """Yields a temporary name for ``target`` that is removed at the end (``clean``); turns
+        errors into a ``UserError`` that names the newest valid checkpoint."""
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
         except (OSError, RuntimeError) as error:  # torch.save says RuntimeError on a full disk
             before = [p for p in checkpoints(target.parent.parent) if p != target]
             good = f"{before[0]} is untouched" if before else "there is none before it"
@@ -106,14 +132,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "the same command again to continue"
             ) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            if clean:
+                remove(temporary)
 
     def load_checkpoint(
-        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Loads tensors and plain containers only, whatever the caller asks for."""
+        self,
+        path: Any,
+        map_location: Any = "cpu",
+        weights_only: bool | None = None,
+        like: Callable[[str], torch.Tensor | None] = lambda name: None,
+    ) -> Any:
+        """Loads tensors and plain containers only, whatever the caller asks for. ``like``: see
+        ``read_parts``, for a checkpoint that is a folder."""
         del weights_only
-        return torch.load(path, map_location=map_location, weights_only=True)
+        if not Path(path).is_dir():
+            return torch.load(path, map_location=map_location, weights_only=True)
+        try:
+            return read_parts(Path(path), like)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"checkpoint {path} cannot be read ({error}): put it back from a copy, or move it "
+                "away, and the same command continues from the one before it"
+            ) from error
 
 
 def snapshot(tree: Any) -> Any:
@@ -128,7 +168,10 @@ def snapshot(tree: Any) -> Any:
 
 
 def damaged(path: Path) -> str:
-    """Reads a whole checkpoint file and returns what is wrong with it; empty if it is valid."""
+    """Reads a whole checkpoint file and returns what is wrong with it; empty if it is valid. Of
+    a folder only the sizes are compared: each process reads its parts later, with checksums."""
+    if path.is_dir():
+        return damaged_part(path, sizes_only=True)
     try:
         with zipfile.ZipFile(path) as file:
             bad = file.testzip()
@@ -156,7 +199,8 @@ def last_checkpoint(out: Path, *, force: bool = False) -> Path | None:
         reason = damaged(path)
         try:
             if not reason:
-                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                file = path / REST if path.is_dir() else path
+                torch.load(file, map_location="cpu", weights_only=True, mmap=True)
                 return path
         except Exception as error:  # on any error, try an older one
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -174,14 +218,29 @@ def step_of(path: Path) -> int:
     return int(path.stem.partition("-")[2])
 
 
+def remove(path: Path) -> None:
+    """Removes a checkpoint, a file or a folder, if it exists; a folder loses its name first."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    if not path.name.startswith("."):
+        path = path.rename(path.with_name(f".{path.name}.tmp"))
+    shutil.rmtree(path)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Makes ``target`` the same file as ``source``, atomically, as a hard link if the file system
-    allows."""
+    allows; a symbolic link to a folder beside it."""
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
+        if source.is_dir():
+            temporary.symlink_to(source.name)
+        else:
+            os.link(source, temporary)
     except OSError:
+        if source.is_dir():
+            raise
         temporary.write_bytes(source.read_bytes())
     os.replace(temporary, target)
 
@@ -239,7 +298,7 @@ class Checkpoints(StepCallback, CheckpointBase):
             )
         if trainer.is_global_zero:  # left by an interrupted write
             for stale in (self.out / "checkpoints").glob(".*.tmp"):
-                stale.unlink(missing_ok=True)
+                remove(stale)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Moves aside checkpoints later than the one resumed from: they are damaged, and would
@@ -252,7 +311,7 @@ class Checkpoints(StepCallback, CheckpointBase):
             if step_of(path) > trainer.global_step:
                 path.replace(path.with_name(f"damaged-{path.name}"))
         newest = self._path(trainer.global_step)
-        if newest.is_file():
+        if newest.exists():
             link_or_copy(newest, newest.with_name("last.ckpt"))
 
     def _path(self, step: int) -> Path:
@@ -290,13 +349,14 @@ class Checkpoints(StepCallback, CheckpointBase):
 
     def _written(self, path: Path, seconds: float) -> None:
         """Called from the writing thread once ``path`` is written and verified."""
-        self.cost["mb"] = path.stat().st_size / 1e6
+        files = path.iterdir() if path.is_dir() else [path]
+        self.cost["mb"] = sum(file.stat().st_size for file in files) / 1e6
         self.cost["longest_write_seconds"] = max(self.cost["longest_write_seconds"], seconds)
         link_or_copy(path, path.with_name("last.ckpt"))
         keep, always = self.config.keep, self.config.keep_every
         for old in checkpoints(self.out)[keep:]:
             if not always or step_of(old) % always:
-                old.unlink(missing_ok=True)
+                remove(old)
         log.info("%s: %.1f MB, safe after %.2f s", path.name, self.cost["mb"], seconds)
 
     def facts(self) -> dict[str, Any]:

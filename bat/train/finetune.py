@@ -107,10 +107,11 @@ def _check(ready: Prepared[schema.Finetune]) -> None:
             f"augment.mixup_p={config.augment.mixup_p}: texts cannot be mixed; say "
             "augment.mixup_p=0"
         )
-    if ready.frames is None and config.hardware.strategy == "fsdp":
+    if ready.frames is None and config.hardware.shards:
         raise UserError(
-            "hardware.strategy=fsdp needs the same shapes on all devices, and clips of their own "
-            "length have others: say frames=NUMBER, or hardware.strategy=ddp"
+            f"hardware.strategy={config.hardware.strategy} needs the same shapes on all devices, "
+            "and clips of their own length have others: say frames=NUMBER, or "
+            "hardware.strategy=ddp"
         )
 
 

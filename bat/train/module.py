@@ -20,10 +20,14 @@ from bat.train.guard import Guard, spread_nan
 from bat.types import WaveBatch
 
 T = TypeVar("T")
+SPLIT = "tensor_parallel"
+"""Lightning's name for the second axis of the mesh, along which FSDP2 splits; it copies along the
+first."""
 
 
 class TrainingModule(pl.LightningModule):
-    """A module whose ``training_step`` returns ``finished``, and that ``hardware=fsdp`` splits."""
+    """A module whose ``training_step`` returns ``finished``; ``hardware=fsdp`` and ``hsdp`` split
+    it."""
 
     def __init__(self, config: Pretrain | Finetune) -> None:
         super().__init__()
@@ -87,9 +91,11 @@ class TrainingModule(pl.LightningModule):
         mesh = self.device_mesh
         if mesh is None or isinstance(self, FSDPModule):
             return
+        if mesh.size(0) == 1:  # no copies: split alone
+            mesh = mesh[SPLIT]
         # always freed after the forward: a forward without backward (teacher, probes)
         # would leave the weights gathered, and the EMA would not update the shards
-        how: dict[str, Any] = {"mesh": mesh["data_parallel"], "reshard_after_forward": True}
+        how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
         for unit in self.units():
             fully_shard(unit, **how)
         fully_shard(self, **how)

@@ -130,7 +130,8 @@ class Ranks:
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank, self.world = rank, world
 
-    def _group(self) -> dist.ProcessGroup:
+    def group(self) -> dist.ProcessGroup:
+        """Returns the gloo group of all ranks; the first call is collective."""
         assert dist.is_initialized(), "several processes, but no process group"
         global _made
         if _made is None or _made[0] is not dist.group.WORLD:
@@ -151,12 +152,12 @@ class Ranks:
         """Returns ``thing`` of every rank, in rank order."""
         found: list[Any] = [thing] * self.world
         if self.world > 1:
-            dist.all_gather_object(found, thing, group=self._group())
+            dist.all_gather_object(found, thing, group=self.group())
         return found
 
     def _reduce(self, values: torch.Tensor, how: Any) -> list[Any]:
         if self.world > 1:
-            dist.all_reduce(values, op=how, group=self._group())
+            dist.all_reduce(values, op=how, group=self.group())
         return list(values.tolist())
 
 

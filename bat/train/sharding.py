@@ -1,14 +1,16 @@
-"""Sets up data-parallel training with DDP or FSDP2.
+"""Sets up data-parallel training with DDP or FSDP2, over all devices or over those of a node.
 
 DDP keeps a full copy on every device. FSDP2 (``fully_shard``, through Lightning's
 ``ModelParallelStrategy``) splits weights, gradients, the optimiser's moments and the EMA teacher
 along their first axis. A unit is gathered when its forward begins and freed when it ends: every
 block of an encoder, the other modules that ``units`` returns, and the rest, the root, with
-``training_step``. Sums are taken in float32 and weights are sent in their own type, so FSDP2 equals
-DDP up to the order of additions.
+``training_step``. With ``hsdp`` the units are split within a node and copied on every node: weights
+never leave it, gradients are summed within it, then each device's part is averaged over the nodes.
+Sums are taken in float32 and nothing is compressed, so all equal DDP up to the order of additions.
 
 Checkpoints are one plain file with DDP's keys, written and read by the ``CheckpointIO`` of the run
-(Lightning 2.6.6 would bypass it when reading): a run can resume on any number of processes.
+(Lightning 2.6.6 would bypass it when reading), or a folder of each process's part
+(``checkpoint_parts.py``): from either a run can resume on any number of processes.
 """
 
 from __future__ import annotations
@@ -28,23 +30,31 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from bat.config.schema import Hardware
 from bat.encoders.base import Encoder
 from bat.nn.ema import local
-from bat.train.processes import world_size
+from bat.train.processes import Ranks, nodes, world_size
 
 
 def strategy(hardware: Hardware) -> str | Strategy:
     """Returns the strategy for the Trainer; ``auto`` on a single device."""
-    if hardware.strategy == "fsdp":
-        if world_size(hardware) == 1:
-            return "auto"  # nothing to split
-        return Sharded(save_distributed_checkpoint=False)
-    if hardware.strategy == "ddp" or world_size(hardware) > 1:
+    world, copies = world_size(hardware), 1
+    if hardware.strategy == "hsdp":
+        copies = nodes(hardware)
+    if hardware.shards and copies < world:
+        return Sharded(copies, whole=hardware.checkpoint == "whole")
+    if hardware.strategy == "ddp" or world > 1:  # hsdp: with one device a node nothing is split
         # all buffers are constants and equal on all ranks: no broadcast before each step
         return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     return "auto"
 
 
 class Sharded(ModelParallelStrategy):
-    """FSDP2 over all processes, with checkpoints in DDP's format."""
+    """FSDP2 over all processes, or over each of ``copies`` equal groups of them.
+
+    ``whole``: checkpoints are in DDP's format; otherwise each process writes its part.
+    """
+
+    def __init__(self, copies: int, *, whole: bool) -> None:
+        super().__init__(copies, "auto", save_distributed_checkpoint=False)
+        self.whole = whole
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -52,9 +62,17 @@ class Sharded(ModelParallelStrategy):
         return True
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        self._tensor_parallel_size = 1
+        assert isinstance(self._data_parallel_size, int)
+        self._tensor_parallel_size = self.num_nodes * self.num_processes // self._data_parallel_size
         super().setup_environment()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        if self.whole:
+            return super().save_checkpoint(checkpoint, filepath, storage_options)
+        io: Any = self.checkpoint_io
+        io.save_parts(checkpoint, Path(filepath), Ranks(self.global_rank, self.world_size))
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None]:
@@ -69,17 +87,35 @@ class Sharded(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return full_state(self.lightning_module)
+        module = self.lightning_module
+        return full_state(module) if self.whole else dict(module.state_dict())
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        state = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        state: dict[str, Any] = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        if not self.whole:
+            return state
         whole: dict[str, Any] = _whole(state, keep=dist.get_rank() == 0)
         return whole if dist.get_rank() == 0 else {}
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+        if not Path(checkpoint_path).is_dir():
+            return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+        io: Any = self.checkpoint_io
+        loaded: dict[str, Any] = io.load_checkpoint(checkpoint_path, like=self._like)
+        return loaded
+
+    def _like(self, name: str) -> Tensor | None:
+        """Returns the tensor split as the one of this name in a checkpoint folder."""
+        assert self.lightning_module is not None
+        kind, _, name = name.partition("/")
+        if kind == "state_dict":
+            return dict(self.lightning_module.named_parameters()).get(name)
+        optimizer, parameter, _ = name.split("/")
+        groups = self.optimizers[int(optimizer)].param_groups
+        found: Tensor = [p for group in groups for p in group["params"]][int(parameter)]
+        return found
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Loads each process's part of the checkpoint's weights."""
@@ -100,7 +136,9 @@ class Sharded(ModelParallelStrategy):
 
 def _part(whole: Any, like: Tensor | None) -> Any:
     """Splits ``whole`` as ``like`` is, if their shapes are equal; without communication."""
-    if not (isinstance(like, DTensor) and isinstance(whole, Tensor) and whole.shape == like.shape):
+    if isinstance(whole, DTensor) or not isinstance(like, DTensor):
+        return whole
+    if not isinstance(whole, Tensor) or whole.shape != like.shape:
         return whole
     whole = whole.to(like.device)
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
@@ -160,5 +198,5 @@ def total_norm(parameters: Iterable[Tensor]) -> Tensor:
         return torch.linalg.vector_norm(total)
     assert all(isinstance(g, DTensor) for g in gradients), "a part of the model is not sharded"
     squares = total.double().square().sum()
-    dist.all_reduce(squares, group=gradients[0].device_mesh.get_group())
+    dist.all_reduce(squares, group=gradients[0].device_mesh.get_group(-1))  # copies are equal
     return squares.sqrt().float()

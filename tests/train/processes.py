@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
 import warnings
@@ -21,15 +22,17 @@ IMPORTS = ["bat.train.run_pretrain", "bat.train.finetune"]
 
 @dataclass
 class Job:
-    """``command``: pretrain or finetune. ``poisoned``: (micro-batch, rank) whose loss is NaN."""
+    """``command``: pretrain or finetune. ``poisoned``: (micro-batch, rank) whose loss is NaN.
+    ``killed``: micro-batch before which every process is killed."""
 
     name: str
     words: list[str]
     command: str = "pretrain"
     poisoned: tuple[int, int] | None = None
+    killed: int | None = None
 
 
-def run(jobs: list[Job], *, world: int, folder: Path, seconds: float = 200) -> None:
+def run(jobs: list[Job], *, world: int, folder: Path, seconds: float = 200, nodes: int = 1) -> None:
     """Do ``jobs`` in ``world`` processes; ``RuntimeError`` with what one said when it failed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
@@ -37,7 +40,7 @@ def run(jobs: list[Job], *, world: int, folder: Path, seconds: float = 200) -> N
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = [
-        context.Process(target=_child, args=(rank, world, port, jobs, folder))
+        context.Process(target=_child, args=(rank, world, nodes, port, jobs, folder))
         for rank in range(world)
     ]
     for child in children:
@@ -60,10 +63,11 @@ def seen(folder: Path, name: str, rank: int) -> list[dict[str, Any]]:
     return json.loads((folder / f"seen-{name}-{rank}.json").read_text())
 
 
-def _child(rank: int, world: int, port: int, jobs: list[Job], folder: Path) -> None:
+def _child(rank: int, world: int, nodes: int, port: int, jobs: list[Job], folder: Path) -> None:
+    node, local_rank = divmod(rank, world // nodes)
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world),
-        LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), GROUP_RANK="0",
+        LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(world // nodes), GROUP_RANK=str(node),
         TORCHELASTIC_RUN_ID="test",
     )  # fmt: skip
     import torch
@@ -104,6 +108,8 @@ def _do(job: Job, rank: int, folder: Path) -> None:
 
     class Watched:
         def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+            if batch_idx == job.killed:
+                os.kill(os.getpid(), signal.SIGKILL)
             loss = super().training_step(batch, batch_idx)  # type: ignore[misc]
             row = {"loss": float(loss), "positions": batch.positions.tolist(), "keys": batch.keys}
             model = self.trainer.strategy.model  # type: ignore[attr-defined]
