@@ -1,7 +1,10 @@
 """Computes the monitors of a pre-training: numbers that need no training, beside online probes.
 
 Every evaluation uses the same clips, so that values of one run differ by the weights alone; step 0
-is the random-init baseline. All is of an encoder's last block, in eval mode.
+is the random-init baseline. All is of an encoder's last block, in eval mode. ``knn`` and ``rankme``
+use at most a fifth as many clips as a device trains on between two evaluations, and 256 in any
+case: a step of training costs six passes of the encoder or more for each clip, so the monitors take
+a few percent of the time.
 
 - ``knn`` (accuracy, or mAP if clips have several labels): ``diagnostics.knn_scores`` over the folds
   of the online probes. A clip's vector is the mean of its patch tokens beside the class token, if
@@ -47,17 +50,21 @@ K = 20
 """Neighbours of ``knn`` itself; DINO's choice."""
 LIDAR_CLIPS, VIEWS, VISIBLE = 128, 4, 0.2
 POSITION_CLIPS = 16
+FEWEST = 256
+"""Clips that kNN and RankMe use however short the interval is."""
 
 
 class Monitors:
-    """The monitors of one run, of the clips ``ids``; ``splits``: folds, none without labels."""
+    """The monitors of one run on some of the clips ``ids``; ``splits``: folds, none without labels."""
 
     def __init__(
         self, config: Pretrain, *, task: Task, splits: Sequence[Split], ids: np.ndarray
     ) -> None:
-        self.config, self.task, self.splits, self.ids = config, task, splits, ids
+        self.config, self.task, self.splits = config, task, splits
         self.seed = derive_seed(config.seed, "monitors")
         self.order = np.random.default_rng(self.seed).permutation(ids)
+        between = config.online.every * config.data.batch
+        self.ids = np.sort(self.order[: max(FEWEST, between // 5)])
         asked = set(config.online.monitors)
         self.asked = asked if splits else asked - {"knn"}
 
