@@ -55,7 +55,7 @@ FEWEST = 256
 
 
 class Monitors:
-    """The monitors of one run on some of the clips ``ids``; ``splits``: folds, none without labels."""
+    """Monitors of one run on some of the clips ``ids``; ``splits``: folds, none without labels."""
 
     def __init__(
         self, config: Pretrain, *, task: Task, splits: Sequence[Split], ids: np.ndarray
