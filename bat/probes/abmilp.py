@@ -10,11 +10,13 @@ Parameters at D = 768, C = 527, L = 12: 996,097.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
 from bat.probes.attention import Attentive, shares
-from bat.probes.base import Level, Probe
+from bat.probes.base import Probe, Size
 
 
 class ABMILP(Attentive):
@@ -23,21 +25,10 @@ class ABMILP(Attentive):
 
     biased = False
 
-    def __init__(
-        self,
-        *,
-        classes: int,
-        width: int,
-        depth: int,
-        has_cls: bool,
-        level: Level = "clip",
-        dropout: float = 0.2,
-    ) -> None:
-        super().__init__(
-            classes=classes, width=width, depth=depth, has_cls=has_cls, level=level, dropout=dropout
-        )
-        self.hidden = nn.Linear(width, width)
-        self.score = nn.Linear(width, 1)
+    def __init__(self, *, dropout: float = 0.2, **size: Unpack[Size]) -> None:
+        super().__init__(**size, dropout=dropout)
+        self.hidden = nn.Linear(self.width, self.width)
+        self.score = nn.Linear(self.width, 1)
 
     def pool(self, tokens: Tensor, inside: Tensor | None) -> Tensor:
         scores = self.score(torch.tanh(self.hidden(tokens)))  # (B, N, 1)

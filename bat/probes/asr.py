@@ -16,12 +16,12 @@ Parameters at D = 768, C = 527, L = 12: 16,812,315.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from bat.probes.base import Dropout, Level, Probe, mix_blocks
+from bat.probes.base import Dropout, Level, Probe, Size, mix_blocks
 from bat.probes.linear import one_vector
 from bat.types import Features
 
@@ -59,24 +59,21 @@ class ASR(Probe):
     def __init__(
         self,
         *,
-        classes: int,
-        width: int,
-        depth: int,
-        has_cls: bool,
-        level: Level = "frame",
         hidden: int | None = None,
         norm: bool = True,
         dropout: float = 0.2,
+        **size: Unpack[Size],
     ) -> None:
-        super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
+        size.setdefault("level", "frame")
+        super().__init__(**size)
         hidden = 512 if hidden is None else hidden
-        self.layer_logits = nn.Parameter(torch.ones(depth))  # (L,)
-        self.upsample = nn.ConvTranspose1d(width, width, STEPS, stride=STEPS)
-        self.lstm = nn.ModuleList([BiLSTM(width, hidden), BiLSTM(2 * hidden, hidden)])
+        self.layer_logits = nn.Parameter(torch.ones(self.depth))  # (L,)
+        self.upsample = nn.ConvTranspose1d(self.width, self.width, STEPS, stride=STEPS)
+        self.lstm = nn.ModuleList([BiLSTM(self.width, hidden), BiLSTM(2 * hidden, hidden)])
         self.between = Dropout(dropout)
         self.norm = nn.LayerNorm(2 * hidden, eps=1e-6) if norm else nn.Identity()
         self.dropout = Dropout(dropout)
-        self.fc = nn.Linear(2 * hidden, classes)
+        self.fc = nn.Linear(2 * hidden, self.classes)
 
     def forward(self, features: Features) -> Tensor:
         """Computes logits (B, 8 T, C)."""

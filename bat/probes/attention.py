@@ -11,12 +11,12 @@ heads that is 2 N A D multiplications per clip, while projecting the tokens take
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from bat.probes.base import Dropout, Level, Probe
+from bat.probes.base import Dropout, Level, Probe, Size
 from bat.types import Features, Needs
 
 
@@ -28,19 +28,11 @@ class Attentive(Probe):
     """True if the output layer has a bias."""
 
     def __init__(
-        self,
-        *,
-        classes: int,
-        width: int,
-        depth: int,
-        has_cls: bool,
-        level: Level = "clip",
-        dropout: float = 0.2,
-        pooled_width: int | None = None,
+        self, *, dropout: float = 0.2, pooled_width: int | None = None, **size: Unpack[Size]
     ) -> None:
-        super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
+        super().__init__(**size)
         self.dropout = Dropout(dropout)
-        self.fc = nn.Linear(pooled_width or width, classes, bias=self.biased)
+        self.fc = nn.Linear(pooled_width or self.width, self.classes, bias=self.biased)
 
     def forward(self, features: Features) -> Tensor:
         tokens = features.patches[-1].flatten(1, 2)  # (B, N, D)

@@ -12,7 +12,7 @@ import importlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,23 @@ ORDER = (
 """Order of the probes in ``all``: class tokens, attention over patches, prototypes, sequences."""
 
 
-class Probe(nn.Module):
-    """Base class of all probes.
+class Size(TypedDict):
+    """Keywords that every probe takes and hands on to ``Probe``."""
 
-    ``classes`` C; ``width`` D and ``depth`` L of the encoder; ``has_cls``: it has a class token.
+    classes: int
+    """Classes C of the task."""
+    width: int
+    """Width D of the encoder."""
+    depth: int
+    """Blocks L of the encoder."""
+    has_cls: bool
+    """The encoder has a class token."""
+    level: NotRequired[Level]
+
+
+class Probe(nn.Module):
+    """Base class of all probes; see ``Size`` for its arguments.
+
     Subclasses add the head settings they use (``prototypes``, ``dropout``, ``norm``) as
     keyword-only arguments; one that takes ``encoder`` is given the frozen backbone itself.
     """

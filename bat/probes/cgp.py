@@ -21,13 +21,13 @@ Parameters at D = 768, C = 527, L = 12 (K = 10,000): 23,490,539.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
 
 from bat.errors import UserError
-from bat.probes.base import Dropout, Level, Probe, fill_padding, mean_patch
+from bat.probes.base import Dropout, Level, Probe, Size, fill_padding, mean_patch
 from bat.probes.extremes import pool_prototypes
 from bat.probes.mixing import few_rows, mix_normalised
 from bat.types import Features, Needs
@@ -45,22 +45,18 @@ class CGP(Probe):
     def __init__(
         self,
         *,
-        classes: int,
-        width: int,
-        depth: int,
-        has_cls: bool,
-        level: Level = "clip",
         prototypes: int = 10_000,
         dropout: float = 0.2,
         cls: Cls | None = None,
+        **size: Unpack[Size],
     ) -> None:
-        super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
-        check_cls(cls, has_cls=has_cls, level=level)
+        super().__init__(**size)
+        check_cls(cls, has_cls=self.has_cls, level=self.level)
         self.cls = cls or "patches"
-        self.layer_logits = nn.Parameter(torch.ones(depth))  # (L,)
-        self.prototypes = nn.Parameter(0.02 * torch.randn(prototypes, width))  # (K, D)
+        self.layer_logits = nn.Parameter(torch.ones(self.depth))  # (L,)
+        self.prototypes = nn.Parameter(0.02 * torch.randn(prototypes, self.width))  # (K, D)
         self.dropout = Dropout(dropout)
-        self.fc = nn.Linear(3 * prototypes, classes)
+        self.fc = nn.Linear(3 * prototypes, self.classes)
 
     def forward(self, features: Features) -> Tensor:
         x = self.dropout(self.pooled(features))

@@ -15,12 +15,13 @@ Parameters at D = 768, C = 527, L = 12: 4,881,588.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bat.probes.base import Dropout, Level, Probe
+from bat.probes.base import Dropout, Level, Probe, Size
 from bat.probes.linear import one_vector, one_vector_needs
 from bat.types import Features, Needs
 
@@ -31,23 +32,14 @@ EPS = 1e-6
 class LinearCurve(Probe):
     """L linear probes. ``norm``: LayerNorm first; ``dropout``: rate before the layer."""
 
-    def __init__(
-        self,
-        *,
-        classes: int,
-        width: int,
-        depth: int,
-        has_cls: bool,
-        level: Level = "clip",
-        norm: bool = True,
-        dropout: float = 0.2,
-    ) -> None:
-        super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
-        layers = [nn.Linear(width, classes) for _ in range(depth)]  # only for their initialisation
+    def __init__(self, *, norm: bool = True, dropout: float = 0.2, **size: Unpack[Size]) -> None:
+        super().__init__(**size)
+        # only for their initialisation
+        layers = [nn.Linear(self.width, self.classes) for _ in range(self.depth)]
         self.weight = nn.Parameter(torch.stack([layer.weight.detach() for layer in layers]))
         self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]))  # (L, C)
-        self.scale = nn.Parameter(torch.ones(depth, width)) if norm else None  # (L, D)
-        self.shift = nn.Parameter(torch.zeros(depth, width)) if norm else None  # (L, D)
+        self.scale = nn.Parameter(torch.ones(self.depth, self.width)) if norm else None  # (L, D)
+        self.shift = nn.Parameter(torch.zeros(self.depth, self.width)) if norm else None  # (L, D)
         self.dropout = Dropout(dropout)
 
     def forward(self, features: Features) -> Tensor:

@@ -12,11 +12,13 @@ Parameters at D = 768, C = 527, L = 12 (Q = 32): 1,019,663.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
 from bat.probes.attention import Attentive, attended, project_heads
-from bat.probes.base import Level, Probe
+from bat.probes.base import Probe, Size
 
 
 class EP(Attentive):
@@ -24,28 +26,12 @@ class EP(Attentive):
     before the output layer."""
 
     def __init__(
-        self,
-        *,
-        classes: int,
-        width: int,
-        depth: int,
-        has_cls: bool,
-        level: Level = "clip",
-        pool_queries: int = 32,
-        dropout: float = 0.2,
+        self, *, pool_queries: int = 32, dropout: float = 0.2, **size: Unpack[Size]
     ) -> None:
-        out = -(-width // pool_queries) * pool_queries
-        super().__init__(
-            classes=classes,
-            width=width,
-            depth=depth,
-            has_cls=has_cls,
-            level=level,
-            dropout=dropout,
-            pooled_width=out,
-        )
-        self.queries = nn.Parameter(0.02 * torch.randn(pool_queries, width))  # (Q, D)
-        self.values = nn.Linear(width, out, bias=False)
+        out = -(-size["width"] // pool_queries) * pool_queries
+        super().__init__(**size, dropout=dropout, pooled_width=out)
+        self.queries = nn.Parameter(0.02 * torch.randn(pool_queries, self.width))  # (Q, D)
+        self.values = nn.Linear(self.width, out, bias=False)
 
     def pool(self, tokens: Tensor, inside: Tensor | None) -> Tensor:
         read = attended(tokens, self.queries * self.width**-0.5, inside)  # (B, Q, D)

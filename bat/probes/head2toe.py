@@ -14,11 +14,12 @@ Parameters at D = 768, C = 527, L = 12: 4,875,791.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from bat.probes.base import Dropout, Level, Probe
+from bat.probes.base import Dropout, Level, Probe, Size
 from bat.probes.linear import one_vector, one_vector_needs
 from bat.probes.mixing import few_rows
 from bat.types import Features, Needs
@@ -29,22 +30,13 @@ class Head2Toe(Probe):
     LayerNorm (eps 1e-6) over all L D features; ``dropout``: rate before the layer."""
 
     def __init__(
-        self,
-        *,
-        classes: int,
-        width: int,
-        depth: int,
-        has_cls: bool,
-        level: Level = "clip",
-        lasso: float = 1e-4,
-        norm: bool = True,
-        dropout: float = 0.2,
+        self, *, lasso: float = 1e-4, norm: bool = True, dropout: float = 0.2, **size: Unpack[Size]
     ) -> None:
-        super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
+        super().__init__(**size)
         self.lasso = lasso
-        self.norm = nn.LayerNorm(depth * width, eps=1e-6) if norm else nn.Identity()
+        self.norm = nn.LayerNorm(self.depth * self.width, eps=1e-6) if norm else nn.Identity()
         self.dropout = Dropout(dropout)
-        self.fc = nn.Linear(depth * width, classes)
+        self.fc = nn.Linear(self.depth * self.width, self.classes)
 
     def forward(self, features: Features) -> Tensor:
         x = one_vector(features, has_cls=self.has_cls, level=self.level, all_blocks=True)

@@ -10,12 +10,12 @@ Parameters at D = 768, C = 527, L = 12: ``linear`` 406,799; ``lcgp`` 406,811.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from bat.probes.base import Dropout, Level, Probe, mean_patch, mix_blocks
+from bat.probes.base import Dropout, Level, Probe, Size, mean_patch, mix_blocks
 from bat.types import Features, Needs
 
 
@@ -25,22 +25,12 @@ class Linear(Probe):
 
     gated: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        *,
-        classes: int,
-        width: int,
-        depth: int,
-        has_cls: bool,
-        level: Level = "clip",
-        norm: bool = True,
-        dropout: float = 0.2,
-    ) -> None:
-        super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
-        self.layer_logits = nn.Parameter(torch.zeros(depth)) if self.gated else None  # (L,)
-        self.norm = nn.LayerNorm(width, eps=1e-6) if norm else nn.Identity()
+    def __init__(self, *, norm: bool = True, dropout: float = 0.2, **size: Unpack[Size]) -> None:
+        super().__init__(**size)
+        self.layer_logits = nn.Parameter(torch.zeros(self.depth)) if self.gated else None  # (L,)
+        self.norm = nn.LayerNorm(self.width, eps=1e-6) if norm else nn.Identity()
         self.dropout = Dropout(dropout)
-        self.fc = nn.Linear(width, classes)
+        self.fc = nn.Linear(self.width, self.classes)
 
     def forward(self, features: Features) -> Tensor:
         vectors = one_vector(

@@ -12,12 +12,14 @@ Parameters at D = 768, C = 527, L = 12 (12 heads): 1,585,152.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
 from bat.errors import UserError
 from bat.probes.attention import Attentive, attended, project_heads
-from bat.probes.base import Level, Probe
+from bat.probes.base import Probe, Size
 
 HEAD_WIDTH = 64
 
@@ -29,28 +31,20 @@ class MHCA(Attentive):
     biased = False
 
     def __init__(
-        self,
-        *,
-        classes: int,
-        width: int,
-        depth: int,
-        has_cls: bool,
-        level: Level = "clip",
-        attention_heads: int | None = None,
-        dropout: float = 0.2,
+        self, *, attention_heads: int | None = None, dropout: float = 0.2, **size: Unpack[Size]
     ) -> None:
-        super().__init__(
-            classes=classes, width=width, depth=depth, has_cls=has_cls, level=level, dropout=dropout
+        super().__init__(**size, dropout=dropout)
+        self.heads = (
+            max(1, self.width // HEAD_WIDTH) if attention_heads is None else attention_heads
         )
-        self.heads = max(1, width // HEAD_WIDTH) if attention_heads is None else attention_heads
-        if width % self.heads:
+        if self.width % self.heads:
             raise UserError(
-                f"mhca: {self.heads} attention heads do not divide the encoder's width {width}: "
-                "give head.attention_heads=H that does"
+                f"mhca: {self.heads} attention heads do not divide the encoder's width "
+                f"{self.width}: give head.attention_heads=H that does"
             )
-        self.query = nn.Parameter(0.02 * torch.randn(width))  # (D,)
-        self.keys = nn.Linear(width, width, bias=False)
-        self.values = nn.Linear(width, width, bias=False)
+        self.query = nn.Parameter(0.02 * torch.randn(self.width))  # (D,)
+        self.keys = nn.Linear(self.width, self.width, bias=False)
+        self.values = nn.Linear(self.width, self.width, bias=False)
 
     def pool(self, tokens: Tensor, inside: Tensor | None) -> Tensor:
         query = self.query.unflatten(0, (self.heads, -1))  # (H, d)

@@ -12,10 +12,12 @@ Parameters at D = 768, C = 527, L = 12 (hidden 768): 997,391.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bat.probes.base import Dropout, Level, Probe
+from bat.probes.base import Dropout, Level, Probe, Size
 from bat.probes.linear import one_vector, one_vector_needs
 from bat.types import Features, Needs
 
@@ -28,21 +30,17 @@ class MLP(Probe):
     def __init__(
         self,
         *,
-        classes: int,
-        width: int,
-        depth: int,
-        has_cls: bool,
-        level: Level = "clip",
         hidden: int | None = None,
         norm: bool = True,
         dropout: float = 0.2,
+        **size: Unpack[Size],
     ) -> None:
-        super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
-        hidden = width if hidden is None else hidden
-        self.norm = nn.LayerNorm(width, eps=1e-6) if norm else nn.Identity()
-        self.hidden = nn.Linear(width, hidden)
+        super().__init__(**size)
+        hidden = self.width if hidden is None else hidden
+        self.norm = nn.LayerNorm(self.width, eps=1e-6) if norm else nn.Identity()
+        self.hidden = nn.Linear(self.width, hidden)
         self.dropout = Dropout(dropout)
-        self.fc = nn.Linear(hidden, classes)
+        self.fc = nn.Linear(hidden, self.classes)
 
     def forward(self, features: Features) -> Tensor:
         x = one_vector(features, has_cls=self.has_cls, level=self.level, all_blocks=False)[0]

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bat.probes.base import Dropout, Level, Probe
+from bat.probes.base import Dropout, Level, Probe, Size
 from bat.probes.protobin import best_match
 from bat.types import Features, Needs
 
@@ -44,21 +45,18 @@ class Proto(Probe):
     def __init__(
         self,
         *,
-        classes: int,
-        width: int,
-        depth: int,
-        has_cls: bool,
-        level: Level = "clip",
         per_class: int | None = None,
         orthogonality: float = 1.0,
         dropout: float = 0.2,
+        **size: Unpack[Size],
     ) -> None:
-        super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
+        super().__init__(**size)
         J = PER_CLASS if per_class is None else per_class
         self.orthogonality = orthogonality
-        self.prototypes = nn.Parameter(0.02 * torch.randn(classes * J, width))  # class-major
-        self.raw_weights = nn.Parameter(torch.full((classes, J), math.log(math.e - 1)))
-        self.bias = nn.Parameter(torch.full((classes,), BIAS))
+        # class-major
+        self.prototypes = nn.Parameter(0.02 * torch.randn(self.classes * J, self.width))
+        self.raw_weights = nn.Parameter(torch.full((self.classes, J), math.log(math.e - 1)))
+        self.bias = nn.Parameter(torch.full((self.classes,), BIAS))
         self.dropout = Dropout(dropout)
 
     @property

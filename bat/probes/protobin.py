@@ -14,12 +14,12 @@ Parameters at D = 768, C = 527, L = 12 (K = 10,000): ``protobin`` 12,950,527; ``
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from bat.probes.base import Dropout, Level, Probe, fill_padding
+from bat.probes.base import Dropout, Level, Probe, Size, fill_padding
 from bat.probes.extremes import pool_prototypes
 from bat.probes.mixing import few_rows, mix_normalised
 from bat.types import Features, Needs
@@ -35,20 +35,16 @@ class ProtoBin(Probe):
     def __init__(
         self,
         *,
-        classes: int,
-        width: int,
-        depth: int,
-        has_cls: bool,
-        level: Level = "clip",
         prototypes: int = 10_000,
         per_class: int | None = None,
         dropout: float = 0.2,
+        **size: Unpack[Size],
     ) -> None:
-        super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
-        K = prototypes if per_class is None else per_class * classes
-        self.prototypes = nn.Parameter(0.02 * torch.randn(K, width))  # (K, D)
+        super().__init__(**size)
+        K = prototypes if per_class is None else per_class * self.classes
+        self.prototypes = nn.Parameter(0.02 * torch.randn(K, self.width))  # (K, D)
         self.dropout = Dropout(dropout)
-        self.fc = nn.Linear(K, classes)
+        self.fc = nn.Linear(K, self.classes)
 
     def forward(self, features: Features) -> Tensor:
         x = best_match(features, self.prototypes, level=self.level, signs=self.signs)

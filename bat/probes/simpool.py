@@ -9,30 +9,21 @@ Parameters at D = 768, C = 527, L = 12: 406,799.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from torch import Tensor, nn
 
 from bat.probes.attention import Attentive, attended
-from bat.probes.base import Level, Probe
+from bat.probes.base import Probe, Size
 
 
 class SimPool(Attentive):
     """Patches of the last block weighted by similarity to their mean. ``dropout``: rate before
     the output layer."""
 
-    def __init__(
-        self,
-        *,
-        classes: int,
-        width: int,
-        depth: int,
-        has_cls: bool,
-        level: Level = "clip",
-        dropout: float = 0.2,
-    ) -> None:
-        super().__init__(
-            classes=classes, width=width, depth=depth, has_cls=has_cls, level=level, dropout=dropout
-        )
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+    def __init__(self, *, dropout: float = 0.2, **size: Unpack[Size]) -> None:
+        super().__init__(**size, dropout=dropout)
+        self.norm = nn.LayerNorm(self.width, eps=1e-6)
 
     def pool(self, tokens: Tensor, inside: Tensor | None) -> Tensor:
         x = self.norm(tokens)  # (B, N, D)

@@ -17,14 +17,14 @@ Parameters at D = 768, C = 527, L = 12 (q = 10): 49,251,599.
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bat.errors import UserError
-from bat.probes.base import Dropout, Level, Probe
+from bat.probes.base import Dropout, Level, Probe, Size
 from bat.probes.linear import one_vector
 from bat.probes.mixing import few_rows
 from bat.types import Features, Needs
@@ -52,18 +52,14 @@ class VQT(Probe):
     def __init__(
         self,
         *,
-        classes: int,
-        width: int,
-        depth: int,
-        has_cls: bool,
-        level: Level = "clip",
         encoder: Queried | None,
         queries: int = 10,
         norm: bool = True,
         vqt_norm: bool | None = None,
         dropout: float = 0.2,
+        **size: Unpack[Size],
     ) -> None:
-        super().__init__(classes=classes, width=width, depth=depth, has_cls=has_cls, level=level)
+        super().__init__(**size)
         if encoder is None:
             raise UserError(
                 "probe vqt is made of the frozen encoder, and there is none here: use it with "
@@ -75,13 +71,15 @@ class VQT(Probe):
                 "blocks cannot be queried. Leave vqt out of the methods"
             )
         self._held = _Held(encoder)
-        bound = (6 / (3 * 256 + width)) ** 0.5
-        self.queries = nn.Parameter(torch.empty(depth, queries, width).uniform_(-bound, bound))
-        inputs = width + depth * queries * width
+        bound = (6 / (3 * 256 + self.width)) ** 0.5
+        self.queries = nn.Parameter(
+            torch.empty(self.depth, queries, self.width).uniform_(-bound, bound)
+        )
+        inputs = self.width + self.depth * queries * self.width
         norm = norm if vqt_norm is None else vqt_norm
         self.norm = nn.LayerNorm(inputs, eps=1e-6) if norm else nn.Identity()
         self.dropout = Dropout(dropout)
-        self.fc = nn.Linear(inputs, classes)
+        self.fc = nn.Linear(inputs, self.classes)
 
     def forward(self, features: Features) -> Tensor:
         parts = [F.normalize(part, dim=-1) for part in self.read(features)]

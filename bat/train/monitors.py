@@ -1,7 +1,10 @@
 """Computes the monitors of a pre-training: numbers that need no training, beside online probes.
 
 Every evaluation uses the same clips, so that values of one run differ by the weights alone; step 0
-is the random-init baseline. All is of an encoder's last block, in eval mode.
+is the random-init baseline. All is of an encoder's last block, in eval mode. ``knn`` and ``rankme``
+use at most a fifth as many clips as a device trains on between two evaluations, and 256 in any
+case: a step of training costs six passes of the encoder or more for each clip, so the monitors take
+a few percent of the time.
 
 - ``knn`` (accuracy, or mAP if clips have several labels): ``diagnostics.knn_scores`` over the folds
   of the online probes. A clip's vector is the mean of its patch tokens beside the class token, if
@@ -10,7 +13,8 @@ is the random-init baseline. All is of an encoder's last block, in eval mode.
 - ``rankme``: ``effective_rank`` of the means of patch tokens (N, D) of all N clips, not centred,
   eps 1e-7. Comparable within a run only, since it grows with N.
 - ``lidar``: ``diagnostics.lidar`` of 128 clips of 4 views. A view is a fifth of a clip's patches,
-  drawn uniformly whatever the objective's own masks are; its vector is the class token.
+  drawn uniformly whatever the objective's own masks are; its vector is the class token. Only
+  encoders that can be masked have it.
 - ``position``: the objective's local loss, and the loss of the best prediction from position alone,
   which is the targets' variance over clips at each position (unbiased; mean over positions and
   channels), on 16 clips. The audio is used if the former is below the latter.
@@ -46,20 +50,27 @@ K = 20
 """Neighbours of ``knn`` itself; DINO's choice."""
 LIDAR_CLIPS, VIEWS, VISIBLE = 128, 4, 0.2
 POSITION_CLIPS = 16
+FEWEST = 256
+"""Clips that kNN and RankMe use however short the interval is."""
 
 
 class Monitors:
-    """The monitors of one run, of the clips ``ids``; ``splits``: folds, none without labels."""
+    """Monitors of one run on some of the clips ``ids``; ``splits``: folds, none without labels."""
 
     def __init__(
         self, config: Pretrain, *, task: Task, splits: Sequence[Split], ids: np.ndarray
     ) -> None:
-        self.config, self.task, self.splits, self.ids = config, task, splits, ids
-        self.autocast = autocast_for(config.hardware)
+        self.config, self.task, self.splits = config, task, splits
         self.seed = derive_seed(config.seed, "monitors")
         self.order = np.random.default_rng(self.seed).permutation(ids)
+        between = config.online.every * config.data.batch
+        self.ids = np.sort(self.order[: max(FEWEST, between // 5)])
         asked = set(config.online.monitors)
         self.asked = asked if splits else asked - {"knn"}
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        dtype = autocast_for(self.config.hardware)
+        return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
     @property
     def reads_features(self) -> bool:
@@ -94,8 +105,7 @@ class Monitors:
                         if train.any() and test.any():
                             found = self._scored(vectors, targets, train, test)
                             results.append(FoldResult(f"{name}/knn", held.name, found))
-            maskable = isinstance(encoder, MaskableEncoder)
-            if "lidar" in self.asked and maskable and encoder.grid.tokens * VISIBLE >= 1:
+            if "lidar" in self.asked and isinstance(encoder, MaskableEncoder):
                 views = self._views(encoder, stream, on_step)  # (n, VIEWS, D)
                 if len(views) > 1:
                     scalars[f"online/{name}/lidar"] = lidar(views)
@@ -114,7 +124,7 @@ class Monitors:
             preserve_rng_state(device),
             evaluating(objective),
             torch.no_grad(),
-            torch.autocast(device.type, self.autocast, enabled=self.autocast is not None),
+            self._autocast(device),
         ):
             torch.manual_seed(self.seed)  # noise of a decoder
             for batch in stream.loader(ids, batch=batch_size):
@@ -187,8 +197,7 @@ class Monitors:
             views = inverse_block_mask(
                 len(seeds), encoder.grid, keep_ratio=VISIBLE, block=1, adjust=0.0, seeds=seeds
             )
-            auto = torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
-            with evaluating(encoder), auto:
+            with evaluating(encoder), self._autocast(device):
                 cls, _visible = encoder.encode_views(inputs, views)
             found.append(cls.float().unflatten(0, (-1, VIEWS)).cpu())
             on_step()
