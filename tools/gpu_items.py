@@ -83,9 +83,9 @@ def variants(*, repeats: int, quick: bool) -> Iterator[Row]:
     device = timing.here()
     matmul = step.matmul_tflops(device, quick=quick)
     size = [*step.QUICK, "objective.mask.views=2"] if quick else []
-    in_all = []
-    for clips in BATCHES:
-        words = [*size, f"data.batch={clips // 6 if quick else clips}"]
+    in_all: list[tuple[int, float]] = []
+    for clips in (2, 4) if quick else BATCHES:
+        words = [*size, f"data.batch={clips}"]
         for name, own in VARIANTS.items():
             if name != "blocks" and (quick or clips < max(BATCHES)):
                 continue  # the smaller batch is for the line alone
@@ -109,7 +109,7 @@ def gpu_tests(*, repeats: int, quick: bool) -> Iterator[Row]:
     """Runs ``tests/gpu`` once; a row for each file as it is finished, an error for each failure."""
     del repeats
     command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "tests/gpu"]
-    command += ["--collect-only", "-q"] if quick else ["-v"]
+    command += ["--collect-only"] if quick else ["-vv"]  # the settings of pytest have a -q
     counts: dict[str, dict[str, int]] = {}
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

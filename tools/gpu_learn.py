@@ -48,7 +48,6 @@ from bench import device_name, versions
 from torch import Tensor
 
 from bat.config.compose import compose, to_dict
-from bat.config.locate import known_recipes
 from bat.config.schema import Pretrain
 from bat.data.plan import Plan
 from bat.data.stream import eval_loader
@@ -74,18 +73,6 @@ SETS: dict[str, list[str]] = {
     "esc10": ["recipe=esc10", "data.root={}"],
 }
 """Recipe and place in ``--data`` of each set."""
-WITHOUT_RECIPE = {
-    "fsdd": [
-        "recipe=esc10",
-        "frontend.frames=112",
-        "data.clip_seconds=1",
-        "objective.mask.views=8",
-        "objective.ema.end=0.999",
-        "optim.lr=1e-3",
-    ],
-}
-"""In place of a recipe that this checkout lacks."""
-
 PATHS = ("data.csv=", "data.root=", "data.cache=")
 NEIGHBOURS = 10
 RIDGE = 0.01
@@ -277,14 +264,12 @@ class Study:
 
     def words(self, name: str, seed: int) -> list[str]:
         recipe, place = SETS[name]
-        found = recipe.partition("=")[2] in known_recipes("pretrain")
-        base = [recipe] if found else WITHOUT_RECIPE[name]
-        place = place.format(self.args.data / name)
         own = [w for w in self.args.words if ":" not in w.partition("=")[0]]
         own += [w.partition(":")[2] for w in self.args.words if w.startswith(f"{name}:")]
         here = GPU if self.device.type == "cuda" else CPU
-        fixed = [place, f"data.cache={self.args.out / 'cache'}", f"seed={seed}"]
-        return latest([*base, *here, *fixed, *own])
+        fixed = [place.format(self.args.data / name), f"seed={seed}"]
+        fixed += [f"data.cache={self.args.out / 'cache'}"]
+        return latest([recipe, *here, *fixed, *own])
 
     def all(self) -> None:
         runs = [(name, seed) for seed in range(self.args.seeds) for name in self.args.sets]

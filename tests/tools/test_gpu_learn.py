@@ -28,7 +28,9 @@ def gpu_learn(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     if not (TOOLS / "bench.py").is_file():
         pytest.skip("tools/ is not here: only a checkout has it")
     monkeypatch.syspath_prepend(str(TOOLS))
-    return importlib.import_module("gpu_learn")
+    module = importlib.import_module("gpu_learn")
+    monkeypatch.setitem(module.SETS, "fsdd", ["recipe=esc10", "data.csv={}/labels.csv"])
+    return module
 
 
 @pytest.fixture
