@@ -147,8 +147,9 @@ class Data:
     devices."""
     workers: CountOrZero = 4
     """Loader processes per device; 0 decodes in the training process."""
-    roll: bool = True
-    """Circular roll of each training clip by a random offset."""
+    roll: bool | None = True
+    """Circular roll of each training clip by a random offset; null: where labels are those of whole
+    clips (a roll moves clips against events and texts)."""
     noise: NonNegativeFloat = 0.0
     """Deviation of normal noise added to every sample of a training clip, with
     ``pad_offset=random`` of the silence around it too; never to a clip that is evaluated."""

@@ -126,7 +126,7 @@ class Evaluation:
             self.ready.index,
             frames=self.ready.frames,
             clip_seconds=data.clip_seconds,
-            roll=data.roll,
+            roll=bool(data.roll),
             random_offset=config.pad_offset == "random",
             noise=data.noise,
             order={"balance": data.balance, "epoch_clips": data.epoch_clips},

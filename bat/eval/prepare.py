@@ -271,7 +271,10 @@ def check_data(
                 f"{method} gives {several[method]} outputs per time patch, for texts, and task "
                 f"{task.name} is of {task.target}: name another probe"
             )
-    if task.target in ("events", "tokens"):
+    timed = task.target in ("events", "tokens")
+    if config.data.roll is None:
+        config = replace(config, data=replace(config.data, roll=not timed))
+    if timed:
         if config.window_scores:
             raise UserError(
                 f"window_scores=true lists classes of whole clips, not {task.target}: leave it "

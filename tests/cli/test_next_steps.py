@@ -114,7 +114,7 @@ def test_after_probing__the_baseline_is_of_the_same_level(here, capsys):
     control, report, tuned = advised(capsys.readouterr().out)
     assert report[:2] == ["bat-probe", "report"]
     assert {"level=frame", "data.csv=my events.csv", "--method=lcgp"} <= set(control)
-    assert {"level=frame", "data.roll=false"} <= set(tuned)
+    assert "level=frame" in tuned
     for command in (control, report, tuned):
         runs(command)
     capsys.readouterr()
