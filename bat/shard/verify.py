@@ -198,7 +198,7 @@ def _manifests(
         if manifest.vocabulary not in ([], vocabulary):
             why = "its vocabulary is not that of the other folders"
             report.add("shard", f"{_name(folder)}/manifest.json", "", why)
-        for entry in manifest.shards if is_whole else ():
+        for entry in manifest.shards if is_whole and files else ():
             if entry.name not in files:
                 report.add("shard", entry.name, "", "missing: the manifest lists it")
     return manifests
