@@ -18,6 +18,7 @@ from bat.cli import args as cli
 from bat.cli.parts import add_parts, place, spread
 from bat.errors import UserError
 from bat.redact import printable
+from bat.shard.pool import cores
 
 if TYPE_CHECKING:
     from bat.shard.info import Summary
@@ -109,12 +110,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_index_dir(p)
     add_parts(p)
     return p
-
-
-def cores() -> int:
-    from bat.shard import pool
-
-    return pool.cores()
 
 
 def _add_jobs(p: argparse.ArgumentParser) -> None:

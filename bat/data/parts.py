@@ -76,7 +76,7 @@ class Job(Protocol[T_co]):
     def do(self, units: Sequence[int]) -> None:
         """Makes the results of ``units``."""
 
-    def join(self) -> T_co:
+    def join(self) -> T_co | None:
         """Joins the results and removes what only parts need. ``UserError`` for damaged ones."""
 
 
@@ -84,7 +84,7 @@ def run(job: Job[T_co], part: Part = WHOLE, *, join_only: bool = False) -> T_co 
     """Does the missing units of ``part``, and joins all if none is missing then.
 
     Returns:
-        The joined result; None: units of other parts are missing.
+        The joined result; None: units of other parts are missing, or another part joins.
 
     Raises:
         UserError: ``join_only``, and units are missing.

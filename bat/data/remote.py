@@ -300,7 +300,10 @@ def remove(url: str, policy: RetryPolicy) -> None:
 
 
 def sizes(folder: str, policy: RetryPolicy) -> dict[str, int]:
-    """Returns ``{name: bytes}`` of the files in a remote folder, sorted; raises as ``attempt``."""
+    """Returns ``{name: bytes}`` of the files in a remote folder, sorted; of a web server, whose
+    lists give no sizes, nothing. Raises as ``attempt``."""
+    if is_http(folder):
+        return {}
     system, name = _system_of(folder, policy)
     try:
         found = attempt(lambda: system.ls(name, detail=True), folder, policy)

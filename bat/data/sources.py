@@ -23,6 +23,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from bat.data.pipes import PREFIX, pipes_allowed
 from bat.errors import UserError
+from bat.redact import redact
 from bat.tasks.folder import split_of
 
 COMPRESSED = (".tar.gz", ".tgz")
@@ -33,6 +34,8 @@ REFUSED = {
     *("blockcache", "async_wrapper", "asyncwrapper", "asynclocal"),
 }
 """Protocols of fsspec that run a command, lead to other places, or are no store of shards."""
+KEYLESS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl")
+"""Protocols whose URLs hold no user name and password."""
 SIGNATURE = re.compile(
     r"x-(amz|goog|oss|ms)-.*|sig(nature)?|expires|token|access_?token|key-pair-id|policy|se|sp|sv"
     r"|sr|st|spr|awsaccesskeyid|googleaccessid",
@@ -224,6 +227,11 @@ def checked_url(url: str) -> str:
     if protocol in REFUSED or "::" in url:
         hint = ", or say --allow-pipe to bat-pretrain" if protocol == "pipe" else ""
         raise UserError(f"{protocol}: sources are refused: give a path or a plain URL{hint}")
+    if protocol in KEYLESS and re.match(r"//(?!arn:)[^/]*:[^@]*@", rest):
+        raise UserError(
+            f"{redact(url)}: a URL must not hold credentials, which logs would show: set them in "
+            "the environment (docs/many_machines.md)"
+        )
     import fsspec
 
     try:

@@ -18,6 +18,7 @@ from bat.data import remote
 from bat.data.sources import RetryPolicy, checked_url, is_url, shown
 from bat.errors import UserError
 from bat.io import replace_durably, replacing
+from bat.redact import redact
 
 LARGEST = 1 << 32
 """Bytes of a file that ``read`` takes into memory at most."""
@@ -40,7 +41,7 @@ class Store:
         self.policy = RetryPolicy()
 
     def __str__(self) -> str:
-        return str(self.place) if isinstance(self.place, Path) else shown(self.place)
+        return str(self.place) if isinstance(self.place, Path) else redact(shown(self.place))
 
     @property
     def local(self) -> Path | None:

@@ -132,7 +132,7 @@ class Output:
         else:
             folder, _, self.name = place.rpartition("/")
             if folder.endswith("/"):
-                raise UserError(f"--out {place}: name a file or a folder in this bucket")
+                raise UserError(f"--out {out}: name a file or a folder in this bucket")
             parent = Store(folder)
         self.parent, self.folder = parent, not Path(self.name).suffix
         self.home = parent.below(self.name) if self.folder else parent

@@ -24,7 +24,7 @@ from bat.data.manifest import Counts, Manifest, ShardInfo, joint_vocabulary, lab
 from bat.data.table import ShardTable, ask_clips, load_table, scan, table_places
 from bat.data.tar import sample_key
 from bat.errors import UserError
-from bat.shard.info import local_shards
+from bat.shard.info import plain_shards
 from bat.shard.pool import ordered_map
 
 
@@ -59,7 +59,7 @@ def index_in_place(
     """
     from tqdm import tqdm
 
-    tars = local_shards(source)
+    tars = [Path(shard.place) for shard in plain_shards(source)]
     manifests = {folder: Manifest.load(folder) for folder in dict.fromkeys(t.parent for t in tars)}
     for folder in manifests if index_dir is None else ():
         if not os.access(folder, os.W_OK):

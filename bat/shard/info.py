@@ -136,11 +136,6 @@ def plain_shards(source: Path | str) -> list[Shard]:
     return shards
 
 
-def local_shards(source: Path) -> list[Path]:
-    """Returns the paths of ``plain_shards``."""
-    return [Path(shard.place) for shard in plain_shards(source)]
-
-
 def folder_of(place: Path | str) -> Path | str:
     """Returns the folder of a shard."""
     return place.parent if isinstance(place, Path) else place.rpartition("/")[0]

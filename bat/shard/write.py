@@ -224,6 +224,8 @@ class _Shards:
             saved = io.BytesIO(self.store.read(f"{_name(unit)}.idx.npz"))
             tar = None if self.store.local is None else self.store.local / f"{_name(unit)}.tar"
             table = ShardTable.load(saved, tar)
+        except UserError:  # the store cannot be reached
+            raise
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return (left_out, table) if table is not None and table.sha256 == sha256 else None
@@ -298,13 +300,15 @@ class _Shards:
         listed = len(entries)
         with ThreadPoolExecutor(THREADS) as pool:
             for unit, found in enumerate(pool.map(self._read, range(self.units))):
-                if found is None and self.finished() is None:
+                if found is None and (made := self.finished()) is not None:
+                    return made  # joined by another process
+                if found is None:
                     self.state.remove([self._record(unit)])
                     raise UserError(
                         f"{self.store}: {_name(unit)} is not as it was written: run the same "
                         "command, it is made anew"
                     )
-                left_out, table = found or ([], None)
+                left_out, table = found
                 entries += left_out
                 if table is not None:
                     counts.add(f"{_name(unit)}.tar", table)
@@ -319,9 +323,9 @@ class _Shards:
         ours = re.compile(r"(shard-\d{5,})\.(tar|idx\.npz)")
         found_files = ((name, ours.fullmatch(name)) for name in self.store.sizes())
         self.store.remove(name for name, ours in found_files if ours and ours[1] not in keep)
-        self.store.sweep("shard-*", "manifest.json")
         manifest = counts.manifest(left_out=entries, source=self.source)
         self.store.write("manifest.json", manifest.to_bytes())
+        self.store.sweep("shard-*", "manifest.json")
         self.state.clear()
         return manifest
 

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 
 from bat.cli import shard as cli
+from bat.data import parts
 from bat.data.parts import on_ray
 from bat.errors import UserError
 from bat.shard.write import write_shards
@@ -76,6 +77,64 @@ def test_on_ray__killed_workers_parts_are_done_again_and_mistakes_are_said(
     call = [str(tmp_path / "in"), str(tmp_path / "s"), "--shard-mb", "0.011", "--join"]
     assert cli.main(call) == 0
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+
+
+class FakeRay:
+    """Ray whose part 2 never ends, but for its second copy."""
+
+    class exceptions:  # noqa: N801
+        class RayTaskError(Exception):
+            pass
+
+        class RayError(Exception):
+            pass
+
+    def __init__(self) -> None:
+        self.begun: list[int] = []
+        self.cancelled: list[int] = []
+
+    def init(self, **how: object) -> None:
+        pass
+
+    shutdown = init
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 4.0}
+
+    def remote(self, function: object) -> FakeRay:
+        return self
+
+    def options(self, **how: object) -> FakeRay:
+        made = mock.Mock()
+        made.remote = self.submit
+        return made  # type: ignore[no-any-return]
+
+    def submit(self, task: str, given: argparse.Namespace, folder: str) -> int:
+        assert not given.part.joins
+        self.begun.append(given.part.number)
+        return len(self.begun) - 1
+
+    def wait(self, running: list[int], timeout: float) -> tuple[list[int], list[int]]:
+        done = [i for i in running if self.begun[i] != 2 or i > 3]
+        return done[:1], []
+
+    def get(self, done: int) -> float:
+        return 0.0
+
+    def cancel(self, running: int, *, force: bool) -> None:
+        self.cancelled.append(running)
+
+
+def test_on_ray__part_that_takes_long_is_begun_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeRay()
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setattr(parts, "SLOW_SECONDS", 0.0)
+    given = options(tmp_path, tmp_path / "s")
+    on_ray("x:y", given, address="ray", count=4, cpus=1, gpu=False)
+    assert fake.begun == [1, 2, 3, 4, 2]
+    assert fake.cancelled == [1]
 
 
 def test_on_ray__missing_ray_and_other_engines_are_named(

@@ -51,7 +51,7 @@ def test_bat_shard__parts_write_to_a_bucket_what_one_process_writes_here(
     with pytest.raises(UserError, match="unfinished"):
         open_index(there, cache=tmp_path / "cache")
     assert cli.main([*call, "--part", "1/2"]) == 0
-    assert "7 clips" in capsys.readouterr().out
+    assert "clips     7 " in capsys.readouterr().out
     found = objects("set/")
     assert {name for name in found if not name.endswith(".npz")} == {
         "manifest.json",
@@ -131,6 +131,12 @@ def test_store__missing_bucket_and_credentials_are_one_line(
             lines = [line for line in said.splitlines() if "error" in line]
             assert len(lines) == 1
             assert "AWS_ACCESS_KEY_ID" in lines[0]
+            assert not any(value in said for value in KEYS.values())
+        secret = f"s3://{':'.join(KEYS.values())}@clips/set"
+        for command in ([*call, secret], ["verify", secret], ["info", secret, "--plot", "x.png"]):
+            assert cli.main(command) == 2
+            said = "".join(capsys.readouterr())
+            assert "s3://***@clips/set: a URL must not hold credentials" in said
             assert not any(value in said for value in KEYS.values())
     finally:
         requests.post(f"{s3}/moto-api/reset-auth", data=b"1000000000", timeout=10)

@@ -14,7 +14,7 @@ import pytest
 from bat.audio.encode import encode
 from bat.data.table import ShardTable
 from bat.errors import UserError
-from bat.shard import verify as verify_module
+from bat.shard import findings
 from bat.shard.verify import Report, verify
 from bat.shard.write import write_shards
 from tests.shard.files import RATE, audio, noise, read_tar, recording, write_tar
@@ -252,7 +252,7 @@ def test_verify__folder_without_shards_is_refused(tmp_path: Path) -> None:
 def test_report__keeps_the_first_findings_and_counts_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify_module, "KEPT", 2)
+    monkeypatch.setattr(findings, "KEPT", 2)
     members = {f"a{i}.wav": audio(1) for i in range(6)} | {f"z{i}.wav": SILENCE for i in range(4)}
     write_tar(tmp_path / "s.tar", members)
     report = verify(tmp_path)
