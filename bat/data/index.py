@@ -367,7 +367,7 @@ def open_index(
     def table(number: int) -> ShardTable:
         place = given[number].place
         if isinstance(place, Path):
-            return local_table(place, entries.get(place), cache)
+            return local_table(place, entries.get(str(place)), cache)
         assert remote_shards is not None
         return remote_shards.table(number)
 
