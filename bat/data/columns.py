@@ -24,7 +24,7 @@ from filelock import FileLock
 from bat.data.sources import Shard, names_of
 from bat.data.table import ShardTable
 from bat.errors import UserError
-from bat.io import write_json
+from bat.io import replace_durably, temporary, write_json
 
 MAX_MEMORY_BYTES = 1 << 26
 """Bytes of columns that are held in memory: about a million clips; more are mapped."""
@@ -60,6 +60,22 @@ def portable(value: Any) -> Any:
     if not isinstance(base, np.memmap) or base.shape != value.shape:
         return value
     return Mapped(Path(str(base.filename)), base.dtype.str, len(base))
+
+
+def joined(pieces: Iterable[np.ndarray], *, beside: np.ndarray, name: str) -> np.ndarray:
+    """Returns the concatenation of ``pieces`` int64; if the column ``beside`` is mapped, mapped
+    too, from a file ``name`` in its folder that the first process writes."""
+    column = portable(beside)
+    if not isinstance(column, Mapped):
+        return np.concatenate(list(pieces))
+    path = column.path.with_name(f"{name}.bin")
+    if not path.exists():
+        part = temporary(path)
+        with part.open("wb") as file:
+            for piece in pieces:
+                piece.tofile(file)
+        replace_durably(part, path)
+    return Mapped(path, "<i8", path.stat().st_size // 8).open()
 
 
 class Writer:

@@ -35,6 +35,7 @@ from bat.data.columns import (
     Writer,
     content_hash,
     gather,
+    joined,
     portable,
     shared,
 )
@@ -225,9 +226,9 @@ class Index:
                 "of these, or several: A,B"
             )
         chosen = [self.splits.index(part) for part in wanted]
-        pieces = range(0, len(self), PIECE)  # memory: the ids alone
-        found = [np.flatnonzero(np.isin(self.split[i : i + PIECE], chosen)) + i for i in pieces]
-        return np.concatenate(found)
+        pieces = range(0, len(self), PIECE)
+        found = (np.flatnonzero(np.isin(self.split[i : i + PIECE], chosen)) + i for i in pieces)
+        return joined(found, beside=self.split, name="-".join(map(str, ["split", *chosen])))
 
     def counted_splits(self) -> str:
         """Returns ``the data has the splits test 80, train 320``."""
@@ -366,7 +367,7 @@ def open_index(
     def table(number: int) -> ShardTable:
         place = given[number].place
         if isinstance(place, Path):
-            return local_table(place, entries.get(place), cache)
+            return local_table(place, entries.get(str(place)), cache)
         assert remote_shards is not None
         return remote_shards.table(number)
 

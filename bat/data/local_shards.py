@@ -26,8 +26,8 @@ def stamps(tar: Path | str) -> list[int]:
 
 def manifest_entries(
     shards: Sequence[Shard], *, whole: Sequence[Path]
-) -> tuple[dict[Path, ShardInfo], list[list[str]]]:
-    """Returns the entries of local ``shards`` in the manifests of their folders, and the
+) -> tuple[dict[str, ShardInfo], list[list[str]]]:
+    """Returns the entries of local ``shards`` in the manifests of their folders, by path, and the
     vocabularies of these.
 
     Args:
@@ -36,22 +36,23 @@ def manifest_entries(
     Raises:
         UserError: a shard that is missing.
     """
-    local = {shard.place for shard in shards if isinstance(shard.place, Path)}
+    local = dict.fromkeys(str(shard.place) for shard in shards if not shard.remote)
     vocabularies: list[list[str]] = []
-    entries: dict[Path, ShardInfo] = {}
-    for folder in dict.fromkeys(shard.place.parent for shard in shards if not shard.remote):
+    entries: dict[str, ShardInfo] = {}
+    for name in dict.fromkeys(map(os.path.dirname, local)):
+        folder = Path(name)
         manifest = Manifest.load(folder)
         if manifest is None:
             continue
         if manifest.vocabulary:
             vocabularies.append(manifest.vocabulary)
-        listed = {folder / entry.name: entry for entry in manifest.shards}
+        listed = {os.path.join(name, entry.name): entry for entry in manifest.shards}
         entries |= listed
         if folder in whole or folder.parent in whole:
-            for path in listed:
-                if path not in local and not path.exists():
+            for path, entry in listed.items():
+                if path not in local and not os.path.exists(path):
                     raise UserError(
-                        f"{folder} lacks {path.name}, which its manifest.json lists: copy it "
+                        f"{folder} lacks {entry.name}, which its manifest.json lists: copy it "
                         f"again, or remove the folder and run the bat-shard command that made it"
                     )
     return entries, vocabularies

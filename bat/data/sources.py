@@ -172,9 +172,10 @@ def find(source: str | Path, policy: RetryPolicy | None = None) -> list[Shard]:
 
 def _local(path: Path, text: str) -> list[Shard]:
     if path.is_dir():
+        with os.scandir(path) as entries:  # many shards: no call for each
+            below = sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
         tars = [Shard(p) for p in _tars(path)]
-        below = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-        tars += [Shard(p, split_of(folder.name)) for folder in below for p in _tars(folder)]
+        tars += [Shard(p, split_of(name)) for name in below for p in _tars(path / name)]
         if not tars:
             raise UserError(f"{path} holds no .tar shards: bat-shard {path} OUT makes some")
         return _one_kind(str(path), tars)
@@ -198,7 +199,7 @@ def _tars(folder: Path) -> list[Path]:
     """Returns the tars of ``folder``, sorted."""
     if (folder / UNFINISHED).exists() and not (folder / "manifest.json").exists():
         raise _unfinished(str(folder))
-    return sorted(p for suffix in SUFFIXES for p in folder.glob("*" + suffix))
+    return [folder / name for name in sorted(os.listdir(folder)) if name.endswith(SUFFIXES)]
 
 
 def _unfinished(folder: str) -> UserError:

@@ -14,6 +14,7 @@ import pytest
 
 from bat.data import columns, local_shards
 from bat.data.index import Index, open_index
+from bat.data.plan import make_plan
 from bat.data.windows import cut_into_windows
 from tests.shard.files import WAV, confit, write_tar
 
@@ -75,6 +76,21 @@ def test_mapped_index__equals_the_one_in_memory(
     monkeypatch.undo()
     assert same(there, first)
     assert same(there, again)
+
+
+def test_mapped_index__keeps_the_clips_of_a_split(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = open_index(shards)
+    monkeypatch.setattr(columns, "MAX_MEMORY_BYTES", 100)
+    index = open_index(shards, cache=tmp_path / "c")
+    for _ in range(2):
+        for names in ("own", "train", "test,own"):
+            ids = index.clips_in_split(names)
+            assert isinstance(ids.base, np.memmap)
+            assert ids.tolist() == there.clips_in_split(names).tolist()
+    plan = make_plan(index, index.clips_in_split("train"), seed=0)
+    assert sorted(plan.clips(np.arange(3)).tolist()) == there.clips_in_split("train").tolist()
 
 
 def test_index__content_hash_is_that_of_earlier_versions(tmp_path: Path) -> None:
