@@ -9,6 +9,7 @@ reports everything that is wrong at once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from math import inf
@@ -56,7 +57,7 @@ def problems(settings: Any, section: str = "", *, without: str = "") -> Iterator
 
     ``without``: a section that is left out, and with it the rules of the whole.
     """
-    hints = get_type_hints(type(settings), include_extras=True)
+    hints = _hints(type(settings))
     prefix = f"{section}." if section else ""
     for field in fields(settings):
         value = getattr(settings, field.name)
@@ -70,6 +71,11 @@ def problems(settings: Any, section: str = "", *, without: str = "") -> Iterator
     if not without and hasattr(settings, "problems"):
         found = settings.problems()
         yield from [found] if isinstance(found, str) else found
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def _range_in(hint: Any) -> Range | None:

@@ -173,6 +173,9 @@ def words_of(config: Any, command: str) -> list[str] | None:
     left = missing(words) or {}
     for group in sorted({key.partition(".")[0] for key in left} - {"objective"}):
         for leaf in locate.known_fragments(group):
+            sets = _leaves(_read(locate.find_fragment(f"{group}/{leaf}")))
+            if not any(key in left for key, _ in sets):
+                continue
             fewer = missing([*words, f"{group}={leaf}"])
             if fewer is not None and len(fewer) < len(left) - 1:
                 best, left = f"{group}={leaf}", fewer

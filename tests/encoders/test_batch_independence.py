@@ -5,16 +5,13 @@ Every file of ``bat/encoders`` is tested with the keywords of ``tests/encoders/t
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
-import bat
 from bat import registry
 from bat.encoders.base import Encoder
-from tests.encoders.tiny import HF_KINDS, TINY, tiny, tiny_hf
+from tests.encoders.tiny import TINY, tiny
 
 CLOSE = {"float32": {"atol": 1e-5, "rtol": 1e-5}, "bfloat16": {"atol": 2e-2, "rtol": 2e-2}}
 SECONDS = (0.3, 1.0, 5.0)
@@ -24,22 +21,14 @@ def test_table__has_every_encoder() -> None:
     assert sorted([*TINY, "hf"]) == registry.known("encoders")
 
 
-NAMES = [*TINY, *(f"hf:{kind}" for kind in HF_KINDS)]
-HALF = [*TINY, "hf:ast", "hf:whisper", "hf:wav2vec2", "hf:s2t"]
-"""In bfloat16: every file, of transformers one of each way to give it a clip."""
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("name", TINY)  # those of transformers: test_hf.py
+def test_clips__alone_and_in_a_padded_batch_are_equal(name: str, dtype: str) -> None:
+    check(tiny(name), dtype)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [*((n, "float32") for n in NAMES), *((n, "bfloat16") for n in HALF)]
-)
-def test_clips__alone_and_in_a_padded_batch_are_equal(
-    name: str, dtype: str, tmp_path: Path
-) -> None:
-    if name.startswith("hf:"):
-        pytest.importorskip("transformers", reason="the extra [hf] is not installed")
-        encoder: Encoder = bat.load_encoder(f"hf:{tiny_hf(name[3:], tmp_path)}")
-    else:
-        encoder = tiny(name)
+def check(encoder: Encoder, dtype: str) -> None:
+    """Clips of several lengths, alone and in batches with different padding, are equal."""
     noise = torch.Generator().manual_seed(1)
     for parameter in encoder.parameters():  # norms and biases that differ from token to token
         if parameter.dim() == 1:

@@ -17,6 +17,7 @@ import bat
 from bat import weights as files
 from bat.encoders.hf import HF
 from bat.errors import UserError
+from tests.encoders.test_batch_independence import check
 from tests.encoders.tiny import HF_KINDS, tiny_hf
 
 transformers = pytest.importorskip("transformers", reason="the extra [hf] is not installed")
@@ -77,6 +78,20 @@ def test_features__are_the_models_own_hidden_states(folders: dict[str, Path], ki
         assert (T, encoder.has_cls) == ({"whisper": 63}.get(kind, 14), False)
         wanted = wanted[:, :T, None]
     torch.testing.assert_close(found.patches[:, 0], wanted, atol=1e-5, rtol=1e-5)
+
+
+HALF = ("ast", "whisper", "wav2vec2", "s2t")
+"""In bfloat16: one of each way to give a clip to its model."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*((k, "float32") for k in HF_KINDS), *((k, "bfloat16") for k in HALF)],
+)
+def test_clips__alone_and_in_a_padded_batch_are_equal(
+    folders: dict[str, Path], kind: str, dtype: str
+) -> None:
+    check(bat.load_encoder(f"hf:{folders[kind]}"), dtype)
 
 
 def test_features__of_other_kinds_are_refused_with_the_reason(tmp_path: Path) -> None:

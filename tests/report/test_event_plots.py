@@ -31,4 +31,4 @@ def test_plot_events__draws(items: list[dict[str, object]], tmp_path: Path) -> N
     image = imread(plot_events(items, tmp_path / "plots/events.png"))
     assert image.shape[1] == 1800
     assert 300 < image.shape[0] < 1500 * len(items)
-    assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 100
+    assert len(np.unique(image.sum(-1))) > 100  # colours
