@@ -248,7 +248,7 @@ def _decode(
         if expected_rate is not None and rate != expected_rate:
             text = f"{rate} Hz, but {expected_rate} Hz when it was indexed"
             raise DecodeError("rate", text)
-        if expected_frames is None and file.format != "FLAC":  # that fails when its end is read
+        if expected_frames is None:
             _check_end(file, data)
         start = round(start_seconds * rate)
         total = file.frames if file.frames < UNKNOWN_FRAMES else None

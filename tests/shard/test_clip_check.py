@@ -30,7 +30,8 @@ def test_check_clip__truncated_file_is_corrupt(codec: str) -> None:
     data = audio(1, seconds=2, rate=48_000, codec=codec)
     assert problems(data) == []
     [(kind, why)] = problems(data[:-500])
-    assert (kind, why[:10]) == ("corrupt", "truncated:")
+    assert kind == "corrupt"
+    assert why.startswith("corrupt: damaged or truncated" if codec == "flac" else "truncated: ")
 
 
 def test_check_clip__runs_of_three_at_full_scale_in_one_channel_are_clipped() -> None:

@@ -188,7 +188,7 @@ def test_pack__more_than_an_hour_is_kept_whole_or_cut_and_not_encoded_whole(
 
 def test_pack__damage_after_the_first_hour_is_seen(tmp_path: Path) -> None:
     row = recording(tmp_path / "in/long.flac", grid_noise(4_000, rate=1_000), 1_000)
-    with pytest.raises(UserError, match="corrupt: damaged audio"):
+    with pytest.raises(UserError, match="corrupt: damaged or truncated audio"):
         write_shards([damaged(row, 0.975, 0.976)], tmp_path / "s")
 
 
