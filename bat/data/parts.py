@@ -104,11 +104,14 @@ def run(job: Job[T_co], part: Part = WHOLE, *, join_only: bool = False) -> T_co 
     if lacking:
         if (made := job.finished()) is not None:  # joined meanwhile
             return made
-        said = (
-            f"{len(lacking)} of {job.units} {job.noun} are missing ({_parts(lacking, job.units)})"
-        )
+        count = part.count if part.count > 1 else min(job.units, 64)
+        said = f"{len(lacking)} of {job.units} {job.noun} are missing"
+        said += f" ({_parts(lacking, job.units, count)})"
         if join_only:
-            raise UserError(f"--join: {said}: run these parts, or the command without --part")
+            raise UserError(
+                f"--join: {said}: run these parts, or the command without --part; other machines "
+                "must write where this one reads"
+            )
         log.info("part %s is done; %s: the last part to end joins all", part, said)
         return None
     try:
@@ -119,9 +122,8 @@ def run(job: Job[T_co], part: Part = WHOLE, *, join_only: bool = False) -> T_co 
         raise
 
 
-def _parts(units: Sequence[int], total: int, most: int = 64) -> str:
-    """Names the parts of ``most`` that hold ``units``."""
-    count = min(total, most)
+def _parts(units: Sequence[int], total: int, count: int) -> str:
+    """Names the parts, of ``count``, that hold ``units`` of ``total``."""
     held = [k for k in range(1, count + 1) if set(Part(k, count).of(total)).intersection(units)]
     names = [str(Part(k, count)) for k in held[:8]]
     return ", ".join(names) + f" and {len(held) - 8} other parts" * (len(held) > 8)

@@ -68,7 +68,7 @@ def test_find__mistakes_in_naming_shards(
         ("simplecache::http://host/a.tar", "simplecache: sources are refused"),
         ("reference://x.json", "reference: sources are refused: give a path or a plain URL"),
         ("gopher://me:secret@host/a.tar?token=t", "unknown protocol in 'gopher://host/a.tar'"),
-        ("s3://bucket/a.tar", "s3:// needs another package: .*s3fs"),
+        ("gs://bucket/a.tar", "gs:// needs another package: .*gcsfs"),
     ],
 )
 def test_find__sources_that_are_refused_not_run(source: str, says: str) -> None:
