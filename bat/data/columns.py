@@ -8,6 +8,7 @@ whole: it is written under another name, flushed and renamed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -259,6 +260,13 @@ def shared(
         os.rename(part, cache / f"{name}-{state()}")
     except _MadeMeanwhile:
         pass
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{cache} has no room for the index of the shards, about a hundred bytes a clip: make "
+            "room there, or set data.cache to another disk"
+        ) from None
     finally:
         if writer.folder is not None:
             shutil.rmtree(part, ignore_errors=True)

@@ -153,7 +153,11 @@ def is_long(index: Index, clip_seconds: float) -> NDArray[np.bool_]:
 def fill_lengths(index: Index) -> None:
     """Reads the lengths that ``index`` does not know from the headers of the clips; those that do
     not open stay unknown."""
-    for i in np.flatnonzero((index.frames < 0) | (index.rate == 0)).tolist():
+    unknown = np.flatnonzero((index.frames < 0) | (index.rate == 0)).tolist()
+    if unknown:
+        index.frames, index.rate = index.frames.copy(), index.rate.copy()  # may be mapped
+        vars(index).pop("hash", None)
+    for i in unknown:
         try:
             found = probe(index.read(i).data, max_file_seconds=MAX_SECONDS)
         except (DecodeError, OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -15,7 +16,8 @@ import pytest
 from bat.data import columns, local_shards
 from bat.data.index import Index, open_index
 from bat.data.plan import make_plan
-from bat.data.windows import cut_into_windows
+from bat.data.windows import cut_into_windows, fill_lengths
+from bat.errors import UserError
 from tests.shard.files import WAV, confit, write_tar
 
 ARRAYS = ["shard", "source", "offset", "size", "frames", "rate", "codec", "fold", "split"]
@@ -112,12 +114,25 @@ def test_mapped_index__is_sent_by_name_and_changes_in_memory(
     copy = pickle.loads(sent)
     assert is_mapped(copy)
     assert same(index, copy)
-    hash_before = copy.hash
-    copy.frames, copy.rate = np.full(len(copy), 25_000), np.full(len(copy), 1000)
-    cut_into_windows(copy, 10.0)
+    fill_lengths(copy)
+    assert (copy.frames > 0).all()
+    assert (index.frames < 0).all()
+    assert copy.hash != index.hash
+    cut_into_windows(copy, float(copy.seconds[0]) / 3)
     assert len(copy) == 3 * len(index)
-    assert copy.hash != hash_before
     assert same(index, open_index(shards, cache=tmp_path / "cache"))
+
+
+def test_mapped_index__full_disk_is_named(
+    shards: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(columns, "_save", full)
+    with pytest.raises(UserError, match=r"c has no room for the index .* data\.cache"):
+        open_index(shards, cache=tmp_path / "c")
+    assert [p.suffix for p in (tmp_path / "c").iterdir()] in ([], [".lock"])
 
 
 def test_mapped_index__of_a_changed_set_is_made_anew(
