@@ -1,19 +1,25 @@
-"""Counts what a training costs on GPUs: hours so far and to go, and model FLOPs utilisation (MFU).
+"""Counts what a training costs: FLOP and memory of a step, hours, model FLOPs utilisation (MFU).
 
     MFU = FLOP of a clip x clips per second / (devices x peak of a device)
 
 FLOP of a clip are those of one training step, forward and backward, by PyTorch's counter on fake
-tensors, with attention as matrix products; recomputed blocks do not count twice.
+tensors, attention as two matrix products and their gradients; recomputed blocks do not count twice.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from bat.config.schema import Finetune, Pretrain
 from bat.train.pretrain import build_objective
@@ -21,33 +27,119 @@ from bat.types import WaveBatch
 
 log = logging.getLogger("bat")
 
-PEAK = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
+
+@dataclass(frozen=True)
+class Device:
+    """A device as its vendor's data sheet describes it."""
+
+    name: str
+    """Part of the name that CUDA gives it."""
+    tflops: float
+    """Dense bfloat16 TFLOP/s, sums in float32. Data sheets that state it with sparsity: half."""
+    gb: float
+    """Memory in 10^9 bytes."""
+    link: float
+    """GB/s to the devices of its node, one way: NVLink, else PCIe."""
+    source: str
+
+
+DEVICES = {
+    "b200": Device("B200", 2250, 180, 900, "NVIDIA DGX B200 data sheet, an eighth"),
+    "h200": Device("H200", 989, 141, 450, "NVIDIA H200 data sheet, SXM"),
+    "h100-pcie": Device("H100 PCIe", 756, 80, 64, "NVIDIA H100 data sheet, PCIe"),
+    "h100": Device("H100", 989, 80, 450, "NVIDIA H100 data sheet, SXM"),
+    "a100": Device("A100", 312, 80, 300, "NVIDIA A100 data sheet, SXM 80 GB"),
+    "l40s": Device("L40S", 362, 48, 32, "NVIDIA L40S data sheet"),
+    "l4": Device("L4", 121, 24, 32, "NVIDIA L4 data sheet"),
+    "rtx4090": Device("RTX 4090", 165, 24, 32, "NVIDIA Ada architecture white paper"),
 }
-"""Dense bfloat16 FLOP per second by a part of the device's name; the first that fits."""
+"""Known devices; of several whose name fits, the first."""
+
+
+def device_called(name: str) -> Device | None:
+    """Returns the known device that CUDA calls ``name``."""
+    return next((device for device in DEVICES.values() if device.name in name), None)
+
+
+class StepCount(NamedTuple):
+    """Counts of one training step, forward and backward, without the optimiser."""
+
+    flop: int
+    bytes: int
+    """Most bytes at a time of what the step makes (activations, casts, temporaries, and the
+    gradients made until then), besides weights and batch."""
+
+
+def count_step(config: Pretrain, clips: int = 1, *, recompute: bool = False) -> StepCount:
+    """Counts a step of ``clips`` clips on fake tensors, in the precision of ``config``, with fused
+    attention. ``recompute``: with activation checkpointing."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # no public name: without it, no MFU
+
+    config = copy.deepcopy(config)
+    config.model.attention = "sdpa"
+    with torch.random.fork_rng(), torch.device("meta"):
+        objective = build_objective(config)
+        objective.speed_up(recompute=recompute)
+    samples = int(config.data.clip_seconds * config.frontend.sample_rate)
+    half = config.hardware.precision == "bf16-mixed"
+    counter = FlopCounterMode(display=False, custom_mapping=_SDPA)
+    with FakeTensorMode(allow_non_fake_inputs=True), counter:
+        objective.to_empty(device="cpu")
+        ids, wave = torch.zeros(clips, dtype=torch.int64), torch.empty(clips, samples)
+        batch = WaveBatch(wave, ids + samples, torch.empty(clips, 0), ["a"] * clips, ids, [])
+        with _Memory(objective) as memory:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = objective(batch)["loss"]
+            loss.backward()
+    return StepCount(int(counter.get_total_flops()), memory.peak)
 
 
 def clip_flop(config: Pretrain) -> int:
     """Returns the FLOP of a training step for one clip."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # no public name: without it, no MFU
+    return count_step(config).flop
 
-    config = copy.deepcopy(config)
-    config.model.attention = "eager"
-    with torch.random.fork_rng(), torch.device("meta"):
-        objective = build_objective(config)
-    samples = int(config.data.clip_seconds * config.frontend.sample_rate)
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-        objective.to_empty(device="cpu")
-        ids, wave = torch.zeros(1, dtype=torch.int64), torch.empty(1, samples)
-        batch = WaveBatch(wave, ids + samples, torch.empty(1, 0), ["a"], ids, [])
-        objective(batch)["loss"].backward()
-    return int(counter.get_total_flops())
+
+def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(q, k, v))
+
+
+def _attention_backward(_: Any, q: Any, k: Any, v: Any, *__: Any, **___: Any) -> int:
+    return 2 * int(sdpa_flop_count(q, k, v))
+
+
+_SDPA = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class _Memory(TorchDispatchMode):
+    """Follows the bytes of all storages that are made while it is on; not those of ``module``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        own = [*module.parameters(), *module.buffers()]
+        self._known = {t.untyped_storage()._cdata for t in own}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+
+    def _freed(self, known: int, size: int) -> None:
+        self._known.discard(known)
+        self.now -= size
 
 
 class Cost:
@@ -64,8 +156,8 @@ class Cost:
         for pre-training in bfloat16, where the peak is known."""
         hours, config = devices * self.seconds() / 3600, self.config
         row = {"gpu_hours": hours, "gpu_hours_left": hours * (config.train.steps / step - 1)}
-        peak = next((flop for name, flop in PEAK.items() if name in device), None)
-        if peak and isinstance(config, Pretrain) and config.hardware.precision == "bf16-mixed":
+        known = device_called(device)
+        if known and isinstance(config, Pretrain) and config.hardware.precision == "bf16-mixed":
             if self._flop is None:
                 try:
                     self._flop = clip_flop(config)
@@ -73,5 +165,5 @@ class Cost:
                     log.warning("MFU is not counted: %s", error)
                     self._flop = 0
             if self._flop:
-                row["mfu"] = self._flop * clips_per_second / (devices * peak)
+                row["mfu"] = self._flop * clips_per_second / (devices * known.tflops * 1e12)
         return row
