@@ -92,7 +92,8 @@ class Monitors:
         """
         results: list[FoldResult] = []
         scalars: dict[str, float] = {}
-        with torch.compiler.set_stance("force_eager"):  # other shapes than the training's
+        # other shapes than the training's are not compiled; a loader draws a number
+        with torch.compiler.set_stance("force_eager"), preserve_rng_state(device_of(encoder)):
             if self.reads_features:
                 means, vectors, targets = self._vectors(source, on_step)
                 if "rankme" in self.asked:

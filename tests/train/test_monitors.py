@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bat.audio.encode import encode
 from bat.config.compose import compose
 from bat.config.schema import Pretrain
 from bat.errors import UserError
@@ -70,10 +71,12 @@ def made(*words: str, splits=(), clips: int = 4) -> Monitors:
     return Monitors(config, task=task, splits=splits, ids=np.arange(clips))  # type: ignore[arg-type]
 
 
-def batch_of(*clips: int) -> WaveBatch:
-    waves = torch.tensor([[float(c)] for c in clips])
-    keys, at = [str(c) for c in clips], torch.tensor(clips)
-    return WaveBatch(waves, torch.ones(len(clips)), torch.zeros(len(clips), 1), keys, at, [])
+def batch_of(*clips: int, waves: Tensor | None = None) -> WaveBatch:
+    """Waves, by default one sample each: the clip's number."""
+    at, keys = torch.tensor(clips), [str(c) for c in clips]
+    waves = at[:, None].float() if waves is None else waves
+    lengths = torch.full_like(at, waves.shape[1])
+    return WaveBatch(waves, lengths, torch.zeros(len(clips), 1), keys, at, [])
 
 
 class Fixed(nn.Module):
@@ -111,10 +114,7 @@ def test_position__worked_example() -> None:
 def test_local_targets__are_of_a_scalar_of_forward(name: str) -> None:
     words = ["recipe=toy", f"objective={name}", "model.width=48", "model.depth=2", "model.heads=2"]
     objective = build_objective(compose(Pretrain, "pretrain", words)).eval()
-    batch = WaveBatch(
-        0.1 * draw(3, 32_000), torch.full((3,), 32_000), torch.zeros(3, 1), ["a", "b", "c"],
-        torch.arange(3), [],
-    )  # fmt: skip
+    batch = batch_of(0, 1, 2, waves=0.1 * draw(3, 32_000))
     with torch.no_grad():
         scalar, targets = objective.local_targets(batch)  # type: ignore[misc]
         scalars = objective(batch)
@@ -147,8 +147,7 @@ def test_run__monitors_of_both_encoders_change_nothing_else(small, tmp_path: Pat
     both = [form.format(name) for form in OTHERS for name in ("teacher", "student")]
     knn = [f"online/{name}/knn/accuracy" for name in ("teacher", "student")]
     losses = ["online/objective/local_loss", "online/objective/position_only_loss"]
-    for row in rows.values():
-        assert all(math.isfinite(row[key]) for key in [*both, *knn, *losses])
+    assert all(math.isfinite(r[key]) for r in rows.values() for key in [*both, *knn, *losses])
     start, end = rows[0], rows[2]
     for form in [*OTHERS, "online/{}/knn/accuracy"]:
         assert start[form.format("teacher")] == start[form.format("student")]
@@ -160,16 +159,12 @@ def test_run__monitors_of_both_encoders_change_nothing_else(small, tmp_path: Pat
     left, right = weights(tmp_path / "run"), weights(tmp_path / "without")
     assert all(torch.equal(left[name], right[name]) for name in left)
     bare = [r for r in metrics(tmp_path / "without") if "online/cgp/accuracy" in r]
-    for row in bare:
-        own = {k: v for k, v in rows[row["step"]].items() if k in row}
-        assert own == row
-        assert not any(k.startswith(("online/teacher", "online/objective")) for k in row)
+    assert bare == [{k: v for k, v in rows[r["step"]].items() if k in r} for r in bare]
+    assert not any(k.startswith(("online/teacher", "online/objective")) for r in bare for k in r)
 
 
 def test_run__without_labels_knn_is_left_out_and_said_once(small, tmp_path: Path) -> None:
     (tmp_path / "wavs").mkdir()
-    from bat.audio.encode import encode
-
     lines = ["path"]
     for i in range(4):
         data = encode(0.1 * draw(16_000, seed=i).numpy(), sample_rate=16_000, codec="flac")
