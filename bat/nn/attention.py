@@ -130,7 +130,7 @@ def choose(backend: Backend, facts: Facts, dtype: torch.dtype, head_width: int) 
     cudnn = facts.capability in (9, 10) and not facts.wrong_cudnn  # PyTorch prefers it, and it fits
     if package and (backend == "flash" or (backend == "auto" and not cudnn)):
         return "package"
-    if backend not in ("auto", "sdpa"):
+    if backend != "auto" and backend != "sdpa":
         return backend
     if backend == "auto" and facts.device == "cpu" and dtype == torch.bfloat16:
         return "blocked"

@@ -6,6 +6,7 @@ import types
 import pytest
 import timm.layers
 import torch
+from torch.overrides import TorchFunctionMode
 
 from bat.errors import UserError
 from bat.nn import attention
@@ -153,6 +154,19 @@ def test_attend__without_cudnn_gives_the_same_inside_one_graph(monkeypatch) -> N
     inputs = torch.randn(3, 2, 3, 5, 8)
     whole = torch.compile(attend, backend="eager", fullgraph=True)
     torch.testing.assert_close(whole(*inputs), attend_eager(*inputs))
+    allowed = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                kernels = torch.backends.cuda
+                allowed.append([kernels.cudnn_sdp_enabled(), kernels.flash_sdp_enabled()])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        attend(*inputs)
+    assert allowed == [[False, True]]
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # as before
 
 
 def test_attend__the_package_is_taken_where_it_is_installed_and_fits(monkeypatch) -> None:

@@ -29,6 +29,8 @@ def gpu_learn(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         pytest.skip("tools/ is not here: only a checkout has it")
     monkeypatch.syspath_prepend(str(TOOLS))
     module = importlib.import_module("gpu_learn")
+    monkeypatch.setattr(module, "WARM_UP", 1)
+    monkeypatch.setattr(module, "TIMED", 1)
     monkeypatch.setitem(module.SETS, "fsdd", ["recipe=esc10", "data.csv={}/labels.csv"])
     return module
 
