@@ -226,9 +226,10 @@ def test_finetune__an_event_csv_needs_no_word_on_rolls_and_ends_in_event_metrics
         lines += [f"{row.path},{e.labels[0]},{e[0]},{e[1]},{row.split}" for e in row.events or ()]
     (tmp_path / "events.csv").write_text("\n".join(lines) + "\n")
     words = [
-        f"data.csv={tmp_path}/events.csv", "level=frame", f"checkpoint={encoder}", "data.batch=4",
+        "recipe=own", f"data.csv={tmp_path}/events.csv", f"checkpoint={encoder}", "data.batch=4",
         f"data.cache={tmp_path / 'cache'}", "log.progress=false", "hardware=cpu", "data.workers=0",
-        "train.steps=2", "train.save_every=2", "optim.warmup_steps=1", f"out={tmp_path / 'run'}",
+        "level=frame", "train.steps=2", "train.save_every=2", "optim.warmup_steps=1",
+        f"out={tmp_path / 'run'}",
     ]  # fmt: skip
     config = compose(Finetune, "finetune", words)
     assert config.data.roll is None  # labels of whole clips would be rolled
