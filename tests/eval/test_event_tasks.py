@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bat.config.compose import compose
-from bat.config.schema import Probe
+from bat.config.schema import Finetune, Probe
 from bat.data.stream import eval_loader
 from bat.errors import UserError
 from bat.eval.prepare import Prepared, prepare
@@ -24,6 +24,7 @@ from bat.metrics.ranking import Micro, evaluate
 from bat.tasks import dcase16, desed, urban_sed
 from bat.tasks.base import load_task
 from bat.tasks.events import Detection, Event
+from bat.train.finetune import finetune
 from bat.types import WaveBatch
 from tests.tasks.layouts import FSD50K, MAKERS, SPASS
 from tests.tasks.shards import probe_files_and_shards
@@ -215,6 +216,26 @@ def test_probe__runs_to_the_final_metric_and_shards_give_the_same(
     assert 0 <= found[wanted] <= 1
     if level == "frame":
         assert {"segment_f1", "psds1", "psds2"} <= set(found)
+
+
+def test_finetune__an_event_csv_needs_no_word_on_rolls_and_ends_in_event_metrics(
+    encoder: Path, tmp_path: Path
+) -> None:
+    lines = ["path,label,onset,offset,split"]
+    for row in load_task("urban_sed").open(MAKERS["urban_sed"](tmp_path / "u")).rows:
+        lines += [f"{row.path},{e.labels[0]},{e[0]},{e[1]},{row.split}" for e in row.events or ()]
+    (tmp_path / "events.csv").write_text("\n".join(lines) + "\n")
+    words = [
+        "recipe=own", f"data.csv={tmp_path}/events.csv", f"checkpoint={encoder}", "data.batch=4",
+        f"data.cache={tmp_path / 'cache'}", "log.progress=false", "hardware=cpu", "data.workers=0",
+        "level=frame", "train.steps=2", "train.save_every=2", "optim.warmup_steps=1",
+        f"out={tmp_path / 'run'}",
+    ]  # fmt: skip
+    config = compose(Finetune, "finetune", words)
+    assert config.data.roll is None  # labels of whole clips would be rolled
+    out = finetune(config)
+    found = json.loads((out / "summary.json").read_text())["results"]["linear"]["mean"]
+    assert {"event_f1", "segment_f1", "map"} <= set(found)
 
 
 def test_desed__weak_clips_have_no_place_at_frame_level(settings: Any, tmp_path: Path) -> None:

@@ -1,125 +1,56 @@
-"""Event metrics equal sed_eval and psds_eval, where these are installed.
-
-Neither is a dependency: sed_eval 0.2.1 imports pkg_resources (``setuptools<81``), psds_eval 0.5.3
-calls what pandas 3 has removed (``pandas<3``). Both need no torch; in an environment of their own:
-``pytest --noconftest tests/metrics/test_sed_eval.py``.
-"""
+"""Event metrics equal those of sed_eval and psds_eval, whose scores of 1,000 and 90 random cases
+``tools/event_scores.py`` has written to ``event_scores.json``: they cannot be installed here."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import warnings
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
 from bat.metrics.events import Event, Events
-from bat.metrics.psds import Psds, Scenario, joined
+from bat.metrics.psds import Psds, Scenario
 
-CASES = 1_000
-NAMES = ("cough", "door", "phone")
-SECONDS = 10.0
-
-
-def apart(rng: np.random.Generator, count: int, c: int) -> list[Event]:
-    """Events of class ``c`` that do not overlap, on a grid that makes ties and exact borders."""
-    times = np.sort(rng.choice(int(SECONDS * 20), 2 * count, replace=False)) / 20
-    return [(float(a), float(b), c) for a, b in times.reshape(-1, 2)]
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+STORED: dict[str, Any] = json.loads(Path(__file__).with_name("event_scores.json").read_text())
 
 
-def scene(rng: np.random.Generator, *, least: int = 0) -> list[Event]:
-    return [e for c in range(len(NAMES)) for e in apart(rng, int(rng.integers(least, 5)), c)]
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    if not (TOOLS / "event_scores.py").is_file():
+        pytest.skip("tools/ is not here: only a checkout has it")
+    monkeypatch.syspath_prepend(str(TOOLS))
+    return importlib.import_module("event_scores")
 
 
-def listed(events: list[Event], file: str) -> list[dict[str, object]]:
-    return [
-        {"filename": file, "onset": a, "offset": b, "event_onset": a, "event_offset": b,
-         "event_label": NAMES[c]} for a, b, c in events
-    ]  # fmt: skip
+def test_events__equal_sed_eval(tool: ModuleType) -> None:
+    cases, stored = list(tool.event_cases()), STORED["sed_eval"]
+    assert tool.digest(cases) == stored["cases"], "numpy draws other cases: write the file anew"
+    assert len(cases) == 1_000
+    for number, clips in enumerate(cases):
+        metric = Events(classes=len(tool.NAMES))
+        for guessed, true in clips:
+            metric.update(guessed, true)
+        found = metric.compute()
+        for name in ("event_f1", "segment_f1"):  # 0 of sed_eval: nothing estimated, nothing there
+            value = np.nan_to_num(found[name])
+            assert value == pytest.approx(stored[name][number], abs=1e-9), (name, number)
 
 
-def test_events__equal_sed_eval() -> None:
-    warnings.simplefilter("ignore")
-    sed_eval = pytest.importorskip("sed_eval", reason="sed_eval is not installed")
-    rng = np.random.default_rng(0)
-    for _ in range(CASES):
-        ours = Events(classes=len(NAMES))
-        theirs = sed_eval.sound_event.EventBasedMetrics(
-            list(NAMES), t_collar=0.2, evaluate_onset=True, evaluate_offset=False,
-            event_matching_type="optimal",
-        )  # fmt: skip
-        segments = sed_eval.sound_event.SegmentBasedMetrics(list(NAMES), time_resolution=1.0)
-        for clip in range(int(rng.integers(1, 4))):
-            true = scene(rng)
-            jitter = rng.normal(0, 0.2, len(true)).round(3)
-            guessed = [
-                (round(min(max(a + d, 0), b - 0.01), 3), b, c)
-                for (a, b, c), d in zip(true, jitter, strict=True)
-                if rng.random() < 0.8
-            ] + scene(rng)[:2]
-            ours.update(guessed, true)
-            for metric, more in ((theirs, {}), (segments, {"evaluated_length_seconds": SECONDS})):
-                metric.evaluate(listed(true, f"{clip}"), listed(guessed, f"{clip}"), **more)
-        found = ours.compute()
-        expected = {
-            "event_f1": theirs.results_overall_metrics()["f_measure"]["f_measure"],
-            "segment_f1": segments.results_overall_metrics()["f_measure"]["f_measure"],
-        }
-        for name, value in expected.items():
-            if np.isnan(found[name]):  # nothing estimated and nothing there
-                assert np.isnan(value) or value == 0
-            else:
-                assert found[name] == pytest.approx(value if value == value else 0.0, abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    "scenario",
-    [Scenario(0.7, 0.7, 1.0, 0.0), Scenario(0.1, 0.1, 0.3, 0.5), Scenario(0.5, 0.5, 0.3, 1.0, 0.0)],
-)
-def test_psds__equals_psds_eval(scenario: Scenario) -> None:
-    warnings.simplefilter("ignore")
-    psds_eval = pytest.importorskip("psds_eval", reason="psds_eval is not installed")
-    if int(importlib.metadata.version("pandas").split(".")[0]) > 2:
-        pytest.skip("psds_eval 0.5.3 needs pandas<3")
-    import pandas
-
-    rng = np.random.default_rng(1)
-    for case in range(CASES // 3 + 1):
-        most = float(rng.choice([100, 1_000, 5_000]))  # of small sets the rates are high
-        scenario = scenario._replace(most_per_hour=most)
-        ours = Psds(classes=len(NAMES), scenarios={"psds1": scenario})
-        clips = [scene(rng, least=1) for _ in range(2)]
-        sweeps = [[] for _ in clips]
-        points = []
-        for level in np.linspace(0, 1, 4):
-            rows = []
-            for i, true in enumerate(clips):
-                wide = [
-                    (max(0.0, a - rng.uniform(0, 0.4)), min(SECONDS, b + rng.uniform(0, 0.4)), c)
-                    for a, b, c in true if rng.random() > level
-                ] + [(a, b, 2 - c) for a, b, c in scene(rng) if rng.random() > level]  # fmt: skip
-                found = [
-                    (float(a), float(b), c) for c in range(len(NAMES))
-                    for a, b in joined([e[:2] for e in wide if e[2] == c])
-                ]  # fmt: skip
-                sweeps[i].append(found)
-                rows += listed(found, f"{i}")
-            points.append(pandas.DataFrame(rows, columns=["filename", "onset", "offset",
-                                                          "event_label"]))  # fmt: skip
-        for sweep, true in zip(sweeps, clips, strict=True):
-            ours.update((SECONDS, sweep), true)
-        truth = pandas.DataFrame([r for i, c in enumerate(clips) for r in listed(c, f"{i}")])
-        lengths = pandas.DataFrame({"filename": ["0", "1"], "duration": [SECONDS] * 2})
-        theirs = psds_eval.PSDSEval(
-            dtc_threshold=scenario.dtc, gtc_threshold=scenario.gtc, cttc_threshold=scenario.cttc,
-            ground_truth=truth[["filename", "onset", "offset", "event_label"]], metadata=lengths,
-        )  # fmt: skip
-        for point in points:
-            theirs.add_operating_point(point)
-        value = theirs.psds(
-            alpha_ct=scenario.alpha_ct, alpha_st=scenario.alpha_st, max_efpr=most
-        ).value
-        assert ours.compute()["psds1"] == pytest.approx(value, abs=1e-9), case
+@pytest.mark.parametrize("which", range(3))
+def test_psds__equals_psds_eval(which: int, tool: ModuleType) -> None:
+    cases, stored = list(tool.psds_cases(tool.SCENARIOS[which])), STORED["psds_eval"][which]
+    assert tool.digest(cases) == stored["cases"], "numpy draws other cases: write the file anew"
+    assert len(cases) == 30
+    for number, (scenario, clips) in enumerate(cases):
+        metric = Psds(classes=len(tool.NAMES), scenarios={"psds1": scenario})
+        for sweep, true in clips:
+            metric.update((tool.SECONDS, sweep), true)
+        assert metric.compute()["psds1"] == pytest.approx(stored["psds"][number], abs=1e-9), number
 
 
 def test_psds__by_hand() -> None:
