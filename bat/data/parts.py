@@ -237,14 +237,14 @@ def _connect(address: str) -> Any:
         ray = importlib.import_module("ray")
     except ImportError:
         raise UserError(f"--on {address} needs Ray: pip install 'bat-audio[ray]'") from None
-    place = os.environ.get("RAY_ADDRESS") if address == "ray" else address
-    own: dict[str, Any] = {} if place else {"include_dashboard": False}
+    place = (os.environ.get("RAY_ADDRESS") or "local") if address == "ray" else address
+    own: dict[str, Any] = {"include_dashboard": False} if place == "local" else {}
     try:
         ray.init(address=place, log_to_driver=False, logging_level=logging.ERROR, **own)
     except Exception as error:  # Ray raises many kinds
         why = redact(str(error)).strip().splitlines()[0][:200]
         raise UserError(
-            f"no Ray cluster answers at {place or 'this machine'} ({why}): start one "
+            f"no Ray cluster answers at {place} ({why}): start one "
             "(`ray start --head`), or correct --on or RAY_ADDRESS"
         ) from None
     return ray
