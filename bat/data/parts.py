@@ -29,10 +29,10 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Part(NamedTuple):
-    """Part ``number`` of ``count``, from 1."""
+    """Part ``number`` of ``total``, from 1."""
 
     number: int = 1
-    count: int = 1
+    total: int = 1
     joins: bool = True
     """False: another process joins."""
 
@@ -47,10 +47,10 @@ class Part(NamedTuple):
 
     def of(self, units: int) -> range:
         """Returns the units of this part."""
-        return range(units * (self.number - 1) // self.count, units * self.number // self.count)
+        return range(units * (self.number - 1) // self.total, units * self.number // self.total)
 
     def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
+        return f"{self.number}/{self.total}"
 
 
 WHOLE = Part()
@@ -104,7 +104,7 @@ def run(job: Job[T_co], part: Part = WHOLE, *, join_only: bool = False) -> T_co 
     if lacking:
         if (made := job.finished()) is not None:  # joined meanwhile
             return made
-        count = part.count if part.count > 1 else min(job.units, 64)
+        count = part.total if part.total > 1 else min(job.units, 64)
         said = f"{len(lacking)} of {job.units} {job.noun} are missing"
         said += f" ({_parts(lacking, job.units, count)})"
         if join_only:
@@ -234,17 +234,17 @@ def _connect(address: str) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        import ray
+        ray = importlib.import_module("ray")
     except ImportError:
         raise UserError(f"--on {address} needs Ray: pip install 'bat-audio[ray]'") from None
-    place = os.environ.get("RAY_ADDRESS") if address == "ray" else address
-    own: dict[str, Any] = {} if place else {"include_dashboard": False}
+    place = (os.environ.get("RAY_ADDRESS") or "local") if address == "ray" else address
+    own: dict[str, Any] = {"include_dashboard": False} if place == "local" else {}
     try:
         ray.init(address=place, log_to_driver=False, logging_level=logging.ERROR, **own)
     except Exception as error:  # Ray raises many kinds
         why = redact(str(error)).strip().splitlines()[0][:200]
         raise UserError(
-            f"no Ray cluster answers at {place or 'this machine'} ({why}): start one "
+            f"no Ray cluster answers at {place} ({why}): start one "
             "(`ray start --head`), or correct --on or RAY_ADDRESS"
         ) from None
     return ray
