@@ -236,7 +236,7 @@ class Plan:
         elif self.epoch_clips < len(self.ids):
             text = f"{self.epoch_clips} an epoch of {text}"
         if self.window is not None and self.shard is not None:
-            where = _digest(self.shard[ids] for ids in _pieces(self.ids))
+            where = _digest(_shards(self.ids, self.shard))
             text += f", windows of {self.window} over shards ({where})"
         return text + ", keyed" * self.keyed
 
@@ -258,15 +258,23 @@ def _pieces(ids: range | np.ndarray) -> Iterator[np.ndarray]:
         yield _rows(ids, slice(start, start + PIECE))
 
 
+def _shards(ids: range | np.ndarray, shard: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the shards of ``ids`` piece by piece."""
+    for start in range(0, len(ids), PIECE):
+        piece = ids[start : start + PIECE]
+        yield shard[piece.start : piece.stop] if isinstance(piece, range) else shard[piece]
+
+
 def _runs(ids: range | np.ndarray, shard: np.ndarray) -> np.ndarray | None:
     """Returns the rows of ``ids`` where another shard begins; None if the shards do not ascend."""
     starts, row, before = [], 0, -1
-    for piece in _pieces(ids):
-        steps = np.diff(shard[piece], prepend=before)
-        if (steps < 0).any():
+    for piece in _shards(ids, shard):
+        if piece[0] < before or (piece[1:] < piece[:-1]).any():
             return None
-        starts.append(np.flatnonzero(steps) + row)
-        row, before = row + len(piece), int(shard[piece[-1]])
+        starts.append(np.flatnonzero(piece[1:] != piece[:-1]) + row + 1)
+        if piece[0] != before:
+            starts[-1] = np.insert(starts[-1], 0, row)
+        row, before = row + len(piece), int(piece[-1])
     return np.concatenate(starts)
 
 

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ UNREADABLE = (
     *(ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError),
 )
 """Exceptions that numpy, zipfile and json raise on damaged or foreign files."""
+_PARSING = threading.Lock()
+"""Held while numpy parses a header: Python 3.11's parser fails where several threads use it."""
 KEY_BYTES = np.zeros(256, bool)
 KEY_BYTES[list(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")] = True
 CLIP = np.dtype(
@@ -129,7 +132,7 @@ class ShardTable:
                     return None
             if isinstance(path, io.BytesIO):
                 path.seek(0)
-            with np.load(path, allow_pickle=False) as file:
+            with _PARSING, np.load(path, allow_pickle=False) as file:
                 head = json.loads(file["head"].tobytes())
                 clips, labels, keys = file["clips"], file["labels"], file["keys"]
             if head.pop("version") != VERSION:

@@ -229,7 +229,7 @@ def test_main__codec_rate_cutting_and_channels(folder: Path, tmp_path: Path, cod
     call += ["--clip-seconds", "0.4", "--min-seconds", "0.3", "--shard-mb", "0.05"]
     assert run(*call, "--channels", "keep") == 0
     index = open_index(tmp_path / "out")
-    assert len(index.paths) > 1
+    assert len(index.shard_bytes) > 1
     assert set(index.rate.tolist()) == {16_000}
     assert (index.frames / 16_000).tolist() == [0.4] * 24
     info = probe(index.read(0).data)

@@ -147,7 +147,7 @@ def test_clip_dataset__short_clip_at_a_random_offset_is_whole_and_its_window_is_
 def spoil(index: Index, *clips: int) -> None:
     """Overwrite the audio of clips where it lies."""
     for clip in clips:
-        with index.paths[index.shard[clip]].open("r+b") as file:
+        with index.place(int(index.shard[clip])).open("r+b") as file:
             file.seek(int(index.offset[clip]))
             file.write(b"\0" * int(index.size[clip]))
 
@@ -195,7 +195,7 @@ def test_clip_dataset__too_long_a_clip_is_not_read_and_a_lost_shard_is_no_crash(
     tmp_path: Path,
 ) -> None:
     index = noise_set(tmp_path, seconds=[0.5])
-    index.paths[0].unlink()
+    index.place(0).unlink()
     (skipped,) = dataset(index, max_seconds=0.4)[0, 0].skipped
     assert skipped.kind == "long"  # by the index alone
     (skipped,) = dataset(index)[0, 0].skipped

@@ -20,7 +20,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_toy__ten_clips_five_kinds_two_folds_two_shards(toy_index: Index) -> None:
     assert len(toy_index) == 10
     assert toy_index.vocabulary == sorted(KINDS)
-    assert len(toy_index.paths) >= 2
+    assert len(toy_index.shard_bytes) >= 2
     for fold in (1, 2):
         kinds = sorted(toy_index.labels(i) for i in toy_index.clips_in_fold(fold))
         assert kinds == [(c,) for c in range(5)]

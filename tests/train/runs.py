@@ -45,7 +45,7 @@ def damage(shards: Path, *clips: int) -> None:
     """Overwrites these clips with zeros."""
     index = open_index(shards)
     for clip in clips:
-        with index.paths[index.shard[clip]].open("r+b") as file:  # type: ignore[union-attr]
+        with index.place(int(index.shard[clip])).open("r+b") as file:  # type: ignore[union-attr]
             file.seek(int(index.offset[clip]))
             file.write(b"\0" * int(index.size[clip]))
 
