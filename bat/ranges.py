@@ -57,7 +57,8 @@ def problems(settings: Any, section: str = "", *, without: str = "") -> Iterator
 
     ``without``: a section that is left out, and with it the rules of the whole.
     """
-    hints = _hints(type(settings))
+    kind: Any = type(settings)
+    hints = _hints(kind)
     prefix = f"{section}." if section else ""
     for field in fields(settings):
         value = getattr(settings, field.name)
