@@ -2,9 +2,9 @@
 
 Every evaluation uses the same clips, so that values of one run differ by the weights alone; step 0
 is the random-init baseline. All is of an encoder's last block, in eval mode. ``knn`` and ``rankme``
-use at most a fifth as many clips as a device trains on between two evaluations, and 256 in any
-case: a step of training costs six passes of the encoder or more for each clip, so the monitors take
-a few percent of the time.
+use at most a tenth as many clips as a device trains on between two evaluations, and 256 in any
+case: a step of training costs several passes of the encoder for each clip, an evaluation one (the
+student's; a probed teacher's features are at hand).
 
 - ``knn`` (accuracy, or mAP if clips have several labels): ``diagnostics.knn_scores`` over the folds
   of the online probes. A clip's vector is the mean of its patch tokens beside the class token, if
@@ -64,7 +64,7 @@ class Monitors:
         self.seed = derive_seed(config.seed, "monitors")
         self.order = np.random.default_rng(self.seed).permutation(ids)
         between = config.online.every * config.data.batch
-        self.ids = np.sort(self.order[: max(FEWEST, between // 5)])
+        self.ids = np.sort(self.order[: max(FEWEST, between // 10)])
         asked = set(config.online.monitors)
         self.asked = asked if splits else asked - {"knn"}
 
