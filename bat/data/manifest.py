@@ -91,16 +91,16 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write ``manifest.json``."""
-        write_atomic(folder / "manifest.json", self.to_bytes())
+        write_atomic(folder / "manifest.json", self.text().encode("utf-8", "backslashreplace"))
 
-    def to_bytes(self) -> bytes:
+    def text(self) -> str:
         """Returns the file's text, one line for each clip left out (there may be a million)."""
         said = vars(self) | {"shards": [asdict(shard) for shard in self.shards], "left_out": []}
         text = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
         if self.left_out:
             lines = ",\n  ".join(json.dumps(e, ensure_ascii=False) for e in self.left_out)
             text = text.replace('"left_out": []', f'"left_out": [\n  {lines}\n ]')
-        return text.encode("utf-8", "backslashreplace")  # a lone surrogate is escaped as in JSON
+        return text
 
     def damage(self, sizes: Mapping[str, int]) -> str | None:
         """Returns which shards a folder of files of ``sizes`` lacks or has in another size; None if

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from bat.data.manifest import Counts, Manifest, joint_vocabulary, label_pairs
-from bat.data.sources import RetryPolicy, Shard, find
+from bat.data.sources import RetryPolicy, Shard, find, shown
 from bat.data.store import Store
 from bat.data.table import ShardTable, load_table, scan
 from bat.errors import UserError
@@ -174,6 +174,8 @@ def fetched(place: Path | str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="bat-") as folder:
         path = Path(folder) / "shard.tar"
         found = stat(place, policy)
+        if found.size is None:
+            raise UserError(f"the server does not tell the size of {shown(place)}: copy it here")
         download(place, path, size=found.size, tag=found.tag, policy=policy)
         yield path
 

@@ -97,7 +97,8 @@ class _Checks:
         """Yields the findings in each of ``units``."""
         from tqdm import tqdm
 
-        ids = self.vocabulary and {name: i for i, name in enumerate(self.vocabulary)}
+        names = self.vocabulary
+        ids = None if names is None else {name: i for i, name in enumerate(names)}
         look = partial(_check_shard, vocabulary=ids, index_dir=self.index_dir)
         places = [self.places[unit] for unit in units]
         with closing(ordered_map(look, places, jobs=self.jobs)) as results:
@@ -224,9 +225,12 @@ class _Checked:
         head = [self.problems, self.sha256, self.size, self.seconds, [*self.label_ids.items()]]
         table = b"" if self.table is None else self.table.to_bytes()
         file = io.BytesIO()
-        texts = {"head": json.dumps(head).encode(), "table": table}
-        arrays = {name: np.frombuffer(data, np.uint8) for name, data in texts.items()}
-        np.savez(file, audio=np.array(self.audio, np.uint64), **arrays)
+        np.savez(
+            file,
+            head=np.frombuffer(json.dumps(head).encode(), np.uint8),
+            table=np.frombuffer(table, np.uint8),
+            audio=np.array(self.audio, np.uint64),
+        )
         return file.getvalue()
 
     @classmethod

@@ -109,9 +109,15 @@ def write_shards(
             manifest = _complete(store, source)
             if manifest is None:
                 job = _Shards(
-                    *(store, rows, recipe, label_ids),
-                    **{"source": source, "shard_bytes": shard_bytes, "left_out": left_out},
-                    **{"jobs": jobs, "progress": progress},
+                    store,
+                    rows,
+                    recipe,
+                    label_ids,
+                    source=source,
+                    shard_bytes=shard_bytes,
+                    left_out=left_out,
+                    jobs=jobs,
+                    progress=progress,
                 )
                 try:
                     return run(job, part, join_only=join_only)
@@ -324,7 +330,8 @@ class _Shards:
         found_files = ((name, ours.fullmatch(name)) for name in self.store.sizes())
         self.store.remove(name for name, ours in found_files if ours and ours[1] not in keep)
         manifest = counts.manifest(left_out=entries, source=self.source)
-        self.store.write("manifest.json", manifest.to_bytes())
+        data = manifest.text().encode("utf-8", "backslashreplace")  # a lone surrogate as in JSON
+        self.store.write("manifest.json", data)
         self.store.sweep("shard-*", "manifest.json")
         self.state.clear()
         return manifest

@@ -79,7 +79,7 @@ class FakeRay:
     shutdown = init
 
     def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 4.0}
+        return {"CPU": 2.0}
 
     def remote(self, function: object) -> FakeRay:
         return self
