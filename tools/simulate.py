@@ -299,7 +299,8 @@ def plot(rows: dict[str, list[dict[str, Any]]], out: Path) -> None:
         axis.set(xlabel="clips", ylabel=f"{name} of a rank's start", title="measured")
         axis.legend(frameon=False)
     for window in sorted({r["window"] for r in rows["fetch"]}):
-        mine = [r for r in rows["fetch"] if r["window"] == window]
+        same = (window, rows["fetch"][0]["clips"])
+        mine = [r for r in rows["fetch"] if (r["window"], r["clips"]) == same]
         nodes = [max(1, r["ranks"] // DEVICES) for r in mine]
         for axis, name in (
             (axes[1, 0], "bytes fetched per byte read"),
