@@ -268,7 +268,8 @@ class AudioData(StreamData):
         self._recount()
         self._agree()
         rank, world = self._ranks()
-        self.index.share_among(1 if self.trainer is None else self.trainer.num_nodes)
+        if self.index.remote and self.trainer is not None:
+            self.index.share_among(self.trainer.num_nodes)
         prefetches = self.index.remote and (self.trainer is None or self.trainer.local_rank == 0)
         sampler = PlanSampler(
             self.plan,
