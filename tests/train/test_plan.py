@@ -61,7 +61,7 @@ def test_count_step__memory_is_what_a_real_step_keeps(words: list[str]) -> None:
     config = compose(Pretrain, "pretrain", ["recipe=toy", *words])  # larger than the front end
     counted = count_step(config, clips=4)
     kept = kept_bytes(config, 4)
-    assert kept <= counted.bytes < 2 * kept  # besides: temporaries, the first gradients
+    assert kept <= counted.bytes < 1.5 * kept  # besides: temporaries, the first gradients
     assert counted.flop > 0
 
 
