@@ -56,7 +56,7 @@ ACCESS = {
     "Amazon's also AWS_ENDPOINT_URL)",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS",
 }
-"""How credentials are given, by protocol."""
+"""Ways to give credentials, by protocol."""
 _KEYS = f"the store does not accept these credentials: {ACCESS['s3']}"
 REMEDIES = {
     "NoSuchBucket": "this bucket does not exist: make it, or correct its name; for a store that is "

@@ -176,7 +176,7 @@ class Sizes:
     frozen: int
     """The teacher's, buffers included."""
     largest: int
-    """Of the largest unit that FSDP gathers."""
+    """Parameters of the largest unit that FSDP gathers."""
 
 
 def sizes(config: Pretrain) -> Sizes:

@@ -31,11 +31,9 @@ def peak_flops() -> float | None:
 
 
 def peak_of(name: str) -> float | None:
-    """Peak of the device that CUDA calls ``name``."""
-    if hasattr(cost, "device_called"):
-        device = cost.device_called(name)
-        return device and TERA * device.tflops
-    return next((flop for part, flop in cost.PEAK.items() if part in name), None)
+    """Returns the peak FLOP/s of the device that CUDA calls ``name``, if it is known."""
+    device = cost.device_called(name)
+    return device and TERA * device.tflops
 
 
 def tokens_of(config: Pretrain) -> tuple[int, int]:
