@@ -210,7 +210,7 @@ def content_hash(found: dict[str, Any]) -> str:
     digest = hashlib.sha256(names.encode())
     for name in HASHED:
         if found.get(name) is not None:
-            digest.update(np.ascontiguousarray(found[name]))
+            digest.update(np.ascontiguousarray(found[name]).data)
     return digest.hexdigest()
 
 

@@ -179,7 +179,7 @@ class FileIndex(Index):
         head, columns = gather(folder, [0], [table], vocabulary=names_of_pairs, writer=Writer())
         super().__init__(head, columns, shards=folder)
         names = [os.fsencode(file.absolute()) for file in files]
-        self._paths = np.frombuffer(b"".join(names), np.uint8)  # avoids one object per file
+        self._path_bytes = np.frombuffer(b"".join(names), np.uint8)  # avoids one object per file
         self._path_ptr = np.cumsum([0, *map(len, names)], dtype=np.int64)
         self.shard = np.array(shard, np.int32)
         self.shard_bytes = np.bincount(self.shard, self.size).astype(np.int64)
@@ -189,7 +189,7 @@ class FileIndex(Index):
     def place(self, number: int) -> Path:
         """Returns the path of file ``number``."""
         begin, end = self._path_ptr[number : number + 2]
-        return Path(os.fsdecode(self._paths[begin:end].tobytes()))
+        return Path(os.fsdecode(self._path_bytes[begin:end].tobytes()))
 
     def shard_name(self, i: int) -> str:
         """Returns the path of the file that clip ``i`` lies in."""

@@ -139,7 +139,9 @@ def parse_manifest(data: bytes, folder: str) -> Manifest | None:
         raise UserError(f"{path} is damaged ({error}): write the shards again") from error
 
 
-_kinds = functools.cache(get_type_hints)
+@functools.cache
+def _kinds(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _checked(cls: type[T], fields: dict[str, Any]) -> T:

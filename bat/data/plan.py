@@ -39,7 +39,8 @@ MIX_BLOCK = 1000
 """Positions within which a mixture's shares are exact; weights are rounded to a thousandth."""
 KEYED_FROM = 1 << 23
 """Clips from which ``shuffle=auto`` takes the keyed order: the exact one would need 200 MB."""
-K, V = TypeVar("K"), TypeVar("V")
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class Latest(dict[K, V]):
@@ -281,7 +282,7 @@ def _runs(ids: range | np.ndarray, shard: np.ndarray) -> np.ndarray | None:
 def _digest(arrays: Iterable[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:8]
 
 
