@@ -139,9 +139,7 @@ def parse_manifest(data: bytes, folder: str) -> Manifest | None:
         raise UserError(f"{path} is damaged ({error}): write the shards again") from error
 
 
-@functools.cache
-def _kinds(cls: Any) -> dict[str, Any]:
-    return get_type_hints(cls)
+_kinds: Any = functools.cache(get_type_hints)
 
 
 def _checked(cls: type[T], fields: dict[str, Any]) -> T:
