@@ -12,6 +12,7 @@ import copy
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,6 +84,7 @@ def count_step(config: Pretrain, clips: int = 1, *, recompute: bool = False) -> 
     samples = int(config.data.clip_seconds * config.frontend.sample_rate)
     half = config.hardware.precision == "bf16-mixed"
     counter = FlopCounterMode(display=False, custom_mapping=_SDPA)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     with FakeTensorMode(allow_non_fake_inputs=True), counter:
         objective.to_empty(device="cpu")
         ids, wave = torch.zeros(clips, dtype=torch.int64), torch.empty(clips, samples)
@@ -111,6 +113,12 @@ _SDPA = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+
+
+class _NoModules(nullcontext[None]):
+    """Stands for the counter's tracker of modules, whose hooks keep recomputed tensors alive."""
+
+    parents = ("Global",)
 
 
 class _Memory(TorchDispatchMode):
