@@ -2,7 +2,8 @@
 
 All run the step of masked latent regression, nothing compiled, and take turns; *plain* is the
 paper's decoder predicting every masked patch. ``tflop`` and ``plain_tflop`` are counted by PyTorch
-for one clip (``flops.py``). On a CPU: 4 views of a clip, float32. Speed is all that is judged here: the losses are of different models.
+for one clip (``flops.py``). On a CPU: 4 views of a clip, float32. Speed is all that is judged here:
+the losses are of different models.
 """
 
 from __future__ import annotations
