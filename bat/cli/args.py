@@ -20,7 +20,7 @@ from typing import Any, NoReturn, Self, TextIO
 
 from bat import __version__
 from bat.errors import RESUME_ME, Interrupted, UserError
-from bat.redact import printable, redact_tree, shown
+from bat.redact import redact_tree, shown
 
 
 class _Parser(argparse.ArgumentParser):
@@ -164,13 +164,14 @@ class Command(AbstractContextManager["Command"]):
 
 
 class _Printable:
-    """Standard output with control characters escaped, since it shows names of others' files."""
+    """Standard output with control characters escaped, since it shows names of others' files, and
+    without credentials."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
 
     def write(self, text: str) -> int:
-        self._out.write(printable(text))
+        self._out.write(shown(text))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:

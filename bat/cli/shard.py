@@ -75,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _spread(options: argparse.Namespace, task: str) -> None:
+    if options.on and getattr(options, "dry_run", False):
+        raise UserError("--dry-run and --on: give one of them")
     if options.jobs is None:
         options.jobs = 1 if options.on else cores()
     spread(options, task, cpus=max(1, options.jobs))
@@ -140,7 +142,7 @@ def _index(args: argparse.Namespace) -> None:
     from bat.shard.rows import detect
     from bat.tasks.labels import doubts
 
-    flags = _asked(args) + [f"--{n}" for n in ("part", "join", "on") if getattr(args, n)]
+    flags = _asked(args) + [f"--{n}" for n in ("part", "join", "on", "parts") if getattr(args, n)]
     flags += ["--task"] * (args.task not in (None, "shards"))
     if flags or (args.source.exists() and detect(args.source) != "shards"):
         why = f"{flags[0]} needs it" if flags else f"{args.source} holds no .tar to index in place"
@@ -237,7 +239,7 @@ def _pack(args: argparse.Namespace) -> None:
     print(f"left out  {f'{len(entries)} ({_kinds(entries)}): listed in {where}' if entries else 0}")
     if args.clip_seconds is None and any(row.listed_seconds for row in found.rows):
         for line in write_listing(args.out, folders, found.left_out):
-            print(f"listing   {line} ({args.out / NAME})")
+            print(f"listing   {line} ({args.out}/{NAME})")
     print(f"next      {next_command(summary, args.out, found.kind)}")
 
 

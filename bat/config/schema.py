@@ -80,6 +80,11 @@ class Online:
                 "online.methods and online.monitors are empty: name a probe or a monitor, or set "
                 "online.every=0"
             )
+        if self.every and not self.encoders and {"knn", "rankme", "lidar"} & set(self.monitors):
+            yield (
+                "online.encoders is empty, and knn, rankme and lidar are monitors of an encoder: "
+                "name teacher or student, or leave these monitors away"
+            )
         for key, known in (("monitors", MONITORS), ("encoders", MONITORED)):
             for name in getattr(self, key):
                 if name not in known:

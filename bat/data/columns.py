@@ -25,7 +25,7 @@ from filelock import FileLock
 from bat.data.sources import Shard, names_of
 from bat.data.table import ShardTable
 from bat.errors import UserError
-from bat.io import replace_durably, temporary, write_json
+from bat.io import replacing, write_json
 
 MAX_MEMORY_BYTES = 1 << 26
 """Bytes of columns that are held in memory: about a million clips; more are mapped."""
@@ -71,11 +71,15 @@ def joined(pieces: Iterable[np.ndarray], *, beside: np.ndarray, name: str) -> np
         return np.concatenate(list(pieces))
     path = column.path.with_name(f"{name}.bin")
     if not path.exists():
-        part = temporary(path)
-        with part.open("wb") as file:
-            for piece in pieces:
-                piece.tofile(file)
-        replace_durably(part, path)
+        try:
+            with replacing(path) as part, part.open("wb") as file:
+                for piece in pieces:
+                    file.write(piece.data)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}): make room there, or set data.cache "
+                "to a folder that you can write"
+            ) from None
     return Mapped(path, "<i8", path.stat().st_size // 8).open()
 
 
@@ -110,7 +114,7 @@ class Writer:
                 for part in parts:
                     file.write(part.data)
                     self._written[name] += len(part)
-            parts[:] = parts[:0] or [parts[0][:0]]  # keeps the type
+            parts[:] = [parts[0][:0].copy()]  # keeps the type
         self._bytes = 0
 
     def finish(self) -> Columns:
@@ -244,7 +248,13 @@ def shared(
                 raise _MadeMeanwhile
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-        except OSError:
+        except OSError as error:
+            log.warning(
+                "%s cannot be written (%s): each process holds the index in its memory; set "
+                "data.cache to another folder",
+                cache,
+                error.strerror,
+            )
             return None
         log.info("writing the index to %s, once", cache)
         return part

@@ -50,9 +50,9 @@ SAMPLED_BYTES = 4096
 MAX_SPLITS = 127
 MAX_FOLD = (1 << 15) - 1
 PART = 1024
+"""Number of files that are asked for at a time."""
 PART_SLACK_SECONDS = 0.05
 """By so much a part of a file may end beyond the file: times are often rounded."""
-"""Number of files that are asked for at a time."""
 
 
 class Header(NamedTuple):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -146,12 +147,17 @@ def on_ray(
     """
     ray = _connect(address)
     try:
-        found = ray.cluster_resources()
-        slots = int(found.get("CPU", 1) // cpus)
-        if gpu := gpu and found.get("GPU", 0) > 0:
-            slots = min(slots, int(found["GPU"]))
+        each = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpu = gpu and any(has.get("GPU", 0) for has in each)
+        most = [has.get("GPU", 0) if gpu else math.inf for has in each]
+        slots = sum(
+            int(min(has.get("CPU", 0) // cpus, gpus)) for has, gpus in zip(each, most, strict=True)
+        )
         if slots < 1:
-            raise UserError(f"--jobs {cpus}: no machine of this Ray cluster has so many cores")
+            raise UserError(
+                f"a part takes {cpus} cores{' and a GPU' * gpu}, and no machine of this Ray "
+                "cluster has so many: lower --jobs (bat-embed, bat-predict: --workers)"
+            )
         function = ray.remote(_on_worker).options(
             num_cpus=cpus, num_gpus=int(gpu), max_retries=RETRIES, retry_exceptions=[OSError]
         )
@@ -180,6 +186,8 @@ def _await(
         while left:
             for done in ray.wait(list(running), timeout=1.0)[0]:
                 number = running.pop(done)
+                if number not in left:
+                    continue  # its other copy was first
                 try:
                     seconds.append(ray.get(done))
                 except ray.exceptions.RayTaskError as error:
@@ -187,17 +195,17 @@ def _await(
                         raise UserError(f"part {number}/{total}: {error.cause}") from None
                     raise
                 except ray.exceptions.RayError as error:
-                    if number in left and number not in running.values():
+                    if number not in running.values():
                         why = redact(str(error)).strip().splitlines()[0][:200]
                         raise UserError(
                             f"part {number}/{total} died {RETRIES + 1} times ({why}): run the "
-                            "same command again, if memory is short with fewer --jobs or --batch"
+                            "same command again, if memory is short with fewer --jobs (--workers) "
+                            "or a smaller --batch"
                         ) from None
                     continue
-                if number in left:
-                    left.remove(number)
-                    since = time.monotonic()
-                    bar.update()
+                left.remove(number)
+                since = time.monotonic()
+                bar.update()
             waited = time.monotonic() - since
             if (
                 seconds

@@ -15,6 +15,7 @@ import fnmatch
 import io
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -280,7 +281,8 @@ def upload(path: Path, url: str, policy: RetryPolicy) -> None:
 
     def send() -> None:
         system, name = _system_of(url, policy)
-        there = name if urlsplit(url).scheme in OBJECT_STORES else f"{name}.{os.getpid()}.tmp"
+        whole = urlsplit(url).scheme in OBJECT_STORES
+        there = name if whole else f"{name}.{secrets.token_hex(8)}.tmp"
         if there != name:
             system.makedirs(system._parent(name), exist_ok=True)
         system.put_file(os.fspath(path), there)

@@ -272,7 +272,11 @@ def _remote(url: str, policy: RetryPolicy) -> list[Shard]:
         if name.endswith(SUFFIXES):
             found.append(Shard(f"{folder}/{name}"))
         elif name.endswith("/"):
-            below = listing(f"{folder}/{name[:-1]}", policy)
+            inside = f"{folder}/{name[:-1]}"
+            begun = listing(f"{inside}/{UNFINISHED}", policy)
+            if begun and remote_manifest(inside, policy) is None:
+                raise _unfinished(shown(inside))
+            below = listing(inside, policy)
             tars = [tar for tar in below if tar.endswith(SUFFIXES)]
             found += [Shard(f"{folder}/{name}{tar}", name[:-1]) for tar in tars]
     if not found:

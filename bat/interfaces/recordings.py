@@ -149,7 +149,7 @@ def _find(given: str | Path, left_out: list[LeftOut]) -> list[Path] | str:
     braces = re.search(r"\{.*(,|\.\.).*\}", text) is not None
     if text.endswith(SUFFIXES) and (is_url(given) or braces or glob.has_magic(text)):
         return text
-    if is_url(given) and not path.suffix:  # a folder of shards
+    if is_url(given) and path.suffix[1:].lower() not in (*AUDIO_SUFFIXES, "csv"):  # a folder
         return text
     if is_url(given):
         raise UserError(f"{text}: of URLs, those of .tar shards are read; fetch other files first")

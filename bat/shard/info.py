@@ -17,13 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 
 from bat.data.manifest import Counts, Manifest, joint_vocabulary, label_pairs
 from bat.data.sources import RetryPolicy, Shard, find, shown
-from bat.data.store import Store
-from bat.data.table import ShardTable, load_table, scan
+from bat.data.table import MAX_TABLE_BYTES, ShardTable, load_table, scan
 from bat.errors import UserError
 from bat.tasks.base import AUDIO_SUFFIXES
 
@@ -138,7 +138,10 @@ def plain_shards(source: Path | str) -> list[Shard]:
 
 def folder_of(place: Path | str) -> Path | str:
     """Returns the folder of a shard."""
-    return place.parent if isinstance(place, Path) else place.rpartition("/")[0]
+    if isinstance(place, Path):
+        return place.parent
+    parts = urlsplit(place)
+    return urlunsplit(parts._replace(path=parts.path.rpartition("/")[0], query="", fragment=""))
 
 
 def table_of(place: Path | str, index_dir: Path | None = None) -> ShardTable:
@@ -152,12 +155,18 @@ def table_of(place: Path | str, index_dir: Path | None = None) -> ShardTable:
 
 
 def saved_table(url: str) -> ShardTable | None:
-    """Returns the table beside a remote shard."""
-    folder, _, name = url.rpartition("/")
+    """Returns the table beside a remote shard; None if there is none that may be read."""
+    from bat.data.remote import read
+
+    parts = urlsplit(url)
+    path = parts.path.removesuffix(".tar") + ".idx.npz"
+    beside = urlunsplit(parts._replace(path=path))
     try:
-        saved = Store(folder).read(name.removesuffix(".tar") + ".idx.npz")
-    except FileNotFoundError:
+        saved = read(beside, limit=MAX_TABLE_BYTES, policy=RetryPolicy())
+    except (FileNotFoundError, PermissionError):
         return None
+    except OSError as error:
+        raise UserError(error.strerror) from None
     return ShardTable.load(io.BytesIO(saved), None)
 
 

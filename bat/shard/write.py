@@ -122,7 +122,8 @@ def write_shards(
                 try:
                     return run(job, part, join_only=join_only)
                 finally:
-                    if alone and not job.listed():
+                    has_tars = any(name.endswith(".tar") for name in store.sizes())
+                    if alone and not has_tars and not job.listed():
                         job.state.clear()
             store.below(UNFINISHED).clear()
             return manifest

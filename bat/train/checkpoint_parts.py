@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bat.io import write_json
+from bat.io import replacing, write_json
 from bat.train.processes import Ranks
 
 REST, PARTS = "rest.pt", "parts.json"
 
 
 def write_parts(checkpoint: Mapping[str, Any], folder: Path, ranks: Ranks) -> None:
-    """Writes ``checkpoint`` to ``folder`` and reads it back. **Every rank must call it**, with its
-    own parts of the tensors (DTensors) and the same names; ``rest`` is that of rank 0.
+    """Writes ``checkpoint`` to ``folder``, and the checksums of its files. **Every rank must call
+    it**, with its own parts of the tensors (DTensors) and the same names; the rest is rank 0's.
 
     Raises ``OSError`` on every rank if any rank could not write.
     """
@@ -48,13 +48,20 @@ def write_parts(checkpoint: Mapping[str, Any], folder: Path, ranks: Ranks) -> No
         except CheckpointException as error:  # no subclass of Exception; the first says enough
             raise OSError(str(next(iter(error.failures.values()))[0])) from error
         if ranks.rank == 0:
-            torch.save({**rest, "names": list(tensors)}, folder / REST)
+            with replacing(folder / REST) as temporary:
+                torch.save({**rest, "names": list(tensors)}, temporary)
+        paths = [*folder.glob(f"shard-{ranks.rank + 1:05d}-*")]
+        paths += [folder / REST] * (ranks.rank == 0)
+        own.update({path.name: (path.stat().st_size, _crc(path)) for path in paths})
 
+    def write_sums() -> None:
+        if ranks.rank == 0:
+            write_json(folder / PARTS, sums)
+
+    own: dict[str, tuple[int, int]] = {}
     together(ranks, write_own)
-    own = [*folder.glob(f"shard-{ranks.rank + 1:05d}-*"), *([folder / REST] * (ranks.rank == 0))]
-    sums = ranks.gather({path.name: (path.stat().st_size, _crc(path)) for path in own})
-    if ranks.rank == 0:
-        write_json(folder / PARTS, {name: found for part in sums for name, found in part.items()})
+    sums = {name: found for part in ranks.gather(own) for name, found in part.items()}
+    together(ranks, write_sums)
 
 
 def together(ranks: Ranks, do: Callable[[], None]) -> None:

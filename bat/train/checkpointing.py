@@ -169,7 +169,7 @@ def snapshot(tree: Any) -> Any:
 
 def damaged(path: Path) -> str:
     """Reads a whole checkpoint file and returns what is wrong with it; empty if it is valid. Of
-    a folder only the sizes are compared: each process reads its parts later, with checksums."""
+    a folder only the sizes are compared: each process compares all checksums when it reads."""
     if path.is_dir():
         return damaged_part(path, sizes_only=True)
     try:
@@ -220,7 +220,7 @@ def step_of(path: Path) -> int:
 
 def remove(path: Path) -> None:
     """Removes a checkpoint, a file or a folder, if it exists; a folder loses its name first."""
-    if not path.is_dir():
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
     if not path.name.startswith("."):

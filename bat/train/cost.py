@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -59,7 +60,8 @@ DEVICES = {
 
 def device_called(name: str) -> Device | None:
     """Returns the known device that CUDA calls ``name``."""
-    return next((device for device in DEVICES.values() if device.name in name), None)
+    fits = (d for d in DEVICES.values() if re.search(rf"\b{re.escape(d.name)}\b", name))
+    return next(fits, None)  # whole words: a GH200 is no H200
 
 
 class StepCount(NamedTuple):
@@ -67,8 +69,8 @@ class StepCount(NamedTuple):
 
     flop: int
     bytes: int
-    """Most bytes at a time of what the step makes (activations, casts, temporaries, and the
-    gradients made until then), besides weights and batch."""
+    """Most bytes at a time of what the step makes (activations, casts, temporaries), besides
+    weights, their gradients and the batch."""
 
 
 def count_step(config: Pretrain, clips: int = 1, *, recompute: bool = False) -> StepCount:
@@ -87,6 +89,9 @@ def count_step(config: Pretrain, clips: int = 1, *, recompute: bool = False) -> 
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     with FakeTensorMode(allow_non_fake_inputs=True), counter:
         objective.to_empty(device="cpu")
+        for parameter in objective.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
         ids, wave = torch.zeros(clips, dtype=torch.int64), torch.empty(clips, samples)
         batch = WaveBatch(wave, ids + samples, torch.empty(clips, 0), ["a"] * clips, ids, [])
         with _Memory(objective) as memory:
@@ -98,7 +103,7 @@ def count_step(config: Pretrain, clips: int = 1, *, recompute: bool = False) -> 
 
 def clip_flop(config: Pretrain) -> int:
     """Returns the FLOP of a training step for one clip."""
-    return count_step(config).flop
+    return count_step(config, clips=2).flop // 2  # an objective may mix the clips of a batch
 
 
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
@@ -113,6 +118,10 @@ _SDPA = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 class _NoModules(nullcontext[None]):

@@ -1,10 +1,11 @@
 """Computes the monitors of a pre-training: numbers that need no training, beside online probes.
 
 Every evaluation uses the same clips, so that values of one run differ by the weights alone; step 0
-is the random-init baseline. All is of an encoder's last block, in eval mode. ``knn`` and ``rankme``
-use at most a tenth as many clips as a device trains on between two evaluations, and 256 in any
-case: a step of training costs several passes of the encoder for each clip, an evaluation one (the
-student's; a probed teacher's features are at hand).
+is before training: the random-init baseline, unless ``init=`` is given. All is of an encoder's
+last block, in eval mode. ``knn`` and ``rankme`` use at most a tenth as many clips as a device
+trains on between two evaluations, and 256 in any case: a step of training costs several passes of
+the encoder for each clip, an evaluation one (the student's; a probed teacher's features are at
+hand).
 
 - ``knn`` (accuracy, or mAP if clips have several labels): ``diagnostics.knn_scores`` over the folds
   of the online probes. A clip's vector is the mean of its patch tokens beside the class token, if
@@ -22,6 +23,7 @@ student's; a probed teacher's features are at hand).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +48,8 @@ from bat.probes.base import mean_patch
 from bat.seeding import derive_seed
 from bat.tasks.base import Task
 
+log = logging.getLogger("bat")
+
 K = 20
 """Neighbours of ``knn`` itself; DINO's choice."""
 LIDAR_CLIPS, VIEWS, VISIBLE = 128, 4, 0.2
@@ -65,12 +69,24 @@ class Monitors:
         self.order = np.random.default_rng(self.seed).permutation(ids)
         between = config.online.every * config.data.batch
         self.ids = np.sort(self.order[: max(FEWEST, between // 10)])
-        asked = set(config.online.monitors)
+        asked, self.told = set(config.online.monitors), set[str]()
         self.asked = asked if splits else asked - {"knn"}
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         dtype = autocast_for(self.config.hardware)
         return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+    def tell_missing(self, keys: Sequence[str]) -> None:
+        """Says once which monitors are not among the ``keys`` of an evaluation."""
+        marks = {name: f"/{name}" for name in self.asked} | {"position": "/position_only_loss"}
+        for name in sorted(self.asked - self.told):
+            if not any(key.endswith(marks[name]) for key in keys):
+                log.warning(
+                    "online.monitors: %s is not computed: this encoder, objective or data lacks "
+                    "what it needs (docs/own_audio.md)",
+                    name,
+                )
+        self.told |= self.asked
 
     @property
     def reads_features(self) -> bool:
@@ -112,10 +128,15 @@ class Monitors:
                     scalars[f"online/{name}/lidar"] = lidar(views)
         return results, scalars
 
-    def of_objective(self, objective: Objective, stream: FeatureStream) -> dict[str, float]:
+    def of_objective(
+        self,
+        objective: Objective,
+        stream: FeatureStream,
+        gather: Callable[[Any], list[Any]] | None = None,
+    ) -> dict[str, float]:
         """Returns ``local_loss`` and ``position_only_loss`` by key; nothing for an objective
         without ``local_targets``. Under FSDP2 every rank must call it, within
-        ``TrainingModule.within``."""
+        ``TrainingModule.within``, with ``gather``, which collects a value of each rank."""
         batch_size = min(self.config.data.batch, POSITION_CLIPS)
         ids = np.sort(self.order[:POSITION_CLIPS])
         device = device_of(objective)
@@ -128,9 +149,13 @@ class Monitors:
             self._autocast(device),
         ):
             torch.manual_seed(self.seed)  # noise of a decoder
-            for batch in stream.loader(ids, batch=batch_size):
-                if not batch.keys:
-                    continue
+            batches = [b for b in stream.loader(ids, batch=batch_size) if b.keys]
+            if gather is not None:  # a rank with fewer batches would let the others wait
+                read = gather([b.keys for b in batches])
+                if any(keys != read[0] for keys in read):
+                    log.warning("online monitors: not all ranks could read the clips of position")
+                    return {}
+            for batch in batches:
                 batch = batch.to(device)
                 found = objective.local_targets(batch)
                 if found is None:

@@ -11,6 +11,7 @@ and leaves the run's random state unchanged.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -49,6 +50,7 @@ from bat.tasks.folder import TASK as FOLDER
 from bat.tasks.labels import classes_in_words, doubts
 from bat.train.callbacks import Metrics, StepCallback
 from bat.train.monitors import Monitors
+from bat.train.processes import ranks_of
 from bat.train.sharding import is_sharded, whole_encoder
 from bat.train.stopping import Stopping
 from bat.train.trainer import JsonLines
@@ -125,7 +127,9 @@ class OnlineProbe(StepCallback):
             for line in odd:
                 log.warning("online probe: %s", line)
         logged = read_jsonl(out / "metrics.jsonl")  # of a resumed or finished run
-        self.rows = curve(logged)
+        self.rows = [  # an undefined metric is null there
+            {k: math.nan if v is None else v for k, v in row.items()} for row in curve(logged)
+        ]
         self.evaluated = {r["step"] for r in logged if any(k.startswith("online/") for k in r)}
         self.gates: dict[str, np.ndarray] = {}
 
@@ -174,7 +178,8 @@ class OnlineProbe(StepCallback):
         scalars: dict[str, float] = {}
         if "position" in self.monitors.asked and (trainer.is_global_zero or is_sharded(objective)):
             stream = self._stream(encoders[last_name], Needs("none"))
-            scalars = module.within(lambda: self.monitors.of_objective(objective, stream))
+            gather = ranks_of(trainer).gather if is_sharded(objective) else None
+            scalars = module.within(lambda: self.monitors.of_objective(objective, stream, gather))
         scalars["online/seconds"] = time.perf_counter() - began
         whole = {  # the same on all ranks
             name: whole_encoder(encoder)
@@ -185,6 +190,7 @@ class OnlineProbe(StepCallback):
             try:
                 results = self.evaluate(whole, last_name, module.device, scalars, on_step)
                 self._record(trainer, results, scalars, step)
+                self.monitors.tell_missing([*results, *scalars])
             except _CutOff:
                 self.metrics.say(f"step {step}: the online probes are cut off, to be repeated")
         trainer.strategy.barrier("online probe")

@@ -4,8 +4,8 @@
     network   bytes of gradients, and of weights where they are split, over the slower link
     loader    clips of a step / (loader processes x clips a second of one)
     store     bytes of these clips / bytes a second of the nodes
-    step      the longest of the four, since they overlap (a CPU without loader processes: compute
-              + loader)
+    step      the longest of the four, since they overlap (without loader processes compute and
+              loader do not)
 
 A ring of n sends 2 (n - 1) / n of the gradients (all-reduce), or (n - 1) / n of what it gathers or
 scatters; between nodes it goes through the network of a node, within one over the devices' link.
@@ -33,7 +33,7 @@ from bat.errors import UserError
 from bat.eval.hardware import has_fast_bfloat16
 from bat.train.cost import DEVICES, Device, StepCount, count_step, device_called
 from bat.train.pretrain import build_objective
-from bat.train.processes import with_batch
+from bat.train.processes import nodes, with_batch, world_size
 
 STRATEGIES = ("ddp", "fsdp", "hsdp")
 
@@ -80,32 +80,39 @@ class Place:
         return self.name == "cpu"
 
 
-def place(on: str | None) -> Place:
-    """Parses ``DEVICE[xDEVICES[xNODES]]``; None: this machine.
+def place(on: str | None, hardware: Hardware | None = None) -> Place:
+    """Parses ``DEVICE[xDEVICES[xNODES]]``; None: this machine, as ``hardware`` uses it.
 
     Raises ``UserError`` for a device that is not known.
     """
-    if on is None and torch.cuda.is_available():
+    if on is None:
+        hardware = hardware or Hardware()
+        count = nodes(hardware)
+        devices = world_size(hardware) // count
+        if hardware.accelerator == "cpu" or not torch.cuda.is_available():
+            return Place("cpu", _this_cpu(devices), devices, count)
         called = torch.cuda.get_device_name()
         here = device_called(called)
         if here is None:
             raise UserError(f"{called} is not known: say --on DEVICE, one of {', '.join(DEVICES)}")
         name = next(name for name, device in DEVICES.items() if device is here)
-        return Place(name, here, torch.cuda.device_count(), 1)
+        gb = torch.cuda.get_device_properties(0).total_memory / 1e9
+        return Place(name, replace(here, gb=gb), devices, count)
     names, times = "|".join([*DEVICES, "cpu"]), r"(?:x([1-9]\d*))?"
-    found = re.fullmatch(f"({names}){times}{times}", (on or "cpu").lower())
+    found = re.fullmatch(f"({names}){times}{times}", on.lower())
     if found is None:
         raise UserError(
             f"--on {on}: say DEVICE, DEVICExDEVICES or DEVICExDEVICESxNODES, DEVICE one of "
             f"{', '.join(DEVICES)}, cpu"
         )
-    name, devices, nodes = found[1], int(found[2] or 1), int(found[3] or 1)
-    return Place(name, DEVICES[name] if name != "cpu" else _this_cpu(), devices, nodes)
+    name, devices, count = found[1], int(found[2] or 1), int(found[3] or 1)
+    device = DEVICES[name] if name != "cpu" else _this_cpu(devices)
+    return Place(name, device, devices, count)
 
 
-def _this_cpu() -> Device:
-    """Returns this machine's CPU: TFLOP/s of a matrix product on torch's threads, in the type that
-    ``hardware.precision=auto`` chooses here."""
+def _this_cpu(processes: int) -> Device:
+    """Returns the share of each of ``processes`` of this machine's CPU: TFLOP/s of a matrix product
+    on torch's threads, in the type that ``hardware.precision=auto`` chooses here, and memory."""
     half = has_fast_bfloat16("cpu")
     a = torch.randn(768, 768).to(torch.bfloat16 if half else torch.float32)
     seconds = []
@@ -115,7 +122,8 @@ def _this_cpu() -> Device:
         seconds.append(time.perf_counter() - began)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     tflops = 2 * 768**3 / statistics.median(seconds[2:]) / 1e12
-    return Device("cpu", tflops, memory, 10.0, "measured here: a matrix product")
+    source = "measured here: a matrix product"
+    return Device("cpu", tflops / processes, memory / processes, 10.0, source)
 
 
 def assumptions(words: list[str], where: Place) -> tuple[Assumptions, set[str]]:
@@ -245,12 +253,14 @@ def plan(config: Pretrain, on: str | None = None, assume: list[str] | None = Non
     Raises:
         UserError: a device or a name that is not known, a batch that does not divide.
     """
-    where = place(on)
+    where = place(on, config.hardware)
     assumed, given = assumptions(assume or [], where)
     config = on_place(config, where)
     hardware, device = config.hardware, where.device
     size = sizes(config)
-    step = count_step(config, recompute=hardware.activation_checkpointing)
+    two = count_step(config, clips=2, recompute=hardware.activation_checkpointing)
+    _, casts = activations(config, size, two)  # held once, whatever the batch
+    step = StepCount(two.flop // 2, int((two.bytes + casts) / 2))
     world, clips = where.devices * where.nodes, config.data.batch * config.train.accumulate
     every, seconds = clips * world, config.data.clip_seconds
 
@@ -269,7 +279,7 @@ def plan(config: Pretrain, on: str | None = None, assume: list[str] | None = Non
     }
     bound = max(times, key=lambda name: times[name])
     total = times[bound]
-    if where.is_cpu and not loaders:
+    if not loaders:
         total = times["compute"] + times["loader"]
     hours = config.train.steps * total / 3600
     sheet = source("tflops", device.source)

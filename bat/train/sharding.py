@@ -15,6 +15,7 @@ Checkpoints are one plain file with DDP's keys, written and read by the ``Checkp
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ from bat.encoders.base import Encoder
 from bat.nn.ema import local
 from bat.train.processes import Ranks, nodes, world_size
 
+log = logging.getLogger("bat")
+
 
 def strategy(hardware: Hardware) -> str | Strategy:
     """Returns the strategy for the Trainer; ``auto`` on a single device."""
@@ -40,6 +43,8 @@ def strategy(hardware: Hardware) -> str | Strategy:
         copies = nodes(hardware)
     if hardware.shards and copies < world:
         return Sharded(copies, whole=hardware.checkpoint == "whole")
+    if hardware.checkpoint == "sharded":
+        log.warning("hardware.checkpoint=sharded: nothing is split here, checkpoints are whole")
     if hardware.strategy == "ddp" or world > 1:  # hsdp: with one device a node nothing is split
         # all buffers are constants and equal on all ranks: no broadcast before each step
         return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -78,8 +78,8 @@ class FakeRay:
 
     shutdown = init
 
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 2.0}
+    def nodes(self) -> list[dict[str, object]]:
+        return [{"Alive": True, "Resources": {"CPU": 2.0}}]
 
     def remote(self, function: object) -> FakeRay:
         return self
