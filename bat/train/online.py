@@ -127,7 +127,7 @@ class OnlineProbe(StepCallback):
             for line in odd:
                 log.warning("online probe: %s", line)
         logged = read_jsonl(out / "metrics.jsonl")  # of a resumed or finished run
-        self.rows = [  # an undefined metric is null there
+        self.rows: list[dict[str, Any]] = [  # an undefined metric is null there
             {k: math.nan if v is None else v for k, v in row.items()} for row in curve(logged)
         ]
         self.evaluated = {r["step"] for r in logged if any(k.startswith("online/") for k in r)}
