@@ -28,6 +28,20 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER:  # one test process a core: what the tests start gets one thread as well
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+LONGEST = (
+    *("test_two_processes", "test_chaos", "test_many_processes", "test_transcripts", "test_launch"),
+    *("test_hybrid_sharding", "test_spawned_processes", "test_onnx", "test_notebook_and_docs"),
+    *("test_ray", "test_planted_events", "test_hf", "test_bench", "test_pretrain"),
+)
+"""Files that take longest, begun first: else one process ends long before the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    last = len(LONGEST)
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, last))
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

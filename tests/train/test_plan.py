@@ -86,6 +86,13 @@ def test_memory__by_part_and_strategy() -> None:
     assert memory(config, where, "fsdp", size, step, 0.0)["gradients"] == 4000
 
 
+def test_device_called__whole_words_only() -> None:
+    assert device_called("NVIDIA H100 80GB HBM3") is DEVICES["h100"]
+    assert device_called("NVIDIA H100 PCIe") is DEVICES["h100-pcie"]
+    assert device_called("NVIDIA GH200 480GB") is None
+    assert device_called("NVIDIA L40") is None
+
+
 def test_network__rings_within_and_between_nodes() -> None:
     config, size, where = tiny(), Sizes(1000, 500, 100), place("h100x4x2")
 
@@ -122,7 +129,10 @@ def test_place__known_devices_and_refusals(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_plan__numbers_follow_from_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "count_step", lambda config, recompute: StepCount(10**12, 10**9))
+    def counted(config: Pretrain, *, clips: int, recompute: bool) -> StepCount:
+        return StepCount(clips * 10**12, clips * 10**9)
+
+    monkeypatch.setattr(planning, "count_step", counted)
     words = ["train.steps=3600", "data.global_batch=64", "data.batch=4", "data.workers=2"]
     lines = plan(tiny(*words), "a100x8x2", ["mfu=0.5", "tflops=100", "overhead=1"])
     said = {line.split()[0]: line for line in lines.splitlines()}
@@ -144,7 +154,8 @@ def test_plan__numbers_follow_from_the_counts(monkeypatch: pytest.MonkeyPatch) -
 def test_command__plans_without_data(capsys: pytest.CaptureFixture[str]) -> None:
     from bat.cli.pretrain import main
 
-    assert main([*TINY.split(), "--plan", "--on", "l4x2"]) == 0
+    # an objective that mixes the clips of a batch, so that none can be counted alone
+    assert main([*TINY.split(), "objective=sslam", "--plan", "--on", "l4x2"]) == 0
     assert "2 x l4 (1 node), bf16-mixed, ddp" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["recipe=toy", "--on", "l4"])
