@@ -241,6 +241,8 @@ def _connect(address: str) -> Any:
         raise UserError(f"--on {address}: ray, or ray://HOST:10001")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # under `uv run` the workers would each build an environment: they take this one
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         ray = importlib.import_module("ray")
     except ImportError:
