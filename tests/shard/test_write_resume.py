@@ -192,6 +192,22 @@ def test_write_shards__full_disk_keeps_the_finished_shards(
     assert contents(tmp_path / "s") == whole
 
 
+def test_write_shards__first_shard_without_its_table_is_unfinished_and_continued(
+    rows: list[Row], whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(table: object) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write.ShardTable, "to_bytes", full)
+        with pytest.raises(UserError, match="No space left"):
+            write_shards(rows, tmp_path / "s", **OPTIONS)
+    with pytest.raises(UserError, match="unfinished"):
+        open_index([str(tmp_path / "s")])
+    write_shards(rows, tmp_path / "s", **OPTIONS)
+    assert contents(tmp_path / "s") == whole
+
+
 def test_write_shards__folder_in_use_is_refused(rows: list[Row], tmp_path: Path) -> None:
     with hold(tmp_path / "s"), pytest.raises(UserError, match="in use"):
         write_shards(rows, tmp_path / "s", **OPTIONS)
